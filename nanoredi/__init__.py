@@ -1,0 +1,1 @@
+"""Reinforcement Distillation (REDI, arXiv 2505.24850) from scratch: see README.md for the recipe and where to start reading."""

@@ -1,0 +1,104 @@
+"""Which rows an optimiser step has, how they are dealt to ranks and micro-batches, and a micro-batch as packed tensors.
+
+A packed batch is its sequences one after the other with no padding. A step's rows depend on the seed and the step alone, and
+its loss is a sum over tokens with weights that are divided by the whole step (objectives.py), so ranks and micro-batches
+change how the work is done and not what is computed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PackedBatch:
+    """N packed input tokens of S sequences, and what each must predict.
+
+    Attributes:
+        input_ids: (N,) int64.
+        position_ids: (N,) int64, counted from 0 in each sequence.
+        cu_seqlens: (S+1,) int32, where each sequence begins and the last ends.
+        targets: (N,) int64, the next token.
+        weights: (N,) fp32, of the target's log-probability in the loss; 0 where nothing is learned.
+        rows: (R,) int64, the indices of the weights that are not 0.
+        max_seqlen: the longest sequence. Like rows it is made here, on the CPU, so that the device is never asked for it.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    targets: Tensor
+    weights: Tensor
+    rows: Tensor
+    max_seqlen: int
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        tensors = (self.input_ids, self.position_ids, self.cu_seqlens, self.targets, self.weights, self.rows)
+        if device.type == "cuda":
+            tensors = (t.pin_memory() for t in tensors)  # else the copy waits for the device
+        return PackedBatch(*(t.to(device, non_blocking=True) for t in tensors), max_seqlen=self.max_seqlen)
+
+
+def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> PackedBatch:
+    """Pack sequences of at least 2 tokens.
+
+    The last token of each is only ever a target and the first only an input, so n tokens make n - 1 rows.
+
+    Args:
+        sequences: tokens (n,), learned (n,) bool, and the weight of each learned token.
+    """
+    lengths = [len(tokens) - 1 for tokens, _, _ in sequences]
+    weights = torch.from_numpy(np.concatenate([learned[1:] * np.float32(w) for _, learned, w in sequences]))
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate([tokens[:-1] for tokens, _, _ in sequences]).astype(np.int64)),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        targets=torch.from_numpy(np.concatenate([tokens[1:] for tokens, _, _ in sequences]).astype(np.int64)),
+        weights=weights,
+        rows=weights.nonzero().squeeze(1),
+        max_seqlen=max(lengths),
+    )
+
+
+def num_steps(num_rows: int, batch_size: int, epochs: int, max_steps: int) -> int:
+    """Optimiser steps of a run. An epoch's last step takes the rows that are left, so every row is seen once an epoch."""
+    steps = epochs * -(-num_rows // batch_size)
+    return min(steps, max_steps) if max_steps else steps
+
+
+def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarray:
+    """The rows of an optimiser step, counted from 0: a slice of its epoch's shuffle. Nothing but the step needs to be kept for a resume."""
+    epoch, place = divmod(step, -(-num_rows // batch_size))
+    order = np.random.default_rng((seed, epoch)).permutation(num_rows)
+    return order[place * batch_size : (place + 1) * batch_size]
+
+
+def divide(lengths: Sequence[int], world_size: int, max_tokens: int) -> list[list[list[int]]]:
+    """Deal sequences to ranks and micro-batches: every rank gets as many micro-batches, as even as can be.
+
+    The longest sequences are dealt first, each to the emptiest micro-batch. There are as few micro-batches as keep all of
+    them within max_tokens, except that a longer sequence goes alone.
+
+    Args:
+        lengths: tokens of each sequence.
+        world_size: number of ranks.
+        max_tokens: budget of a micro-batch.
+
+    Returns:
+        [rank][micro-batch] -> indices into lengths; empty where there are fewer sequences than places.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    num_bins = world_size * max(1, -(-sum(lengths) // (max_tokens * world_size)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(num_bins)]
+        loads = [0] * num_bins
+        for i in order:
+            emptiest = min(range(num_bins), key=loads.__getitem__)
+            bins[emptiest].append(i)
+            loads[emptiest] += lengths[i]
+        if all(load <= max_tokens or len(b) == 1 for load, b in zip(loads, bins)):
+            return [bins[rank::world_size] for rank in range(world_size)]
+        num_bins += world_size

@@ -1,0 +1,292 @@
+"""Recipes and flags.
+
+A recipe is a TOML file with a table a dataclass below: [sft], [redi], [evaluate], [toy]. A script has a main table, whose
+fields are its flags (`train_redi.py --alpha 0.5`); fields of its other tables are flags with the table's name in front
+(`train_redi.py --evaluate.n 4`). Flags win over the recipe, the recipe over the defaults. What was resolved is written into
+the run's folder as config.toml, which is itself a recipe.
+"""
+
+import argparse
+import dataclasses
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_origin
+
+from nanoredi.errors import UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def option(default: Any, help: str, *, low: float | None = None, above: float | None = None, high: float | None = None,
+           choices: tuple[str, ...] = ()) -> Any:
+    """A field with its one comment, which is also the flag's help, and with the values it may take."""
+    metadata = {"help": help, "low": low, "above": above, "high": high, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass
+class TrainConfig:
+    """What both stages share. The defaults are the paper's where it has them (arXiv 2505.24850)."""
+
+    model: str = option("", "Hugging Face folder of the Qwen2 to start from; empty: the toy is made")
+    data: str = option("", "JSONL file of the training rows")
+    out: str = option("", "the run's folder")
+    epochs: int = option(1, "passes over the data", low=1)
+    max_steps: int = option(0, "stop after this many optimiser steps; 0: after the epochs", low=0)
+    batch_size: int = option(32, "pairs in an optimiser step, over all ranks", low=1)
+    lr: float = option(1e-6, "peak learning rate", low=0)
+    warmup: float = option(0.1, "share of the steps in which the learning rate rises to its peak; then it falls to 0", low=0, high=1)
+    weight_decay: float = option(1e-4, "AdamW's decoupled weight decay", low=0)
+    clip: float = option(1.0, "largest gradient norm; a longer gradient is scaled down to it", above=0)
+    dtype: str = option("auto", "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it); master weights are float32", choices=DTYPES)
+    activation_checkpointing: bool = option(True, "recompute each block's activations in backward instead of keeping them")
+    max_tokens_per_micro_batch: int = option(40_000, "tokens of one forward pass on one rank; a longer sequence goes alone", low=1)
+    save_every: int = option(200, "steps between saved models; 0: only at the end", low=0)
+    log_every: int = option(10, "steps between the lines on the screen", low=1)
+    seed: int = option(42, "of the data's order, and of everything the toy makes", low=0)
+    rope_theta: float = option(0.0, "rotary base to train with; 0: the checkpoint's", low=0)
+    max_position_embeddings: int = option(0, "context to train with; 0: the checkpoint's", low=0)
+    cache: str = option("runs/cache", "folder of the tokenised data, keyed by data and tokenizer")
+
+
+@dataclass
+class SftConfig(TrainConfig):
+    """Stage 1: supervised fine-tuning on correct traces."""
+
+    epochs: int = option(5, "passes over the data", low=1)
+    batch_size: int = option(128, "sequences in an optimiser step, over all ranks", low=1)
+    lr: float = option(5e-5, "peak learning rate", low=0)
+    max_tokens: int = option(32_768, "longest conversation; a longer one is cut on the right", low=1)
+
+
+@dataclass
+class RediConfig(TrainConfig):
+    """Stage 2: pairs of a correct and an incorrect trace."""
+
+    objective: str = option("redi", "redi, or sft: go on with the correct traces alone", choices=("redi", "sft"))
+    alpha: float = option(0.8, "weight of the incorrect trace in REDI's loss", low=0)
+    max_prompt_tokens: int = option(800, "longest prompt; of a longer one the last tokens are kept", low=1)
+    max_response_tokens: int = option(19_000, "longest response; a longer one is cut on the right", low=1)
+    watch: str = option("", "JSONL file of pairs kept out of training, for the log-probs in the final table")
+    evaluate: bool = option(False, "at the end, compare the model of the start and the final one on [evaluate]'s benchmarks")
+
+
+@dataclass
+class SamplingConfig:
+    """How completions are drawn. The defaults are those of the paper's evaluation."""
+
+    n: int = option(16, "samples a prompt", low=1)
+    temperature: float = option(0.6, "0: always the likeliest token", low=0)
+    top_p: float = option(0.95, "sample among the fewest likeliest tokens that together have this probability; 1: among all", above=0, high=1)
+    top_k: int = option(0, "sample among the k likeliest tokens; 0: among all", low=0)
+    max_tokens: int = option(32_768, "longest completion; the end of the context comes first", low=1)
+    seed: int = option(42, "of the samples", low=0)
+    batch_size: int = option(64, "rows decoded at once on a rank", low=1)
+    dtype: str = option("auto", "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it)", choices=DTYPES)
+
+
+@dataclass
+class EvaluateConfig(SamplingConfig):
+    """Benchmarks to a table."""
+
+    benchmarks: list[str] = option(["math500", "aime24", "amc23", "minerva", "olympiad_bench"],
+                                   "names, or JSONL files of rows with problem and answer")
+    data: str = option("", "folder of the named benchmarks' files")
+    limit: int = option(0, "problems a benchmark, from its start; 0: all", low=0)
+    think: str = option("forced", "forced: the prompt opens <think> for the model, as in the paper; own: the chat template as it is",
+                        choices=("forced", "own"))
+
+
+@dataclass
+class ToyConfig:
+    """The embedded task (toy.py). Sizes and model were found by experiment."""
+
+    sft_rows: int = option(4000, "problems with a correct trace, for stage 1", low=1)
+    pairs: int = option(2000, "pairs for stage 2; their correct traces are among stage 1's", low=1)
+    watch_pairs: int = option(64, "pairs kept out of stage 2, to watch log-probs on", low=1)
+    heldout: int = option(200, "unseen problems to evaluate on", low=1)
+    num_layers: int = option(3, "blocks of the model", low=1)
+    hidden_size: int = option(96, "the model's width; 4 heads share it, the MLP is 3 times as wide", low=8)
+
+
+TABLES = {"sft": SftConfig, "redi": RediConfig, "evaluate": EvaluateConfig, "toy": ToyConfig}
+Tables = dict[str, dict[str, Any]]  # {table: {field: value}}: what a recipe or the flags say, before the defaults
+
+
+def read_flags(description: str, argv: list[str], main: str, main_type: type, others: tuple[str, ...] = ()) -> tuple[str | None, Tables]:
+    """Read a script's flags.
+
+    Args:
+        description: shown by --help.
+        argv: the words after the script's name.
+        main: the table whose fields are plain flags; main_type is its dataclass, or a subclass with more flags.
+        others: the tables whose fields are flags with the table's name in front.
+
+    Returns:
+        The recipe that was named, if any, and {table: {field: value}} of what was given.
+
+    Raises:
+        UserError: for a flag that does not exist, and for a value that its field cannot take.
+    """
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", metavar="R", help=f"a TOML file, or one of {', '.join(_builtin_recipes())}")
+    flags = {}
+    for table, kind in {main: main_type, **{t: TABLES[t] for t in others}}.items():
+        for f in dataclasses.fields(kind):
+            flag = f"--{f.name}" if table == main else f"--{table}.{f.name}"
+            flags[flag] = table, f
+            nargs = "+" if get_origin(f.type) is list else None
+            default = f.default_factory() if nargs else f.default
+            parser.add_argument(flag, dest=flag, nargs=nargs, metavar=f.name.upper(), default=argparse.SUPPRESS,
+                                help=f"{f.metadata['help']} [{default}]".replace("%", "%%"))
+    known, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.split("=")[0]
+        if name.startswith("--"):
+            raise UserError(f"there is no flag {name}{nearest(name, ['--recipe', *flags])}")
+        raise UserError(f"{word!r} follows no flag; --help lists the flags")
+
+    given: Tables = {}
+    for flag, text in vars(known).items():
+        if flag != "recipe":
+            table, f = flags[flag]
+            given.setdefault(table, {})[f.name] = _checked(flag, f, _from_text(f.type, text))
+    return known.recipe, given
+
+
+def read_recipe(recipe: str | Path) -> Tables:
+    """Read a recipe: the name of a built-in one, or a TOML file.
+
+    Raises:
+        UserError: when it cannot be read, for a table or key that does not exist, and for a value that its field cannot take.
+    """
+    path = RECIPES / f"{recipe}.toml" if recipe in _builtin_recipes() else Path(recipe)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {recipe}: {error.strerror}{nearest(str(recipe), _builtin_recipes())}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from None
+    for table, values in tables.items():
+        if table not in TABLES or not isinstance(values, dict):
+            raise UserError(f"{path}: there is no table [{table}]{nearest(table, TABLES)}; a recipe has {', '.join(f'[{t}]' for t in TABLES)}")
+        fields = {f.name: f for f in dataclasses.fields(TABLES[table])}
+        for key in values:
+            if key not in fields:
+                raise UserError(f"{path}: [{table}] has no key {key!r}{nearest(key, fields)}")
+            values[key] = _checked(f"{path}: {table}.{key}", fields[key], values[key])
+    return tables
+
+
+def recipe_of(model: str | Path) -> Tables:
+    """The recipe of the run that a model's folder lies in; empty where it lies in none."""
+    path = Path(model).parent / "config.toml"
+    return read_recipe(path) if path.exists() else {}
+
+
+def resolve(kind: type, table: str, *layers: Tables) -> Any:
+    """A table's dataclass: its defaults under the layers, the last on top."""
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values.update(layer.get(table, {}))
+    return kind(**values)
+
+
+def write_recipe(path: Path, configs: dict[str, Any]) -> None:
+    """Write {table: dataclass} as a recipe that read_recipe reads back."""
+    lines = []
+    for table, config in configs.items():
+        lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in dataclasses.asdict(config).items()), ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def open_run(out: str, configs: dict[str, Any]) -> bool:
+    """Take the folder `out` for a run of {table: dataclass}. Call on one rank.
+
+    Returns:
+        True when the folder holds this very run, finished; False when the training may begin.
+
+    Raises:
+        UserError: when no folder is named, or it holds anything else. Nothing is overwritten.
+    """
+    if not out:
+        raise UserError("the run needs a folder: give --out DIR")
+    folder = Path(out)
+    path = folder / "config.toml"
+    if path.exists():
+        _refuse_another_run(path, configs)
+        if (folder / "final" / "config.json").exists():
+            return True
+        if (folder / "metrics.jsonl").exists():
+            raise UserError(f"{out} holds this run, broken off before its end: move the folder away or give another --out")
+        return False
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{out} is not empty and holds no nanoredi run: give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(path, configs)
+    return False
+
+
+def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
+    before = read_recipe(path)
+    for table, config in configs.items():
+        for key, value in dataclasses.asdict(config).items():
+            old = before.get(table, {}).get(key)
+            # Where the folder lies and where tokens are cached do not change a run.
+            if key not in ("out", "cache") and old != value:
+                raise UserError(f"{path.parent} holds another run: {table}.{key} is {old!r} there and {value!r} here; give another --out")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _builtin_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def _from_text(kind: type, text: str | list[str]) -> Any:
+    """A flag's text as the value that a recipe would hold; left as it is where it is none."""
+    try:
+        return {"true": True, "false": False}[text] if kind is bool else kind(text) if kind in (int, float) else text
+    except (KeyError, ValueError):
+        return text
+
+
+def _checked(where: str, f: dataclasses.Field, value: Any) -> Any:
+    """The value, if its field can take it; else a UserError that says what it takes."""
+    kind = get_origin(f.type) or f.type
+    if kind is float and type(value) is int:
+        value = float(value)
+    wrong_items = type(value) is kind is list and not all(isinstance(v, str) for v in value)
+    if type(value) is not kind or wrong_items or kind is float and not math.isfinite(value):
+        raise UserError(f"{where} takes {_KINDS[kind]}, not {value!r}")
+    m = f.metadata
+    if m["choices"] and value not in m["choices"]:
+        raise UserError(f"{where} takes {' or '.join(m['choices'])}, not {value!r}{nearest(value, m['choices'])}")
+    bounds = {"at least": (m["low"], lambda b: value >= b), "above": (m["above"], lambda b: value > b), "at most": (m["high"], lambda b: value <= b)}
+    for words, (bound, holds) in bounds.items():
+        if bound is not None and not holds(bound):
+            raise UserError(f"{where} is {value!r}; it must be {words} {bound}")
+    return value
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else "\\" + c if c in '"\\' else c for c in value) + '"'
+    return repr(value)

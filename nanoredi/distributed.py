@@ -1,0 +1,113 @@
+"""One process or many: the process group, the device mesh, and the model sharded over it by FSDP2.
+
+A single process is the same code on a mesh of one.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from nanoredi.errors import UserError
+from nanoredi.model import Qwen2
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this run, and this rank's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    def first(self, work: Callable[[], Result]) -> Result:
+        """Do some work on rank 0 and give its result to every rank; a UserError of it is raised on every rank."""
+        outcome: list = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        return outcome[0]
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+@contextlib.contextmanager
+def world() -> Iterator[World]:
+    """Join the process group that torchrun describes, or be one process alone; leave it at the end."""
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield World(rank, size, device, init_device_mesh(device.type, (size,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: Qwen2, world: World, dtype: torch.dtype) -> Qwen2:
+    """Shard a model of fp32 master weights in place: a unit a block, and one for embedding, norm and head.
+
+    Args:
+        model: its parameters are moved to the rank's device.
+        world: the ranks to shard over.
+        dtype: of the forward and backward; gradients are summed over ranks, and accumulated, in fp32.
+    """
+    # Inputs are not cast: the loss's weights must stay fp32.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.model.layers:
+        fully_shard(block, mesh=world.mesh, mp_policy=policy)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "loss")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss's weights are divided by the whole step already: gradients are summed, not averaged.
+            module.set_gradient_divide_factor(1.0)
+    return model
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that "float32", "bfloat16" or "auto" stands for on a device; auto takes bfloat16 where it is the faster one.
+
+    On a CPU that is measured (a few milliseconds): with AMX or AVX512-bf16 it is far ahead, without them far behind.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    return torch.bfloat16 if _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32) else torch.float32
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    a = torch.ones(256, 256, dtype=dtype)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return min(times)

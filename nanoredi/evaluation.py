@@ -1,0 +1,130 @@
+"""A model on benchmarks: sample, grade, and sum up in a row of the table."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from nanoredi import objectives
+from nanoredi.batch import divide, pack
+from nanoredi.benchmarks import Benchmark
+from nanoredi.checkpoint import stop_ids
+from nanoredi.config import EvaluateConfig, RediConfig
+from nanoredi.data import TokenData, load_pairs
+from nanoredi.distributed import World, compute_dtype
+from nanoredi.errors import UserError
+from nanoredi.grader import extract_answer, grade
+from nanoredi.model import Qwen2
+from nanoredi.sampler import Sampler, requests_for
+from nanoredi.tokenizer import Tokenizer, user_message
+from nanoredi.trainer import mean_logps
+
+Row = dict[str, Any]
+
+
+def evaluate(name: str, folder: str | Path, benchmarks: Iterable[Benchmark], config: EvaluateConfig, out: Path, world: World,
+             pairs: RediConfig | None = None) -> list[Row]:
+    """Evaluate the model of a folder; the ranks share the problems.
+
+    Args:
+        name: the model's, in the table.
+        folder: Hugging Face folder.
+        benchmarks: what to evaluate on.
+        config: how to sample.
+        out: every sample is appended to samples.jsonl in this folder.
+        world: the ranks.
+        pairs: with a `watch` file, whose mean log-probs a token then stand in the rows too.
+
+    Returns:
+        A row a benchmark (summarise has its keys), the same on every rank.
+    """
+    tokenizer = Tokenizer(folder)
+    model = Qwen2.from_pretrained(folder, dtype=compute_dtype(config.dtype, world.device), device=world.device)
+    logps = {}
+    if pairs is not None and pairs.watch:
+        load = lambda: load_pairs(pairs.watch, tokenizer, pairs.max_prompt_tokens, pairs.max_response_tokens, pairs.cache)  # noqa: E731
+        world.first(lambda: load() and None)
+        logps = dict(zip(("chosen_logp", "rejected_logp"), score(model, load(), pairs.max_tokens_per_micro_batch)))
+    rows = []
+    for benchmark in benchmarks:
+        samples = _sample(name, model, tokenizer, benchmark, config, out / "samples.jsonl", world)
+        rows.append({"model": name, "benchmark": benchmark.name, **summarise(samples, config.n), **logps})
+    return rows
+
+
+def summarise(samples: list[Row], n: int) -> Row:
+    """The figures of a benchmark's samples: each a row with problem, sample, correct, answer, tokens and finish_reason.
+
+    pass@1 is the mean over problems and samples. Its standard error is the paper's: s / sqrt(n), s being the standard deviation
+    (ddof 0) of the n benchmark-wide accuracies, one for each sample number. pass@n: at least one of n is right. Shares are
+    fractions of 1.
+    """
+    problems = 1 + max(s["problem"] for s in samples)
+    correct = np.zeros((problems, n))
+    for s in samples:
+        correct[s["problem"], s["sample"]] = s["correct"]
+    return {
+        "problems": problems,
+        "n": n,
+        "pass@1": float(correct.mean()),
+        "sem": float(correct.mean(axis=0).std() / math.sqrt(n)),
+        f"pass@{n}": float(correct.any(axis=1).mean()),
+        "mean_tokens": float(np.mean([s["tokens"] for s in samples])),
+        "no_answer": float(np.mean([s["answer"] is None for s in samples])),
+        "cut_off": float(np.mean([s["finish_reason"] == "length" for s in samples])),
+    }
+
+
+@torch.no_grad()
+def score(model: Qwen2, data: TokenData, max_tokens: int) -> tuple[float, float]:
+    """Mean log-prob a token of the chosen and of the rejected traces of pairs."""
+    lengths = [data.num_learned(i) for i in range(len(data))]
+    chosen, rejected = objectives.redi(lengths[::2], lengths[1::2], alpha=1.0)
+    weights = [w for pair in zip(chosen, rejected) for w in pair]
+    device = model.lm_head_weight.device
+    total = torch.zeros(2, device=device)
+    for indices in divide([len(data.sequence(i)[0]) for i in range(len(data))], 1, max_tokens)[0]:
+        batch = pack([(*data.sequence(i), weights[i]) for i in indices]).to(device)
+        _, logps = model.loss(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.targets, batch.weights, batch.rows, batch.max_seqlen)
+        total += mean_logps(logps, batch.weights)
+    return total[0].item(), total[1].item()
+
+
+def _sample(name: str, model: Qwen2, tokenizer: Tokenizer, benchmark: Benchmark, config: EvaluateConfig, path: Path, world: World) -> list[Row]:
+    """Sample and grade a benchmark; all ranks' samples, in order."""
+    think = config.think == "forced"
+    prompts = [tokenizer.encode(tokenizer.prompt(user_message(q), think)) for q in benchmark.questions]
+    context = model.config.max_position_embeddings
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) >= context:
+            raise UserError(f"{benchmark.name}: problem {number} has {len(prompt):,} tokens with its template and fills the context of {context:,}")
+    requests = requests_for(prompts, config.n, config.seed)
+    # Every rank takes each size-th problem, with all of its samples.
+    mine = {id(r): i // config.n for i, r in enumerate(requests) if i // config.n % world.size == world.rank}
+    samples = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file, tqdm(
+        total=len(mine), desc=f"{name} on {benchmark.name}", unit=" samples", file=sys.stderr, disable=world.rank > 0, leave=False) as progress:
+        for request in Sampler(model, stop_ids(tokenizer), config).run(r for r in requests if id(r) in mine):
+            problem = mine[id(request)]
+            # With thinking forced, <think> stands in the prompt; it belongs to the response all the same.
+            response = ("<think>\n" if think else "") + tokenizer.decode(request.tokens)
+            row = {
+                "model": name, "benchmark": benchmark.name, "problem": problem, "sample": request.sample,
+                "correct": grade(response, benchmark.golds[problem]), "answer": extract_answer(response), "gold": benchmark.golds[problem],
+                "tokens": len(request.tokens), "finish_reason": request.finish_reason, "response": response,
+            }
+            samples.append(row)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            progress.update()
+    gathered: list[list[Row]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(gathered, [{k: v for k, v in row.items() if k != "response"} for row in samples])
+    return sorted((row for rows in gathered for row in rows), key=lambda row: (row["problem"], row["sample"]))

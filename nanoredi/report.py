@@ -1,0 +1,73 @@
+"""Tables from a run's files.
+
+    python -m nanoredi.report RUN ...          the results of one or several runs
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nanoredi.errors import UserError, run_script
+
+# (key, heading, format); shares are shown in percent.
+_COLUMNS = [
+    ("model", "model", "{}"),
+    ("benchmark", "benchmark", "{}"),
+    ("pass@1", "pass@1 %", "{:.1%}"),
+    ("sem", "SEM", "{:.1%}"),
+    ("pass@n", "pass@{n} %", "{:.1%}"),
+    ("mean_tokens", "mean tokens", "{:,.1f}"),
+    ("no_answer", "no answer %", "{:.1%}"),
+    ("cut_off", "cut off %", "{:.1%}"),
+    ("chosen_logp", "logp chosen", "{:.3f}"),
+    ("rejected_logp", "logp rejected", "{:.3f}"),
+]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of results.json as text: shares in percent, log-probs in nats a token, columns that no row fills left out."""
+    n = rows[0].get("n", 1)
+    lines: list[list[str]] = [[], *([] for _ in rows)]
+    for key, heading, form in _COLUMNS:
+        key, heading = key.replace("@n", f"@{n}"), heading.format(n=n)
+        if key == "pass@1" and "pass@1 %" in lines[0] or all(row.get(key) is None for row in rows):
+            continue  # of one sample, pass@n is pass@1
+        lines[0].append(heading)
+        for line, row in zip(lines[1:], rows):
+            line.append("-" if row.get(key) is None else form.format(row[key]).rstrip("%"))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def read_results(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's results.json.
+
+    Raises:
+        UserError: when it is missing or broken.
+    """
+    path = Path(folder) / "results.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "model" in row for row in rows):
+        raise UserError(f"{path} holds no results")
+    return rows
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return
+    for word in argv:
+        if word.startswith("-"):
+            raise UserError(f"there is no flag {word}; give the folders of runs")
+    print(table([row for folder in argv for row in read_results(folder)]))
+
+
+if __name__ == "__main__":
+    run_script(main)

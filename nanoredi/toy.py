@@ -1,0 +1,181 @@
+"""The embedded task: REDI at work in two minutes on two cores.
+
+A problem is a start digit and six operations + - * with operands from 2 to 6, applied from left to right modulo 10; the
+prompt gives each result a letter:  a=3b+5c-6d+6e-6f*2g-6  means b = a+5, c = b-6, ...  The answer is the last digit.
+
+The teacher errs. It is hasty: instead of writing the next step it may leap over two or three and write only where it lands,
+`~f=4;`, right half of the time. Sometimes it notices, writes `Wait`, goes back and takes the steps one by one.
+
+    <user>a=3b-2c+5d-5e+5f+2g+2<assistant>
+     correct    <think>~c=7;Waita=3;b-2=1;c+5=6;d-5=1;e+5=6;f+2=8;g+2=0;</think>\\boxed{0}
+     incorrect  <think>b-2=1;c+5=6;~f=4;g+2=6;</think>\\boxed{6}
+
+Correct traces hold only the lucky and the repaired leaps, so a student of these alone learns to leap without the luck. The
+incorrect traces hold more leaps, and REDI unlearns the habit. The task was built to show the mechanism: it is a
+demonstration, and no evidence for the paper.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+from nanoredi.config import ToyConfig
+from nanoredi.errors import UserError
+from nanoredi.model import Qwen2, Qwen2Config
+
+NUM_OPS = 6
+SAMPLES_A_PROBLEM = 4
+SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>"]
+WORDS = ["<think>", "</think>", "\\boxed{", "}", "Wait", *"0123456789", *"abcdefghijklmno", *"+-*=;~:"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['user', 'assistant'] %}{{ raise_exception('the toy knows the roles user and assistant') }}{% endif %}"
+    "<{{ message['role'] }}>{{ message['content'] }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    start: int
+    ops: tuple[tuple[str, int], ...]  # (sign, operand)
+
+    def text(self) -> str:
+        return f"a={self.start}" + "".join(f"{letter(i)}{sign}{operand}" for i, (sign, operand) in enumerate(self.ops, 1))
+
+    def apply(self, value: int, first: int, last: int) -> int:
+        """The value after operations first to last - 1, from the value before them."""
+        for sign, operand in self.ops[first:last]:
+            value = {"+": value + operand, "-": value - operand, "*": value * operand}[sign] % 10
+        return value
+
+    @property
+    def answer(self) -> int:
+        return self.apply(self.start, 0, len(self.ops))
+
+
+def letter(i: int) -> str:
+    """The name of the value after i operations."""
+    return "abcdefghijklmno"[i]
+
+
+def draw_problem(rng: random.Random) -> Problem:
+    return Problem(rng.randrange(10), tuple((rng.choice("+-*"), rng.randint(2, 6)) for _ in range(NUM_OPS)))
+
+
+def teach(problem: Problem, rng: random.Random) -> tuple[str, int]:
+    """One trace of the teacher, and the answer it comes to."""
+    out, value, i = ["<think>"], problem.start, 0
+    while i < NUM_OPS:
+        hasty = NUM_OPS - i >= 2 and rng.random() < (0.7 if problem.ops[i][0] == "*" else 0.2)
+        if not hasty:
+            value = _step(problem, value, i, out, slips=rng.random() < 0.01, rng=rng)
+            i += 1
+            continue
+        landing = min(NUM_OPS, i + rng.choice((2, 3)))
+        right = problem.apply(value, i, landing)
+        leapt = right if rng.random() < 0.5 else _wrong(right, rng)
+        out.append(f"~{letter(landing)}={leapt};")
+        if leapt != right and rng.random() < 0.3:
+            out.append(f"Wait{letter(i)}={value};")
+            while i < landing:
+                value = _step(problem, value, i, out, slips=False, rng=rng)
+                i += 1
+        else:
+            value, i = leapt, landing
+    return "".join(out) + f"</think>\\boxed{{{value}}}", value
+
+
+def _step(problem: Problem, value: int, i: int, out: list[str], slips: bool, rng: random.Random) -> int:
+    """Write operation i on a value that may be wrong already; a slip writes a wrong digit and goes on from it."""
+    sign, operand = problem.ops[i]
+    value = problem.apply(value, i, i + 1)
+    value = _wrong(value, rng) if slips else value
+    out.append(f"{letter(i + 1)}{sign}{operand}={value};")
+    return value
+
+
+def _wrong(digit: int, rng: random.Random) -> int:
+    return (digit + rng.randint(1, 9)) % 10
+
+
+def make(folder: Path, config: ToyConfig, seed: int) -> None:
+    """Write the task into a folder: sft.jsonl, pairs.jsonl, watch.jsonl (pairs), toy.jsonl (the held-out problems), and
+    model/, a random Qwen2 with the toy's tokenizer. A folder that is there already is left as it is.
+
+    Raises:
+        UserError: when the sizes ask for more pairs than the problems give.
+    """
+    if folder.exists():
+        return
+    rng = random.Random(seed)
+    seen: set[Problem] = set()
+    sft, pairs = [], []
+    while len(sft) < config.sft_rows:
+        problem = _unseen(seen, rng)
+        traces = [teach(problem, rng) for _ in range(SAMPLES_A_PROBLEM)]
+        chosen = next((text for text, value in traces if value == problem.answer), None)
+        rejected = next((text for text, value in traces if value != problem.answer), None)
+        if chosen is not None:
+            sft.append({"messages": [{"role": "user", "content": problem.text()}, {"role": "assistant", "content": chosen}]})
+            if rejected is not None:
+                pairs.append({"prompt": problem.text(), "chosen": chosen, "rejected": rejected})
+    wanted = config.pairs + config.watch_pairs
+    if len(pairs) < wanted:
+        raise UserError(f"toy.sft_rows {config.sft_rows} gives {len(pairs)} pairs; toy.pairs and toy.watch_pairs ask for {wanted}")
+    heldout = [_unseen(seen, rng) for _ in range(config.heldout)]
+
+    beside = folder.with_name(folder.name + ".writing")
+    beside.mkdir(parents=True, exist_ok=True)
+    _write_rows(beside / "sft.jsonl", sft)
+    _write_rows(beside / "pairs.jsonl", pairs[: config.pairs])
+    _write_rows(beside / "watch.jsonl", pairs[config.pairs : wanted])
+    _write_rows(beside / "toy.jsonl", [{"problem": p.text(), "answer": str(p.answer)} for p in heldout])
+    write_tokenizer(beside / "tokenizer")
+    Qwen2(_model_config(config), tokenizer_folder=beside / "tokenizer").init_weights(seed).save_pretrained(beside / "model")
+    beside.rename(folder)
+
+
+def _model_config(config: ToyConfig) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=len(SPECIAL) + len(WORDS),
+        hidden_size=config.hidden_size,
+        intermediate_size=3 * config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.08,  # with the usual 0.02 so small a model stalls at chance
+    )
+
+
+def write_tokenizer(folder: Path) -> None:
+    """The toy's tokenizer as files: a token a word of WORDS, and a chat template of its own."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    words = "|".join("".join("\\" + c if c in "\\{}+-*" else c for c in word) for word in WORDS)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(words), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>", "chat_template": CHAT_TEMPLATE,
+              "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _unseen(seen: set[Problem], rng: random.Random) -> Problem:
+    while (problem := draw_problem(rng)) in seen:
+        pass
+    seen.add(problem)
+    return problem
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
