@@ -120,7 +120,8 @@ TABLES = {"sft": SftConfig, "redi": RediConfig, "evaluate": EvaluateConfig, "toy
 Tables = dict[str, dict[str, Any]]  # {table: {field: value}}: what a recipe or the flags say, before the defaults
 
 
-def read_flags(description: str, argv: list[str], main: str, main_type: type, others: tuple[str, ...] = ()) -> tuple[str | None, Tables]:
+def read_flags(description: str, argv: list[str], main: str, main_type: type, others: tuple[str, ...] = (),
+               takes_recipe: bool = True) -> tuple[str | None, Tables]:
     """Read a script's flags.
 
     Args:
@@ -128,6 +129,7 @@ def read_flags(description: str, argv: list[str], main: str, main_type: type, ot
         argv: the words after the script's name.
         main: the table whose fields are plain flags; main_type is its dataclass, or a subclass with more flags.
         others: the tables whose fields are flags with the table's name in front.
+        takes_recipe: whether there is a flag --recipe.
 
     Returns:
         The recipe that was named, if any, and {table: {field: value}} of what was given.
@@ -136,8 +138,9 @@ def read_flags(description: str, argv: list[str], main: str, main_type: type, ot
         UserError: for a flag that does not exist, and for a value that its field cannot take.
     """
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", metavar="R", help=f"a TOML file, or one of {', '.join(_builtin_recipes())}")
     flags = {}
+    if takes_recipe:
+        parser.add_argument("--recipe", metavar="R", help=f"a TOML file, or one of {', '.join(_builtin_recipes())}")
     for table, kind in {main: main_type, **{t: TABLES[t] for t in others}}.items():
         for f in dataclasses.fields(kind):
             flag = f"--{f.name}" if table == main else f"--{table}.{f.name}"
@@ -150,7 +153,7 @@ def read_flags(description: str, argv: list[str], main: str, main_type: type, ot
     for word in unknown:
         name = word.split("=")[0]
         if name.startswith("--"):
-            raise UserError(f"there is no flag {name}{nearest(name, ['--recipe', *flags])}")
+            raise UserError(f"there is no flag {name}{nearest(name, [*flags, '--recipe'])}")
         raise UserError(f"{word!r} follows no flag; --help lists the flags")
 
     given: Tables = {}
@@ -158,7 +161,7 @@ def read_flags(description: str, argv: list[str], main: str, main_type: type, ot
         if flag != "recipe":
             table, f = flags[flag]
             given.setdefault(table, {})[f.name] = _checked(flag, f, _from_text(f.type, text))
-    return known.recipe, given
+    return getattr(known, "recipe", None), given
 
 
 def read_recipe(recipe: str | Path) -> Tables:

@@ -86,8 +86,10 @@ def shard(model: Qwen2, world: World, dtype: torch.dtype) -> Qwen2:
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The loss's weights are divided by the whole step already: gradients are summed, not averaged.
+            # The loss's weights are divided by the whole step already: gradients are summed, not averaged. Gloo knows no scaled
+            # sum, hence the plain one for all.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     return model
 
 

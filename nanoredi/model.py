@@ -10,7 +10,6 @@ How tokens attend is not the model's business: each block calls an `attend` from
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,7 +180,7 @@ class Qwen2(nn.Module):
 
     Attributes:
         config: the architecture.
-        tokenizer_folder: where the tokenizer's files lie that save_pretrained puts beside the weights.
+        tokenizer_folder: where the tokenizer's files lie that save_pretrained puts beside the weights; None if there are none.
     """
 
     def __init__(self, config: Qwen2Config, tokenizer_folder: str | Path | None = None):
@@ -211,7 +210,7 @@ class Qwen2(nn.Module):
         """
         config = Qwen2Config.from_folder(folder, **config_overrides)
         with torch.device("meta"):
-            model = cls(config, tokenizer_folder=folder)
+            model = cls(config, tokenizer_folder=folder if (Path(folder) / "tokenizer.json").exists() else None)
         shapes = {name: p.shape for name, p in model.named_parameters()}
         weights = load_weights(folder, shapes, tied={"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {})
         model.load_state_dict({name: w.to(device=device, dtype=dtype) for name, w in weights}, assign=True)
@@ -279,13 +278,16 @@ class Qwen2(nn.Module):
 
 
 def rotary_angles(position_ids: Tensor, config: Qwen2Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (N, 1, E/2) of position * theta^(-2i/E), computed in fp32 (RoPE, arXiv 2104.09864, eq. 15)."""
+    """cos and sin (N, 1, E) of position * theta^(-2i/E), computed in fp32 (RoPE, arXiv 2104.09864, eq. 15).
+
+    Pair i is (x_i, x_{i+E/2}), Hugging Face's pairing; both halves get the pair's cos, and the sines come signed as rotate wants.
+    """
     exponent = torch.arange(0, config.head_dim, 2, device=position_ids.device, dtype=torch.float32) / config.head_dim
-    angles = position_ids[:, None].float() / config.rope_theta**exponent
-    return angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
+    angles = (position_ids[:, None].float() / config.rope_theta**exponent)[:, None]  # (N, 1, E/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+E/2}) of x (N, H, E) by its angle; the pairing is Hugging Face's."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turn each pair (a, b) of x (N, H, E) by its angle: (a cos - b sin, b cos + a sin)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -83,7 +83,7 @@ class Tokenizer:
             messages: [{"role", "content"}], the user's the last.
             think: open <think> for the model as the paper's evaluation does: right after the role, with no newline between.
         """
-        text = self._render(messages, add_generation_prompt=True)
+        text = self.render(messages, add_generation_prompt=True)
         if think and not text.rstrip().endswith("<think>"):
             text = text.rstrip("\n") + "<think>\n"
         return text
@@ -97,12 +97,17 @@ class Tokenizer:
         Raises:
             UserError: when the template does not show the answer once.
         """
-        parts = self._render([*messages[:-1], {**messages[-1], "content": _MARK}]).split(_MARK)
+        parts = self.render([*messages[:-1], {**messages[-1], "content": _MARK}]).split(_MARK)
         if len(parts) != 2:
             raise UserError(f"the chat template of {self.folder} shows the last answer {len(parts) - 1} times; it must show it once")
         return parts[0], messages[-1]["content"] + parts[1]
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+        """The conversation as the chat template writes it.
+
+        Raises:
+            UserError: when the template refuses the messages.
+        """
         try:
             return self.template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self._special)
         except (TemplateError, TypeError) as error:

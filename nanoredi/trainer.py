@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from nanoredi import objectives
 from nanoredi.batch import divide, num_steps, pack, step_rows
@@ -62,7 +61,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         rows = step_rows(step, num_rows, config.batch_size, config.seed)
-        figures, tokens = train_step(model, optimizer, weighted_sequences(config, data, rows), config, world)
+        figures, tokens = train_step(model, optimizer, step + 1, weighted_sequences(config, data, rows), config, world)
         log.add(step + 1, (step + 1) / num_steps(num_rows, config.batch_size, 1, 0), lr, figures, tokens)
         if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < total:
             model.save_pretrained(out / f"step-{step + 1:06d}", dtype)
@@ -71,9 +70,9 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     world.say(f"{stage}: saved {out / 'final'}")
 
 
-def train_step(model: Qwen2, optimizer: torch.optim.Optimizer, sequences: list[WeightedSequence], config: TrainConfig,
+def train_step(model: Qwen2, optimizer: torch.optim.Optimizer, step: int, sequences: list[WeightedSequence], config: TrainConfig,
                world: World) -> tuple[Tensor, int]:
-    """One optimiser step on the sequences of all ranks.
+    """Optimiser step number `step`, counted from 1, on the sequences of all ranks.
 
     Returns:
         On the device: chosen and rejected log-prob, gradient norm and update norm (4,); and the tokens that went through.
@@ -97,7 +96,7 @@ def train_step(model: Qwen2, optimizer: torch.optim.Optimizer, sequences: list[W
         logps[1] /= config.alpha
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     optimizer.step()
-    figures = torch.stack((logps[0], logps[1], grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm, update_norm(optimizer)))
+    figures = torch.stack((*logps, grad_norm.full_tensor(), update_norm(optimizer, step)))
     optimizer.zero_grad()
     return figures, sum(lengths)
 
@@ -138,29 +137,25 @@ def schedule(step: int, total: int, warmup: float) -> float:
     return min((step + 1) / rising if rising else 1.0, (total - step) / max(1, total - rising))
 
 
-def update_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """The length of the step that AdamW has just made, over all parameters and ranks: () fp32.
+@torch.no_grad()
+def update_norm(optimizer: torch.optim.Optimizer, t: int) -> Tensor:
+    """The length of the step that AdamW has just made, its t-th, over all parameters and ranks: () fp32.
 
     Worked out again from the optimizer's state, so that no copy of the weights is kept:
     old - new = lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * old).
     """
-    total: Tensor | float = 0.0
+    squares = []
     for group in optimizer.param_groups:
         lr, eps, decay, (b1, b2) = group["lr"], group["eps"], group["weight_decay"], group["betas"]
         for p in group["params"]:
-            state = optimizer.state[p]
-            new, m, v = (_local(x.detach()) for x in (p, state["exp_avg"], state["exp_avg_sq"]))
-            t = _local(state["step"])
-            step = (m / (1 - b1**t)).div_((v / (1 - b2**t)).sqrt_().add_(eps))
-            # old = (new + lr * step) / (1 - lr * decay)
-            step.add_((new + lr * step).div_(1 - lr * decay), alpha=decay)
-            total = total + step.square_().sum() * lr**2
+            new, m, v = (x.to_local() for x in (p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]))
+            step = (v / (1 - b2**t)).sqrt_().add_(eps).reciprocal_().mul_(m).mul_(lr / (1 - b1**t))
+            # new = (1 - lr * decay) * old - step, hence old - new = (step + lr * decay * new) / (1 - lr * decay).
+            step.add_(new, alpha=lr * decay)
+            squares.append((step / (1 - lr * decay)).square_().sum())
+    total = torch.stack(squares).sum()
     dist.all_reduce(total)
     return total.sqrt()
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _load(config: SftConfig | RediConfig, model: Qwen2, world: World) -> TokenData:

@@ -52,12 +52,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             x, y, w = hidden[chunk], targets[chunk].unsqueeze(1), weights[chunk].unsqueeze(1)
             logits = (x @ lm_head.T).float()  # (C, V)
             logits -= logits.logsumexp(1, keepdim=True)
-            logp = logits.gather(1, y)
-            logps[chunk] = logp.squeeze(1)
+            logps[chunk] = logits.gather(1, y).squeeze(1)
             if grad_hidden is None and grad_head is None:
                 continue
-            # The target's column is computed apart: 1 - exp(logp) cancels where the model is sure, expm1 does not.
-            grad_logits = logits.exp_().mul_(-w).scatter_(1, y, -w * logp.expm1()).to(x.dtype)
+            # The target's column is 1 - p, which cancels where the model is sure; the sum of the other p does not.
+            others = logits.exp_().scatter_(1, y, 0.0)
+            grad_logits = others.scatter_(1, y, -others.sum(1, keepdim=True)).mul_(-w).to(x.dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk] = grad_logits @ lm_head
             if grad_head is not None:

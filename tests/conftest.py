@@ -1,0 +1,52 @@
+"""What many tests share: the real data beside the repository, a small toy, one process as a world, and runs of the scripts."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nanoredi import toy
+from nanoredi.config import ToyConfig
+from nanoredi.distributed import World, world
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data; tests that want it skip where it is missing."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.exists():
+        pytest.skip("the real data is not beside the repository (../shared/data)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory) -> Path:
+    """The embedded task at a small size: data and a random model."""
+    folder = tmp_path_factory.mktemp("toy") / "data"
+    toy.make(folder, ToyConfig(sft_rows=120, pairs=60, watch_pairs=8, heldout=6, num_layers=2, hidden_size=32), seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> World:
+    with world() as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def run(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run a script of the repository in an empty folder, as a user would; ranks > 0 goes through torchrun."""
+
+    def run(*words: str | Path, ranks: int = 0) -> subprocess.CompletedProcess:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+        script, *flags = map(str, words)
+        command = [sys.executable, *launcher, str(ROOT / script), *flags]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+
+    return run

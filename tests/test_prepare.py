@@ -1,0 +1,294 @@
+"""Raw rows to sft.jsonl and pairs.jsonl, against results worked out by hand, by `datasets`, and by plain loops over the real sample."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanoredi import prepare, toy
+from nanoredi.errors import UserError
+from nanoredi.tokenizer import Tokenizer
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SYSTEM = "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+
+
+def raw(problem="a=1", generations=("b=1", "b=2"), llama=(True, False), math=(True, False), valid="Yes", source="olympiads", **more):
+    labels = {"llama_verification": llama and list(llama), "math_verify_reparsed_answer": math and list(math), "math_verify": None}
+    return {"problem": problem, "solution": "", "source": source, "problem_is_valid": valid,
+            "generations": generations if generations is None else list(generations), "correctness": labels} | more
+
+
+# With the toy's tokenizer a text of n characters is templated as <user> or <assistant> and n more tokens, and measures n + 2.
+ROWS = {
+    "plain pair": raw(),
+    "not valid": raw(valid="No"),
+    "spaces and case": raw("a=2", valid="  yES\n", source=None),
+    "validity unknown": raw(valid=None),
+    "cn_k12": raw(source="cn_k12"),
+    "cn_k12 and not valid": raw(source="cn_k12", valid="Incomplete"),
+    "empty problem": raw(""),
+    "null problem": raw(None),
+    "null generations": raw(generations=None, llama=None, math=None),
+    "no generations": raw(generations=(), llama=(), math=()),
+    "short list": raw(llama=(True,)),
+    "long list": raw(math=(True, False, True)),
+    "null list": raw(llama=None),
+    "null correctness": raw(correctness=None),
+    "one judge each": raw("a=3", llama=(True, False), math=(False, True)),
+    "null label": raw("a=4", llama=(None, True), math=(True, True)),
+    "all correct": raw("a=5", llama=(True, True), math=(True, True)),
+    "first of each": raw("a=6", ("a", "b", "c", "d", "e"), (False, True, True, True, False), (True, False, True, True, False)),
+    "prompt fits": raw("a=1111"),
+    "prompt too long": raw("a=11111"),
+    "responses fit": raw("a=7", ("b=123456", "c=123456")),
+    "chosen too long": raw("a=8", ("b=1234567", "b=1")),
+    "rejected too long": raw("a=9", ("b=1", "b=1234567")),
+    "empty generation": raw("a=10", ("", "b=3", "", "b=4"), (True, True, False, False), (True, True, True, False)),
+}
+LIMITS = {"max_prompt_tokens": 8, "max_response_tokens": 10}
+COUNTS = [24, 21, 20, 18, 16, 12, 11, 10, 9, 7]
+SFT = {"plain pair": 0, "spaces and case": 0, "null label": 1, "all correct": 0, "first of each": 2, "prompt fits": 0,
+       "prompt too long": 0, "responses fit": 0, "chosen too long": 0, "rejected too long": 0, "empty generation": 1}
+PAIRS = {"plain pair": (0, 1), "spaces and case": (0, 1), "null label": (1, 0), "first of each": (2, 0), "prompt fits": (0, 1),
+         "responses fit": (0, 1), "empty generation": (1, 3)}
+
+
+@pytest.fixture(scope="module")
+def toy_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    toy.write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy_folder) -> Tokenizer:
+    return Tokenizer(toy_folder)
+
+
+def write(path: Path, rows) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_kind_of_row(tmp_path, tokenizer):
+    file = write(tmp_path / "raw.jsonl", ROWS.values())
+    counts = prepare.prepare([file], tokenizer, tmp_path / "out", **LIMITS)
+    assert list(counts.values()) == COUNTS
+
+    names = list(ROWS)
+    order = [names[i] for i in np.random.default_rng(42).permutation(len(names))]
+    assert order != names
+    sft, pairs = [], []
+    for name in order:
+        row = ROWS[name]
+        answers = [[{"role": "assistant", "content": text}] for text in row["generations"] or []]
+        prompt = [{"role": "user", "content": row["problem"]}]
+        facts = {"original_index": names.index(name), "source": row["source"]}
+        if name in SFT:
+            sft.append({"messages": prompt + answers[SFT[name]], **facts, "generation_index": SFT[name]})
+        if name in PAIRS:
+            good, bad = PAIRS[name]
+            pairs.append({"prompt": prompt, "chosen": answers[good], "rejected": answers[bad], **facts, "chosen_index": good,
+                          "rejected_index": bad})
+    assert read(tmp_path / "out" / "sft.jsonl") == sft
+    assert read(tmp_path / "out" / "pairs.jsonl") == pairs
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "sft.jsonl"]
+
+
+def test_order_is_that_of_datasets(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    n = 257
+    file = write(tmp_path / "raw.jsonl", [raw(f"a={i}") for i in range(n)])
+    shuffled = datasets.Dataset.from_dict({"index": list(range(n))}).shuffle(seed=42)["index"]
+    prepare.prepare([file], tokenizer, tmp_path / "out")
+    for name in ("sft.jsonl", "pairs.jsonl"):
+        assert [row["original_index"] for row in read(tmp_path / "out" / name)] == list(shuffled)
+
+
+def test_seed_changes_the_order_alone(tmp_path, tokenizer):
+    file = write(tmp_path / "raw.jsonl", ROWS.values())
+    prepare.prepare([file], tokenizer, tmp_path / "a")
+    prepare.prepare([file], tokenizer, tmp_path / "b", seed=7)
+    a, b = (read(tmp_path / out / "sft.jsonl") for out in "ab")
+    assert a != b and sorted(map(json.dumps, a)) == sorted(map(json.dumps, b))
+
+
+def test_parquet_and_shards_equal_jsonl(tmp_path, tokenizer):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = list(ROWS.values()) * 10  # more than one batch
+    shards = [rows[:100], rows[100:]]
+    for kind in ("jsonl", "parquet", "one"):
+        (tmp_path / kind).mkdir()
+    for i, shard in enumerate(shards):
+        write(tmp_path / "jsonl" / f"train-{i}.jsonl", shard)
+        parquet.write_table(pyarrow.Table.from_pylist(shard), tmp_path / "parquet" / f"train-{i}.parquet", row_group_size=30)
+    write(tmp_path / "one" / "raw.jsonl", rows)
+    results = []
+    for paths in (["one"], ["jsonl"], ["parquet"], ["jsonl/train-0.jsonl", "parquet/train-1.parquet"]):
+        out = tmp_path / f"out-{len(results)}"
+        counts = prepare.prepare(prepare.find_files([str(tmp_path / p) for p in paths]), tokenizer, out, **LIMITS)
+        results.append((counts, (out / "sft.jsonl").read_bytes(), (out / "pairs.jsonl").read_bytes()))
+    assert results[0][0]["rows read"] == len(rows)
+    assert all(result == results[0] for result in results[1:])
+
+
+def test_parquet_faults(tmp_path, tokenizer, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "raw.parquet"
+    file.write_text("not parquet")
+    with pytest.raises(UserError, match="cannot read .*raw.parquet"):
+        prepare.prepare([file], tokenizer, tmp_path / "out")
+    with pytest.raises(UserError, match="cannot read .*absent.parquet"):
+        prepare.prepare([tmp_path / "absent.parquet"], tokenizer, tmp_path / "out")
+    rows = [raw(), raw()]
+    parquet.write_table(pyarrow.table({key: [row[key] for row in rows] for key in ("problem_is_valid", "generations")}), file)
+    with pytest.raises(UserError, match="raw.parquet, row 1 has no field 'source'"):
+        prepare.prepare([file], tokenizer, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        prepare.prepare([file], tokenizer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("row, words", [
+    ('{"problem": ', "line 3 is not JSON"),
+    ("[1, 2]", "line 3 is not a JSON object"),
+    ({k: v for k, v in raw().items() if k != "problem_is_valid"}, "line 3 has no field 'problem_is_valid'"),
+    ({k: v for k, v in raw().items() if k != "source"}, "line 3 has no field 'source'"),
+    (raw(valid=True), "line 3: 'problem_is_valid' must be text, not 'True'"),
+    (raw(problem=["a"]), "line 3: 'problem' must be text"),
+    (raw() | {"generations": "b=1"}, "line 3: 'generations' must be a list of texts"),
+    (raw(generations=["b", 2]), "line 3: 'generations' must be a list of texts"),
+    (raw(correctness=[True]), "line 3: 'correctness' must be an object"),
+    (raw(llama=("yes", "no")), "line 3: 'correctness': 'llama_verification' must be a list of true and false"),
+    (raw(problem="an unknown word"), "line 3: the tokenizer of .* cannot write"),
+])
+def test_malformed_rows_are_named(tmp_path, tokenizer, row, words):
+    file = write(tmp_path / "raw.jsonl", [raw(), "", row, raw()])
+    with pytest.raises(UserError, match=f"raw.jsonl, {words}"):
+        prepare.prepare([file], tokenizer, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []  # nothing half done is left
+
+
+def test_missing_and_empty_data(tmp_path, tokenizer):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="cannot read .*absent.jsonl: No such file"):
+        prepare.prepare(prepare.find_files([str(tmp_path / "absent.jsonl")]), tokenizer, out)
+    with pytest.raises(UserError, match="there are no rows in .*empty.jsonl"):
+        prepare.prepare([write(tmp_path / "empty.jsonl", ["", ""])], tokenizer, out)
+    assert not out.exists()
+    with pytest.raises(UserError, match="no row is left: 2 rows read, 1 problem_is_valid is yes.* 0 SFT"):
+        prepare.prepare([write(tmp_path / "bad.jsonl", [raw(valid="No"), raw(llama=(False, False))])], tokenizer, out)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="it holds none"):
+        prepare.find_files([str(tmp_path / "folder")])
+    write(tmp_path / "folder" / "a.jsonl", [raw()])
+    write(tmp_path / "folder" / "a.parquet", [])
+    with pytest.raises(UserError, match="it holds both"):
+        prepare.find_files([str(tmp_path / "folder")])
+
+
+@pytest.mark.parametrize("name", ["sft.jsonl", "pairs.jsonl"])
+def test_nothing_is_overwritten(tmp_path, tokenizer, name):
+    file = write(tmp_path / "raw.jsonl", [raw()])
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is there already"):
+        prepare.prepare([file], tokenizer, tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["raw.jsonl", name])
+
+
+def test_out_that_cannot_be_written(tmp_path, tokenizer):
+    file = write(tmp_path / "raw.jsonl", [raw()])
+    with pytest.raises(UserError, match="cannot write to .*raw.jsonl"):
+        prepare.prepare([file], tokenizer, file)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--row", "x"], "no flag --row .did you mean '--raw'"),
+    (["--raw", "x", "--tokeniser", "y", "--out", "z"], "no flag --tokeniser .did you mean '--tokenizer'"),
+    (["x", "--raw", "y"], "'x' follows no flag"),
+    (["--raw", "x"], "--tokenizer and --out must be given"),
+    (["--raw"], "--raw: expected at least one argument"),
+    (["--max_prompt_tokens", "0"], "--max_prompt_tokens is 0; it must be at least 1"),
+    (["--seed", "x"], "--seed takes a whole number, not .x."),
+])
+def test_bad_flags(flags, words):
+    with pytest.raises(UserError, match=words):
+        prepare.main(flags)
+
+
+def test_as_a_command(tmp_path, toy_folder):
+    file = write(tmp_path / "raw.jsonl", ROWS.values())
+    command = [sys.executable, "-m", "nanoredi.prepare", "--raw", str(file), "--tokenizer", str(toy_folder), "--out", str(tmp_path / "out"),
+               "--max_prompt_tokens", "8", "--max_response_tokens", "10"]
+    first, second = (subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1]) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    lines = first.stdout.splitlines()
+    assert [int(line.split()[-1]) for line in lines[: len(COUNTS)]] == COUNTS
+    assert len(lines) == len(COUNTS) + 1 and "paper" not in first.stdout
+    refusal = f"error: {tmp_path / 'out' / 'sft.jsonl'} is there already: move it away or give another --out\n"
+    assert (second.returncode, second.stderr) == (2, refusal)
+
+
+def test_the_papers_counts_are_told_only_when_missed():
+    gates = ["rows read", "a", prepare.SFT_GATE, "pairs"]
+    assert "77,629 SFT traces and 53,175 pairs" in prepare.table(dict(zip(gates, (516_499, 300_000, 77_629, 53_174))))
+    assert "paper" not in prepare.table(dict(zip(gates, (516_499, 300_000, 77_629, 53_175))))
+    assert "paper" not in prepare.table(dict(zip(gates, (100_000, 300, 20, 10))))
+
+
+@pytest.fixture(scope="module")
+def sample() -> tuple[Path, Tokenizer]:
+    file, folder = DATA / "openr1_math_raw_sample.jsonl", DATA / "qwen2.5-tokenizer"
+    if not (file.exists() and folder.exists()):
+        pytest.skip(f"the real sample and tokenizer are not at {DATA}")
+    return file, Tokenizer(folder)
+
+
+def test_the_real_sample(tmp_path, sample):
+    file, tokenizer = sample
+    rows = read(file)
+    correct = [[a and b for a, b in zip(row["correctness"]["llama_verification"], row["correctness"]["math_verify_reparsed_answer"])]
+               for row in rows]
+    counts = prepare.prepare([file], tokenizer, tmp_path / "out")
+    sft, pairs = read(tmp_path / "out" / "sft.jsonl"), read(tmp_path / "out" / "pairs.jsonl")
+    assert counts["has both labels of each generation"] == len(rows) == 100
+    assert len(sft) == sum(any(verdicts) for verdicts in correct)
+    assert len(pairs) == sum(any(verdicts) and not all(verdicts) for verdicts in correct) == 10
+    for row in sft:
+        i, source = row["original_index"], rows[row["original_index"]]
+        assert [m["content"] for m in row["messages"]] == [source["problem"], source["generations"][correct[i].index(True)]]
+    for row in pairs:
+        i, source = row["original_index"], rows[row["original_index"]]
+        assert row["chosen"][0]["content"] == source["generations"][correct[i].index(True)]
+        assert row["rejected"][0]["content"] == source["generations"][correct[i].index(False)]
+
+
+def test_lengths_are_the_originals(tmp_path, sample):
+    """The limits set to the longest pair's own lengths, worked out with the template written by hand, keep it; one less drops it."""
+    file, tokenizer = sample
+    prepare.prepare([file], tokenizer, tmp_path / "all")
+    pairs = read(tmp_path / "all" / "pairs.jsonl")
+
+    def length(role: str, message: list[dict]) -> int:
+        text = f"{SYSTEM}<|im_start|>{role}\n{message[0]['content']}<|im_end|>\n"
+        return len(tokenizer.backend.encode(text, add_special_tokens=False).ids) + 1
+
+    prompts = [length("user", pair["prompt"]) for pair in pairs]
+    responses = [max(length("assistant", pair[side]) for side in ("chosen", "rejected")) for pair in pairs]
+    for limits in ((max(prompts), max(responses)), (max(prompts) - 1, max(responses)), (max(prompts), max(responses) - 1)):
+        kept = [pair for pair, p, r in zip(pairs, prompts, responses) if p <= limits[0] and r <= limits[1]]
+        out = tmp_path / f"{limits[0]}-{limits[1]}"
+        prepare.prepare([file], tokenizer, out, *limits)
+        assert read(out / "pairs.jsonl") == kept
+        assert (len(kept) == len(pairs)) == (limits == (max(prompts), max(responses)))

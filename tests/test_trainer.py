@@ -1,0 +1,198 @@
+"""One optimiser step is the same however it is cut: micro-batches, ranks; and against float64 autograd over whole logits."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from nanoredi.batch import step_rows
+from nanoredi.config import RediConfig, SftConfig
+from nanoredi.data import load_pairs, load_sft
+from nanoredi.distributed import compute_dtype, shard
+from nanoredi.errors import UserError
+from nanoredi.model import Qwen2
+from nanoredi.tokenizer import Tokenizer
+from nanoredi.trainer import schedule, train, train_step, weighted_sequences
+
+
+@pytest.fixture
+def redi(toy_data, tmp_path):
+    return RediConfig(model=str(toy_data / "model"), data=str(toy_data / "pairs.jsonl"), out=str(tmp_path / "run"), batch_size=16, lr=1e-3,
+                      dtype="float32", cache=str(tmp_path / "cache"), activation_checkpointing=False, save_every=0)
+
+
+@pytest.fixture
+def sft(redi, toy_data):
+    shared = {k: v for k, v in vars(redi).items() if k in SftConfig.__dataclass_fields__}
+    return SftConfig(**{**shared, "data": str(toy_data / "sft.jsonl")})
+
+
+def load(config):
+    tokenizer = Tokenizer(config.model)
+    if isinstance(config, SftConfig):
+        return load_sft(config.data, tokenizer, config.max_tokens, config.cache)
+    return load_pairs(config.data, tokenizer, config.max_prompt_tokens, config.max_response_tokens, config.cache)
+
+
+def one_step(config, world):
+    """The figures of one optimiser step, the gradients it took (they are dropped by the step, so kept here), and the model."""
+    model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), world, torch.float32)
+    data = load(config)
+    rows = step_rows(0, 40, config.batch_size, seed=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.1)
+    grads = {}
+    optimizer.register_step_pre_hook(lambda *_: grads.update({n: p.grad.full_tensor().clone() for n, p in model.named_parameters()}))
+    figures, tokens = train_step(model, optimizer, 1, weighted_sequences(config, data, rows), config, world)
+    return figures, grads, tokens, model
+
+
+def reference(config):
+    """Loss and gradients by the paper's formula, each sequence alone, whole logits, float64."""
+    model = Qwen2.from_pretrained(config.model, dtype=torch.float64)
+    data = load(config)
+    losses = []
+    rows = step_rows(0, 40, config.batch_size, seed=3)
+
+    def logps(i):
+        tokens, learned = (torch.from_numpy(np.array(x)) for x in data.sequence(i))
+        n = len(tokens) - 1
+        hidden = model(tokens[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+        lp = (hidden @ model.lm_head_weight.T).log_softmax(-1).gather(1, tokens[1:, None].long()).squeeze(1)
+        return lp[learned[1:]]
+
+    if isinstance(config, SftConfig):
+        loss = -torch.cat([logps(i) for i in rows]).mean()
+    else:
+        losses = [-logps(2 * i).mean() + config.alpha * logps(2 * i + 1).mean() for i in rows]
+        loss = torch.stack(losses).mean()
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def relative(got, want):
+    return max(((got[n].double() - want[n]).norm() / want[n].norm()).item() for n in want if want[n].norm() > 1e-9)
+
+
+@pytest.mark.parametrize("stage", ["sft", "redi"])
+def test_gradients_are_the_formula_s(stage, request, one_rank):
+    config = replace(request.getfixturevalue(stage), clip=1e9)
+    figures, grads, _, _ = one_step(config, one_rank)
+    loss, want = reference(config)
+    chosen, rejected = figures[:2].tolist()
+    assert -chosen + (config.alpha * rejected if stage == "redi" else 0) == pytest.approx(loss, abs=1e-5)
+    assert relative(grads, want) < 1e-5
+    assert figures[2].item() == pytest.approx(torch.stack([g.norm() for g in want.values()]).norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["sft", "redi"])
+def test_micro_batches_and_checkpointing_change_nothing(stage, request, one_rank):
+    config = request.getfixturevalue(stage)
+    figures, grads, tokens, _ = one_step(config, one_rank)
+    many_figures, many, many_tokens, _ = one_step(replace(config, max_tokens_per_micro_batch=150), one_rank)
+    assert tokens == many_tokens > 600
+    torch.testing.assert_close(figures, many_figures, rtol=1e-5, atol=1e-5)
+    assert relative(many, grads) < 1e-5
+
+
+def test_alpha_0_is_sft_on_the_chosen_with_each_trace_counting_the_same(redi, one_rank):
+    _, grads, tokens, _ = one_step(replace(redi, alpha=0.0, clip=1e9), one_rank)
+    data = load(redi)
+    rows = step_rows(0, 40, redi.batch_size, seed=3)
+    model = Qwen2.from_pretrained(redi.model, dtype=torch.float32)
+    for i in rows:
+        ids, learned = (torch.from_numpy(np.array(x)) for x in data.sequence(2 * i))
+        n = len(ids) - 1
+        weights = -learned[1:].float() / learned[1:].sum() / len(rows)
+        model.loss(ids[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32), ids[1:].long(), weights)[0].backward()
+    assert relative(grads, {n: p.grad for n, p in model.named_parameters()}) < 1e-5
+    # The rejected traces cost nothing then.
+    assert tokens == sum(len(data.sequence(2 * i)[0]) - 1 for i in rows)
+
+
+def test_objective_sft_goes_on_with_the_chosen(redi, one_rank):
+    data = load(redi)
+    sequences = weighted_sequences(replace(redi, objective="sft"), data, np.array([3, 5]))
+    total = data.num_learned(6) + data.num_learned(10)
+    assert [w for _, _, w in sequences] == [-1 / total] * 2
+    assert [len(t) for t, _, _ in sequences] == [len(data.sequence(i)[0]) for i in (6, 10)]
+
+
+def test_update_norm_is_what_the_weights_moved(redi, one_rank):
+    before = Qwen2.from_pretrained(redi.model, dtype=torch.float32)
+    figures, _, _, model = one_step(redi, one_rank)
+    moved = [(new.full_tensor() - old).norm() for new, old in zip(model.parameters(), before.parameters())]
+    assert figures[3].item() == pytest.approx(torch.stack(moved).norm().item(), rel=1e-4)
+
+
+def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(redi, one_rank):
+    _, grads, _, _ = one_step(redi, one_rank)
+    model = shard(Qwen2.from_pretrained(redi.model, dtype=torch.float32), one_rank, torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    half = {}
+    optimizer.register_step_pre_hook(lambda *_: half.update({n: p.grad.full_tensor().clone() for n, p in model.named_parameters()}))
+    train_step(model, optimizer, 1, weighted_sequences(redi, load(redi), step_rows(0, 40, 16, seed=3)), redi, one_rank)
+    assert {p.dtype for p in model.parameters()} == {g.dtype for g in half.values()} == {torch.float32}
+    assert 1e-5 < relative(half, grads) < 0.1
+
+
+@pytest.mark.parametrize("total, warmup, want", [
+    (10, 0.2, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+    (4, 0.0, [1.0, 0.75, 0.5, 0.25]),
+    (1, 0.1, [1.0]),
+    (2, 1.0, [0.5, 1.0]),
+])
+def test_schedule(total, warmup, want):
+    assert [schedule(step, total, warmup) for step in range(total)] == pytest.approx(want)
+
+
+def test_a_run_s_files(redi, one_rank, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    train(replace(redi, save_every=2, log_every=2), one_rank)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert set(rows[0]) == {"step", "epoch", "loss", "chosen_logp", "rejected_logp", "margin", "grad_norm", "update_norm", "lr", "tokens_per_s",
+                            "peak_memory_gb"}
+    for row in rows:
+        assert row["loss"] == pytest.approx(-row["chosen_logp"] + 0.8 * row["rejected_logp"])
+        assert row["margin"] == pytest.approx(row["chosen_logp"] - row["rejected_logp"])
+    assert rows[-1]["epoch"] == 1.0 and rows[0]["lr"] == 1e-3
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["final", "metrics.jsonl", "step-000002"]
+    trained, start = Qwen2.from_pretrained(tmp_path / "run" / "final"), Qwen2.from_pretrained(redi.model)
+    assert not torch.equal(trained.lm_head_weight, start.lm_head_weight)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert len(lines) == 3 and all(word in lines[0] for word in ("loss", "chosen", "rejected", "margin", "grad", "update", "lr", "tok/s", "left"))
+
+
+def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data):
+    with pytest.raises(UserError, match="the longest sequence has .* tokens, the model's context 16; raise max_position_embeddings"):
+        train(replace(redi, max_position_embeddings=16), one_rank)
+    with pytest.raises(UserError, match="--data"):
+        train(replace(redi, data=""), one_rank)
+
+
+def test_auto_takes_the_faster_dtype(monkeypatch):
+    seconds = {torch.float32: 1.0, torch.bfloat16: 0.3}
+    monkeypatch.setattr("nanoredi.distributed._product_seconds", seconds.get)
+    assert compute_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    seconds[torch.bfloat16] = 3.0
+    assert compute_dtype("auto", torch.device("cpu")) == torch.float32
+    assert compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_two_ranks_take_the_step_of_one(run, toy_data, tmp_path):
+    """Through torchrun: the same losses, and in the end the same weights; 5 pairs over 2 ranks leave one with less to do."""
+    weights, logs = [], []
+    for ranks in (1, 2):
+        out = tmp_path / f"ranks{ranks}"
+        done = run("train_redi.py", "--recipe", "toy", "--model", toy_data / "model", "--data", toy_data / "pairs.jsonl", "--out", out,
+                   "--batch_size", "5", "--max_steps", "6", "--evaluate", "false", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        logs.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+        weights.append(dict(Qwen2.from_pretrained(out / "final").named_parameters()))
+    for a, b in zip(*logs, strict=True):
+        for key in ("loss", "chosen_logp", "rejected_logp", "grad_norm", "update_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5)
+    for name, p in weights[0].items():
+        torch.testing.assert_close(p, weights[1][name], rtol=1e-3, atol=1e-5)
