@@ -42,6 +42,11 @@ class Qwen2Config:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise UserError(f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads} and "
+                            f"num_key_value_heads {self.num_key_value_heads} do not divide into heads of even size")
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
@@ -67,11 +72,10 @@ class Qwen2Config:
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and given.get(f.name) is None]
         if missing:
             raise UserError(f"{path} says nothing of {', '.join(missing)}")
-        self = cls(**given)
-        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise UserError(f"{path}: hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads} and "
-                            f"num_key_value_heads {self.num_key_value_heads} do not divide into heads of even size")
-        return self
+        try:
+            return cls(**given)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """config.json's content, such as transformers and vLLM read."""
