@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The order to read in; README.md says the same. Each file may import only those before it.
 STORY = ["errors", "config", "tokenizer", "data", "prepare", "objectives", "batch", "kernels", "attention", "checkpoint", "model", "toy",
-         "distributed", "trainer", "sampler", "grader", "benchmarks", "evaluation", "report"]
+         "distributed", "trainer", "sampler", "expression", "grader", "benchmarks", "evaluation", "report"]
 ALLOWED = {"torch", "safetensors", "tokenizers", "numpy", "triton", "jinja2", "tqdm"}
 OPTIONAL = {"pyarrow"}
 

@@ -1,0 +1,162 @@
+"""The grader on answers worked out by hand, on hostile input, and on the labelled development rows where they are at hand."""
+
+import json
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from nanoredi.grader import MAX_BOX, equal, extract_answer, grade
+
+DEV_ROWS = Path(__file__).resolve().parents[2] / "shared" / "data" / "grading_dev.jsonl"
+LIMIT_S = 0.1  # of the processor, which others may share
+
+EXTRACTIONS = [
+    (r"So \boxed{5}.", "5"),
+    (r"\boxed{1} and then \boxed{2}", "2"),
+    (r"\boxed{\frac{1}{\sqrt{2}}} is the answer", r"\frac{1}{\sqrt{2}}"),
+    (r"\fbox{7}", "7"),
+    (r"\boxed {8}", "8"),
+    (r"\boxed 9$", "9"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # an escaped brace has no partner to wait for
+    (r"\boxed{x = \boxed{3}}", "3"),
+    (r"\boxed{4}, as asked in \boxed form", "4"),
+    (r"\boxed{}", ""),
+    (r"<think>\boxed{1}</think>\boxed{2}", "2"),
+    (r"no opening tag \boxed{1}</think>\boxed{2}", "2"),
+    (r"<think>a</think>\boxed{2}</think>none here", "2"),
+    (r"<think>\boxed{1}</think>nothing", None),
+    (r"<think>\boxed{1}", None),
+    ("the answer is 5", None),
+    (r"\boxed{1} \boxed{2", None),
+    (r"\boxed{\frac{1}{2}", None),
+    ("", None),
+]
+
+EQUAL = [
+    # spellings of one number
+    ("142", "142.0"), ("033", "33"), (".5", "0.50"), ("+10", "10"), ("-0", "0"), ("5.", "5"), ("$7$", "7"), (r"\(7\)", "7"),
+    (r"\dfrac{1}{2}", r"\frac12"), (r"\tfrac1{2}", "1/2"), ("0.5", r"\frac{1}{2}"), (r"\frac{-1}{2}", r"-\frac{1}{2}"), ("{127}", "127"),
+    (r"\frac{3}{12}", "1/4"), (r"1\frac{1}{3}", r"\frac{4}{3}"), ("1 1/3", r"\frac43"), (r"-2\frac12", "-2.5"),
+    (r"5 \cdot 14^{-1}", "5/14"),
+    (r"7 \times 10^{37}", "7e37"), (r"1.5 \cdot 10^4", "15,000"), ("6^2", "36"), ("7!", "5040"), (r"\binom{5}{2}", "10"),
+    ("8^{2/3}", "4"),
+    ("12,345", "12345"), (r"12{,}345", r"12,\!345"), (r"12\,345", "12345"),
+    # roots, pi, functions
+    (r"\sqrt{8}", r"2\sqrt2"), (r"\frac{1}{\sqrt{5}}", r"\frac{\sqrt{5}}{5}"), (r"\sqrt[3]{-8}", "-2"), ("5*3^(1/3)", r"5 \sqrt[3]{3}"),
+    (r"\frac{3}{4}\pi", r"\frac{3\pi}{4}"), ("2π", r"2\pi"), (r"9i-3", "-3+9 i"), (r"\log_{2} 8", "3"), (r"e^{2\ln 3}", "9"),
+    (r"\sin^2 x + \cos^2 x", "1"), (r"\tan^{-1}(2)", r"\arctan 2"), (r"\left| -3 \right|", "3"),
+    # expressions with letters
+    ("(x+1)^2", "x^2+2x+1"), (r"\frac{x}{2}", r"\frac12 x"), (r"\frac{n(n+1)}{2}", "(n^2 + n)/2"), ("x_1 + x_{2}", "x_2+x_1"),
+    # names, units, fonts and words
+    ("x = 5", "5"), ("5 = x", "5"), (r"m+n = 116", "116"), ("1257 + 3 = 1260", "1260"), ("y = 2x - 1", "-1 + 2x"), (r"f(x)=x^2", "x^2"),
+    (r"18\text{ min}", r"18 \mathrm{~min}"), (r"3\ \mathrm{m/s^2}", "3"), ("5 square units", "5"), (r"\$18.90", "18.9"), (r"10\%", "10"),
+    (r"90^\circ", "90"), (r"25^{\circ}\text{C}", "25"), (r"\text{(C)}", "C"), (r"\textbf{B}", "(B)"), ("yes", r"\text{Yes}"),
+    (r"204_{\text{5}}", "204_5"),
+    # several parts
+    (r"\left( 1, -\frac12 \right)", "(1,-0.5)"), ("(x, y) = (1, 2)", "(1,2)"), ("1, 2", "2,1"), (r"\{1,2\}", "2, 1"), ("1,2,2", "2,1,2"),
+    (r"3\text{ or }4", "x=3, x=4"), (r"\pm 8", "8, -8"), (r"x = 1 \pm \sqrt{2}", r"1+\sqrt2, 1-\sqrt2"),
+    (r"(-\infty,-1)\cup(1,\infty)", r"(1,+\infty) \cup (-\infty, -1)"), ("x > 3", r"(3, \infty)"), (r"1 < x \leq 2", "(1,2]"),
+    ("3 < x", "x > 3"),
+    (r"x \in [0,1]", "[0,1]"), (r"\begin{bmatrix}1/2\\3\end{bmatrix}", r"\left(\begin{matrix} 0.5 \\ 3 \\ \end{matrix}\right)"),
+]
+
+DIFFERENT = [
+    ("1/3", "0.33"), (r"\frac{1}{3}", "0.3333333333"), (r"\sqrt{2}", "1.4142135"), (r"\frac{2}{3}", r"\frac{3}{2}"), ("-5", "5"),
+    (r"1\frac13", r"\frac{1}{3}"), (r"1\frac13", r"\frac{11}{3}"), ("12 345", "12"), ("12,34", "1234"), ("2 3", "23"), ("2^3", "23"),
+    (r"1.5 \times 10^{4}", r"1.5 \times 104"), ("1e-400", "0"), (r"10^{-5000}", "0"), ("3 i", "3"), (r"3\mathrm{i}", "3"), ("80!", "80"),
+    (r"\sqrt{3}", r"\sqrt[3]{3}"), (r"\pi", r"\pi^2"), (r"\sin x", r"\cos x"), (r"2\operatorname{arctan}(3)", "6"), ("1 - e^{-30t}", "1"),
+    ("151x", "151"), ("x^2", "x^3"), ("x", "X"), ("A", "B"), ("A or B", "A"), ("2x + y = 5", "5"), ("y = 2x", "y = x"),
+    ("x = 1, 2", "x = 1"), ("I(0) e^{-t}", "0"),
+    ("x = -5", "5"), ("204_6", "204_5"), ("2045", "204_5"), ("0.1", r"10\%"), ("north", "south"), (r"x \\ y", "x"), (r"\neq 5", "5"),
+    ("(1,2)", "(2,1)"), ("(1,2)", "(1,2]"), ("(1,2)", "[1,2]"), ("(1,2)", "1,2"), ("1,2", "1,2,2"), ("1,1", "1,2"), (r"\pm 8", "8"),
+    ("x > 3", r"x \ge 3"), ("x > 3", "x < 3"), ("x > 3", "3"), (r"(0,1)\cup(1,2)", r"(0,1)\cap(1,2)"), (r"(0,\infty)", r"(0,100)"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"),
+    ("120, 1000", "120,000"), ("", "5"),
+]
+
+HOSTILE = [
+    "(" * 499 + "1" + ")" * 499, "{" * 400 + "1" + "}" * 400, "|" * 999, "-" * 999 + "1", r"\sqrt" * 199 + "2", r"\sin" * 249 + "x",
+    "9^" * 499 + "9", "x_" * 499, "(1," * 20 + "1)" * 20, r"\frac{1}" * 124 + "2", "a=" * 499 + "a",
+    r"\{" * 20 + "1," * 300 + "1" + r"\}" * 20,
+    "10**10**10", "10^{10^{10}}", "10^{-999999999}", "1e999999999", "9!" * 499, "(((9!)!)!)", r"\binom{10^9}{10^8}", r"\sqrt[10^9]{2}",
+    "9^{2000}/7^{2000}+" * 55 + "1", "500!^{2000}*" * 80 + "1", "1/" * 499 + "3", "x^{1/99}" * 120, "(x+1)^{9999999}",
+    "99*" * 330 + "9", "1 1/2 " * 160,
+    "1," * 499 + "1", "1,111" * 199, "±1" * 400, "A or " * 190 + "B", r"5\text{a}" * 110, r"\text{a " * 140 + "}" * 140,
+    "5 " * 499, " " * 999,
+    r"\begin{pmatrix}" + "1&" * 450 + r"\end{pmatrix}", r"\end{pmatrix}\begin{pmatrix}", r"\frac{1}{0}", "0^{-1}",
+    r"\log_{1} 5", r"\ln 0", "nan",
+    "inf", "\\", "\\\\", r"\frac", r"\text", r"\left(", "}{", "^", "_", "=", "<", ",", "\x004", "\ud800", "\u202e24",
+    "²" * 500, "٤٢", "四十三",
+    "__import__('os').system('exit 1')", "exec('raise SystemExit')", "[i for i in range(10**9)]", "().__class__.__bases__[0]",
+    "7" * 1_000_000, "(" * 500_000, "a" * 1_000_000, r"\frac{1}{" * 100_000, r"\boxed{41} " * 100_000,
+]
+
+
+@pytest.mark.parametrize(("response", "answer"), EXTRACTIONS)
+def test_extracts_the_last_box_after_the_thinking(response: str, answer: str | None) -> None:
+    assert extract_answer(response) == answer
+
+
+def test_a_box_longer_than_any_answer_is_none() -> None:
+    assert extract_answer("\\boxed{" + "1" * (MAX_BOX - 1) + "}") == "1" * (MAX_BOX - 1)
+    assert extract_answer("\\boxed{" + "1" * MAX_BOX + "}") is None
+
+
+@pytest.mark.parametrize(("one", "other"), EQUAL)
+def test_equal(one: str, other: str) -> None:
+    assert equal(one, other) and equal(other, one)
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_different(one: str, other: str) -> None:
+    assert not equal(one, other) and not equal(other, one)
+
+
+def test_grade_takes_any_gold_of_a_list() -> None:
+    response = r"<think>\boxed{3}</think>It is \boxed{\frac{4}{2}}."
+    assert grade(response, "2") and grade(response, ["5", "2"])
+    assert not grade(response, "3") and not grade(response, ["3", "5"]) and not grade(response, [])
+    assert not grade(r"\boxed{ }", "")  # an empty box is no answer
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_answers_are_wrong_in_no_time(text: str) -> None:
+    for response, gold in [(f"\\boxed{{{text}}}", "42"), (text, "42"), ("\\boxed{42}", text), (f"\\boxed{{1+{text}}}", text)]:
+        start = time.process_time()
+        assert not grade(response, gold)
+        assert time.process_time() - start < LIMIT_S
+
+
+def test_reflexive_and_symmetric_on_mutated_answers() -> None:
+    rng = random.Random(0)
+    answers = [answer for pair in EQUAL + DIFFERENT for answer in pair]
+    pieces = ["{", "}", "(", "]", ",", "^", "_", "=", "<", "|", "-", ".", "9", "x", "\\", "\\\\",
+              "\\pm", "\\frac", "\\sqrt", "\\text{", "\\in ", "^9" * 30]
+    for _ in range(3_000):
+        one = rng.choice(answers)
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(one) + 1)
+            one = one[:at] + rng.choice(pieces) + one[at + rng.randrange(2):]
+        other = rng.choice([one + rng.choice(pieces), one.replace("{", ""), rng.choice(answers)])
+        assert equal(one, one), one
+        assert equal(one, other) == equal(other, one), (one, other)
+
+
+@pytest.mark.skipif(not DEV_ROWS.exists(), reason=f"the labelled rows are not at {DEV_ROWS}")
+def test_development_rows() -> None:
+    right, total, slowest = Counter(), Counter(), 0.0
+    with DEV_ROWS.open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            start = time.process_time()
+            verdict = grade(row["response"], row["gold"])
+            slowest = max(slowest, time.process_time() - start)
+            kind = "hostile" if row["kind"] == "hostile" else "answers"
+            total[kind] += 1
+            right[kind] += verdict == row["label"]
+    assert right["hostile"] == total["hostile"] == 52
+    assert right["answers"] / total["answers"] >= 0.995
+    assert slowest < LIMIT_S
