@@ -4,8 +4,8 @@
     python sample.py --model DIR --prompt "What is 7 * 8?" --n 4
     python sample.py --model DIR --prompts prompts.jsonl --n 16 --out samples.jsonl
 
-Rows of prompts are {"prompt": TEXT} or {"messages": [...]}; rows of out repeat them and add completion, finish_reason, tokens, sample.
-Where a flag is not given, the model's run or the recipe decides ([evaluate]), then the default.
+Rows of prompts are {"prompt": TEXT} or {"messages": [...]}; rows of out repeat them and add completion, finish_reason,
+tokens, sample. Where a flag is not given, the model's run or the recipe decides ([evaluate]), then the default.
 """
 
 import dataclasses
@@ -61,14 +61,20 @@ def main(argv: list[str]) -> None:
     context = model.config.max_position_embeddings
     for (where, _), prompt in zip(rows, prompts):
         if len(prompt) >= context:
-            raise UserError(f"{where} has {len(prompt):,} tokens with its template and fills the context of {context:,}")
+            raise UserError(
+                f"{where} has {len(prompt):,} tokens with its template and fills the context of {context:,}"
+            )
     requests = requests_for(prompts, config.n, config.seed)
     owners = {id(request): rows[i // config.n][1] for i, request in enumerate(requests)}
     sampler = Sampler(model, stop_ids(tokenizer), config)
     if config.out:
         _write(sampler, requests, owners, tokenizer, Path(config.out))
     else:
-        print(f"{folder}: {len(requests)} sample{'s' if len(requests) > 1 else ''} at temperature {config.temperature}, top-p {config.top_p}", flush=True)
+        plural = "s" if len(requests) > 1 else ""
+        print(
+            f"{folder}: {len(requests)} sample{plural} at temperature {config.temperature}, top-p {config.top_p}",
+            flush=True,
+        )
         _show(sampler, requests, owners, tokenizer)
 
 
@@ -120,12 +126,20 @@ def _show(sampler: Sampler, requests: list[Request], owners: dict[int, Any], tok
         print(f"\n\n({len(request.tokens):,} tokens{cut})", flush=True)
 
 
-def _write(sampler: Sampler, requests: Iterable[Request], owners: dict[int, Any], tokenizer: Tokenizer, path: Path) -> None:
+def _write(
+    sampler: Sampler, requests: Iterable[Request], owners: dict[int, Any], tokenizer: Tokenizer, path: Path
+) -> None:
     """Write each completion when it ends, as a whole line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "x", encoding="utf-8") as file, tqdm(total=len(owners), desc="sampling", unit=" samples", file=sys.stderr) as progress:
+    progress = tqdm(total=len(owners), desc="sampling", unit=" samples", file=sys.stderr)
+    with open(path, "x", encoding="utf-8") as file, progress:
         for request in sampler.run(requests):
-            row = {"completion": tokenizer.decode(request.tokens), "finish_reason": request.finish_reason, "tokens": len(request.tokens), "sample": request.sample}
+            row = {
+                "completion": tokenizer.decode(request.tokens),
+                "finish_reason": request.finish_reason,
+                "tokens": len(request.tokens),
+                "sample": request.sample,
+            }
             file.write(json.dumps({**owners[id(request)], **row}, ensure_ascii=False) + "\n")
             file.flush()
             progress.update()

@@ -1,7 +1,8 @@
 """Stage 2: Reinforcement Distillation from pairs of a correct and an incorrect trace.
 
     python train_redi.py                                  the whole method on the embedded toy, stage 1 included
-    torchrun --standalone --nproc_per_node=8 train_redi.py --recipe qwen2.5-math-1.5b --model runs/sft/final --data pairs.jsonl --out runs/redi
+    torchrun --standalone --nproc_per_node=8 train_redi.py --recipe qwen2.5-math-1.5b \\
+        --model runs/sft/final --data pairs.jsonl --out runs/redi
 
 Rows of the data are {"prompt", "chosen", "rejected"}, each a text or a list of messages.
 """
@@ -27,7 +28,8 @@ def main(argv: list[str]) -> None:
     tables = read_recipe(recipe or "toy") if recipe or not own_model else {}
     config, evaluation, stage_1, toy_config = (
         resolve(kind, name, tables, flags)
-        for name, kind in (("redi", RediConfig), ("evaluate", EvaluateConfig), ("sft", SftConfig), ("toy", ToyConfig)))
+        for name, kind in (("redi", RediConfig), ("evaluate", EvaluateConfig), ("sft", SftConfig), ("toy", ToyConfig))
+    )
     if not config.model and config.data:
         raise UserError("--data needs a model to train on it: give --model DIR, the one of stage 1")
 
@@ -36,8 +38,15 @@ def main(argv: list[str]) -> None:
     is_toy = not config.model
     if is_toy:
         folder = out / "data"
-        stage_1 = replace(stage_1, model=str(folder / "model"), data=str(folder / "sft.jsonl"), out=str(out / "sft"), seed=config.seed)
-        config = replace(config, model=str(out / "sft" / "final"), data=str(folder / "pairs.jsonl"), watch=str(folder / "watch.jsonl"))
+        stage_1 = replace(
+            stage_1, model=str(folder / "model"), data=str(folder / "sft.jsonl"), out=str(out / "sft"), seed=config.seed
+        )
+        config = replace(
+            config,
+            model=str(out / "sft" / "final"),
+            data=str(folder / "pairs.jsonl"),
+            watch=str(folder / "watch.jsonl"),
+        )
         evaluation = replace(evaluation, benchmarks=[str(folder / "toy.jsonl")])
         configs = {"redi": config, "evaluate": evaluation, "sft": stage_1, "toy": toy_config}
 
@@ -57,7 +66,8 @@ def main(argv: list[str]) -> None:
 
 
 def show_results(config: RediConfig, evaluation: EvaluateConfig, ranks: World) -> None:
-    """Evaluate the model of the start and the final one, unless that is done; write results.json and print its table."""
+    """Evaluate the model of the start and the final one, unless that is done; write results.json and print its
+    table."""
     out = Path(config.out)
     if not ranks.first(lambda: (out / "results.json").exists()):
         tests = [benchmarks.load(name, evaluation.data, evaluation.limit) for name in evaluation.benchmarks]

@@ -1,7 +1,8 @@
 """Stage 1: supervised fine-tuning on correct traces.
 
     python train_sft.py                                   on the embedded toy
-    torchrun --standalone --nproc_per_node=8 train_sft.py --recipe qwen2.5-math-1.5b --model DIR --data sft.jsonl --out runs/sft
+    torchrun --standalone --nproc_per_node=8 train_sft.py --recipe qwen2.5-math-1.5b --model DIR --data sft.jsonl --out
+    runs/sft
 
 Rows of the data are {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}.
 """
@@ -32,7 +33,11 @@ def main(argv: list[str]) -> None:
         folder = Path(config.out) / "data"
         if not config.model:
             config = replace(config, model=str(folder / "model"), data=str(folder / "sft.jsonl"))
-            configs = {"sft": config, "evaluate": replace(evaluation, benchmarks=[str(folder / "toy.jsonl")]), "toy": toy_config}
+            configs = {
+                "sft": config,
+                "evaluate": replace(evaluation, benchmarks=[str(folder / "toy.jsonl")]),
+                "toy": toy_config,
+            }
         if ranks.first(lambda: open_run(config.out, configs)):
             return ranks.say(f"{config.out} holds this run, finished")
         if "toy" in configs:

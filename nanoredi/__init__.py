@@ -1,1 +1,2 @@
-"""Reinforcement Distillation (REDI, arXiv 2505.24850) from scratch: see README.md for the recipe and where to start reading."""
+"""Reinforcement Distillation (REDI, arXiv 2505.24850) from scratch: see README.md for the recipe and where to start
+reading."""

@@ -1,7 +1,8 @@
-"""Causal attention with grouped queries: over packed sequences (training, scoring, prefill) and over a key-value cache (decoding).
+"""Causal attention with grouped queries: over packed sequences (training, scoring, prefill) and over a key-value cache
+(decoding).
 
-Both are objects that a forward pass is given and that every block calls with its queries, keys and values, so the model is
-the same code in training and in sampling. The letters for shapes are those of model.py.
+Both are objects that a forward pass is given and that every block calls with its queries, keys and values, so the
+model is the same code in training and in sampling. The letters for shapes are those of model.py.
 """
 
 import inspect
@@ -22,11 +23,12 @@ _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn
 class PackedAttention:
     """Each token attends to itself and to the earlier tokens of its own sequence.
 
-    On a GPU in half precision one variable-length flash kernel takes all sequences; elsewhere they go one after the other.
+    On a GPU in half precision one variable-length flash kernel takes all sequences; elsewhere they go one after the
+    other.
     """
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int | None = None):
-        """cu_seqlens (S+1,) int32: where each sequence begins and the last ends. Without max_seqlen the device is asked for it."""
+        """cu_seqlens (S+1,) int32 says where each sequence begins; without max_seqlen the device is asked for it."""
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
         self._lengths: list[int] = []
@@ -35,18 +37,21 @@ class PackedAttention:
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             if self.max_seqlen is None:
                 self.max_seqlen = int(self.cu_seqlens.diff().max())
-            return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen, window_size=(-1, 0), **_GROUPED)
+            cu, longest = self.cu_seqlens, self.max_seqlen
+            return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **_GROUPED)
         if not self._lengths:
             self._lengths = self.cu_seqlens.diff().tolist()
-        heads_first = (x.transpose(0, 1).unsqueeze(0).split(self._lengths, dim=2) for x in (q, k, v))  # (1, H or K, n, E)
-        out = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in zip(*heads_first)]
+        # Heads first, and a sequence at a time: (1, H or K, n, E).
+        parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(self._lengths, dim=2) for x in (q, k, v)))
+        out = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in parts]
         return torch.cat(out, dim=2).squeeze(0).transpose(0, 1)
 
 
 class KVCache:
     """The keys and values of B rows, each at its own length; the rows being decoded are always the first ones.
 
-    The cache grows with its rows and with the longest of them, by half at a time, so short completions never pay for the whole context.
+    The cache grows with its rows and with the longest of them, by half at a time, so short completions never pay for
+    the whole context.
     """
 
     def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
@@ -72,7 +77,9 @@ class KVCache:
         """Attention over packed prompts, which also writes prompt s into row first_row + s."""
         packed = PackedAttention(cu_seqlens, max_seqlen)
         lengths = cu_seqlens.diff().long()
-        rows = torch.arange(first_row, first_row + len(lengths), device=lengths.device).repeat_interleave(lengths)  # (N,)
+        rows = torch.arange(first_row, first_row + len(lengths), device=lengths.device).repeat_interleave(
+            lengths
+        )  # (N,)
         places = torch.arange(len(rows), device=rows.device) - cu_seqlens[:-1].long().repeat_interleave(lengths)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -96,7 +103,10 @@ class KVCache:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys[layer, rows, :, lengths] = k
             self.values[layer, rows, :, lengths] = v
-            keys, values = self.keys[layer, :num_rows, :, :room], self.values[layer, :num_rows, :, :room]  # (B, K, T, E)
+            keys, values = (
+                self.keys[layer, :num_rows, :, :room],
+                self.values[layer, :num_rows, :, :room],
+            )  # (B, K, T, E)
             # The query heads that share a key-value head go in as that head's queries: nothing is repeated.
             grouped = q.unflatten(1, (keys.shape[1], -1))  # (B, K, H/K, E)
             return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1, 2)

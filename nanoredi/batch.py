@@ -1,21 +1,20 @@
 """Which rows an optimiser step has, how they are dealt to ranks and micro-batches, and a micro-batch as packed tensors.
 
-A packed batch is its sequences one after the other with no padding. A step's rows depend on the seed and the step alone, and
-its loss is a sum over tokens with weights that are divided by the whole step (objectives.py), so ranks and micro-batches
-change how the work is done and not what is computed.
+A packed batch is its sequences one after the other with no padding. A step's rows depend on the seed and the step
+alone, and its loss is a sum over tokens with weights that are divided by the whole step (objectives.py), so ranks and
+micro-batches change how the work is done and not what is computed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-@dataclass
-class PackedBatch:
-    """N packed input tokens of S sequences, and what each must predict.
+class PackedBatch(NamedTuple):
+    """N packed input tokens of S sequences, and what each must predict: what Qwen2.loss takes, in its order.
 
     Attributes:
         input_ids: (N,) int64.
@@ -24,7 +23,8 @@ class PackedBatch:
         targets: (N,) int64, the next token.
         weights: (N,) fp32, of the target's log-probability in the loss; 0 where nothing is learned.
         rows: (R,) int64, the indices of the weights that are not 0.
-        max_seqlen: the longest sequence. Like rows it is made here, on the CPU, so that the device is never asked for it.
+        max_seqlen: the longest sequence. Like rows it is made here, on the CPU, so that the device is never asked for
+            it.
     """
 
     input_ids: Tensor
@@ -36,10 +36,10 @@ class PackedBatch:
     max_seqlen: int
 
     def to(self, device: torch.device) -> "PackedBatch":
-        tensors = (self.input_ids, self.position_ids, self.cu_seqlens, self.targets, self.weights, self.rows)
+        *tensors, max_seqlen = self
         if device.type == "cuda":
-            tensors = (t.pin_memory() for t in tensors)  # else the copy waits for the device
-        return PackedBatch(*(t.to(device, non_blocking=True) for t in tensors), max_seqlen=self.max_seqlen)
+            tensors = [t.pin_memory() for t in tensors]  # else the copy waits for the device
+        return PackedBatch(*(t.to(device, non_blocking=True) for t in tensors), max_seqlen)
 
 
 def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> PackedBatch:
@@ -64,13 +64,15 @@ def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> PackedBat
 
 
 def num_steps(num_rows: int, batch_size: int, epochs: int, max_steps: int) -> int:
-    """Optimiser steps of a run. An epoch's last step takes the rows that are left, so every row is seen once an epoch."""
+    """Optimiser steps of a run. An epoch's last step takes the rows that are left, so every row is seen once an
+    epoch."""
     steps = epochs * -(-num_rows // batch_size)
     return min(steps, max_steps) if max_steps else steps
 
 
 def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarray:
-    """The rows of an optimiser step, counted from 0: a slice of its epoch's shuffle. Nothing but the step needs to be kept for a resume."""
+    """The rows of an optimiser step, counted from 0: a slice of its epoch's shuffle. Nothing but the step needs to be
+    kept for a resume."""
     epoch, place = divmod(step, -(-num_rows // batch_size))
     order = np.random.default_rng((seed, epoch)).permutation(num_rows)
     return order[place * batch_size : (place + 1) * batch_size]
@@ -79,8 +81,8 @@ def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarra
 def divide(lengths: Sequence[int], world_size: int, max_tokens: int) -> list[list[list[int]]]:
     """Deal sequences to ranks and micro-batches: every rank gets as many micro-batches, as even as can be.
 
-    The longest sequences are dealt first, each to the emptiest micro-batch. There are as few micro-batches as keep all of
-    them within max_tokens, except that a longer sequence goes alone.
+    The longest sequences are dealt first, each to the emptiest micro-batch. There are as few micro-batches as keep all
+    of them within max_tokens, except that a longer sequence goes alone.
 
     Args:
         lengths: tokens of each sequence.

@@ -1,13 +1,13 @@
 """Benchmarks: problems with their gold answers.
 
-The five of the paper by name, in the files its evaluation reads, and any JSON or JSONL file of rows with `problem` and `answer`.
+The five of the paper by name, in the files its evaluation reads, and any JSON or JSONL file of rows with `problem` and
+`answer`.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import json
 
 from nanoredi.data import read_rows
 from nanoredi.errors import UserError, nearest
@@ -47,7 +47,8 @@ def load(name: str, folder: str, limit: int = 0) -> Benchmark:
         limit: take only so many problems from the start; 0 takes all.
 
     Raises:
-        UserError: for an unknown name, a missing or broken file, a malformed row, and a file of another length than the paper's.
+        UserError: for an unknown name, a missing or broken file, a malformed row, and a file of another length than
+        the paper's.
     """
     path = Path(name)
     if name in PAPER:
@@ -57,7 +58,9 @@ def load(name: str, folder: str, limit: int = 0) -> Benchmark:
         if path is None:
             raise UserError(f"{folder} holds neither {name}.json nor {name}.jsonl")
     elif path.suffix not in (".json", ".jsonl"):
-        raise UserError(f"there is no benchmark {name!r}{nearest(name, PAPER)}; it is one of {', '.join(PAPER)}, or a .json or .jsonl file")
+        raise UserError(
+            f"there is no benchmark {name!r}{nearest(name, PAPER)}; it is one of {', '.join(PAPER)}, or a .json or .jsonl file"
+        )
     questions, golds = [], []
     for where, row in _rows(path):
         if not isinstance(row, dict) or not isinstance(row.get("problem"), str) or not row["problem"].strip():
@@ -89,8 +92,11 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
 def _golds(where: str, answer: Any) -> list[str]:
     """The answers that count as right: the file has text, a number (142.0 for 142), or a list of these."""
     answers = answer if isinstance(answer, list) else [answer]
-    golds = [f"{a:g}" if isinstance(a, float) and a.is_integer() and abs(a) < 1e15 else str(a).strip()
-             for a in answers if isinstance(a, (str, int, float)) and not isinstance(a, bool)]
+    golds = [
+        f"{a:g}" if isinstance(a, float) and a.is_integer() and abs(a) < 1e15 else str(a).strip()
+        for a in answers
+        if isinstance(a, (str, int, float)) and not isinstance(a, bool)
+    ]
     if not golds or len(golds) != len(answers) or not all(golds):
         raise UserError(f"{where} has no 'answer', which is text, a number, or a list of these")
     return golds

@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: safetensors and JSON, nothing pickled.
 
-Reading maps the files into memory. Writing goes into a folder beside the final one and is renamed at the end, so a folder
-that is there is whole.
+Reading maps the files into memory. Writing goes into a folder beside the final one and is renamed at the end, so a
+folder that is there is whole.
 """
 
 import json
@@ -25,7 +25,9 @@ MAX_SHARD_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"
 
 
-def load_weights(folder: str | Path, shapes: Mapping[str, torch.Size], tied: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+def load_weights(
+    folder: str | Path, shapes: Mapping[str, torch.Size], tied: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
     """The weights of a folder, one by one, mapped from its files.
 
     Args:
@@ -34,7 +36,8 @@ def load_weights(folder: str | Path, shapes: Mapping[str, torch.Size], tied: Map
         tied: {name: other}: name may also be there, where it repeats other.
 
     Raises:
-        UserError: for a missing or broken file, and for missing, unexpected or misshapen weights, by name. All is checked
+        UserError: for a missing or broken file, and for missing, unexpected or misshapen weights, by name. All is
+        checked
             before the first weight is given.
     """
     folder = Path(folder)
@@ -48,7 +51,9 @@ def load_weights(folder: str | Path, shapes: Mapping[str, torch.Size], tied: Map
 
     missing = sorted(shapes.keys() - files.keys())
     # Old checkpoints also store the rotary frequencies, which follow from the config.
-    unexpected = sorted(name for name in files.keys() - shapes.keys() - tied.keys() if not name.endswith("rotary_emb.inv_freq"))
+    unexpected = sorted(
+        name for name in files.keys() - shapes.keys() - tied.keys() if not name.endswith("rotary_emb.inv_freq")
+    )
     if missing:
         raise UserError(f"{folder} lacks the weights {_some(missing)}")
     if unexpected:
@@ -59,12 +64,20 @@ def load_weights(folder: str | Path, shapes: Mapping[str, torch.Size], tied: Map
             raise UserError(f"{folder}: {name} has the shape {tuple(found)}; its config.json asks for {tuple(shape)}")
     for name, other in tied.items():
         if name in files and not torch.equal(files[name].get_tensor(name), files[other].get_tensor(other)):
-            raise UserError(f"{folder}: config.json ties {name} to {other}, but the file holds another {name}; set tie_word_embeddings to false")
+            raise UserError(
+                f"{folder}: config.json ties {name} to {other}, but the file holds another {name}: "
+                "set tie_word_embeddings to false"
+            )
     return ((name, files[name].get_tensor(name)) for name in shapes)
 
 
-def save_folder(folder: str | Path, config: dict[str, Any], weights: Mapping[str, Tensor], tokenizer_folder: str | Path | None,
-                dtype: torch.dtype | None) -> None:
+def save_folder(
+    folder: str | Path,
+    config: dict[str, Any],
+    weights: Mapping[str, Tensor],
+    tokenizer_folder: str | Path | None,
+    dtype: torch.dtype | None,
+) -> None:
     """Write config, weights, tokenizer files and generation config. Every rank calls it; rank 0 writes.
 
     Args:
@@ -100,7 +113,10 @@ def save_folder(folder: str | Path, config: dict[str, Any], weights: Mapping[str
         return
     if len(shards) > 1:
         total = sum(w.numel() * dtypes[name].itemsize for name, w in weights.items())
-        index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, names in shards.items() for name in names}}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: file for file, names in shards.items() for name in names},
+        }
         _write_json(beside / _INDEX, index)
     config = {**config, "torch_dtype": str(next(iter(dtypes.values()))).removeprefix("torch.")}
     if tokenizer_folder is not None:
@@ -128,7 +144,8 @@ def newest_model(root: str = "runs") -> str:
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end a completion of this folder's model: the tokenizer's, and those its generation config names."""
+    """The tokens that end a completion of this folder's model: the tokenizer's, and those its generation config
+    names."""
     path = tokenizer.folder / "generation_config.json"
     named = read_json(path).get("eos_token_id") if path.exists() else None
     return sorted({*tokenizer.stop_ids, *(named if isinstance(named, list) else [] if named is None else [named])})
@@ -138,7 +155,8 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """The folder's generation config, ending where nanoredi's sampler ends."""
     path = tokenizer.folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
-    # differs from the original: Qwen2.5's base models end on <|endoftext|> alone, which stage 1 never learns, and at 2,048 tokens.
+    # differs from the original: Qwen2.5's base models end on <|endoftext|> alone, which stage 1 never learns, and at
+    # 2,048 tokens.
     generation.pop("max_new_tokens", None)
     return {**generation, "eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_id}
 

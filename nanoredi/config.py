@@ -1,14 +1,15 @@
 """Recipes and flags.
 
-A recipe is a TOML file with a table a dataclass below: [sft], [redi], [evaluate], [toy]. A script has a main table, whose
-fields are its flags (`train_redi.py --alpha 0.5`); fields of its other tables are flags with the table's name in front
-(`train_redi.py --evaluate.n 4`). Flags win over the recipe, the recipe over the defaults. What was resolved is written into
-the run's folder as config.toml, which is itself a recipe.
+A recipe is a TOML file with a table a dataclass below: [sft], [redi], [evaluate], [toy]. A script has a main table,
+whose fields are its flags (`train_redi.py --alpha 0.5`); fields of its other tables are flags with the table's name in
+front (`train_redi.py --evaluate.n 4`). Flags win over the recipe, the recipe over the defaults. What was resolved is
+written into the run's folder as config.toml, which is itself a recipe.
 """
 
 import argparse
 import dataclasses
 import math
+import operator
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,15 @@ from nanoredi.errors import UserError, nearest
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def option(default: Any, help: str, *, low: float | None = None, above: float | None = None, high: float | None = None,
-           choices: tuple[str, ...] = ()) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
     """A field with its one comment, which is also the flag's help, and with the values it may take."""
     metadata = {"help": help, "low": low, "above": above, "high": high, "choices": choices}
     if isinstance(default, list):
@@ -42,12 +50,26 @@ class TrainConfig:
     max_steps: int = option(0, "stop after this many optimiser steps; 0: after the epochs", low=0)
     batch_size: int = option(32, "pairs in an optimiser step, over all ranks", low=1)
     lr: float = option(1e-6, "peak learning rate", low=0)
-    warmup: float = option(0.1, "share of the steps in which the learning rate rises to its peak; then it falls to 0", low=0, high=1)
+    warmup: float = option(
+        0.1, "share of the steps in which the learning rate rises to its peak; then it falls to 0", low=0, high=1
+    )
     weight_decay: float = option(1e-4, "AdamW's decoupled weight decay", low=0)
     clip: float = option(1.0, "largest gradient norm; a longer gradient is scaled down to it", above=0)
-    dtype: str = option("auto", "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it); master weights are float32", choices=DTYPES)
-    activation_checkpointing: bool = option(True, "recompute each block's activations in backward instead of keeping them")
-    max_tokens_per_micro_batch: int = option(40_000, "tokens of one forward pass on one rank; a longer sequence goes alone", low=1)
+    dtype: str = option(
+        "auto",
+        "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it); masters are float32",
+        choices=DTYPES,
+    )
+    activation_checkpointing: bool = option(
+        True, "recompute each block's activations in backward instead of keeping them"
+    )
+    reshard_after_forward: bool = option(
+        True,
+        "let go of a block's whole weights after its forward and gather them again in backward: less memory, more traffic",
+    )
+    max_tokens_per_micro_batch: int = option(
+        40_000, "tokens of one forward pass on one rank; a longer sequence goes alone", low=1
+    )
     save_every: int = option(200, "steps between saved models; 0: only at the end", low=0)
     log_every: int = option(10, "steps between the lines on the screen", low=1)
     seed: int = option(42, "of the data's order, and of everything the toy makes", low=0)
@@ -75,7 +97,9 @@ class RediConfig(TrainConfig):
     max_prompt_tokens: int = option(800, "longest prompt; of a longer one the last tokens are kept", low=1)
     max_response_tokens: int = option(19_000, "longest response; a longer one is cut on the right", low=1)
     watch: str = option("", "JSONL file of pairs kept out of training, for the log-probs in the final table")
-    evaluate: bool = option(False, "at the end, compare the model of the start and the final one on [evaluate]'s benchmarks")
+    evaluate: bool = option(
+        False, "at the end, compare the model of the start and the final one on [evaluate]'s benchmarks"
+    )
 
 
 @dataclass
@@ -84,24 +108,36 @@ class SamplingConfig:
 
     n: int = option(16, "samples a prompt", low=1)
     temperature: float = option(0.6, "0: always the likeliest token", low=0)
-    top_p: float = option(0.95, "sample among the fewest likeliest tokens that together have this probability; 1: among all", above=0, high=1)
+    top_p: float = option(
+        0.95,
+        "sample among the fewest likeliest tokens that together have this probability; 1: among all",
+        above=0,
+        high=1,
+    )
     top_k: int = option(0, "sample among the k likeliest tokens; 0: among all", low=0)
     max_tokens: int = option(32_768, "longest completion; the end of the context comes first", low=1)
     seed: int = option(42, "of the samples", low=0)
     batch_size: int = option(64, "rows decoded at once on a rank", low=1)
-    dtype: str = option("auto", "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it)", choices=DTYPES)
+    dtype: str = option(
+        "auto", "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it)", choices=DTYPES
+    )
 
 
 @dataclass
 class EvaluateConfig(SamplingConfig):
     """Benchmarks to a table."""
 
-    benchmarks: list[str] = option(["math500", "aime24", "amc23", "minerva", "olympiad_bench"],
-                                   "names, or JSONL files of rows with problem and answer")
+    benchmarks: list[str] = option(
+        ["math500", "aime24", "amc23", "minerva", "olympiad_bench"],
+        "names, or JSONL files of rows with problem and answer",
+    )
     data: str = option("", "folder of the named benchmarks' files")
     limit: int = option(0, "problems a benchmark, from its start; 0: all", low=0)
-    think: str = option("forced", "forced: the prompt opens <think> for the model, as in the paper; own: the chat template as it is",
-                        choices=("forced", "own"))
+    think: str = option(
+        "forced",
+        "forced: the prompt opens <think> for the model, as in the paper; own: the chat template as it is",
+        choices=("forced", "own"),
+    )
 
 
 @dataclass
@@ -120,8 +156,14 @@ TABLES = {"sft": SftConfig, "redi": RediConfig, "evaluate": EvaluateConfig, "toy
 Tables = dict[str, dict[str, Any]]  # {table: {field: value}}: what a recipe or the flags say, before the defaults
 
 
-def read_flags(description: str, argv: list[str], main: str, main_type: type, others: tuple[str, ...] = (),
-               takes_recipe: bool = True) -> tuple[str | None, Tables]:
+def read_flags(
+    description: str,
+    argv: list[str],
+    main: str,
+    main_type: type,
+    others: tuple[str, ...] = (),
+    takes_recipe: bool = True,
+) -> tuple[str | None, Tables]:
     """Read a script's flags.
 
     Args:
@@ -147,8 +189,14 @@ def read_flags(description: str, argv: list[str], main: str, main_type: type, ot
             flags[flag] = table, f
             nargs = "+" if get_origin(f.type) is list else None
             default = f.default_factory() if nargs else f.default
-            parser.add_argument(flag, dest=flag, nargs=nargs, metavar=f.name.upper(), default=argparse.SUPPRESS,
-                                help=f"{f.metadata['help']} [{default}]".replace("%", "%%"))
+            parser.add_argument(
+                flag,
+                dest=flag,
+                nargs=nargs,
+                metavar=f.name.upper(),
+                default=argparse.SUPPRESS,
+                help=f"{f.metadata['help']} [{default}]".replace("%", "%%"),
+            )
     known, unknown = parser.parse_known_args(argv)
     for word in unknown:
         name = word.split("=")[0]
@@ -168,18 +216,24 @@ def read_recipe(recipe: str | Path) -> Tables:
     """Read a recipe: the name of a built-in one, or a TOML file.
 
     Raises:
-        UserError: when it cannot be read, for a table or key that does not exist, and for a value that its field cannot take.
+        UserError: when it cannot be read, for a table or key that does not exist, and for a value that its field
+        cannot take.
     """
     path = RECIPES / f"{recipe}.toml" if recipe in _builtin_recipes() else Path(recipe)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the recipe {recipe}: {error.strerror}{nearest(str(recipe), _builtin_recipes())}") from None
+        raise UserError(
+            f"cannot read the recipe {recipe}: {error.strerror}{nearest(str(recipe), _builtin_recipes())}"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
     for table, values in tables.items():
         if table not in TABLES or not isinstance(values, dict):
-            raise UserError(f"{path}: there is no table [{table}]{nearest(table, TABLES)}; a recipe has {', '.join(f'[{t}]' for t in TABLES)}")
+            tables_there_are = ", ".join(f"[{t}]" for t in TABLES)
+            raise UserError(
+                f"{path}: there is no table [{table}]{nearest(table, TABLES)}; a recipe has {tables_there_are}"
+            )
         fields = {f.name: f for f in dataclasses.fields(TABLES[table])}
         for key in values:
             if key not in fields:
@@ -228,7 +282,9 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
         if (folder / "final" / "config.json").exists():
             return True
         if (folder / "metrics.jsonl").exists():
-            raise UserError(f"{out} holds this run, broken off before its end: move the folder away or give another --out")
+            raise UserError(
+                f"{out} holds this run, broken off before its end: move the folder away or give another --out"
+            )
         return False
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{out} is not empty and holds no nanoredi run: give another --out")
@@ -244,7 +300,9 @@ def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
             old = before.get(table, {}).get(key)
             # Where the folder lies and where tokens are cached do not change a run.
             if key not in ("out", "cache") and old != value:
-                raise UserError(f"{path.parent} holds another run: {table}.{key} is {old!r} there and {value!r} here; give another --out")
+                raise UserError(
+                    f"{path.parent} holds another run: {table}.{key} is {old!r} there and {value!r} here; give another --out"
+                )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -275,9 +333,12 @@ def _checked(where: str, f: dataclasses.Field, value: Any) -> Any:
     m = f.metadata
     if m["choices"] and value not in m["choices"]:
         raise UserError(f"{where} takes {' or '.join(m['choices'])}, not {value!r}{nearest(value, m['choices'])}")
-    bounds = {"at least": (m["low"], lambda b: value >= b), "above": (m["above"], lambda b: value > b), "at most": (m["high"], lambda b: value <= b)}
-    for words, (bound, holds) in bounds.items():
-        if bound is not None and not holds(bound):
+    for words, bound, holds in (
+        ("at least", m["low"], operator.ge),
+        ("above", m["above"], operator.gt),
+        ("at most", m["high"], operator.le),
+    ):
+        if bound is not None and not holds(value, bound):
             raise UserError(f"{where} is {value!r}; it must be {words} {bound}")
     return value
 
@@ -291,5 +352,11 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):
-        return '"' + "".join(f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else "\\" + c if c in '"\\' else c for c in value) + '"'
+        return (
+            '"'
+            + "".join(
+                f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else "\\" + c if c in '"\\' else c for c in value
+            )
+            + '"'
+        )
     return repr(value)

@@ -1,11 +1,15 @@
-"""JSONL rows to token sequences, each token marked as learned or not; kept on disk, keyed by the data and the tokenizer.
+"""JSONL rows to token sequences, each token marked as learned or not; kept on disk, keyed by the data and the
+tokenizer.
 
-Stage 1 rows are {"messages": [...]}, stage 2 rows {"prompt", "chosen", "rejected"}; each of these three is text (the user's
-message, the assistant's message) or a list of messages. Both stages follow the original's token rules, which differ:
+Stage 1 rows are {"messages": [...]}, stage 2 rows {"prompt", "chosen", "rejected"}; each of these three is text (the
+user's message, the assistant's message) or a list of messages. Both stages follow the original's token rules, which
+differ:
 
-    stage 1   the whole templated conversation is tokenised at once; eos is appended unless there; cut on the right; learned is
+    stage 1   the whole templated conversation is tokenised at once; eos is appended unless there; cut on the right;
+    learned is
               what follows the last assistant header, except the padding token, which is eos in Qwen2.5's base models
-    stage 2   prompt and completion are tokenised apart; eos is appended to the completion unless there; of a long prompt the
+    stage 2   prompt and completion are tokenised apart; eos is appended to the completion unless there; of a long
+    prompt the
               last tokens are kept, a long completion is cut on the right; learned is the completion, eos included
 """
 
@@ -85,7 +89,9 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
     return _cached(path, tokenizer, cache, ("sft", max_tokens), tokenise)
 
 
-def load_pairs(path: str, tokenizer: Tokenizer, max_prompt_tokens: int, max_response_tokens: int, cache: str) -> TokenData:
+def load_pairs(
+    path: str, tokenizer: Tokenizer, max_prompt_tokens: int, max_response_tokens: int, cache: str
+) -> TokenData:
     """Stage 2's sequences, two a row: chosen, rejected. Call on one rank first: it fills the cache.
 
     Raises:
@@ -97,7 +103,9 @@ def load_pairs(path: str, tokenizer: Tokenizer, max_prompt_tokens: int, max_resp
         for where, row in rows:
             prompt = check_messages(f"{where}: 'prompt'", _field(where, row, "prompt"))
             (head, chosen), (_, rejected) = (
-                tokenizer.split([*prompt, _answer(f"{where}: {key!r}", _field(where, row, key))]) for key in ("chosen", "rejected"))
+                tokenizer.split([*prompt, _answer(f"{where}: {key!r}", _field(where, row, key))])
+                for key in ("chosen", "rejected")
+            )
             texts += [head, chosen, rejected]
         ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
         for prompt, *completions in zip(ids[::3], ids[1::3], ids[2::3]):
@@ -114,7 +122,8 @@ def load_pairs(path: str, tokenizer: Tokenizer, max_prompt_tokens: int, max_resp
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSONL file, each with where it stands ("file, line n") for messages about it. Empty lines are skipped.
+    """The rows of a JSONL file, each with where it stands ("file, line n") for messages about it. Empty lines are
+    skipped.
 
     Raises:
         UserError: when the file cannot be read or a line is not JSON.
@@ -165,7 +174,10 @@ def _cached(path: str, tokenizer: Tokenizer, cache: str, rules: tuple, tokenise:
     folder = Path(cache) / _key(path, tokenizer, rules)
     if not (folder / "notes.json").exists():
         _fill(folder, path, tokenise)
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("tokens", "learned", "offsets")}
+    arrays = {
+        name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        for name in ("tokens", "learned", "offsets")
+    }
     return TokenData(**arrays, notes=json.loads((folder / "notes.json").read_text()))
 
 
@@ -175,7 +187,9 @@ def _fill(folder: Path, path: str, tokenise: Callable) -> None:
         raise UserError(f"{path} holds no rows")
     tokens, learned, lengths = [], [], [0]
     counts: Counter[str] = Counter()
-    with tqdm(total=len(rows), desc=f"tokenising {Path(path).name}", unit=" rows", file=sys.stderr, leave=False) as progress:
+    with tqdm(
+        total=len(rows), desc=f"tokenising {Path(path).name}", unit=" rows", file=sys.stderr, leave=False
+    ) as progress:
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             batch = rows[start : start + _ROWS_AT_ONCE]
             for ids, here in tokenise(batch, counts):

@@ -16,9 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from nanoredi.errors import UserError
-from nanoredi.model import Qwen2
+from nanoredi.model import Block, Qwen2
 
 Result = TypeVar("Result")
+
+MIN_UNIT_PARAMETERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class World:
 @contextlib.contextmanager
 def world() -> Iterator[World]:
     """Join the process group that torchrun describes, or be one process alone; leave it at the end."""
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -70,31 +74,39 @@ def world() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def shard(model: Qwen2, world: World, dtype: torch.dtype) -> Qwen2:
+def shard(model: Qwen2, world: World, dtype: torch.dtype, reshard_after_forward: bool = True) -> Qwen2:
     """Shard a model of fp32 master weights in place: a unit a block, and one for embedding, norm and head.
 
     Args:
         model: its parameters are moved to the rank's device.
         world: the ranks to shard over.
         dtype: of the forward and backward; gradients are summed over ranks, and accumulated, in fp32.
+        reshard_after_forward: let go of a block's whole weights after its forward, and gather them again in backward.
     """
     # Inputs are not cast: the loss's weights must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    units: list[list[Block]] = []
     for block in model.model.layers:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
+        # A unit is one message: blocks of a tiny model share one, since its latency would cost more than their compute.
+        if not units or sum(p.numel() for b in units[-1] for p in b.parameters()) >= MIN_UNIT_PARAMETERS:
+            units.append([])
+        units[-1].append(block)
+    for unit in units:
+        fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=world.mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The loss's weights are divided by the whole step already: gradients are summed, not averaged. Gloo knows no scaled
-            # sum, hence the plain one for all.
+            # The loss's weights are divided by the whole step already: gradients are summed, not averaged. Gloo knows
+            # no scaled sum, hence the plain one for all.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that "float32", "bfloat16" or "auto" stands for on a device; auto takes bfloat16 where it is the faster one.
+    """The dtype that "float32", "bfloat16" or "auto" stands for on a device; auto takes bfloat16 where it is the
+    faster one.
 
     On a CPU that is measured (a few milliseconds): with AMX or AVX512-bf16 it is far ahead, without them far behind.
     """

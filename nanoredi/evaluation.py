@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,15 @@ from nanoredi.trainer import mean_logps
 Row = dict[str, Any]
 
 
-def evaluate(name: str, folder: str | Path, benchmarks: Iterable[Benchmark], config: EvaluateConfig, out: Path, world: World,
-             pairs: RediConfig | None = None) -> list[Row]:
+def evaluate(
+    name: str,
+    folder: str | Path,
+    benchmarks: Iterable[Benchmark],
+    config: EvaluateConfig,
+    out: Path,
+    world: World,
+    pairs: RediConfig | None = None,
+) -> list[Row]:
     """Evaluate the model of a folder; the ranks share the problems.
 
     Args:
@@ -49,8 +57,10 @@ def evaluate(name: str, folder: str | Path, benchmarks: Iterable[Benchmark], con
     model = Qwen2.from_pretrained(folder, dtype=compute_dtype(config.dtype, world.device), device=world.device)
     logps = {}
     if pairs is not None and pairs.watch:
-        load = lambda: load_pairs(pairs.watch, tokenizer, pairs.max_prompt_tokens, pairs.max_response_tokens, pairs.cache)  # noqa: E731
-        world.first(lambda: load() and None)
+        load = partial(
+            load_pairs, pairs.watch, tokenizer, pairs.max_prompt_tokens, pairs.max_response_tokens, pairs.cache
+        )
+        world.first(lambda: load().notes)  # fills the cache
         logps = dict(zip(("chosen_logp", "rejected_logp"), score(model, load(), pairs.max_tokens_per_micro_batch)))
     rows = []
     for benchmark in benchmarks:
@@ -62,9 +72,9 @@ def evaluate(name: str, folder: str | Path, benchmarks: Iterable[Benchmark], con
 def summarise(samples: list[Row], n: int) -> Row:
     """The figures of a benchmark's samples: each a row with problem, sample, correct, answer, tokens and finish_reason.
 
-    pass@1 is the mean over problems and samples. Its standard error is the paper's: s / sqrt(n), s being the standard deviation
-    (ddof 0) of the n benchmark-wide accuracies, one for each sample number. pass@n: at least one of n is right. Shares are
-    fractions of 1.
+    pass@1 is the mean over problems and samples. Its standard error is the paper's: s / sqrt(n), s being the standard
+    deviation (ddof 0) of the n benchmark-wide accuracies, one for each sample number. pass@n: at least one of n is
+    right. Shares are fractions of 1.
     """
     problems = 1 + max(s["problem"] for s in samples)
     correct = np.zeros((problems, n))
@@ -92,34 +102,59 @@ def score(model: Qwen2, data: TokenData, max_tokens: int) -> tuple[float, float]
     total = torch.zeros(2, device=device)
     for indices in divide([len(data.sequence(i)[0]) for i in range(len(data))], 1, max_tokens)[0]:
         batch = pack([(*data.sequence(i), weights[i]) for i in indices]).to(device)
-        _, logps = model.loss(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.targets, batch.weights, batch.rows, batch.max_seqlen)
+        _, logps = model.loss(*batch)
         total += mean_logps(logps, batch.weights)
     return total[0].item(), total[1].item()
 
 
-def _sample(name: str, model: Qwen2, tokenizer: Tokenizer, benchmark: Benchmark, config: EvaluateConfig, path: Path, world: World) -> list[Row]:
+def _sample(
+    name: str,
+    model: Qwen2,
+    tokenizer: Tokenizer,
+    benchmark: Benchmark,
+    config: EvaluateConfig,
+    path: Path,
+    world: World,
+) -> list[Row]:
     """Sample and grade a benchmark; all ranks' samples, in order."""
     think = config.think == "forced"
     prompts = [tokenizer.encode(tokenizer.prompt(user_message(q), think)) for q in benchmark.questions]
     context = model.config.max_position_embeddings
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) >= context:
-            raise UserError(f"{benchmark.name}: problem {number} has {len(prompt):,} tokens with its template and fills the context of {context:,}")
+            raise UserError(
+                f"{benchmark.name}: problem {number} has {len(prompt):,} tokens with its template and fills the context "
+                f"of {context:,}"
+            )
     requests = requests_for(prompts, config.n, config.seed)
     # Every rank takes each size-th problem, with all of its samples.
     mine = {id(r): i // config.n for i, r in enumerate(requests) if i // config.n % world.size == world.rank}
     samples = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file, tqdm(
-        total=len(mine), desc=f"{name} on {benchmark.name}", unit=" samples", file=sys.stderr, disable=world.rank > 0, leave=False) as progress:
+    progress = tqdm(
+        total=len(mine),
+        desc=f"{name} on {benchmark.name}",
+        unit=" samples",
+        file=sys.stderr,
+        disable=world.rank > 0,
+        leave=False,
+    )
+    with open(path, "a", encoding="utf-8") as file, progress:
         for request in Sampler(model, stop_ids(tokenizer), config).run(r for r in requests if id(r) in mine):
             problem = mine[id(request)]
             # With thinking forced, <think> stands in the prompt; it belongs to the response all the same.
             response = ("<think>\n" if think else "") + tokenizer.decode(request.tokens)
             row = {
-                "model": name, "benchmark": benchmark.name, "problem": problem, "sample": request.sample,
-                "correct": grade(response, benchmark.golds[problem]), "answer": extract_answer(response), "gold": benchmark.golds[problem],
-                "tokens": len(request.tokens), "finish_reason": request.finish_reason, "response": response,
+                "model": name,
+                "benchmark": benchmark.name,
+                "problem": problem,
+                "sample": request.sample,
+                "correct": grade(response, benchmark.golds[problem]),
+                "answer": extract_answer(response),
+                "gold": benchmark.golds[problem],
+                "tokens": len(request.tokens),
+                "finish_reason": request.finish_reason,
+                "response": response,
             }
             samples.append(row)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,7 +1,8 @@
 """The value of a mathematical expression at a sample point, for the grader.
 
-A value is exact (a Fraction) until a root, pi or a function makes it a complex float. Letters stand for fixed pseudo-random
-numbers, so that an expression with letters has a value too. Every size, depth and exponent is bounded, and nothing is
+A value is exact (a Fraction) until a root, pi or a function makes it a complex float. Letters stand for fixed
+pseudo-random numbers, so that an expression with letters has a value too. Every size, depth and exponent is bounded,
+and nothing is
 executed: the parser below is all there is. What it reads is the grader's plain string, not LaTeX as it comes.
 """
 
@@ -33,12 +34,26 @@ def value_at(text: str, point: int) -> Number:
 
 
 FUNCTIONS: dict[str, Callable[[complex], complex]] = {
-    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan,
-    "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x), "cot": lambda x: 1 / cmath.tan(x),
-    "sinh": cmath.sinh, "cosh": cmath.cosh, "tanh": cmath.tanh, "exp": cmath.exp, "ln": cmath.log, "log": cmath.log,
+    "sin": cmath.sin,
+    "cos": cmath.cos,
+    "tan": cmath.tan,
+    "arcsin": cmath.asin,
+    "arccos": cmath.acos,
+    "arctan": cmath.atan,
+    "sec": lambda x: 1 / cmath.cos(x),
+    "csc": lambda x: 1 / cmath.sin(x),
+    "cot": lambda x: 1 / cmath.tan(x),
+    "sinh": cmath.sinh,
+    "cosh": cmath.cosh,
+    "tanh": cmath.tanh,
+    "exp": cmath.exp,
+    "ln": cmath.log,
+    "log": cmath.log,
 }
-LETTERS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega "
-              "Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell".split())
+LETTERS = set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega "
+    "Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell".split()
+)
 BRACKETS = {"(": ")", "[": "]", "{": "}", "|": "|"}
 CONSTANTS = {"pi": math.pi, "π": math.pi, "e": math.e, "i": 1j}
 NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
@@ -46,7 +61,8 @@ TOKEN = re.compile(NUMBER.pattern + r"|\\?[A-Za-z]+|[^ ]")
 
 
 def tokens_of(text: str) -> list[str]:
-    """Names without their backslash; letters side by side are a product, unless so many that they are a word. "" ends the list."""
+    """Names without their backslash; letters side by side are a product, unless so many that they are a word. "" ends
+    the list."""
     tokens = []
     for found in TOKEN.finditer(text):
         token = found[0]
@@ -121,7 +137,11 @@ class _Evaluator:
     def at_factor(self) -> bool:
         """Does an implicit product go on here? A number goes on only after a bracket: (n-2)2^n, but not 3 4."""
         token = self.peek()
-        return token.isalpha() or token in ("(", "[", "{") or (token[:1].isdigit() and self.tokens[self.position - 1] == ")")
+        return (
+            token.isalpha()
+            or token in ("(", "[", "{")
+            or (token[:1].isdigit() and self.tokens[self.position - 1] == ")")
+        )
 
     def factor(self) -> Number:
         result = self.atom()
@@ -176,8 +196,10 @@ class _Evaluator:
                 name += self.next()
         if name in CONSTANTS:
             return complex(CONSTANTS[name])
-        argument = self.tokens[self.position:self.position + 3]
-        if argument[0] == "(" and argument[-1] == ")" and NUMBER.fullmatch(argument[1]):  # I(0) is a value of I, no product
+        argument = self.tokens[self.position : self.position + 3]
+        if (
+            argument[0] == "(" and argument[-1] == ")" and NUMBER.fullmatch(argument[1])
+        ):  # I(0) is a value of I, no product
             name += "".join(argument)
             self.position += 3
         scale = (9_000, 1_000)[self.point]  # once small and once large, so that no term of e^{-30t} + 1 drowns at both
@@ -219,6 +241,8 @@ def root(x: Number, n: int) -> Number:
         return -root(-x, n)
     if isinstance(x, Fraction) and x >= 0:
         guess = Fraction(round(x.numerator ** (1 / n)), round(x.denominator ** (1 / n)))
-        if guess ** n == x:
+        if guess**n == x:
             return guess
-    return (complex(x.real, 0) if x.imag == 0 else x) ** (1 / n)  # without the sign of a zero, which would choose the branch
+    return (complex(x.real, 0) if x.imag == 0 else x) ** (
+        1 / n
+    )  # without the sign of a zero, which would choose the branch

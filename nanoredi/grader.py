@@ -3,14 +3,17 @@ r"""The grader: the last boxed answer, normalised and compared with the gold ans
 Benchmarks are scored on what stands in the last \boxed{...} after the thinking, and one value has many spellings:
 \frac12, 0.5, 1/2 and x=\tfrac{1}{2} are the same answer, 0.33 and 1/3 are not. An answer goes through three steps:
 
-    clean   LaTeX to a plain string: layout, fonts, units, %, degrees and $ are dropped, \leq becomes the character ≤ ...
-    read    the string to a small tree: a list, a tuple or interval, a matrix, an equation, an inequality, a value, else a text
+    clean   LaTeX to a plain string: layout, fonts, units, %, degrees and $ are dropped, \leq becomes the character ≤
+    ...
+    read    the string to a small tree: a list, a tuple or interval, a matrix, an equation, an inequality, a value,
+        else a text
     same    two trees compared node by node
 
 A value is known by its values at two sample points (expression.py), so expanded and factored forms agree.
 
-Responses are untrusted: nothing in them is executed, every size, depth and exponent is bounded, no input raises, and what
-cannot be read is compared as a string. Left out on purpose: set-builder notation, integrals, number bases, unit conversion.
+Responses are untrusted: nothing in them is executed, every size, depth and exponent is bounded, no input raises, and
+what cannot be read is compared as a string. Left out on purpose: set-builder notation, integrals, number bases, unit
+conversion.
 """
 
 import itertools
@@ -25,7 +28,9 @@ MAX_LENGTH = 1_000  # a longer answer is compared as a string
 MAX_PARTS = 100
 TOLERANCE = 1e-12  # relative, and only where a float is involved
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(-?[0-9][0-9.,/]*))")  # \boxed{5} or \boxed 5; a mere mention of \boxed is no box
+BOX = re.compile(
+    r"\\(?:boxed|fbox)\s*(?:\{|(-?[0-9][0-9.,/]*))"
+)  # \boxed{5} or \boxed 5; a mere mention of \boxed is no box
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are no braces
 
 
@@ -59,7 +64,7 @@ def extract_answer(response: str) -> str | None:
     for token in BRACE.finditer(text, start, start + MAX_BOX):
         depth += (token[0] == "{") - (token[0] == "}")
         if depth == 0:
-            return text[start:token.start()]
+            return text[start : token.start()]
     return None
 
 
@@ -81,7 +86,9 @@ def same(a: Reading, b: Reading) -> bool:
         return False
     if a.kind == "value" and all(map(close, a.values, b.values)):
         return True
-    if a.kind == "text" or re.fullmatch("[A-Za-z ]{2,}", a.text):  # the case of words does not matter; a short one reads as a product
+    if a.kind == "text" or re.fullmatch(
+        "[A-Za-z ]{2,}", a.text
+    ):  # the case of words does not matter; a short one reads as a product
         return a.text.replace(" ", "").casefold() == b.text.replace(" ", "").casefold()
     if a.kind in ("list", "≠"):
         return match(a.parts, b.parts)
@@ -110,30 +117,78 @@ def close(x: Number, y: Number) -> bool:
 
 # ---- clean: LaTeX to a plain string
 
-MACROS = {macro: new for macros, new in [
-    (", ; : > space quad qquad", " "),
-    ("! $ % ( ) [ ] left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits bf rm it", ""),
-    ("dfrac tfrac cfrac", "\\frac"), ("cdot times ast", "*"), ("div", "/"), ("pm", "±"), ("cup", "∪"), ("in", "∈"),
-    ("infty", "∞"), ("emptyset varnothing", "∅"),
-    ("pi", "π"), ("circ degree", "°"), ("lvert rvert vert", "|"), ("{", "⦃"), ("}", "⦄"), ("langle", "("), ("rangle", ")"),
-    ("lt", "<"), ("gt", ">"), ("leq le leqslant", "≤"), ("geq ge geqslant", "≥"), ("neq ne", "≠"),
-] for macro in macros.split()} | {" ": " ", "\n": " "}
-CHARACTERS = str.maketrans({"~": " ", "×": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "√": "\\sqrt", "²": "^2", "³": "^3",
-                            "$": "", "%": ""})
+MACROS = {
+    macro: new
+    for macros, new in [
+        (", ; : > space quad qquad", " "),
+        ("! $ % ( ) [ ] left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits bf rm it", ""),
+        ("dfrac tfrac cfrac", "\\frac"),
+        ("cdot times ast", "*"),
+        ("div", "/"),
+        ("pm", "±"),
+        ("cup", "∪"),
+        ("in", "∈"),
+        ("infty", "∞"),
+        ("emptyset varnothing", "∅"),
+        ("pi", "π"),
+        ("circ degree", "°"),
+        ("lvert rvert vert", "|"),
+        ("{", "⦃"),
+        ("}", "⦄"),
+        ("langle", "("),
+        ("rangle", ")"),
+        ("lt", "<"),
+        ("gt", ">"),
+        ("leq le leqslant", "≤"),
+        ("geq ge geqslant", "≥"),
+        ("neq ne", "≠"),
+    ]
+    for macro in macros.split()
+} | {" ": " ", "\n": " "}
+CHARACTERS = str.maketrans(
+    {
+        "~": " ",
+        "×": "*",
+        "·": "*",
+        "⋅": "*",
+        "÷": "/",
+        "−": "-",
+        "–": "-",
+        "√": "\\sqrt",
+        "²": "^2",
+        "³": "^3",
+        "$": "",
+        "%": "",
+    }
+)
 FONT = r"\\(?:text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|mathit|mathsf)\s*"
 UNIT = FONT + r"\{(?!\s*[ie]\s*\})[^{}0-9](?:[^{}]|\{[^{}]*\})*\}(?:\^\{?-?[0-9]\}?)?"  # 2\mathrm{i} has no unit
-REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CF]\b)?", ""),
-    (r"<=", "≤"), (r">=", "≥"), (r"!=", "≠"), (r"\*\*", "^"), (r"_\s*(\w|\\[A-Za-z]+)", r"_{\1}"),
-    (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "), (FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}", r"\\\1 "),
-    (r"\s(?:or|and)\s|" + FONT + r"\{\s*(?:or|and)\s*\}", " , "),
-    (r"(?<=[0-9)}π])\s*(?:" + UNIT + r"[\s/*]*)+", " "),
-    (r"(?<=[0-9}])\s+[A-Za-z]{4,}(?:\s+[A-Za-z]{4,})?\s*$", ""),  # 5 square units
-    (FONT + r"\{([^{}]*)\}", r" \1 "), (FONT + r"\{([^{}]*)\}", r" \1 "),  # twice, for a font in a font
-    (r"\\frac\s*([0-9])", r"\\frac{\1}"), (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"), (r"(\\sqrt(?:\[[0-9]\])?)\s*([0-9])", r"\1{\2}"),
-    (r"(?<![0-9./^])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"(\1+\2/\3)"),  # a mixed number is a sum
-    (r"(?<![0-9./^])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
-]]
+REWRITES = [
+    (re.compile(pattern), new)
+    for pattern, new in [
+        (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CF]\b)?", ""),
+        (r"<=", "≤"),
+        (r">=", "≥"),
+        (r"!=", "≠"),
+        (r"\*\*", "^"),
+        (r"_\s*(\w|\\[A-Za-z]+)", r"_{\1}"),
+        (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
+        (FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}", r"\\\1 "),
+        (r"\s(?:or|and)\s|" + FONT + r"\{\s*(?:or|and)\s*\}", " , "),
+        (r"(?<=[0-9)}π])\s*(?:" + UNIT + r"[\s/*]*)+", " "),
+        (r"(?<=[0-9}])\s+[A-Za-z]{4,}(?:\s+[A-Za-z]{4,})?\s*$", ""),  # 5 square units
+        (FONT + r"\{([^{}]*)\}", r" \1 "),
+        (FONT + r"\{([^{}]*)\}", r" \1 "),  # twice, for a font in a font
+        (r"\\frac\s*([0-9])", r"\\frac{\1}"),
+        (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+        (r"(\\sqrt(?:\[[0-9]\])?)\s*([0-9])", r"\1{\2}"),
+        (
+            r"(?<![0-9./^])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}",
+            r"(\1+\2/\3)",
+        ),  # a mixed number is a sum
+        (r"(?<![0-9./^])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
+    ]
+]
 
 
 def clean(text: str) -> str:
@@ -158,7 +213,8 @@ def readings(text: str) -> list[Reading]:
 # ---- read: a clean string to a tree
 
 NAME = re.compile(  # of what stands before an = : x, S_{10}, f(x), \theta, \angle ABC, Area, |S|, (x,y)
-    r"(?:\\([A-Za-z]+) ?)?(?:[A-Za-z]|[A-Z]{2,}|[A-Za-z]{4,}|(?<=[a-z]))(?:_\{\w+\})?'*(?:\([\w,]*\))?|\|\w+\||\(\w(?:,\w)+\)")
+    r"(?:\\([A-Za-z]+) ?)?(?:[A-Za-z]|[A-Z]{2,}|[A-Za-z]{4,}|(?<=[a-z]))(?:_\{\w+\})?'*(?:\([\w,]*\))?|\|\w+\||\(\w(?:,\w)+\)"
+)
 MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr|]+\})?(.*)\\end\{\1\}", re.DOTALL)
 OPEN, CLOSE = "([{⦃", ")]}⦄"
 
@@ -173,7 +229,9 @@ def read(text: str) -> Reading:
 
 def read_list(text: str) -> Reading:
     text = text.strip(" ,;").removesuffix(".")
-    while (inner := inside(text)) is not None and (text[0] in "{⦃" or len(split(inner, ",")) == 1):  # brackets that only group
+    while (inner := inside(text)) is not None and (
+        text[0] in "{⦃" or len(split(inner, ",")) == 1
+    ):  # brackets that only group
         if text[0] + text[-1] in ("(]", "[)"):
             raise Unreadable
         text = inner
@@ -214,7 +272,9 @@ def read_relation(text: str, sides: list[str], signs: list[str]) -> Reading:
         if len(sides) == 2 and is_name(sides[0]) != is_name(sides[1]):
             sides, signs = (["-∞", *sides], ["<", *signs]) if is_name(sides[0]) else ([*sides, "∞"], [*signs, "<"])
         if len(sides) == 3 and is_name(sides[1]):
-            return read(("(" if signs[0] == "<" else "[") + sides[0] + "," + sides[2] + (")" if signs[1] == "<" else "]"))
+            return read(
+                ("(" if signs[0] == "<" else "[") + sides[0] + "," + sides[2] + (")" if signs[1] == "<" else "]")
+            )
     return Reading("".join(signs), text, tuple(map(read, sides)))
 
 
@@ -259,4 +319,7 @@ def plus_minus(text: str) -> list[str]:
     pieces = text.split("±")
     if len(pieces) > 4:
         raise Unreadable
-    return ["".join(itertools.chain(*zip(pieces, [*signs, ""]))) for signs in itertools.product("+-", repeat=len(pieces) - 1)]
+    return [
+        "".join(itertools.chain(*zip(pieces, [*signs, ""])))
+        for signs in itertools.product("+-", repeat=len(pieces) - 1)
+    ]

@@ -5,8 +5,8 @@ The letters for shapes, here and everywhere:
     N  packed tokens       S  sequences           B  rows being decoded    T  cached tokens
     H  query heads         K  key-value heads     E  head size             D  hidden size        V  vocabulary
 
-A block is attention and a gated MLP, each behind an RMSNorm and added to the stream:  x + attn(norm(x)), x + mlp(norm(x)).
-How tokens attend is not the model's business: each block calls an `attend` from attention.py.
+A block is attention and a gated MLP, each behind an RMSNorm and added to the stream:  x + attn(norm(x)), x +
+mlp(norm(x)). How tokens attend is not the model's business: each block calls an `attend` from attention.py.
 """
 
 import dataclasses
@@ -43,9 +43,15 @@ class Qwen2Config:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise UserError(f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads} and "
-                            f"num_key_value_heads {self.num_key_value_heads} do not divide into heads of even size")
+        if (
+            self.hidden_size % self.num_attention_heads
+            or self.num_attention_heads % self.num_key_value_heads
+            or self.head_dim % 2
+        ):
+            raise UserError(
+                f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads} and "
+                f"num_key_value_heads {self.num_key_value_heads} do not divide into heads of even size"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -67,9 +73,15 @@ class Qwen2Config:
                 raise UserError(f"Qwen2 has no setting {name!r} to override{nearest(name, names)}")
         # transformers 5 writes rope_theta into rope_parameters, earlier ones beside the other fields.
         rope = {"rope_theta": (config.get("rope_parameters") or {}).get("rope_theta")}
-        given = {k: v for k, v in {**config, **{k: v for k, v in rope.items() if v is not None}, **overrides}.items() if k in names}
+        given = {
+            k: v
+            for k, v in {**config, **{k: v for k, v in rope.items() if v is not None}, **overrides}.items()
+            if k in names
+        }
         given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
-        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and given.get(f.name) is None]
+        missing = [
+            f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and given.get(f.name) is None
+        ]
         if missing:
             raise UserError(f"{path} says nothing of {', '.join(missing)}")
         try:
@@ -95,18 +107,25 @@ def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
     layers = config.get("num_hidden_layers", 0)
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    slides = "sliding_attention" in config.get("layer_types", []) if "layer_types" in config else config.get("max_window_layers", layers) < layers
+    slides = config.get("max_window_layers", layers) < layers
+    if "layer_types" in config:
+        slides = "sliding_attention" in config["layer_types"]
     if config.get("model_type") != "qwen2":
         raise UserError(f"{path}: model_type is {config.get('model_type')!r}; nanoredi knows qwen2")
     if config.get("use_sliding_window") and config.get("sliding_window") and slides:
-        raise UserError(f"{path}: some layers use a sliding window of {config['sliding_window']} tokens; nanoredi knows full attention")
+        raise UserError(
+            f"{path}: some layers use a sliding window of {config['sliding_window']} tokens; nanoredi knows full attention"
+        )
     if kind != "default":
         raise UserError(f"{path}: rope scaling of the kind {kind!r}; nanoredi knows the default one, with rope_theta")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; Qwen2's is silu")
     if config.get("attention_dropout"):
         raise UserError(f"{path}: attention_dropout is {config['attention_dropout']}; nanoredi has none")
-    if config.get("head_dim") not in (None, config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1))):
+    if config.get("head_dim") not in (
+        None,
+        config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1)),
+    ):
         raise UserError(f"{path}: head_dim is {config['head_dim']}; Qwen2's is hidden_size / num_attention_heads")
     if "quantization_config" in config:
         raise UserError(f"{path}: the weights are quantized; nanoredi reads float32, float16 and bfloat16")
@@ -184,7 +203,8 @@ class Qwen2(nn.Module):
 
     Attributes:
         config: the architecture.
-        tokenizer_folder: where the tokenizer's files lie that save_pretrained puts beside the weights; None if there are none.
+        tokenizer_folder: where the tokenizer's files lie that save_pretrained puts beside the weights; None if there
+            are none.
     """
 
     def __init__(self, config: Qwen2Config, tokenizer_folder: str | Path | None = None):
@@ -196,12 +216,18 @@ class Qwen2(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-                        **config_overrides: Any) -> "Qwen2":
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **config_overrides: Any,
+    ) -> "Qwen2":
         """Load a Hugging Face folder.
 
-        The weights are mapped from the files into the model, with no copy in between; asking for another dtype or device makes
-        the one copy that this takes.
+        The weights are mapped from the files into the model, with no copy in between; asking for another dtype or
+        device makes the one copy that this takes.
 
         Args:
             folder: holds config.json and one or more safetensors files.
@@ -216,7 +242,9 @@ class Qwen2(nn.Module):
         with torch.device("meta"):
             model = cls(config, tokenizer_folder=folder if (Path(folder) / "tokenizer.json").exists() else None)
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        weights = load_weights(folder, shapes, tied={"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {})
+        weights = load_weights(
+            folder, shapes, tied={"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+        )
         model.load_state_dict({name: w.to(device=device, dtype=dtype) for name, w in weights}, assign=True)
         return model
 
@@ -248,7 +276,9 @@ class Qwen2(nn.Module):
         """(V, D): the output embedding, which is the input one where they are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
+    ) -> Tensor:
         """Final hidden states (N, D) of packed sequences.
 
         Args:
@@ -266,8 +296,16 @@ class Qwen2(nn.Module):
             x = block(x, rope, attend)
         return self.model.norm(x)
 
-    def loss(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, targets: Tensor, weights: Tensor,
-             rows: Tensor | None = None, max_seqlen: int | None = None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        rows: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the targets' log-probabilities, and these: loss () fp32, logps (N,) fp32.
 
         Under FSDP the head is whole only inside a forward, so the loss is computed here and not by the caller.
@@ -284,7 +322,8 @@ class Qwen2(nn.Module):
 def rotary_angles(position_ids: Tensor, config: Qwen2Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (N, 1, E) of position * theta^(-2i/E), computed in fp32 (RoPE, arXiv 2104.09864, eq. 15).
 
-    Pair i is (x_i, x_{i+E/2}), Hugging Face's pairing; both halves get the pair's cos, and the sines come signed as rotate wants.
+    Pair i is (x_i, x_{i+E/2}), Hugging Face's pairing; both halves get the pair's cos, and the sines come signed as
+    rotate wants.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=position_ids.device, dtype=torch.float32) / config.head_dim
     angles = (position_ids[:, None].float() / config.rope_theta**exponent)[:, None]  # (N, 1, E/2)

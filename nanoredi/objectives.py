@@ -1,8 +1,8 @@
 """The losses, as the weight of each token's log-probability.
 
-SFT and REDI are linear in the per-token log-probabilities: loss = sum_t w_t * logp_t, with weights known before the forward
-pass. Hence kernels/cross_entropy.py can finish the gradient inside forward, and the result cannot depend on how an
-optimiser step is cut into micro-batches and ranks: every weight is divided by what the whole step holds.
+SFT and REDI are linear in the per-token log-probabilities: loss = sum_t w_t * logp_t, with weights known before the
+forward pass. Hence kernels/cross_entropy.py can finish the gradient inside forward, and the result cannot depend on
+how an optimiser step is cut into micro-batches and ranks: every weight is divided by what the whole step holds.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,9 @@ def redi(num_chosen: Sequence[int], num_rejected: Sequence[int], alpha: float) -
 
         -log p(y_w|x) / |y_w| + alpha * log p(y_l|x) / |y_l|
 
-    so w_t = -1 / (P |y_w|) on a chosen token and alpha / (P |y_l|) on a rejected one. There is no reference model and no KL
-    term; alpha < 1 is what keeps it from collapse. With alpha 0 it is SFT on the chosen traces, each trace counting the same.
+    so w_t = -1 / (P |y_w|) on a chosen token and alpha / (P |y_l|) on a rejected one. There is no reference model and
+    no KL term; alpha < 1 is what keeps it from collapse. With alpha 0 it is SFT on the chosen traces, each trace
+    counting the same.
 
     Args:
         num_chosen, num_rejected: |y_w| and |y_l| of each pair of the step.

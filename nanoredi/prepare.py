@@ -2,14 +2,14 @@
 
     python -m nanoredi.prepare --raw PATH ... --tokenizer DIR --out DIR
 
-PATH is a JSONL or a Parquet file, or a folder of one kind (its files are taken in the order of their names; Parquet asks for
-pyarrow). A row holds a problem, several generations for it and two verdicts on each; a generation is correct when both say so.
-Stage 1 learns the first correct generation of a problem, stage 2 the first correct against the first incorrect. Numbering,
-shuffle, filters and lengths are the original's, so that its counts and its order come out.
+PATH is a JSONL or a Parquet file, or a folder of one kind (its files are taken in the order of their names; Parquet
+asks for pyarrow). A row holds a problem, several generations for it and two verdicts on each; a generation is correct
+when both say so. Stage 1 learns the first correct generation of a problem, stage 2 the first correct against the first
+incorrect. Numbering, shuffle, filters and lengths are the original's, so that its counts and its order come out.
 
-The raw rows are more than fit in memory, and the shuffle wants them in another order. So they are read once in theirs (after a
-quick count of the lines), what is kept goes to a spool on disk, and the spool is copied in the shuffled order: memory holds the
-row at hand and a few numbers for each, the disk holds the kept rows twice for a moment.
+The raw rows are more than fit in memory, and the shuffle wants them in another order. So they are read once in theirs
+(after a quick count of the lines), what is kept goes to a spool on disk, and the spool is copied in the shuffled
+order: memory holds the row at hand and a few numbers for each, the disk holds the kept rows twice for a moment.
 """
 
 import json
@@ -36,15 +36,23 @@ _FIELDS = ("problem_is_valid", "source", "problem", "generations", "correctness"
 _LABELS = ("llama_verification", "math_verify_reparsed_answer")
 
 
-def prepare(files: list[Path], tokenizer: Tokenizer, out: Path, max_prompt_tokens: int = 800, max_response_tokens: int = 19_000,
-            seed: int = 42) -> dict[str, int]:
+def prepare(
+    files: list[Path],
+    tokenizer: Tokenizer,
+    out: Path,
+    max_prompt_tokens: int = 800,
+    max_response_tokens: int = 19_000,
+    seed: int = 42,
+) -> dict[str, int]:
     """Write out/sft.jsonl and out/pairs.jsonl from raw files.
 
     Returns:
-        {gate: rows that passed it and all before it}. A pair's correct generation is its SFT row's, so the pairs' gates follow on.
+        {gate: rows that passed it and all before it}. A pair's correct generation is its SFT row's, so the pairs'
+        gates follow on.
 
     Raises:
-        UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files already.
+        UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files
+        already.
     """
     names = ("sft.jsonl", "pairs.jsonl")
     for name in names:
@@ -53,19 +61,30 @@ def prepare(files: list[Path], tokenizer: Tokenizer, out: Path, max_prompt_token
     total = sum(map(_num_rows, files))
     if not total:
         raise UserError(f"there are no rows in {', '.join(map(str, files))}")
-    # Shuffled row k is raw row permutation[k], so a raw row's place is the inverse. Each filter looks at one row: dropping rows
-    # before they move leaves the same rows in the same order as dropping them after.
+    # Shuffled row k is raw row permutation[k], so a raw row's place is the inverse. Each filter looks at one row:
+    # dropping rows before they move leaves the same rows in the same order as dropping them after.
     place = np.argsort(np.random.default_rng(seed).permutation(total))
-    gates = ("rows read", "problem_is_valid is yes", "source is not cn_k12", "has a problem", "has generations",
-             "has both labels of each generation", SFT_GATE, "pairs: has a correct and an incorrect one",
-             f"pairs: prompt within {max_prompt_tokens:,} tokens", f"pairs: both responses within {max_response_tokens:,} tokens")
+    gates = (
+        "rows read",
+        "problem_is_valid is yes",
+        "source is not cn_k12",
+        "has a problem",
+        "has generations",
+        "has both labels of each generation",
+        SFT_GATE,
+        "pairs: has a correct and an incorrect one",
+        f"pairs: prompt within {max_prompt_tokens:,} tokens",
+        f"pairs: both responses within {max_response_tokens:,} tokens",
+    )
     counts = dict.fromkeys(gates, 0)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # Written beside and renamed: an output that is there is whole.
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=out) as beside:
             spools = [_Spool(Path(beside, f"{name}.spool")) for name in names]
-            with tqdm(chain.from_iterable(map(_rows, files)), "reading", total, unit=" rows", file=sys.stderr, leave=False) as rows:
+            with tqdm(
+                chain.from_iterable(map(_rows, files)), "reading", total, unit=" rows", file=sys.stderr, leave=False
+            ) as rows:
                 for index, (where, row) in enumerate(rows):
                     passed, *kept = _sift(where, row, index, tokenizer, max_prompt_tokens, max_response_tokens)
                     for gate, _ in zip(gates, takewhile(bool, passed)):
@@ -74,7 +93,10 @@ def prepare(files: list[Path], tokenizer: Tokenizer, out: Path, max_prompt_token
                         if kept_row is not None:
                             spool.add(int(place[index]), kept_row)
             if not counts[SFT_GATE]:
-                raise UserError("no row is left: " + ", ".join(f"{counts[gate]:,} {gate}" for gate in gates[: gates.index(SFT_GATE) + 1]))
+                raise UserError(
+                    "no row is left: "
+                    + ", ".join(f"{counts[gate]:,} {gate}" for gate in gates[: gates.index(SFT_GATE) + 1])
+                )
             for spool, name in zip(spools, names):
                 spool.copy(Path(beside, name))
             for name in names:
@@ -84,9 +106,11 @@ def prepare(files: list[Path], tokenizer: Tokenizer, out: Path, max_prompt_token
     return counts
 
 
-def _sift(where: str, row: Any, index: int, tokenizer: Tokenizer, max_prompt_tokens: int,
-          max_response_tokens: int) -> tuple[list[bool], dict | None, dict | None]:
-    """Whether a raw row passes the gates, one after the other (those behind a failed one may be missing), its SFT row, its pair."""
+def _sift(
+    where: str, row: Any, index: int, tokenizer: Tokenizer, max_prompt_tokens: int, max_response_tokens: int
+) -> tuple[list[bool], dict | None, dict | None]:
+    """Whether a raw row passes the gates, one after the other (those behind a failed one may be missing), its SFT row,
+    its pair."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object")
     for name in ("problem_is_valid", "source"):
@@ -98,12 +122,22 @@ def _sift(where: str, row: Any, index: int, tokenizer: Tokenizer, max_prompt_tok
     labels = [_take(f"{where}: 'correctness'", correctness, name, list, bool) for name in _LABELS]
 
     labelled = all(verdicts is not None and len(verdicts) == len(generations) for verdicts in labels)
-    passed = [True, (valid or "").strip().lower() == "yes", source != "cn_k12", bool(problem), bool(generations), labelled]
+    passed = [
+        True,
+        (valid or "").strip().lower() == "yes",
+        source != "cn_k12",
+        bool(problem),
+        bool(generations),
+        labelled,
+    ]
     if not all(passed):
         return passed, None, None
     correct = [all(verdicts) for verdicts in zip(*labels)]  # a null verdict is not true
     # differs from the original: an empty generation, which the trainer would refuse, is neither correct nor incorrect
-    chosen, rejected = (next((i for i, text in enumerate(generations) if text and correct[i] is wanted), None) for wanted in (True, False))
+    chosen, rejected = (
+        next((i for i, text in enumerate(generations) if text and correct[i] is wanted), None)
+        for wanted in (True, False)
+    )
     passed += [chosen is not None, rejected is not None]
     if chosen is None:
         return passed, None, None
@@ -111,16 +145,24 @@ def _sift(where: str, row: Any, index: int, tokenizer: Tokenizer, max_prompt_tok
     sft = {"messages": prompt + answer, "original_index": index, "source": source, "generation_index": chosen}
     if rejected is None:
         return passed, sft, None
-    pair = {"prompt": prompt, "chosen": answer, "rejected": [{"role": "assistant", "content": generations[rejected]}],
-            "original_index": index, "source": source, "chosen_index": chosen, "rejected_index": rejected}
+    pair = {
+        "prompt": prompt,
+        "chosen": answer,
+        "rejected": [{"role": "assistant", "content": generations[rejected]}],
+        "original_index": index,
+        "source": source,
+        "chosen_index": chosen,
+        "rejected_index": rejected,
+    }
     prompt_tokens, *response_tokens = _lengths(where, pair, tokenizer)
     passed += [prompt_tokens <= max_prompt_tokens, max(response_tokens) <= max_response_tokens]
     return passed, sft, pair if all(passed) else None
 
 
 def _lengths(where: str, pair: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """Tokens of prompt, chosen and rejected as the original counted them: each templated alone without a generation prompt, so that
-    a response has the default system prompt in front, plus 1. The trainer sees other lengths, but these decide who is in."""
+    """Tokens of prompt, chosen and rejected as the original counted them: each templated alone without a generation
+    prompt, so that a response has the default system prompt in front, plus 1. The trainer sees other lengths, but
+    these decide who is in."""
     try:
         texts = [tokenizer.render(pair[part]) for part in ("prompt", "chosen", "rejected")]
         return [len(encoding.ids) + 1 for encoding in tokenizer.encode_batch(texts)]
@@ -128,13 +170,21 @@ def _lengths(where: str, pair: dict[str, Any], tokenizer: Tokenizer) -> list[int
         raise UserError(f"{where}: {error}") from None
 
 
-_KINDS = {(str, None): "text", (dict, None): "an object", (list, str): "a list of texts", (list, bool): "a list of true and false"}
+_KINDS = {
+    (str, None): "text",
+    (dict, None): "an object",
+    (list, str): "a list of texts",
+    (list, bool): "a list of true and false",
+}
 
 
 def _take(where: str, row: dict[str, Any], name: str, kind: type, item: type | None = None) -> Any:
-    """A field's value, or None where it is null or missing (`datasets` reads both alike). A list's items may be null too."""
+    """A field's value, or None where it is null or missing (`datasets` reads both alike). A list's items may be null
+    too."""
     value = row.get(name)
-    if value is not None and (not isinstance(value, kind) or item and not all(v is None or isinstance(v, item) for v in value)):
+    if value is not None and (
+        not isinstance(value, kind) or item and not all(v is None or isinstance(v, item) for v in value)
+    ):
         raise UserError(f"{where}: {name!r} must be {_KINDS[kind, item]}, not {str(value)[:60]!r}")
     return value
 
@@ -169,7 +219,9 @@ def find_files(paths: list[str]) -> list[Path]:
             found = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet"))
             # Both kinds side by side are likely the same rows twice.
             if len({file.suffix for file in found}) != 1:
-                raise UserError(f"the folder {path} must hold either .jsonl or .parquet files; it holds {'both' if found else 'none'}")
+                raise UserError(
+                    f"the folder {path} must hold either .jsonl or .parquet files; it holds {'both' if found else 'none'}"
+                )
         files += found
     return files
 
@@ -217,7 +269,9 @@ def table(counts: dict[str, int]) -> str:
     lines = [f"{gate:{width}}  {rows:>9,}" for gate, rows in counts.items()]
     rows_read, *_, pairs = counts.values()
     if rows_read > 100_000 and (counts[SFT_GATE], pairs) != PUBLISHED_COUNTS:
-        lines.append("The paper has {:,} SFT traces and {:,} pairs of all of OpenR1-Math-Raw.".format(*PUBLISHED_COUNTS))
+        lines.append(
+            "The paper has {:,} SFT traces and {:,} pairs of all of OpenR1-Math-Raw.".format(*PUBLISHED_COUNTS)
+        )
     return "\n".join(lines)
 
 
@@ -240,7 +294,14 @@ def main(argv: list[str]) -> None:
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given; --help lists the flags")
     out = Path(flags.out)
-    counts = prepare(find_files(flags.raw), Tokenizer(flags.tokenizer), out, flags.max_prompt_tokens, flags.max_response_tokens, flags.seed)
+    counts = prepare(
+        find_files(flags.raw),
+        Tokenizer(flags.tokenizer),
+        out,
+        flags.max_prompt_tokens,
+        flags.max_response_tokens,
+        flags.seed,
+    )
     print(table(counts))
     print(f"Wrote {out / 'sft.jsonl'} and {out / 'pairs.jsonl'}.")
 

@@ -1,10 +1,9 @@
 """Tables from a run's files.
 
-    python -m nanoredi.report RUN ...          the results of one or several runs
+python -m nanoredi.report RUN ...          the results of one or several runs
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ _COLUMNS = [
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows of results.json as text: shares in percent, log-probs in nats a token, columns that no row fills left out."""
+    """Rows of results.json as text: shares in percent, log-probs in nats a token, columns that no row fills left
+    out."""
     n = rows[0].get("n", 1)
     lines: list[list[str]] = [[], *([] for _ in rows)]
     for key, heading, form in _COLUMNS:
@@ -37,7 +37,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         for line, row in zip(lines[1:], rows):
             line.append("-" if row.get(key) is None else form.format(row[key]).rstrip("%"))
     widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
+    text = [
+        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+        for line in lines
+    ]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 

@@ -1,7 +1,8 @@
 """Batched sampling with a key-value cache: rows that end make room for waiting ones.
 
-Every sample has a key of its own, made from the seed, the prompt and the sample's number, and draws one uniform number a
-token from a counter-based generator. So a sample depends neither on what else is in the batch nor on the order of the work.
+Every sample has a key of its own, made from the seed, the prompt and the sample's number, and draws one uniform number
+a token from a counter-based generator. So a sample depends neither on what else is in the batch nor on the order of
+the work.
 """
 
 import hashlib
@@ -55,7 +56,8 @@ class Sampler:
         self.waiting: deque[Request] = deque()
         self.live: list[Request] = []  # row i of the cache is live[i]'s
         c = model.config
-        self.cache = KVCache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, model.lm_head_weight.dtype, self.device)
+        dtype = model.lm_head_weight.dtype
+        self.cache = KVCache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype, self.device)
 
     @property
     def busy(self) -> bool:
@@ -68,8 +70,9 @@ class Sampler:
             UserError: when a prompt leaves no room in the context.
         """
         for request in requests:
-            if len(request.prompt) >= self.model.config.max_position_embeddings:
-                raise UserError(f"a prompt of {len(request.prompt):,} tokens fills the context of {self.model.config.max_position_embeddings:,}")
+            context = self.model.config.max_position_embeddings
+            if len(request.prompt) >= context:
+                raise UserError(f"a prompt of {len(request.prompt):,} tokens fills the context of {context:,}")
             self.waiting.append(request)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
@@ -80,7 +83,8 @@ class Sampler:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """Start waiting requests where rows are free, else add a token to every live row. Returns the requests that ended."""
+        """Start waiting requests where rows are free, else add a token to every live row. Returns the requests that
+        ended."""
         first = len(self.live)
         if self.waiting and first < self.config.batch_size:
             hidden = self._prefill()
@@ -89,7 +93,9 @@ class Sampler:
             hidden = self._decode()
         rows = self.live[first:]
         logits = (hidden @ self.model.lm_head_weight.T).float()  # (B, V)
-        uniforms = uniform(torch.tensor([r.key for r in rows]), torch.tensor([len(r.tokens) for r in rows])).to(self.device)
+        uniforms = uniform(torch.tensor([r.key for r in rows]), torch.tensor([len(r.tokens) for r in rows])).to(
+            self.device
+        )
         # The one wait for the device a token.
         tokens = choose(logits, uniforms, self.config.temperature, self.config.top_p, self.config.top_k).tolist()
         for request, token in zip(rows, tokens):
@@ -135,7 +141,8 @@ class Sampler:
             request.finish_reason = "length"
 
     def _release(self) -> list[Request]:
-        """Take out the requests that ended; the last live rows move into their places, so live rows stay the first ones."""
+        """Take out the requests that ended; the last live rows move into their places, so live rows stay the first
+        ones."""
         ended = [row for row, request in enumerate(self.live) if request.finish_reason]
         finished = [self.live[row] for row in ended]
         for row in reversed(ended):
@@ -185,12 +192,15 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, t
     sums = probs.double().cumsum(-1)
     # Invert the cumulative distribution: the first place whose sum exceeds the uniform's share of the total.
     place = torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)
-    place = place.minimum((probs > 0).sum(-1, keepdim=True) - 1) if ids is not None else place.clamp(max=probs.shape[1] - 1)
+    place = (
+        place.minimum((probs > 0).sum(-1, keepdim=True) - 1) if ids is not None else place.clamp(max=probs.shape[1] - 1)
+    )
     return (place if ids is None else ids.gather(1, place)).squeeze(1)
 
 
 def _likeliest(probs: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """The tokens that top-k and top-p keep, likeliest first: probabilities (B, C), 0 beyond the kept, and ids (B, C)."""
+    """The tokens that top-k and top-p keep, likeliest first: probabilities (B, C), 0 beyond the kept, and ids (B,
+    C)."""
     size = min(top_k or _NUCLEUS, probs.shape[1])
     while True:
         best, ids = probs.topk(size)
@@ -206,7 +216,8 @@ def _likeliest(probs: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]
 def uniform(keys: Tensor, counters: Tensor) -> Tensor:
     """One number from [0, 1) for each key and counter: (B,) int64, (B,) int64 -> (B,) fp64.
 
-    A counter-based generator (the finaliser of SplitMix64, Steele et al. 2014): no state, so any order gives the same numbers.
+    A counter-based generator (the finaliser of SplitMix64, Steele et al. 2014): no state, so any order gives the same
+    numbers.
     """
     z = keys + (counters + 1) * _signed(0x9E3779B97F4A7C15)
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)

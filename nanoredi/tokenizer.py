@@ -1,7 +1,7 @@
 """A checkpoint's own tokenizer and chat template: messages to text to token ids, and back.
 
-The template is a Jinja program that ships with the checkpoint; it runs in Jinja's sandbox, where it can read the messages
-and nothing else.
+The template is a Jinja program that ships with the checkpoint; it runs in Jinja's sandbox, where it can read the
+messages and nothing else.
 """
 
 import json
@@ -23,7 +23,8 @@ class Tokenizer:
 
     Attributes:
         eos_id, pad_id: ids of the end-of-text and the padding token (equal in Qwen2.5's base models).
-        stop_ids: the tokens that end a completion: eos, and what the template puts after an answer (Qwen2.5: <|im_end|>).
+        stop_ids: the tokens that end a completion: eos, and what the template puts after an answer (Qwen2.5:
+            <|im_end|>).
         files: the paths of the tokenizer's files, for copying beside new weights.
 
     Raises:
@@ -32,8 +33,15 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                 "merges.txt", "chat_template.jinja")
+        names = (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "vocab.json",
+            "merges.txt",
+            "chat_template.jinja",
+        )
         self.files = [self.folder / name for name in names if (self.folder / name).exists()]
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
@@ -43,11 +51,15 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         config = read_json(self.folder / "tokenizer_config.json")
-        self._special = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        self._special = {
+            name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
         self.eos_id = self._id_of("eos_token")
         self.pad_id = self._id_of("pad_token") if self._special["pad_token"] else self.eos_id
         self.template = self._compile(config)
-        turn_end = self.encode(self.split([{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}])[1].removeprefix("1"))
+        turn_end = self.encode(
+            self.split([{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}])[1].removeprefix("1")
+        )
         self.stop_ids = sorted({self.eos_id, *turn_end[:1]})
 
     def encode(self, text: str) -> list[int]:
@@ -81,7 +93,8 @@ class Tokenizer:
 
         Args:
             messages: [{"role", "content"}], the user's the last.
-            think: open <think> for the model as the paper's evaluation does: right after the role, with no newline between.
+            think: open <think> for the model as the paper's evaluation does: right after the role, with no newline
+                between.
         """
         text = self.render(messages, add_generation_prompt=True)
         if think and not text.rstrip().endswith("<think>"):
@@ -91,15 +104,18 @@ class Tokenizer:
     def split(self, messages: list[dict[str, str]]) -> tuple[str, str]:
         """The conversation as text, cut before the last message, which is the assistant's: (prompt, completion).
 
-        The prompt ends with what the template puts before an answer, the completion holds all that it puts after. The template
-        sees a mark in the answer's place, so one that drops <think>...</think> from earlier turns cannot drop it here.
+        The prompt ends with what the template puts before an answer, the completion holds all that it puts after. The
+        template sees a mark in the answer's place, so one that drops <think>...</think> from earlier turns cannot drop
+        it here.
 
         Raises:
             UserError: when the template does not show the answer once.
         """
         parts = self.render([*messages[:-1], {**messages[-1], "content": _MARK}]).split(_MARK)
         if len(parts) != 2:
-            raise UserError(f"the chat template of {self.folder} shows the last answer {len(parts) - 1} times; it must show it once")
+            raise UserError(
+                f"the chat template of {self.folder} shows the last answer {len(parts) - 1} times; it must show it once"
+            )
         return parts[0], messages[-1]["content"] + parts[1]
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
@@ -119,8 +135,12 @@ class Tokenizer:
         if isinstance(source, list):  # several templates by name
             source = {t["name"]: t["template"] for t in source}.get("default")
         if not isinstance(source, str):
-            raise UserError(f"{self.folder} has no chat template, neither in tokenizer_config.json nor as chat_template.jinja")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+            raise UserError(
+                f"{self.folder} has no chat template, neither in tokenizer_config.json nor as chat_template.jinja"
+            )
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals["raise_exception"] = _raise
         try:
@@ -132,7 +152,9 @@ class Tokenizer:
         token = self._special[name]
         token_id = None if token is None else self.backend.token_to_id(token)
         if token_id is None:
-            raise UserError(f"{self.folder / 'tokenizer_config.json'}: {name} is {token!r}, which the vocabulary does not hold")
+            raise UserError(
+                f"{self.folder / 'tokenizer_config.json'}: {name} is {token!r}, which the vocabulary does not hold"
+            )
         return token_id
 
 
@@ -159,8 +181,13 @@ def check_messages(where: str, value: Any) -> list[dict[str, str]]:
     """
     if isinstance(value, str) and value.strip():
         return user_message(value)
-    well_formed = isinstance(value, list) and value and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+    well_formed = (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
+    )
     if not well_formed:
         raise UserError(f"{where} must be text, or a list of messages with role and content, and not empty")
     return value

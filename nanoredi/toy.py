@@ -3,15 +3,15 @@
 A problem is a start digit and six operations + - * with operands from 2 to 6, applied from left to right modulo 10; the
 prompt gives each result a letter:  a=3b+5c-6d+6e-6f*2g-6  means b = a+5, c = b-6, ...  The answer is the last digit.
 
-The teacher errs. It is hasty: instead of writing the next step it may leap over two or three and write only where it lands,
-`~f=4;`, right half of the time. Sometimes it notices, writes `Wait`, goes back and takes the steps one by one.
+The teacher errs. It is hasty: instead of writing the next step it may leap over two or three and write only where it
+lands, `~f=4;`, right half of the time. Sometimes it notices, writes `Wait`, goes back and takes the steps one by one.
 
     <user>a=3b-2c+5d-5e+5f+2g+2<assistant>
      correct    <think>~c=7;Waita=3;b-2=1;c+5=6;d-5=1;e+5=6;f+2=8;g+2=0;</think>\\boxed{0}
      incorrect  <think>b-2=1;c+5=6;~f=4;g+2=6;</think>\\boxed{6}
 
-Correct traces hold only the lucky and the repaired leaps, so a student of these alone learns to leap without the luck. The
-incorrect traces hold more leaps, and REDI unlearns the habit. The task was built to show the mechanism: it is a
+Correct traces hold only the lucky and the repaired leaps, so a student of these alone learns to leap without the luck.
+The incorrect traces hold more leaps, and REDI unlearns the habit. The task was built to show the mechanism: it is a
 demonstration, and no evidence for the paper.
 """
 
@@ -46,7 +46,9 @@ class Problem:
     ops: tuple[tuple[str, int], ...]  # (sign, operand)
 
     def text(self) -> str:
-        return f"a={self.start}" + "".join(f"{letter(i)}{sign}{operand}" for i, (sign, operand) in enumerate(self.ops, 1))
+        return f"a={self.start}" + "".join(
+            f"{letter(i)}{sign}{operand}" for i, (sign, operand) in enumerate(self.ops, 1)
+        )
 
     def apply(self, value: int, first: int, last: int) -> int:
         """The value after operations first to last - 1, from the value before them."""
@@ -122,12 +124,16 @@ def make(folder: Path, config: ToyConfig, seed: int) -> None:
         chosen = next((text for text, value in traces if value == problem.answer), None)
         rejected = next((text for text, value in traces if value != problem.answer), None)
         if chosen is not None:
-            sft.append({"messages": [{"role": "user", "content": problem.text()}, {"role": "assistant", "content": chosen}]})
+            sft.append(
+                {"messages": [{"role": "user", "content": problem.text()}, {"role": "assistant", "content": chosen}]}
+            )
             if rejected is not None:
                 pairs.append({"prompt": problem.text(), "chosen": chosen, "rejected": rejected})
     wanted = config.pairs + config.watch_pairs
     if len(pairs) < wanted:
-        raise UserError(f"toy.sft_rows {config.sft_rows} gives {len(pairs)} pairs; toy.pairs and toy.watch_pairs ask for {wanted}")
+        raise UserError(
+            f"toy.sft_rows {config.sft_rows} gives {len(pairs)} pairs; toy.pairs and toy.watch_pairs ask for {wanted}"
+        )
     heldout = [_unseen(seen, rng) for _ in range(config.heldout)]
 
     beside = folder.with_name(folder.name + ".writing")
@@ -137,7 +143,9 @@ def make(folder: Path, config: ToyConfig, seed: int) -> None:
     _write_rows(beside / "watch.jsonl", pairs[config.pairs : wanted])
     _write_rows(beside / "toy.jsonl", [{"problem": p.text(), "answer": str(p.answer)} for p in heldout])
     write_tokenizer(beside / "tokenizer")
-    Qwen2(_model_config(config), tokenizer_folder=beside / "tokenizer").init_weights(seed).save_pretrained(beside / "model")
+    Qwen2(_model_config(config), tokenizer_folder=beside / "tokenizer").init_weights(seed).save_pretrained(
+        beside / "model"
+    )
     beside.rename(folder)
 
 
@@ -165,8 +173,13 @@ def write_tokenizer(folder: Path) -> None:
     backend.decoder = decoders.Fuse()
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>", "chat_template": CHAT_TEMPLATE,
-              "clean_up_tokenization_spaces": False}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<eos>",
+        "pad_token": "<pad>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -1,15 +1,16 @@
 """The training loop of both stages.
 
-An optimiser step takes its rows, gives every token its weight (objectives.py), deals the sequences to ranks and micro-batches
-(batch.py), adds up gradients, clips, steps, and keeps its figures on the device; they are looked at only on steps that log.
+An optimiser step takes its rows, gives every token its weight (objectives.py), deals the sequences to ranks and
+micro-batches (batch.py), adds up gradients, clips, steps, and keeps its figures on the device; they are looked at only
+on steps that log.
 """
 
-import dataclasses
 import json
 import math
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,26 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
         UserError: for anything wrong with the model or the data.
     """
     stage, out = ("stage 1" if isinstance(config, SftConfig) else "stage 2"), Path(config.out)
-    overrides = {name: getattr(config, name) for name in ("rope_theta", "max_position_embeddings") if getattr(config, name)}
+    overrides = {
+        name: getattr(config, name) for name in ("rope_theta", "max_position_embeddings") if getattr(config, name)
+    }
     model = Qwen2.from_pretrained(config.model, dtype=torch.float32, **overrides)
     data = _load(config, model, world)
     for block in model.model.layers:
         block.activation_checkpointing = config.activation_checkpointing
     dtype = compute_dtype(config.dtype, world.device)
-    shard(model, world, dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True)
+    shard(model, world, dtype, config.reshard_after_forward)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
+    )
 
     num_rows = len(data) if isinstance(config, SftConfig) else len(data) // 2
     total = num_steps(num_rows, config.batch_size, config.epochs, config.max_steps)
     parameters = sum(p.numel() for p in model.parameters())
-    world.say(f"{stage}: {config.model} ({parameters:,} parameters, {str(dtype).removeprefix('torch.')}), {num_rows:,} rows of {config.data}, "
-              f"{total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}")
+    world.say(
+        f"{stage}: {config.model} ({parameters:,} parameters, {str(dtype)[6:]}), {num_rows:,} rows of "
+        f"{config.data}, {total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}"
+    )
     log = Log(out / "metrics.jsonl", config, total, world)
     for step in range(total):
         lr = config.lr * schedule(step, total, config.warmup)
@@ -70,12 +77,19 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     world.say(f"{stage}: saved {out / 'final'}")
 
 
-def train_step(model: Qwen2, optimizer: torch.optim.Optimizer, step: int, sequences: list[WeightedSequence], config: TrainConfig,
-               world: World) -> tuple[Tensor, int]:
+def train_step(
+    model: Qwen2,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    sequences: list[WeightedSequence],
+    config: TrainConfig,
+    world: World,
+) -> tuple[Tensor, int]:
     """Optimiser step number `step`, counted from 1, on the sequences of all ranks.
 
     Returns:
-        On the device: chosen and rejected log-prob, gradient norm and update norm (4,); and the tokens that went through.
+        On the device: chosen and rejected log-prob, gradient norm and update norm (4,); and the tokens that went
+        through.
     """
     # A sequence of weight 0 teaches nothing; it stays out of the forward.
     sequences = [s for s in sequences if s[2]] or sequences[:1]
@@ -88,17 +102,17 @@ def train_step(model: Qwen2, optimizer: torch.optim.Optimizer, step: int, sequen
         batch = pack([sequences[j] for j in indices] or [(idle_tokens, idle_learned, 0.0)]).to(world.device)
         # Gradients add up on each rank; ranks exchange them once a step.
         model.set_requires_gradient_sync(i == len(micro_batches) - 1)
-        loss, token_logps = model.loss(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.targets, batch.weights, batch.rows, batch.max_seqlen)
+        loss, token_logps = model.loss(*batch)
         loss.backward()
         logps += mean_logps(token_logps, batch.weights)
-    dist.all_reduce(logps)
-    if getattr(config, "alpha", 0):
-        logps[1] /= config.alpha
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    grad_norm = clip_gradients(model, config.clip)
     optimizer.step()
-    figures = torch.stack((*logps, grad_norm.full_tensor(), update_norm(optimizer, step)))
     optimizer.zero_grad()
-    return figures, sum(lengths)
+    sums = torch.stack((*logps, update_square(optimizer, step)))
+    dist.all_reduce(sums)
+    return torch.stack((sums[0], sums[1] / (getattr(config, "alpha", 0) or 1.0), grad_norm, sums[2].sqrt())), sum(
+        lengths
+    )
 
 
 def weighted_sequences(config: SftConfig | RediConfig, data: TokenData, rows: np.ndarray) -> list[WeightedSequence]:
@@ -128,18 +142,33 @@ def mean_logps(logps: Tensor, weights: Tensor) -> Tensor:
     return torch.stack(((-weights.clamp(max=0) * logps).sum(), (weights.clamp(min=0) * logps).sum()))
 
 
-def schedule(step: int, total: int, warmup: float) -> float:
-    """The share of the peak learning rate at a step, counted from 0: linear up over warmup * total steps, linear down to 0.
+@torch.no_grad()
+def clip_gradients(model: Qwen2, longest: float) -> Tensor:
+    """Scale the gradient of all parameters down to a length of `longest` if it is longer; the length it had: () fp32.
 
-    # differs from the original: no step has the rate 0; its first one has.
+    On the ranks' own shards, with one exchange, and with no wait: where nothing is to be clipped the scale is 1.
     """
+    parts = [p.grad.to_local() for p in model.parameters()]
+    square = torch.nn.utils.get_total_norm(parts).square()
+    dist.all_reduce(square)
+    norm = square.sqrt()
+    scale = (longest / (norm + 1e-6)).clamp(max=1.0)
+    for part in parts:
+        part.mul_(scale)
+    return norm
+
+
+def schedule(step: int, total: int, warmup: float) -> float:
+    """The share of the peak learning rate at a step, counted from 0: linear up over warmup * total steps, linear down
+    to 0."""
+    # differs from the original: no step has the rate 0; its first one has.
     rising = math.ceil(warmup * total)
     return min((step + 1) / rising if rising else 1.0, (total - step) / max(1, total - rising))
 
 
 @torch.no_grad()
-def update_norm(optimizer: torch.optim.Optimizer, t: int) -> Tensor:
-    """The length of the step that AdamW has just made, its t-th, over all parameters and ranks: () fp32.
+def update_square(optimizer: torch.optim.Optimizer, t: int) -> Tensor:
+    """The squared length of the step that AdamW has just made, its t-th, over this rank's shards: () fp32.
 
     Worked out again from the optimizer's state, so that no copy of the weights is kept:
     old - new = lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * old).
@@ -153,9 +182,7 @@ def update_norm(optimizer: torch.optim.Optimizer, t: int) -> Tensor:
             # new = (1 - lr * decay) * old - step, hence old - new = (step + lr * decay * new) / (1 - lr * decay).
             step.add_(new, alpha=lr * decay)
             squares.append((step / (1 - lr * decay)).square_().sum())
-    total = torch.stack(squares).sum()
-    dist.all_reduce(total)
-    return total.sqrt()
+    return torch.stack(squares).sum()
 
 
 def _load(config: SftConfig | RediConfig, model: Qwen2, world: World) -> TokenData:
@@ -164,28 +191,33 @@ def _load(config: SftConfig | RediConfig, model: Qwen2, world: World) -> TokenDa
         raise UserError("training needs rows: give --data FILE.jsonl")
     tokenizer = Tokenizer(config.model)
     if isinstance(config, SftConfig):
-        longest, load = config.max_tokens, lambda: load_sft(config.data, tokenizer, config.max_tokens, config.cache)
+        load = partial(load_sft, config.data, tokenizer, config.max_tokens, config.cache)
     else:
-        longest = config.max_prompt_tokens + config.max_response_tokens
-        load = lambda: load_pairs(config.data, tokenizer, config.max_prompt_tokens, config.max_response_tokens, config.cache)  # noqa: E731
-    world.first(lambda: load() and None)
-    data = load()
-    for note in data.notes:
+        load = partial(
+            load_pairs, config.data, tokenizer, config.max_prompt_tokens, config.max_response_tokens, config.cache
+        )
+    for note in world.first(lambda: load().notes):  # fills the cache
         world.say(note)
+    data = load()
     longest = int(np.diff(data.offsets).max())
     context = model.config.max_position_embeddings
     if longest > context:
-        raise UserError(f"{config.data}: the longest sequence has {longest:,} tokens, the model's context {context:,}; "
-                        "raise max_position_embeddings or lower the limits on tokens")
+        raise UserError(
+            f"{config.data}: the longest sequence has {longest:,} tokens, the model's context {context:,}; "
+            "raise max_position_embeddings or lower the limits on tokens"
+        )
     largest = int(data.tokens.max())
     if largest >= model.config.vocab_size:
-        raise UserError(f"{config.data}: token {largest} is outside the model's vocabulary of {model.config.vocab_size}; "
-                        f"the tokenizer of {config.model} is not this model's")
+        raise UserError(
+            f"{config.data}: token {largest} is outside the model's vocabulary of {model.config.vocab_size}; "
+            f"the tokenizer of {config.model} is not this model's"
+        )
     return data
 
 
 class Log:
-    """metrics.jsonl, a row a step, and a line on the screen every few steps. Figures wait on the device until a line is due."""
+    """metrics.jsonl, a row a step, and a line on the screen every few steps. Figures wait on the device until a line
+    is due."""
 
     def __init__(self, path: Path, config: SftConfig | RediConfig, total: int, world: World):
         self.path, self.config, self.total, self.world = path, config, total, world
@@ -210,22 +242,33 @@ class Log:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             print(self._line(rows[-1], now), flush=True)
 
-    def _row(self, waiting: tuple[int, float, float, Tensor, int], values: list[float], tokens_per_s: float) -> dict[str, Any]:
+    def _row(
+        self, waiting: tuple[int, float, float, Tensor, int], values: list[float], tokens_per_s: float
+    ) -> dict[str, Any]:
         step, epoch, lr, _, _ = waiting
         chosen, rejected, grad_norm, update = values
         return {
-            "step": step, "epoch": round(epoch, 4), "loss": -chosen + self.alpha * rejected, "chosen_logp": chosen,
-            "rejected_logp": rejected if self.alpha else None, "margin": chosen - rejected if self.alpha else None,
-            "grad_norm": grad_norm, "update_norm": update, "lr": lr, "tokens_per_s": round(tokens_per_s, 1),
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": -chosen + self.alpha * rejected,
+            "chosen_logp": chosen,
+            "rejected_logp": rejected if self.alpha else None,
+            "margin": chosen - rejected if self.alpha else None,
+            "grad_norm": grad_norm,
+            "update_norm": update,
+            "lr": lr,
+            "tokens_per_s": round(tokens_per_s, 1),
             "peak_memory_gb": round(peak_memory_gb(self.world.device), 3),
         }
 
     def _line(self, row: dict[str, Any], now: float) -> str:
         pair = f"  rejected {row['rejected_logp']:8.4f}  margin {row['margin']:7.4f}" if self.alpha else ""
         left = (now - self.start) / row["step"] * (self.total - row["step"])
-        return (f"step {row['step']:>{len(str(self.total))}}/{self.total}  loss {row['loss']:8.4f}  chosen {row['chosen_logp']:8.4f}{pair}  "
-                f"grad {row['grad_norm']:.2e}  update {row['update_norm']:.2e}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
-                f"left {clock(left)}")
+        return (
+            f"step {row['step']:>{len(str(self.total))}}/{self.total}  loss {row['loss']:8.4f}  "
+            f"chosen {row['chosen_logp']:8.4f}{pair}  grad {row['grad_norm']:.2e}  update {row['update_norm']:.2e}  "
+            f"lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  left {clock(left)}"
+        )
 
 
 def peak_memory_gb(device: torch.device) -> float:

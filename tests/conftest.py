@@ -1,4 +1,5 @@
-"""What many tests share: the real data beside the repository, a small toy, one process as a world, and runs of the scripts."""
+"""What many tests share: the real data beside the repository, a small toy, one process as a world, and runs of the
+scripts."""
 
 import os
 import subprocess

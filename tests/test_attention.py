@@ -41,9 +41,14 @@ def test_packed_equals_dense_forward_and_backward(max_seqlen):
 
 
 def test_cache_equals_packed_token_by_token():
-    """Prefill two rows, decode both to other lengths, in a cache that must grow; the same outputs as without a cache."""
+    """Prefill two rows, decode both to other lengths, in a cache that must grow; the same outputs as without a
+    cache."""
     cache, layers = KVCache(2, 2, 8, torch.float32, torch.device("cpu")), 2
-    whole = {(row, layer): [x.detach() for x in qkv(10, seed=10 * row + layer)] for row in range(2) for layer in range(layers)}
+    whole = {
+        (row, layer): [x.detach() for x in qkv(10, seed=10 * row + layer)]
+        for row in range(2)
+        for layer in range(layers)
+    }
     lengths = [4, 2]
     cache.reserve(2, 4)
     attend = cache.prefill(0, cumulative(lengths), 4)
@@ -68,4 +73,6 @@ def test_a_moved_row_is_the_same_row():
     q, k, v = (x.detach() for x in qkv(5))
     cache.prefill(2, cumulative([5]), 5)(0, q, k, v)
     cache.move(2, 0)
-    assert torch.equal(cache.keys[:, 0, :, :5], cache.keys[:, 2, :, :5]) and torch.equal(cache.values[0, 0, :, :5], v.transpose(0, 1))
+    assert torch.equal(cache.keys[:, 0, :, :5], cache.keys[:, 2, :, :5]) and torch.equal(
+        cache.values[0, 0, :, :5], v.transpose(0, 1)
+    )

@@ -8,7 +8,12 @@ from nanoredi.batch import divide, num_steps, pack, step_rows
 
 
 def test_pack():
-    batch = pack([(np.array([5, 6, 7, 8]), np.array([False, False, True, True]), -0.5), (np.array([1, 2]), np.array([False, True]), 0.25)])
+    batch = pack(
+        [
+            (np.array([5, 6, 7, 8]), np.array([False, False, True, True]), -0.5),
+            (np.array([1, 2]), np.array([False, True]), 0.25),
+        ]
+    )
     assert batch.input_ids.tolist() == [5, 6, 7, 1]
     assert batch.targets.tolist() == [6, 7, 8, 2]
     assert batch.position_ids.tolist() == [0, 1, 2, 0]

@@ -33,17 +33,24 @@ def test_one_s_own_rows(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"problem": "1+1?", "answer": 2}\n{"problem": "half?", "answer": ["0.5", "1/2"], "more": 1}\n')
     benchmark = load(str(path), "")
-    assert (benchmark.name, benchmark.questions, benchmark.golds) == ("mine", ["1+1?", "half?"], [["2"], ["0.5", "1/2"]])
+    assert (benchmark.name, benchmark.questions, benchmark.golds) == (
+        "mine",
+        ["1+1?", "half?"],
+        [["2"], ["0.5", "1/2"]],
+    )
 
 
-@pytest.mark.parametrize("text, words", [
-    ('{"answer": 2}\n', "line 1 has no text in 'problem'"),
-    ('{"problem": "x", "answer": null}\n', "line 1 has no 'answer'"),
-    ('{"problem": "x", "answer": []}\n', "line 1 has no 'answer'"),
-    ('{"problem": "x", "answer": true}\n', "line 1 has no 'answer'"),
-    ("", "holds no problems"),
-    ("{\n", "line 1 is not JSON"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"answer": 2}\n', "line 1 has no text in 'problem'"),
+        ('{"problem": "x", "answer": null}\n', "line 1 has no 'answer'"),
+        ('{"problem": "x", "answer": []}\n', "line 1 has no 'answer'"),
+        ('{"problem": "x", "answer": true}\n', "line 1 has no 'answer'"),
+        ("", "holds no problems"),
+        ("{\n", "line 1 is not JSON"),
+    ],
+)
 def test_malformed_rows_are_named(tmp_path, text, words):
     (tmp_path / "b.jsonl").write_text(text)
     with pytest.raises(UserError, match=words):
@@ -63,13 +70,26 @@ def test_what_is_missing_or_of_another_length(tmp_path):
 
 
 def sample(problem, number, correct, answer="1", tokens=10, finish_reason="stop"):
-    return {"problem": problem, "sample": number, "correct": correct, "answer": answer, "tokens": tokens, "finish_reason": finish_reason}
+    return {
+        "problem": problem,
+        "sample": number,
+        "correct": correct,
+        "answer": answer,
+        "tokens": tokens,
+        "finish_reason": finish_reason,
+    }
 
 
 def test_summary_by_hand():
     # 3 problems, 2 samples each. Accuracies by sample number: 2/3 and 1/3; their standard deviation (ddof 0) is 1/6.
-    samples = [sample(0, 0, True), sample(0, 1, True, tokens=20), sample(1, 0, True), sample(1, 1, False),
-               sample(2, 0, False, answer=None, tokens=40, finish_reason="length"), sample(2, 1, False)]
+    samples = [
+        sample(0, 0, True),
+        sample(0, 1, True, tokens=20),
+        sample(1, 0, True),
+        sample(1, 1, False),
+        sample(2, 0, False, answer=None, tokens=40, finish_reason="length"),
+        sample(2, 1, False),
+    ]
     row = summarise(samples, 2)
     assert row["problems"] == 3 and row["n"] == 2
     assert row["pass@1"] == pytest.approx(1 / 2)
@@ -80,8 +100,16 @@ def test_summary_by_hand():
 
 
 def test_table(tmp_path):
-    rows = [{"model": name, "benchmark": "toy", **summarise([sample(0, 0, right), sample(0, 1, False)], 2), "chosen_logp": -0.5, "rejected_logp": None}
-            for name, right in (("SFT", False), ("REDI", True))]
+    rows = [
+        {
+            "model": name,
+            "benchmark": "toy",
+            **summarise([sample(0, 0, right), sample(0, 1, False)], 2),
+            "chosen_logp": -0.5,
+            "rejected_logp": None,
+        }
+        for name, right in (("SFT", False), ("REDI", True))
+    ]
     assert table(rows).splitlines() == [
         "model  benchmark  pass@1 %   SEM  pass@2 %  mean tokens  no answer %  cut off %  logp chosen",
         "-" * 92,

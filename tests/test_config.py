@@ -2,8 +2,19 @@
 
 import pytest
 
-from nanoredi.config import (RECIPES, EvaluateConfig, RediConfig, SftConfig, ToyConfig, open_run, read_flags, read_recipe, recipe_of, resolve,
-                             write_recipe)
+from nanoredi.config import (
+    RECIPES,
+    EvaluateConfig,
+    RediConfig,
+    SftConfig,
+    ToyConfig,
+    open_run,
+    read_flags,
+    read_recipe,
+    recipe_of,
+    resolve,
+    write_recipe,
+)
 from nanoredi.errors import UserError
 
 
@@ -14,7 +25,9 @@ def flags(*argv):
 def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
     path = tmp_path / "r.toml"
     path.write_text("[redi]\nalpha = 0.5\nlr = 1\n[evaluate]\nn = 3\n")
-    name, given = flags("--recipe", str(path), "--alpha", "0.25", "--evaluate.benchmarks", "aime24", "my.jsonl", "--evaluate", "true")
+    name, given = flags(
+        "--recipe", str(path), "--alpha", "0.25", "--evaluate.benchmarks", "aime24", "my.jsonl", "--evaluate", "true"
+    )
     config = resolve(RediConfig, "redi", read_recipe(name), given)
     assert (config.alpha, config.lr, config.batch_size, config.evaluate) == (0.25, 1.0, 32, True)
     evaluation = resolve(EvaluateConfig, "evaluate", read_recipe(name), given)
@@ -29,43 +42,72 @@ def test_built_in_recipes_are_sound(path):
 def test_the_paper_s_recipe():
     tables = read_recipe("qwen2.5-math-1.5b")
     sft, redi = resolve(SftConfig, "sft", tables), resolve(RediConfig, "redi", tables)
-    assert (sft.lr, sft.batch_size, sft.epochs, sft.max_tokens, sft.rope_theta, sft.max_position_embeddings) == (5e-5, 128, 5, 32768, 300000, 32768)
-    assert (redi.lr, redi.alpha, redi.batch_size, redi.epochs, redi.max_prompt_tokens, redi.max_response_tokens) == (1e-6, 0.8, 32, 1, 800, 19000)
+    assert (sft.lr, sft.batch_size, sft.epochs, sft.max_tokens, sft.rope_theta, sft.max_position_embeddings) == (
+        5e-5,
+        128,
+        5,
+        32768,
+        300000,
+        32768,
+    )
+    assert (redi.lr, redi.alpha, redi.batch_size, redi.epochs, redi.max_prompt_tokens, redi.max_response_tokens) == (
+        1e-6,
+        0.8,
+        32,
+        1,
+        800,
+        19000,
+    )
     for config in (sft, redi):
-        assert (config.warmup, config.weight_decay, config.clip, config.save_every, config.seed) == (0.1, 1e-4, 1.0, 200, 42)
+        assert (config.warmup, config.weight_decay, config.clip, config.save_every, config.seed) == (
+            0.1,
+            1e-4,
+            1.0,
+            200,
+            42,
+        )
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--alhpa", "1"], r"there is no flag --alhpa \(did you mean '--alpha'\?\)"),
-    (["--evaluate.m=4"], r"there is no flag --evaluate.m \(did you mean '--evaluate.n'\?\)"),
-    (["runs"], "'runs' follows no flag"),
-    (["--lr", "fast"], "--lr takes a number, not 'fast'"),
-    (["--lr", "nan"], "--lr takes a number, not nan"),
-    (["--lr", "inf"], "--lr takes a number, not inf"),
-    (["--epochs", "1.5"], "--epochs takes a whole number, not '1.5'"),
-    (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
-    (["--clip", "0"], "--clip is 0.0; it must be above 0"),
-    (["--warmup", "2"], "--warmup is 2.0; it must be at most 1"),
-    (["--evaluate", "yes"], "--evaluate takes true or false, not 'yes'"),
-    (["--dtype", "bfloat"], r"--dtype takes auto or float32 or bfloat16, not 'bfloat' \(did you mean 'bfloat16'\?\)"),
-    (["--objective", "dpo"], "--objective takes redi or sft, not 'dpo'"),
-    (["--alpha"], "--alpha: expected one argument"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--alhpa", "1"], r"there is no flag --alhpa \(did you mean '--alpha'\?\)"),
+        (["--evaluate.m=4"], r"there is no flag --evaluate.m \(did you mean '--evaluate.n'\?\)"),
+        (["runs"], "'runs' follows no flag"),
+        (["--lr", "fast"], "--lr takes a number, not 'fast'"),
+        (["--lr", "nan"], "--lr takes a number, not nan"),
+        (["--lr", "inf"], "--lr takes a number, not inf"),
+        (["--epochs", "1.5"], "--epochs takes a whole number, not '1.5'"),
+        (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
+        (["--clip", "0"], "--clip is 0.0; it must be above 0"),
+        (["--warmup", "2"], "--warmup is 2.0; it must be at most 1"),
+        (["--evaluate", "yes"], "--evaluate takes true or false, not 'yes'"),
+        (
+            ["--dtype", "bfloat"],
+            r"--dtype takes auto or float32 or bfloat16, not 'bfloat' \(did you mean 'bfloat16'\?\)",
+        ),
+        (["--objective", "dpo"], "--objective takes redi or sft, not 'dpo'"),
+        (["--alpha"], "--alpha: expected one argument"),
+    ],
+)
 def test_flags_that_cannot_be(argv, words):
     with pytest.raises(UserError, match=words):
         flags(*argv)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("[redi]\nalpa = 1\n", r"\[redi\] has no key 'alpa' \(did you mean 'alpha'\?\)"),
-    ("[rdi]\nalpha = 1\n", r"there is no table \[rdi\] \(did you mean 'redi'\?\)"),
-    ("alpha = 1\n", r"there is no table \[alpha\]"),
-    ("[redi]\nalpha = 'x'\n", "redi.alpha takes a number, not 'x'"),
-    ("[redi]\nepochs = true\n", "redi.epochs takes a whole number, not True"),
-    ("[evaluate]\nbenchmarks = 'math500'\n", "evaluate.benchmarks takes a list of strings"),
-    ("[evaluate]\nbenchmarks = [1]\n", "evaluate.benchmarks takes a list of strings"),
-    ("[redi\n", "is not TOML"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[redi]\nalpa = 1\n", r"\[redi\] has no key 'alpa' \(did you mean 'alpha'\?\)"),
+        ("[rdi]\nalpha = 1\n", r"there is no table \[rdi\] \(did you mean 'redi'\?\)"),
+        ("alpha = 1\n", r"there is no table \[alpha\]"),
+        ("[redi]\nalpha = 'x'\n", "redi.alpha takes a number, not 'x'"),
+        ("[redi]\nepochs = true\n", "redi.epochs takes a whole number, not True"),
+        ("[evaluate]\nbenchmarks = 'math500'\n", "evaluate.benchmarks takes a list of strings"),
+        ("[evaluate]\nbenchmarks = [1]\n", "evaluate.benchmarks takes a list of strings"),
+        ("[redi\n", "is not TOML"),
+    ],
+)
 def test_recipes_that_cannot_be(tmp_path, text, words):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UserError, match=words):
@@ -81,7 +123,10 @@ def test_what_is_written_reads_back(tmp_path):
     config = EvaluateConfig(benchmarks=['a "quoted" \\ path\n', "b"], data="", temperature=1e-7, n=2)
     write_recipe(tmp_path / "config.toml", {"evaluate": config, "toy": ToyConfig()})
     assert resolve(EvaluateConfig, "evaluate", read_recipe(tmp_path / "config.toml")) == config
-    assert recipe_of(tmp_path / "final") == read_recipe(tmp_path / "config.toml") and recipe_of(tmp_path / "a" / "final") == {}
+    assert (
+        recipe_of(tmp_path / "final") == read_recipe(tmp_path / "config.toml")
+        and recipe_of(tmp_path / "a" / "final") == {}
+    )
 
 
 def test_a_run_s_folder(tmp_path):

@@ -40,8 +40,40 @@ def conversation(prompt="a=1b+2", answer=PAIR["chosen"]):
 
 def test_real_ids_of_both_stages_are_pinned(shared, write, cache):
     tokenizer = Tokenizer(shared / "qwen2.5-tokenizer")
-    head = [151644, 8948, 198, 5501, 2874, 3019, 553, 3019, 11, 323, 2182, 697, 1590, 4226, 2878, 1124, 79075, 46391, 151645, 198,
-            151644, 872, 198, 16, 10, 16, 30, 151645, 198, 151644, 77091, 198]
+    head = [
+        151644,
+        8948,
+        198,
+        5501,
+        2874,
+        3019,
+        553,
+        3019,
+        11,
+        323,
+        2182,
+        697,
+        1590,
+        4226,
+        2878,
+        1124,
+        79075,
+        46391,
+        151645,
+        198,
+        151644,
+        872,
+        198,
+        16,
+        10,
+        16,
+        30,
+        151645,
+        198,
+        151644,
+        77091,
+        198,
+    ]
     answer = [59, 79075, 90, 17, 92, 151645, 198]
     tokens, learned = load_sft(write(conversation("1+1?", "\\boxed{2}")), tokenizer, 100, cache).sequence(0)
     assert tokens.tolist() == [*head, *answer, 151643]
@@ -57,15 +89,20 @@ def test_real_ids_of_both_stages_are_pinned(shared, write, cache):
 def test_toy_rows(tokenizer, write, cache):
     data = load_sft(write(conversation()), tokenizer, 100, cache)
     tokens, learned = data.sequence(0)
-    assert tokenizer.backend.decode(tokens.tolist(), skip_special_tokens=False) == "<user>a=1b+2<assistant>" + PAIR["chosen"] + "<eos>"
+    assert (
+        tokenizer.backend.decode(tokens.tolist(), skip_special_tokens=False)
+        == "<user>a=1b+2<assistant>" + PAIR["chosen"] + "<eos>"
+    )
     # Here padding is a token of its own, and the end is learned in stage 1 too.
     assert learned.sum() == len(tokenizer.encode(PAIR["chosen"])) + 1 == data.num_learned(0) and learned[-1]
     assert data.notes == []
 
 
 def test_text_and_messages_are_the_same_row(tokenizer, write, cache):
-    as_messages = {"prompt": [{"role": "user", "content": PAIR["prompt"]}],
-                   **{key: [{"role": "assistant", "content": PAIR[key]}] for key in ("chosen", "rejected")}}
+    as_messages = {
+        "prompt": [{"role": "user", "content": PAIR["prompt"]}],
+        **{key: [{"role": "assistant", "content": PAIR[key]}] for key in ("chosen", "rejected")},
+    }
     data = load_pairs(write(PAIR, as_messages), tokenizer, 50, 50, cache)
     assert len(data) == 4
     for i in (0, 1):
@@ -77,11 +114,16 @@ def test_limits_cut_as_the_original_and_say_so(tokenizer, write, cache):
     cut = load_pairs(write(PAIR), tokenizer, 3, 5, cache)
     prompt_length = int((~whole.sequence(0)[1]).sum())
     assert cut.sequence(0)[0].tolist() == whole.sequence(0)[0][prompt_length - 3 : prompt_length + 5].tolist()
-    assert [note.split(": ")[1] for note in cut.notes] == ["1 of 1 prompts cut to their last 3 tokens", "2 of 1 responses cut to 5 tokens"]
+    assert [note.split(": ")[1] for note in cut.notes] == [
+        "1 of 1 prompts cut to their last 3 tokens",
+        "2 of 1 responses cut to 5 tokens",
+    ]
     sft = load_sft(write(conversation(), conversation("a=1b+2c+3d+4e+5")), tokenizer, 12, cache)
     assert len(sft) == 1 and len(sft.sequence(0)[0]) == 12
     assert [note.split(": ", 1)[1] for note in sft.notes] == [
-        "2 of 2 conversations cut to 12 tokens", "1 of 2 rows dropped: the prompt alone fills max_tokens"]
+        "2 of 2 conversations cut to 12 tokens",
+        "1 of 2 rows dropped: the prompt alone fills max_tokens",
+    ]
     with pytest.raises(UserError, match="no row of .* is left: .*the prompt alone fills max_tokens"):
         load_sft(write(conversation()), tokenizer, 8, cache)
 
@@ -92,7 +134,11 @@ def test_the_cache_is_used_and_follows_data_limits_and_tokenizer(tokenizer, writ
     with monkeypatch.context() as m:
         m.setattr(Tokenizer, "encode_batch", lambda *_: pytest.fail("tokenised again"))
         again = load_pairs(path, tokenizer, 3, 50, cache)
-    assert np.array_equal(first.tokens, again.tokens) and again.notes == first.notes and isinstance(again.tokens, np.memmap)
+    assert (
+        np.array_equal(first.tokens, again.tokens)
+        and again.notes == first.notes
+        and isinstance(again.tokens, np.memmap)
+    )
     shutil.copytree(tokenizer.folder, tmp_path / "other")
     (tmp_path / "other" / "added_tokens.json").write_text("{}")
     load_pairs(path, tokenizer, 4, 50, cache)
@@ -101,27 +147,36 @@ def test_the_cache_is_used_and_follows_data_limits_and_tokenizer(tokenizer, writ
     assert len(list(Path(cache).iterdir())) == 4
 
 
-@pytest.mark.parametrize("row, words", [
-    ("{", "line 2 is not JSON"),
-    ("3", "line 2 has no field 'prompt'"),
-    ({"prompt": "a=1", "chosen": "1"}, "line 2 has no field 'rejected'"),
-    ({**PAIR, "prompt": ""}, "line 2: 'prompt' must be text"),
-    ({**PAIR, "prompt": 5}, "line 2: 'prompt' must be text"),
-    ({**PAIR, "chosen": ""}, "line 2: 'chosen' must be one message"),
-    ({**PAIR, "chosen": [{"role": "user", "content": "1"}]}, "line 2: 'chosen' must be one message of the assistant"),
-    ({**PAIR, "rejected": [{"role": "assistant", "content": "1"}] * 2}, "line 2: 'rejected' must be one message"),
-])
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("{", "line 2 is not JSON"),
+        ("3", "line 2 has no field 'prompt'"),
+        ({"prompt": "a=1", "chosen": "1"}, "line 2 has no field 'rejected'"),
+        ({**PAIR, "prompt": ""}, "line 2: 'prompt' must be text"),
+        ({**PAIR, "prompt": 5}, "line 2: 'prompt' must be text"),
+        ({**PAIR, "chosen": ""}, "line 2: 'chosen' must be one message"),
+        (
+            {**PAIR, "chosen": [{"role": "user", "content": "1"}]},
+            "line 2: 'chosen' must be one message of the assistant",
+        ),
+        ({**PAIR, "rejected": [{"role": "assistant", "content": "1"}] * 2}, "line 2: 'rejected' must be one message"),
+    ],
+)
 def test_malformed_pairs_are_named(tokenizer, write, cache, row, words):
     with pytest.raises(UserError, match=words):
         load_pairs(write(PAIR, row), tokenizer, 50, 50, cache)
 
 
-@pytest.mark.parametrize("row, words", [
-    ({"prompt": "a"}, "line 2 has no field 'messages'"),
-    ({"messages": "a"}, "line 2: 'messages' must be a list"),
-    ({"messages": []}, "line 2: 'messages' must be text, or a list of messages"),
-    ({"messages": [{"role": "user", "content": "a"}]}, "line 2: the last message must be the assistant's"),
-])
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": "a"}, "line 2 has no field 'messages'"),
+        ({"messages": "a"}, "line 2: 'messages' must be a list"),
+        ({"messages": []}, "line 2: 'messages' must be text, or a list of messages"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "line 2: the last message must be the assistant's"),
+    ],
+)
 def test_malformed_conversations_are_named(tokenizer, write, cache, row, words):
     with pytest.raises(UserError, match=words):
         load_sft(write(conversation(), row), tokenizer, 50, cache)

@@ -5,8 +5,26 @@ import shutil
 
 import pytest
 
-SMALL = ["--toy.sft_rows", "200", "--toy.pairs", "64", "--toy.watch_pairs", "8", "--toy.heldout", "10", "--toy.num_layers", "1",
-         "--toy.hidden_size", "32", "--sft.epochs", "2", "--evaluate.n", "2", "--log_every", "1"]
+SMALL = [
+    "--toy.sft_rows",
+    "200",
+    "--toy.pairs",
+    "64",
+    "--toy.watch_pairs",
+    "8",
+    "--toy.heldout",
+    "10",
+    "--toy.num_layers",
+    "1",
+    "--toy.hidden_size",
+    "32",
+    "--sft.epochs",
+    "2",
+    "--evaluate.n",
+    "2",
+    "--log_every",
+    "1",
+]
 
 
 def said_no(done, *words):
@@ -21,31 +39,60 @@ def test_the_main_job_on_a_shrunken_toy(run, tmp_path):
     done = run("train_redi.py", *SMALL)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "runs" / "toy"
-    assert {p.name for p in out.iterdir()} == {"config.toml", "data", "sft", "metrics.jsonl", "final", "results.json", "samples.jsonl"}
+    assert {p.name for p in out.iterdir()} == {
+        "config.toml",
+        "data",
+        "sft",
+        "metrics.jsonl",
+        "final",
+        "results.json",
+        "samples.jsonl",
+    }
     assert "stage 1: saved runs/toy/sft/final" in done.stdout and "stage 2: saved runs/toy/final" in done.stdout
     assert len((out / "sft" / "metrics.jsonl").read_text().splitlines()) == 26
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     results = json.loads((out / "results.json").read_text())
     assert [(row["model"], row["benchmark"]) for row in results] == [("SFT", "toy"), ("REDI", "toy")]
     for row in results:
-        assert set(row) == {"model", "benchmark", "problems", "n", "pass@1", "sem", "pass@2", "mean_tokens", "no_answer", "cut_off", "chosen_logp",
-                            "rejected_logp"}
+        assert set(row) == {
+            "model",
+            "benchmark",
+            "problems",
+            "n",
+            "pass@1",
+            "sem",
+            "pass@2",
+            "mean_tokens",
+            "no_answer",
+            "cut_off",
+            "chosen_logp",
+            "rejected_logp",
+        }
         assert 0 <= row["pass@1"] <= row["pass@2"] <= 1 and row["chosen_logp"] < 0
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 2 * 10 * 2 and sum(s["correct"] for s in samples if s["model"] == "REDI") / 20 == results[1]["pass@1"]
+    assert (
+        len(samples) == 2 * 10 * 2
+        and sum(s["correct"] for s in samples if s["model"] == "REDI") / 20 == results[1]["pass@1"]
+    )
     table = done.stdout[done.stdout.index("model  benchmark") :]
 
     # The same command again does nothing and shows the same; another recipe is refused.
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
     again = run("train_redi.py", *SMALL)
     assert again.returncode == 0 and "finished" in again.stdout and again.stdout.endswith(table)
-    said_no(run("train_redi.py", *SMALL, "--alpha", "0.5"), "runs/toy holds another run", "redi.alpha is 0.8 there and 0.5 here")
+    said_no(
+        run("train_redi.py", *SMALL, "--alpha", "0.5"),
+        "runs/toy holds another run",
+        "redi.alpha is 0.8 there and 0.5 here",
+    )
     said_no(run("train_redi.py"), "runs/toy holds another run")
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
 
     # With no arguments the newest model is sampled and evaluated.
     sampled = run("sample.py")
-    assert sampled.returncode == 0 and sampled.stdout.startswith("runs/toy/final: 3 samples at temperature 0.6, top-p 0.95")
+    assert sampled.returncode == 0 and sampled.stdout.startswith(
+        "runs/toy/final: 3 samples at temperature 0.6, top-p 0.95"
+    )
     assert sampled.stdout.count("--- a=") == 3
     evaluated = run("evaluate.py")
     assert evaluated.returncode == 0, evaluated.stderr
@@ -61,7 +108,18 @@ def test_the_main_job_on_a_shrunken_toy(run, tmp_path):
 def test_sample_writes_rows(run, tmp_path, toy_data):
     prompts = [{"prompt": "a=1b+2", "id": 7}, {"messages": [{"role": "user", "content": "a=1b+2c+3"}]}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
-    flags = ["--model", toy_data / "model", "--prompts", "prompts.jsonl", "--n", "2", "--max_tokens", "9", "--out", "samples.jsonl"]
+    flags = [
+        "--model",
+        toy_data / "model",
+        "--prompts",
+        "prompts.jsonl",
+        "--n",
+        "2",
+        "--max_tokens",
+        "9",
+        "--out",
+        "samples.jsonl",
+    ]
     done = run("sample.py", *flags)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -69,7 +127,10 @@ def test_sample_writes_rows(run, tmp_path, toy_data):
     for row in rows:
         given = {k: row.pop(k) for k in ("prompt", "messages", "id") if k in row}
         assert given in prompts
-        assert set(row) == {"completion", "finish_reason", "tokens", "sample"} and row["finish_reason"] in ("stop", "length")
+        assert set(row) == {"completion", "finish_reason", "tokens", "sample"} and row["finish_reason"] in (
+            "stop",
+            "length",
+        )
         assert row["tokens"] <= 9 and isinstance(row["tokens"], int)
     assert sorted(row["sample"] for row in rows) == [0, 0, 1, 1]
     before = (tmp_path / "samples.jsonl").read_text()
@@ -78,7 +139,19 @@ def test_sample_writes_rows(run, tmp_path, toy_data):
 
 
 def test_stage_1_alone(run, tmp_path):
-    done = run("train_sft.py", "--toy.sft_rows", "100", "--toy.pairs", "10", "--toy.watch_pairs", "4", "--toy.hidden_size", "16", "--max_steps", "2")
+    done = run(
+        "train_sft.py",
+        "--toy.sft_rows",
+        "100",
+        "--toy.pairs",
+        "10",
+        "--toy.watch_pairs",
+        "4",
+        "--toy.hidden_size",
+        "16",
+        "--max_steps",
+        "2",
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "runs/toy-sft/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
@@ -86,26 +159,41 @@ def test_stage_1_alone(run, tmp_path):
     assert (tmp_path / "runs/toy-sft/final/tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("script, flags, words", [
-    ("train_redi.py", ["--alhpa", "1"], ["there is no flag --alhpa", "--alpha"]),
-    ("train_redi.py", ["--recipe", "nowhere.toml"], ["cannot read the recipe nowhere.toml"]),
-    ("train_redi.py", ["--data", "pairs.jsonl"], ["--data needs a model"]),
-    ("train_redi.py", ["--model", "nowhere", "--data", "x.jsonl", "--out", "o"], ["cannot read nowhere/config.json"]),
-    ("train_redi.py", ["--model", "MODEL", "--data", "broken.jsonl", "--out", "o"], ["broken.jsonl, line 2 is not JSON"]),
-    ("train_redi.py", ["--model", "MODEL", "--data", "empty.jsonl", "--out", "o"], ["empty.jsonl holds no rows"]),
-    ("train_redi.py", ["--model", "MODEL", "--data", "broken.jsonl"], ["--out"]),
-    ("train_redi.py", ["--out", "full"], ["full is not empty and holds no nanoredi run"]),
-    ("train_sft.py", ["--alpha", "1"], ["there is no flag --alpha"]),
-    ("train_sft.py", ["--epochs", "many"], ["--epochs takes a whole number, not 'many'"]),
-    ("sample.py", [], ["there is no model under runs/ yet"]),
-    ("sample.py", ["--model", "MODEL"], ["--prompt"]),
-    ("sample.py", ["--model", "MODEL", "--prompt", "xyz"], ["cannot write"]),
-    ("sample.py", ["--model", "MODEL", "--prompt", "a" * 300], ["fills the context of 256"]),
-    ("sample.py", ["--model", "MODEL", "--prompts", "broken.jsonl"], ["broken.jsonl, line 2 is not JSON"]),
-    ("evaluate.py", ["--model", "MODEL", "--benchmarks", "math50"], ["math50", "math500"]),
-    ("evaluate.py", ["--model", "MODEL", "--benchmarks", "math500", "--data", "full"], ["full holds neither math500.json"]),
-    ("evaluate.py", ["--model", "MODEL", "--benchmarks", "one.jsonl", "--out", "full"], ["full is not empty"]),
-])
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        ("train_redi.py", ["--alhpa", "1"], ["there is no flag --alhpa", "--alpha"]),
+        ("train_redi.py", ["--recipe", "nowhere.toml"], ["cannot read the recipe nowhere.toml"]),
+        ("train_redi.py", ["--data", "pairs.jsonl"], ["--data needs a model"]),
+        (
+            "train_redi.py",
+            ["--model", "nowhere", "--data", "x.jsonl", "--out", "o"],
+            ["cannot read nowhere/config.json"],
+        ),
+        (
+            "train_redi.py",
+            ["--model", "MODEL", "--data", "broken.jsonl", "--out", "o"],
+            ["broken.jsonl, line 2 is not JSON"],
+        ),
+        ("train_redi.py", ["--model", "MODEL", "--data", "empty.jsonl", "--out", "o"], ["empty.jsonl holds no rows"]),
+        ("train_redi.py", ["--model", "MODEL", "--data", "broken.jsonl"], ["--out"]),
+        ("train_redi.py", ["--out", "full"], ["full is not empty and holds no nanoredi run"]),
+        ("train_sft.py", ["--alpha", "1"], ["there is no flag --alpha"]),
+        ("train_sft.py", ["--epochs", "many"], ["--epochs takes a whole number, not 'many'"]),
+        ("sample.py", [], ["there is no model under runs/ yet"]),
+        ("sample.py", ["--model", "MODEL"], ["--prompt"]),
+        ("sample.py", ["--model", "MODEL", "--prompt", "xyz"], ["cannot write"]),
+        ("sample.py", ["--model", "MODEL", "--prompt", "a" * 300], ["fills the context of 256"]),
+        ("sample.py", ["--model", "MODEL", "--prompts", "broken.jsonl"], ["broken.jsonl, line 2 is not JSON"]),
+        ("evaluate.py", ["--model", "MODEL", "--benchmarks", "math50"], ["math50", "math500"]),
+        (
+            "evaluate.py",
+            ["--model", "MODEL", "--benchmarks", "math500", "--data", "full"],
+            ["full holds neither math500.json"],
+        ),
+        ("evaluate.py", ["--model", "MODEL", "--benchmarks", "one.jsonl", "--out", "full"], ["full is not empty"]),
+    ],
+)
 def test_bad_input_ends_with_one_sentence(run, tmp_path, toy_data, script, flags, words):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a=1", "chosen": "1", "rejected": "2"}\n{"prompt"\n')
     (tmp_path / "empty.jsonl").write_text("")

@@ -4,10 +4,10 @@ import json
 import shutil
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-import tiny
 from nanoredi import checkpoint, toy
 from nanoredi.errors import UserError
 from nanoredi.model import Qwen2
@@ -111,7 +111,9 @@ def test_overrides_are_used_and_saved(folder, tmp_path):
     model.save_pretrained(tmp_path / "longer")
     saved = json.loads((tmp_path / "longer" / "config.json").read_text())
     assert (saved["rope_theta"], saved["max_position_embeddings"]) == (5e5, 4096)
-    assert not torch.equal(logps_of(model, tiny.sequences())[1], logps_of(Qwen2.from_pretrained(folder), tiny.sequences())[1])
+    assert not torch.equal(
+        logps_of(model, tiny.sequences())[1], logps_of(Qwen2.from_pretrained(folder), tiny.sequences())[1]
+    )
     with pytest.raises(UserError, match="no setting 'rope_teta' to override .did you mean 'rope_theta'"):
         Qwen2.from_pretrained(folder, rope_teta=1.0)
 
@@ -125,8 +127,15 @@ def test_tokenizer_files_and_stop_tokens_go_along(toy_data, tmp_path):
     model = Qwen2.from_pretrained(toy_data / "model")
     model.save_pretrained(tmp_path / "m", dtype=torch.bfloat16)
     assert {p.name for p in (tmp_path / "m").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert json.loads((tmp_path / "m" / "generation_config.json").read_text())["eos_token_id"] == [toy.SPECIAL.index("<eos>")]
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads((tmp_path / "m" / "generation_config.json").read_text())["eos_token_id"] == [
+        toy.SPECIAL.index("<eos>")
+    ]
     assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert Qwen2.from_pretrained(tmp_path / "m").lm_head_weight.dtype == torch.bfloat16
 
@@ -138,34 +147,50 @@ def test_nothing_is_overwritten(folder):
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"model_type": "llama"}, "model_type is 'llama'"),
-    ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}, "sliding window of 4096"),
-    ({"use_sliding_window": True, "sliding_window": 4096, "layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling of the kind 'yarn'"),
-    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope scaling of the kind 'linear'"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-    ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
-    ({"head_dim": 16}, "head_dim is 16"),
-    ({"quantization_config": {"bits": 4}}, "quantized"),
-    ({"num_attention_heads": 5}, "do not divide"),
-    ({"vocab_size": None}, "says nothing of vocab_size"),
-    ({"vocab_size": 98}, r"model.embed_tokens.weight has the shape \(97, 48\); its config.json asks for \(98, 48\)"),
-    ({"num_hidden_layers": 3}, "lacks the weights model.layers.2"),
-    ({"num_hidden_layers": 1}, "no place for: model.layers.1"),
-    ({"tie_word_embeddings": True}, "config.json ties lm_head.weight"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}, "sliding window of 4096"),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 4096,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "sliding window",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling of the kind 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope scaling of the kind 'linear'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"head_dim": 16}, "head_dim is 16"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"num_attention_heads": 5}, "do not divide"),
+        ({"vocab_size": None}, "says nothing of vocab_size"),
+        (
+            {"vocab_size": 98},
+            r"model.embed_tokens.weight has the shape \(97, 48\); its config.json asks for \(98, 48\)",
+        ),
+        ({"num_hidden_layers": 3}, "lacks the weights model.layers.2"),
+        ({"num_hidden_layers": 1}, "no place for: model.layers.1"),
+        ({"tie_word_embeddings": True}, "config.json ties lm_head.weight"),
+    ],
+)
 def test_anything_but_this_qwen2_is_refused_by_name(folder, changes, words):
     edit_config(folder, **changes)
     with pytest.raises(UserError, match=words):
         Qwen2.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("changes", [
-    {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},  # Qwen2.5 as published
-    {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2},
-    {"rope_scaling": None, "head_dim": 8},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},  # Qwen2.5 as published
+        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2},
+        {"rope_scaling": None, "head_dim": 8},
+    ],
+)
 def test_settings_without_effect_are_not_refused(folder, changes):
     edit_config(folder, **changes)
     Qwen2.from_pretrained(folder)
@@ -174,7 +199,10 @@ def test_settings_without_effect_are_not_refused(folder, changes):
 def test_a_redundant_tied_head_is_fine(tmp_path):
     tiny.tiny_model(tied=True).save_pretrained(tmp_path / "m")
     weights = load_file(tmp_path / "m" / "model.safetensors")
-    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "m" / "model.safetensors")
+    save_file(
+        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        tmp_path / "m" / "model.safetensors",
+    )
     Qwen2.from_pretrained(tmp_path / "m")
 
 

@@ -16,8 +16,8 @@ def test_redi_divides_by_length_and_pairs():
 
 
 def test_redi_equals_the_paper_s_formula():
-    # Sums of token log-probs: y_w -6 over 3 tokens and -2 over 4, y_l -8 over 2 and -5 over 5; the mean over the two pairs of
-    # -logp(y_w)/|y_w| + 0.5 logp(y_l)/|y_l| is ((2 - 2) + (0.5 - 0.5)) / 2 = 0.
+    # Sums of token log-probs: y_w -6 over 3 tokens and -2 over 4, y_l -8 over 2 and -5 over 5; the mean over the two
+    # pairs of -logp(y_w)/|y_w| + 0.5 logp(y_l)/|y_l| is ((2 - 2) + (0.5 - 0.5)) / 2 = 0.
     chosen, rejected = redi([3, 4], [2, 5], alpha=0.5)
     assert sum(w * s for w, s in zip(chosen + rejected, [-6, -2, -8, -5])) == pytest.approx(0.0)
     # With alpha 1 it is ((2 - 4) + (0.5 - 1)) / 2.

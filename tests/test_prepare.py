@@ -1,4 +1,5 @@
-"""Raw rows to sft.jsonl and pairs.jsonl, against results worked out by hand, by `datasets`, and by plain loops over the real sample."""
+"""Raw rows to sft.jsonl and pairs.jsonl, against results worked out by hand, by `datasets`, and by plain loops over
+the real sample."""
 
 import json
 import subprocess
@@ -16,13 +17,32 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SYSTEM = "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
 
 
-def raw(problem="a=1", generations=("b=1", "b=2"), llama=(True, False), math=(True, False), valid="Yes", source="olympiads", **more):
-    labels = {"llama_verification": llama and list(llama), "math_verify_reparsed_answer": math and list(math), "math_verify": None}
-    return {"problem": problem, "solution": "", "source": source, "problem_is_valid": valid,
-            "generations": generations if generations is None else list(generations), "correctness": labels} | more
+def raw(
+    problem="a=1",
+    generations=("b=1", "b=2"),
+    llama=(True, False),
+    math=(True, False),
+    valid="Yes",
+    source="olympiads",
+    **more,
+):
+    labels = {
+        "llama_verification": llama and list(llama),
+        "math_verify_reparsed_answer": math and list(math),
+        "math_verify": None,
+    }
+    return {
+        "problem": problem,
+        "solution": "",
+        "source": source,
+        "problem_is_valid": valid,
+        "generations": generations if generations is None else list(generations),
+        "correctness": labels,
+    } | more
 
 
-# With the toy's tokenizer a text of n characters is templated as <user> or <assistant> and n more tokens, and measures n + 2.
+# With the toy's tokenizer a text of n characters is templated as <user> or <assistant> and n more tokens, and measures
+# n + 2.
 ROWS = {
     "plain pair": raw(),
     "not valid": raw(valid="No"),
@@ -41,7 +61,9 @@ ROWS = {
     "one judge each": raw("a=3", llama=(True, False), math=(False, True)),
     "null label": raw("a=4", llama=(None, True), math=(True, True)),
     "all correct": raw("a=5", llama=(True, True), math=(True, True)),
-    "first of each": raw("a=6", ("a", "b", "c", "d", "e"), (False, True, True, True, False), (True, False, True, True, False)),
+    "first of each": raw(
+        "a=6", ("a", "b", "c", "d", "e"), (False, True, True, True, False), (True, False, True, True, False)
+    ),
     "prompt fits": raw("a=1111"),
     "prompt too long": raw("a=11111"),
     "responses fit": raw("a=7", ("b=123456", "c=123456")),
@@ -51,10 +73,28 @@ ROWS = {
 }
 LIMITS = {"max_prompt_tokens": 8, "max_response_tokens": 10}
 COUNTS = [24, 21, 20, 18, 16, 12, 11, 10, 9, 7]
-SFT = {"plain pair": 0, "spaces and case": 0, "null label": 1, "all correct": 0, "first of each": 2, "prompt fits": 0,
-       "prompt too long": 0, "responses fit": 0, "chosen too long": 0, "rejected too long": 0, "empty generation": 1}
-PAIRS = {"plain pair": (0, 1), "spaces and case": (0, 1), "null label": (1, 0), "first of each": (2, 0), "prompt fits": (0, 1),
-         "responses fit": (0, 1), "empty generation": (1, 3)}
+SFT = {
+    "plain pair": 0,
+    "spaces and case": 0,
+    "null label": 1,
+    "all correct": 0,
+    "first of each": 2,
+    "prompt fits": 0,
+    "prompt too long": 0,
+    "responses fit": 0,
+    "chosen too long": 0,
+    "rejected too long": 0,
+    "empty generation": 1,
+}
+PAIRS = {
+    "plain pair": (0, 1),
+    "spaces and case": (0, 1),
+    "null label": (1, 0),
+    "first of each": (2, 0),
+    "prompt fits": (0, 1),
+    "responses fit": (0, 1),
+    "empty generation": (1, 3),
+}
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +136,16 @@ def test_every_kind_of_row(tmp_path, tokenizer):
             sft.append({"messages": prompt + answers[SFT[name]], **facts, "generation_index": SFT[name]})
         if name in PAIRS:
             good, bad = PAIRS[name]
-            pairs.append({"prompt": prompt, "chosen": answers[good], "rejected": answers[bad], **facts, "chosen_index": good,
-                          "rejected_index": bad})
+            pairs.append(
+                {
+                    "prompt": prompt,
+                    "chosen": answers[good],
+                    "rejected": answers[bad],
+                    **facts,
+                    "chosen_index": good,
+                    "rejected_index": bad,
+                }
+            )
     assert read(tmp_path / "out" / "sft.jsonl") == sft
     assert read(tmp_path / "out" / "pairs.jsonl") == pairs
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "sft.jsonl"]
@@ -130,7 +178,9 @@ def test_parquet_and_shards_equal_jsonl(tmp_path, tokenizer):
         (tmp_path / kind).mkdir()
     for i, shard in enumerate(shards):
         write(tmp_path / "jsonl" / f"train-{i}.jsonl", shard)
-        parquet.write_table(pyarrow.Table.from_pylist(shard), tmp_path / "parquet" / f"train-{i}.parquet", row_group_size=30)
+        parquet.write_table(
+            pyarrow.Table.from_pylist(shard), tmp_path / "parquet" / f"train-{i}.parquet", row_group_size=30
+        )
     write(tmp_path / "one" / "raw.jsonl", rows)
     results = []
     for paths in (["one"], ["jsonl"], ["parquet"], ["jsonl/train-0.jsonl", "parquet/train-1.parquet"]):
@@ -151,7 +201,9 @@ def test_parquet_faults(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(UserError, match="cannot read .*absent.parquet"):
         prepare.prepare([tmp_path / "absent.parquet"], tokenizer, tmp_path / "out")
     rows = [raw(), raw()]
-    parquet.write_table(pyarrow.table({key: [row[key] for row in rows] for key in ("problem_is_valid", "generations")}), file)
+    parquet.write_table(
+        pyarrow.table({key: [row[key] for row in rows] for key in ("problem_is_valid", "generations")}), file
+    )
     with pytest.raises(UserError, match="raw.parquet, row 1 has no field 'source'"):
         prepare.prepare([file], tokenizer, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
@@ -159,19 +211,22 @@ def test_parquet_faults(tmp_path, tokenizer, monkeypatch):
         prepare.prepare([file], tokenizer, tmp_path / "out")
 
 
-@pytest.mark.parametrize("row, words", [
-    ('{"problem": ', "line 3 is not JSON"),
-    ("[1, 2]", "line 3 is not a JSON object"),
-    ({k: v for k, v in raw().items() if k != "problem_is_valid"}, "line 3 has no field 'problem_is_valid'"),
-    ({k: v for k, v in raw().items() if k != "source"}, "line 3 has no field 'source'"),
-    (raw(valid=True), "line 3: 'problem_is_valid' must be text, not 'True'"),
-    (raw(problem=["a"]), "line 3: 'problem' must be text"),
-    (raw() | {"generations": "b=1"}, "line 3: 'generations' must be a list of texts"),
-    (raw(generations=["b", 2]), "line 3: 'generations' must be a list of texts"),
-    (raw(correctness=[True]), "line 3: 'correctness' must be an object"),
-    (raw(llama=("yes", "no")), "line 3: 'correctness': 'llama_verification' must be a list of true and false"),
-    (raw(problem="an unknown word"), "line 3: the tokenizer of .* cannot write"),
-])
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ('{"problem": ', "line 3 is not JSON"),
+        ("[1, 2]", "line 3 is not a JSON object"),
+        ({k: v for k, v in raw().items() if k != "problem_is_valid"}, "line 3 has no field 'problem_is_valid'"),
+        ({k: v for k, v in raw().items() if k != "source"}, "line 3 has no field 'source'"),
+        (raw(valid=True), "line 3: 'problem_is_valid' must be text, not 'True'"),
+        (raw(problem=["a"]), "line 3: 'problem' must be text"),
+        (raw() | {"generations": "b=1"}, "line 3: 'generations' must be a list of texts"),
+        (raw(generations=["b", 2]), "line 3: 'generations' must be a list of texts"),
+        (raw(correctness=[True]), "line 3: 'correctness' must be an object"),
+        (raw(llama=("yes", "no")), "line 3: 'correctness': 'llama_verification' must be a list of true and false"),
+        (raw(problem="an unknown word"), "line 3: the tokenizer of .* cannot write"),
+    ],
+)
 def test_malformed_rows_are_named(tmp_path, tokenizer, row, words):
     file = write(tmp_path / "raw.jsonl", [raw(), "", row, raw()])
     with pytest.raises(UserError, match=f"raw.jsonl, {words}"):
@@ -213,15 +268,18 @@ def test_out_that_cannot_be_written(tmp_path, tokenizer):
         prepare.prepare([file], tokenizer, file)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--row", "x"], "no flag --row .did you mean '--raw'"),
-    (["--raw", "x", "--tokeniser", "y", "--out", "z"], "no flag --tokeniser .did you mean '--tokenizer'"),
-    (["x", "--raw", "y"], "'x' follows no flag"),
-    (["--raw", "x"], "--tokenizer and --out must be given"),
-    (["--raw"], "--raw: expected at least one argument"),
-    (["--max_prompt_tokens", "0"], "--max_prompt_tokens is 0; it must be at least 1"),
-    (["--seed", "x"], "--seed takes a whole number, not .x."),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--row", "x"], "no flag --row .did you mean '--raw'"),
+        (["--raw", "x", "--tokeniser", "y", "--out", "z"], "no flag --tokeniser .did you mean '--tokenizer'"),
+        (["x", "--raw", "y"], "'x' follows no flag"),
+        (["--raw", "x"], "--tokenizer and --out must be given"),
+        (["--raw"], "--raw: expected at least one argument"),
+        (["--max_prompt_tokens", "0"], "--max_prompt_tokens is 0; it must be at least 1"),
+        (["--seed", "x"], "--seed takes a whole number, not .x."),
+    ],
+)
 def test_bad_flags(flags, words):
     with pytest.raises(UserError, match=words):
         prepare.main(flags)
@@ -229,9 +287,24 @@ def test_bad_flags(flags, words):
 
 def test_as_a_command(tmp_path, toy_folder):
     file = write(tmp_path / "raw.jsonl", ROWS.values())
-    command = [sys.executable, "-m", "nanoredi.prepare", "--raw", str(file), "--tokenizer", str(toy_folder), "--out", str(tmp_path / "out"),
-               "--max_prompt_tokens", "8", "--max_response_tokens", "10"]
-    first, second = (subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1]) for _ in range(2))
+    command = [
+        sys.executable,
+        "-m",
+        "nanoredi.prepare",
+        "--raw",
+        str(file),
+        "--tokenizer",
+        str(toy_folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--max_prompt_tokens",
+        "8",
+        "--max_response_tokens",
+        "10",
+    ]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1]) for _ in range(2)
+    )
     assert first.returncode == 0, first.stderr
     lines = first.stdout.splitlines()
     assert [int(line.split()[-1]) for line in lines[: len(COUNTS)]] == COUNTS
@@ -258,8 +331,13 @@ def sample() -> tuple[Path, Tokenizer]:
 def test_the_real_sample(tmp_path, sample):
     file, tokenizer = sample
     rows = read(file)
-    correct = [[a and b for a, b in zip(row["correctness"]["llama_verification"], row["correctness"]["math_verify_reparsed_answer"])]
-               for row in rows]
+    correct = [
+        [
+            a and b
+            for a, b in zip(row["correctness"]["llama_verification"], row["correctness"]["math_verify_reparsed_answer"])
+        ]
+        for row in rows
+    ]
     counts = prepare.prepare([file], tokenizer, tmp_path / "out")
     sft, pairs = read(tmp_path / "out" / "sft.jsonl"), read(tmp_path / "out" / "pairs.jsonl")
     assert counts["has both labels of each generation"] == len(rows) == 100
@@ -267,7 +345,10 @@ def test_the_real_sample(tmp_path, sample):
     assert len(pairs) == sum(any(verdicts) and not all(verdicts) for verdicts in correct) == 10
     for row in sft:
         i, source = row["original_index"], rows[row["original_index"]]
-        assert [m["content"] for m in row["messages"]] == [source["problem"], source["generations"][correct[i].index(True)]]
+        assert [m["content"] for m in row["messages"]] == [
+            source["problem"],
+            source["generations"][correct[i].index(True)],
+        ]
     for row in pairs:
         i, source = row["original_index"], rows[row["original_index"]]
         assert row["chosen"][0]["content"] == source["generations"][correct[i].index(True)]
@@ -275,7 +356,8 @@ def test_the_real_sample(tmp_path, sample):
 
 
 def test_lengths_are_the_originals(tmp_path, sample):
-    """The limits set to the longest pair's own lengths, worked out with the template written by hand, keep it; one less drops it."""
+    """The limits set to the longest pair's own lengths, worked out with the template written by hand, keep it; one
+    less drops it."""
     file, tokenizer = sample
     prepare.prepare([file], tokenizer, tmp_path / "all")
     pairs = read(tmp_path / "all" / "pairs.jsonl")
@@ -286,7 +368,11 @@ def test_lengths_are_the_originals(tmp_path, sample):
 
     prompts = [length("user", pair["prompt"]) for pair in pairs]
     responses = [max(length("assistant", pair[side]) for side in ("chosen", "rejected")) for pair in pairs]
-    for limits in ((max(prompts), max(responses)), (max(prompts) - 1, max(responses)), (max(prompts), max(responses) - 1)):
+    for limits in (
+        (max(prompts), max(responses)),
+        (max(prompts) - 1, max(responses)),
+        (max(prompts), max(responses) - 1),
+    ):
         kept = [pair for pair, p, r in zip(pairs, prompts, responses) if p <= limits[0] and r <= limits[1]]
         out = tmp_path / f"{limits[0]}-{limits[1]}"
         prepare.prepare([file], tokenizer, out, *limits)

@@ -3,9 +3,9 @@
 import math
 
 import pytest
+import tiny
 import torch
 
-import tiny
 from nanoredi.config import SamplingConfig
 from nanoredi.errors import UserError
 from nanoredi.sampler import Request, Sampler, choose, requests_for, uniform
@@ -15,7 +15,9 @@ PROMPTS = [ids.tolist() for ids in tiny.sequences()]
 
 def complete(requests, stop_ids=(), **settings):
     """The finished requests, in the order they were given."""
-    sampler = Sampler(tiny.tiny_model(tied=True), list(stop_ids), SamplingConfig(**{"max_tokens": 20, "dtype": "float32", **settings}))
+    sampler = Sampler(
+        tiny.tiny_model(tied=True), list(stop_ids), SamplingConfig(**{"max_tokens": 20, "dtype": "float32", **settings})
+    )
     assert len(list(sampler.run(requests))) == len(requests)
     return requests
 
@@ -74,7 +76,9 @@ def test_a_sample_does_not_depend_on_its_batch_or_the_order(settings):
 def test_seeds_samples_and_repeated_prompts_differ():
     keys = [r.key for seed in (1, 2) for r in requests_for([[1, 2], [1, 2], [1, 3]], n=2, seed=seed)]
     assert len(set(keys)) == 12
-    assert [r.key for r in requests_for([[1, 2]], n=4, seed=1)] == [r.key for r in requests_for([[1, 2], [1, 2]], n=2, seed=1)]
+    assert [r.key for r in requests_for([[1, 2]], n=4, seed=1)] == [
+        r.key for r in requests_for([[1, 2], [1, 2]], n=2, seed=1)
+    ]
 
 
 def expected(probs, top_p, top_k):
@@ -88,7 +92,10 @@ def expected(probs, top_p, top_k):
     return out
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.3, 0.95, 7), (1.0, 1.0, 4), (0.7, 0.999, 0)])
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k",
+    [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.3, 0.95, 7), (1.0, 1.0, 4), (0.7, 0.999, 0)],
+)
 def test_frequencies_pass_a_chi_squared_test(temperature, top_p, top_k):
     n, logits = 100_000, torch.randn(200, generator=torch.Generator().manual_seed(1)) * 2
     want = expected((logits.double() / temperature).softmax(-1), top_p, top_k)
@@ -98,7 +105,9 @@ def test_frequencies_pass_a_chi_squared_test(temperature, top_p, top_k):
     assert not seen[want == 0].any()
     # Cells expected less than 10 times count together.
     rare = (want * n < 10) & (want > 0)
-    cells = [(seen[i], want[i] * n) for i in torch.where((want > 0) & ~rare)[0]] + ([(seen[rare].sum(), want[rare].sum() * n)] if rare.any() else [])
+    cells = [(seen[i], want[i] * n) for i in torch.where((want > 0) & ~rare)[0]] + (
+        [(seen[rare].sum(), want[rare].sum() * n)] if rare.any() else []
+    )
     chi = sum((o - e) ** 2 / e for o, e in cells if e > 0).item()
     freedom = len(cells) - 1
     # Wilson and Hilferty's normal approximation; 4 sigma.
@@ -109,7 +118,9 @@ def test_a_flat_distribution_wider_than_the_first_guess():
     logits = torch.zeros(2, 5000)
     drawn = choose(logits.expand(2, -1), torch.tensor([0.0, 0.999999]), 1.0, 0.9, 0)
     assert len(set(drawn.tolist())) == 2
-    many = choose(torch.zeros(4000, 1000), uniform(torch.arange(4000), torch.zeros(4000, dtype=torch.int64)), 1.0, 0.5, 0)
+    many = choose(
+        torch.zeros(4000, 1000), uniform(torch.arange(4000), torch.zeros(4000, dtype=torch.int64)), 1.0, 0.5, 0
+    )
     assert 480 < len(many.unique()) <= 500
 
 

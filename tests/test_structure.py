@@ -8,8 +8,28 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # The order to read in; README.md says the same. Each file may import only those before it.
-STORY = ["errors", "config", "tokenizer", "data", "prepare", "objectives", "batch", "kernels", "attention", "checkpoint", "model", "toy",
-         "distributed", "trainer", "sampler", "expression", "grader", "benchmarks", "evaluation", "report"]
+STORY = [
+    "errors",
+    "config",
+    "tokenizer",
+    "data",
+    "prepare",
+    "objectives",
+    "batch",
+    "kernels",
+    "attention",
+    "checkpoint",
+    "model",
+    "toy",
+    "distributed",
+    "trainer",
+    "sampler",
+    "expression",
+    "grader",
+    "benchmarks",
+    "evaluation",
+    "report",
+]
 ALLOWED = {"torch", "safetensors", "tokenizers", "numpy", "triton", "jinja2", "tqdm"}
 OPTIONAL = {"pyarrow"}
 
@@ -22,12 +42,16 @@ def imports(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} has a relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "nanoredi" else {node.module}
+            names |= (
+                {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "nanoredi" else {node.module}
+            )
     return names
 
 
 def test_every_file_is_in_the_story():
-    assert sorted(p.stem for p in (ROOT / "nanoredi").iterdir() if p.suffix == ".py" or p.name == "kernels") == sorted([*STORY, "__init__"])
+    assert sorted(p.stem for p in (ROOT / "nanoredi").iterdir() if p.suffix == ".py" or p.name == "kernels") == sorted(
+        [*STORY, "__init__"]
+    )
 
 
 @pytest.mark.parametrize("name", STORY)
@@ -37,14 +61,18 @@ def test_no_import_runs_against_the_story(name):
         for module in imports(file):
             if module.startswith("nanoredi."):
                 other = module.split(".")[1]
-                assert other == name or STORY.index(other) < STORY.index(name), f"{file.name} imports {module}, which comes later"
+                assert other == name or STORY.index(other) < STORY.index(name), (
+                    f"{file.name} imports {module}, which comes later"
+                )
 
 
 def test_nothing_but_the_six_packages_is_imported():
     for file in [*ROOT.glob("*.py"), *(ROOT / "nanoredi").rglob("*.py")]:
         for module in imports(file):
             top = module.split(".")[0]
-            assert top in ALLOWED | {"nanoredi"} | sys.stdlib_module_names or top in OPTIONAL, f"{file} imports {module}"
+            assert top in ALLOWED | {"nanoredi"} | sys.stdlib_module_names or top in OPTIONAL, (
+                f"{file} imports {module}"
+            )
 
 
 def test_nothing_read_is_executed_or_unpickled():

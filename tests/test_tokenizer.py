@@ -8,7 +8,10 @@ import pytest
 from nanoredi.errors import UserError
 from nanoredi.tokenizer import Tokenizer, check_messages, user_message
 
-CONVERSATION = [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": "<think>\nAdd.\n</think>\n\\boxed{2}"}]
+CONVERSATION = [
+    {"role": "user", "content": "What is 1+1?"},
+    {"role": "assistant", "content": "<think>\nAdd.\n</think>\n\\boxed{2}"},
+]
 # DeepSeek-R1-Distill's manner: <think> opened in the generation prompt, and dropped from the answers shown.
 R1_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}{% else %}<assistant>"
@@ -42,8 +45,42 @@ def test_real_template_and_special_tokens(real):
 def test_real_ids_are_pinned(real):
     prompt, completion = real.split(CONVERSATION)
     assert real.encode(prompt) == [
-        151644, 8948, 198, 5501, 2874, 3019, 553, 3019, 11, 323, 2182, 697, 1590, 4226, 2878, 1124, 79075, 46391, 151645, 198,
-        151644, 872, 198, 3838, 374, 220, 16, 10, 16, 30, 151645, 198, 151644, 77091, 198]
+        151644,
+        8948,
+        198,
+        5501,
+        2874,
+        3019,
+        553,
+        3019,
+        11,
+        323,
+        2182,
+        697,
+        1590,
+        4226,
+        2878,
+        1124,
+        79075,
+        46391,
+        151645,
+        198,
+        151644,
+        872,
+        198,
+        3838,
+        374,
+        220,
+        16,
+        10,
+        16,
+        30,
+        151645,
+        198,
+        151644,
+        77091,
+        198,
+    ]
     assert real.encode(completion) == [13708, 766, 397, 2212, 624, 522, 26865, 397, 59, 79075, 90, 17, 92, 151645, 198]
 
 
@@ -59,7 +96,10 @@ def test_toy_round_trip(toy_data):
     text = "<think>~c=7;Waita=3;b-2=1;</think>\\boxed{0}"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode(text)) == 21
-    assert tokenizer.split([*user_message("a=3b-2"), {"role": "assistant", "content": text}]) == ("<user>a=3b-2<assistant>", text)
+    assert tokenizer.split([*user_message("a=3b-2"), {"role": "assistant", "content": text}]) == (
+        "<user>a=3b-2<assistant>",
+        text,
+    )
     assert tokenizer.stop_ids == [tokenizer.eos_id] != [tokenizer.pad_id]
     with pytest.raises(UserError, match="cannot write 'xyz'"):
         tokenizer.encode("xyz")
@@ -69,22 +109,33 @@ def test_a_template_that_drops_thinking_loses_none_of_it(toy_data, tmp_path):
     tokenizer = edited(toy_data, tmp_path, chat_template=R1_TEMPLATE)
     conversation = [*user_message("a=1"), {"role": "assistant", "content": "<think>b+1=2;</think>2"}]
     assert tokenizer.split(conversation) == ("<user>a=1<assistant>", "<think>b+1=2;</think>2<eos>")
-    assert tokenizer.prompt(conversation[:1]) == tokenizer.prompt(conversation[:1], think=True) == "<user>a=1<assistant><think>"
+    assert (
+        tokenizer.prompt(conversation[:1])
+        == tokenizer.prompt(conversation[:1], think=True)
+        == "<user>a=1<assistant><think>"
+    )
 
 
 def test_templates_in_a_list_and_in_a_file(toy_data, tmp_path):
-    assert edited(toy_data, tmp_path, chat_template=[{"name": "default", "template": R1_TEMPLATE}]).prompt(user_message("a")).endswith("<think>")
+    assert (
+        edited(toy_data, tmp_path, chat_template=[{"name": "default", "template": R1_TEMPLATE}])
+        .prompt(user_message("a"))
+        .endswith("<think>")
+    )
     (tmp_path / "t" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}~{% endfor %}")
     assert Tokenizer(tmp_path / "t").prompt(user_message("a=1")) == "a=1~"
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"chat_template": None}, "has no chat template"),
-    ({"chat_template": "{% if %}"}, "chat template of .* is broken"),
-    ({"chat_template": "nothing"}, "shows the last answer 0 times"),
-    ({"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, "refuses the messages"),
-    ({"eos_token": "<nope>"}, "eos_token is '<nope>', which the vocabulary does not hold"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"chat_template": None}, "has no chat template"),
+        ({"chat_template": "{% if %}"}, "chat template of .* is broken"),
+        ({"chat_template": "nothing"}, "shows the last answer 0 times"),
+        ({"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, "refuses the messages"),
+        ({"eos_token": "<nope>"}, "eos_token is '<nope>', which the vocabulary does not hold"),
+    ],
+)
 def test_templates_and_tokens_that_cannot_serve(toy_data, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         edited(toy_data, tmp_path, **changes)

@@ -56,8 +56,10 @@ def test_traces_follow_the_rules():
 
 
 def test_data(toy_data, tmp_path):
-    sft, pairs, watch, heldout = ([json.loads(line) for line in (toy_data / f"{name}.jsonl").read_text().splitlines()]
-                                  for name in ("sft", "pairs", "watch", "toy"))
+    sft, pairs, watch, heldout = (
+        [json.loads(line) for line in (toy_data / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("sft", "pairs", "watch", "toy")
+    )
     assert [len(rows) for rows in (sft, pairs, watch, heldout)] == [120, 60, 8, 6]
     learned = {(row["messages"][0]["content"], row["messages"][1]["content"]) for row in sft}
     assert len({problem for problem, _ in learned}) == 120
@@ -66,10 +68,16 @@ def test_data(toy_data, tmp_path):
     assert not {p["prompt"] for p in pairs} & {p["prompt"] for p in watch}
     for p in pairs:
         assert p["chosen"][-2] != p["rejected"][-2]
-    toy.make(tmp_path / "again", ToyConfig(sft_rows=120, pairs=60, watch_pairs=8, heldout=6, num_layers=2, hidden_size=32), seed=1)
+    toy.make(
+        tmp_path / "again",
+        ToyConfig(sft_rows=120, pairs=60, watch_pairs=8, heldout=6, num_layers=2, hidden_size=32),
+        seed=1,
+    )
     for path in toy_data.glob("*.jsonl"):
         assert (tmp_path / "again" / path.name).read_text() == path.read_text()
-    assert (tmp_path / "again/model/model.safetensors").read_bytes() == (toy_data / "model/model.safetensors").read_bytes()
+    assert (tmp_path / "again/model/model.safetensors").read_bytes() == (
+        toy_data / "model/model.safetensors"
+    ).read_bytes()
 
 
 def test_sizes_that_do_not_fit(tmp_path):

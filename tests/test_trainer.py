@@ -1,4 +1,5 @@
-"""One optimiser step is the same however it is cut: micro-batches, ranks; and against float64 autograd over whole logits."""
+"""One optimiser step is the same however it is cut: micro-batches, ranks; and against float64 autograd over whole
+logits."""
 
 import json
 from dataclasses import replace
@@ -19,8 +20,17 @@ from nanoredi.trainer import schedule, train, train_step, weighted_sequences
 
 @pytest.fixture
 def redi(toy_data, tmp_path):
-    return RediConfig(model=str(toy_data / "model"), data=str(toy_data / "pairs.jsonl"), out=str(tmp_path / "run"), batch_size=16, lr=1e-3,
-                      dtype="float32", cache=str(tmp_path / "cache"), activation_checkpointing=False, save_every=0)
+    return RediConfig(
+        model=str(toy_data / "model"),
+        data=str(toy_data / "pairs.jsonl"),
+        out=str(tmp_path / "run"),
+        batch_size=16,
+        lr=1e-3,
+        dtype="float32",
+        cache=str(tmp_path / "cache"),
+        activation_checkpointing=False,
+        save_every=0,
+    )
 
 
 @pytest.fixture
@@ -37,13 +47,16 @@ def load(config):
 
 
 def one_step(config, world):
-    """The figures of one optimiser step, the gradients it took (they are dropped by the step, so kept here), and the model."""
+    """The figures of one optimiser step, the gradients it took (they are dropped by the step, so kept here), and the
+    model."""
     model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), world, torch.float32)
     data = load(config)
     rows = step_rows(0, 40, config.batch_size, seed=3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.1)
     grads = {}
-    optimizer.register_step_pre_hook(lambda *_: grads.update({n: p.grad.full_tensor().clone() for n, p in model.named_parameters()}))
+    optimizer.register_step_pre_hook(
+        lambda *_: grads.update({n: p.grad.full_tensor().clone() for n, p in model.named_parameters()})
+    )
     figures, tokens = train_step(model, optimizer, 1, weighted_sequences(config, data, rows), config, world)
     return figures, grads, tokens, model
 
@@ -105,7 +118,9 @@ def test_alpha_0_is_sft_on_the_chosen_with_each_trace_counting_the_same(redi, on
         ids, learned = (torch.from_numpy(np.array(x)) for x in data.sequence(2 * i))
         n = len(ids) - 1
         weights = -learned[1:].float() / learned[1:].sum() / len(rows)
-        model.loss(ids[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32), ids[1:].long(), weights)[0].backward()
+        model.loss(ids[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32), ids[1:].long(), weights)[
+            0
+        ].backward()
     assert relative(grads, {n: p.grad for n, p in model.named_parameters()}) < 1e-5
     # The rejected traces cost nothing then.
     assert tokens == sum(len(data.sequence(2 * i)[0]) - 1 for i in rows)
@@ -131,18 +146,23 @@ def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(redi, one_rank):
     model = shard(Qwen2.from_pretrained(redi.model, dtype=torch.float32), one_rank, torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     half = {}
-    optimizer.register_step_pre_hook(lambda *_: half.update({n: p.grad.full_tensor().clone() for n, p in model.named_parameters()}))
+    optimizer.register_step_pre_hook(
+        lambda *_: half.update({n: p.grad.full_tensor().clone() for n, p in model.named_parameters()})
+    )
     train_step(model, optimizer, 1, weighted_sequences(redi, load(redi), step_rows(0, 40, 16, seed=3)), redi, one_rank)
     assert {p.dtype for p in model.parameters()} == {g.dtype for g in half.values()} == {torch.float32}
     assert 1e-5 < relative(half, grads) < 0.1
 
 
-@pytest.mark.parametrize("total, warmup, want", [
-    (10, 0.2, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
-    (4, 0.0, [1.0, 0.75, 0.5, 0.25]),
-    (1, 0.1, [1.0]),
-    (2, 1.0, [0.5, 1.0]),
-])
+@pytest.mark.parametrize(
+    "total, warmup, want",
+    [
+        (10, 0.2, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        (4, 0.0, [1.0, 0.75, 0.5, 0.25]),
+        (1, 0.1, [1.0]),
+        (2, 1.0, [0.5, 1.0]),
+    ],
+)
 def test_schedule(total, warmup, want):
     assert [schedule(step, total, warmup) for step in range(total)] == pytest.approx(want)
 
@@ -152,8 +172,19 @@ def test_a_run_s_files(redi, one_rank, tmp_path, capsys):
     train(replace(redi, save_every=2, log_every=2), one_rank)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert set(rows[0]) == {"step", "epoch", "loss", "chosen_logp", "rejected_logp", "margin", "grad_norm", "update_norm", "lr", "tokens_per_s",
-                            "peak_memory_gb"}
+    assert set(rows[0]) == {
+        "step",
+        "epoch",
+        "loss",
+        "chosen_logp",
+        "rejected_logp",
+        "margin",
+        "grad_norm",
+        "update_norm",
+        "lr",
+        "tokens_per_s",
+        "peak_memory_gb",
+    }
     for row in rows:
         assert row["loss"] == pytest.approx(-row["chosen_logp"] + 0.8 * row["rejected_logp"])
         assert row["margin"] == pytest.approx(row["chosen_logp"] - row["rejected_logp"])
@@ -162,11 +193,15 @@ def test_a_run_s_files(redi, one_rank, tmp_path, capsys):
     trained, start = Qwen2.from_pretrained(tmp_path / "run" / "final"), Qwen2.from_pretrained(redi.model)
     assert not torch.equal(trained.lm_head_weight, start.lm_head_weight)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
-    assert len(lines) == 3 and all(word in lines[0] for word in ("loss", "chosen", "rejected", "margin", "grad", "update", "lr", "tok/s", "left"))
+    assert len(lines) == 3 and all(
+        word in lines[0] for word in ("loss", "chosen", "rejected", "margin", "grad", "update", "lr", "tok/s", "left")
+    )
 
 
 def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data):
-    with pytest.raises(UserError, match="the longest sequence has .* tokens, the model's context 16; raise max_position_embeddings"):
+    with pytest.raises(
+        UserError, match="the longest sequence has .* tokens, the model's context 16; raise max_position_embeddings"
+    ):
         train(replace(redi, max_position_embeddings=16), one_rank)
     with pytest.raises(UserError, match="--data"):
         train(replace(redi, data=""), one_rank)
@@ -182,12 +217,29 @@ def test_auto_takes_the_faster_dtype(monkeypatch):
 
 
 def test_two_ranks_take_the_step_of_one(run, toy_data, tmp_path):
-    """Through torchrun: the same losses, and in the end the same weights; 5 pairs over 2 ranks leave one with less to do."""
+    """Through torchrun: the same losses, and in the end the same weights; 5 pairs over 2 ranks leave one with less to
+    do."""
     weights, logs = [], []
     for ranks in (1, 2):
         out = tmp_path / f"ranks{ranks}"
-        done = run("train_redi.py", "--recipe", "toy", "--model", toy_data / "model", "--data", toy_data / "pairs.jsonl", "--out", out,
-                   "--batch_size", "5", "--max_steps", "6", "--evaluate", "false", ranks=ranks)
+        done = run(
+            "train_redi.py",
+            "--recipe",
+            "toy",
+            "--model",
+            toy_data / "model",
+            "--data",
+            toy_data / "pairs.jsonl",
+            "--out",
+            out,
+            "--batch_size",
+            "5",
+            "--max_steps",
+            "6",
+            "--evaluate",
+            "false",
+            ranks=ranks,
+        )
         assert done.returncode == 0, done.stderr
         logs.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
         weights.append(dict(Qwen2.from_pretrained(out / "final").named_parameters()))

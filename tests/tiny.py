@@ -1,4 +1,5 @@
-"""A tiny Qwen2 whose every weight comes from numpy's seeded generator, and the log-probs that transformers gives for it.
+"""A tiny Qwen2 whose every weight comes from numpy's seeded generator, and the log-probs that transformers gives for
+it.
 
     python tests/tiny.py            writes tests/golden_logps.json anew; needs transformers
 
@@ -20,8 +21,17 @@ LENGTHS = (5, 17, 2, 30)
 
 def tiny_model(tied: bool) -> Qwen2:
     """Two grouped-query layers with biases and norms away from their initial values."""
-    config = Qwen2Config(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-                         max_position_embeddings=64, rope_theta=300_000.0, tie_word_embeddings=tied)
+    config = Qwen2Config(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_theta=300_000.0,
+        tie_word_embeddings=tied,
+    )
     model = Qwen2(config)
     rng = np.random.default_rng(7)
     with torch.no_grad():
@@ -48,7 +58,9 @@ def transformers_logps(folder: str | Path) -> list[torch.Tensor]:
     """Log-probs (n, V) of each of the sequences alone, by transformers, for the model of a folder."""
     import transformers
 
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager"
+    )
     assert not any(info.values()), info
     with torch.no_grad():
         return [model(ids[None]).logits[0].log_softmax(-1) for ids in sequences()]
@@ -62,7 +74,9 @@ def main() -> None:
             logps = transformers_logps(Path(folder, "model"))
         # The next token's log-prob at each place of each sequence.
         golden["tied" if tied else "untied"] = [
-            [round(x, 7) for x in lp[:-1].gather(1, ids[1:, None]).squeeze(1).tolist()] for lp, ids in zip(logps, sequences())]
+            [round(x, 7) for x in lp[:-1].gather(1, ids[1:, None]).squeeze(1).tolist()]
+            for lp, ids in zip(logps, sequences())
+        ]
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
 
 

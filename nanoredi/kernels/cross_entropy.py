@@ -4,12 +4,14 @@ Both losses are linear in the log-probabilities of the target tokens (objectives
 
     loss = sum_t w_t * logp_t        logp_t = z_t[y_t] - logsumexp(z_t)        z_t = lm_head @ hidden_t
 
-All w_t are known before the forward pass, so the gradient with respect to a row of logits is known as soon as that row is:
+All w_t are known before the forward pass, so the gradient with respect to a row of logits is known as soon as that row
+is:
 
     d loss / d z_t = w_t * (onehot(y_t) - softmax(z_t))
 
-Hence forward walks over chunks of rows, makes a chunk's logits, turns them in place into their own gradient, multiplies that
-into the gradients of hidden and lm_head, and forgets it. Backward only hands the two finished gradients over.
+Hence forward walks over chunks of rows, makes a chunk's logits, turns them in place into their own gradient,
+multiplies that into the gradients of hidden and lm_head, and forgets it. Backward only hands the two finished
+gradients over.
 """
 
 import torch
@@ -33,7 +35,8 @@ def weighted_cross_entropy(
             device a wait; without them they are looked up here.
 
     Returns:
-        loss () fp32, differentiable once in hidden and lm_head; logps (N,) fp32, not differentiable, 0 where the weight is 0.
+        loss () fp32, differentiable once in hidden and lm_head; logps (N,) fp32, not differentiable, 0 where the
+        weight is 0.
     """
     if rows is None:
         rows = weights.nonzero().squeeze(1)
@@ -45,7 +48,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, lm_head, targets, weights, rows, grad_enabled):
         grad_hidden = torch.zeros_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         # Chunks (and tied embeddings) add up in fp32: in bf16 a small term added to a large sum is lost.
-        grad_head = torch.zeros(lm_head.shape, dtype=torch.float32, device=lm_head.device) if grad_enabled and ctx.needs_input_grad[1] else None
+        grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if grad_enabled and ctx.needs_input_grad[1] else None
         logps = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
 
         for chunk in rows.split(max(1, MAX_CHUNK_LOGITS // lm_head.shape[0])):
@@ -70,7 +73,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if ctx.grads is None:
-            raise RuntimeError("weighted_cross_entropy hands its gradients over once; a second backward needs a second forward")
+            raise RuntimeError(
+                "weighted_cross_entropy hands its gradients over once; a second backward needs a second forward"
+            )
         grad_hidden, grad_head = ctx.grads
         ctx.grads = None
         for grad in (grad_hidden, grad_head):
