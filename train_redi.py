@@ -71,6 +71,8 @@ def show_results(config: RediConfig, evaluation: EvaluateConfig, ranks: World) -
     out = Path(config.out)
     if not ranks.first(lambda: (out / "results.json").exists()):
         tests = [benchmarks.load(name, evaluation.data, evaluation.limit) for name in evaluation.benchmarks]
+        # What an evaluation that was broken off has left.
+        ranks.first(lambda: (out / "samples.jsonl").unlink(missing_ok=True))
         rows = []
         for name, folder in (("SFT", Path(config.model)), (config.objective.upper(), out / "final")):
             rows += evaluate(name, folder, tests, evaluation, out, ranks, pairs=config)

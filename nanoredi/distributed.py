@@ -72,13 +72,17 @@ def world() -> Iterator[World]:
         yield World(rank, size, device, init_device_mesh(device.type, (size,)))
     finally:
         dist.destroy_process_group()
+        # Gloo's threads need the interpreter's lock to let go of their last tensors; one that still waits for it when the
+        # interpreter ends aborts the process. Asleep, this thread leaves the lock to them.
+        time.sleep(0.2)
 
 
 def shard(model: Qwen2, world: World, dtype: torch.dtype, reshard_after_forward: bool = True) -> Qwen2:
-    """Shard a model of fp32 master weights in place: a unit a block, and one for embedding, norm and head.
+    """Make a model's weights fp32 masters, sharded in place: a unit a block, and one for embedding, norm and head.
 
     Args:
-        model: its parameters are moved to the rank's device.
+        model: its parameters are moved to the rank's device. They may still be the file's, in another dtype: a rank never
+            holds more fp32 weights than its shards and one unit.
         world: the ranks to shard over.
         dtype: of the forward and backward; gradients are summed over ranks, and accumulated, in fp32.
         reshard_after_forward: let go of a block's whole weights after its forward, and gather them again in backward.
@@ -92,8 +96,10 @@ def shard(model: Qwen2, world: World, dtype: torch.dtype, reshard_after_forward:
             units.append([])
         units[-1].append(block)
     for unit in units:
+        for block in unit:
+            block.float()
         fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+    fully_shard(model.float(), mesh=world.mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -45,7 +45,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     overrides = {
         name: getattr(config, name) for name in ("rope_theta", "max_position_embeddings") if getattr(config, name)
     }
-    model = Qwen2.from_pretrained(config.model, dtype=torch.float32, **overrides)
+    model = Qwen2.from_pretrained(config.model, **overrides)
     data = _load(config, model, world)
     for block in model.model.layers:
         block.activation_checkpointing = config.activation_checkpointing

@@ -28,12 +28,12 @@ def test_traces_follow_the_rules():
         assert re.fullmatch(r"<think>(Wait[a-f]=\d;|~[c-g]=\d;|[b-g][-+*][2-6]=\d;)+</think>\\boxed\{\d\}", trace)
         assert trace.endswith(f"{{{value}}}")
         right += value == problem.answer
-        at, now = 0, problem.start
+        at, now = before = 0, problem.start
         for word in re.findall(r"Wait[a-f]=\d;|~[c-g]=\d;|[b-g][-+*][2-6]=\d;", trace):
             result = int(word[-2])
             if word.startswith("Wait"):
                 repaired += 1
-                at, now = before  # noqa: F821
+                at, now = before
                 assert word == f"Wait{toy.letter(at)}={now};"
                 continue
             to = "abcdefg".index(word[1] if word[0] == "~" else word[0])

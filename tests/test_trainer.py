@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanoredi.batch import step_rows
 from nanoredi.config import RediConfig, SftConfig
@@ -214,6 +215,24 @@ def test_auto_takes_the_faster_dtype(monkeypatch):
     seconds[torch.bfloat16] = 3.0
     assert compute_dtype("auto", torch.device("cpu")) == torch.float32
     assert compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_the_start_s_files_are_not_touched_by_training(redi, one_rank, toy_data, tmp_path):
+    # With one rank and fp32 files the masters begin as the mapped file itself.
+    path, before = toy_data / "model" / "model.safetensors", (toy_data / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "run").mkdir()
+    train(replace(redi, max_steps=2), one_rank)
+    assert path.read_bytes() == before
+
+
+def test_gradients_of_two_ranks_are_those_of_one(run, toy_data, tmp_path):
+    """16 pairs in several micro-batches, and 1 pair whose two sequences leave the ranks one each; through torchrun."""
+    for ranks in (1, 2):
+        done = run("tests/rank_gradients.py", toy_data, tmp_path / f"{ranks}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    for name in ("many", "one"):
+        want, got = (load_file(tmp_path / ranks / f"{name}.safetensors") for ranks in ("1", "2"))
+        assert relative(got, {n: g.double() for n, g in want.items()}) < 1e-5
 
 
 def test_two_ranks_take_the_step_of_one(run, toy_data, tmp_path):

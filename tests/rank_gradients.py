@@ -1,0 +1,39 @@
+"""Writes the gradients of one optimiser step, summed over the ranks that torchrun gives it.
+
+torchrun --nproc_per_node 2 tests/rank_gradients.py DATA OUT
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from nanoredi.config import RediConfig
+from nanoredi.data import load_pairs
+from nanoredi.distributed import shard, world
+from nanoredi.model import Qwen2
+from nanoredi.tokenizer import Tokenizer
+from nanoredi.trainer import train_step, weighted_sequences
+
+data_folder, out = map(Path, sys.argv[1:])
+config = RediConfig(
+    model=str(data_folder / "model"), data=str(data_folder / "pairs.jsonl"), clip=1e9, cache=str(out / "cache")
+)
+with world() as ranks:
+    tokenizer = Tokenizer(config.model)
+    ranks.first(lambda: load_pairs(config.data, tokenizer, 800, 19_000, config.cache).notes)
+    data = load_pairs(config.data, tokenizer, 800, 19_000, config.cache)
+    for name, rows, max_tokens in (("many", np.arange(16), 300), ("one", np.arange(1), 300)):
+        model = shard(Qwen2.from_pretrained(config.model), ranks, torch.float32)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        grads = {}
+        optimizer.register_step_pre_hook(
+            lambda *_: grads.update({n: p.grad.full_tensor() for n, p in model.named_parameters()})  # noqa: B023
+        )
+        step = replace(config, max_tokens_per_micro_batch=max_tokens)
+        train_step(model, optimizer, 1, weighted_sequences(config, data, rows), step, ranks)
+        if ranks.rank == 0:
+            save_file(grads, out / f"{name}.safetensors")
