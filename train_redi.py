@@ -50,9 +50,11 @@ def main(argv: list[str]) -> None:
         evaluation = replace(evaluation, benchmarks=[str(folder / "toy.jsonl")])
         configs = {"redi": config, "evaluate": evaluation, "sft": stage_1, "toy": toy_config}
 
+    elif config.evaluate:
+        _benchmarks(evaluation)  # for what is wrong with them, before hours of training
+
     with world() as ranks:
-        finished = ranks.first(lambda: open_run(config.out, configs))
-        if finished:
+        if ranks.first(lambda: open_run(config.out, configs)):
             ranks.say(f"{out} holds this run, finished")
         else:
             if is_toy:
@@ -66,19 +68,21 @@ def main(argv: list[str]) -> None:
 
 
 def show_results(config: RediConfig, evaluation: EvaluateConfig, ranks: World) -> None:
-    """Evaluate the model of the start and the final one, unless that is done; write results.json and print its
-    table."""
+    """Evaluate the start's model and the final one, unless that is done; write results.json and print its table."""
     out = Path(config.out)
     if not ranks.first(lambda: (out / "results.json").exists()):
-        tests = [benchmarks.load(name, evaluation.data, evaluation.limit) for name in evaluation.benchmarks]
         # What an evaluation that was broken off has left.
         ranks.first(lambda: (out / "samples.jsonl").unlink(missing_ok=True))
         rows = []
         for name, folder in (("SFT", Path(config.model)), (config.objective.upper(), out / "final")):
-            rows += evaluate(name, folder, tests, evaluation, out, ranks, pairs=config)
+            rows += evaluate(name, folder, _benchmarks(evaluation), evaluation, out, ranks, pairs=config)
         if ranks.rank == 0:
             (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     ranks.say("\n" + ranks.first(lambda: table(read_results(out))))
+
+
+def _benchmarks(evaluation: EvaluateConfig) -> list[benchmarks.Benchmark]:
+    return [benchmarks.load(name, evaluation.data, evaluation.limit) for name in evaluation.benchmarks]
 
 
 if __name__ == "__main__":

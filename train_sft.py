@@ -1,8 +1,8 @@
 """Stage 1: supervised fine-tuning on correct traces.
 
     python train_sft.py                                   on the embedded toy
-    torchrun --standalone --nproc_per_node=8 train_sft.py --recipe qwen2.5-math-1.5b --model DIR --data sft.jsonl --out
-    runs/sft
+    torchrun --standalone --nproc_per_node=8 train_sft.py --recipe qwen2.5-math-1.5b \\
+        --model DIR --data sft.jsonl --out runs/sft
 
 Rows of the data are {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}.
 """
@@ -21,26 +21,24 @@ def main(argv: list[str]) -> None:
     recipe, flags = read_flags(__doc__, argv, "sft", SftConfig, others=("evaluate", "toy"))
     own_model = flags.get("sft", {}).get("model")
     # The toy's rates would ruin a real model: without a recipe a model of one's own gets the paper's.
-    recipe_tables = read_recipe(recipe or "toy") if recipe or not own_model else {}
-    config = resolve(SftConfig, "sft", recipe_tables, flags)
-    evaluation = resolve(EvaluateConfig, "evaluate", recipe_tables, flags)
-    toy_config = resolve(ToyConfig, "toy", recipe_tables, flags)
+    tables = read_recipe(recipe or "toy") if recipe or not own_model else {}
+    config = resolve(SftConfig, "sft", tables, flags)
+    evaluation = resolve(EvaluateConfig, "evaluate", tables, flags)
+    toy_config = resolve(ToyConfig, "toy", tables, flags)
     if not config.model and config.data:
         raise UserError("--data needs a model to train on it: give --model DIR")
 
+    folder = Path(config.out) / "data"
+    is_toy = not config.model
+    if is_toy:
+        config = replace(config, model=str(folder / "model"), data=str(folder / "sft.jsonl"))
+        evaluation = replace(evaluation, benchmarks=[str(folder / "toy.jsonl")])
+    configs = {"sft": config, "evaluate": evaluation, **({"toy": toy_config} if is_toy else {})}
+
     with world() as ranks:
-        configs = {"sft": config, "evaluate": evaluation}
-        folder = Path(config.out) / "data"
-        if not config.model:
-            config = replace(config, model=str(folder / "model"), data=str(folder / "sft.jsonl"))
-            configs = {
-                "sft": config,
-                "evaluate": replace(evaluation, benchmarks=[str(folder / "toy.jsonl")]),
-                "toy": toy_config,
-            }
         if ranks.first(lambda: open_run(config.out, configs)):
             return ranks.say(f"{config.out} holds this run, finished")
-        if "toy" in configs:
+        if is_toy:
             ranks.first(lambda: toy.make(folder, toy_config, config.seed))
         train(config, ranks)
 

@@ -277,7 +277,8 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
         raise UserError("the run needs a folder: give --out DIR")
     folder = Path(out)
     path = folder / "config.toml"
-    if path.exists():
+    # A run that stopped at bad input has left its config.toml and nothing else: the next one may be another.
+    if path.exists() and len(list(folder.iterdir())) > 1:
         _refuse_another_run(path, configs)
         if (folder / "final" / "config.json").exists():
             return True
@@ -286,7 +287,7 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
                 f"{out} holds this run, broken off before its end: move the folder away or give another --out"
             )
         return False
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(file != path for file in folder.iterdir())):
         raise UserError(f"{out} is not empty and holds no nanoredi run: give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_recipe(path, configs)

@@ -117,8 +117,8 @@ def _sample(
     world: World,
 ) -> list[Row]:
     """Sample and grade a benchmark; all ranks' samples, in order."""
-    think = config.think == "forced"
-    prompts = [tokenizer.encode(tokenizer.prompt(user_message(q), think)) for q in benchmark.questions]
+    texts = [tokenizer.prompt(user_message(q), think=config.think == "forced") for q in benchmark.questions]
+    prompts = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     context = model.config.max_position_embeddings
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) >= context:
@@ -142,8 +142,9 @@ def _sample(
     with open(path, "a", encoding="utf-8") as file, progress:
         for request in Sampler(model, stop_ids(tokenizer), config).run(r for r in requests if id(r) in mine):
             problem = mine[id(request)]
-            # With thinking forced, <think> stands in the prompt; it belongs to the response all the same.
-            response = ("<think>\n" if think else "") + tokenizer.decode(request.tokens)
+            # Where the prompt opens <think>, that belongs to the response all the same.
+            opened = "<think>\n" if texts[problem].rstrip().endswith("<think>") else ""
+            response = opened + tokenizer.decode(request.tokens)
             row = {
                 "model": name,
                 "benchmark": benchmark.name,

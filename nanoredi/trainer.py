@@ -110,9 +110,8 @@ def train_step(
     optimizer.zero_grad()
     sums = torch.stack((*logps, update_square(optimizer, step)))
     dist.all_reduce(sums)
-    return torch.stack((sums[0], sums[1] / (getattr(config, "alpha", 0) or 1.0), grad_norm, sums[2].sqrt())), sum(
-        lengths
-    )
+    chosen, rejected = sums[0], sums[1] / (getattr(config, "alpha", 0) or 1.0)
+    return torch.stack((chosen, rejected, grad_norm, sums[2].sqrt())), sum(lengths)
 
 
 def weighted_sequences(config: SftConfig | RediConfig, data: TokenData, rows: np.ndarray) -> list[WeightedSequence]:

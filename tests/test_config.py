@@ -133,9 +133,11 @@ def test_a_run_s_folder(tmp_path):
     out, config = str(tmp_path / "run"), RediConfig(alpha=0.5)
     assert open_run(out, {"redi": config}) is False
     assert open_run(out, {"redi": config}) is False  # nothing but config.toml is there yet
+    assert open_run(out, {"redi": RediConfig(alpha=0.7)}) is False  # nor has the other begun
+    assert open_run(out, {"redi": config}) is False
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="holds another run: redi.alpha is 0.5 there and 0.8 here"):
         open_run(out, {"redi": RediConfig()})
-    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="broken off before its end"):
         open_run(out, {"redi": config})
     (tmp_path / "run" / "final").mkdir()
