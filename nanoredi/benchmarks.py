@@ -4,13 +4,12 @@ The five of the paper by name, in the files its evaluation reads, and any JSON o
 `answer`.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoredi.data import read_rows
 from nanoredi.errors import UserError, nearest
+from nanoredi.files import read_json, read_rows
 
 # Name: number of problems.
 PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_bench": 675}
@@ -78,15 +77,7 @@ def load(name: str, folder: str, limit: int = 0) -> Benchmark:
 def _rows(path: Path) -> list[tuple[str, Any]]:
     if path.suffix == ".jsonl":
         return list(read_rows(str(path)))
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path} must hold a JSON list of problems")
-    return [(f"{path}, problem {i}", row) for i, row in enumerate(rows, 1)]
+    return [(f"{path}, problem {i}", row) for i, row in enumerate(read_json(path, list), 1)]
 
 
 def _golds(where: str, answer: Any) -> list[str]:

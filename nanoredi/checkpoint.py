@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nanoredi.errors import UserError
-from nanoredi.tokenizer import Tokenizer, read_json
+from nanoredi.files import read_json
+from nanoredi.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"

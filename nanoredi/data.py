@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanoredi.errors import UserError
+from nanoredi.files import read_rows
 from nanoredi.tokenizer import Tokenizer, check_messages
 
 # Part of the cache's key: raise it when the rules above change.
@@ -119,28 +120,6 @@ def load_pairs(
                 yield prompt + completion, [False] * len(prompt) + [True] * len(completion)
 
     return _cached(path, tokenizer, cache, ("pairs", max_prompt_tokens, max_response_tokens), tokenise)
-
-
-def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSONL file, each with where it stands ("file, line n") for messages about it. Empty lines are
-    skipped.
-
-    Raises:
-        UserError: when the file cannot be read or a line is not JSON.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    try:
-                        yield where, json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"{where} is not JSON: {error}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def _field(where: str, row: Any, key: str) -> Any:

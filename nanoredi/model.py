@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from nanoredi.attention import Attend, PackedAttention
 from nanoredi.checkpoint import load_weights, save_folder
 from nanoredi.errors import UserError, nearest
+from nanoredi.files import read_json
 from nanoredi.kernels import weighted_cross_entropy
-from nanoredi.tokenizer import read_json
 
 
 @dataclass(frozen=True)

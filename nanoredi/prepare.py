@@ -26,8 +26,8 @@ import numpy as np
 from tqdm import tqdm
 
 from nanoredi.config import option, read_flags, resolve
-from nanoredi.data import read_rows
 from nanoredi.errors import UserError, run_script
+from nanoredi.files import read_rows
 from nanoredi.tokenizer import Tokenizer, user_message
 
 SFT_GATE = "SFT: has a correct generation"

@@ -3,11 +3,11 @@
 python -m nanoredi.report RUN ...          the results of one or several runs
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nanoredi.errors import UserError, run_script
+from nanoredi.files import read_json
 
 # (key, heading, format); shares are shown in percent.
 _COLUMNS = [
@@ -51,13 +51,8 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
         UserError: when it is missing or broken.
     """
     path = Path(folder) / "results.json"
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "model" in row for row in rows):
+    rows = read_json(path, list)
+    if not rows or not all(isinstance(row, dict) and "model" in row for row in rows):
         raise UserError(f"{path} holds no results")
     return rows
 

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanoredi.errors import UserError
+from nanoredi.files import read_json
 
 # Stands where the last assistant message goes, to find out what a template puts before and after it.
 _MARK = "\ue000answer\ue001"
@@ -190,23 +191,6 @@ def check_messages(where: str, value: Any) -> list[dict[str, str]]:
     )
     if not well_formed:
         raise UserError(f"{where} must be text, or a list of messages with role and content, and not empty")
-    return value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        UserError: when it is missing or broken.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
     return value
 
 

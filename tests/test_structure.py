@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # The order to read in; README.md says the same. Each file may import only those before it.
 STORY = [
     "errors",
+    "files",
     "config",
     "tokenizer",
     "data",
