@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanoredi import benchmarks
-from nanoredi.checkpoint import newest_model
-from nanoredi.config import EvaluateConfig, RediConfig, option, read_flags, read_recipe, recipe_of, resolve
+from nanoredi.config import EvaluateConfig, RediConfig, option, read_flags, read_recipe, resolve
 from nanoredi.distributed import world
 from nanoredi.errors import UserError, run_script
 from nanoredi.evaluation import evaluate
 from nanoredi.report import table
+from nanoredi.runs import newest_model, recipe_of
 
 
 @dataclass

@@ -20,12 +20,13 @@ import torch
 from tqdm import tqdm
 
 from nanoredi import benchmarks
-from nanoredi.checkpoint import newest_model, stop_ids
-from nanoredi.config import EvaluateConfig, SamplingConfig, Tables, option, read_flags, read_recipe, recipe_of, resolve
+from nanoredi.checkpoint import stop_ids
+from nanoredi.config import EvaluateConfig, SamplingConfig, Tables, option, read_flags, read_recipe, resolve
 from nanoredi.distributed import compute_dtype
 from nanoredi.errors import UserError, run_script
 from nanoredi.files import read_rows
 from nanoredi.model import Qwen2
+from nanoredi.runs import newest_model, recipe_of
 from nanoredi.sampler import Request, Sampler, requests_for
 from nanoredi.tokenizer import Tokenizer, check_messages
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi import benchmarks, toy
-from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig, open_run, read_flags, read_recipe, resolve
+from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig, read_flags, read_recipe, resolve
 from nanoredi.distributed import World, world
 from nanoredi.errors import UserError, run_script
 from nanoredi.evaluation import evaluate
 from nanoredi.report import read_results, table
+from nanoredi.runs import open_run
 from nanoredi.trainer import train
 
 

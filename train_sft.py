@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanoredi import toy
-from nanoredi.config import EvaluateConfig, SftConfig, ToyConfig, open_run, read_flags, read_recipe, resolve
+from nanoredi.config import EvaluateConfig, SftConfig, ToyConfig, read_flags, read_recipe, resolve
 from nanoredi.distributed import world
 from nanoredi.errors import UserError, run_script
+from nanoredi.runs import open_run
 from nanoredi.trainer import train
 
 

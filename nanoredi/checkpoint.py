@@ -132,18 +132,6 @@ def save_folder(
     beside.rename(folder)
 
 
-def newest_model(root: str = "runs") -> str:
-    """The final model under root that was written last.
-
-    Raises:
-        UserError: when there is none.
-    """
-    configs = sorted(Path(root).glob("**/final/config.json"), key=lambda path: path.stat().st_mtime)
-    if not configs:
-        raise UserError(f"there is no model under {root}/ yet: train one (python train_redi.py) or give --model DIR")
-    return str(configs[-1].parent)
-
-
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a completion of this folder's model: the tokenizer's, and those its generation config
     names."""

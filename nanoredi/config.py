@@ -242,12 +242,6 @@ def read_recipe(recipe: str | Path) -> Tables:
     return tables
 
 
-def recipe_of(model: str | Path) -> Tables:
-    """The recipe of the run that a model's folder lies in; empty where it lies in none."""
-    path = Path(model).parent / "config.toml"
-    return read_recipe(path) if path.exists() else {}
-
-
 def resolve(kind: type, table: str, *layers: Tables) -> Any:
     """A table's dataclass: its defaults under the layers, the last on top."""
     values: dict[str, Any] = {}
@@ -262,48 +256,6 @@ def write_recipe(path: Path, configs: dict[str, Any]) -> None:
     for table, config in configs.items():
         lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in dataclasses.asdict(config).items()), ""]
     path.write_text("\n".join(lines), encoding="utf-8")
-
-
-def open_run(out: str, configs: dict[str, Any]) -> bool:
-    """Take the folder `out` for a run of {table: dataclass}. Call on one rank.
-
-    Returns:
-        True when the folder holds this very run, finished; False when the training may begin.
-
-    Raises:
-        UserError: when no folder is named, or it holds anything else. Nothing is overwritten.
-    """
-    if not out:
-        raise UserError("the run needs a folder: give --out DIR")
-    folder = Path(out)
-    path = folder / "config.toml"
-    # A run that stopped at bad input has left its config.toml and nothing else: the next one may be another.
-    if path.exists() and len(list(folder.iterdir())) > 1:
-        _refuse_another_run(path, configs)
-        if (folder / "final" / "config.json").exists():
-            return True
-        if (folder / "metrics.jsonl").exists():
-            raise UserError(
-                f"{out} holds this run, broken off before its end: move the folder away or give another --out"
-            )
-        return False
-    if folder.exists() and (not folder.is_dir() or any(file != path for file in folder.iterdir())):
-        raise UserError(f"{out} is not empty and holds no nanoredi run: give another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(path, configs)
-    return False
-
-
-def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
-    before = read_recipe(path)
-    for table, config in configs.items():
-        for key, value in dataclasses.asdict(config).items():
-            old = before.get(table, {}).get(key)
-            # Where the folder lies and where tokens are cached do not change a run.
-            if key not in ("out", "cache") and old != value:
-                raise UserError(
-                    f"{path.parent} holds another run: {table}.{key} is {old!r} there and {value!r} here; give another --out"
-                )
 
 
 class _Parser(argparse.ArgumentParser):

@@ -35,7 +35,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     """Run a stage from its data to out/final.
 
     Args:
-        config: the stage, with model, data and out given; out is this run's own (config.open_run).
+        config: the stage, with model, data and out given; out is this run's own (runs.open_run).
         world: the ranks.
 
     Raises:

@@ -8,14 +8,13 @@ from nanoredi.config import (
     RediConfig,
     SftConfig,
     ToyConfig,
-    open_run,
     read_flags,
     read_recipe,
-    recipe_of,
     resolve,
     write_recipe,
 )
 from nanoredi.errors import UserError
+from nanoredi.runs import open_run, recipe_of
 
 
 def flags(*argv):

@@ -12,6 +12,7 @@ STORY = [
     "errors",
     "files",
     "config",
+    "runs",
     "tokenizer",
     "data",
     "prepare",
