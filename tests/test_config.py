@@ -122,10 +122,14 @@ def test_what_is_written_reads_back(tmp_path):
     config = EvaluateConfig(benchmarks=['a "quoted" \\ path\n', "b"], data="", temperature=1e-7, n=2)
     write_recipe(tmp_path / "config.toml", {"evaluate": config, "toy": ToyConfig()})
     assert resolve(EvaluateConfig, "evaluate", read_recipe(tmp_path / "config.toml")) == config
-    assert (
-        recipe_of(tmp_path / "final") == read_recipe(tmp_path / "config.toml")
-        and recipe_of(tmp_path / "a" / "final") == {}
-    )
+
+
+def test_a_model_s_recipe_is_its_run_s(tmp_path):
+    write_recipe(tmp_path / "config.toml", {"toy": ToyConfig(pairs=7)})
+    assert recipe_of(tmp_path / "final") == {}  # a config.toml alone is somebody else's
+    (tmp_path / "metrics.jsonl").touch()
+    assert recipe_of(tmp_path / "final")["toy"]["pairs"] == 7
+    assert recipe_of(tmp_path / "other" / "final") == {}
 
 
 def test_a_run_s_folder(tmp_path):
