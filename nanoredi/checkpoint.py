@@ -38,8 +38,7 @@ def load_weights(
 
     Raises:
         UserError: for a missing or broken file, and for missing, unexpected or misshapen weights, by name. All is
-        checked
-            before the first weight is given.
+            checked before the first weight is given.
     """
     folder = Path(folder)
     files: dict[str, Any] = {}

@@ -54,7 +54,8 @@ def evaluate(
         A row a benchmark (summarise has its keys), the same on every rank.
     """
     tokenizer = Tokenizer(folder)
-    model = Qwen2.from_pretrained(folder, dtype=compute_dtype(config.dtype, world.device), device=world.device)
+    dtype = world.first(lambda: compute_dtype(config.dtype, world.device))  # measured, so one rank decides
+    model = Qwen2.from_pretrained(folder, dtype=dtype, device=world.device)
     logps = {}
     if pairs is not None and pairs.watch:
         load = partial(

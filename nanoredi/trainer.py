@@ -49,7 +49,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     data = _load(config, model, world)
     for block in model.model.layers:
         block.activation_checkpointing = config.activation_checkpointing
-    dtype = compute_dtype(config.dtype, world.device)
+    dtype = world.first(lambda: compute_dtype(config.dtype, world.device))  # measured, so one rank decides
     shard(model, world, dtype, config.reshard_after_forward)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
