@@ -5,12 +5,31 @@ alone, and its loss is a sum over tokens with weights that are divided by the wh
 micro-batches change how the work is done and not what is computed.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from nanoredi.errors import UserError
+
+
+class WeightedSequence(NamedTuple):
+    """A token sequence of an optimiser step, with what its objective says.
+
+    Attributes:
+        tokens: (n,) integers, at least 2.
+        learned: (n,) bool, the tokens the loss is taken on.
+        weight: of each learned token's log-probability in the loss.
+        name: what to call it before the user.
+    """
+
+    tokens: np.ndarray
+    learned: np.ndarray
+    weight: float
+    name: str
 
 
 class PackedBatch(NamedTuple):
@@ -42,21 +61,30 @@ class PackedBatch(NamedTuple):
         return PackedBatch(*(t.to(device, non_blocking=True) for t in tensors), max_seqlen)
 
 
-def pack(sequences: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> PackedBatch:
-    """Pack sequences of at least 2 tokens.
+def pack(sequences: Sequence[WeightedSequence], vocab_size: int) -> PackedBatch:
+    """Pack sequences; what the device will trust is checked here.
 
     The last token of each is only ever a target and the first only an input, so n tokens make n - 1 rows.
 
-    Args:
-        sequences: tokens (n,), learned (n,) bool, and the weight of each learned token.
+    Raises:
+        UserError: naming the sequence, for a token outside the vocabulary and for a weight that is not finite.
     """
-    lengths = [len(tokens) - 1 for tokens, _, _ in sequences]
-    weights = torch.from_numpy(np.concatenate([learned[1:] * np.float32(w) for _, learned, w in sequences]))
+    for tokens, _, weight, name in sequences:
+        outside = (tokens < 0) | (tokens >= vocab_size)
+        if outside.any():
+            place = int(outside.argmax())
+            raise UserError(
+                f"{name}: token {tokens[place]} at place {place} is outside the vocabulary of {vocab_size:,}"
+            )
+        if not math.isfinite(weight):
+            raise UserError(f"{name}: the weight of its tokens is {weight}; it must be finite")
+    lengths = [len(s.tokens) - 1 for s in sequences]
+    weights = torch.from_numpy(np.concatenate([s.learned[1:] * np.float32(s.weight) for s in sequences]))
     return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate([tokens[:-1] for tokens, _, _ in sequences]).astype(np.int64)),
+        input_ids=torch.from_numpy(np.concatenate([s.tokens[:-1] for s in sequences]).astype(np.int64)),
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
-        targets=torch.from_numpy(np.concatenate([tokens[1:] for tokens, _, _ in sequences]).astype(np.int64)),
+        targets=torch.from_numpy(np.concatenate([s.tokens[1:] for s in sequences]).astype(np.int64)),
         weights=weights,
         rows=weights.nonzero().squeeze(1),
         max_seqlen=max(lengths),

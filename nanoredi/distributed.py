@@ -107,6 +107,11 @@ def shard(model: Qwen2, world: World, dtype: torch.dtype, reshard_after_forward:
             # no scaled sum, hence the plain one for all.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    # The kernel makes the head's gradient in fp32. It stays so; autograd would round it to the weight's dtype.
+    model.unshard()
+    for p in (model.lm_head_weight, model.model.embed_tokens.weight, model.model.norm.weight):
+        p.grad_dtype = torch.float32  # the whole unit's: it is reduced as one
+    model.reshard()
     return model
 
 

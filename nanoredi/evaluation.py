@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from nanoredi import objectives
-from nanoredi.batch import divide, pack
+from nanoredi.batch import WeightedSequence, divide, pack
 from nanoredi.benchmarks import Benchmark
 from nanoredi.checkpoint import stop_ids
 from nanoredi.config import EvaluateConfig, RediConfig
@@ -102,7 +102,8 @@ def score(model: Qwen2, data: TokenData, max_tokens: int) -> tuple[float, float]
     device = model.lm_head_weight.device
     total = torch.zeros(2, device=device)
     for indices in divide([len(data.sequence(i)[0]) for i in range(len(data))], 1, max_tokens)[0]:
-        batch = pack([(*data.sequence(i), weights[i]) for i in indices]).to(device)
+        sequences = [WeightedSequence(*data.sequence(i), weights[i], f"sequence {i + 1}") for i in indices]
+        batch = pack(sequences, model.config.vocab_size).to(device)
         _, logps = model.loss(*batch)
         total += mean_logps(logps, batch.weights)
     return total[0].item(), total[1].item()

@@ -20,15 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanoredi import objectives
-from nanoredi.batch import divide, num_steps, pack, step_rows
+from nanoredi.batch import WeightedSequence, divide, num_steps, pack, step_rows
 from nanoredi.config import RediConfig, SftConfig, TrainConfig
 from nanoredi.data import TokenData, load_pairs, load_sft
 from nanoredi.distributed import World, compute_dtype, shard
 from nanoredi.errors import UserError
 from nanoredi.model import Qwen2
 from nanoredi.tokenizer import Tokenizer
-
-WeightedSequence = tuple[np.ndarray, np.ndarray, float]  # tokens (n,), learned (n,), weight of each learned token
 
 
 def train(config: SftConfig | RediConfig, world: World) -> None:
@@ -92,14 +90,14 @@ def train_step(
         through.
     """
     # A sequence of weight 0 teaches nothing; it stays out of the forward.
-    sequences = [s for s in sequences if s[2]] or sequences[:1]
-    lengths = [len(tokens) - 1 for tokens, _, _ in sequences]
+    sequences = [s for s in sequences if s.weight] or sequences[:1]
+    lengths = [len(s.tokens) - 1 for s in sequences]
     micro_batches = divide(lengths, world.size, config.max_tokens_per_micro_batch)[world.rank]
     # A rank with nothing to do still takes part in every collective, with a short sequence of weight 0.
-    idle_tokens, idle_learned, _ = min(sequences, key=lambda s: len(s[0]))
+    idle = min(sequences, key=lambda s: len(s.tokens))._replace(weight=0.0)
     logps = torch.zeros(2, device=world.device)
     for i, indices in enumerate(micro_batches):
-        batch = pack([sequences[j] for j in indices] or [(idle_tokens, idle_learned, 0.0)]).to(world.device)
+        batch = pack([sequences[j] for j in indices] or [idle], model.config.vocab_size).to(world.device)
         # Gradients add up on each rank; ranks exchange them once a step.
         model.set_requires_gradient_sync(i == len(micro_batches) - 1)
         loss, token_logps = model.loss(*batch)
@@ -117,8 +115,12 @@ def train_step(
 def weighted_sequences(config: SftConfig | RediConfig, data: TokenData, rows: np.ndarray) -> list[WeightedSequence]:
     """The sequences of an optimiser step, each with its objective's weight."""
 
-    def with_weights(indices: list[int], weights: list[float]) -> list[WeightedSequence]:
-        return [(*data.sequence(i), w) for i, w in zip(indices, weights)]
+    def with_weights(indices: list[int], weights: list[float], kind: str = "") -> list[WeightedSequence]:
+        per_row = 1 if isinstance(config, SftConfig) else 2
+        return [
+            WeightedSequence(*data.sequence(i), w, f"row {i // per_row + 1} of {config.data}{kind}")
+            for i, w in zip(indices, weights)
+        ]
 
     def num_learned(indices: list[int]) -> list[int]:
         return [data.num_learned(i) for i in indices]
@@ -130,7 +132,7 @@ def weighted_sequences(config: SftConfig | RediConfig, data: TokenData, rows: np
     if config.objective == "sft":
         return with_weights(chosen, objectives.sft(num_learned(chosen)))
     chosen_weights, rejected_weights = objectives.redi(num_learned(chosen), num_learned(rejected), config.alpha)
-    return with_weights(chosen, chosen_weights) + with_weights(rejected, rejected_weights)
+    return with_weights(chosen, chosen_weights, ", chosen") + with_weights(rejected, rejected_weights, ", rejected")
 
 
 def mean_logps(logps: Tensor, weights: Tensor) -> Tensor:

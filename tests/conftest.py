@@ -8,10 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from nanoredi import toy
-from nanoredi.config import ToyConfig
-from nanoredi.distributed import World, world
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: the tests run them on the CPU
+
+from nanoredi import toy  # noqa: E402
+from nanoredi.config import ToyConfig  # noqa: E402
+from nanoredi.distributed import World, world  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 

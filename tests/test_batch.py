@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from nanoredi.batch import divide, num_steps, pack, step_rows
+from nanoredi.batch import WeightedSequence, divide, num_steps, pack, step_rows
+from nanoredi.errors import UserError
 
 
 def test_pack():
     batch = pack(
         [
-            (np.array([5, 6, 7, 8]), np.array([False, False, True, True]), -0.5),
-            (np.array([1, 2]), np.array([False, True]), 0.25),
-        ]
+            WeightedSequence(np.array([5, 6, 7, 8]), np.array([False, False, True, True]), -0.5, "a"),
+            WeightedSequence(np.array([1, 2]), np.array([False, True]), 0.25, "b"),
+        ],
+        vocab_size=9,
     )
     assert batch.input_ids.tolist() == [5, 6, 7, 1]
     assert batch.targets.tolist() == [6, 7, 8, 2]
@@ -22,6 +24,22 @@ def test_pack():
     assert batch.rows.tolist() == [1, 2, 3]
     assert batch.max_seqlen == 3
     assert batch.weights.dtype == torch.float32 and batch.cu_seqlens.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    "tokens, weight, message",
+    [
+        ([1, 9, 2], 1.0, "row 7: token 9 at place 1 is outside the vocabulary of 9"),
+        ([1, 2, -1], 1.0, "row 7: token -1 at place 2 is outside"),
+        ([1, 2], float("nan"), "row 7: the weight of its tokens is nan"),
+        ([1, 2], float("-inf"), "row 7: the weight of its tokens is -inf"),
+    ],
+)
+def test_pack_refuses_what_the_kernel_would_trust(tokens, weight, message):
+    good = WeightedSequence(np.array([0, 8]), np.array([False, True]), 1.0, "row 6")
+    bad = WeightedSequence(np.array(tokens), np.ones(len(tokens), dtype=bool), weight, "row 7")
+    with pytest.raises(UserError, match=message):
+        pack([good, bad], vocab_size=9)
 
 
 @pytest.mark.parametrize("rows, batch_size, epochs", [(10, 4, 1), (12, 4, 2), (3, 8, 2)])

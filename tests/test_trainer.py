@@ -14,6 +14,7 @@ from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data import load_pairs, load_sft
 from nanoredi.distributed import compute_dtype, shard
 from nanoredi.errors import UserError
+from nanoredi.kernels import chunks
 from nanoredi.model import Qwen2
 from nanoredi.tokenizer import Tokenizer
 from nanoredi.trainer import schedule, train, train_step, weighted_sequences
@@ -131,8 +132,8 @@ def test_objective_sft_goes_on_with_the_chosen(redi, one_rank):
     data = load(redi)
     sequences = weighted_sequences(replace(redi, objective="sft"), data, np.array([3, 5]))
     total = data.num_learned(6) + data.num_learned(10)
-    assert [w for _, _, w in sequences] == [-1 / total] * 2
-    assert [len(t) for t, _, _ in sequences] == [len(data.sequence(i)[0]) for i in (6, 10)]
+    assert [s.weight for s in sequences] == [-1 / total] * 2
+    assert [len(s.tokens) for s in sequences] == [len(data.sequence(i)[0]) for i in (6, 10)]
 
 
 def test_update_norm_is_what_the_weights_moved(redi, one_rank):
@@ -142,7 +143,8 @@ def test_update_norm_is_what_the_weights_moved(redi, one_rank):
     assert figures[3].item() == pytest.approx(torch.stack(moved).norm().item(), rel=1e-4)
 
 
-def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(redi, one_rank):
+def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(redi, one_rank, monkeypatch):
+    monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", 41 * 50)  # several chunks, whose sum is fp32
     _, grads, _, _ = one_step(redi, one_rank)
     model = shard(Qwen2.from_pretrained(redi.model, dtype=torch.float32), one_rank, torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -153,6 +155,8 @@ def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(redi, one_rank):
     train_step(model, optimizer, 1, weighted_sequences(redi, load(redi), step_rows(0, 40, 16, seed=3)), redi, one_rank)
     assert {p.dtype for p in model.parameters()} == {g.dtype for g in half.values()} == {torch.float32}
     assert 1e-5 < relative(half, grads) < 0.1
+    head = half["model.embed_tokens.weight"]
+    assert (head != head.bfloat16()).float().mean() > 0.5  # never rounded to the weight's dtype
 
 
 @pytest.mark.parametrize(

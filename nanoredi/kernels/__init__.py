@@ -1,6 +1,10 @@
-"""The fused head of the loss. Import the functions from here; each file is one kernel beside the plain PyTorch it must
-equal."""
+"""The fused head of the losses. Import the functions from here.
+
+cross_entropy.py is for losses that are linear in the log-probabilities, logprob.py for the others. Both go over the
+tokens by chunks.py and do to each chunk of logits what rows.py does: in Triton on a GPU, in plain PyTorch elsewhere.
+"""
 
 from nanoredi.kernels.cross_entropy import weighted_cross_entropy
+from nanoredi.kernels.logprob import linear_logprob
 
-__all__ = ["weighted_cross_entropy"]
+__all__ = ["linear_logprob", "weighted_cross_entropy"]

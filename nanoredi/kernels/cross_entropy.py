@@ -9,7 +9,7 @@ is:
 
     d loss / d z_t = w_t * (onehot(y_t) - softmax(z_t))
 
-Hence forward walks over chunks of rows, makes a chunk's logits, turns them in place into their own gradient,
+Hence forward walks over chunks of rows, makes a chunk's logits, overwrites them with their own gradient (rows.py),
 multiplies that into the gradients of hidden and lm_head, and forgets it. Backward only hands the two finished
 gradients over.
 """
@@ -17,8 +17,8 @@ gradients over.
 import torch
 from torch import Tensor
 
-# One chunk's logits hold at most this many elements (64 MiB in fp32), whatever the vocabulary.
-MAX_CHUNK_LOGITS = 1 << 24
+from nanoredi.kernels.chunks import add_product, logits_by_chunks
+from nanoredi.kernels.rows import logprobs_
 
 
 def weighted_cross_entropy(
@@ -26,11 +26,16 @@ def weighted_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the targets' log-probabilities, and these log-probabilities.
 
+    The gradient of lm_head adds up in fp32, whatever its dtype, and leaves backward so: a bf16 lm_head takes it
+    unrounded where its grad_dtype is float32 (distributed.shard sets it), and rounds it once otherwise. A frozen
+    lm_head costs no gradient.
+
     Args:
         hidden: (N, D) final hidden states, fp32 or bf16.
         lm_head: (V, D) output embedding, of hidden's dtype.
-        targets: (N,) int64, the token each row must predict; read only where the weight is not 0.
-        weights: (N,) fp32, any mixture of signs; a row of weight 0 costs nothing.
+        targets: (N,) int64 in 0..V-1, the token each row must predict; read only where the weight is not 0.
+        weights: (N,) fp32, any mixture of signs; a row of weight 0 costs nothing. Targets and weights are trusted here:
+            batch.pack checks them.
         rows: (R,) int64, the indices of the rows whose weight is not 0. Made on the CPU with the batch, they spare the
             device a wait; without them they are looked up here.
 
@@ -47,24 +52,17 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, weights, rows, grad_enabled):
         grad_hidden = torch.zeros_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
-        # Chunks (and tied embeddings) add up in fp32: in bf16 a small term added to a large sum is lost.
+        # Chunks add up in fp32: in bf16 a small term added to a large sum is lost.
         grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if grad_enabled and ctx.needs_input_grad[1] else None
-        logps = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        wants_gradient = grad_hidden is not None or grad_head is not None
+        logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
 
-        for chunk in rows.split(max(1, MAX_CHUNK_LOGITS // lm_head.shape[0])):
-            x, y, w = hidden[chunk], targets[chunk].unsqueeze(1), weights[chunk].unsqueeze(1)
-            logits = (x @ lm_head.T).float()  # (C, V)
-            logits -= logits.logsumexp(1, keepdim=True)
-            logps[chunk] = logits.gather(1, y).squeeze(1)
-            if grad_hidden is None and grad_head is None:
-                continue
-            # The target's column is 1 - p, which cancels where the model is sure; the sum of the other p does not.
-            others = logits.exp_().scatter_(1, y, 0.0)
-            grad_logits = others.scatter_(1, y, -others.sum(1, keepdim=True)).mul_(-w).to(x.dtype)
+        for chunk, x, logits in logits_by_chunks(hidden, lm_head, rows):
+            logps[chunk], *_ = logprobs_(logits, targets[chunk], weights[chunk] if wants_gradient else None)
             if grad_hidden is not None:
-                grad_hidden[chunk] = grad_logits @ lm_head
+                grad_hidden[chunk] = logits @ lm_head
             if grad_head is not None:
-                _add_product(grad_head, grad_logits.T, x)
+                add_product(grad_head, logits.T, x)
 
         ctx.grads = grad_hidden, grad_head
         ctx.mark_non_differentiable(logps)
@@ -82,11 +80,3 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             if grad is not None:
                 grad.mul_(grad_loss)
         return grad_hidden, grad_head, None, None, None, None
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's fp32 whatever the dtype of a and b."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b

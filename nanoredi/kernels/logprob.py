@@ -1,0 +1,61 @@
+"""The log-probabilities of target tokens, differentiable for any upstream gradient, without ever holding
+tokens x vocabulary.
+
+It is for losses that are not linear in the log-probabilities, such as DPO's: what a row's weight will be is known only
+in backward. So forward keeps two numbers a row, and backward makes each chunk's logits once more:
+
+    logp_t = z_t[y_t] - logsumexp(z_t)      d logp_t / d z_t = onehot(y_t) - softmax(z_t)      z_t = lm_head @ hidden_t
+
+Four matrix products instead of the weighted cross-entropy's three.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nanoredi.kernels.chunks import add_product, logits_by_chunks
+from nanoredi.kernels.rows import gradient_, logprobs_
+
+
+def linear_logprob(hidden: Tensor, lm_head: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+    """The log-probability of each row's target under softmax(lm_head @ hidden).
+
+    Under no_grad (a reference model, scoring) it is one matrix product and keeps nothing. The gradient of lm_head adds
+    up in fp32, as weighted_cross_entropy's does.
+
+    Args:
+        hidden: (N, D) final hidden states, fp32 or bf16.
+        lm_head: (V, D) output embedding, of hidden's dtype.
+        targets: (N,) int64 in 0..V-1; read only in `rows`.
+        rows: (R,) int64, the rows that are wanted, each once; None: all.
+
+    Returns:
+        logps (N,) fp32, differentiable once in hidden and lm_head; 0 where a row is not wanted.
+    """
+    if rows is None:
+        rows = torch.arange(len(hidden), device=hidden.device)
+    return _LinearLogprob.apply(hidden, lm_head, targets, rows)
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, lm_head, targets, rows):
+        logps, lse, missing = torch.zeros(3, len(hidden), dtype=torch.float32, device=hidden.device)
+        for chunk, _, logits in logits_by_chunks(hidden, lm_head, rows):
+            logps[chunk], lse[chunk], missing[chunk] = logprobs_(logits, targets[chunk])
+        ctx.save_for_backward(hidden, lm_head, targets, rows, lse, missing)
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps):
+        hidden, lm_head, targets, rows, lse, missing = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for chunk, x, logits in logits_by_chunks(hidden, lm_head, rows):
+            gradient_(logits, targets[chunk], grad_logps[chunk], lse[chunk], missing[chunk])
+            if grad_hidden is not None:
+                grad_hidden[chunk] = logits @ lm_head
+            if grad_head is not None:
+                add_product(grad_head, logits.T, x)
+        return grad_hidden, grad_head, None, None
