@@ -7,7 +7,7 @@ from torch import Tensor
 
 # A chunk's logits have at most this many elements, whatever the vocabulary. Smaller chunks read and write the gradient
 # of lm_head more often, and their matrix products are slimmer; bench/kernels.py --chunks measures it.
-MAX_CPU_ELEMENTS = 1 << 24  # 64 MiB in fp32
+MAX_CPU_ELEMENTS = 1 << 25  # 128 MiB in fp32
 MAX_GPU_ELEMENTS = 192 << 20  # 384 MiB in bf16
 
 
