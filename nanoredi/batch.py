@@ -106,29 +106,47 @@ def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarra
     return order[place * batch_size : (place + 1) * batch_size]
 
 
-def divide(lengths: Sequence[int], world_size: int, max_tokens: int) -> list[list[list[int]]]:
-    """Deal sequences to ranks and micro-batches: every rank gets as many micro-batches, as even as can be.
+def divide(lengths: Sequence[int], costs: Sequence[float], world_size: int, max_tokens: int) -> list[list[list[int]]]:
+    """Deal sequences to ranks and micro-batches: every rank gets as many micro-batches, at costs as even as can be.
 
-    The longest sequences are dealt first, each to the emptiest micro-batch. There are as few micro-batches as keep all
-    of them within max_tokens, except that a longer sequence goes alone.
+    The costliest sequences are dealt first, each to the cheapest micro-batch that has room for it. There are as few
+    micro-batches as keep all of them within max_tokens, except that a longer sequence goes alone. Then the ranks take
+    turns, micro-batches of like cost in the same turn (under FSDP nobody runs ahead within one), the costlier to the
+    rank that has had less.
 
     Args:
         lengths: tokens of each sequence.
+        costs: of each sequence, in any unit (Qwen2Config.flops).
         world_size: number of ranks.
         max_tokens: budget of a micro-batch.
 
     Returns:
         [rank][micro-batch] -> indices into lengths; empty where there are fewer sequences than places.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     num_bins = world_size * max(1, -(-sum(lengths) // (max_tokens * world_size)))
-    while True:
-        bins: list[list[int]] = [[] for _ in range(num_bins)]
-        loads = [0] * num_bins
-        for i in order:
-            emptiest = min(range(num_bins), key=loads.__getitem__)
-            bins[emptiest].append(i)
-            loads[emptiest] += lengths[i]
-        if all(load <= max_tokens or len(b) == 1 for load, b in zip(loads, bins)):
-            return [bins[rank::world_size] for rank in range(world_size)]
+    while (bins := _fill(lengths, costs, num_bins, max_tokens)) is None:
         num_bins += world_size
+    bins.sort(key=lambda b: -sum(costs[i] for i in b))
+    ranks: list[list[list[int]]] = [[] for _ in range(world_size)]
+    spent = [0.0] * world_size
+    for turn in range(0, num_bins, world_size):
+        poorest_first = sorted(range(world_size), key=spent.__getitem__)
+        for rank, b in zip(poorest_first, bins[turn : turn + world_size]):
+            ranks[rank].append(b)
+            spent[rank] += sum(costs[i] for i in b)
+    return ranks
+
+
+def _fill(lengths: Sequence[int], costs: Sequence[float], num_bins: int, max_tokens: int) -> list[list[int]] | None:
+    """The sequences in num_bins micro-batches; None when one finds no room."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    tokens, spent = [0] * num_bins, [0.0] * num_bins
+    for i in sorted(range(len(lengths)), key=lambda i: -costs[i]):
+        with_room = [b for b in range(num_bins) if not bins[b] or tokens[b] + lengths[i] <= max_tokens]
+        if not with_room:
+            return None
+        cheapest = min(with_room, key=spent.__getitem__)
+        bins[cheapest].append(i)
+        tokens[cheapest] += lengths[i]
+        spent[cheapest] += costs[i]
+    return bins

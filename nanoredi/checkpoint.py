@@ -97,6 +97,22 @@ def save_folder(
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.writing")
     if writes:
         beside.mkdir(parents=True)
+    try:
+        _write_folder(folder, beside if writes else None, config, weights, tokenizer_folder, dtype)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _write_folder(
+    folder: Path,
+    beside: Path | None,
+    config: dict[str, Any],
+    weights: Mapping[str, Tensor],
+    tokenizer_folder: str | Path | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """save_folder's work; beside is where rank 0 writes, None on the other ranks."""
     dtypes = {name: dtype or w.dtype for name, w in weights.items()}
     shards = _plan_shards({name: w.numel() * dtypes[name].itemsize for name, w in weights.items()})
     for file, names in shards.items():
@@ -105,11 +121,11 @@ def save_folder(
             weight = weights[name].detach()
             if isinstance(weight, DTensor):
                 weight = weight.full_tensor()  # a collective: on every rank
-            if writes:
+            if beside:
                 whole[name] = weight.to(device="cpu", dtype=dtypes[name]).contiguous()
-        if writes:
+        if beside:
             save_file(whole, beside / file, metadata={"format": "pt"})
-    if not writes:
+    if not beside:
         return
     if len(shards) > 1:
         total = sum(w.numel() * dtypes[name].itemsize for name, w in weights.items())

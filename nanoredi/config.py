@@ -28,9 +28,11 @@ def option(
     above: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] = (),
+    free: bool = False,
 ) -> Any:
-    """A field with its one comment, which is also the flag's help, and with the values it may take."""
-    metadata = {"help": help, "low": low, "above": above, "high": high, "choices": choices}
+    """A field with its one comment, which is also the flag's help, and with the values it may take. A free one says how
+    the work is done and not what comes out: a run may go on with another."""
+    metadata = {"help": help, "low": low, "above": above, "high": high, "choices": choices, "free": free}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -45,7 +47,7 @@ class TrainConfig:
 
     model: str = option("", "Hugging Face folder of the Qwen2 to start from; empty: the toy is made")
     data: str = option("", "JSONL file of the training rows")
-    out: str = option("", "the run's folder")
+    out: str = option("", "the run's folder", free=True)
     epochs: int = option(1, "passes over the data", low=1)
     max_steps: int = option(0, "stop after this many optimiser steps; 0: after the epochs", low=0)
     batch_size: int = option(32, "pairs in an optimiser step, over all ranks", low=1)
@@ -61,21 +63,31 @@ class TrainConfig:
         choices=DTYPES,
     )
     activation_checkpointing: bool = option(
-        True, "recompute each block's activations in backward instead of keeping them"
+        True, "recompute each block's activations in backward instead of keeping them", free=True
     )
     reshard_after_forward: bool = option(
         True,
         "let go of a block's whole weights after its forward and gather them again in backward: less memory, more traffic",
+        free=True,
+    )
+    shard_size: int = option(
+        0, "ranks that share one copy of the weights, such as a machine's; 0: all of them", low=0, free=True
     )
     max_tokens_per_micro_batch: int = option(
-        40_000, "tokens of one forward pass on one rank; a longer sequence goes alone", low=1
+        40_000, "tokens of one forward pass on one rank; a longer sequence goes alone", low=1, free=True
     )
-    save_every: int = option(200, "steps between saved models; 0: only at the end", low=0)
-    log_every: int = option(10, "steps between the lines on the screen", low=1)
+    save_every: int = option(
+        200, "steps between saved models, and between states to go on from; 0: only at the end", low=0, free=True
+    )
+    log_every: int = option(10, "steps between the lines on the screen", low=1, free=True)
+    tensorboard: bool = option(False, "write the figures for TensorBoard, too (the package tensorboard)", free=True)
+    max_bad_steps: int = option(
+        5, "stop after this many steps in a row whose loss or gradient is not finite; each is skipped", low=1, free=True
+    )
     seed: int = option(42, "of the data's order, and of everything the toy makes", low=0)
     rope_theta: float = option(0.0, "rotary base to train with; 0: the checkpoint's", low=0)
     max_position_embeddings: int = option(0, "context to train with; 0: the checkpoint's", low=0)
-    cache: str = option("runs/cache", "folder of the tokenised data, keyed by data and tokenizer")
+    cache: str = option("runs/cache", "folder of the tokenised data, keyed by data and tokenizer", free=True)
 
 
 @dataclass
@@ -96,6 +108,10 @@ class RediConfig(TrainConfig):
     alpha: float = option(0.8, "weight of the incorrect trace in REDI's loss", low=0)
     max_prompt_tokens: int = option(800, "longest prompt; of a longer one the last tokens are kept", low=1)
     max_response_tokens: int = option(19_000, "longest response; a longer one is cut on the right", low=1)
+    collapse_nats: float = option(
+        1.0, "warn of collapse when the chosen log-prob has fallen this far and falls ever faster", above=0, free=True
+    )
+    on_collapse: str = option("warn", "what then: warn, or stop", choices=("warn", "stop"), free=True)
     watch: str = option("", "JSONL file of pairs kept out of training, for the log-probs in the final table")
     evaluate: bool = option(
         False, "at the end, compare the model of the start and the final one on [evaluate]'s benchmarks"

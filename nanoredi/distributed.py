@@ -30,7 +30,6 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh
 
     def first(self, work: Callable[[], Result]) -> Result:
         """Do some work on rank 0 and give its result to every rank; a UserError of it is raised on every rank."""
@@ -44,6 +43,14 @@ class World:
         if outcome[1] is not None:
             raise UserError(outcome[1])
         return outcome[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. It waits for the other ranks, but not for the device."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -69,7 +76,7 @@ def world() -> Iterator[World]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield World(rank, size, device, init_device_mesh(device.type, (size,)))
+        yield World(rank, size, device)
     finally:
         dist.destroy_process_group()
         # Gloo's threads need the interpreter's lock to let go of their last tensors; one that still waits for it when the
@@ -77,7 +84,24 @@ def world() -> Iterator[World]:
         time.sleep(0.2)
 
 
-def shard(model: Qwen2, world: World, dtype: torch.dtype, reshard_after_forward: bool = True) -> Qwen2:
+def shard_mesh(world: World, shard_size: int) -> DeviceMesh:
+    """The ranks that share one copy of the weights: all of them, or groups of shard_size neighbours (HSDP).
+
+    Raises:
+        UserError: when the ranks do not divide into such groups.
+    """
+    if shard_size in (0, world.size):
+        return init_device_mesh(world.device.type, (world.size,))
+    if world.size % shard_size:
+        raise UserError(f"--shard_size {shard_size} does not divide the {world.size} ranks into equal groups")
+    return init_device_mesh(
+        world.device.type, (world.size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def shard(
+    model: Qwen2, world: World, dtype: torch.dtype, reshard_after_forward: bool = True, shard_size: int = 0
+) -> Qwen2:
     """Make a model's weights fp32 masters, sharded in place: a unit a block, and one for embedding, norm and head.
 
     Args:
@@ -86,7 +110,10 @@ def shard(model: Qwen2, world: World, dtype: torch.dtype, reshard_after_forward:
         world: the ranks to shard over.
         dtype: of the forward and backward; gradients are summed over ranks, and accumulated, in fp32.
         reshard_after_forward: let go of a block's whole weights after its forward, and gather them again in backward.
+        shard_size: ranks that share one copy of the weights, usually those of a machine; 0: all. Each group then has a
+            copy, and gradients are summed over the groups, too.
     """
+    mesh = shard_mesh(world, shard_size)
     # Inputs are not cast: the loss's weights must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     units: list[list[Block]] = []
@@ -98,8 +125,8 @@ def shard(model: Qwen2, world: World, dtype: torch.dtype, reshard_after_forward:
     for unit in units:
         for block in unit:
             block.float()
-        fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model.float(), mesh=world.mesh, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model.float(), mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -128,11 +155,19 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32) else torch.float32
 
 
-def _product_seconds(dtype: torch.dtype) -> float:
-    a = torch.ones(256, 256, dtype=dtype)
+def _product_seconds(dtype: torch.dtype, size: int = 256, device: torch.device | str = "cpu") -> float:
+    a = torch.randn(size, size, device=device).to(dtype)
     times = []
     for _ in range(4):
         start = time.perf_counter()
         a @ a
+        if a.is_cuda:
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second that the device reaches in a large matrix product, measured (some 10 ms)."""
+    size = 8192 if device.type == "cuda" else 512
+    return 2 * size**3 / _product_seconds(dtype, size, device)

@@ -101,7 +101,8 @@ def score(model: Qwen2, data: TokenData, max_tokens: int) -> tuple[float, float]
     weights = [w for pair in zip(chosen, rejected) for w in pair]
     device = model.lm_head_weight.device
     total = torch.zeros(2, device=device)
-    for indices in divide([len(data.sequence(i)[0]) for i in range(len(data))], 1, max_tokens)[0]:
+    sizes = [len(data.sequence(i)[0]) for i in range(len(data))]
+    for indices in divide(sizes, sizes, 1, max_tokens)[0]:
         sequences = [WeightedSequence(*data.sequence(i), weights[i], f"sequence {i + 1}") for i in indices]
         batch = pack(sequences, model.config.vocab_size).to(device)
         _, logps = model.loss(*batch)

@@ -57,6 +57,14 @@ class Qwen2Config:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    def flops(self, num_tokens: int, num_learned: int) -> float:
+        """Floating-point operations of a sequence's forward and backward, nothing counted twice: 6 for every weight
+        and token that meet (the head's with the learned tokens alone), and causal attention's."""
+        kv_size = self.num_key_value_heads * self.head_dim
+        block = self.hidden_size * (2 * self.hidden_size + 2 * kv_size + 3 * self.intermediate_size)
+        linear = num_tokens * self.num_hidden_layers * block + num_learned * self.vocab_size * self.hidden_size
+        return 6.0 * (linear + num_tokens**2 * self.num_hidden_layers * self.hidden_size)
+
     @classmethod
     def from_folder(cls, folder: str | Path, **overrides: Any) -> "Qwen2Config":
         """Read config.json; overrides replace its fields.

@@ -16,7 +16,7 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
     """Take the folder `out` for a run of {table: dataclass}. Call on one rank.
 
     Returns:
-        True when the folder holds this very run, finished; False when the training may begin.
+        True when the folder holds this very run, finished; False when the training may begin, or go on.
 
     Raises:
         UserError: when no folder is named, or it holds anything else. Nothing is overwritten.
@@ -28,13 +28,7 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
     # A run that stopped at bad input has left its config.toml and nothing else: the next one may be another.
     if path.exists() and len(list(folder.iterdir())) > 1:
         _refuse_another_run(path, configs)
-        if (folder / "final" / "config.json").exists():
-            return True
-        if (folder / "metrics.jsonl").exists():
-            raise UserError(
-                f"{out} holds this run, broken off before its end: move the folder away or give another --out"
-            )
-        return False
+        return (folder / "final" / "config.json").exists()
     if folder.exists() and (not folder.is_dir() or any(file != path for file in folder.iterdir())):
         raise UserError(f"{out} is not empty and holds no nanoredi run: give another --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,13 +39,13 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
 def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
     before = read_recipe(path)
     for table, config in configs.items():
-        then = dataclasses.asdict(resolve(type(config), table, before))
-        for key, value in dataclasses.asdict(config).items():
-            old = then[key]
-            # Where the folder lies and where tokens are cached do not change a run.
-            if key not in ("out", "cache") and old != value:
+        then = resolve(type(config), table, before)
+        for f in dataclasses.fields(config):
+            old, new = getattr(then, f.name), getattr(config, f.name)
+            if old != new and not f.metadata["free"]:
                 raise UserError(
-                    f"{path.parent} holds another run: {table}.{key} is {old!r} there and {value!r} here; give another --out"
+                    f"{path.parent} holds another run: {table}.{f.name} is {old!r} there and {new!r} here; "
+                    "give another --out"
                 )
 
 

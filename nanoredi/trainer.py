@@ -2,17 +2,14 @@
 
 An optimiser step takes its rows, gives every token its weight (objectives.py), deals the sequences to ranks and
 micro-batches (batch.py), adds up gradients, clips, steps, and keeps its figures on the device; they are looked at only
-on steps that log.
+on steps that log (log.py), by those who watch over the run (guards.py). A run that was broken off goes on from its newest
+state (state.py).
 """
 
-import json
-import math
-import resource
-import sys
-import time
+import os
+import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,21 +20,26 @@ from nanoredi import objectives
 from nanoredi.batch import WeightedSequence, divide, num_steps, pack, step_rows
 from nanoredi.config import RediConfig, SftConfig, TrainConfig
 from nanoredi.data import TokenData, load_pairs, load_sft
-from nanoredi.distributed import World, compute_dtype, shard
-from nanoredi.errors import UserError
+from nanoredi.distributed import World, compute_dtype, matrix_rate, shard
+from nanoredi.errors import Stopped, UserError
+from nanoredi.guards import Guards, signals
+from nanoredi.log import Log, Step
 from nanoredi.model import Qwen2
+from nanoredi.optimizer import clipped_step, gradient_square, make_optimizer, schedule, update_square
+from nanoredi.state import States, training_tensors
 from nanoredi.tokenizer import Tokenizer
 
 
 def train(config: SftConfig | RediConfig, world: World) -> None:
-    """Run a stage from its data to out/final.
+    """Run a stage from its data, or from where it was broken off, to out/final.
 
     Args:
         config: the stage, with model, data and out given; out is this run's own (runs.open_run).
         world: the ranks.
 
     Raises:
-        UserError: for anything wrong with the model or the data.
+        UserError: for anything wrong with the model or the data, and when a guard ends the run.
+        Stopped: when the run was asked to stop (SIGTERM); its state is saved.
     """
     stage, out = ("stage 1" if isinstance(config, SftConfig) else "stage 2"), Path(config.out)
     overrides = {
@@ -47,52 +49,67 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     data = _load(config, model, world)
     for block in model.model.layers:
         block.activation_checkpointing = config.activation_checkpointing
-    dtype = world.first(lambda: compute_dtype(config.dtype, world.device))  # measured, so one rank decides
-    shard(model, world, dtype, config.reshard_after_forward)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
-    )
+    # Measured, so one rank decides.
+    dtype, rate = world.first(lambda: _dtype_and_rate(config.dtype, world.device))
+    shard(model, world, dtype, config.reshard_after_forward, config.shard_size)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
 
     num_rows = len(data) if isinstance(config, SftConfig) else len(data) // 2
     total = num_steps(num_rows, config.batch_size, config.epochs, config.max_steps)
     parameters = sum(p.numel() for p in model.parameters())
     world.say(
         f"{stage}: {config.model} ({parameters:,} parameters, {str(dtype)[6:]}), {num_rows:,} rows of "
-        f"{config.data}, {total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}"
+        f"{config.data}, {total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}; kill -USR1 {os.getpid()} asks where it is"
     )
-    log = Log(out / "metrics.jsonl", config, total, world)
-    for step in range(total):
-        lr = config.lr * schedule(step, total, config.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        rows = step_rows(step, num_rows, config.batch_size, config.seed)
-        figures, tokens = train_step(model, optimizer, step + 1, weighted_sequences(config, data, rows), config, world)
-        log.add(step + 1, (step + 1) / num_steps(num_rows, config.batch_size, 1, 0), lr, figures, tokens)
-        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < total:
-            model.save_pretrained(out / f"step-{step + 1:06d}", dtype)
-    model.save_pretrained(out / "final", dtype)
-    dist.barrier()
+
+    states = States(out / "state", world)
+    guards = Guards(config, world)
+    first = _resume(states, model, optimizer, guards, world)
+    log = Log(config, first, total, rate, world, stage)
+    world.first(lambda: _drop_unfinished(out))
+    with signals(log.where, world) as asked_to_stop:
+        for step in range(first, total):
+            lr = config.lr * schedule(step, total, config.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            rows = step_rows(step, num_rows, config.batch_size, config.seed)
+            sequences = weighted_sequences(config, data, rows)
+            figures, tokens, flops = train_step(model, optimizer, sequences, config, world)
+            number, epoch = step + 1, (step + 1) / num_steps(num_rows, config.batch_size, 1, 0)
+            guards.look(log.add(Step(number, epoch, lr, figures, tokens, flops, rows)))
+            saves, stops = bool(config.save_every) and number % config.save_every == 0, asked_to_stop()
+            if (saves or stops) and number < total:
+                guards.look(log.flush())
+                if saves:
+                    save_model(model, out / f"step-{number:06d}", dtype, world)
+                states.save(number, training_tensors(model, optimizer), guards.state())
+            if stops and number < total:
+                states.wait()
+                raise Stopped(f"{stage} was asked to stop: step {number} is saved, the same command goes on from there")
+        guards.look(log.flush())
+    save_model(model, out / "final", dtype, world)
+    states.drop()
     world.say(f"{stage}: saved {out / 'final'}")
 
 
 def train_step(
     model: Qwen2,
-    optimizer: torch.optim.Optimizer,
-    step: int,
+    optimizer: torch.optim.AdamW,
     sequences: list[WeightedSequence],
     config: TrainConfig,
     world: World,
-) -> tuple[Tensor, int]:
-    """Optimiser step number `step`, counted from 1, on the sequences of all ranks.
+) -> tuple[Tensor, int, float]:
+    """One optimiser step on the sequences of all ranks; it is skipped where its loss or gradient is not finite.
 
     Returns:
-        On the device: chosen and rejected log-prob, gradient norm and update norm (4,); and the tokens that went
-        through.
+        On the device: chosen and rejected log-prob, gradient norm and update norm (4,), not all finite where the step
+        was skipped; the tokens that went through; and their floating-point operations.
     """
     # A sequence of weight 0 teaches nothing; it stays out of the forward.
     sequences = [s for s in sequences if s.weight] or sequences[:1]
     lengths = [len(s.tokens) - 1 for s in sequences]
-    micro_batches = divide(lengths, world.size, config.max_tokens_per_micro_batch)[world.rank]
+    costs = [model.config.flops(n, int(s.learned[1:].sum())) for n, s in zip(lengths, sequences)]
+    micro_batches = divide(lengths, costs, world.size, config.max_tokens_per_micro_batch)[world.rank]
     # A rank with nothing to do still takes part in every collective, with a short sequence of weight 0.
     idle = min(sequences, key=lambda s: len(s.tokens))._replace(weight=0.0)
     logps = torch.zeros(2, device=world.device)
@@ -103,13 +120,18 @@ def train_step(
         loss, token_logps = model.loss(*batch)
         loss.backward()
         logps += mean_logps(token_logps, batch.weights)
-    grad_norm = clip_gradients(model, config.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    sums = torch.stack((*logps, update_square(optimizer, step)))
+    # With several copies of the weights, every shard is there as often as there are copies.
+    copies = world.size // (config.shard_size or world.size)
+    sums = torch.stack((*logps, gradient_square(model) / copies))
     dist.all_reduce(sums)
+    norm = sums[2].sqrt()
+    skip = (~sums.isfinite().all()).float()
+    clipped_step(model, optimizer, norm, config.clip, skip)
+    update = update_square(optimizer) / copies
+    dist.all_reduce(update)
     chosen, rejected = sums[0], sums[1] / (getattr(config, "alpha", 0) or 1.0)
-    return torch.stack((chosen, rejected, grad_norm, sums[2].sqrt())), sum(lengths)
+    update = torch.where(skip.bool(), 0.0, update.sqrt())
+    return torch.stack((chosen, rejected, norm, update)), sum(lengths), sum(costs)
 
 
 def weighted_sequences(config: SftConfig | RediConfig, data: TokenData, rows: np.ndarray) -> list[WeightedSequence]:
@@ -143,47 +165,35 @@ def mean_logps(logps: Tensor, weights: Tensor) -> Tensor:
     return torch.stack(((-weights.clamp(max=0) * logps).sum(), (weights.clamp(min=0) * logps).sum()))
 
 
-@torch.no_grad()
-def clip_gradients(model: Qwen2, longest: float) -> Tensor:
-    """Scale the gradient of all parameters down to a length of `longest` if it is longer; the length it had: () fp32.
-
-    On the ranks' own shards, with one exchange, and with no wait: where nothing is to be clipped the scale is 1.
-    """
-    parts = [p.grad.to_local() for p in model.parameters()]
-    square = torch.nn.utils.get_total_norm(parts).square()
-    dist.all_reduce(square)
-    norm = square.sqrt()
-    scale = (longest / (norm + 1e-6)).clamp(max=1.0)
-    for part in parts:
-        part.mul_(scale)
-    return norm
+def save_model(model: Qwen2, folder: Path, dtype: torch.dtype, world: World) -> None:
+    """Save the model, unless this run has done so before it was broken off."""
+    if not world.first(folder.exists):
+        model.save_pretrained(folder, dtype)
+        dist.barrier()
 
 
-def schedule(step: int, total: int, warmup: float) -> float:
-    """The share of the peak learning rate at a step, counted from 0: linear up over warmup * total steps, linear down
-    to 0."""
-    # differs from the original: no step has the rate 0; its first one has.
-    rising = math.ceil(warmup * total)
-    return min((step + 1) / rising if rising else 1.0, (total - step) / max(1, total - rising))
+def _dtype_and_rate(name: str, device: torch.device) -> tuple[torch.dtype, float]:
+    dtype = compute_dtype(name, device)
+    return dtype, matrix_rate(dtype, device)
 
 
-@torch.no_grad()
-def update_square(optimizer: torch.optim.Optimizer, t: int) -> Tensor:
-    """The squared length of the step that AdamW has just made, its t-th, over this rank's shards: () fp32.
+def _resume(states: States, model: Qwen2, optimizer: torch.optim.AdamW, guards: Guards, world: World) -> int:
+    """Put the run where its newest state left it: the number of steps that are done."""
+    tensors = training_tensors(model, optimizer)
+    notes = states.load(tensors)
+    if notes is None:
+        return 0
+    guards.restore(notes)
+    for state in optimizer.state.values():
+        state["step"].fill_(notes["step"] - notes["skipped"])  # AdamW counts the steps it took
+    world.say(f"going on after step {notes['step']}")
+    return notes["step"]
 
-    Worked out again from the optimizer's state, so that no copy of the weights is kept:
-    old - new = lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * old).
-    """
-    squares = []
-    for group in optimizer.param_groups:
-        lr, eps, decay, (b1, b2) = group["lr"], group["eps"], group["weight_decay"], group["betas"]
-        for p in group["params"]:
-            new, m, v = (x.to_local() for x in (p, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]))
-            step = (v / (1 - b2**t)).sqrt_().add_(eps).reciprocal_().mul_(m).mul_(lr / (1 - b1**t))
-            # new = (1 - lr * decay) * old - step, hence old - new = (step + lr * decay * new) / (1 - lr * decay).
-            step.add_(new, alpha=lr * decay)
-            squares.append((step / (1 - lr * decay)).square_().sum())
-    return torch.stack(squares).sum()
+
+def _drop_unfinished(out: Path) -> None:
+    """Remove the models that a killed run was writing."""
+    for folder in (*out.glob("step-*.writing"), *out.glob("final.*.writing")):
+        shutil.rmtree(folder)
 
 
 def _load(config: SftConfig | RediConfig, model: Qwen2, world: World) -> TokenData:
@@ -214,74 +224,3 @@ def _load(config: SftConfig | RediConfig, model: Qwen2, world: World) -> TokenDa
             f"the tokenizer of {config.model} is not this model's"
         )
     return data
-
-
-class Log:
-    """metrics.jsonl, a row a step, and a line on the screen every few steps. Figures wait on the device until a line
-    is due."""
-
-    def __init__(self, path: Path, config: SftConfig | RediConfig, total: int, world: World):
-        self.path, self.config, self.total, self.world = path, config, total, world
-        self.alpha = config.alpha if getattr(config, "objective", "sft") == "redi" else 0.0
-        self.waiting: list[tuple[int, float, float, Tensor, int]] = []
-        self.start = self.last = time.perf_counter()
-
-    def add(self, step: int, epoch: float, lr: float, figures: Tensor, tokens: int) -> None:
-        """Keep a step's figures (train_step has them); show what waits when a line is due."""
-        self.waiting.append((step, epoch, lr, figures, tokens))
-        if step == 1 or step % self.config.log_every == 0 or step == self.total:
-            self._flush()
-
-    def _flush(self) -> None:
-        values = torch.stack([figures for _, _, _, figures, _ in self.waiting]).tolist()  # the one wait for the device
-        now = time.perf_counter()
-        tokens_per_s = sum(tokens for *_, tokens in self.waiting) / (now - self.last)
-        rows = [self._row(w, v, tokens_per_s) for w, v in zip(self.waiting, values)]
-        self.waiting, self.last = [], now
-        if self.world.rank == 0:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            print(self._line(rows[-1], now), flush=True)
-
-    def _row(
-        self, waiting: tuple[int, float, float, Tensor, int], values: list[float], tokens_per_s: float
-    ) -> dict[str, Any]:
-        step, epoch, lr, _, _ = waiting
-        chosen, rejected, grad_norm, update = values
-        return {
-            "step": step,
-            "epoch": round(epoch, 4),
-            "loss": -chosen + self.alpha * rejected,
-            "chosen_logp": chosen,
-            "rejected_logp": rejected if self.alpha else None,
-            "margin": chosen - rejected if self.alpha else None,
-            "grad_norm": grad_norm,
-            "update_norm": update,
-            "lr": lr,
-            "tokens_per_s": round(tokens_per_s, 1),
-            "peak_memory_gb": round(peak_memory_gb(self.world.device), 3),
-        }
-
-    def _line(self, row: dict[str, Any], now: float) -> str:
-        pair = f"  rejected {row['rejected_logp']:8.4f}  margin {row['margin']:7.4f}" if self.alpha else ""
-        left = (now - self.start) / row["step"] * (self.total - row["step"])
-        return (
-            f"step {row['step']:>{len(str(self.total))}}/{self.total}  loss {row['loss']:8.4f}  "
-            f"chosen {row['chosen_logp']:8.4f}{pair}  grad {row['grad_norm']:.2e}  update {row['update_norm']:.2e}  "
-            f"lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  left {clock(left)}"
-        )
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """The most memory held so far: of the GPU by tensors, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss, or m:ss under an hour."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -28,12 +28,12 @@ with world() as ranks:
     data = load_pairs(config.data, tokenizer, 800, 19_000, config.cache)
     for name, rows, max_tokens in (("many", np.arange(16), 300), ("one", np.arange(1), 300)):
         model = shard(Qwen2.from_pretrained(config.model), ranks, torch.float32)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         grads = {}
         optimizer.register_step_pre_hook(
             lambda *_: grads.update({n: p.grad.full_tensor() for n, p in model.named_parameters()})  # noqa: B023
         )
         step = replace(config, max_tokens_per_micro_batch=max_tokens)
-        train_step(model, optimizer, 1, weighted_sequences(config, data, rows), step, ranks)
+        train_step(model, optimizer, weighted_sequences(config, data, rows), step, ranks)
         if ranks.rank == 0:
             save_file(grads, out / f"{name}.safetensors")

@@ -62,16 +62,17 @@ def test_max_steps():
 @pytest.mark.parametrize("max_tokens", [50, 300, 10_000])
 def test_divide_deals_everything_evenly_within_the_budget(world_size, max_tokens):
     lengths = np.random.default_rng(0).integers(10, 120, 64).tolist()
-    places = divide(lengths, world_size, max_tokens)
+    costs = [n + n * n / 100 for n in lengths]
+    places = divide(lengths, costs, world_size, max_tokens)
     assert len(places) == world_size and len({len(p) for p in places}) == 1
     assert sorted(i for rank in places for micro in rank for i in micro) == list(range(64))
     for rank in places:
         for micro in rank:
             assert sum(lengths[i] for i in micro) <= max_tokens or len(micro) == 1
     if max_tokens >= 300:
-        loads = [sum(lengths[i] for micro in rank for i in micro) for rank in places]
-        assert max(loads) <= 1.05 * sum(lengths) / world_size
+        spent = [sum(costs[i] for micro in rank for i in micro) for rank in places]
+        assert max(spent) <= 1.05 * sum(costs) / world_size
 
 
 def test_divide_with_fewer_sequences_than_ranks_leaves_places_empty():
-    assert sorted(divide([5, 9], 4, 100)) == [[[]], [[]], [[0]], [[1]]]
+    assert sorted(divide([5, 9], [5, 9], 4, 100)) == [[[]], [[]], [[0]], [[1]]]

@@ -17,7 +17,8 @@ from nanoredi.errors import UserError
 from nanoredi.kernels import chunks
 from nanoredi.model import Qwen2
 from nanoredi.tokenizer import Tokenizer
-from nanoredi.trainer import schedule, train, train_step, weighted_sequences
+from nanoredi.optimizer import schedule
+from nanoredi.trainer import train, train_step, weighted_sequences
 
 
 @pytest.fixture
@@ -54,12 +55,12 @@ def one_step(config, world):
     model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), world, torch.float32)
     data = load(config)
     rows = step_rows(0, 40, config.batch_size, seed=3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.1, fused=True)
     grads = {}
     optimizer.register_step_pre_hook(
         lambda *_: grads.update({n: p.grad.full_tensor().clone() for n, p in model.named_parameters()})
     )
-    figures, tokens = train_step(model, optimizer, 1, weighted_sequences(config, data, rows), config, world)
+    figures, tokens, _ = train_step(model, optimizer, weighted_sequences(config, data, rows), config, world)
     return figures, grads, tokens, model
 
 
@@ -147,12 +148,12 @@ def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(redi, one_rank, mo
     monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", 41 * 50)  # several chunks, whose sum is fp32
     _, grads, _, _ = one_step(redi, one_rank)
     model = shard(Qwen2.from_pretrained(redi.model, dtype=torch.float32), one_rank, torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     half = {}
     optimizer.register_step_pre_hook(
         lambda *_: half.update({n: p.grad.full_tensor().clone() for n, p in model.named_parameters()})
     )
-    train_step(model, optimizer, 1, weighted_sequences(redi, load(redi), step_rows(0, 40, 16, seed=3)), redi, one_rank)
+    train_step(model, optimizer, weighted_sequences(redi, load(redi), step_rows(0, 40, 16, seed=3)), redi, one_rank)
     assert {p.dtype for p in model.parameters()} == {g.dtype for g in half.values()} == {torch.float32}
     assert 1e-5 < relative(half, grads) < 0.1
     head = half["model.embed_tokens.weight"]
@@ -189,6 +190,7 @@ def test_a_run_s_files(redi, one_rank, tmp_path, capsys):
         "lr",
         "tokens_per_s",
         "peak_memory_gb",
+        "matrix_share",
     }
     for row in rows:
         assert row["loss"] == pytest.approx(-row["chosen_logp"] + 0.8 * row["rejected_logp"])

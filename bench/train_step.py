@@ -1,0 +1,257 @@
+"""Whole optimiser steps of REDI (forward, backward, AdamW): tokens a second and peak memory, beside the usual ways.
+
+    python bench/train_step.py                                this machine's sizes: a GPU's or a CPU's
+    python bench/train_step.py --pairs 1 --steps 1            shorter, for a dry run
+    python bench/train_step.py --profile                      where nanoredi's time goes
+
+The original's way: a transformers model with activation checkpointing, one right-padded pair at a time, its full logits,
+their log-softmax. Same weights, same pairs. Tokens are those of the pairs, padding not counted. Every figure is taken in a
+fresh process; a time is the median of several steps, to be read as a ratio to another one of the same table. Memory is the
+peak of the process on a CPU, weights and all; of the tensors on a GPU. In bf16 each keeps what it would by default: nanoredi
+fp32 masters, the original's way bf16 weights and AdamW states.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from nanoredi import objectives  # noqa: E402
+from nanoredi.batch import WeightedSequence  # noqa: E402
+from nanoredi.config import RediConfig  # noqa: E402
+from nanoredi.distributed import matrix_rate, shard, world  # noqa: E402
+from nanoredi.model import Qwen2, Qwen2Config  # noqa: E402
+from nanoredi.optimizer import make_optimizer  # noqa: E402
+from nanoredi.trainer import train_step  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+
+
+@dataclass
+class Size:
+    """A model, and the pairs of a step."""
+
+    config: Qwen2Config
+    pairs: int
+    prompt: tuple[int, int]  # the shortest and the longest, in tokens
+    response: tuple[int, int]
+    max_tokens_per_micro_batch: int
+
+
+SIZES = (
+    {
+        "Qwen2.5-Math-1.5B's shape, pairs of mixed lengths": Size(
+            Qwen2Config(151_936, 1536, 8960, 28, 12, 2, 32_768, 300_000.0, tie_word_embeddings=True),
+            pairs=8,
+            prompt=(50, 800),
+            response=(1_000, 19_000),
+            max_tokens_per_micro_batch=40_000,
+        ),
+        "the same, pairs of 2 x 19,000 tokens": Size(
+            Qwen2Config(151_936, 1536, 8960, 28, 12, 2, 32_768, 300_000.0, tie_word_embeddings=True),
+            pairs=2,
+            prompt=(800, 800),
+            response=(19_000, 19_000),
+            max_tokens_per_micro_batch=40_000,
+        ),
+    }
+    if ON_GPU
+    else {
+        "135M parameters, pairs of 2 x 500 to 1,500 tokens": Size(
+            Qwen2Config(49_152, 576, 1536, 30, 9, 3, 2_048, tie_word_embeddings=True),
+            pairs=4,
+            prompt=(50, 150),
+            response=(450, 1_350),
+            max_tokens_per_micro_batch=2_048,
+        )
+    }
+)
+ALPHA, LR = 0.8, 1e-6
+
+
+@dataclass
+class Pair:
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+
+def draw_pairs(size: Size) -> list[Pair]:
+    """Random tokens; lengths log-uniform between the size's bounds."""
+    rng = np.random.default_rng(0)
+
+    def some(bounds: tuple[int, int]) -> np.ndarray:
+        n = round(np.exp(rng.uniform(*np.log(bounds))))
+        return rng.integers(0, size.config.vocab_size, n, dtype=np.int32)
+
+    return [Pair(some(size.prompt), some(size.response), some(size.response)) for _ in range(size.pairs)]
+
+
+def nanoredi(folder: str, size: Size, dtype: torch.dtype, with_step: Callable) -> None:
+    config = RediConfig(lr=LR, alpha=ALPHA, max_tokens_per_micro_batch=size.max_tokens_per_micro_batch)
+    pairs = draw_pairs(size)
+    weights = objectives.redi([len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs], ALPHA)
+    sequences = [
+        WeightedSequence(
+            np.concatenate((p.prompt, completion)),
+            np.arange(len(p.prompt) + len(completion)) >= len(p.prompt),
+            weight,
+            "a pair",
+        )
+        for completions, ws in zip(([p.chosen for p in pairs], [p.rejected for p in pairs]), weights)
+        for p, completion, weight in zip(pairs, completions, ws)
+    ]
+    with world() as ranks:
+        model = Qwen2.from_pretrained(folder)
+        for block in model.model.layers:
+            block.activation_checkpointing = config.activation_checkpointing
+        shard(model, ranks, dtype)
+        optimizer = make_optimizer(model, LR, config.weight_decay)
+        with_step(lambda: train_step(model, optimizer, sequences, config, ranks))
+
+
+def original(folder: str, size: Size, dtype: torch.dtype, with_step: Callable) -> None:
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if ON_GPU else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).train()
+    model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=1e-4, fused=True)
+    pairs = draw_pairs(size)
+
+    def step() -> None:
+        for pair in pairs:
+            rows = [np.concatenate((pair.prompt, completion)) for completion in (pair.chosen, pair.rejected)]
+            longest = max(map(len, rows))
+            ids = torch.tensor(np.stack([np.pad(row, (0, longest - len(row))) for row in rows]), device=device).long()
+            lengths = torch.tensor([len(row) for row in rows], device=device)[:, None]
+            place = torch.arange(longest, device=device)
+            logits = model(input_ids=ids, attention_mask=(place < lengths).long(), use_cache=False).logits
+            logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+            learned = (place[1:] >= len(pair.prompt)) & (place[1:] < lengths)
+            chosen, rejected = ((logps * learned).sum(1) / learned.sum(1)).unbind()
+            ((-chosen + ALPHA * rejected) / len(pairs)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with_step(step)
+
+
+METHODS = {"nanoredi": nanoredi, "the original's way": original}
+
+
+def measure(method: str, size: Size, dtype: torch.dtype, folder: str, num_steps: int, profiled: bool) -> dict:
+    """One method's figures, in this process alone."""
+    result = {}
+
+    def with_step(step: Callable) -> None:
+        def whole() -> float:
+            start = time.perf_counter()
+            step()
+            if ON_GPU:
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+        whole()
+        if profiled:
+            with torch.profiler.profile() as profile:
+                whole()
+            order = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
+            print(profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60), file=sys.stderr)
+        result["seconds"] = [whole() for _ in range(num_steps)]
+        result["bytes"] = (
+            torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+
+    METHODS[method](folder, size, dtype, with_step)
+    return result
+
+
+def flops(size: Size) -> float:
+    """Of a step's forward and backward, nothing counted twice."""
+    return sum(
+        size.config.flops(len(p.prompt) + len(completion) - 1, len(completion))
+        for p in draw_pairs(size)
+        for completion in (p.chosen, p.rejected)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, help="pairs a step, instead of the sizes' own")
+    parser.add_argument("--steps", type=int, default=5 if ON_GPU else 2, help="timed steps a process")
+    parser.add_argument("--rounds", type=int, default=2, help="fresh processes a method [2]")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="[float32 bfloat16]")
+    parser.add_argument("--profile", action="store_true", help="print where nanoredi's time goes, in fp32 and once")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # what the fresh processes are told
+    flags = parser.parse_args()
+    if flags.pairs:
+        for size in SIZES.values():
+            size.pairs = flags.pairs
+    if flags.one:
+        method, name, dtype, folder = flags.one
+        result = measure(method, SIZES[name], getattr(torch, dtype), folder, flags.steps, flags.profile)
+        print(json.dumps(result))
+        return
+
+    device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{device}; torch {torch.__version__}")
+    for name, size in SIZES.items():
+        tokens = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in draw_pairs(size))
+        print(f"\n{name}: {size.pairs} pairs, {tokens:,} tokens a step\n", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            dtype = torch.bfloat16 if ON_GPU else torch.float32
+            Qwen2(size.config).init_weights(0).save_pretrained(Path(folder, "model"), dtype)
+            common = ["--pairs", str(size.pairs), "--steps", str(flags.steps)]
+            if flags.profile:
+                run_one("nanoredi", name, "float32", f"{folder}/model", [*common, "--profile"])
+                continue
+            print(
+                "| dtype | method | s a step | tokens/s | of the product rate | peak GB |\n" + "| --- " * 6 + "|",
+                flush=True,
+            )
+            for dtype in flags.dtypes:
+                rate = matrix_rate(getattr(torch, dtype), torch.device("cuda" if ON_GPU else "cpu"))
+                results: dict[str, list] = {method: [] for method in METHODS}
+                for _ in range(flags.rounds):
+                    for method, collected in results.items():
+                        collected.append(run_one(method, name, dtype, f"{folder}/model", common))
+                for method, collected in results.items():
+                    good = [r for r in collected if r]
+                    if not good:
+                        print(f"| {dtype} | {method} | failed, as said above | | | |", flush=True)
+                        continue
+                    seconds = statistics.median(s for r in good for s in r["seconds"])
+                    peak = statistics.median(r["bytes"] for r in good) / 1e9
+                    share = flops(size) / seconds / rate
+                    row = f"{seconds:.3g} | {tokens / seconds:,.0f} | {share:.0%} | {peak:.2f}"
+                    print(f"| {dtype} | {method} | {row} |", flush=True)
+
+
+def run_one(method: str, name: str, dtype: str, folder: str, words: list[str]) -> dict | None:
+    """A method's figures from a fresh process; None when it failed, with its last words shown."""
+    command = [sys.executable, __file__, *words, "--one", method, name, dtype, folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "--profile" in words:
+        print(done.stderr)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    print(f"{method}, {dtype}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}", file=sys.stderr)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""train_redi.py, asked to stop (SIGTERM) once a step's figures are written.
+
+python tests/stop_at.py STEP FLAG ...
+"""
+
+import os
+import signal
+import sys
+
+import train_redi
+from nanoredi.errors import run_script
+from nanoredi.guards import Guards
+
+look = Guards.look
+
+
+def look_and_stop(self, steps):
+    look(self, steps)
+    if any(step.number == int(sys.argv[1]) for step, _ in steps):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+Guards.look = look_and_stop
+run_script(lambda argv: train_redi.main(argv[1:]))
