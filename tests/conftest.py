@@ -45,10 +45,12 @@ def one_rank() -> World:
 
 @pytest.fixture
 def run(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run a script of the repository in an empty folder, as a user would; ranks > 0 goes through torchrun."""
+    """Run a script of the repository in an empty folder, as a user would; ranks > 0, or torchrun's flags, go through
+    torchrun."""
 
-    def run(*words: str | Path, ranks: int = 0) -> subprocess.CompletedProcess:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    def run(*words: str | Path, ranks: int = 0, torchrun: list[str] = []) -> subprocess.CompletedProcess:
+        torchrun = torchrun or (["--standalone", f"--nproc_per_node={ranks}"] if ranks else [])
+        launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
         script, *flags = map(str, words)
         command = [sys.executable, *launcher, str(ROOT / script), *flags]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

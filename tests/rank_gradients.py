@@ -1,6 +1,6 @@
 """Writes the gradients of one optimiser step, summed over the ranks that torchrun gives it.
 
-torchrun --nproc_per_node 2 tests/rank_gradients.py DATA OUT
+torchrun --nproc_per_node 2 tests/rank_gradients.py DATA OUT SHARD_SIZE
 """
 
 import sys
@@ -18,7 +18,8 @@ from nanoredi.model import Qwen2
 from nanoredi.tokenizer import Tokenizer
 from nanoredi.trainer import train_step, weighted_sequences
 
-data_folder, out = map(Path, sys.argv[1:])
+data_folder, out = map(Path, sys.argv[1:3])
+shard_size = int(sys.argv[3])
 config = RediConfig(
     model=str(data_folder / "model"), data=str(data_folder / "pairs.jsonl"), clip=1e9, cache=str(out / "cache")
 )
@@ -27,13 +28,13 @@ with world() as ranks:
     ranks.first(lambda: load_pairs(config.data, tokenizer, 800, 19_000, config.cache).notes)
     data = load_pairs(config.data, tokenizer, 800, 19_000, config.cache)
     for name, rows, max_tokens in (("many", np.arange(16), 300), ("one", np.arange(1), 300)):
-        model = shard(Qwen2.from_pretrained(config.model), ranks, torch.float32)
+        model = shard(Qwen2.from_pretrained(config.model), ranks, torch.float32, shard_size=shard_size)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         grads = {}
         optimizer.register_step_pre_hook(
             lambda *_: grads.update({n: p.grad.full_tensor() for n, p in model.named_parameters()})  # noqa: B023
         )
-        step = replace(config, max_tokens_per_micro_batch=max_tokens)
+        step = replace(config, max_tokens_per_micro_batch=max_tokens, shard_size=shard_size)
         train_step(model, optimizer, weighted_sequences(config, data, rows), step, ranks)
         if ranks.rank == 0:
             save_file(grads, out / f"{name}.safetensors")
