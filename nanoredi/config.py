@@ -109,7 +109,7 @@ class RediConfig(TrainConfig):
     max_prompt_tokens: int = option(800, "longest prompt; of a longer one the last tokens are kept", low=1)
     max_response_tokens: int = option(19_000, "longest response; a longer one is cut on the right", low=1)
     collapse_nats: float = option(
-        1.0, "warn of collapse when the chosen log-prob has fallen this far and falls ever faster", above=0, free=True
+        0.3, "warn of collapse when the chosen log-prob has fallen this far and falls ever faster", above=0, free=True
     )
     on_collapse: str = option("warn", "what then: warn, or stop", choices=("warn", "stop"), free=True)
     watch: str = option("", "JSONL file of pairs kept out of training, for the log-probs in the final table")

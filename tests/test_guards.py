@@ -110,10 +110,10 @@ def test_collapse_is_seen_once_and_a_slow_decline_is_not():
     plunge = -0.2 - np.where(steps > 100, 0.002 * (steps - 100.0) ** 2, 0) + noise
     updates = 0.1 + np.where(steps > 100, 0.01 * (steps - 100), 0)
     trips, guard = watch(plunge, updates)
-    assert len(trips) == 1 and 120 < trips[0] < 135 and 100 < guard.last_good < trips[0]
+    assert len(trips) == 1 and 120 < trips[0] < 127 and 100 < guard.last_good < trips[0]
     slow = -0.2 - 0.01 * steps + noise  # 2 nats down in the end, at one pace
     assert not watch(slow, np.linspace(0.1, 0.0, 200))[0]
-    assert not watch(plunge, np.full(200, 0.1))[0]  # the updates do not grow
+    assert not watch(plunge, np.linspace(0.1, 0.0, 200))[0]  # the updates are past their peak
     assert not watch(plunge, updates, nats=100.0)[0]
 
 
