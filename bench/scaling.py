@@ -329,10 +329,10 @@ PAGE = """\
 Computed, not measured: `python bench/scaling.py` works this page out from the rates at its end.
 
 1.5B is Qwen2.5-Math-1.5B, 7B has the shape of Qwen2.5-7B. A step of REDI is 32 pairs of 2 x 19,000 tokens, as long as
-the paper's get; the default `--max_tokens_per_micro_batch` makes a pair a micro-batch. Forward and backward are in bf16,
-weights and Adam's moments in fp32; activation checkpointing and `--reshard_after_forward` are on; a machine has 8 GPUs.
-HSDP is `--shard_size 8`: each machine has a copy of the model, shared among its GPUs, and gradients are added up across
-machines once a step. In all other rows the GPUs share a single copy (FSDP).
+the paper's get; the default `--max_tokens_per_micro_batch` makes a pair a micro-batch. Forward and backward are in
+bf16, weights and Adam's moments in fp32; activation checkpointing and `--reshard_after_forward` are on. A machine has
+8 GPUs. HSDP is `--shard_size 8`: each machine has a copy of the model, shared among its GPUs, and gradients are added
+up across machines once a step. In all other rows the GPUs share a single copy (FSDP).
 
 ## What to take from it
 
