@@ -1,16 +1,19 @@
-"""Tables from a run's files.
+"""Tables and a figure from a run's files.
 
-python -m nanoredi.report RUN ...          the results of one or several runs
+python -m nanoredi.report RUN ...                      the course of one or several runs, and their results
+python -m nanoredi.report RUN ... --out FIGURE.png     and the four panels of figures.py, drawn anew each time
 """
 
 from pathlib import Path
 from typing import Any
 
 from nanoredi.errors import UserError, run_script
+from nanoredi.figures import check_figure, draw, read_runs, summary
 from nanoredi.files import read_json
 
 # (key, heading, format); shares are shown in percent.
 _COLUMNS = [
+    ("run", "run", "{}"),
     ("model", "model", "{}"),
     ("benchmark", "benchmark", "{}"),
     ("pass@1", "pass@1 %", "{:.1%}"),
@@ -38,7 +41,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             line.append("-" if row.get(key) is None else form.format(row[key]).rstrip("%"))
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = [
-        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+        "  ".join(
+            cell.ljust(w) if heading in ("run", "model", "benchmark") else cell.rjust(w)
+            for heading, cell, w in zip(lines[0], line, widths)
+        )
         for line in lines
     ]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
@@ -61,10 +67,31 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__.strip())
         return
-    for word in argv:
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    figure = ""
+    if "--out" in words:
+        place = words.index("--out")
+        figure = "".join(words[place + 1 : place + 2])
+        del words[place : place + 2]
+        check_figure(figure)
+    for word in words:
         if word.startswith("-"):
-            raise UserError(f"there is no flag {word}; give the folders of runs")
-    print(table([row for folder in argv for row in read_results(folder)]))
+            raise UserError(f"there is no flag {word}; give the folders of runs, and --out FIGURE.png for a figure")
+    if not words:
+        raise UserError("there is nothing to report on: give the folders of runs")
+    trained, evaluated = ([w for w in words if (Path(w) / f).exists()] for f in ("metrics.jsonl", "results.json"))
+    for word in words:
+        if word not in trained + evaluated:
+            raise UserError(f"{word} holds no run: there is neither metrics.jsonl nor results.json in it")
+    runs = read_runs(trained)
+    for run in runs:
+        print(summary(run), end="\n\n")
+    if evaluated:
+        several = len(evaluated) > 1
+        print(table([{"run": f if several else None, **row} for f in evaluated for row in read_results(f)]))
+    if figure:
+        draw(runs, figure)
+        print(f"drawn in {figure}")
 
 
 if __name__ == "__main__":

@@ -34,10 +34,11 @@ STORY = [
     "grader",
     "benchmarks",
     "evaluation",
+    "figures",
     "report",
 ]
 ALLOWED = {"torch", "safetensors", "tokenizers", "numpy", "triton", "jinja2", "tqdm"}
-OPTIONAL = {"pyarrow"}
+OPTIONAL = {"pyarrow", "matplotlib"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,170 @@
+"""docs/scaling.md: its parameters against the model's own, its memory against the tensors that a step keeps, and sums
+done by hand."""
+
+import dataclasses
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench import scaling
+from bench.scaling import MACHINE, MODELS, Device, Layout
+from nanoredi import model as model_module
+from nanoredi.distributed import shard
+from nanoredi.kernels import chunks
+from nanoredi.model import Qwen2
+
+SMALL, LARGE = MODELS.values()
+
+
+@pytest.mark.parametrize("config", MODELS.values())
+def test_parameters_are_the_models(config):
+    with torch.device("meta"):
+        model = Qwen2(config)
+    assert scaling.parameters(config) == sum(p.numel() for p in model.parameters())
+    assert scaling.block_parameters(config) == sum(p.numel() for p in model.model.layers[0].parameters())
+
+
+def test_parameters_are_the_checkpoints():
+    assert (scaling.parameters(SMALL), scaling.parameters(LARGE)) == (1_543_714_304, 7_615_616_512)
+
+
+def test_memory_by_hand():
+    """1.5B on 8 GPUs: 4 micro-batches of 38,000 tokens."""
+    block, root, everything = 46_797_824, 233_375_232, 1_543_714_304
+    parts = scaling.memory(SMALL, Layout(8, 8))
+    assert parts == {
+        "weights, Adam": everything * 12 / 8,
+        "gradients": everything * 4 + block * 6 + 151_936 * 1536 * 4,
+        "gathered": root * 2 + block * 6,
+        "checkpoints": 28 * 38_000 * 1536 * 2,
+        "a block": 38_000 * (6 * 1536 + 2 * 256 + 6 * 8960) * 2,
+    }
+    assert sum(parts.values()) == pytest.approx(18.5e9, rel=0.005)
+    # From 32 GPUs on there is one micro-batch, and no sum of earlier ones.
+    one = scaling.memory(SMALL, Layout(32, 32))
+    assert parts["gradients"] - one["gradients"] == everything * 4
+
+
+def test_traffic_by_hand():
+    """7B on 16 GPUs: 2 micro-batches, each with two gathers of the blocks and one of the root unit in bf16."""
+    blocks, root, everything = 28 * 233_057_792, 1_089_998_336, 7_615_616_512
+    inside, outside = scaling.step_traffic(LARGE, Layout(16, 16))
+    assert inside == pytest.approx((2 * (2 * blocks * 2 + root * 2) + everything * 4) * 15 / 16)
+    assert outside == pytest.approx(inside / 8)
+    # HSDP: 8 GPUs gather and reduce; then each adds up its eighth of the gradient with its fellow in the other machine.
+    inside, outside = scaling.step_traffic(LARGE, Layout(16, MACHINE))
+    assert inside == pytest.approx((2 * (2 * blocks * 2 + root * 2) + everything * 4) * 7 / 8)
+    assert outside == pytest.approx(everything * 4 / 8)
+
+
+def test_time_by_hand():
+    """1.5B on one GPU: 1,216,000 tokens in 64 sequences; nothing is sent."""
+    linear = 1_216_000 * (8 * 28 * 46_797_824 + 6 * 151_936 * 1536)
+    attention = 64 * 28 * 4.5 * 2 * 19_000**2 * 1536
+    t = scaling.times(SMALL, Layout(1, 1), Device())
+    assert t["computing"] == pytest.approx(linear / (0.5 * 989e12) + attention / (0.35 * 989e12))
+    assert t["step"] == pytest.approx(t["computing"] + 124 * 1_543_714_304 / (0.7 * 3350e9))
+
+
+def test_a_slow_network_prolongs_a_step():
+    """Where nothing hides, 7B's step on 16 GPUs is its traffic over the network's rate."""
+    layout, slow = Layout(16, 16), Device(network=0.1)
+    _, outside = scaling.step_traffic(LARGE, layout)
+    assert scaling.times(LARGE, layout, slow)["step"] == pytest.approx(outside / (0.7 * 0.1e9 / 8), rel=0.2)
+    needed = scaling.times(LARGE, layout, Device())["network needed"]
+    hidden, above, below = (scaling.times(LARGE, layout, Device(network=x))["step"] for x in (400, needed, needed / 2))
+    assert below - above > 2 * (above - hidden)
+
+
+def test_the_page_is_what_the_script_writes():
+    page = Path(scaling.__file__).parent.parent / "docs" / "scaling.md"
+    assert page.read_text() == scaling.page(Device()), "python bench/scaling.py > docs/scaling.md"
+
+
+class Attention(torch.autograd.Function):
+    """Keeps what flash attention keeps, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.zeros_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_zeros(q.shape[:2], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.zeros_like(x) for x in ctx.saved_tensors[:3])
+
+
+class Norm(torch.autograd.Function):
+    """Keeps what a GPU's RMSNorm keeps, its input and a number a row; the CPU's keeps more."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_zeros(len(x), dtype=torch.float32))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.zeros_like(x), torch.zeros_like(weight)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made under it, or shown to it before, have held at once."""
+
+    def __init__(self, *tensors: torch.Tensor):
+        super().__init__()
+        self.storages: dict[int, weakref.ref] = {}
+        self.bytes = 0
+        self.watch(tensors)
+
+    def watch(self, tree) -> None:
+        for storage in (t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)):
+            self.storages[storage._cdata] = weakref.ref(storage)
+        # FSDP lets go of storages by resizing them to nothing, which no operation tells of.
+        alive = [storage for storage in (ref() for ref in self.storages.values()) if storage is not None]
+        self.storages = {storage._cdata: weakref.ref(storage) for storage in alive}
+        self.bytes = max(self.bytes, sum(storage.nbytes() for storage in alive))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.watch(out)
+        return out
+
+
+def test_memory_is_what_a_step_keeps(one_rank, monkeypatch):
+    """Four blocks of the two models, two micro-batches of 38,000 tokens, in tensors without contents."""
+    monkeypatch.setattr(model_module, "PackedAttention", lambda *_: lambda layer, q, k, v: Attention.apply(q, k, v))
+    monkeypatch.setattr(model_module.RMSNorm, "forward", lambda self, x: Norm.apply(x, self.weight))
+    monkeypatch.setattr(nn.Module, "float", lambda self: self)  # it is fp32, and such tensors cannot be swapped
+    monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", chunks.MAX_GPU_ELEMENTS)
+    monkeypatch.setattr(scaling, "SEQUENCES", 4)
+    n = 2 * scaling.LENGTH
+    for config in (dataclasses.replace(c, num_hidden_layers=4) for c in MODELS.values()):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = shard(Qwen2(config), one_rank, torch.bfloat16)
+            for block in model.model.layers:
+                block.activation_checkpointing = True
+            ids, rows, ends = (torch.zeros(k, dtype=torch.int64) for k in (n, n, 2))
+            with Peak(*(p.to_local() for p in model.parameters())) as peak:
+                for last in (False, True):
+                    model.set_requires_gradient_sync(last)
+                    loss, _ = model.loss(ids, ids, ends, ids, torch.zeros(n), rows, n)
+                    loss.backward()
+        moments = 8 * scaling.parameters(config)
+        computed = sum(scaling.memory(config, Layout(1, 1)).values())
+        assert 0.96 < (peak.bytes + moments) / computed < 1.01
+
+
+def test_memory_peaks_where_it_is_computed():
+    """Backward lets go of a block's checkpoint before it adds as much to the gradients."""
+    for config in MODELS.values():
+        for x in scaling.LAYOUTS:
+            if x.micro_batches == 1:
+                assert 4 * scaling.block_parameters(config) / x.shard < 2 * x.tokens * config.hidden_size
