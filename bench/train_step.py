@@ -5,10 +5,11 @@
     python bench/train_step.py --profile                      where nanoredi's time goes
 
 The original's way: a transformers model with activation checkpointing, one right-padded pair at a time, its full logits,
-their log-softmax. Same weights, same pairs. Tokens are those of the pairs, padding not counted. Every figure is taken in a
-fresh process; a time is the median of several steps, to be read as a ratio to another one of the same table. Memory is the
-peak of the process on a CPU, weights and all; of the tensors on a GPU. In bf16 each keeps what it would by default: nanoredi
-fp32 masters, the original's way bf16 weights and AdamW states.
+their log-softmax. TRL's: its DPOTrainer with its own defaults (a reference model, too), where it is installed. Same
+weights, same pairs. Tokens are those of the pairs, padding not counted. Every figure is taken in a fresh process; a time
+is the median of several steps, to be read as a ratio to another one of the same table. Memory is the peak of the process
+on a CPU, weights and all; of the tensors on a GPU. In bf16 each keeps what it would by default: nanoredi fp32 masters, the
+original's way bf16 weights and AdamW states, TRL fp32 weights under autocast.
 """
 
 import argparse
@@ -99,7 +100,29 @@ def draw_pairs(size: Size) -> list[Pair]:
     return [Pair(some(size.prompt), some(size.response), some(size.response)) for _ in range(size.pairs)]
 
 
-def nanoredi(folder: str, size: Size, dtype: torch.dtype, with_step: Callable) -> None:
+Seconds = list[float]
+
+
+def timed(step: Callable[[], object], num_steps: int, profiled: bool = False) -> Seconds:
+    """Of each step after a first one, which warms up."""
+
+    def whole() -> float:
+        start = time.perf_counter()
+        step()
+        if ON_GPU:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    whole()
+    if profiled:
+        with torch.profiler.profile() as profile:
+            whole()
+        order = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
+        print(profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60), file=sys.stderr)
+    return [whole() for _ in range(num_steps)]
+
+
+def nanoredi(folder: str, size: Size, dtype: torch.dtype, num_steps: int, profiled: bool) -> Seconds:
     config = RediConfig(lr=LR, alpha=ALPHA, max_tokens_per_micro_batch=size.max_tokens_per_micro_batch)
     pairs = draw_pairs(size)
     weights = objectives.redi([len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs], ALPHA)
@@ -119,10 +142,10 @@ def nanoredi(folder: str, size: Size, dtype: torch.dtype, with_step: Callable) -
             block.activation_checkpointing = config.activation_checkpointing
         shard(model, ranks, dtype)
         optimizer = make_optimizer(model, LR, config.weight_decay)
-        with_step(lambda: train_step(model, optimizer, sequences, config, ranks))
+        return timed(lambda: train_step(model, optimizer, sequences, config, ranks), num_steps, profiled)
 
 
-def original(folder: str, size: Size, dtype: torch.dtype, with_step: Callable) -> None:
+def original(folder: str, size: Size, dtype: torch.dtype, num_steps: int, profiled: bool) -> Seconds:
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if ON_GPU else "cpu"
@@ -147,37 +170,67 @@ def original(folder: str, size: Size, dtype: torch.dtype, with_step: Callable) -
         optimizer.step()
         optimizer.zero_grad()
 
-    with_step(step)
+    return timed(step, num_steps, profiled)
 
 
-METHODS = {"nanoredi": nanoredi, "the original's way": original}
+def trl(folder: str, size: Size, dtype: torch.dtype, num_steps: int, profiled: bool) -> Seconds:
+    """DPOTrainer takes text: token 7 is written " t7", in a vocabulary of such words."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    vocabulary = {f"t{i}": i for i in range(size.config.vocab_size)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t0", pad_token="t1")
+
+    def text(tokens: np.ndarray) -> str:
+        return "".join(f" t{token}" for token in tokens)
+
+    rows = [
+        {"prompt": text(p.prompt), "chosen": text(p.chosen), "rejected": text(p.rejected)} for p in draw_pairs(size)
+    ]
+    seconds: Seconds = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            if ON_GPU:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.start)
+
+    with tempfile.TemporaryDirectory() as out:
+        settings = DPOConfig(
+            output_dir=out,
+            max_steps=1 + num_steps,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=size.pairs,
+            learning_rate=LR,
+            max_length=size.config.max_position_embeddings,
+            bf16=dtype == torch.bfloat16,
+            use_cpu=not ON_GPU,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        data = Dataset.from_list(rows)
+        DPOTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()]).train()
+    return seconds[1:]
+
+
+METHODS = {"nanoredi": nanoredi, "the original's way": original, "TRL's DPOTrainer": trl}
 
 
 def measure(method: str, size: Size, dtype: torch.dtype, folder: str, num_steps: int, profiled: bool) -> dict:
     """One method's figures, in this process alone."""
-    result = {}
-
-    def with_step(step: Callable) -> None:
-        def whole() -> float:
-            start = time.perf_counter()
-            step()
-            if ON_GPU:
-                torch.cuda.synchronize()
-            return time.perf_counter() - start
-
-        whole()
-        if profiled:
-            with torch.profiler.profile() as profile:
-                whole()
-            order = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
-            print(profile.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60), file=sys.stderr)
-        result["seconds"] = [whole() for _ in range(num_steps)]
-        result["bytes"] = (
-            torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
-
-    METHODS[method](folder, size, dtype, with_step)
-    return result
+    seconds = METHODS[method](folder, size, dtype, num_steps, profiled)
+    if ON_GPU:
+        return {"seconds": seconds, "bytes": torch.cuda.max_memory_allocated()}
+    return {"seconds": seconds, "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def flops(size: Size) -> float:
