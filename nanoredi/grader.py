@@ -18,6 +18,7 @@ conversion of units and of number bases, solving (an inequality is what it says,
 import itertools
 import re
 
+from nanoredi import deepscaler
 from nanoredi.answer import same
 from nanoredi.reading import read
 
@@ -30,11 +31,20 @@ _BOX = re.compile(
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are no braces
 
 
-def grade(response: str, gold: str | list[str]) -> bool:
-    """Is the response's boxed answer equal to the gold answer, or to any one of several?"""
+def grade(response: str, gold: str | list[str], style: str = "nanoredi") -> bool:
+    """Is the response's boxed answer equal to the gold answer, or to any one of several?
+
+    Args:
+        response: the model's text.
+        gold: the answer or answers that count as right.
+        style: "nanoredi" compares by value; "deepscaler" is the stricter reading of the paper's evaluation.
+    """
+    same = {"nanoredi": equal, "deepscaler": strictly_equal}[style]
     answer = extract_answer(response)
+    if style == "deepscaler" and f"boxed{{{answer}}}" not in response:
+        return False  # it knows no \boxed {5} and no \boxed 5
     golds = [gold] if isinstance(gold, str) else gold
-    return bool(answer and answer.strip()) and any(equal(answer, one) for one in golds)
+    return bool(answer and answer.strip()) and any(same(answer, one) for one in golds)
 
 
 def extract_answer(response: str) -> str | None:
@@ -63,3 +73,8 @@ def equal(answer: str, gold: str) -> bool:
     if max(len(answer), len(gold)) > MAX_LENGTH:
         return False
     return any(same(x, y) for x, y in itertools.product(read(answer), read(gold)))
+
+
+def strictly_equal(answer: str, gold: str) -> bool:
+    """Is the answer right by DeepScaleR's rules?"""
+    return max(len(answer), len(gold)) <= MAX_LENGTH and deepscaler.equal(answer, gold)

@@ -348,6 +348,41 @@ def test_mutated_answers(count: int) -> None:
         assert time.process_time() - start < LIMIT_S, (one, other)
         assert verdict == equal(other, one), (one, other)
         assert equal(one, one), one
+        start = time.process_time()
+        grade(f"\\boxed{{{one}}}", other, style="deepscaler")
+        assert time.process_time() - start < LIMIT_S, (one, other)
+
+
+@pytest.mark.parametrize(
+    "answer, gold, right",
+    [
+        (r"\dfrac12", r"\frac{1}{2}", True),
+        ("0.5", r"\frac{1}{2}", True),
+        ("x = 5", "5", True),
+        (r"5\text{ cm}", "5", True),
+        (r"30^{\circ}", "30", True),
+        ("1,234", "1234", True),
+        (r"(1,\,2)", "(1,2)", True),
+        (r"2\sqrt{3}", r"\sqrt{12}", True),
+        ("x(x+1)", "x^2+x", True),
+        (r"\text{Yes}", "yes", True),
+        (r"\frac{3}{12}", r"\frac{1}{4}", False),  # not reduced
+        ("2^{10}", "1024", False),  # not the integer
+        ("2, 1", "1, 2", False),  # in another order
+        ("[1,2]", "(1,2)", False),
+        ("3 < x", "x > 3", False),
+        ("y=2x+1", "2x+1=y", False),
+        (r"\sqrt[3]{2}", r"\sqrt{2}", False),  # the three faults that are not copied
+        ("81809", "8180_9", False),
+        (r"5 \text{ or } 6", "5", False),
+    ],
+)
+def test_deepscaler_s_reading(answer: str, gold: str, right: bool) -> None:
+    assert grade(f"\\boxed{{{answer}}}", gold, style="deepscaler") == right
+
+
+def test_deepscaler_reads_only_a_plain_box() -> None:
+    assert grade(r"\boxed {5}", "5") and not grade(r"\boxed {5}", "5", style="deepscaler")
 
 
 @pytest.fixture(scope="module")
@@ -368,3 +403,12 @@ def test_development_rows(dev_rows: list[dict]) -> None:
     assert right["hostile"] == total["hostile"] == 52
     assert sum(right.values()) / sum(total.values()) >= 0.99
     assert all(right[kind] / total[kind] >= 0.985 for kind in total), right
+
+
+def test_agreement_with_deepscaler_s_grader(dev_rows: list[dict]) -> None:
+    rows = [row for row in dev_rows if row["kind"] != "hostile"]
+    agree = sum(grade(row["response"], row["gold"], style="deepscaler") == row["rllm"] for row in rows)
+    assert agree / len(rows) >= 0.98  # its faults are among the others
+    assert not any(
+        grade(row["response"], row["gold"], style="deepscaler") for row in dev_rows if row["kind"] == "hostile"
+    )

@@ -31,6 +31,7 @@ STORY = [
     "plain",
     "answer",
     "reading",
+    "deepscaler",
     "grader",
     "benchmarks",
     "evaluation",
