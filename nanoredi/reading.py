@@ -16,6 +16,7 @@ from nanoredi.expression import MAX_DEPTH, Budget, Unreadable
 from nanoredi.precise import Precise
 
 MAX_PARTS = 100  # of a list
+_NODE_WORK = 30
 
 _INDEX = r"(?:_\{[^{}]*\})?"
 _LETTER = rf"(?:\\(?!frac|sqrt|begin|text)[A-Za-z]+ ?|[A-Za-z]){_INDEX}"
@@ -51,6 +52,7 @@ class _Reader:
 
     def read(self, text: str) -> Reading:
         try:
+            self.budget.spend(_NODE_WORK)
             deepest = max(itertools.accumulate((char in OPEN) - (char in CLOSE) for char in "." + text))
             return self.as_text(text) if deepest > MAX_DEPTH else self.several(text)
         except (Unreadable, ArithmeticError, ValueError):

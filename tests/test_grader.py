@@ -311,8 +311,8 @@ def test_a_gold_answer_is_not_compared_by_chance() -> None:
 
 PIECES = [
     *"{}()[],^_=<>|-+.!*/:;%$&~'\"°9x0ie √π∞±∪≤⌊⌋",
-    *r"\\ \pm \mp \frac \sqrt \sqrt[3] \text{ \left( \right] & \cup \{ \} \overline{ \sin \log_ \binom \over \mid".split(),
-    *r"10^{ e^ \begin{cases} \end{cases} \begin{pmatrix} \end{pmatrix} \pmod \mathbb{R} \max( \setminus \circ \!".split(),
+    *r"\\ \pm \mp \frac \sqrt \sqrt[3] \text{ \left( \right] & \cup \{ \} \overline{ \sin \log_ \binom \over".split(),
+    *r"10^{ e^ \begin{cases} \end{cases} \begin{pmatrix} \end{pmatrix} \pmod \mathbb{R} \max( \setminus \circ".split(),
     *("{,}", "m/s^2", "a.m.", "\x00", "\ud800", "½", "²", "₃", " or ", "1,000", "1 1/2", "A) ", "^9" * 30),
 ]
 
