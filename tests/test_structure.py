@@ -34,6 +34,7 @@ STORY = [
     "deepscaler",
     "grader",
     "benchmarks",
+    "scores",
     "evaluation",
     "report",
 ]
