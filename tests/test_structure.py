@@ -35,6 +35,7 @@ STORY = [
     "grader",
     "benchmarks",
     "scores",
+    "completions",
     "evaluation",
     "report",
 ]
