@@ -23,7 +23,7 @@ from nanoredi.precise import FUNCTIONS, Number, Precise
 MAX_DEPTH = 20  # brackets, or powers and functions without brackets, inside each other
 MAX_BITS = 10_000  # of an exact value
 MAX_FACTORIAL = 500
-MAX_WORK = 15_000  # on one answer, in units of about a microsecond
+MAX_WORK = 10_000  # on one answer, in units of about a microsecond
 _ROOT_WORK, _FUNCTION_WORK = 50, 200
 
 # A point says which numbers the letters stand for. Small, middling and large ones, so that no term of e^{-30t} + 1
@@ -285,12 +285,11 @@ class _Evaluator:
         if n == 1:
             return x
         self.budget.spend(_ROOT_WORK if n == 2 else _FUNCTION_WORK)
-        rounded = precise.root(precise.precise(x), n)
         if isinstance(x, Fraction) and x >= 0:
-            parts = [precise.root(precise.precise(Fraction(part)), n).re for part in (x.numerator, x.denominator)]
-            exact = Fraction(*(int(part.to_integral_value()) for part in parts))
-            return exact if exact**n == x else rounded
-        return rounded
+            parts = [precise.whole_root(part, n) for part in (x.numerator, x.denominator)]
+            if None not in parts:
+                return Fraction(*parts)
+        return precise.root(precise.precise(x), n)
 
     def factorial(self, x: Number) -> Number:
         """n! of a whole number; elsewhere some function with n! = n (n-1)!, which is all that rewriting one uses."""

@@ -107,9 +107,16 @@ def power(z: Precise, w: Precise) -> Precise:
 def root(z: Precise, n: int) -> Precise:
     """The principal root, and of a negative number the real one where n is odd."""
     if not z.im and (z.re >= 0 or n % 2):
-        size = CONTEXT.power(z.re.copy_abs(), _divide(_ONE, Decimal(n))) if n > 2 else CONTEXT.sqrt(z.re)
+        size = CONTEXT.sqrt(z.re) if n == 2 else _real_root(z.re.copy_abs(), n)
         return Precise(size.copy_sign(z.re))
     return power(z, Precise(_divide(_ONE, Decimal(n))))
+
+
+def whole_root(x: int, n: int) -> int | None:
+    """The nth root of x >= 0 where it is a whole number."""
+    size = x ** (1 / n) if x.bit_length() < 40 * n and x.bit_length() < 1_000 else _real_root(Decimal(x), n)
+    whole = int(round(size))
+    return whole if whole**n == x else None
 
 
 def sin(z: Precise) -> Precise:
@@ -159,6 +166,10 @@ FUNCTIONS: dict[str, Callable[[Precise], Precise]] = {
     "log": log,
     "lg": lambda z: log(z) / log(Precise(Decimal(10))),
 }
+
+
+def _real_root(x: Decimal, n: int) -> Decimal:
+    return CONTEXT.exp(_divide(CONTEXT.ln(x), Decimal(n))) if x else x
 
 
 def _sum(x: Decimal, y: Decimal) -> Decimal:
