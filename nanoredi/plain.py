@@ -48,7 +48,7 @@ _MACROS = {
         ("leq le leqslant leqq", "≤"),
         ("geq ge geqslant geqq", "≥"),
         ("neq ne", "≠"),
-        ("approx", "="),
+        ("approx simeq", "≈"),
         ("lor vee", " , "),
         ("ldots dots cdots", "…"),
     ]
@@ -69,7 +69,6 @@ _CHARACTERS = str.maketrans(
         "—": "-",
         "√": "\\sqrt",
         "∛": "\\cbrt",
-        "≈": "=",
         "′": "'",
         "’": "'",
         "″": "''",
@@ -97,6 +96,7 @@ _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.} and 2\text{ if }x>0 have no unit.
 _NO_UNIT = r"(?!\s*(?:[,;:]|(?:[ie]|[AaPp]\.?\s*[Mm]\.?)\s*\}|(?:to|if|for|when|where|mod|base|in base|choose)\b))"
 _UNIT = _FONT + r"\{" + _NO_UNIT + r"[^{}0-9](?:[^{}]|\{[^{}]*\})*\}" + _POWER
+_MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
 _DERIVATIVE = (
     r"\\frac\s*\{\s*d\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([^{}]*(?:_\{\w+\})?)\s*\}"
     r"\s*\{\s*d\s*([A-Za-z]|\\[A-Za-z]+)\s*(?:\^\s*\{?\s*[0-9]\s*\}?)?\s*\}"
@@ -121,10 +121,11 @@ _REWRITES = [
         (r"\\(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R)", "ℝ"),
         (_FONT + r"\{\s*(?:base|in base)?\s*([0-9]+)\s*\}", r"\1"),
         (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
+        (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
         (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
         (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}", r"\\\1 "),
         (r"\s(?:or|and)\s|" + _FONT + r"\{\s*,?\s*(?:or|and)\s*\}", " , "),
-        (r"(?<=[0-9)}π°'])\s*(?:" + _UNIT + r"[\s/*]*)+", " "),
+        (r"(?<=[0-9)}π°'])\s*(?:" + _MANY_UNITS + r"[\s/*]*)+", " "),
         (_FONT + r"\{([^{}]*)\}", r" \1 "),
         (_FONT + r"\{([^{}]*)\}", r" \1 "),  # twice, for a font in a font
         (_FONT + r"(?=[A-Za-z0-9\\])", " "),
@@ -155,7 +156,7 @@ _SHORT_UNITS = (
 _SMALL_UNITS = (
     r"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L)" + _POWER + r"\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b" + _POWER
 )
-_WORD = rf"(?:[A-Za-z]{{4,}}|\\Omega|per|of|{_SHORT_UNITS})\b{_POWER}"
+_WORD = rf"(?:[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
 _BARE_UNITS = re.compile(
     rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER})"
     r"\.?\s*(?=$|,)"

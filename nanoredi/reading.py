@@ -99,6 +99,9 @@ class _Reader:
         removed = split(text, "∖")
         if len(removed) == 3 and _ALL_REALS.fullmatch(removed[0]):
             return self.without(split(inside(removed[2]) or removed[2], ",")[::2], text)
+        exact = split(text, "≈")[::2]  # x ≈ 3.2 says 3.2, √2 ≈ 1.4 says √2
+        if len(exact) > 1:
+            return self.read(exact[1] if not exact[0] or is_name(exact[0]) else exact[0])
         sides = split(text, "=<>≤≥≠")
         if len(sides) > MAX_PARTS:
             raise Unreadable
