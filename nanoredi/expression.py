@@ -59,12 +59,11 @@ def evaluate(tokens: list[str], point: int, budget: Budget) -> tuple[Number, boo
     return evaluator.value(), evaluator.letters
 
 
-_GREEK = (
+_LETTERS = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi "
-    "chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega hbar ell"
+    "chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega hbar ell".split()
 )
-LETTERS = set(_GREEK.split())
-MARKS = set("dot ddot bar hat tilde overline".split())  # over a letter
+_MARKS = set("dot ddot bar hat tilde overline".split())  # over a letter
 _SEVERAL = {"max", "min", "gcd", "lcm"}
 _CONSTANTS = {"pi": precise.PI, "π": precise.PI, "e": precise.E, "i": precise.I}
 _NAMES = sorted([*FUNCTIONS, *_SEVERAL, "sqrt", "cbrt", "pi"], key=len, reverse=True)
@@ -217,7 +216,7 @@ class _Evaluator:
         if token in ("sqrt", "cbrt"):
             index = self.nested(self.atom) if self.peek() == "[" else Fraction(2 if token == "sqrt" else 3)
             return self.power(self.nested(self.atom), 1 / index)
-        if token in MARKS:
+        if token in _MARKS:
             return _opaque(token, self.nested(self.atom))
         if token in _SEVERAL:
             return self.several(token)
@@ -252,7 +251,7 @@ class _Evaluator:
         return result
 
     def symbol(self, name: str) -> Number:
-        if not (name.isalpha() and len(name) == 1 or name in LETTERS or name in _CONSTANTS):
+        if not (name.isalpha() and len(name) == 1 or name in _LETTERS or name in _CONSTANTS):
             raise Unreadable
         if self.accept("_"):  # plain.py has put every subscript in braces
             while self.peek() and name[-1] != "}":

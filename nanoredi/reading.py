@@ -15,8 +15,8 @@ from nanoredi.answer import Expression, Reading, same
 from nanoredi.expression import MAX_DEPTH, Budget, Unreadable
 from nanoredi.precise import Precise
 
-MAX_PARTS = 100  # of a list
-_NODE_WORK = 30
+MAX_PARTS = 100  # of a list; cells of a matrix
+_NODE_WORK = 50
 
 _INDEX = r"(?:_\{[^{}]*\})?"
 _LETTER = rf"(?:\\(?!frac|sqrt|begin|text)[A-Za-z]+ ?|[A-Za-z]){_INDEX}"
@@ -145,6 +145,8 @@ class _Reader:
 
     def matrix(self, text: str, factor: str, kind: str, body: str) -> Reading:
         rows = [row for row in body.split("\\\\") if row.strip()]
+        if len(rows) + body.count("&") > MAX_PARTS:
+            raise Unreadable
         if kind in ("aligned", "align", "gathered"):
             return self.several(",".join(row.replace("&", "").strip(" ,") for row in rows))
         if factor.strip("([{⦃"):  # a number before a matrix multiplies each of its cells
