@@ -3,9 +3,12 @@
     python evaluate.py                                    the newest model under runs/, on its own benchmarks
     torchrun --standalone --nproc_per_node=8 evaluate.py --model runs/sft/final runs/redi/final --data benchmarks/
     python evaluate.py --model DIR --benchmarks math500 my_problems.jsonl --data benchmarks/ --n 4 --limit 100
+    python evaluate.py --completions vllm.jsonl --benchmarks math500 --data benchmarks/ --paper
 
-Every sample goes to samples.jsonl in the out folder, the table's rows to results.json.
-Where a flag is not given, the model's run or the recipe decides ([evaluate]), then the default, which is the paper's.
+Every sample goes to samples.jsonl in the out folder, the table to results.json, results.txt and results.md; two models
+are compared problem by problem (differences.json). --completions grades what another engine wrote (the layouts:
+python -m nanoredi.completions). Where a flag is not given, the model's run or the recipe decides ([evaluate]), then the
+default, which is the paper's.
 """
 
 import json
@@ -14,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanoredi import benchmarks
+from nanoredi.completions import grade_file
 from nanoredi.config import EvaluateConfig, RediConfig, option, read_flags, read_recipe, resolve
 from nanoredi.distributed import world
 from nanoredi.errors import UserError, run_script
 from nanoredi.evaluation import evaluate
-from nanoredi.report import table
+from nanoredi.files import read_rows
 from nanoredi.runs import newest_model, recipe_of
+from nanoredi.scores import Row, compare, summarise
+from nanoredi.tables import write
 
 
 @dataclass
@@ -27,12 +33,26 @@ class EvaluateFlags(EvaluateConfig):
     """evaluate.py's own flags."""
 
     model: list[str] = option([], "Hugging Face folders; none: the newest model under runs/")
-    out: str = option("", "folder for samples.jsonl and results.json; empty: a new one under runs/evaluate/")
+    completions: list[str] = option([], "JSONL files that another engine wrote, graded instead of a model")
+    paper: bool = option(False, "show the rows of the paper's table 1 beside")
+    out: str = option("", "folder for samples and results; empty: a new one under runs/evaluate/")
 
 
 def main(argv: list[str]) -> None:
     recipe, flags = read_flags(__doc__, argv, "evaluate", EvaluateFlags)
-    folders = flags.get("evaluate", {}).get("model") or [newest_model()]
+    given = flags.get("evaluate", {})
+    if given.get("completions"):
+        idle = [
+            name
+            for name in given
+            if name not in ("completions", "benchmarks", "data", "limit", "think", "paper", "out")
+        ]
+        if idle:
+            raise UserError(f"--{idle[0]} says nothing about --completions: give one or the other")
+        config = resolve(EvaluateFlags, "evaluate", read_recipe(recipe) if recipe else {}, flags)
+        _grade(config, named="benchmarks" in given)
+        return
+    folders = given.get("model") or [newest_model()]
     tables = read_recipe(recipe) if recipe else recipe_of(folders[0])
     config = resolve(EvaluateFlags, "evaluate", tables, flags)
     tests = [benchmarks.load(name, config.data, config.limit) for name in config.benchmarks]
@@ -43,9 +63,33 @@ def main(argv: list[str]) -> None:
         rows = []
         for folder in folders:
             rows += evaluate(folder, folder, tests, config, out, ranks, pairs=pairs)
-        if ranks.rank == 0:
-            (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
-        ranks.say(f"{table(rows)}\n\nwritten to {out}")
+        ranks.say(ranks.first(lambda: _write(out, rows, config.paper)))
+
+
+def _grade(config: EvaluateFlags, named: bool) -> None:
+    """Completions to a table; without named benchmarks, by the gold answers that the files themselves hold."""
+    tests = [benchmarks.load(name, config.data, config.limit) for name in config.benchmarks] if named else []
+    stems = [Path(file).stem for file in config.completions]
+    rows: list[Row] = []
+    samples: list[Row] = []
+    for file, stem in zip(config.completions, stems):
+        name = stem if stems.count(stem) == 1 else file
+        for graded in grade_file(file, name, tests, thinking=config.think == "forced"):
+            n = 1 + max(s["sample"] for s in graded)
+            rows.append({"model": name, "benchmark": graded[0]["benchmark"], **summarise(graded, n)})
+            samples += graded
+    out = Path(_new_folder(config.out))
+    # Anybody's text may hold half a surrogate pair, which UTF-8 cannot.
+    with open(out / "samples.jsonl", "x", encoding="utf-8", errors="replace") as file:
+        file.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
+    print(_write(out, rows, config.paper))
+
+
+def _write(out: Path, rows: list[Row], paper: bool) -> str:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    samples = (row for _, row in read_rows(str(out / "samples.jsonl")))
+    compared = compare(samples, *models) if len(models) == 2 else []
+    return f"{write(out, rows, compared, paper)}\n\nwritten to {out}"
 
 
 def _new_folder(out: str) -> str:

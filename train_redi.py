@@ -17,8 +17,8 @@ from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig, re
 from nanoredi.distributed import World, world
 from nanoredi.errors import UserError, run_script
 from nanoredi.evaluation import evaluate
-from nanoredi.report import read_results, table
 from nanoredi.runs import open_run
+from nanoredi.tables import read_results, table
 from nanoredi.trainer import train
 
 

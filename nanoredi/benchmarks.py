@@ -1,9 +1,10 @@
 """Benchmarks: problems with their gold answers.
 
-The five of the paper by name, in the files its evaluation reads, and any JSON or JSONL file of rows with `problem` and
-`answer`.
+The five of the paper by name, in the files its evaluation reads or in those of Hugging Face, and any JSON or JSONL file
+of rows with `problem` and `answer` (or `Problem` and `Answer`); what else a row has does not matter.
 """
 
+import ast
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_be
 
 # The question's frame in the paper's evaluation.
 PAPER_TEMPLATE = (
-    "Solve the following math problem efficiently and clearly. The last line of your response should be of the following format: "
-    "'Therefore, the final answer is: $\\boxed{{ANSWER}}$. I hope it is correct' (without quotes) where ANSWER is just the final "
-    "number or expression that solves the problem. Think step by step before answering.\n\n{problem}"
+    "Solve the following math problem efficiently and clearly. The last line of your response should be of the "
+    "following format: 'Therefore, the final answer is: $\\boxed{{ANSWER}}$. I hope it is correct' (without quotes) "
+    "where ANSWER is just the final number or expression that solves the problem. Think step by step before answering."
+    "\n\n{problem}"
 )
 
 
@@ -28,11 +30,13 @@ class Benchmark:
 
     Attributes:
         name: of the table's row.
-        questions: what the user's message says.
+        problems: their texts.
+        questions: what the user's message says: the problem, in the paper's frame where it is one of the five.
         golds: for each question the answers that count as right.
     """
 
     name: str
+    problems: list[str]
     questions: list[str]
     golds: list[list[str]]
 
@@ -58,30 +62,41 @@ def load(name: str, folder: str, limit: int = 0) -> Benchmark:
             raise UserError(f"{folder} holds neither {name}.json nor {name}.jsonl")
     elif path.suffix not in (".json", ".jsonl"):
         raise UserError(
-            f"there is no benchmark {name!r}{nearest(name, PAPER)}; it is one of {', '.join(PAPER)}, or a .json or .jsonl file"
+            f"there is no benchmark {name!r}{nearest(name, PAPER)}; it is one of {', '.join(PAPER)}, or a .json or "
+            ".jsonl file"
         )
-    questions, golds = [], []
+    problems, golds = [], []
     for where, row in _rows(path):
-        if not isinstance(row, dict) or not isinstance(row.get("problem"), str) or not row["problem"].strip():
+        row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
+        if not isinstance(row.get("problem"), str) or not row["problem"].strip():
             raise UserError(f"{where} has no text in 'problem'")
-        questions.append(PAPER_TEMPLATE.format(problem=row["problem"]) if name in PAPER else row["problem"])
-        golds.append(_golds(where, row.get("answer")))
-    if not questions:
+        problems.append(row["problem"])
+        golds.append(golds_of(where, row.get("answer")))
+    if not problems:
         raise UserError(f"{path} holds no problems")
-    if name in PAPER and len(questions) != PAPER[name]:
-        raise UserError(f"{path} holds {len(questions)} problems; {name} has {PAPER[name]}")
-    end = limit or len(questions)
-    return Benchmark(path.stem, questions[:end], golds[:end])
+    if name in PAPER and len(problems) != PAPER[name]:
+        raise UserError(f"{path} holds {len(problems)} problems; {name} has {PAPER[name]}")
+    problems = problems[: limit or None]
+    questions = [PAPER_TEMPLATE.format(problem=p) for p in problems] if name in PAPER else problems
+    return Benchmark(path.stem, problems, questions, golds[: len(problems)])
 
 
-def _rows(path: Path) -> list[tuple[str, Any]]:
-    if path.suffix == ".jsonl":
-        return list(read_rows(str(path)))
-    return [(f"{path}, problem {i}", row) for i, row in enumerate(read_json(path, list), 1)]
+def golds_of(where: str, answer: Any) -> list[str]:
+    """The answers that count as right.
 
+    Args:
+        where: "file, line n", for messages.
+        answer: as a file has it: text, a number (142.0 for 142), a list of these, or a Python list written as text
+            ("['9.6\\n', '9.60']").
 
-def _golds(where: str, answer: Any) -> list[str]:
-    """The answers that count as right: the file has text, a number (142.0 for 142), or a list of these."""
+    Raises:
+        UserError: when it is nothing of that.
+    """
+    if isinstance(answer, str) and answer.strip().startswith(("['", '["')):
+        try:
+            answer = ast.literal_eval(answer.strip())
+        except (ValueError, SyntaxError):
+            pass  # not a list after all: LaTeX may begin so too
     answers = answer if isinstance(answer, list) else [answer]
     golds = [
         f"{a:g}" if isinstance(a, float) and a.is_integer() and abs(a) < 1e15 else str(a).strip()
@@ -91,3 +106,9 @@ def _golds(where: str, answer: Any) -> list[str]:
     if not golds or len(golds) != len(answers) or not all(golds):
         raise UserError(f"{where} has no 'answer', which is text, a number, or a list of these")
     return golds
+
+
+def _rows(path: Path) -> list[tuple[str, Any]]:
+    if path.suffix == ".jsonl":
+        return list(read_rows(str(path)))
+    return [(f"{path}, problem {i}", row) for i, row in enumerate(read_json(path, list), 1)]

@@ -203,12 +203,13 @@ def read_flags(
         for f in dataclasses.fields(kind):
             flag = f"--{f.name}" if table == main else f"--{table}.{f.name}"
             flags[flag] = table, f
-            nargs = "+" if get_origin(f.type) is list else None
-            default = f.default_factory() if nargs else f.default
+            is_list = get_origin(f.type) is list
+            default = f.default_factory() if is_list else f.default
+            alone = {"nargs": "?", "const": "true"} if f.type is bool else {}  # --paper says --paper true
             parser.add_argument(
                 flag,
                 dest=flag,
-                nargs=nargs,
+                **({"nargs": "+"} if is_list else alone),
                 metavar=f.name.upper(),
                 default=argparse.SUPPRESS,
                 help=f"{f.metadata['help']} [{default}]".replace("%", "%%"),

@@ -1,14 +1,11 @@
-"""A model on benchmarks: sample, grade, and sum up in a row of the table."""
+"""A model on benchmarks: sample, grade, and sum up in rows of the table."""
 
 import json
-import math
 import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -21,13 +18,11 @@ from nanoredi.config import EvaluateConfig, RediConfig
 from nanoredi.data import TokenData, load_pairs
 from nanoredi.distributed import World, compute_dtype
 from nanoredi.errors import UserError
-from nanoredi.grader import extract_answer, grade
 from nanoredi.model import Qwen2
 from nanoredi.sampler import Sampler, requests_for
+from nanoredi.scores import Row, graded, summarise
 from nanoredi.tokenizer import Tokenizer, user_message
 from nanoredi.trainer import mean_logps
-
-Row = dict[str, Any]
 
 
 def evaluate(
@@ -70,29 +65,6 @@ def evaluate(
     return rows
 
 
-def summarise(samples: list[Row], n: int) -> Row:
-    """The figures of a benchmark's samples: each a row with problem, sample, correct, answer, tokens and finish_reason.
-
-    pass@1 is the mean over problems and samples. Its standard error is the paper's: s / sqrt(n), s being the standard
-    deviation (ddof 0) of the n benchmark-wide accuracies, one for each sample number. pass@n: at least one of n is
-    right. Shares are fractions of 1.
-    """
-    problems = 1 + max(s["problem"] for s in samples)
-    correct = np.zeros((problems, n))
-    for s in samples:
-        correct[s["problem"], s["sample"]] = s["correct"]
-    return {
-        "problems": problems,
-        "n": n,
-        "pass@1": float(correct.mean()),
-        "sem": float(correct.mean(axis=0).std() / math.sqrt(n)),
-        f"pass@{n}": float(correct.any(axis=1).mean()),
-        "mean_tokens": float(np.mean([s["tokens"] for s in samples])),
-        "no_answer": float(np.mean([s["answer"] is None for s in samples])),
-        "cut_off": float(np.mean([s["finish_reason"] == "length" for s in samples])),
-    }
-
-
 @torch.no_grad()
 def score(model: Qwen2, data: TokenData, max_tokens: int) -> tuple[float, float]:
     """Mean log-prob a token of the chosen and of the rejected traces of pairs."""
@@ -126,8 +98,8 @@ def _sample(
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) >= context:
             raise UserError(
-                f"{benchmark.name}: problem {number} has {len(prompt):,} tokens with its template and fills the context "
-                f"of {context:,}"
+                f"{benchmark.name}: problem {number} has {len(prompt):,} tokens with its template and fills the "
+                f"context of {context:,}"
             )
     requests = requests_for(prompts, config.n, config.seed)
     # Every rank takes each size-th problem, with all of its samples.
@@ -148,18 +120,7 @@ def _sample(
             # Where the prompt opens <think>, that belongs to the response all the same.
             opened = "<think>\n" if texts[problem].rstrip().endswith("<think>") else ""
             response = opened + tokenizer.decode(request.tokens)
-            row = {
-                "model": name,
-                "benchmark": benchmark.name,
-                "problem": problem,
-                "sample": request.sample,
-                "correct": grade(response, benchmark.golds[problem]),
-                "answer": extract_answer(response),
-                "gold": benchmark.golds[problem],
-                "tokens": len(request.tokens),
-                "finish_reason": request.finish_reason,
-                "response": response,
-            }
+            row = graded(name, benchmark, problem, request.sample, response, len(request.tokens), request.finish_reason)
             samples.append(row)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()

@@ -1,66 +1,21 @@
-"""Tables and a figure from a run's files.
+"""What runs have come to, and what was in their way.
 
-python -m nanoredi.report RUN ...                      the course of one or several runs, and their results
-python -m nanoredi.report RUN ... --out FIGURE.png     and the four panels of figures.py, drawn anew each time
+python -m nanoredi.report RUN ... [--paper]                 the course of one or several runs, and their results; --paper: the
+                                                            paper's rows beside
+python -m nanoredi.report RUN ... --out FIGURE.png          and the four panels of figures.py, drawn anew each time
+python -m nanoredi.report --failures RUN [--only KIND]      each sample that is not right; KIND: wrong, cut_off, no_answer
 """
 
+import pydoc
+import sys
 from pathlib import Path
-from typing import Any
 
-from nanoredi.errors import UserError, run_script
+from nanoredi.errors import UserError, nearest, run_script
+from nanoredi.failures import KINDS, failures
 from nanoredi.figures import check_figure, draw, read_runs, summary
 from nanoredi.files import read_json
-
-# (key, heading, format); shares are shown in percent.
-_COLUMNS = [
-    ("run", "run", "{}"),
-    ("model", "model", "{}"),
-    ("benchmark", "benchmark", "{}"),
-    ("pass@1", "pass@1 %", "{:.1%}"),
-    ("sem", "SEM", "{:.1%}"),
-    ("pass@n", "pass@{n} %", "{:.1%}"),
-    ("mean_tokens", "mean tokens", "{:,.1f}"),
-    ("no_answer", "no answer %", "{:.1%}"),
-    ("cut_off", "cut off %", "{:.1%}"),
-    ("chosen_logp", "logp chosen", "{:.3f}"),
-    ("rejected_logp", "logp rejected", "{:.3f}"),
-]
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows of results.json as text: shares in percent, log-probs in nats a token, columns that no row fills left
-    out."""
-    n = rows[0].get("n", 1)
-    lines: list[list[str]] = [[], *([] for _ in rows)]
-    for key, heading, form in _COLUMNS:
-        key, heading = key.replace("@n", f"@{n}"), heading.format(n=n)
-        if key == "pass@1" and "pass@1 %" in lines[0] or all(row.get(key) is None for row in rows):
-            continue  # of one sample, pass@n is pass@1
-        lines[0].append(heading)
-        for line, row in zip(lines[1:], rows):
-            line.append("-" if row.get(key) is None else form.format(row[key]).rstrip("%"))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = [
-        "  ".join(
-            cell.ljust(w) if heading in ("run", "model", "benchmark") else cell.rjust(w)
-            for heading, cell, w in zip(lines[0], line, widths)
-        )
-        for line in lines
-    ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
-
-
-def read_results(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's results.json.
-
-    Raises:
-        UserError: when it is missing or broken.
-    """
-    path = Path(folder) / "results.json"
-    rows = read_json(path, list)
-    if not rows or not all(isinstance(row, dict) and "model" in row for row in rows):
-        raise UserError(f"{path} holds no results")
-    return rows
+from nanoredi.scores import Row
+from nanoredi.tables import as_text, read_results, tables
 
 
 def main(argv: list[str]) -> None:
@@ -68,30 +23,71 @@ def main(argv: list[str]) -> None:
         print(__doc__.strip())
         return
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    figure = ""
-    if "--out" in words:
-        place = words.index("--out")
-        figure = "".join(words[place + 1 : place + 2])
-        del words[place : place + 2]
-        check_figure(figure)
-    for word in words:
+    figure, only = _take(words, "--out"), _take(words, "--only")
+    flags = {flag: flag in words for flag in ("--paper", "--failures")}
+    folders = [word for word in words if word not in flags]
+    for word in folders:
         if word.startswith("-"):
-            raise UserError(f"there is no flag {word}; give the folders of runs, and --out FIGURE.png for a figure")
-    if not words:
+            raise UserError(f"there is no flag {word}{nearest(word, [*flags, '--out', '--only'])}; --help lists them")
+    if flags["--failures"]:
+        return _show_failures(folders, only)
+    if only:
+        raise UserError("--only goes with --failures RUN")
+    if not folders:
         raise UserError("there is nothing to report on: give the folders of runs")
-    trained, evaluated = ([w for w in words if (Path(w) / f).exists()] for f in ("metrics.jsonl", "results.json"))
-    for word in words:
-        if word not in trained + evaluated:
-            raise UserError(f"{word} holds no run: there is neither metrics.jsonl nor results.json in it")
+    _show_runs(folders, figure, flags["--paper"])
+
+
+def _take(words: list[str], flag: str) -> str:
+    """A flag's value, taken out of the words; empty without it."""
+    if flag not in words:
+        return ""
+    at = words.index(flag)
+    if at + 1 == len(words):
+        raise UserError(f"{flag} needs a value")
+    del words[at]
+    return words.pop(at)
+
+
+def _show_runs(folders: list[str], figure: str, paper: bool) -> None:
+    if figure:
+        check_figure(figure)
+    trained, evaluated = (
+        [f for f in folders if (Path(f) / name).exists()] for name in ("metrics.jsonl", "results.json")
+    )
+    for folder in folders:
+        if folder not in trained + evaluated:
+            raise UserError(f"{folder} holds no run: there is neither metrics.jsonl nor results.json in it")
     runs = read_runs(trained)
     for run in runs:
         print(summary(run), end="\n\n")
     if evaluated:
-        several = len(evaluated) > 1
-        print(table([{"run": f if several else None, **row} for f in evaluated for row in read_results(f)]))
+        rows = [row for folder in evaluated for row in _named(read_results(folder), folder, len(evaluated) > 1)]
+        files = [Path(folder) / "differences.json" for folder in evaluated]
+        compared = [row for file in files if file.exists() for row in read_json(file, list)]
+        print("\n\n".join(as_text(*one) for one in tables(rows, compared, paper)))
+    elif paper:
+        raise UserError("--paper needs results to stand beside: give the folder of a run that was evaluated")
     if figure:
         draw(runs, figure)
         print(f"drawn in {figure}")
+
+
+def _named(rows: list[Row], folder: str, several: bool) -> list[Row]:
+    """With several runs, a model's name tells whose it is."""
+    return [{**row, "model": f"{folder}: {row['model']}"} if several else row for row in rows]
+
+
+def _show_failures(folders: list[str], only: str) -> None:
+    if only and only not in KINDS:
+        raise UserError(f"--only takes {', '.join(KINDS)}, not {only!r}{nearest(only, KINDS)}")
+    if len(folders) != 1:
+        raise UserError("--failures takes one run's folder")
+    text = "\n\n".join(failures(folders[0], only))
+    if sys.stdout.isatty():
+        pydoc.pager(text)
+    else:
+        print(text)
 
 
 if __name__ == "__main__":

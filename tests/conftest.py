@@ -20,6 +20,16 @@ from nanoredi.distributed import World, world  # noqa: E402
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data; tests that want it skip where it is missing."""

@@ -1,15 +1,12 @@
-"""Benchmark files, and the figures of a table's row worked out by hand."""
+"""Benchmark files in their layouts."""
 
 import json
-import math
 
 import pytest
 
-from nanoredi.benchmarks import PAPER, load
+from nanoredi.benchmarks import PAPER, golds_of, load
 from nanoredi.errors import UserError
-from nanoredi.evaluation import summarise
 from nanoredi.grader import grade
-from nanoredi.report import read_results, table
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -69,54 +66,45 @@ def test_what_is_missing_or_of_another_length(tmp_path):
         load("aime24", str(tmp_path))
 
 
-def sample(problem, number, correct, answer="1", tokens=10, finish_reason="stop"):
-    return {
-        "problem": problem,
-        "sample": number,
-        "correct": correct,
-        "answer": answer,
-        "tokens": tokens,
-        "finish_reason": finish_reason,
+def test_hugging_face_s_layouts(tmp_path):
+    rows = {
+        "math500": {
+            "problem": "p",
+            "solution": "s",
+            "answer": "\\frac12",
+            "subject": "Algebra",
+            "level": 1,
+            "unique_id": "u",
+        },
+        "maxwell": {"ID": "2024-II-4", "Problem": "p", "Solution": "s", "Answer": 33},
+        "h4": {"id": 60, "problem": "p", "solution": "s", "answer": "204", "url": "u", "year": "2024"},
     }
+    golds = {}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        benchmark = load(str(tmp_path / f"{name}.jsonl"), "")
+        assert benchmark.problems == benchmark.questions == ["p"]
+        (golds[name],) = benchmark.golds
+    assert golds == {"math500": ["\\frac12"], "maxwell": ["33"], "h4": ["204"]}
 
 
-def test_summary_by_hand():
-    # 3 problems, 2 samples each. Accuracies by sample number: 2/3 and 1/3; their standard deviation (ddof 0) is 1/6.
-    samples = [
-        sample(0, 0, True),
-        sample(0, 1, True, tokens=20),
-        sample(1, 0, True),
-        sample(1, 1, False),
-        sample(2, 0, False, answer=None, tokens=40, finish_reason="length"),
-        sample(2, 1, False),
-    ]
-    row = summarise(samples, 2)
-    assert row["problems"] == 3 and row["n"] == 2
-    assert row["pass@1"] == pytest.approx(1 / 2)
-    assert row["sem"] == pytest.approx(1 / 6 / math.sqrt(2))
-    assert row["pass@2"] == pytest.approx(2 / 3)
-    assert row["mean_tokens"] == pytest.approx(100 / 6)
-    assert row["no_answer"] == row["cut_off"] == pytest.approx(1 / 6)
+def test_a_named_benchmark_may_be_jsonl(tmp_path):
+    (tmp_path / "aime24.jsonl").write_text('{"Problem": "p", "Answer": 1}\n' * 30)
+    benchmark = load("aime24", str(tmp_path), limit=3)
+    assert benchmark.problems == ["p"] * 3 and benchmark.questions[0].endswith("before answering.\n\np")
 
 
-def test_table(tmp_path):
-    rows = [
-        {
-            "model": name,
-            "benchmark": "toy",
-            **summarise([sample(0, 0, right), sample(0, 1, False)], 2),
-            "chosen_logp": -0.5,
-            "rejected_logp": None,
-        }
-        for name, right in (("SFT", False), ("REDI", True))
-    ]
-    assert table(rows).splitlines() == [
-        "model  benchmark  pass@1 %   SEM  pass@2 %  mean tokens  no answer %  cut off %  logp chosen",
-        "-" * 92,
-        "SFT    toy             0.0   0.0       0.0         10.0          0.0        0.0       -0.500",
-        "REDI   toy            50.0  35.4     100.0         10.0          0.0        0.0       -0.500",
-    ]
-    (tmp_path / "results.json").write_text(json.dumps(rows))
-    assert read_results(tmp_path) == rows
-    with pytest.raises(UserError, match="cannot read .*results.json"):
-        read_results(tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    "answer, golds",
+    [
+        ("142.0", ["142.0"]),
+        (142.0, ["142"]),
+        ("['9.6\\n']", ["9.6"]),
+        ("['0.01\\n', \"0.02\"]", ["0.01", "0.02"]),
+        (["a ", "b\n"], ["a", "b"]),
+        ("[1,2]", ["[1,2]"]),  # an interval
+        ("['", ["['"]),
+    ],
+)
+def test_answers_as_files_have_them(answer, golds):
+    assert golds_of("here", answer) == golds

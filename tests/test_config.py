@@ -31,6 +31,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
     assert (config.alpha, config.lr, config.batch_size, config.evaluate) == (0.25, 1.0, 32, True)
     evaluation = resolve(EvaluateConfig, "evaluate", read_recipe(name), given)
     assert (evaluation.n, evaluation.benchmarks) == (3, ["aime24", "my.jsonl"])
+    assert flags("--evaluate", "--lr", "1")[1] == flags("--evaluate", "true", "--lr", "1")[1]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)

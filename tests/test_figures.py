@@ -161,14 +161,14 @@ def test_a_results_folder_needs_no_run(make, capsys, tmp_path):
     report.main(["one"])
     assert "run" not in capsys.readouterr().out
     report.main(["one", "two"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["one", "two"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["one:", "two:"]
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
         (["redi", "--out", "figure.pdf"], "give --out a name that ends in .png, not figure.pdf"),
-        (["redi", "--out"], "give --out a name that ends in .png"),
+        (["redi", "--out"], "--out needs a value"),
         (["redi", "--out", "nowhere/figure.png"], "there is no folder nowhere"),
         (["redi", "--out", "mine.png"], "mine.png exists and is no figure of nanoredi's"),
         (["redi", "--out", "folder.png"], "folder.png exists and is no figure"),

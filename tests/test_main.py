@@ -62,9 +62,12 @@ def test_the_main_job_on_a_shrunken_toy(run, tmp_path):
             "pass@1",
             "sem",
             "pass@2",
+            "pass@1_deepscaler",
             "mean_tokens",
             "no_answer",
             "cut_off",
+            "waits_per_response",
+            "waits_per_1000_tokens",
             "chosen_logp",
             "rejected_logp",
         }
@@ -192,6 +195,10 @@ def test_stage_1_alone(run, tmp_path):
             ["full holds neither math500.json"],
         ),
         ("evaluate.py", ["--model", "MODEL", "--benchmarks", "one.jsonl", "--out", "full"], ["full is not empty"]),
+        ("evaluate.py", ["--completions", "x.jsonl", "--model", "MODEL"], ["--model says nothing about --completions"]),
+        ("evaluate.py", ["--completions", "broken.jsonl"], ["broken.jsonl, line 1 is in no layout"]),
+        ("nanoredi/report.py", ["--failures", "full"], ["cannot read full/samples.jsonl"]),
+        ("nanoredi/report.py", ["--failures", "full", "--only", "wrnog"], ["--only takes wrong, cut_off, no_answer"]),
     ],
 )
 def test_bad_input_ends_with_one_sentence(run, tmp_path, toy_data, script, flags, words):

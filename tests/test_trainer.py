@@ -18,8 +18,8 @@ from nanoredi.distributed import compute_dtype, shard
 from nanoredi.errors import UserError
 from nanoredi.kernels import chunks
 from nanoredi.model import Qwen2
-from nanoredi.tokenizer import Tokenizer
 from nanoredi.optimizer import schedule
+from nanoredi.tokenizer import Tokenizer
 from nanoredi.trainer import train, train_step, weighted_sequences
 
 
