@@ -4,6 +4,7 @@ The five of the paper by name, in the files its evaluation reads, and any JSON o
 `answer`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,9 @@ def load(name: str, folder: str, limit: int = 0) -> Benchmark:
             f"there is no benchmark {name!r}{nearest(name, PAPER)}; it is one of {', '.join(PAPER)}, or a .json or .jsonl file"
         )
     questions, golds = [], []
-    for where, row in _rows(path):
-        if not isinstance(row, dict) or not isinstance(row.get("problem"), str) or not row["problem"].strip():
-            raise UserError(f"{where} has no text in 'problem'")
+    for where, row in read_problems(path):
         questions.append(PAPER_TEMPLATE.format(problem=row["problem"]) if name in PAPER else row["problem"])
-        golds.append(_golds(where, row.get("answer")))
+        golds.append(read_golds(where, row.get("answer")))
     if not questions:
         raise UserError(f"{path} holds no problems")
     if name in PAPER and len(questions) != PAPER[name]:
@@ -74,13 +73,19 @@ def load(name: str, folder: str, limit: int = 0) -> Benchmark:
     return Benchmark(path.stem, questions[:end], golds[:end])
 
 
-def _rows(path: Path) -> list[tuple[str, Any]]:
+def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a benchmark's file, each with where it stands; each has a text in `problem`."""
     if path.suffix == ".jsonl":
-        return list(read_rows(str(path)))
-    return [(f"{path}, problem {i}", row) for i, row in enumerate(read_json(path, list), 1)]
+        rows = read_rows(str(path))
+    else:
+        rows = ((f"{path}, problem {i}", row) for i, row in enumerate(read_json(path, list), 1))
+    for where, row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("problem"), str) or not row["problem"].strip():
+            raise UserError(f"{where} has no text in 'problem'")
+        yield where, row
 
 
-def _golds(where: str, answer: Any) -> list[str]:
+def read_golds(where: str, answer: Any) -> list[str]:
     """The answers that count as right: the file has text, a number (142.0 for 142), or a list of these."""
     answers = answer if isinstance(answer, list) else [answer]
     golds = [

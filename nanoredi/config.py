@@ -187,12 +187,13 @@ def read_flags(
         for f in dataclasses.fields(kind):
             flag = f"--{f.name}" if table == main else f"--{table}.{f.name}"
             flags[flag] = table, f
-            nargs = "+" if get_origin(f.type) is list else None
-            default = f.default_factory() if nargs else f.default
+            nargs = "+" if get_origin(f.type) is list else "?" if f.type is bool else None
+            default = f.default_factory() if nargs == "+" else f.default
             parser.add_argument(
                 flag,
                 dest=flag,
                 nargs=nargs,
+                const="true" if nargs == "?" else None,
                 metavar=f.name.upper(),
                 default=argparse.SUPPRESS,
                 help=f"{f.metadata['help']} [{default}]".replace("%", "%%"),
