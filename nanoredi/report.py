@@ -1,11 +1,13 @@
 """Tables from a run's files.
 
-python -m nanoredi.report RUN ...          the results of one or several runs
+python -m nanoredi.report RUN ...                               the results of one or several runs
+python -m nanoredi.report --lengths DATA [--out FIGURE.png]     how long rows are (lengths.py)
 """
 
 from pathlib import Path
 from typing import Any
 
+from nanoredi import lengths
 from nanoredi.errors import UserError, run_script
 from nanoredi.files import read_json
 
@@ -60,6 +62,9 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__.strip())
+        return
+    if any(word.split("=")[0] == "--lengths" for word in argv):
+        lengths.main(argv)
         return
     for word in argv:
         if word.startswith("-"):

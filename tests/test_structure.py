@@ -24,6 +24,7 @@ STORY = [
     "overlap",
     "prepare",
     "data",
+    "lengths",
     "objectives",
     "batch",
     "kernels",
@@ -38,7 +39,7 @@ STORY = [
     "report",
 ]
 ALLOWED = {"torch", "safetensors", "tokenizers", "numpy", "triton", "jinja2", "tqdm"}
-OPTIONAL = {"pyarrow"}
+OPTIONAL = {"pyarrow", "matplotlib"}
 
 
 def imports(path: Path) -> set[str]:
