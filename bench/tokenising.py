@@ -1,8 +1,9 @@
 """How fast rows become tokens on disk, against `encode_batch` of the same texts, in the same run.
 
-    python -m bench.tokenising --tokenizer DIR --data sft.jsonl [--rows 2000] [--rounds 3]
+    python -m bench.tokenising --tokenizer DIR --data sft.jsonl [--rows 500] [--rounds 7]
 
-Measured in turns, so that whatever else the machine does falls on all of them alike:
+Measured in turns, so that whatever else the machine does falls on all of them alike; the processor's time, of all
+threads, depends on it less than the clock's:
 
     encode_batch     `tokenizers` alone: the templated texts lie in memory, the encodings are thrown away
     ... and ids      the same, and the ids are taken out, which whoever trains on them must do
@@ -31,8 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="Hugging Face folder")
     parser.add_argument("--data", required=True, help="JSONL file of rows with messages, as prepare writes them")
-    parser.add_argument("--rows", type=int, default=2000, help="rows to take from its start [2000]")
-    parser.add_argument("--rounds", type=int, default=3, help="turns [3]")
+    parser.add_argument("--rows", type=int, default=500, help="rows to take from its start [500]")
+    parser.add_argument("--rounds", type=int, default=7, help="turns [7]")
     flags = parser.parse_args()
     tokenizer = Tokenizer(flags.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +45,7 @@ def main() -> None:
         total = sum(len(encoding) for encoding in tokenizer.encode_batch(texts))
         print(f"{len(rows):,} rows, {total / len(rows):,.0f} tokens each, {os.cpu_count()} cores", flush=True)
 
-        seconds: dict[str, list[float]] = {"encode_batch": [], "... and ids": [], "load_sft": [], "again": []}
+        seconds: dict[str, list[tuple[float, float]]] = {}
         for turn in range(flags.rounds):
             cache = str(Path(folder, f"cache-{turn}"))
             for name, work in {
@@ -53,13 +54,14 @@ def main() -> None:
                 "load_sft": lambda: load_sft(str(data), tokenizer, LONGEST, cache),
                 "again": lambda: load_sft(str(data), tokenizer, LONGEST, cache),
             }.items():
-                seconds[name].append(timed(work))
-    plain = statistics.median(seconds["encode_batch"])
+                seconds.setdefault(name, []).append(timed(work))
+    print("                  clock, s  (least, most)     processor, s  M tokens/s  encode_batch's time / its own")
+    plain = medians(seconds["encode_batch"])
     for name, times in seconds.items():
-        median = statistics.median(times)
-        spread = f"({min(times):.3f} to {max(times):.3f})"
-        speed = f"{total / median / 1e6:7.2f} M tokens/s  {plain / median:6.2f} of encode_batch"
-        print(f"{name:14}  {median:8.3f} s  {spread:20}  {speed}")
+        clock, processor = medians(times)
+        spread = f"({min(times)[0]:.3f}, {max(times)[0]:.3f})"
+        ratios = f"{plain[0] / clock:.2f} by the clock, {plain[1] / processor:.2f} by the processor"
+        print(f"{name:14}  {clock:10.3f}  {spread:18} {processor:10.3f}  {total / clock / 1e6:10.2f}  {ratios}")
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], take_ids: bool) -> None:
@@ -70,10 +72,16 @@ def encode(tokenizer: Tokenizer, texts: list[str], take_ids: bool) -> None:
                 encoding.ids
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the clock, and of the processor's time."""
+    start = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - start[0], time.process_time() - start[1]
+
+
+def medians(times: list[tuple[float, float]]) -> tuple[float, float]:
+    clock, processor = zip(*times)
+    return statistics.median(clock), statistics.median(processor)
 
 
 if __name__ == "__main__":

@@ -76,12 +76,15 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
         UserError: naming file and line of a malformed row; when no row is left.
     """
 
-    def texts(where: str, row: Any) -> tuple[list[str], int]:
+    def texts(where: str, row: Any) -> tuple[list[str], tuple[str, str]]:
         prompt, completion = _split(where, tokenizer, conversation(where, row))
-        return [prompt + completion], len(prompt)
+        return [prompt, prompt + completion], (prompt, prompt + completion)
 
-    def sequences(encodings: list[Encoding], num_chars: int, counts: Counter[str]) -> Iterator[Sequence]:
-        ids, first = encodings[0].ids, _first_token(encodings[0], num_chars)
+    def sequences(encodings: list[Encoding], kept: tuple[str, str], counts: Counter[str]) -> Iterator[Sequence]:
+        (prompt, text), (before, ids) = kept, (encoding.ids for encoding in encodings)
+        # Where the whole starts with the prompt's own tokens, the rest is the completion's; elsewhere a token straddles
+        # the border, and belongs to the prompt.
+        first = len(before) if ids[: len(before)] == before else tokenizer.num_before(text, len(prompt))
         if ids[-1] != tokenizer.eos_id:
             ids.append(tokenizer.eos_id)
         counts[f"conversations cut to {max_tokens} tokens"] += len(ids) > max_tokens
@@ -125,15 +128,6 @@ def load_pairs(
 
     rules = ("pairs", max_prompt_tokens, max_response_tokens)
     return _cached(path, tokenizer, cache, rules, texts, sequences)
-
-
-def _first_token(encoding: Encoding, num_chars: int) -> int:
-    """The first token that starts at or after a character. Asking for that character's token is a search; a list of all
-    offsets costs a quarter of the tokenising, and is left for a character that the tokenizer dropped."""
-    token = encoding.char_to_token(num_chars)
-    if token is None:
-        return sum(start < num_chars for start, _ in encoding.offsets)
-    return token if encoding.token_to_chars(token)[0] >= num_chars else token + 1
 
 
 def _split(where: str, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[str, str]:

@@ -75,18 +75,23 @@ class Tokenizer:
         return self.encode_batch([text])[0].ids
 
     def encode_batch(self, texts: list[str]) -> list[tokenizers.Encoding]:
-        """One encoding a text, with ids and character offsets, on all cores.
+        """One encoding a text, on all cores, without the character offsets, which would take a quarter of the time.
 
         Raises:
             UserError: when the vocabulary has no token for something in a text.
         """
         try:
-            return self.backend.encode_batch(texts, add_special_tokens=False)
+            return self.backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # tokenizers raises bare Exception
             if len(texts) > 1:
                 for text in texts:
                     self.encode_batch([text])
             raise UserError(f"the tokenizer of {self.folder} cannot write {texts[0][:80]!r}: {error}") from None
+
+    def num_before(self, text: str, num_chars: int) -> int:
+        """How many of a text's tokens start before a character."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return sum(start < num_chars for start, _ in encoding.offsets)
 
     def encode_rows(self, rows: Iterable[tuple[str, list[str], T]]) -> Iterator[tuple[T, list[tokenizers.Encoding]]]:
         """Encode the texts of many rows, on all cores and ahead of whoever takes them, in order.

@@ -181,16 +181,25 @@ def test_many_rows_keep_their_order(tokenizer, write, cache):
         assert text == f"<user>{row['prompt']}<assistant>{row['chosen']}<eos>"
 
 
-def test_learned_is_what_starts_behind_the_prompt(shared, write, cache):
-    """By each token's own offset, also where a token straddles the border or one character is many tokens."""
-    tokenizer = Tokenizer(shared / "qwen2.5-tokenizer")
+@pytest.mark.parametrize("header", [None, "{{ m['role'] }}:  "])
+def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path, header):
+    """By each token's own offset, also where a token straddles the border or one character is many tokens. The second
+    header ends with two spaces, which are one token by themselves and two before a word."""
+    folder = shared / "qwen2.5-tokenizer"
+    if header:
+        (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["chat_template"] = "{% for m in messages %}" + header + "{{ m['content'] }}{% endfor %}"
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        folder = tmp_path
+    tokenizer = Tokenizer(folder)
     answers = ["\n\nx", "\n", " a", "🤖🤖 b", "e\u0301", "\u0301a", "  ", "日本", "<think>\n", "\r\n", "\t1"]
-    rows = [conversation(prompt, answer) for prompt in ("1", "é", "🤖") for answer in answers]
+    rows = [conversation(prompt, answer + "z 1") for prompt in ("1", "é", "🤖") for answer in answers]
     data = load_sft(write(*rows), tokenizer, 1000, cache)
     assert len(data) == len(rows)
     for i, row in enumerate(rows):
         prompt, completion = tokenizer.split(row["messages"])
-        encoding = tokenizer.encode_batch([prompt + completion])[0]
+        encoding = tokenizer.backend.encode(prompt + completion, add_special_tokens=False)
         tokens, learned = data.sequence(i)
         assert tokens.tolist() == [*encoding.ids, tokenizer.eos_id]
         assert learned.tolist() == [start >= len(prompt) for start, _ in encoding.offsets] + [False]
