@@ -70,7 +70,8 @@ def prepare(
     for name in _FILES:
         if (out / name).exists():
             raise UserError(f"{out / name} is there already: move it away or give another --out")
-    if not sum(map(num_rows, files)):
+    total = sum(map(num_rows, files))
+    if not total:
         raise UserError(f"there are no rows in {', '.join(map(str, files))}")
     gates = Gates(max_prompt_tokens, max_response_tokens)
     try:
@@ -80,7 +81,7 @@ def prepare(
             own_rows, sft, pairs, too_long = (
                 stack.enter_context(Spool(Path(beside, f"{name}.spool"))) for name in ("own", *_FILES[:3])
             )
-            total, rows = _raw_rows(files, own_rows, tokenizer, grading)
+            total, rows = _raw_rows(files, total, own_rows, tokenizer, grading)
             # Shuffled row k is raw row permutation[k], so a raw row's place is the inverse. Each gate looks at one row:
             # dropping rows before they move leaves the same rows in the same order as dropping them after.
             place = np.argsort(np.random.default_rng(seed).permutation(total))
@@ -111,10 +112,10 @@ def prepare(
 
 
 def _raw_rows(
-    files: list[Path], spool: Spool, tokenizer: Tokenizer, grading: bool
+    files: list[Path], total: int, spool: Spool, tokenizer: Tokenizer, grading: bool
 ) -> tuple[int, Iterable[tuple[str, dict[str, Any]]]]:
-    """How many raw rows there are, and the rows, each with where it stands; one's own are labelled on the way."""
-    total = sum(map(num_rows, files))
+    """How many raw rows come of the files' rows, and the raw rows, each with where it stands; one's own are labelled,
+    and those of one problem made one."""
     rows = chain.from_iterable(map(raw_rows, files))
     first = next(rows)
     rows = chain([first], rows)

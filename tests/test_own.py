@@ -1,4 +1,4 @@
-"""One's own responses, labelled with the grader: both layouts, bad rows, and the loop from samples to a trained model."""
+"""One's own responses, labelled with the grader: both layouts, bad rows, the loop from samples to a trained model."""
 
 import json
 

@@ -269,7 +269,8 @@ def test_a_row_group_is_not_held_in_memory(tmp_path):
     code = f"""
 import pathlib, pyarrow
 from nanoredi.raw import raw_rows
-assert sum(len(row["generations"][0]) for _, row in raw_rows(pathlib.Path({str(tmp_path / "raw.parquet")!r}))) == 2 * 10**8
+rows = raw_rows(pathlib.Path({str(tmp_path / "raw.parquet")!r}))
+assert sum(len(row["generations"][0]) for _, row in rows) == 2 * 10**8
 print(pyarrow.default_memory_pool().max_memory())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
