@@ -194,7 +194,8 @@ def _fill(folder: Path, path: str, tokenizer: Tokenizer, texts: Callable, sequen
     if not total:
         raise UserError(f"{path} holds no rows")
     lengths, counts = [0], Counter()
-    progress = tqdm(total=total, desc=f"tokenising {Path(path).name}", unit=" rows", file=sys.stderr, leave=False)
+    what = f"tokenising {Path(path).name}"
+    progress = tqdm(total=total, desc=what, unit=" rows", file=sys.stderr, leave=False, delay=1)
     rows = ((where, *texts(where, row)) for where, row in read_rows(path))
     with progress, open(folder / "tokens", "wb") as all_tokens, open(folder / "learned", "wb") as all_learned:
         for kept, encodings in tokenizer.encode_rows(rows):

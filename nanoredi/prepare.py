@@ -138,7 +138,7 @@ def _candidates(
 
 
 def _progress(rows: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    return tqdm(rows, what, total, unit=" rows", file=sys.stderr, leave=False)
+    return tqdm(rows, what, total, unit=" rows", file=sys.stderr, leave=False, delay=1)
 
 
 def _summary(counts: dict[str, int]) -> str:
