@@ -5,6 +5,7 @@ of rows with `problem` and `answer` (or `Problem` and `Answer`); what else a row
 """
 
 import ast
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,7 @@ def load(name: str, folder: str, limit: int = 0) -> Benchmark:
             ".jsonl file"
         )
     problems, golds = [], []
-    for where, row in _rows(path):
-        row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
-        if not isinstance(row.get("problem"), str) or not row["problem"].strip():
-            raise UserError(f"{where} has no text in 'problem'")
+    for where, row in read_problems(path):
         problems.append(row["problem"])
         golds.append(golds_of(where, row.get("answer")))
     if not problems:
@@ -79,6 +77,19 @@ def load(name: str, folder: str, limit: int = 0) -> Benchmark:
     problems = problems[: limit or None]
     questions = [PAPER_TEMPLATE.format(problem=p) for p in problems] if name in PAPER else problems
     return Benchmark(path.stem, problems, questions, golds[: len(problems)])
+
+
+def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a benchmark's file, their keys in lower case, each with where it stands and a text in `problem`."""
+    if path.suffix == ".jsonl":
+        rows = read_rows(str(path))
+    else:
+        rows = ((f"{path}, problem {i}", row) for i, row in enumerate(read_json(path, list), 1))
+    for where, row in rows:
+        row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
+        if not isinstance(row.get("problem"), str) or not row["problem"].strip():
+            raise UserError(f"{where} has no text in 'problem'")
+        yield where, row
 
 
 def golds_of(where: str, answer: Any) -> list[str]:
@@ -106,9 +117,3 @@ def golds_of(where: str, answer: Any) -> list[str]:
     if not golds or len(golds) != len(answers) or not all(golds):
         raise UserError(f"{where} has no 'answer', which is text, a number, or a list of these")
     return golds
-
-
-def _rows(path: Path) -> list[tuple[str, Any]]:
-    if path.suffix == ".jsonl":
-        return list(read_rows(str(path)))
-    return [(f"{path}, problem {i}", row) for i, row in enumerate(read_json(path, list), 1)]

@@ -1,39 +1,41 @@
-"""OpenR1-Math-Raw to the training rows of both stages: sft.jsonl and pairs.jsonl.
+"""Raw traces to the training rows of both stages: sft.jsonl and pairs.jsonl.
 
     python -m nanoredi.prepare --raw PATH ... --tokenizer DIR --out DIR
+    python -m nanoredi.prepare --raw PATH ... --tokenizer DIR --out DIR --decontaminate benchmarks/*.json [--drop]
+    python -m nanoredi.prepare --raw samples.jsonl --tokenizer DIR --out DIR --grade
 
 PATH is a JSONL or a Parquet file, or a folder of one kind (its files are taken in the order of their names; Parquet
-asks for pyarrow). A row holds a problem, several generations for it and two verdicts on each; a generation is correct
-when both say so. Stage 1 learns the first correct generation of a problem, stage 2 the first correct against the first
-incorrect. Numbering, shuffle, filters and lengths are the original's, so that its counts and its order come out.
+asks for pyarrow). Its rows are those of OpenR1-Math-Raw, or one's own (own.py), which --grade labels with nanoredi's
+grader. Numbering, shuffle, gates and lengths are the original's, so that its counts and its order come out.
 
 The raw rows are more than fit in memory, and the shuffle wants them in another order. So they are read once in theirs
 (after a quick count of the lines), what is kept goes to a spool on disk, and the spool is copied in the shuffled
-order: memory holds the row at hand and a few numbers for each, the disk holds the kept rows twice for a moment.
+order: memory holds the rows at hand and a few numbers for each, the disk holds the kept rows twice for a moment.
 """
 
-import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, takewhile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from nanoredi import own
 from nanoredi.config import option, read_flags, resolve
 from nanoredi.errors import UserError, run_script
-from nanoredi.files import read_rows
-from nanoredi.tokenizer import Tokenizer, user_message
+from nanoredi.gates import SFT_GATE, Gates, Traces
+from nanoredi.overlap import Overlap
+from nanoredi.raw import find_files, num_rows, raw_rows
+from nanoredi.spool import Spool
+from nanoredi.tokenizer import Tokenizer
 
-SFT_GATE = "SFT: has a correct generation"
 PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all of OpenR1-Math-Raw
-_FIELDS = ("problem_is_valid", "source", "problem", "generations", "correctness")
-_LABELS = ("llama_verification", "math_verify_reparsed_answer")
+_FILES = ("sft.jsonl", "pairs.jsonl", "too_long.jsonl", "overlaps.jsonl")
 
 
 def prepare(
@@ -43,234 +45,120 @@ def prepare(
     max_prompt_tokens: int = 800,
     max_response_tokens: int = 19_000,
     seed: int = 42,
+    grading: bool = False,
+    overlap: Overlap | None = None,
 ) -> dict[str, int]:
-    """Write out/sft.jsonl and out/pairs.jsonl from raw files.
+    """Write out/sft.jsonl and out/pairs.jsonl from raw files; beside them too_long.jsonl, the lengths of the pairs
+    beyond the limits, and with benchmarks to compare with overlaps.jsonl.
+
+    Args:
+        files: of raw rows.
+        tokenizer: whose tokens are counted.
+        out: folder for what is written.
+        max_prompt_tokens, max_response_tokens: a pair's limits.
+        seed: of the shuffle.
+        grading: label the responses with the grader.
+        overlap: the benchmarks to compare with; it keeps what was found.
 
     Returns:
-        {gate: rows that passed it and all before it}. A pair's correct generation is its SFT row's, so the pairs'
-        gates follow on.
+        {gate: rows that passed it and all before it}, rows dropped for an overlap included.
 
     Raises:
         UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files
         already.
     """
-    names = ("sft.jsonl", "pairs.jsonl")
-    for name in names:
+    for name in _FILES:
         if (out / name).exists():
             raise UserError(f"{out / name} is there already: move it away or give another --out")
-    total = sum(map(_num_rows, files))
+    total = sum(map(num_rows, files))
     if not total:
         raise UserError(f"there are no rows in {', '.join(map(str, files))}")
-    # Shuffled row k is raw row permutation[k], so a raw row's place is the inverse. Each filter looks at one row:
-    # dropping rows before they move leaves the same rows in the same order as dropping them after.
-    place = np.argsort(np.random.default_rng(seed).permutation(total))
-    gates = (
-        "rows read",
-        "problem_is_valid is yes",
-        "source is not cn_k12",
-        "has a problem",
-        "has generations",
-        "has both labels of each generation",
-        SFT_GATE,
-        "pairs: has a correct and an incorrect one",
-        f"pairs: prompt within {max_prompt_tokens:,} tokens",
-        f"pairs: both responses within {max_response_tokens:,} tokens",
-    )
-    counts = dict.fromkeys(gates, 0)
+    gates = Gates(max_prompt_tokens, max_response_tokens)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # Written beside and renamed: an output that is there is whole.
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=out) as beside:
-            spools = [_Spool(Path(beside, f"{name}.spool")) for name in names]
-            with tqdm(
-                chain.from_iterable(map(_rows, files)), "reading", total, unit=" rows", file=sys.stderr, leave=False
-            ) as rows:
-                for index, (where, row) in enumerate(rows):
-                    passed, *kept = _sift(where, row, index, tokenizer, max_prompt_tokens, max_response_tokens)
-                    for gate, _ in zip(gates, takewhile(bool, passed)):
-                        counts[gate] += 1
-                    for spool, kept_row in zip(spools, kept):
-                        if kept_row is not None:
-                            spool.add(int(place[index]), kept_row)
-            if not counts[SFT_GATE]:
-                raise UserError(
-                    "no row is left: "
-                    + ", ".join(f"{counts[gate]:,} {gate}" for gate in gates[: gates.index(SFT_GATE) + 1])
-                )
-            for spool, name in zip(spools, names):
-                spool.copy(Path(beside, name))
-            for name in names:
-                Path(beside, name).rename(out / name)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=out) as beside, ExitStack() as stack:
+            own_rows, sft, pairs, too_long = (
+                stack.enter_context(Spool(Path(beside, f"{name}.spool"))) for name in ("own", *_FILES[:3])
+            )
+            total, rows = _raw_rows(files, total, own_rows, tokenizer, grading)
+            # Shuffled row k is raw row permutation[k], so a raw row's place is the inverse. Each gate looks at one row:
+            # dropping rows before they move leaves the same rows in the same order as dropping them after.
+            place = np.argsort(np.random.default_rng(seed).permutation(total))
+            candidates = _candidates(_progress(rows, "reading", total), gates, tokenizer)
+            for traces, encodings in tokenizer.encode_rows(candidates):
+                lengths = [len(encoding) + 1 for encoding in encodings]  # plus 1 as in the original
+                fits = gates.fits(lengths)
+                if overlap and overlap.check(traces, fits) and overlap.drop:
+                    continue
+                at = int(place[traces.index])
+                sft.add(at, traces.sft_row(lengths))
+                if fits:
+                    pairs.add(at, traces.pair(lengths))
+                elif traces.rejected is not None:
+                    too_long.add(at, traces.pair_facts(lengths))
+            if not len(sft):
+                raise UserError(f"no row is left: {_summary(gates.counts)}")
+            for name, spool in zip(_FILES, (sft, pairs, too_long)):
+                with open(Path(beside, name), "wb") as file:
+                    file.writelines(_progress(spool.lines(), f"writing {name}", len(spool)))
+            if overlap:
+                overlap.write(Path(beside, _FILES[3]))
+            for path in Path(beside).glob("*.jsonl"):
+                path.rename(out / path.name)
     except OSError as error:  # of writing: reading has its own words
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
-    return counts
+    return gates.counts
 
 
-def _sift(
-    where: str, row: Any, index: int, tokenizer: Tokenizer, max_prompt_tokens: int, max_response_tokens: int
-) -> tuple[list[bool], dict | None, dict | None]:
-    """Whether a raw row passes the gates, one after the other (those behind a failed one may be missing), its SFT row,
-    its pair."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object")
-    for name in ("problem_is_valid", "source"):
-        if name not in row:  # null there says something about the problem; no such field means rows of another layout
-            raise UserError(f"{where} has no field {name!r}")
-    valid, source, problem = (_take(where, row, name, str) for name in ("problem_is_valid", "source", "problem"))
-    generations = _take(where, row, "generations", list, str) or []
-    correctness = _take(where, row, "correctness", dict) or {}
-    labels = [_take(f"{where}: 'correctness'", correctness, name, list, bool) for name in _LABELS]
-
-    labelled = all(verdicts is not None and len(verdicts) == len(generations) for verdicts in labels)
-    passed = [
-        True,
-        (valid or "").strip().lower() == "yes",
-        source != "cn_k12",
-        bool(problem),
-        bool(generations),
-        labelled,
-    ]
-    if not all(passed):
-        return passed, None, None
-    correct = [all(verdicts) for verdicts in zip(*labels)]  # a null verdict is not true
-    # differs from the original: an empty generation, which the trainer would refuse, is neither correct nor incorrect
-    chosen, rejected = (
-        next((i for i, text in enumerate(generations) if text and correct[i] is wanted), None)
-        for wanted in (True, False)
-    )
-    passed += [chosen is not None, rejected is not None]
-    if chosen is None:
-        return passed, None, None
-    prompt, answer = user_message(problem), [{"role": "assistant", "content": generations[chosen]}]
-    sft = {"messages": prompt + answer, "original_index": index, "source": source, "generation_index": chosen}
-    if rejected is None:
-        return passed, sft, None
-    pair = {
-        "prompt": prompt,
-        "chosen": answer,
-        "rejected": [{"role": "assistant", "content": generations[rejected]}],
-        "original_index": index,
-        "source": source,
-        "chosen_index": chosen,
-        "rejected_index": rejected,
-    }
-    prompt_tokens, *response_tokens = _lengths(where, pair, tokenizer)
-    passed += [prompt_tokens <= max_prompt_tokens, max(response_tokens) <= max_response_tokens]
-    return passed, sft, pair if all(passed) else None
+def _raw_rows(
+    files: list[Path], total: int, spool: Spool, tokenizer: Tokenizer, grading: bool
+) -> tuple[int, Iterable[tuple[str, dict[str, Any]]]]:
+    """How many raw rows come of the files' rows, and the raw rows, each with where it stands; one's own are labelled,
+    and those of one problem made one."""
+    rows = chain.from_iterable(map(raw_rows, files))
+    first = next(rows)
+    rows = chain([first], rows)
+    if "completion" in first[1]:
+        total = own.gather(_progress(rows, "gathering", total), spool, tokenizer, grading)
+        return total, own.gathered(spool)
+    if grading or "correct" in first[1]:
+        return total, ((where, own.labelled(where, row, grading)) for where, row in rows)
+    return total, rows
 
 
-def _lengths(where: str, pair: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """Tokens of prompt, chosen and rejected as the original counted them: each templated alone without a generation
-    prompt, so that a response has the default system prompt in front, plus 1. The trainer sees other lengths, but
-    these decide who is in."""
-    try:
-        texts = [tokenizer.render(pair[part]) for part in ("prompt", "chosen", "rejected")]
-        return [len(encoding.ids) + 1 for encoding in tokenizer.encode_batch(texts)]
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+def _candidates(
+    rows: Iterable[tuple[str, dict[str, Any]]], gates: Gates, tokenizer: Tokenizer
+) -> Iterator[tuple[str, list[str], Traces]]:
+    """The rows that stage 1 learns from, with the texts to be measured."""
+    for index, (where, row) in enumerate(rows):
+        traces = gates.sift(where, row, index)
+        if traces is not None:
+            yield where, traces.texts(tokenizer), traces
 
 
-_KINDS = {
-    (str, None): "text",
-    (dict, None): "an object",
-    (list, str): "a list of texts",
-    (list, bool): "a list of true and false",
-}
+def _progress(rows: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    return tqdm(rows, what, total, unit=" rows", file=sys.stderr, leave=False, delay=1)
 
 
-def _take(where: str, row: dict[str, Any], name: str, kind: type, item: type | None = None) -> Any:
-    """A field's value, or None where it is null or missing (`datasets` reads both alike). A list's items may be null
-    too."""
-    value = row.get(name)
-    if value is not None and (
-        not isinstance(value, kind) or item and not all(v is None or isinstance(v, item) for v in value)
-    ):
-        raise UserError(f"{where}: {name!r} must be {_KINDS[kind, item]}, not {str(value)[:60]!r}")
-    return value
-
-
-class _Spool:
-    """Rows on disk in the order they come, to be copied in another."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.file = open(path, "w+b")
-        self.rows: list[tuple[int, int]] = []  # (place, offset in the file)
-
-    def add(self, place: int, row: dict[str, Any]) -> None:
-        self.rows.append((place, self.file.tell()))
-        self.file.write(json.dumps(row).encode() + b"\n")
-
-    def copy(self, to: Path) -> None:
-        """Write the rows by place, and drop the spool."""
-        with self.file, open(to, "wb") as out:
-            for _, offset in tqdm(sorted(self.rows), f"writing {to.name}", unit=" rows", file=sys.stderr, leave=False):
-                self.file.seek(offset)
-                out.write(self.file.readline())
-        self.path.unlink()
-
-
-def find_files(paths: list[str]) -> list[Path]:
-    """The raw files behind the paths given: files as they are, of a folder its files in the order of their names."""
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = [path]
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet"))
-            # Both kinds side by side are likely the same rows twice.
-            if len({file.suffix for file in found}) != 1:
-                raise UserError(
-                    f"the folder {path} must hold either .jsonl or .parquet files; it holds {'both' if found else 'none'}"
-                )
-        files += found
-    return files
-
-
-def _num_rows(file: Path) -> int:
-    if file.suffix == ".parquet":
-        with _parquet(file) as parquet:
-            return parquet.metadata.num_rows
-    try:
-        with open(file, "rb") as lines:
-            return sum(1 for line in lines if line.strip())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
-
-
-def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a raw file, each with where it stands, for messages about it."""
-    if file.suffix != ".parquet":
-        yield from read_rows(str(file))
-        return
-    with _parquet(file) as parquet:
-        columns = [name for name in _FIELDS if name in parquet.schema_arrow.names]
-        rows = chain.from_iterable(batch.to_pylist() for batch in parquet.iter_batches(batch_size=64, columns=columns))
-        for number, row in enumerate(rows, 1):
-            yield f"{file}, row {number}", row
-
-
-@contextmanager
-def _parquet(file: Path) -> Iterator[Any]:
-    """An open pyarrow ParquetFile, whose faults speak to the user."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{file} is a Parquet file, which takes pyarrow to read: pip install pyarrow") from None
-    try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            yield parquet
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from None
+def _summary(counts: dict[str, int]) -> str:
+    """Where the rows were lost that none is left for stage 1."""
+    if counts[SFT_GATE]:
+        return f"all {counts[SFT_GATE]:,} overlap with a benchmark"
+    gates = list(counts)
+    return ", ".join(f"{counts[gate]:,} {gate}" for gate in gates[: gates.index(SFT_GATE) + 1])
 
 
 def table(counts: dict[str, int]) -> str:
-    """The rows left after each gate, to be read."""
+    """The rows left after each gate, to be read, and whether they are the paper's."""
     width = max(map(len, counts))
     lines = [f"{gate:{width}}  {rows:>9,}" for gate, rows in counts.items()]
     rows_read, *_, pairs = counts.values()
     if rows_read > 100_000 and (counts[SFT_GATE], pairs) != PUBLISHED_COUNTS:
         lines.append(
-            "The paper has {:,} SFT traces and {:,} pairs of all of OpenR1-Math-Raw.".format(*PUBLISHED_COUNTS)
+            "These are not the paper's counts: it has {:,} SFT traces and {:,} pairs of all of OpenR1-Math-Raw.".format(
+                *PUBLISHED_COUNTS
+            )
         )
     return "\n".join(lines)
 
@@ -285,6 +173,9 @@ class PrepareFlags:
     max_prompt_tokens: int = option(800, "longest prompt of a pair", low=1)
     max_response_tokens: int = option(19_000, "longest response of a pair", low=1)
     seed: int = option(42, "of the shuffle", low=0)
+    grade: bool = option(False, "label the responses with the grader, by the rows' gold answers")
+    decontaminate: list[str] = option([], "benchmarks to look for in the rows kept: JSON or JSONL files with `problem`")
+    drop: bool = option(False, "leave out the rows that overlap with a benchmark")
 
 
 def main(argv: list[str]) -> None:
@@ -293,6 +184,9 @@ def main(argv: list[str]) -> None:
     missing = [f"--{name}" for name in ("raw", "tokenizer", "out") if not getattr(flags, name)]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given; --help lists the flags")
+    if flags.drop and not flags.decontaminate:
+        raise UserError("--drop needs --decontaminate FILE ..., the benchmarks whose overlaps it drops")
+    overlap = Overlap(flags.decontaminate, flags.drop) if flags.decontaminate else None
     out = Path(flags.out)
     counts = prepare(
         find_files(flags.raw),
@@ -301,9 +195,13 @@ def main(argv: list[str]) -> None:
         flags.max_prompt_tokens,
         flags.max_response_tokens,
         flags.seed,
+        flags.grade,
+        overlap,
     )
     print(table(counts))
-    print(f"Wrote {out / 'sft.jsonl'} and {out / 'pairs.jsonl'}.")
+    if overlap:
+        print(f"\n{overlap.table()}")
+    print(f"Wrote {' and '.join(str(out / name) for name in _FILES[:2])}.")
 
 
 if __name__ == "__main__":

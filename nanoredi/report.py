@@ -4,12 +4,14 @@ python -m nanoredi.report RUN ... [--paper]                 the course of one or
                                                             paper's rows beside
 python -m nanoredi.report RUN ... --out FIGURE.png          and the four panels of figures.py, drawn anew each time
 python -m nanoredi.report --failures RUN [--only KIND]      each sample that is not right; KIND: wrong, cut_off, no_answer
+python -m nanoredi.report --lengths DATA [--out FIGURE.png]  how long rows are (lengths.py)
 """
 
 import pydoc
 import sys
 from pathlib import Path
 
+from nanoredi import lengths
 from nanoredi.errors import UserError, nearest, run_script
 from nanoredi.failures import KINDS, failures
 from nanoredi.figures import check_figure, draw, read_runs, summary
@@ -22,6 +24,8 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__.strip())
         return
+    if any(word.split("=")[0] == "--lengths" for word in argv):
+        return lengths.main(argv)
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     figure, only = _take(words, "--out"), _take(words, "--only")
     flags = {flag: flag in words for flag in ("--paper", "--failures")}

@@ -107,8 +107,9 @@ def _wrong(digit: int, rng: random.Random) -> int:
 
 
 def make(folder: Path, config: ToyConfig, seed: int) -> None:
-    """Write the task into a folder: sft.jsonl, pairs.jsonl, watch.jsonl (pairs), toy.jsonl (the held-out problems), and
-    model/, a random Qwen2 with the toy's tokenizer. A folder that is there already is left as it is.
+    """Write the task into a folder: sft.jsonl, pairs.jsonl, watch.jsonl (pairs), prompts.jsonl (stage 1's problems with
+    their answers, for samples of one's own), toy.jsonl (the held-out problems), and model/, a random Qwen2 with the toy's
+    tokenizer. A folder that is there already is left as it is.
 
     Raises:
         UserError: when the sizes ask for more pairs than the problems give.
@@ -117,7 +118,7 @@ def make(folder: Path, config: ToyConfig, seed: int) -> None:
         return
     rng = random.Random(seed)
     seen: set[Problem] = set()
-    sft, pairs = [], []
+    sft, pairs, prompts = [], [], []
     while len(sft) < config.sft_rows:
         problem = _unseen(seen, rng)
         traces = [teach(problem, rng) for _ in range(SAMPLES_A_PROBLEM)]
@@ -127,6 +128,7 @@ def make(folder: Path, config: ToyConfig, seed: int) -> None:
             sft.append(
                 {"messages": [{"role": "user", "content": problem.text()}, {"role": "assistant", "content": chosen}]}
             )
+            prompts.append({"prompt": problem.text(), "answer": str(problem.answer)})
             if rejected is not None:
                 pairs.append({"prompt": problem.text(), "chosen": chosen, "rejected": rejected})
     wanted = config.pairs + config.watch_pairs
@@ -141,6 +143,7 @@ def make(folder: Path, config: ToyConfig, seed: int) -> None:
     _write_rows(beside / "sft.jsonl", sft)
     _write_rows(beside / "pairs.jsonl", pairs[: config.pairs])
     _write_rows(beside / "watch.jsonl", pairs[config.pairs : wanted])
+    _write_rows(beside / "prompts.jsonl", prompts)
     _write_rows(beside / "toy.jsonl", [{"problem": p.text(), "answer": str(p.answer)} for p in heldout])
     write_tokenizer(beside / "tokenizer")
     Qwen2(_model_config(config), tokenizer_folder=beside / "tokenizer").init_weights(seed).save_pretrained(

@@ -1,6 +1,8 @@
 """Rows to tokens: the two stages' rules, golden ids, limits, the cache, malformed rows."""
 
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -145,6 +147,62 @@ def test_the_cache_is_used_and_follows_data_limits_and_tokenizer(tokenizer, writ
     load_pairs(path, Tokenizer(tmp_path / "other"), 3, 50, cache)
     assert len(load_pairs(write(PAIR, PAIR), tokenizer, 3, 50, cache)) == 4
     assert len(list(Path(cache).iterdir())) == 4
+
+
+def test_a_second_start_does_not_read_the_data(tokenizer, write, cache, monkeypatch):
+    path = write(PAIR, PAIR)
+    os.utime(path, (10**9, 10**9))
+    first = load_pairs(path, tokenizer, 50, 50, cache)
+    with monkeypatch.context() as m:
+        m.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+        assert np.array_equal(load_pairs(path, tokenizer, 50, 50, cache).tokens, first.tokens)
+    # Another size, or the same size at another time, is looked at again, and so is what has just been written.
+    assert len(load_pairs(write(PAIR), tokenizer, 50, 50, cache)) == 2
+    for rejected in ("\\boxed{5}", "\\boxed{6}"):
+        now = load_pairs(write(PAIR, {**PAIR, "rejected": rejected}), tokenizer, 50, 50, cache)
+        assert tokenizer.decode(now.sequence(3)[0].tolist()).endswith(rejected)
+    assert not [path for path in Path(cache).iterdir() if path.name.startswith(".")]  # nothing half done is left
+
+
+def test_what_stands_beside_a_cache_that_failed(tokenizer, write, cache):
+    with pytest.raises(UserError, match="line 2 has no field 'rejected'"):
+        load_pairs(write(PAIR, {"prompt": "a=1", "chosen": "1"}), tokenizer, 50, 50, cache)
+    with pytest.raises(UserError, match="rows.jsonl, line 3: the tokenizer of .* cannot write 'xyz"):
+        load_pairs(write(PAIR, PAIR, {**PAIR, "chosen": "xyz"}, PAIR), tokenizer, 50, 50, cache)
+    assert list(Path(cache).iterdir()) == []
+
+
+def test_many_rows_keep_their_order(tokenizer, write, cache):
+    rows = [{**PAIR, "prompt": "a=" + "1" * (1 + i % 7), "chosen": f"\\boxed{{{i}}}"} for i in range(500)]
+    data = load_pairs(write(*rows), tokenizer, 50, 50, cache)
+    assert len(data) == 1000
+    for i, row in enumerate(rows):
+        text = tokenizer.backend.decode(data.sequence(2 * i)[0].tolist(), skip_special_tokens=False)
+        assert text == f"<user>{row['prompt']}<assistant>{row['chosen']}<eos>"
+
+
+@pytest.mark.parametrize("header", [None, "{{ m['role'] }}:  "])
+def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path, header):
+    """By each token's own offset, also where a token straddles the border or one character is many tokens. The second
+    header ends with two spaces, which are one token by themselves and two before a word."""
+    folder = shared / "qwen2.5-tokenizer"
+    if header:
+        (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["chat_template"] = "{% for m in messages %}" + header + "{{ m['content'] }}{% endfor %}"
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        folder = tmp_path
+    tokenizer = Tokenizer(folder)
+    answers = ["\n\nx", "\n", " a", "🤖🤖 b", "e\u0301", "\u0301a", "  ", "日本", "<think>\n", "\r\n", "\t1"]
+    rows = [conversation(prompt, answer + "z 1") for prompt in ("1", "é", "🤖") for answer in answers]
+    data = load_sft(write(*rows), tokenizer, 1000, cache)
+    assert len(data) == len(rows)
+    for i, row in enumerate(rows):
+        prompt, completion = tokenizer.split(row["messages"])
+        encoding = tokenizer.backend.encode(prompt + completion, add_special_tokens=False)
+        tokens, learned = data.sequence(i)
+        assert tokens.tolist() == [*encoding.ids, tokenizer.eos_id]
+        assert learned.tolist() == [start >= len(prompt) for start, _ in encoding.offsets] + [False]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Raw rows to sft.jsonl and pairs.jsonl, against results worked out by hand, by `datasets`, and by plain loops over
 the real sample."""
 
+import copy
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +97,11 @@ PAIRS = {
     "responses fit": (0, 1),
     "empty generation": (1, 3),
 }
+TOO_LONG = ("prompt too long", "chosen too long", "rejected too long")
+
+
+def measured(message: list[dict]) -> int:
+    return len(message[0]["content"]) + 2
 
 
 @pytest.fixture(scope="module")
@@ -126,39 +133,98 @@ def test_every_kind_of_row(tmp_path, tokenizer):
     names = list(ROWS)
     order = [names[i] for i in np.random.default_rng(42).permutation(len(names))]
     assert order != names
-    sft, pairs = [], []
+    sft, pairs, too_long = [], [], []
     for name in order:
         row = ROWS[name]
         answers = [[{"role": "assistant", "content": text}] for text in row["generations"] or []]
         prompt = [{"role": "user", "content": row["problem"]}]
         facts = {"original_index": names.index(name), "source": row["source"]}
         if name in SFT:
-            sft.append({"messages": prompt + answers[SFT[name]], **facts, "generation_index": SFT[name]})
-        if name in PAIRS:
-            good, bad = PAIRS[name]
-            pairs.append(
-                {
-                    "prompt": prompt,
-                    "chosen": answers[good],
-                    "rejected": answers[bad],
-                    **facts,
-                    "chosen_index": good,
-                    "rejected_index": bad,
-                }
-            )
+            lengths = {"prompt_tokens": measured(prompt), "response_tokens": measured(answers[SFT[name]])}
+            row = {"messages": prompt + answers[SFT[name]], **facts, "generation_index": SFT[name], **lengths}
+            sft.append(row)
+        if name in PAIRS or name in TOO_LONG:
+            good, bad = PAIRS.get(name, (0, 1))
+            row = {
+                **facts,
+                "chosen_index": good,
+                "rejected_index": bad,
+                "prompt_tokens": measured(prompt),
+                "chosen_tokens": measured(answers[good]),
+                "rejected_tokens": measured(answers[bad]),
+            }
+            texts = {"prompt": prompt, "chosen": answers[good], "rejected": answers[bad]}
+            pairs.append(texts | row) if name in PAIRS else too_long.append(row)
     assert read(tmp_path / "out" / "sft.jsonl") == sft
     assert read(tmp_path / "out" / "pairs.jsonl") == pairs
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "sft.jsonl"]
+    assert read(tmp_path / "out" / "too_long.jsonl") == too_long
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "sft.jsonl", "too_long.jsonl"]
 
 
-def test_order_is_that_of_datasets(tmp_path, tokenizer):
+def original(rows: list[dict]) -> tuple[list, list]:
+    """What the original's scripts keep of raw rows, with `datasets` doing the numbering and the shuffle: (number,
+    problem, generation) of SFT rows, (number, problem, chosen, rejected) of pairs before their lengths are looked at.
+    Written from the description of the scripts; an empty generation is passed over, as nanoredi does on purpose."""
     datasets = pytest.importorskip("datasets")
-    n = 257
-    file = write(tmp_path / "raw.jsonl", [raw(f"a={i}") for i in range(n)])
-    shuffled = datasets.Dataset.from_dict({"index": list(range(n))}).shuffle(seed=42)["index"]
-    prepare.prepare([file], tokenizer, tmp_path / "out")
-    for name in ("sft.jsonl", "pairs.jsonl"):
-        assert [row["original_index"] for row in read(tmp_path / "out" / name)] == list(shuffled)
+    dataset = datasets.Dataset.from_list(rows).map(lambda row, i: {"original_index": i}, with_indices=True)
+    sft, pairs = [], []
+    for row in dataset.shuffle(seed=42):
+        valid, texts, labels = row["problem_is_valid"], row["generations"], row["correctness"]
+        if not isinstance(valid, str) or valid.strip().lower() != "yes" or row["source"] == "cn_k12":
+            continue
+        if not row["problem"] or not texts or not labels:
+            continue
+        llama, math = labels["llama_verification"], labels["math_verify_reparsed_answer"]
+        if llama is None or math is None or not len(llama) == len(math) == len(texts):
+            continue
+        right = [i for i, text in enumerate(texts) if text and llama[i] and math[i]]
+        wrong = [i for i, text in enumerate(texts) if text and not (llama[i] and math[i])]
+        if right:
+            sft.append((row["original_index"], row["problem"], texts[right[0]]))
+            if wrong:
+                pairs.append((row["original_index"], row["problem"], texts[right[0]], texts[wrong[0]]))
+    return sft, pairs
+
+
+def test_ten_thousand_rows_as_the_original(tmp_path, tokenizer):
+    rng = random.Random(0)
+    rows = [defective(rng.choice([*ROWS.values()]), rng) for _ in range(10_000)]
+    sft, pairs = original(rows)
+    pairs = [row for row in pairs if len(row[1]) + 2 <= 8 and max(map(len, row[2:])) + 2 <= 10]
+    counts = prepare.prepare([write(tmp_path / "raw.jsonl", rows)], tokenizer, tmp_path / "out", **LIMITS)
+    assert [
+        (row["original_index"], *(message["content"] for message in row["messages"]))
+        for row in read(tmp_path / "out" / "sft.jsonl")
+    ] == sft
+    assert [
+        (row["original_index"], *(row[side][0]["content"] for side in ("prompt", "chosen", "rejected")))
+        for row in read(tmp_path / "out" / "pairs.jsonl")
+    ] == pairs
+    assert (counts[prepare.SFT_GATE], [*counts.values()][-1]) == (len(sft), len(pairs))
+    left = list(counts.values())
+    assert all(after < before for before, after in zip(left, left[1:])) and len(pairs) > 200  # each gate had its work
+
+
+def defective(row: dict, rng: random.Random) -> dict:
+    """The row with other values here and there, and now and then with one more thing wrong with it."""
+    row = copy.deepcopy(row)
+    if row["problem"]:
+        row["problem"] = f"a={rng.randrange(10 ** rng.randint(1, 5))}"
+    if rng.random() < 0.5:
+        row["problem_is_valid"] = rng.choice(["Yes", "yes ", "YES", "No", "Incomplete", "", None, "yes, partly"])
+    if rng.random() < 0.5:
+        row["source"] = rng.choice(["olympiads", "cn_k12", "CN_K12", "amc_aime", None])
+    labels = row["correctness"]
+    for name in labels or {}:
+        if labels[name] and rng.random() < 0.5:
+            labels[name] = [rng.choice([True, True, False, None]) for _ in labels[name]]
+        if labels[name] and rng.random() < 0.05:
+            labels[name] = rng.choice([labels[name][:-1], labels[name] + [True], [], None])
+    if row["generations"] and rng.random() < 0.3:
+        row["generations"][0] = rng.choice(["", "c=1", "d=12345678"])
+    if rng.random() < 0.05:
+        row["problem"] = rng.choice(["", None])
+    return row
 
 
 def test_seed_changes_the_order_alone(tmp_path, tokenizer):
@@ -189,6 +255,27 @@ def test_parquet_and_shards_equal_jsonl(tmp_path, tokenizer):
         results.append((counts, (out / "sft.jsonl").read_bytes(), (out / "pairs.jsonl").read_bytes()))
     assert results[0][0]["rows read"] == len(rows)
     assert all(result == results[0] for result in results[1:])
+
+
+def test_a_row_group_is_not_held_in_memory(tmp_path):
+    """200 MB in one row group, which pyarrow would take whole, pass through a small part of that."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [f"{i:05}" * 2000 for i in range(20_000)]
+    table = pyarrow.table({"problem": ["a=1"] * 20_000, "generations": [[text] for text in texts]})
+    parquet.write_table(
+        table, tmp_path / "raw.parquet", row_group_size=20_000, compression="none", use_dictionary=False
+    )
+    code = f"""
+import pathlib, pyarrow
+from nanoredi.raw import raw_rows
+rows = raw_rows(pathlib.Path({str(tmp_path / "raw.parquet")!r}))
+assert sum(len(row["generations"][0]) for _, row in rows) == 2 * 10**8
+print(pyarrow.default_memory_pool().max_memory())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 50 * 2**20, f"{int(done.stdout):,} bytes"
 
 
 def test_parquet_faults(tmp_path, tokenizer, monkeypatch):
@@ -315,7 +402,8 @@ def test_as_a_command(tmp_path, toy_folder):
 
 def test_the_papers_counts_are_told_only_when_missed():
     gates = ["rows read", "a", prepare.SFT_GATE, "pairs"]
-    assert "77,629 SFT traces and 53,175 pairs" in prepare.table(dict(zip(gates, (516_499, 300_000, 77_629, 53_174))))
+    missed = prepare.table(dict(zip(gates, (516_499, 300_000, 77_629, 53_174))))
+    assert "not the paper's counts" in missed and "77,629 SFT traces and 53,175 pairs" in missed
     assert "paper" not in prepare.table(dict(zip(gates, (516_499, 300_000, 77_629, 53_175))))
     assert "paper" not in prepare.table(dict(zip(gates, (100_000, 300, 20, 10))))
 
