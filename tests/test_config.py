@@ -142,8 +142,9 @@ def test_a_run_s_folder(tmp_path):
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="holds another run: redi.alpha is 0.5 there and 0.8 here"):
         open_run(out, {"redi": RediConfig()})
-    with pytest.raises(UserError, match="broken off before its end"):
-        open_run(out, {"redi": config})
+    assert open_run(out, {"redi": config}) is False  # broken off: it goes on
+    # Also on other machines; what comes out is the same.
+    assert open_run(out, {"redi": RediConfig(alpha=0.5, shard_size=8, max_tokens_per_micro_batch=9)}) is False
     (tmp_path / "run" / "final").mkdir()
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
     assert open_run(out, {"redi": config}) is True

@@ -245,8 +245,9 @@ def test_gradients_of_many_ranks_are_those_of_one(run, toy_data, tmp_path):
             assert relative(got, {n: g.double() for n, g in want.items()}) < 1e-5
 
 
-def test_the_loss_curve_depends_on_neither_ranks_nor_machines(run, toy_data, tmp_path):
-    """20 steps on 1, 2 and 4 ranks, and on two torchrun agents of 2 ranks that each hold a copy of the weights; 5 pairs a
+@pytest.mark.parametrize("others", [["2"], pytest.param(["2", "4", "agents"], marks=pytest.mark.slow)])
+def test_the_loss_curve_depends_on_neither_ranks_nor_machines(others, run, toy_data, tmp_path):
+    """20 steps on 1 rank and on 2, 4, and two torchrun agents of 2 ranks that each hold a copy of the weights; 5 pairs a
     step leave some ranks with less to do."""
     words = "--recipe toy --epochs 2 --batch_size 5 --max_steps 20 --evaluate false --dtype float32".split()
     flags = ["train_redi.py", *words, "--model", toy_data / "model", "--data", toy_data / "pairs.jsonl"]
@@ -254,26 +255,26 @@ def test_the_loss_curve_depends_on_neither_ranks_nor_machines(run, toy_data, tmp
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
     agents = f"--nnodes 2 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint {endpoint} --rdzv_id test".split()
-    for name, ranks in (("1", 1), ("2", 2), ("4", 4)):
-        done = run(*flags, "--out", tmp_path / name, ranks=ranks)
-        assert done.returncode == 0, done.stderr
-    with ThreadPoolExecutor() as threads:
-        both = [
-            threads.submit(run, *flags, "--out", tmp_path / "agents", "--shard_size", "2", torchrun=agents)
-            for _ in range(2)
-        ]
-        for done in (future.result() for future in both):
+    for name in ["1", *others]:
+        if name == "agents":
+            with ThreadPoolExecutor() as threads:
+                words = [*flags, "--out", tmp_path / name, "--shard_size", "2"]
+                both = [threads.submit(run, *words, torchrun=agents) for _ in range(2)]
+                ended = [future.result() for future in both]
+        else:
+            ended = [run(*flags, "--out", tmp_path / name, ranks=int(name))]
+        for done in ended:
             assert done.returncode == 0, done.stderr
-    want, *others = (
+    want, *curves = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("1", "2", "4", "agents")
+        for name in ["1", *others]
     )
     assert len(want) == 20
-    for rows in others:
+    for rows in curves:
         for a, b in zip(want, rows, strict=True):
             for key in ("loss", "chosen_logp", "rejected_logp", "grad_norm", "update_norm"):
                 assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4 if key == "loss" else 1e-5)
     start = dict(Qwen2.from_pretrained(tmp_path / "1" / "final").named_parameters())
-    for name in ("2", "4", "agents"):
+    for name in others:
         for key, p in Qwen2.from_pretrained(tmp_path / name / "final").named_parameters():
             torch.testing.assert_close(p, start[key], rtol=1e-3, atol=1e-4)
