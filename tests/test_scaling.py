@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench import scaling
 from bench.scaling import MACHINE, MODELS, Device, Layout
+from nanoredi import distributed
 from nanoredi import model as model_module
 from nanoredi.distributed import shard
 from nanoredi.kernels import chunks
@@ -145,6 +146,8 @@ def test_memory_is_what_a_step_keeps(one_rank, monkeypatch):
     monkeypatch.setattr(nn.Module, "float", lambda self: self)  # it is fp32, and such tensors cannot be swapped
     monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", chunks.MAX_GPU_ELEMENTS)
     monkeypatch.setattr(scaling, "SEQUENCES", 4)
+    mesh = distributed.shard_mesh(one_rank, 0)
+    monkeypatch.setattr(distributed, "shard_mesh", lambda *_: mesh)  # a mesh cannot be made of such tensors
     n = 2 * scaling.LENGTH
     for config in (dataclasses.replace(c, num_hidden_layers=4) for c in MODELS.values()):
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -83,8 +83,9 @@ def test_sigterm_saves_and_sigusr1_tells(flags, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir())[-1] == f"step-{last:06d}"
 
 
-def test_another_number_of_ranks_goes_on(flags, run, tmp_path):
-    """Nine steps on one rank, the rest on four, with two copies of the weights; against all of it on one."""
+@pytest.mark.parametrize("ranks, shard_size", [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_another_number_of_ranks_goes_on(ranks, shard_size, flags, run, tmp_path):
+    """Nine steps on one rank, the rest on several, with two copies of the weights; against all of it on one."""
     whole = run("train_redi.py", *flags, "--out", "whole")
     assert whole.returncode == 0, whole.stderr
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
@@ -94,7 +95,7 @@ def test_another_number_of_ranks_goes_on(flags, run, tmp_path):
     stopped = run("tests/stop_at.py", "9", *flags, "--out", "stopped")
     assert stopped.returncode == 0, stopped.stderr
     shutil.copytree(tmp_path / "stopped" / "state", tmp_path / "part" / "state")
-    done = run("train_redi.py", *flags, "--out", "part", "--shard_size", "2", ranks=4)
+    done = run("train_redi.py", *flags, "--out", "part", "--shard_size", shard_size, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert "going on after step 9" in done.stdout
     want, got = steps_of(tmp_path / "whole"), steps_of(tmp_path / "part")
