@@ -282,6 +282,7 @@ def main() -> None:
                 for _ in range(flags.rounds):
                     for method, collected in results.items():
                         collected.append(run_one(method, name, dtype, f"{folder}/model", common))
+                        print(f"{dtype}, {method}: {collected[-1]}", file=sys.stderr)
                 for method, collected in results.items():
                     good = [r for r in collected if r]
                     if not good:
