@@ -10,12 +10,16 @@ watch tripped, and of the one saved 10 steps later; of the end.
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nanoredi.config import RediConfig  # noqa: E402
+from nanoredi.guards import CollapseWatch  # noqa: E402
+
 ARMS = (("1.0", "1e-3"), ("0.8", "5e-4"))
 
 
@@ -24,6 +28,15 @@ def run(*words: str | Path) -> str:
     if done.returncode:
         sys.exit(done.stderr)
     return done.stdout
+
+
+def tripped(out: Path) -> int | None:
+    """The step at which a run's watch trips, by its metrics."""
+    watch = CollapseWatch(RediConfig().collapse_nats)
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        watch.look(row["step"], row["chosen_logp"], row["update_norm"])
+    return watch.tripped
 
 
 def accuracies(folder: Path, seed_folder: Path, models: list[Path]) -> list[float]:
@@ -50,16 +63,15 @@ def main() -> None:
             words = ["--recipe", "toy", "--model", sft / "final", "--data", sft / "data" / "pairs.jsonl", "--out", out]
             words += ["--alpha", alpha, "--lr", lr, "--seed", seed, "--evaluate", "false"]
             if not (out / "final").exists():
-                said = run(ROOT / "train_redi.py", *words, "--save_every", "2", "--log_every", "1")
-                (out.with_suffix(".log")).write_text(said)
-            trip = re.search(r"COLLAPSE at step (\d+)", out.with_suffix(".log").read_text())
+                run(ROOT / "train_redi.py", *words, "--save_every", "2", "--log_every", "1")
+            trip = tripped(out)
             steps = []
             if trip:
-                before = (int(trip[1]) - 1) // 2 * 2
+                before = (trip - 1) // 2 * 2
                 steps = [out / f"step-{step:06d}" for step in (before, before + 10)]
-            name = out.with_name(f"{out.name}-accuracies")
+            name = out.with_name(f"{out.name}-trip-{trip}")
             start, *between, end = (f"{a:.0f}" for a in accuracies(name, sft, [sft / "final", *steps, out / "final"]))
-            cells = [trip[1] if trip else "never", start, *(between or ["", ""]), end]
+            cells = [str(trip or "never"), start, *(between or ["", ""]), end]
             print(f"| {seed} | {alpha}, {lr} | {' | '.join(cells)} |", flush=True)
 
 

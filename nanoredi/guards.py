@@ -78,7 +78,7 @@ class CollapseWatch:
     The watch follows how far a running mean of the chosen log-prob has fallen below its start, and trips when all hold:
 
         the fall is larger than `nats`;
-        it accelerates: the last third of the run so far brought more than 1.5 times what the third before it brought;
+        it accelerates: the last third of the run so far brought more than 1.2 times what the third before it brought;
         the update is about as large as its mean so far, or larger: a schedule that is past its peak has not tamed it.
 
     The constants were found on the toy; bench/collapse.py has what they do there.
@@ -89,7 +89,7 @@ class CollapseWatch:
         tripped: the step it tripped at, or None.
     """
 
-    SHARE, START, ACCELERATES, UPDATE = 1 / 3, 4, 1.5, 0.95
+    SHARE, START, ACCELERATES, UPDATE = 1 / 3, 4, 1.2, 0.95
 
     def __init__(self, nats: float):
         self.nats = nats
