@@ -127,10 +127,10 @@ def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
     kv = c.num_key_value_heads * c.head_dim
     block, root, head = block_parameters(c), root_parameters(c), 4 * c.vocab_size * d
     accumulates = layout.micro_batches > 1
-    # What a block's backward holds, in bf16: the norms' outputs, q, attention's output, the stream between attention
-    # and MLP and the gradient of the stream after it (6 D); k and v; in the MLP gate, silu(gate) and up, and the
-    # gradients of the last two and of their product (6 F).
-    working = 2 * n * (6 * d + 2 * kv + 6 * f)
+    # What a block's backward holds, in bf16: the norms' outputs, q, the stream between attention and MLP and the
+    # gradient of the stream after it (5 D); k and v; in the MLP gate, silu(gate) and up, and the gradients of the last
+    # two and of their product (6 F).
+    working = 2 * n * (5 * d + 2 * kv + 6 * f)
     # The loss comes before, when no block is at work: hidden, its gradient, a chunk of logits; and the gradient of the
     # head, which it makes in fp32. That one lives on to the end of backward, where the embedding adds its own to it;
     # an untied head's is added to the earlier micro-batches' sum at once.
@@ -142,7 +142,8 @@ def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
         "gradients": (4 * parameters(c) if accumulates else 0) + (2 + 4) * block + (head if stays else 0),
         # The root unit, the block at work, the next one, and the buffer that one arrives in.
         "gathered": 2 * root + 2 * block * (3 if layout.shard > 1 else 1),
-        "checkpoints": 2 * n * d * c.num_hidden_layers,
+        # A block's input, attention's output, and fp32's log-sum-exp of each head.
+        "checkpoints": n * (2 * 2 * d + 4 * c.num_attention_heads) * c.num_hidden_layers,
         "a block": max(working, loss + (0 if stays else head)),
     }
 
@@ -168,8 +169,8 @@ def network_share(layout: Layout) -> float:
 
 
 def flops(c: Qwen2Config, layout: Layout) -> dict[str, float]:
-    """Of a GPU's micro-batch: forward and backward (activation checkpointing's second forward in it), of the linear
-    layers and of attention."""
+    """Of a GPU's micro-batch: forward and backward (activation checkpointing's second forward of the linear layers
+    in it), of the linear layers and of attention."""
     n, d = layout.tokens, c.hidden_size
     linear = 2 * n * block_parameters(c) * c.num_hidden_layers
     attention = n / LENGTH * 2 * LENGTH**2 * d * c.num_hidden_layers  # two products, each over half of the square
@@ -178,7 +179,7 @@ def flops(c: Qwen2Config, layout: Layout) -> dict[str, float]:
         "forward": linear + 3 * head,
         "backward": 3 * linear,
         "forward attention": attention,
-        "backward attention": 3.5 * attention,  # flash's backward has five products for forward's two
+        "backward attention": 2.5 * attention,  # flash's backward has five products for forward's two
     }
 
 
@@ -366,9 +367,9 @@ tensors that a step keeps, which it counts without a GPU.
 **Memory.** *weights, Adam*: three fp32 numbers a parameter, divided among the GPUs that share a copy. *gradients*: the
 whole sum of the earlier micro-batches; a block's own on its way to the others; the head's, which the loss makes in
 forward. *gathered*: whole bf16 weights of the root unit (embedding, norm and head: gathered once a forward, kept to the
-end of backward) and of up to three blocks (at work, next, arriving). *checkpoints*: the input of each block. *a block*:
-what a block's backward makes again and keeps. The loss holds a chunk of logits at another moment, when no block is at
-work. Not counted: CUDA, NCCL, gaps of the allocator.
+end of backward) and of up to three blocks (at work, next, arriving). *checkpoints*: the input of each block, and its
+attention's output. *a block*: what a block's backward makes again and keeps. The loss holds a chunk of logits at
+another moment, when no block is at work. Not counted: CUDA, NCCL, gaps of the allocator.
 
 **Traffic.** A micro-batch gathers each block twice, for forward and for backward, and the root unit once, in bf16. Once
 a step gradients are reduced in fp32. To gather or reduce S bytes over n GPUs each sends S (n - 1) / n; across machines
@@ -376,7 +377,7 @@ an eighth of that goes through each GPU's adapter, as the 8 adapters of a machin
 among m machines sends 2 (m - 1) / m of an eighth of the gradient through each.
 
 **Time.** Linear layers take 8 operations a parameter and token (forward 2, its repetition 2, backward 4), the loss 6.
-Causal attention takes 2 n^2 D a sequence and block, and 3.5 times that in backward, its repetition included. Each
+Causal attention takes 2 n^2 D a sequence and block, and 2.5 times that in backward; its forward is not repeated. Each
 forward and each backward takes the longer of computing and sending; the last backward also sends the gradients. To
 that is added what nothing hides: the gather of root unit and first block in each micro-batch, the root unit's reduction
 at the end, the optimiser. All GPUs have equal work. *network to keep up*: the rate below which sending takes longer

@@ -16,6 +16,13 @@ from torch.nn.attention.varlen import varlen_attn
 # attend(layer, q (N, H, E), k (N, K, E), v (N, K, E)) -> (N, H, E)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
+# What activation checkpointing keeps: attention's output is no larger than a block's input, and of all products its
+# forward is the dearest to make again.
+EXPENSIVE_OPS = [
+    torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+
 # torch 2.11 takes grouped queries as they are; later releases want to be told.
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 

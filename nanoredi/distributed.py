@@ -1,6 +1,6 @@
 """One process or many: the process group, the device mesh, and the model sharded over it by FSDP2.
 
-A single process is the same code on a mesh of one.
+A single process is the same code on a mesh of one; in fp32 it has nothing to shard or cast, and goes without FSDP2.
 """
 
 import contextlib
@@ -12,8 +12,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from nanoredi.errors import UserError
 from nanoredi.model import Block, Qwen2
@@ -113,6 +115,11 @@ def shard(
         shard_size: ranks that share one copy of the weights, usually those of a machine; 0: all. Each group then has a
             copy, and gradients are summed over the groups, too.
     """
+    if world.size == 1 and dtype == torch.float32:
+        # Nothing to share and nothing to cast. A copy, because the weights are the file's own memory.
+        for p in model.parameters():
+            p.data = p.data.to(world.device, torch.float32, copy=True)
+        return model
     mesh = shard_mesh(world, shard_size)
     # Inputs are not cast: the loss's weights must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -140,6 +147,17 @@ def shard(
         p.grad_dtype = torch.float32  # the whole unit's: it is reduced as one
     model.reshard()
     return model
+
+
+def exchange_gradients(model: Qwen2, wanted: bool) -> None:
+    """Whether the next backward sums its gradients over the ranks, or each rank adds up its own."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter, its gradient or AdamW's state."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -11,15 +11,16 @@ mlp(norm(x)). How tokens attend is not the model's business: each block calls an
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from nanoredi.attention import Attend, PackedAttention
+from nanoredi.attention import EXPENSIVE_OPS, Attend, PackedAttention
 from nanoredi.checkpoint import load_weights, save_folder
 from nanoredi.errors import UserError, nearest
 from nanoredi.files import read_json
@@ -188,7 +189,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._compute, x, rope, attend, use_reentrant=False)
+            keeping = partial(create_selective_checkpoint_contexts, EXPENSIVE_OPS)
+            # No random number is drawn here whose state would have to be kept.
+            return checkpoint(
+                self._compute, x, rope, attend, use_reentrant=False, preserve_rng_state=False, context_fn=keeping
+            )
         return self._compute(x, rope, attend)
 
     def _compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from nanoredi.distributed import local
+
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with the paper's betas and eps, over all parameters."""
@@ -28,7 +30,7 @@ def schedule(step: int, total: int, warmup: float) -> float:
 
 def gradient_square(model: nn.Module) -> Tensor:
     """The squared length of the gradient, of this rank's shards: () fp32."""
-    return torch.nn.utils.get_total_norm([p.grad.to_local() for p in model.parameters()]).square()
+    return torch.nn.utils.get_total_norm([local(p.grad) for p in model.parameters()]).square()
 
 
 @torch.no_grad()
@@ -41,7 +43,7 @@ def clipped_step(model: nn.Module, optimizer: torch.optim.AdamW, norm: Tensor, l
     """
     scale = (longest / (norm + 1e-6)).clamp(max=1.0)
     for p in model.parameters():
-        p.grad.to_local().mul_(scale)
+        local(p.grad).mul_(scale)
     optimizer.grad_scale, optimizer.found_inf = None, skip  # what the fused AdamW knows from torch.amp
     optimizer.step()
     optimizer.zero_grad()
@@ -60,7 +62,7 @@ def update_square(optimizer: torch.optim.AdamW) -> Tensor:
         for p in group["params"]:
             state = optimizer.state[p]
             t = state["step"]
-            new, m, v = (x.to_local() for x in (p, state["exp_avg"], state["exp_avg_sq"]))
+            new, m, v = (local(x) for x in (p, state["exp_avg"], state["exp_avg_sq"]))
             step = (v / (1 - b2**t)).sqrt_().add_(eps).reciprocal_().mul_(m).mul_(lr / (1 - b1**t))
             # new = (1 - lr * decay) * old - step, hence old - new = (step + lr * decay * new) / (1 - lr * decay).
             step.add_(new, alpha=lr * decay)

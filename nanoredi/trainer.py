@@ -20,7 +20,7 @@ from nanoredi import objectives
 from nanoredi.batch import WeightedSequence, divide, num_steps, pack, step_rows
 from nanoredi.config import RediConfig, SftConfig, TrainConfig
 from nanoredi.data import TokenData, load_pairs, load_sft
-from nanoredi.distributed import World, compute_dtype, matrix_rate, shard
+from nanoredi.distributed import World, compute_dtype, exchange_gradients, matrix_rate, shard
 from nanoredi.errors import Stopped, UserError
 from nanoredi.guards import Guards, signals
 from nanoredi.log import Log, Step
@@ -116,7 +116,7 @@ def train_step(
     for i, indices in enumerate(micro_batches):
         batch = pack([sequences[j] for j in indices] or [idle], model.config.vocab_size).to(world.device)
         # Gradients add up on each rank; ranks exchange them once a step.
-        model.set_requires_gradient_sync(i == len(micro_batches) - 1)
+        exchange_gradients(model, i == len(micro_batches) - 1)
         loss, token_logps = model.loss(*batch)
         loss.backward()
         logps += mean_logps(token_logps, batch.weights)

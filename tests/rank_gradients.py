@@ -31,9 +31,12 @@ with world() as ranks:
         model = shard(Qwen2.from_pretrained(config.model), ranks, torch.float32, shard_size=shard_size)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         grads = {}
-        optimizer.register_step_pre_hook(
-            lambda *_: grads.update({n: p.grad.full_tensor() for n, p in model.named_parameters()})  # noqa: B023
-        )
+
+        def keep(*_):
+            for name, p in model.named_parameters():  # noqa: B023
+                grads[name] = p.grad.full_tensor() if ranks.size > 1 else p.grad.clone()  # noqa: B023
+
+        optimizer.register_step_pre_hook(keep)
         step = replace(config, max_tokens_per_micro_batch=max_tokens, shard_size=shard_size)
         train_step(model, optimizer, weighted_sequences(config, data, rows), step, ranks)
         if ranks.rank == 0:

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoredi import checkpoint, toy
 from nanoredi.errors import UserError
@@ -70,17 +72,36 @@ def test_loss_is_the_weighted_sum_of_logps():
     torch.testing.assert_close(loss, (weights * want).sum(), atol=1e-4, rtol=0)
 
 
-def test_activation_checkpointing_changes_no_gradient():
-    grads = []
+class Calls(TorchDispatchMode):
+    """How often each operation has run."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_activation_checkpointing_changes_no_gradient_and_repeats_no_attention():
+    grads, calls = [], []
     for on in (False, True):
         model = tiny.tiny_model(tied=True)
         for block in model.model.layers:
             block.activation_checkpointing = on
         input_ids, position_ids, cu_seqlens = tiny.packed(tiny.sequences())
-        model.loss(input_ids, position_ids, cu_seqlens, input_ids, torch.ones(len(input_ids)))[0].backward()
+        with Calls() as mode:
+            model.loss(input_ids, position_ids, cu_seqlens, input_ids, torch.ones(len(input_ids)))[0].backward()
         grads.append([p.grad for p in model.parameters()])
+        calls.append(mode.counts)
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
+    plain, checkpointed = calls
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert plain[attention] == checkpointed[attention] == 2 * len(tiny.LENGTHS)
+    silu = torch.ops.aten.silu.default
+    assert checkpointed[silu] == 2 * plain[silu]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanoredi.distributed import shard
+from nanoredi.distributed import local, shard
 from nanoredi.errors import UserError
 from nanoredi.log import drop_steps_after
 from nanoredi.model import Qwen2
@@ -116,10 +116,10 @@ def states(toy_data, one_rank, tmp_path):
     states = States(tmp_path / "state", one_rank)
     for step in (5, 10, 15):
         for t in tensors.values():
-            t.to_local().fill_(float(step))
+            local(t).fill_(float(step))
         states.save(step, tensors, {"skipped": 0, "said": f"at {step}"})
         for t in tensors.values():
-            t.to_local().fill_(-1.0)  # the training goes on at once
+            local(t).fill_(-1.0)  # the training goes on at once
     states.wait()
     return tensors, tmp_path / "state", one_rank
 
@@ -128,7 +128,7 @@ def test_two_states_are_kept_and_the_newest_is_loaded(states):
     tensors, folder, world = states
     assert sorted(path.name for path in folder.iterdir()) == ["step-000010", "step-000015"]
     assert States(folder, world).load(tensors) == {"step": 15, "skipped": 0, "said": "at 15"}
-    assert all((t.to_local() == 15).all() for t in tensors.values())
+    assert all((local(t) == 15).all() for t in tensors.values())
     assert not list(folder.rglob("*.pkl")) and not list(folder.rglob(".metadata"))
 
 
@@ -159,7 +159,7 @@ def test_a_damaged_state_is_said_and_the_one_before_it_used(states, damage, caps
     tensors, folder, world = states
     damage(folder / "step-000015")
     assert States(folder, world).load(tensors)["step"] == 10
-    assert all((t.to_local() == 10).all() for t in tensors.values())
+    assert all((local(t) == 10).all() for t in tensors.values())
     said = capsys.readouterr().out
     assert "step-000015 is damaged" in said or not (folder / "step-000015").exists()
     damage(folder / "step-000010")

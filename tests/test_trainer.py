@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from nanoredi.batch import step_rows
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data import load_pairs, load_sft
-from nanoredi.distributed import compute_dtype, shard
+from nanoredi.distributed import compute_dtype, local, shard
 from nanoredi.errors import UserError
 from nanoredi.kernels import chunks
 from nanoredi.model import Qwen2
@@ -60,7 +60,7 @@ def one_step(config, world):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.1, fused=True)
     grads = {}
     optimizer.register_step_pre_hook(
-        lambda *_: grads.update({n: p.grad.full_tensor().clone() for n, p in model.named_parameters()})
+        lambda *_: grads.update({n: local(p.grad).clone() for n, p in model.named_parameters()})
     )
     figures, tokens, _ = train_step(model, optimizer, weighted_sequences(config, data, rows), config, world)
     return figures, grads, tokens, model
@@ -142,7 +142,7 @@ def test_objective_sft_goes_on_with_the_chosen(redi, one_rank):
 def test_update_norm_is_what_the_weights_moved(redi, one_rank):
     before = Qwen2.from_pretrained(redi.model, dtype=torch.float32)
     figures, _, _, model = one_step(redi, one_rank)
-    moved = [(new.full_tensor() - old).norm() for new, old in zip(model.parameters(), before.parameters())]
+    moved = [(local(new) - old).norm() for new, old in zip(model.parameters(), before.parameters())]
     assert figures[3].item() == pytest.approx(torch.stack(moved).norm().item(), rel=1e-4)
 
 
@@ -153,7 +153,7 @@ def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(redi, one_rank, mo
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     half = {}
     optimizer.register_step_pre_hook(
-        lambda *_: half.update({n: p.grad.full_tensor().clone() for n, p in model.named_parameters()})
+        lambda *_: half.update({n: local(p.grad).clone() for n, p in model.named_parameters()})
     )
     train_step(model, optimizer, weighted_sequences(redi, load(redi), step_rows(0, 40, 16, seed=3)), redi, one_rank)
     assert {p.dtype for p in model.parameters()} == {g.dtype for g in half.values()} == {torch.float32}
