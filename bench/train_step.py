@@ -51,17 +51,18 @@ class Size:
     max_tokens_per_micro_batch: int
 
 
+QWEN_1_5B = Qwen2Config(151_936, 1536, 8960, 28, 12, 2, 32_768, 300_000.0, tie_word_embeddings=True)
 SIZES = (
     {
         "Qwen2.5-Math-1.5B's shape, pairs of mixed lengths": Size(
-            Qwen2Config(151_936, 1536, 8960, 28, 12, 2, 32_768, 300_000.0, tie_word_embeddings=True),
+            QWEN_1_5B,
             pairs=8,
             prompt=(50, 800),
             response=(1_000, 19_000),
             max_tokens_per_micro_batch=40_000,
         ),
         "the same, pairs of 2 x 19,000 tokens": Size(
-            Qwen2Config(151_936, 1536, 8960, 28, 12, 2, 32_768, 300_000.0, tie_word_embeddings=True),
+            QWEN_1_5B,
             pairs=2,
             prompt=(800, 800),
             response=(19_000, 19_000),

@@ -106,7 +106,7 @@ def golds_of(where: str, answer: Any) -> list[str]:
     if isinstance(answer, str) and answer.strip().startswith(("['", '["')):
         try:
             answer = ast.literal_eval(answer.strip())
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             pass  # not a list after all: LaTeX may begin so too
     answers = answer if isinstance(answer, list) else [answer]
     golds = [

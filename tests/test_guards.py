@@ -157,10 +157,6 @@ def test_a_dead_rank_takes_the_job_down_at_once(toy_data, tmp_path):
         begin = time.monotonic()
         _, err = job.communicate(timeout=60)
         assert job.returncode != 0 and time.monotonic() - begin < 20
-        assert (
-            "SIGKILL" in err
-            or "Signal 9" in err
-            or "exitcode: -9" in err.replace(" ", "").replace("exitcode:", "exitcode: ")
-        )
+        assert "SIGKILL" in err  # torchrun's word on the first rank that failed
     finally:
         job.kill()

@@ -64,7 +64,7 @@ def test_killed_20_times_at_random_moments_it_ends_with_the_same_weights(flags, 
 
 
 def test_sigterm_saves_and_sigusr1_tells(flags, tmp_path):
-    """The same run, stopped in the middle and gone on with on two ranks: equal within rounding."""
+    """In the middle of a run; what it says names the step that is saved."""
     command = [sys.executable, str(ROOT / "train_redi.py"), *flags, "--epochs", "40", "--out", "run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(
