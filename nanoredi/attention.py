@@ -7,24 +7,29 @@ model is the same code in training and in sampling. The letters for shapes are t
 
 import inspect
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 # attend(layer, q (N, H, E), k (N, K, E), v (N, K, E)) -> (N, H, E)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
-# What activation checkpointing keeps: attention's output is no larger than a block's input, and of all products its
-# forward is the dearest to make again.
-EXPENSIVE_OPS = [
-    torch.ops.torch_attn._varlen_attn.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-]
+# The operations below, by name, whose results activation checkpointing keeps: they are no larger than a block's input,
+# and of all products attention's are the dearest to make again.
+KEPT = ("torch_attn::_varlen_attn", "aten::_scaled_dot_product_flash_attention_for_cpu")
 
-# torch 2.11 takes grouped queries as they are; later releases want to be told.
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+@cache
+def _varlen_attn() -> Callable[..., Tensor]:
+    """torch's variable-length flash attention, of grouped queries. Its module takes over a second to import, which a
+    CPU need not wait for."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes grouped queries as they are; later releases want to be told.
+    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return partial(varlen_attn, enable_gqa=True) if told else varlen_attn
 
 
 class PackedAttention:
@@ -45,7 +50,7 @@ class PackedAttention:
             if self.max_seqlen is None:
                 self.max_seqlen = int(self.cu_seqlens.diff().max())
             cu, longest = self.cu_seqlens, self.max_seqlen
-            return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **_GROUPED)
+            return _varlen_attn()(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
         if not self._lengths:
             self._lengths = self.cu_seqlens.diff().tolist()
         # Heads first, and a sequence at a time: (1, H or K, n, E).

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from nanoredi.attention import EXPENSIVE_OPS, Attend, PackedAttention
+from nanoredi.attention import KEPT, Attend, PackedAttention
 from nanoredi.checkpoint import load_weights, save_folder
 from nanoredi.errors import UserError, nearest
 from nanoredi.files import read_json
@@ -189,7 +189,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            keeping = partial(create_selective_checkpoint_contexts, EXPENSIVE_OPS)
+            keeping = partial(create_selective_checkpoint_contexts, _keep_attention)
             # No random number is drawn here whose state would have to be kept.
             return checkpoint(
                 self._compute, x, rope, attend, use_reentrant=False, preserve_rng_state=False, context_fn=keeping
@@ -199,6 +199,10 @@ class Block(nn.Module):
     def _compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def _keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Decoder(nn.Module):

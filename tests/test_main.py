@@ -1,10 +1,15 @@
 """The scripts as a user runs them: the main job on a shrunken toy, sampling and evaluation after it, and bad input."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
 SMALL = [
     "--toy.sft_rows",
     "200",
@@ -166,56 +171,76 @@ def test_stage_1_alone(run, tmp_path):
     assert (tmp_path / "runs/toy-sft/final/tokenizer.json").exists()
 
 
-@pytest.mark.parametrize(
-    "script, flags, words",
-    [
-        ("train_redi.py", ["--alhpa", "1"], ["there is no flag --alhpa", "--alpha"]),
-        ("train_redi.py", ["--recipe", "nowhere.toml"], ["cannot read the recipe nowhere.toml"]),
-        ("train_redi.py", ["--data", "pairs.jsonl"], ["--data needs a model"]),
-        (
-            "train_redi.py",
-            ["--model", "nowhere", "--data", "x.jsonl", "--out", "o"],
-            ["cannot read nowhere/config.json"],
-        ),
-        (
-            "train_redi.py",
-            ["--model", "MODEL", "--data", "broken.jsonl", "--out", "o"],
-            ["broken.jsonl, line 2 is not JSON"],
-        ),
-        ("train_redi.py", ["--model", "MODEL", "--data", "empty.jsonl", "--out", "o"], ["empty.jsonl holds no rows"]),
-        ("train_redi.py", ["--model", "MODEL", "--data", "broken.jsonl"], ["--out"]),
-        ("train_redi.py", ["--out", "full"], ["full is not empty and holds no nanoredi run"]),
-        ("train_sft.py", ["--alpha", "1"], ["there is no flag --alpha"]),
-        ("train_sft.py", ["--epochs", "many"], ["--epochs takes a whole number, not 'many'"]),
-        ("sample.py", [], ["there is no model under runs/ yet"]),
-        ("sample.py", ["--model", "MODEL"], ["--prompt"]),
-        ("sample.py", ["--model", "MODEL", "--prompt", "xyz"], ["cannot write"]),
-        ("sample.py", ["--model", "MODEL", "--prompt", "a" * 300], ["fills the context of 256"]),
-        ("sample.py", ["--model", "MODEL", "--prompts", "broken.jsonl"], ["broken.jsonl, line 2 is not JSON"]),
-        ("evaluate.py", ["--model", "MODEL", "--benchmarks", "math50"], ["math50", "math500"]),
-        (
-            "evaluate.py",
-            ["--model", "MODEL", "--benchmarks", "math500", "--data", "full"],
-            ["full holds neither math500.json"],
-        ),
-        ("evaluate.py", ["--model", "MODEL", "--benchmarks", "one.jsonl", "--out", "full"], ["full is not empty"]),
-        ("evaluate.py", ["--completions", "x.jsonl", "--model", "MODEL"], ["--model says nothing about --completions"]),
-        ("evaluate.py", ["--completions", "broken.jsonl"], ["broken.jsonl, line 1 is in no layout"]),
-        ("nanoredi/report.py", ["--failures", "full"], ["cannot read full/samples.jsonl"]),
-        ("nanoredi/report.py", ["--failures", "full", "--only", "wrnog"], ["--only takes wrong, cut_off, no_answer"]),
-    ],
-)
-def test_bad_input_ends_with_one_sentence(run, tmp_path, toy_data, script, flags, words):
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "a=1", "chosen": "1", "rejected": "2"}\n{"prompt"\n')
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "one.jsonl").write_text('{"problem": "a=1", "answer": "1"}\n')
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("mine")
-    done = run(script, *(toy_data / "model" if flag == "MODEL" else flag for flag in flags))
+BAD_INPUT = [
+    ("train_redi.py", ["--alhpa", "1"], ["there is no flag --alhpa", "--alpha"]),
+    ("train_redi.py", ["--recipe", "nowhere.toml"], ["cannot read the recipe nowhere.toml"]),
+    ("train_redi.py", ["--data", "pairs.jsonl"], ["--data needs a model"]),
+    (
+        "train_redi.py",
+        ["--model", "nowhere", "--data", "x.jsonl", "--out", "o"],
+        ["cannot read nowhere/config.json"],
+    ),
+    (
+        "train_redi.py",
+        ["--model", "MODEL", "--data", "broken.jsonl", "--out", "o"],
+        ["broken.jsonl, line 2 is not JSON"],
+    ),
+    ("train_redi.py", ["--model", "MODEL", "--data", "empty.jsonl", "--out", "o"], ["empty.jsonl holds no rows"]),
+    ("train_redi.py", ["--model", "MODEL", "--data", "broken.jsonl"], ["--out"]),
+    ("train_redi.py", ["--out", "full"], ["full is not empty and holds no nanoredi run"]),
+    ("train_sft.py", ["--alpha", "1"], ["there is no flag --alpha"]),
+    ("train_sft.py", ["--epochs", "many"], ["--epochs takes a whole number, not 'many'"]),
+    ("sample.py", [], ["there is no model under runs/ yet"]),
+    ("sample.py", ["--model", "MODEL"], ["--prompt"]),
+    ("sample.py", ["--model", "MODEL", "--prompt", "xyz"], ["cannot write"]),
+    ("sample.py", ["--model", "MODEL", "--prompt", "a" * 300], ["fills the context of 256"]),
+    ("sample.py", ["--model", "MODEL", "--prompts", "broken.jsonl"], ["broken.jsonl, line 2 is not JSON"]),
+    ("evaluate.py", ["--model", "MODEL", "--benchmarks", "math50"], ["math50", "math500"]),
+    (
+        "evaluate.py",
+        ["--model", "MODEL", "--benchmarks", "math500", "--data", "full"],
+        ["full holds neither math500.json"],
+    ),
+    ("evaluate.py", ["--model", "MODEL", "--benchmarks", "one.jsonl", "--out", "full"], ["full is not empty"]),
+    ("evaluate.py", ["--completions", "x.jsonl", "--model", "MODEL"], ["--model says nothing about --completions"]),
+    ("evaluate.py", ["--completions", "broken.jsonl"], ["broken.jsonl, line 1 is in no layout"]),
+    ("nanoredi/report.py", ["--failures", "full"], ["cannot read full/samples.jsonl"]),
+    ("nanoredi/report.py", ["--failures", "full", "--only", "wrnog"], ["--only takes wrong, cut_off, no_answer"]),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(toy_data, tmp_path_factory):
+    """What each of them comes to, all in one process, and the folder it ran in."""
+    jobs = []
+    for script, flags, _ in BAD_INPUT:
+        folder = tmp_path_factory.mktemp("bad")
+        (folder / "broken.jsonl").write_text('{"prompt": "a=1", "chosen": "1", "rejected": "2"}\n{"prompt"\n')
+        (folder / "empty.jsonl").write_text("")
+        (folder / "one.jsonl").write_text('{"problem": "a=1", "answer": "1"}\n')
+        (folder / "full").mkdir()
+        (folder / "full" / "thesis.txt").write_text("mine")
+        model = str(toy_data / "model")
+        jobs.append([str(folder), script, [model if flag == "MODEL" else flag for flag in flags]])
+    command = [sys.executable, str(ROOT / "tests" / "run_many.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, input=json.dumps(jobs), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = [subprocess.CompletedProcess(job, *result) for job, result in zip(jobs, json.loads(done.stdout))]
+    return [(Path(folder), result) for (folder, *_), result in zip(jobs, results)]
+
+
+@pytest.mark.parametrize("case", range(len(BAD_INPUT)), ids=lambda i: " ".join(BAD_INPUT[i][1])[:40] or "no flags")
+def test_bad_input_ends_with_one_sentence(outcomes, case):
+    folder, done = outcomes[case]
     # A note on tokenising progress may precede the sentence.
     done.stderr = "\n".join(line.split("\r")[-1] for line in done.stderr.splitlines())
-    said_no(done, *words)
-    assert (tmp_path / "full" / "thesis.txt").read_text() == "mine"
+    said_no(done, *BAD_INPUT[case][2])
+    assert (folder / "full" / "thesis.txt").read_text() == "mine"
+
+
+def test_bad_input_ends_a_process_so(run):
+    said_no(run("sample.py"), "there is no model under runs/ yet")
 
 
 def test_two_ranks_say_it_once(run):

@@ -141,7 +141,7 @@ class Peak(TorchDispatchMode):
 def test_memory_is_what_a_step_keeps(one_rank, monkeypatch):
     """Four blocks of the two models, two micro-batches of 38,000 tokens, in tensors without contents."""
     monkeypatch.setattr(model_module, "PackedAttention", lambda *_: lambda layer, q, k, v: attention(q, k, v)[0])
-    monkeypatch.setattr(model_module, "EXPENSIVE_OPS", [torch.ops.nanoredi_tests.attention.default])
+    monkeypatch.setattr(model_module, "KEPT", ["nanoredi_tests::attention"])
     monkeypatch.setattr(model_module.RMSNorm, "forward", lambda self, x: Norm.apply(x, self.weight))
     monkeypatch.setattr(nn.Module, "float", lambda self: self)  # it is fp32, and such tensors cannot be swapped
     monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", chunks.MAX_GPU_ELEMENTS)
