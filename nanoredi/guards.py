@@ -75,13 +75,14 @@ class CollapseWatch:
     """REDI's own failure: chosen and rejected log-probs plunge together with the accuracy, at large updates (arXiv
     2505.24850, the figure of training dynamics). A slow fall of both is healthy.
 
-    The watch follows how far a running mean of the chosen log-prob has fallen below its start, and trips when all hold:
+    The watch follows how far a running mean of the chosen log-prob has fallen below its start, and a running mean of the
+    update's size. It trips when all hold:
 
         the fall is larger than `nats`;
-        it accelerates: the last third of the run so far brought more than 1.2 times what the third before it brought;
-        the update is about as large as its mean so far, or larger: a schedule that is past its peak has not tamed it.
+        it accelerates: the last third of the run so far brought more of it than the third before;
+        the update is larger than its mean so far: a schedule that is past its peak has not tamed it.
 
-    The constants were found on the toy; bench/collapse.py has what they do there.
+    bench/collapse.py has how that does on the toy, on whose runs it was chosen.
 
     Attributes:
         falls: after every step; what a plunge is measured by.
@@ -89,12 +90,12 @@ class CollapseWatch:
         tripped: the step it tripped at, or None.
     """
 
-    SHARE, START, ACCELERATES, UPDATE = 1 / 3, 4, 1.2, 0.95
+    SHARE, START = 1 / 3, 4  # of a step in the running means; steps whose mean is the start
 
     def __init__(self, nats: float):
         self.nats = nats
         self.falls: list[float] = []
-        self.start = self.mean = self.update_mean = 0.0
+        self.start = self.mean = self.update = self.update_mean = 0.0
         self.last_good = 0
         self.tripped: int | None = None
 
@@ -106,14 +107,15 @@ class CollapseWatch:
             self.mean = self.start
         else:
             self.mean += self.SHARE * (chosen - self.mean)
+        self.update += (self.SHARE if n > 1 else 1.0) * (update - self.update)
         fall = self.start - self.mean
         self.falls.append(fall)
         self.update_mean += (update - self.update_mean) / n
         if fall < self.nats / 2:
             self.last_good = step
         third, two_thirds = self.falls[n // 3], self.falls[2 * n // 3]
-        accelerates = fall - two_thirds > self.ACCELERATES * max(two_thirds - third, 0.0)
-        if self.tripped is None and fall > self.nats and accelerates and update > self.UPDATE * self.update_mean:
+        accelerates = fall - two_thirds > max(two_thirds - third, 0.0)
+        if self.tripped is None and fall > self.nats and accelerates and self.update > self.update_mean:
             self.tripped = step
             return True
         return False
