@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from nanoredi.batch import WeightedSequence, divide, pack
@@ -80,8 +81,10 @@ def _compute(config: RediConfig, model: Qwen2, data: TokenData, world: World) ->
                 logps[[start + j for j in indices]] = torch.stack(sequence_logps(packed, token_logps))
         progress.update(len(sequences))
     progress.close()
-    # Else the root's weights stay whole until the first backward, and the optimiser would be given these.
-    model.reshard()
+    # Some weights stay whole after a forward, until the backward that does not come; the optimiser wants the shards.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     dist.all_reduce(logps)
     return logps.view(-1, 2).cpu().numpy()
 

@@ -35,6 +35,7 @@ def config(toy_data, tmp_path):
         max_tokens_per_micro_batch=300,
         save_every=4,
         log_every=1,
+        reshard_after_forward=False,
         dtype="float32",
     )
 
