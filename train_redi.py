@@ -3,6 +3,7 @@
     python train_redi.py                                  the whole method on the embedded toy, stage 1 included
     torchrun --standalone --nproc_per_node=8 train_redi.py --recipe qwen2.5-math-1.5b \\
         --model runs/sft/final --data pairs.jsonl --out runs/redi
+    torchrun ... train_redi.py --recipe qwen2.5-math-1.5b-dpo ...        its rivals: --objective dpo, simpo, sft
 
 Rows of the data are {"prompt", "chosen", "rejected"}, each a text or a list of messages.
 """

@@ -24,12 +24,19 @@ class WeightedSequence(NamedTuple):
         learned: (n,) bool, the tokens the loss is taken on.
         weight: of each learned token's log-probability in the loss.
         name: what to call it before the user.
+        reference: its log-probability under DPO's reference model.
     """
 
     tokens: np.ndarray
     learned: np.ndarray
     weight: float
     name: str
+    reference: float = 0.0
+
+    @property
+    def num_learned(self) -> int:
+        """Its learned tokens; the first token is never a target."""
+        return int(self.learned[1:].sum())
 
 
 class PackedBatch(NamedTuple):
@@ -54,6 +61,11 @@ class PackedBatch(NamedTuple):
     rows: Tensor
     max_seqlen: int
 
+    @property
+    def forward_arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What Qwen2.forward takes, in its order."""
+        return self.input_ids, self.position_ids, self.cu_seqlens, self.max_seqlen
+
     def to(self, device: torch.device) -> "PackedBatch":
         *tensors, max_seqlen = self
         if device.type == "cuda":
@@ -69,7 +81,7 @@ def pack(sequences: Sequence[WeightedSequence], vocab_size: int) -> PackedBatch:
     Raises:
         UserError: naming the sequence, for a token outside the vocabulary and for a weight that is not finite.
     """
-    for tokens, _, weight, name in sequences:
+    for tokens, _, weight, name, _ in sequences:
         outside = (tokens < 0) | (tokens >= vocab_size)
         if outside.any():
             place = int(outside.argmax())

@@ -42,7 +42,7 @@ def load_weights(
     """
     folder = Path(folder)
     files: dict[str, Any] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             handle = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
@@ -165,7 +165,8 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     return {**generation, "eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_id}
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a folder's weights are in."""
     if (folder / _INDEX).exists():
         weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):

@@ -2,40 +2,22 @@
 
 A recipe is a TOML file with a table a dataclass below: [sft], [redi], [evaluate], [toy]. A script has a main table,
 whose fields are its flags (`train_redi.py --alpha 0.5`); fields of its other tables are flags with the table's name in
-front (`train_redi.py --evaluate.n 4`). Flags win over the recipe, the recipe over the defaults. What was resolved is
-written into the run's folder as config.toml, which is itself a recipe.
+front (`train_redi.py --evaluate.n 4`). Flags win over the recipe, the recipe over the defaults. A recipe that says
+`base = "qwen2.5-math-1.5b"` before its tables holds only what differs from that one. What was resolved is written into
+the run's folder as config.toml, which is itself a recipe.
 """
 
 import argparse
 import dataclasses
-import math
-import operator
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 from nanoredi.errors import UserError, nearest
+from nanoredi.fields import checked, from_text, kind_of, option, to_toml
 
 RECIPES = Path(__file__).parent / "recipes"
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-    free: bool = False,
-) -> Any:
-    """A field with its one comment, which is also the flag's help, and with the values it may take. A free one says how
-    the work is done and not what comes out: a run may go on with another."""
-    metadata = {"help": help, "low": low, "above": above, "high": high, "choices": choices, "free": free}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -104,8 +86,15 @@ class SftConfig(TrainConfig):
 class RediConfig(TrainConfig):
     """Stage 2: pairs of a correct and an incorrect trace."""
 
-    objective: str = option("redi", "redi, or sft: go on with the correct traces alone", choices=("redi", "sft"))
-    alpha: float = option(0.8, "weight of the incorrect trace in REDI's loss", low=0)
+    objective: str = option(
+        "redi", "redi, dpo, simpo, or sft: go on with the correct traces alone", choices=("redi", "sft", "dpo", "simpo")
+    )
+    alpha: float | None = option(None, "weight of the incorrect trace", low=0, of={"redi": 0.8})
+    neg_weight_gamma: float | None = option(
+        None, "weigh it by exp(this * its mean log-prob a token), too; 0: do not", low=0, of={"redi": 0.0}
+    )
+    beta: float | None = option(None, "scale of the log-probs' difference", above=0, of={"dpo": 0.001, "simpo": 2.0})
+    gamma: float | None = option(None, "margin aimed at", low=0, of={"simpo": 1.0})
     max_prompt_tokens: int = option(800, "longest prompt; of a longer one the last tokens are kept", low=1)
     max_response_tokens: int = option(19_000, "longest response; a longer one is cut on the right", low=1)
     collapse_nats: float = option(
@@ -116,6 +105,17 @@ class RediConfig(TrainConfig):
     evaluate: bool = option(
         False, "at the end, compare the model of the start and the final one on [evaluate]'s benchmarks"
     )
+
+    def __post_init__(self):
+        """Complete the objective's own parameters, and refuse another's."""
+        for f in dataclasses.fields(self):
+            of, given = f.metadata["of"], getattr(self, f.name) is not None
+            if self.objective in of and not given:
+                setattr(self, f.name, of[self.objective])
+            elif of and self.objective not in of and given:
+                raise UserError(
+                    f"{f.name} is a parameter of the objective {' and '.join(of)}; the one here is {self.objective}"
+                )
 
 
 @dataclass
@@ -203,8 +203,10 @@ def read_flags(
         for f in dataclasses.fields(kind):
             flag = f"--{f.name}" if table == main else f"--{table}.{f.name}"
             flags[flag] = table, f
-            is_list = get_origin(f.type) is list
+            is_list = kind_of(f) is list
             default = f.default_factory() if is_list else f.default
+            if f.metadata["of"]:
+                default = ", ".join(f"{value:g} for {objective}" for objective, value in f.metadata["of"].items())
             alone = {"nargs": "?", "const": "true"} if f.type is bool else {}  # --paper says --paper true
             parser.add_argument(
                 flag,
@@ -225,16 +227,16 @@ def read_flags(
     for flag, text in vars(known).items():
         if flag != "recipe":
             table, f = flags[flag]
-            given.setdefault(table, {})[f.name] = _checked(flag, f, _from_text(f.type, text))
+            given.setdefault(table, {})[f.name] = checked(flag, f, from_text(kind_of(f), text))
     return getattr(known, "recipe", None), given
 
 
-def read_recipe(recipe: str | Path) -> Tables:
-    """Read a recipe: the name of a built-in one, or a TOML file.
+def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
+    """Read a recipe, the name of a built-in one or a TOML file, over its base.
 
     Raises:
-        UserError: when it cannot be read, for a table or key that does not exist, and for a value that its field
-        cannot take.
+        UserError: when it cannot be read, for a table or key that does not exist, for a value that its field cannot
+        take, and for a base that has a base.
     """
     path = RECIPES / f"{recipe}.toml" if recipe in _builtin_recipes() else Path(recipe)
     try:
@@ -245,6 +247,9 @@ def read_recipe(recipe: str | Path) -> Tables:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
+    base = tables.pop("base", None)
+    if base is not None and (is_base or not isinstance(base, str)):
+        raise UserError(f"{path}: base is {base!r}; it must be a recipe's name or file, and that one without a base")
     for table, values in tables.items():
         if table not in TABLES or not isinstance(values, dict):
             tables_there_are = ", ".join(f"[{t}]" for t in TABLES)
@@ -255,23 +260,35 @@ def read_recipe(recipe: str | Path) -> Tables:
         for key in values:
             if key not in fields:
                 raise UserError(f"{path}: [{table}] has no key {key!r}{nearest(key, fields)}")
-            values[key] = _checked(f"{path}: {table}.{key}", fields[key], values[key])
-    return tables
+            values[key] = checked(f"{path}: {table}.{key}", fields[key], values[key])
+    if base is None:
+        return tables
+    lower = read_recipe(base if base in _builtin_recipes() else path.parent / base, is_base=True)
+    return {t: _over(lower.get(t, {}), tables.get(t, {}), TABLES[t]) for t in {**lower, **tables}}
 
 
 def resolve(kind: type, table: str, *layers: Tables) -> Any:
     """A table's dataclass: its defaults under the layers, the last on top."""
     values: dict[str, Any] = {}
     for layer in layers:
-        values.update(layer.get(table, {}))
+        values = _over(values, layer.get(table, {}), kind)
     return kind(**values)
+
+
+def _over(lower: dict[str, Any], upper: dict[str, Any], kind: type) -> dict[str, Any]:
+    """A table's values with others on top. Parameters of one objective say nothing of another's."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if "objective" in upper and upper["objective"] != lower.get("objective", fields["objective"].default):
+        lower = {key: value for key, value in lower.items() if not fields[key].metadata["of"]}
+    return {**lower, **upper}
 
 
 def write_recipe(path: Path, configs: dict[str, Any]) -> None:
     """Write {table: dataclass} as a recipe that read_recipe reads back."""
     lines = []
     for table, config in configs.items():
-        lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in dataclasses.asdict(config).items()), ""]
+        values = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
+        lines += [f"[{table}]", *(f"{key} = {to_toml(value)}" for key, value in values.items()), ""]
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -282,51 +299,3 @@ class _Parser(argparse.ArgumentParser):
 
 def _builtin_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
-
-
-def _from_text(kind: type, text: str | list[str]) -> Any:
-    """A flag's text as the value that a recipe would hold; left as it is where it is none."""
-    try:
-        return {"true": True, "false": False}[text] if kind is bool else kind(text) if kind in (int, float) else text
-    except (KeyError, ValueError):
-        return text
-
-
-def _checked(where: str, f: dataclasses.Field, value: Any) -> Any:
-    """The value, if its field can take it; else a UserError that says what it takes."""
-    kind = get_origin(f.type) or f.type
-    if kind is float and type(value) is int:
-        value = float(value)
-    wrong_items = type(value) is kind is list and not all(isinstance(v, str) for v in value)
-    if type(value) is not kind or wrong_items or kind is float and not math.isfinite(value):
-        raise UserError(f"{where} takes {_KINDS[kind]}, not {value!r}")
-    m = f.metadata
-    if m["choices"] and value not in m["choices"]:
-        raise UserError(f"{where} takes {' or '.join(m['choices'])}, not {value!r}{nearest(value, m['choices'])}")
-    for words, bound, holds in (
-        ("at least", m["low"], operator.ge),
-        ("above", m["above"], operator.gt),
-        ("at most", m["high"], operator.le),
-    ):
-        if bound is not None and not holds(value, bound):
-            raise UserError(f"{where} is {value!r}; it must be {words} {bound}")
-    return value
-
-
-_KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, str):
-        return (
-            '"'
-            + "".join(
-                f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else "\\" + c if c in '"\\' else c for c in value
-            )
-            + '"'
-        )
-    return repr(value)

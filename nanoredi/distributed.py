@@ -134,7 +134,8 @@ def shard(
             block.float()
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model.float(), mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "loss")
+    for method in ("loss", "logprobs"):
+        register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss's weights are divided by the whole step already: gradients are summed, not averaged. Gloo knows

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from nanoredi.config import option, read_flags, resolve
+from nanoredi.config import read_flags, resolve
 from nanoredi.data import answer_message, conversation
 from nanoredi.errors import UserError
+from nanoredi.fields import option
 from nanoredi.files import read_rows
 from nanoredi.tokenizer import Tokenizer, check_messages
 

@@ -29,7 +29,7 @@ class Step:
         number: counted from 1.
         epoch: passes over the data so far.
         lr: its learning rate.
-        figures: (4,) on the device: chosen and rejected log-prob, gradient norm, update norm.
+        figures: (5,) on the device: chosen and rejected log-prob, gradient norm, update norm, loss.
         tokens: that went through, over all ranks.
         flops: that they took, forward and backward, nothing counted twice.
         rows: the data's rows that were in it, counted from 0.
@@ -58,7 +58,7 @@ class Log:
         """
         self.config, self.total, self.matrix_rate, self.world, self.label = config, total, matrix_rate, world, label
         self.path = Path(config.out) / "metrics.jsonl"
-        self.alpha = config.alpha if getattr(config, "objective", "sft") == "redi" else 0.0
+        self.has_rejected = getattr(config, "objective", "sft") != "sft" and config.alpha != 0
         self.waiting: list[Step] = []
         self.first, self.start = first, time.perf_counter()
         self.last = self.start
@@ -108,18 +108,18 @@ class Log:
         return f"{self.label}, {clock(since)} after this line, {len(self.waiting)} steps on:\n{self.line}"
 
     def _row(self, step: Step, values: list[float]) -> dict[str, Any]:
-        chosen, rejected, grad_norm, update = values
+        chosen, rejected, grad_norm, update, loss = values
         skipped = not all(map(math.isfinite, values))
         if skipped:  # JSON knows no NaN
-            chosen, rejected, grad_norm, update = (v if math.isfinite(v) else None for v in values)
-        loss = None if chosen is None or rejected is None else -chosen + self.alpha * rejected
+            chosen, rejected, grad_norm, update, loss = (v if math.isfinite(v) else None for v in values)
+        both = self.has_rejected and chosen is not None and rejected is not None
         return {
             "step": step.number,
             "epoch": round(step.epoch, 4),
             "loss": loss,
             "chosen_logp": chosen,
-            "rejected_logp": rejected if self.alpha else None,
-            "margin": chosen - rejected if self.alpha and loss is not None else None,
+            "rejected_logp": rejected if self.has_rejected else None,
+            "margin": chosen - rejected if both else None,
             "grad_norm": grad_norm,
             "update_norm": update,
             "lr": step.lr,
@@ -131,7 +131,7 @@ class Log:
             return format(math.nan if value is None else value, form)
 
         pair = ""
-        if self.alpha:
+        if self.has_rejected:
             pair = f"  rejected {show(row['rejected_logp'], '8.4f')}  margin {show(row['margin'], '7.4f')}"
         done = row["step"] - self.first
         left = (now - self.start) / done * (self.total - row["step"])

@@ -24,7 +24,7 @@ from nanoredi.attention import KEPT, Attend, PackedAttention
 from nanoredi.checkpoint import load_weights, save_folder
 from nanoredi.errors import UserError, nearest
 from nanoredi.files import read_json
-from nanoredi.kernels import weighted_cross_entropy
+from nanoredi.kernels import linear_logprob, weighted_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -334,6 +334,11 @@ class Qwen2(nn.Module):
         """
         hidden = Qwen2.forward(self, input_ids, position_ids, cu_seqlens, max_seqlen)
         return weighted_cross_entropy(hidden, self.lm_head_weight, targets, weights, rows)
+
+    def logprobs(self, targets: Tensor, rows: Tensor, *packed: Any) -> Tensor:
+        """The log-probabilities (N,) fp32 of targets (N,) in rows (R,), 0 elsewhere; differentiable, for losses
+        that are not linear in them. packed: what forward takes."""
+        return linear_logprob(Qwen2.forward(self, *packed), self.lm_head_weight, targets, rows)
 
 
 def rotary_angles(position_ids: Tensor, config: Qwen2Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

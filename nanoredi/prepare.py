@@ -26,8 +26,9 @@ import numpy as np
 from tqdm import tqdm
 
 from nanoredi import own
-from nanoredi.config import option, read_flags, resolve
+from nanoredi.config import read_flags, resolve
 from nanoredi.errors import UserError, run_script
+from nanoredi.fields import option
 from nanoredi.gates import SFT_GATE, Gates, Traces
 from nanoredi.overlap import Overlap
 from nanoredi.raw import find_files, num_rows, raw_rows

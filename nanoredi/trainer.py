@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanoredi import objectives
 from nanoredi.batch import WeightedSequence, divide, num_steps, pack, step_rows
-from nanoredi.config import RediConfig, SftConfig, TrainConfig
+from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data import TokenData, load_pairs, load_sft
 from nanoredi.distributed import World, compute_dtype, exchange_gradients, matrix_rate, shard
 from nanoredi.errors import Stopped, UserError
@@ -26,6 +26,8 @@ from nanoredi.guards import Guards, signals
 from nanoredi.log import Log, Step
 from nanoredi.model import Qwen2
 from nanoredi.optimizer import clipped_step, gradient_square, make_optimizer, schedule, update_square
+from nanoredi.pairs import pair_losses, wants_pairs
+from nanoredi.reference import reference_logps
 from nanoredi.state import States, training_tensors
 from nanoredi.tokenizer import Tokenizer
 
@@ -52,6 +54,9 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     # Measured, so one rank decides.
     dtype, rate = world.first(lambda: _dtype_and_rate(config.dtype, world.device))
     shard(model, world, dtype, config.reshard_after_forward, config.shard_size)
+    reference, belongs_to = None, ""
+    if isinstance(config, RediConfig) and config.objective == "dpo":
+        reference, belongs_to = reference_logps(config, model, data, dtype, world)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
 
     num_rows = len(data) if isinstance(config, SftConfig) else len(data) // 2
@@ -64,7 +69,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
 
     states = States(out / "state", world)
     guards = Guards(config, world)
-    first = _resume(states, model, optimizer, guards, world)
+    first = _resume(states, model, optimizer, guards, belongs_to, world)
     log = Log(config, first, total, rate, world, stage)
     world.first(lambda: _drop_unfinished(out))
     with signals(log.where, world) as asked_to_stop:
@@ -73,7 +78,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             rows = step_rows(step, num_rows, config.batch_size, config.seed)
-            sequences = weighted_sequences(config, data, rows)
+            sequences = weighted_sequences(config, data, rows, reference)
             figures, tokens, flops = train_step(model, optimizer, sequences, config, world)
             number, epoch = step + 1, (step + 1) / num_steps(num_rows, config.batch_size, 1, 0)
             guards.look(log.add(Step(number, epoch, lr, figures, tokens, flops, rows)))
@@ -82,7 +87,8 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
                 guards.look(log.flush())
                 if saves:
                     save_model(model, out / f"step-{number:06d}", dtype, world)
-                states.save(number, training_tensors(model, optimizer), guards.state())
+                notes = {**guards.state(), "reference": belongs_to}
+                states.save(number, training_tensors(model, optimizer), notes)
             if stops and number < total:
                 states.wait()
                 raise Stopped(f"{stage} was asked to stop: step {number} is saved, the same command goes on from there")
@@ -96,52 +102,71 @@ def train_step(
     model: Qwen2,
     optimizer: torch.optim.AdamW,
     sequences: list[WeightedSequence],
-    config: TrainConfig,
+    config: SftConfig | RediConfig,
     world: World,
 ) -> tuple[Tensor, int, float]:
     """One optimiser step on the sequences of all ranks; it is skipped where its loss or gradient is not finite.
 
+    Args:
+        sequences: as weighted_sequences gives them.
+
     Returns:
-        On the device: chosen and rejected log-prob, gradient norm and update norm (4,), not all finite where the step
-        was skipped; the tokens that went through; and their floating-point operations.
+        On the device: chosen and rejected log-prob, gradient norm, update norm and loss (5,), not all finite where the
+        step was skipped; the tokens that went through; and their floating-point operations.
     """
     # A sequence of weight 0 teaches nothing; it stays out of the forward.
     sequences = [s for s in sequences if s.weight] or sequences[:1]
-    lengths = [len(s.tokens) - 1 for s in sequences]
-    costs = [model.config.flops(n, int(s.learned[1:].sum())) for n, s in zip(lengths, sequences)]
+    pairwise, half = wants_pairs(config), len(sequences) // 2
+    # What must share a micro-batch.
+    units = list(zip(sequences[:half], sequences[half:])) if pairwise else [(s,) for s in sequences]
+    lengths = [sum(len(s.tokens) - 1 for s in unit) for unit in units]
+    costs = [sum(model.config.flops(len(s.tokens) - 1, s.num_learned) for s in unit) for unit in units]
     micro_batches = divide(lengths, costs, world.size, config.max_tokens_per_micro_batch)[world.rank]
     # A rank with nothing to do still takes part in every collective, with a short sequence of weight 0.
     idle = min(sequences, key=lambda s: len(s.tokens))._replace(weight=0.0)
-    logps = torch.zeros(2, device=world.device)
+    totals = torch.zeros(3, device=world.device)
     for i, indices in enumerate(micro_batches):
-        batch = pack([sequences[j] for j in indices] or [idle], model.config.vocab_size).to(world.device)
+        mine = [s for j in indices for s in units[j]]
+        batch = pack(mine or [idle], model.config.vocab_size).to(world.device)
         # Gradients add up on each rank; ranks exchange them once a step.
         exchange_gradients(model, i == len(micro_batches) - 1)
-        loss, token_logps = model.loss(*batch)
+        if pairwise and mine:
+            token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments)
+            loss = pair_losses(config, mine, token_logps).sum() / len(units)
+        else:
+            loss, token_logps = model.loss(*batch)
         loss.backward()
-        logps += mean_logps(token_logps, batch.weights)
+        totals += torch.stack((*mean_logps(token_logps.detach(), batch.weights), loss.detach()))
     # With several copies of the weights, every shard is there as often as there are copies.
     copies = world.size // (config.shard_size or world.size)
-    sums = torch.stack((*logps, gradient_square(model) / copies))
+    sums = torch.stack((*totals, gradient_square(model) / copies))
     dist.all_reduce(sums)
-    norm = sums[2].sqrt()
+    chosen, rejected, loss, norm = sums[0], sums[1] / (_rejected_weight(config) or 1.0), sums[2], sums[3].sqrt()
     skip = (~sums.isfinite().all()).float()
     clipped_step(model, optimizer, norm, config.clip, skip)
     update = update_square(optimizer) / copies
     dist.all_reduce(update)
-    chosen, rejected = sums[0], sums[1] / (getattr(config, "alpha", 0) or 1.0)
     update = torch.where(skip.bool(), 0.0, update.sqrt())
-    return torch.stack((chosen, rejected, norm, update)), sum(lengths), sum(costs)
+    return torch.stack((chosen, rejected, norm, update, loss)), sum(lengths), sum(costs)
 
 
-def weighted_sequences(config: SftConfig | RediConfig, data: TokenData, rows: np.ndarray) -> list[WeightedSequence]:
-    """The sequences of an optimiser step, each with its objective's weight."""
+def weighted_sequences(
+    config: SftConfig | RediConfig, data: TokenData, rows: np.ndarray, reference: np.ndarray | None = None
+) -> list[WeightedSequence]:
+    """The sequences of an optimiser step, each with its objective's weight; of pairs first all chosen ones, then the
+    rejected ones in the same order. Where the objective wants pairs, the weights only say which is which, and serve the
+    mean log-probs.
+
+    Args:
+        reference: (all rows, 2), DPO's (reference_logps).
+    """
 
     def with_weights(indices: list[int], weights: list[float], kind: str = "") -> list[WeightedSequence]:
         per_row = 1 if isinstance(config, SftConfig) else 2
+        logps = [0.0] * len(indices) if reference is None else reference.reshape(-1)[indices].tolist()
         return [
-            WeightedSequence(*data.sequence(i), w, f"row {i // per_row + 1} of {config.data}{kind}")
-            for i, w in zip(indices, weights)
+            WeightedSequence(*data.sequence(i), w, f"row {i // per_row + 1} of {config.data}{kind}", logp)
+            for i, w, logp in zip(indices, weights, logps)
         ]
 
     def num_learned(indices: list[int]) -> list[int]:
@@ -153,7 +178,8 @@ def weighted_sequences(config: SftConfig | RediConfig, data: TokenData, rows: np
     chosen, rejected = (2 * rows).tolist(), (2 * rows + 1).tolist()
     if config.objective == "sft":
         return with_weights(chosen, objectives.sft(num_learned(chosen)))
-    chosen_weights, rejected_weights = objectives.redi(num_learned(chosen), num_learned(rejected), config.alpha)
+    weights = objectives.redi(num_learned(chosen), num_learned(rejected), _rejected_weight(config))
+    chosen_weights, rejected_weights = weights
     return with_weights(chosen, chosen_weights, ", chosen") + with_weights(rejected, rejected_weights, ", rejected")
 
 
@@ -177,12 +203,25 @@ def _dtype_and_rate(name: str, device: torch.device) -> tuple[torch.dtype, float
     return dtype, matrix_rate(dtype, device)
 
 
-def _resume(states: States, model: Qwen2, optimizer: torch.optim.AdamW, guards: Guards, world: World) -> int:
+def _rejected_weight(config: SftConfig | RediConfig) -> float:
+    """What the rejected traces' mean log-prob is multiplied by in their tokens' weights."""
+    linear = getattr(config, "objective", "sft") == "redi" and not wants_pairs(config)
+    return config.alpha if linear else 1.0
+
+
+def _resume(
+    states: States, model: Qwen2, optimizer: torch.optim.AdamW, guards: Guards, belongs_to: str, world: World
+) -> int:
     """Put the run where its newest state left it: the number of steps that are done."""
     tensors = training_tensors(model, optimizer)
     notes = states.load(tensors)
     if notes is None:
         return 0
+    if notes.get("reference", "") != belongs_to:
+        raise UserError(
+            f"the run in {states.folder.parent} began with another model or other data as DPO's reference than "
+            "there are now: give another --out"
+        )
     guards.restore(notes)
     for state in optimizer.state.values():
         state["step"].fill_(notes["step"] - notes["skipped"])  # AdamW counts the steps it took

@@ -1,4 +1,4 @@
-"""Writes the gradients of one optimiser step, summed over the ranks that torchrun gives it.
+"""Writes the gradients of one optimiser step of REDI and of DPO, summed over the ranks that torchrun gives it.
 
 torchrun --nproc_per_node 2 tests/rank_gradients.py DATA OUT SHARD_SIZE
 """
@@ -15,6 +15,7 @@ from nanoredi.config import RediConfig
 from nanoredi.data import load_pairs
 from nanoredi.distributed import shard, world
 from nanoredi.model import Qwen2
+from nanoredi.reference import reference_logps
 from nanoredi.tokenizer import Tokenizer
 from nanoredi.trainer import train_step, weighted_sequences
 
@@ -27,8 +28,18 @@ with world() as ranks:
     tokenizer = Tokenizer(config.model)
     ranks.first(lambda: load_pairs(config.data, tokenizer, 800, 19_000, config.cache).notes)
     data = load_pairs(config.data, tokenizer, 800, 19_000, config.cache)
-    for name, rows, max_tokens in (("many", np.arange(16), 300), ("one", np.arange(1), 300)):
+    dpo = replace(config, objective="dpo", alpha=None, neg_weight_gamma=None, beta=0.5)
+    for name, objective, rows in (
+        ("many", config, np.arange(16)),
+        ("one", config, np.arange(1)),
+        ("many-dpo", dpo, np.arange(16)),
+        ("one-dpo", dpo, np.arange(1)),
+    ):
         model = shard(Qwen2.from_pretrained(config.model), ranks, torch.float32, shard_size=shard_size)
+        reference = None
+        if objective is dpo:
+            reference, _ = reference_logps(dpo, model, data, torch.float32, ranks)
+            reference = reference + np.arange(len(reference) * 2, dtype=np.float32).reshape(-1, 2)[::-1] % 7
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         grads = {}
 
@@ -37,7 +48,7 @@ with world() as ranks:
                 grads[name] = p.grad.full_tensor() if ranks.size > 1 else p.grad.clone()  # noqa: B023
 
         optimizer.register_step_pre_hook(keep)
-        step = replace(config, max_tokens_per_micro_batch=max_tokens, shard_size=shard_size)
-        train_step(model, optimizer, weighted_sequences(config, data, rows), step, ranks)
+        step = replace(objective, max_tokens_per_micro_batch=300, shard_size=shard_size)
+        train_step(model, optimizer, weighted_sequences(step, data, rows, reference), step, ranks)
         if ranks.rank == 0:
             save_file(grads, out / f"{name}.safetensors")

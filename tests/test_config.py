@@ -86,7 +86,8 @@ def test_the_paper_s_recipe():
             ["--dtype", "bfloat"],
             r"--dtype takes auto or float32 or bfloat16, not 'bfloat' \(did you mean 'bfloat16'\?\)",
         ),
-        (["--objective", "dpo"], "--objective takes redi or sft, not 'dpo'"),
+        (["--objective", "ppo"], "--objective takes redi or sft or dpo or simpo, not 'ppo'"),
+        (["--beta", "0"], "--beta is 0.0; it must be above 0"),
         (["--alpha"], "--alpha: expected one argument"),
     ],
 )
@@ -112,6 +113,86 @@ def test_recipes_that_cannot_be(tmp_path, text, words):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UserError, match=words):
         read_recipe(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize(
+    "objective, want",
+    [
+        ("redi", (0.8, 0.0, None, None)),
+        ("sft", (None, None, None, None)),
+        ("dpo", (None, None, 0.001, None)),
+        ("simpo", (None, None, 2.0, 1.0)),
+    ],
+)
+def test_every_objective_has_its_own_parameters(tmp_path, objective, want):
+    """Also over a recipe of another objective, and as config.toml brings them back."""
+    config = resolve(RediConfig, "redi", read_recipe("toy"), flags("--objective", objective)[1])
+    assert (config.alpha, config.neg_weight_gamma, config.beta, config.gamma) == want
+    write_recipe(tmp_path / "config.toml", {"redi": config})
+    assert resolve(RediConfig, "redi", read_recipe(tmp_path / "config.toml")) == config
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--beta", "0.1"], "beta is a parameter of the objective dpo and simpo; the one here is redi"),
+        (["--objective", "dpo", "--alpha", "0.8"], "alpha is a parameter of the objective redi; the one here is dpo"),
+        (["--objective", "dpo", "--gamma", "0"], "gamma is a parameter of the objective simpo; the one here is dpo"),
+        (["--objective", "sft", "--neg_weight_gamma", "1"], "neg_weight_gamma is a parameter of .* redi; .* is sft"),
+    ],
+)
+def test_another_objective_s_parameter_is_refused(argv, words):
+    with pytest.raises(UserError, match=words):
+        resolve(RediConfig, "redi", flags(*argv)[1])
+
+
+def test_a_recipe_over_its_base(tmp_path):
+    (tmp_path / "base.toml").write_text("[redi]\nobjective = 'dpo'\nbeta = 0.5\nlr = 1e-3\n[sft]\nepochs = 2\n")
+    (tmp_path / "r.toml").write_text("base = 'base.toml'\n[redi]\nlr = 2e-3\n[evaluate]\nn = 3\n")
+    assert read_recipe(tmp_path / "r.toml") == {
+        "redi": {"objective": "dpo", "beta": 0.5, "lr": 2e-3},
+        "sft": {"epochs": 2},
+        "evaluate": {"n": 3},
+    }
+    (tmp_path / "s.toml").write_text("base = 'base.toml'\n[redi]\nobjective = 'simpo'\n")
+    assert read_recipe(tmp_path / "s.toml")["redi"] == {"objective": "simpo", "lr": 1e-3}  # not DPO's beta
+    (tmp_path / "t.toml").write_text("base = 's.toml'\n")
+    with pytest.raises(UserError, match="s.toml: base is 'base.toml'; .* that one without a base"):
+        read_recipe(tmp_path / "t.toml")
+    (tmp_path / "u.toml").write_text("base = 1\n")
+    with pytest.raises(UserError, match="u.toml: base is 1; it must be a recipe's name or file"):
+        read_recipe(tmp_path / "u.toml")
+
+
+@pytest.mark.parametrize(
+    "name, epochs, stage_2",
+    [
+        ("", 5, {"objective": "redi", "alpha": 0.8, "lr": 1e-6}),
+        ("-3-epochs", 3, {"objective": "redi", "alpha": 0.8, "lr": 1e-6}),
+        ("-alpha-0.2", 3, {"objective": "redi", "alpha": 0.2, "lr": 1e-6}),
+        ("-alpha-0.5", 3, {"objective": "redi", "alpha": 0.5, "lr": 1e-6}),
+        ("-symmetric", 3, {"objective": "redi", "alpha": 1.0, "lr": 2e-7}),
+        ("-symmetric-high-rate", 3, {"objective": "redi", "alpha": 1.0, "lr": 1e-6}),
+        ("-dpo", 3, {"objective": "dpo", "alpha": None, "beta": 0.001, "lr": 2e-7}),
+        ("-simpo", 3, {"objective": "simpo", "alpha": None, "beta": 2.0, "gamma": 1.0, "lr": 5e-7}),
+    ],
+)
+def test_the_recipes_of_the_paper_s_table_2(name, epochs, stage_2):
+    tables = read_recipe(f"qwen2.5-math-1.5b{name}")
+    sft, redi = resolve(SftConfig, "sft", tables), resolve(RediConfig, "redi", tables)
+    assert sft.epochs == epochs and {key: getattr(redi, key) for key in stage_2} == stage_2
+    # All else is the base's.
+    base = read_recipe("qwen2.5-math-1.5b")
+    assert {**vars(sft), "epochs": 5} == vars(resolve(SftConfig, "sft", base))
+    same = vars(resolve(RediConfig, "redi", base)).keys() - {
+        "objective",
+        "alpha",
+        "neg_weight_gamma",
+        "beta",
+        "gamma",
+        "lr",
+    }
+    assert all(getattr(redi, key) == getattr(resolve(RediConfig, "redi", base), key) for key in same)
 
 
 def test_a_missing_recipe_names_the_nearest():

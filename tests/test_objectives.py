@@ -1,8 +1,11 @@
-"""The weights of the losses, on examples worked out by hand."""
+"""The losses, on examples worked out by hand."""
+
+import math
 
 import pytest
+import torch
 
-from nanoredi.objectives import redi, sft
+from nanoredi.objectives import dpo, redi, sft, simpo, weighted_redi
 
 
 def test_sft_is_the_mean_over_tokens():
@@ -29,3 +32,38 @@ def test_alpha_0_is_sft_with_each_trace_counting_the_same():
     chosen, rejected = redi([2, 8], [3, 3], alpha=0.0)
     assert rejected == [0, 0]
     assert chosen[0] * 2 == chosen[1] * 8 == -0.5
+
+
+def gradients(loss, *values):
+    """The losses of pairs, and their gradients with respect to each of the values."""
+    tensors = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in values]
+    losses = loss(*tensors)
+    losses.sum().backward()
+    return losses.tolist(), *(t.grad.tolist() for t in tensors)
+
+
+def test_dpo():
+    # Log-ratios: no difference, then 2 nats in favour of the chosen; sigmoid(-0.5 * 2) = 1 / (1 + e).
+    losses, chosen, rejected = gradients(lambda w, l: dpo(w, l, 0.5), [-3.0, 1.5], [-3.0, -0.5])
+    assert losses == pytest.approx([math.log(2), math.log(1 + math.exp(-1))])
+    assert chosen == pytest.approx([-0.5 * 0.5, -0.5 / (1 + math.e)])
+    assert rejected == pytest.approx([-g for g in chosen])
+
+
+def test_simpo():
+    # 2 * (-0.5 + 1) - 1 = 0; 2 * (-1 + 0.5) - 1 = -2, where sigmoid(2) = 1 / (1 + e^-2).
+    losses, chosen, rejected = gradients(lambda w, l: simpo(w, l, 2.0, 1.0), [-0.5, -1.0], [-1.0, -0.5])
+    assert losses == pytest.approx([math.log(2), math.log(1 + math.e**2)])
+    assert chosen == pytest.approx([-2 * 0.5, -2 / (1 + math.exp(-2))])
+    assert rejected == pytest.approx([-g for g in chosen])
+
+
+def test_weighted_redi_lets_go_of_a_negative_at_1_over_gamma():
+    values = [-0.5, -0.5, -0.5], [-1.0, -2.0, -4.0]
+    losses, chosen, rejected = gradients(lambda w, l: weighted_redi(w, l, 0.8, 0.5), *values)
+    assert losses == pytest.approx([0.5 - 0.8 * m * math.exp(-m / 2) for m in (1, 2, 4)])
+    assert chosen == [-1.0] * 3
+    # 0.8 * exp(-m/2) * (1 - m/2): pushed down, let go, drawn up again.
+    assert rejected == pytest.approx([0.4 * math.exp(-0.5), 0.0, -0.8 * math.exp(-2)])
+    plain, _, alpha = gradients(lambda w, l: weighted_redi(w, l, 0.8, 0.0), *values)
+    assert plain == pytest.approx([0.5 - 0.8, 0.5 - 1.6, 0.5 - 3.2]) and alpha == pytest.approx([0.8] * 3)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 STORY = [
     "errors",
     "files",
+    "fields",
     "config",
     "runs",
     "tokenizer",
@@ -32,6 +33,7 @@ STORY = [
     "lengths",
     "objectives",
     "batch",
+    "pairs",
     "kernels",
     "attention",
     "checkpoint",
@@ -42,6 +44,7 @@ STORY = [
     "log",
     "guards",
     "state",
+    "reference",
     "trainer",
     "sampler",
     "scores",

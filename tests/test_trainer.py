@@ -1,5 +1,5 @@
 """One optimiser step is the same however it is cut: micro-batches, ranks; and against float64 autograd over whole
-logits."""
+logits, for every objective."""
 
 import json
 import socket
@@ -44,6 +44,30 @@ def sft(redi, toy_data):
     return SftConfig(**{**shared, "data": str(toy_data / "sft.jsonl")})
 
 
+@pytest.fixture
+def dpo(redi):
+    return replace(redi, objective="dpo", alpha=None, neg_weight_gamma=None, beta=0.05)
+
+
+@pytest.fixture
+def simpo(redi):
+    return replace(redi, objective="simpo", alpha=None, neg_weight_gamma=None, beta=2.0, gamma=1.0)
+
+
+@pytest.fixture
+def weighted(redi):
+    return replace(redi, neg_weight_gamma=0.2)
+
+
+EVERY = pytest.mark.parametrize("stage", ["sft", "redi", "dpo", "simpo", "weighted"])
+
+
+def reference_of(config, data):
+    """Some other model's log-probs of all pairs, (rows, 2) fp32: 3 nats a token, and a bit."""
+    lengths = np.array([data.num_learned(i) for i in range(len(data))], dtype=np.float32).reshape(-1, 2)
+    return -3 * lengths - np.random.default_rng(5).uniform(0, 20, lengths.shape).astype(np.float32)
+
+
 def load(config):
     tokenizer = Tokenizer(config.model)
     if isinstance(config, SftConfig):
@@ -62,15 +86,19 @@ def one_step(config, world):
     optimizer.register_step_pre_hook(
         lambda *_: grads.update({n: local(p.grad).clone() for n, p in model.named_parameters()})
     )
-    figures, tokens, _ = train_step(model, optimizer, weighted_sequences(config, data, rows), config, world)
+    sequences = weighted_sequences(config, data, rows, None if stage_1(config) else reference_of(config, data))
+    figures, tokens, _ = train_step(model, optimizer, sequences, config, world)
     return figures, grads, tokens, model
 
 
+def stage_1(config):
+    return isinstance(config, SftConfig)
+
+
 def reference(config):
-    """Loss and gradients by the paper's formula, each sequence alone, whole logits, float64."""
+    """Loss and gradients by the papers' formulas, each sequence alone, whole logits, float64."""
     model = Qwen2.from_pretrained(config.model, dtype=torch.float64)
     data = load(config)
-    losses = []
     rows = step_rows(0, 40, config.batch_size, seed=3)
 
     def logps(i):
@@ -80,11 +108,20 @@ def reference(config):
         lp = (hidden @ model.lm_head_weight.T).log_softmax(-1).gather(1, tokens[1:, None].long()).squeeze(1)
         return lp[learned[1:]]
 
-    if isinstance(config, SftConfig):
+    def loss_of(i):
+        chosen, rejected = logps(2 * i), logps(2 * i + 1)
+        if config.objective == "redi":
+            weight = torch.exp(config.neg_weight_gamma * rejected.mean())
+            return -chosen.mean() + config.alpha * weight * rejected.mean()
+        if config.objective == "simpo":
+            return torch.log1p(torch.exp(config.gamma - config.beta * (chosen.mean() - rejected.mean())))
+        ref = reference_of(config, data)[i].astype(float)
+        return torch.log1p(torch.exp(-config.beta * (chosen.sum() - ref[0] - rejected.sum() + ref[1])))
+
+    if stage_1(config):
         loss = -torch.cat([logps(i) for i in rows]).mean()
     else:
-        losses = [-logps(2 * i).mean() + config.alpha * logps(2 * i + 1).mean() for i in rows]
-        loss = torch.stack(losses).mean()
+        loss = torch.stack([loss_of(i) for i in rows]).mean()
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters()}
 
@@ -93,18 +130,26 @@ def relative(got, want):
     return max(((got[n].double() - want[n]).norm() / want[n].norm()).item() for n in want if want[n].norm() > 1e-9)
 
 
-@pytest.mark.parametrize("stage", ["sft", "redi"])
+@EVERY
 def test_gradients_are_the_formula_s(stage, request, one_rank):
     config = replace(request.getfixturevalue(stage), clip=1e9)
     figures, grads, _, _ = one_step(config, one_rank)
     loss, want = reference(config)
     chosen, rejected = figures[:2].tolist()
-    assert -chosen + (config.alpha * rejected if stage == "redi" else 0) == pytest.approx(loss, abs=1e-5)
+    assert figures[4].item() == pytest.approx(loss, abs=1e-5)
+    if stage in ("sft", "redi"):
+        assert -chosen + (config.alpha * rejected if stage == "redi" else 0) == pytest.approx(loss, abs=1e-5)
     assert relative(grads, want) < 1e-5
     assert figures[2].item() == pytest.approx(torch.stack([g.norm() for g in want.values()]).norm().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["sft", "redi"])
+def test_all_objectives_tell_the_same_log_probs(request, one_rank):
+    figures = [one_step(request.getfixturevalue(name), one_rank)[0] for name in ("redi", "dpo", "simpo", "weighted")]
+    for other in figures[1:]:
+        torch.testing.assert_close(other[:2], figures[0][:2], rtol=1e-5, atol=1e-5)
+
+
+@EVERY
 def test_micro_batches_and_checkpointing_change_nothing(stage, request, one_rank):
     config = request.getfixturevalue(stage)
     figures, grads, tokens, _ = one_step(config, one_rank)
@@ -133,7 +178,8 @@ def test_alpha_0_is_sft_on_the_chosen_with_each_trace_counting_the_same(redi, on
 
 def test_objective_sft_goes_on_with_the_chosen(redi, one_rank):
     data = load(redi)
-    sequences = weighted_sequences(replace(redi, objective="sft"), data, np.array([3, 5]))
+    config = replace(redi, objective="sft", alpha=None, neg_weight_gamma=None)
+    sequences = weighted_sequences(config, data, np.array([3, 5]))
     total = data.num_learned(6) + data.num_learned(10)
     assert [s.weight for s in sequences] == [-1 / total] * 2
     assert [len(s.tokens) for s in sequences] == [len(data.sequence(i)[0]) for i in (6, 10)]
@@ -146,16 +192,20 @@ def test_update_norm_is_what_the_weights_moved(redi, one_rank):
     assert figures[3].item() == pytest.approx(torch.stack(moved).norm().item(), rel=1e-4)
 
 
-def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(redi, one_rank, monkeypatch):
+@pytest.mark.parametrize("stage", ["redi", "dpo"])
+def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(stage, request, one_rank, monkeypatch):
+    config = request.getfixturevalue(stage)
     monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", 41 * 50)  # several chunks, whose sum is fp32
-    _, grads, _, _ = one_step(redi, one_rank)
-    model = shard(Qwen2.from_pretrained(redi.model, dtype=torch.float32), one_rank, torch.bfloat16)
+    _, grads, _, _ = one_step(config, one_rank)
+    model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), one_rank, torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     half = {}
     optimizer.register_step_pre_hook(
         lambda *_: half.update({n: local(p.grad).clone() for n, p in model.named_parameters()})
     )
-    train_step(model, optimizer, weighted_sequences(redi, load(redi), step_rows(0, 40, 16, seed=3)), redi, one_rank)
+    data = load(config)
+    sequences = weighted_sequences(config, data, step_rows(0, 40, 16, seed=3), reference_of(config, data))
+    train_step(model, optimizer, sequences, config, one_rank)
     assert {p.dtype for p in model.parameters()} == {g.dtype for g in half.values()} == {torch.float32}
     assert 1e-5 < relative(half, grads) < 0.1
     head = half["model.embed_tokens.weight"]
@@ -240,7 +290,7 @@ def test_gradients_of_many_ranks_are_those_of_one(ranks, shard_size, run, toy_da
     for number, size in ((0, 0), (ranks, shard_size)):
         done = run("tests/rank_gradients.py", toy_data, tmp_path / f"{number}", size, ranks=number)
         assert done.returncode == 0, done.stderr
-    for name in ("many", "one"):
+    for name in ("many", "one", "many-dpo", "one-dpo"):
         want, got = (load_file(tmp_path / f"{number}" / f"{name}.safetensors") for number in (0, ranks))
         assert relative(got, {n: g.double() for n, g in want.items()}) < 1e-5
 

@@ -40,7 +40,8 @@ def linear_logprob(hidden: Tensor, lm_head: Tensor, targets: Tensor, rows: Tenso
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, rows):
-        logps, lse, missing = torch.zeros(3, len(hidden), dtype=torch.float32, device=hidden.device)
+        # Three tensors and no views of one: FSDP2 hangs its hook on what leaves the model, and a view may lose it.
+        logps, lse, missing = (torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3))
         for chunk, _, logits in logits_by_chunks(hidden, lm_head, rows):
             logps[chunk], lse[chunk], missing[chunk] = logprobs_(logits, targets[chunk])
         ctx.save_for_backward(hidden, lm_head, targets, rows, lse, missing)
