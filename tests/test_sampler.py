@@ -7,8 +7,9 @@ import tiny
 import torch
 
 from nanoredi.config import SamplingConfig
+from nanoredi.draw import choose, uniform
 from nanoredi.errors import UserError
-from nanoredi.sampler import Request, Sampler, choose, requests_for, uniform
+from nanoredi.sampler import Request, Sampler, requests_for
 
 PROMPTS = [ids.tolist() for ids in tiny.sequences()]
 
@@ -56,7 +57,7 @@ def test_the_context_ends_a_row():
     prompt = PROMPTS[3] * 2  # 60 of 64 tokens
     request = complete([Request(prompt)], temperature=0.0)[0]
     assert (len(request.tokens), request.finish_reason) == (4, "length")
-    with pytest.raises(UserError, match="a prompt of 64 tokens fills the context of 64"):
+    with pytest.raises(UserError, match="a prompt has 64 tokens with its template and fills the context of 64"):
         complete([Request(prompt + [1, 2, 3, 4])])
 
 
