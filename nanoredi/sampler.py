@@ -199,19 +199,22 @@ class Sampler:
         return tokens
 
     def _replay(self, places: np.ndarray) -> Tensor:
-        """_advance as a CUDA graph, for a batch that is filled up to the next size there is a graph for."""
-        size = 1 << (len(places) - 1).bit_length()
-        if size >= 32 and len(places) <= size * 3 // 4:
-            size = size * 3 // 4
-        nobody = self.config.batch_size
-        if size not in self.graphs:
-            self.graphs[size] = self._capture(torch.full((size,), nobody, device=self.device))
-        graph, static_places, tokens = self.graphs[size]
-        padded = np.full(size, nobody)
-        padded[: len(places)] = places
+        """_advance as a CUDA graph."""
+        padded = self._filled_up(places)
+        if len(padded) not in self.graphs:
+            nobody = torch.full((len(padded),), self.config.batch_size, device=self.device)
+            self.graphs[len(padded)] = self._capture(nobody)
+        graph, static_places, tokens = self.graphs[len(padded)]
         static_places.copy_(upload(padded, self.device), non_blocking=True)
         graph.replay()
         return tokens
+
+    def _filled_up(self, places: np.ndarray) -> np.ndarray:
+        """With nobody's place up to the next size that there are graphs for: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ..."""
+        size = 1 << (len(places) - 1).bit_length()
+        if size >= 32 and len(places) <= size * 3 // 4:
+            size = size * 3 // 4
+        return np.pad(places, (0, size - len(places)), constant_values=self.config.batch_size)
 
     def _capture(self, places: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         # A first run beside the graph compiles the kernels. Both runs move nobody's state alone.
@@ -251,6 +254,8 @@ class Sampler:
         return ended
 
     def _tokens(self, row: Row) -> list[int]:
+        if row is self.scheduler.entering:  # its place still has the last row's
+            return row.request.tokens
         return self.tokens[row.place, : self.num_tokens[row.place]].tolist()
 
     def _make_room(self, num_tokens: int) -> None:
