@@ -5,7 +5,8 @@
     python evaluate.py --model DIR --benchmarks math500 my_problems.jsonl --data benchmarks/ --n 4 --limit 100
     python evaluate.py --completions vllm.jsonl --benchmarks math500 --data benchmarks/ --paper
 
-Every sample goes to samples.jsonl in the out folder, the table to results.json, results.txt and results.md; two models
+Every sample goes to samples.jsonl in the out folder when it is done, and a second start with the same --out makes those
+that are missing; the table goes to results.json, results.txt and results.md; two models
 are compared problem by problem (differences.json). --completions grades what another engine wrote (the layouts:
 python -m nanoredi.completions). Where a flag is not given, the model's run or the recipe decides ([evaluate]), then the
 default, which is the paper's.
@@ -24,6 +25,7 @@ from nanoredi.errors import UserError, run_script
 from nanoredi.evaluation import evaluate
 from nanoredi.files import read_rows
 from nanoredi.runs import newest_model, recipe_of
+from nanoredi.samples import Samples
 from nanoredi.scores import Row, compare, summarise
 from nanoredi.tables import write
 
@@ -59,7 +61,9 @@ def main(argv: list[str]) -> None:
     pairs = resolve(RediConfig, "redi", tables)
 
     with world() as ranks:
-        out = Path(ranks.first(lambda: _new_folder(config.out)))
+        out = Path(ranks.first(lambda: _folder(config.out)))
+        ranks.first(lambda: Samples(out).claim({folder: folder for folder in folders}, tests, config))
+        ranks.say(f"samples go to {out}; broken off, the same command with --out {out} goes on")
         rows = []
         for folder in folders:
             rows += evaluate(folder, folder, tests, config, out, ranks, pairs=pairs)
@@ -90,6 +94,11 @@ def _write(out: Path, rows: list[Row], paper: bool) -> str:
     samples = (row for _, row in read_rows(str(out / "samples.jsonl")))
     compared = compare(samples, *models) if len(models) == 2 else []
     return f"{write(out, rows, compared, paper)}\n\nwritten to {out}"
+
+
+def _folder(out: str) -> str:
+    """A new folder, or one that holds an evaluation."""
+    return out if out and (Path(out) / "evaluation.json").exists() else _new_folder(out)
 
 
 def _new_folder(out: str) -> str:

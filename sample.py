@@ -5,13 +5,11 @@
     python sample.py --model DIR --prompts prompts.jsonl --n 16 --out samples.jsonl
 
 Rows of prompts are {"prompt": TEXT} or {"messages": [...]}; rows of out repeat them and add completion, finish_reason,
-tokens, sample. Where a flag is not given, the model's run or the recipe decides ([evaluate]), then the default.
+tokens, sample, each when it is done; Ctrl-C leaves those that are. Where a flag is not given, the model's run or the recipe decides ([evaluate]), then the default.
 """
 
 import dataclasses
-import json
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,11 @@ from nanoredi.checkpoint import stop_ids
 from nanoredi.config import EvaluateConfig, SamplingConfig, Tables, option, read_flags, read_recipe, resolve
 from nanoredi.distributed import compute_dtype
 from nanoredi.errors import UserError, run_script
-from nanoredi.files import read_rows
+from nanoredi.files import read_rows, write_row
 from nanoredi.model import Qwen2
 from nanoredi.runs import newest_model, recipe_of
-from nanoredi.sampler import Request, Sampler, requests_for
+from nanoredi.sampler import Sampler, requests_for
+from nanoredi.scheduler import Request
 from nanoredi.tokenizer import Tokenizer, check_messages
 
 _PROBLEMS_TO_SHOW = 3
@@ -59,17 +58,12 @@ def main(argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Qwen2.from_pretrained(folder, dtype=compute_dtype(config.dtype, device), device=device)
     prompts = [tokenizer.encode(tokenizer.prompt(_messages(where, row))) for where, row in rows]
-    context = model.config.max_position_embeddings
-    for (where, _), prompt in zip(rows, prompts):
-        if len(prompt) >= context:
-            raise UserError(
-                f"{where} has {len(prompt):,} tokens with its template and fills the context of {context:,}"
-            )
-    requests = requests_for(prompts, config.n, config.seed)
+    requests = requests_for(prompts, config.n, config.seed, [where for where, _ in rows])
     owners = {id(request): rows[i // config.n][1] for i, request in enumerate(requests)}
     sampler = Sampler(model, stop_ids(tokenizer), config)
+    sampler.add(requests)
     if config.out:
-        _write(sampler, requests, owners, tokenizer, Path(config.out))
+        _write(sampler, owners, tokenizer, Path(config.out))
     else:
         plural = "s" if len(requests) > 1 else ""
         print(
@@ -110,16 +104,16 @@ def _messages(where: str, row: Any) -> list[dict[str, str]]:
 
 def _show(sampler: Sampler, requests: list[Request], owners: dict[int, Any], tokenizer: Tokenizer) -> None:
     """Print completions as they come: one at a time, the others are made meanwhile and shown in their turn."""
-    sampler.add(requests)
     for request in requests:
         row = owners[id(request)]
         question = row["prompt"] if "prompt" in row else row["messages"][-1]["content"]
         print(f"\n--- {question}{f'  [sample {request.sample}]' if request.sample else ''}\n", flush=True)
         text, shown = tokenizer.stream(), 0
         while True:
-            for token in request.tokens[shown:]:
+            tokens = sampler.so_far(request)
+            for token in tokens[shown:]:
                 print(text.push(token), end="", flush=True)
-            shown = len(request.tokens)
+            shown = len(tokens)
             if request.finish_reason:
                 break
             sampler.step()
@@ -127,23 +121,26 @@ def _show(sampler: Sampler, requests: list[Request], owners: dict[int, Any], tok
         print(f"\n\n({len(request.tokens):,} tokens{cut})", flush=True)
 
 
-def _write(
-    sampler: Sampler, requests: Iterable[Request], owners: dict[int, Any], tokenizer: Tokenizer, path: Path
-) -> None:
+def _write(sampler: Sampler, owners: dict[int, Any], tokenizer: Tokenizer, path: Path) -> None:
     """Write each completion when it ends, as a whole line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     progress = tqdm(total=len(owners), desc="sampling", unit=" samples", file=sys.stderr)
-    with open(path, "x", encoding="utf-8") as file, progress:
-        for request in sampler.run(requests):
-            row = {
-                "completion": tokenizer.decode(request.tokens),
-                "finish_reason": request.finish_reason,
-                "tokens": len(request.tokens),
-                "sample": request.sample,
-            }
-            file.write(json.dumps({**owners[id(request)], **row}, ensure_ascii=False) + "\n")
-            file.flush()
-            progress.update()
+    with open(path, "xb", buffering=0) as file, progress:
+        try:
+            while sampler.busy:
+                for request in sampler.step():
+                    row = {
+                        "completion": tokenizer.decode(request.tokens),
+                        "finish_reason": request.finish_reason,
+                        "tokens": len(request.tokens),
+                        "sample": request.sample,
+                    }
+                    write_row(file, {**owners[id(request)], **row})
+                    progress.update()
+        except KeyboardInterrupt:
+            progress.close()
+            print(f"{path}: {progress.n} of {len(owners)} completions, then stopped", flush=True)
+            raise
     print(f"{path}: {len(owners)} completions")
 
 

@@ -19,6 +19,7 @@ from nanoredi.distributed import World, world
 from nanoredi.errors import UserError, run_script
 from nanoredi.evaluation import evaluate
 from nanoredi.runs import open_run
+from nanoredi.samples import Samples
 from nanoredi.tables import read_results, table
 from nanoredi.trainer import train
 
@@ -73,11 +74,13 @@ def show_results(config: RediConfig, evaluation: EvaluateConfig, ranks: World) -
     """Evaluate the start's model and the final one, unless that is done; write results.json and print its table."""
     out = Path(config.out)
     if not ranks.first(lambda: (out / "results.json").exists()):
-        # What an evaluation that was broken off has left.
-        ranks.first(lambda: (out / "samples.jsonl").unlink(missing_ok=True))
+        tests = _benchmarks(evaluation)
+        final = "SFT continued" if config.objective == "sft" else config.objective.upper()
+        models = {"SFT": Path(config.model), final: out / "final"}
+        ranks.first(lambda: Samples(out).claim(models, tests, evaluation))
         rows = []
-        for name, folder in (("SFT", Path(config.model)), (config.objective.upper(), out / "final")):
-            rows += evaluate(name, folder, _benchmarks(evaluation), evaluation, out, ranks, pairs=config)
+        for name, folder in models.items():
+            rows += evaluate(name, folder, tests, evaluation, out, ranks, pairs=config)
         if ranks.rank == 0:
             (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
     ranks.say("\n" + ranks.first(lambda: table(read_results(out))))

@@ -133,7 +133,14 @@ class SamplingConfig:
     top_k: int = option(0, "sample among the k likeliest tokens; 0: among all", low=0)
     max_tokens: int = option(32_768, "longest completion; the end of the context comes first", low=1)
     seed: int = option(42, "of the samples", low=0)
-    batch_size: int = option(64, "rows decoded at once on a rank", low=1)
+    batch_size: int = option(64, "rows decoded at once on a rank", low=1, free=True)
+    cache_gb: float = option(
+        0.0,
+        "memory of the key-value cache on a rank, in GB; 0: measured from what the device has free",
+        low=0,
+        free=True,
+    )
+    page_size: int = option(64, "tokens of a page of the key-value cache", low=1, free=True)
     dtype: str = option(
         "auto", "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it)", choices=DTYPES
     )

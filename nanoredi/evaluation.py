@@ -1,13 +1,11 @@
 """A model on benchmarks: sample, grade, and sum up in rows of the table."""
 
-import json
 import sys
-from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from nanoredi import objectives
@@ -16,10 +14,11 @@ from nanoredi.benchmarks import Benchmark
 from nanoredi.checkpoint import stop_ids
 from nanoredi.config import EvaluateConfig, RediConfig
 from nanoredi.data import TokenData, load_pairs
-from nanoredi.distributed import World, compute_dtype
-from nanoredi.errors import UserError
+from nanoredi.distributed import Queue, World, compute_dtype
 from nanoredi.model import Qwen2
 from nanoredi.sampler import Sampler, requests_for
+from nanoredi.samples import Samples
+from nanoredi.scheduler import Request
 from nanoredi.scores import Row, graded, summarise
 from nanoredi.tokenizer import Tokenizer, user_message
 from nanoredi.trainer import mean_logps
@@ -28,20 +27,20 @@ from nanoredi.trainer import mean_logps
 def evaluate(
     name: str,
     folder: str | Path,
-    benchmarks: Iterable[Benchmark],
+    benchmarks: list[Benchmark],
     config: EvaluateConfig,
     out: Path,
     world: World,
     pairs: RediConfig | None = None,
 ) -> list[Row]:
-    """Evaluate the model of a folder; the ranks share the problems.
+    """Evaluate the model of a folder; the ranks share the problems. A second start does what is missing.
 
     Args:
         name: the model's, in the table.
         folder: Hugging Face folder.
         benchmarks: what to evaluate on.
         config: how to sample.
-        out: every sample is appended to samples.jsonl in this folder.
+        out: the folder of the samples (samples.py), claimed for this model. What they lack is added, no more.
         world: the ranks.
         pairs: with a `watch` file, whose mean log-probs a token then stand in the rows too.
 
@@ -58,11 +57,9 @@ def evaluate(
         )
         world.first(lambda: load().notes)  # fills the cache
         logps = dict(zip(("chosen_logp", "rejected_logp"), score(model, load(), pairs.max_tokens_per_micro_batch)))
-    rows = []
-    for benchmark in benchmarks:
-        samples = _sample(name, model, tokenizer, benchmark, config, out / "samples.jsonl", world)
-        rows.append({"model": name, "benchmark": benchmark.name, **summarise(samples, config.n), **logps})
-    return rows
+    samples = Samples(out)
+    _sample(name, model, tokenizer, benchmarks, config, samples, world)
+    return [{**row, **logps} for row in world.first(lambda: _summary(samples, name, benchmarks, config))]
 
 
 @torch.no_grad()
@@ -86,45 +83,90 @@ def _sample(
     name: str,
     model: Qwen2,
     tokenizer: Tokenizer,
-    benchmark: Benchmark,
+    benchmarks: list[Benchmark],
     config: EvaluateConfig,
-    path: Path,
+    samples: Samples,
     world: World,
-) -> list[Row]:
-    """Sample and grade a benchmark; all ranks' samples, in order."""
-    texts = [tokenizer.prompt(user_message(q), think=config.think == "forced") for q in benchmark.questions]
-    prompts = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    context = model.config.max_position_embeddings
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) >= context:
-            raise UserError(
-                f"{benchmark.name}: problem {number} has {len(prompt):,} tokens with its template and fills the "
-                f"context of {context:,}"
-            )
-    requests = requests_for(prompts, config.n, config.seed)
-    # Every rank takes each size-th problem, with all of its samples.
-    mine = {id(r): i // config.n for i, r in enumerate(requests) if i // config.n % world.size == world.rank}
-    samples = []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(
-        total=len(mine),
-        desc=f"{name} on {benchmark.name}",
-        unit=" samples",
-        file=sys.stderr,
-        disable=world.rank > 0,
-        leave=False,
-    )
-    with open(path, "a", encoding="utf-8") as file, progress:
-        for request in Sampler(model, stop_ids(tokenizer), config).run(r for r in requests if id(r) in mine):
-            problem = mine[id(request)]
+) -> None:
+    """Sample and grade what the benchmarks' samples lack. Each rank takes a problem whenever it has room for one, those
+    first that are expected to take longest, so that all ranks end together."""
+    problems = _problems(tokenizer, benchmarks, config)
+    sampler = Sampler(model, stop_ids(tokenizer), config)
+    for problem in problems:
+        sampler.check(problem.requests)
+    done, length = world.first(lambda: _progress(samples, name))
+    for problem in problems:
+        key = problem.benchmark.name, problem.number
+        problem.requests = [r for r in problem.requests if (*key, r.sample) not in done]
+        problem.expected = length.get(key, sum(length.values()) / max(1, len(length)))
+    missing = [problem for problem in problems if problem.requests]
+    missing.sort(key=lambda problem: (problem.expected, len(problem.requests[0].prompt)), reverse=True)
+    num_missing = sum(len(problem.requests) for problem in missing)
+    if done:
+        world.say(f"{name}: {len(done)} samples are there, {num_missing} are missing")
+    # Not more than a rank's share at once: where there are few problems, every rank gets some.
+    room = min(config.batch_size, -(-num_missing // world.size))
+    queue, whose, more = Queue(world, len(missing)), {}, True
+    progress = tqdm(desc=name, unit=" samples", file=sys.stderr, disable=world.rank > 0, leave=False)
+    progress.total = num_missing if world.size == 1 else None  # what the others do is not known here
+    with progress:
+        while more or sampler.busy:
+            while more and sampler.num_held < room:
+                number = queue.next()
+                more = number is not None
+                if more:
+                    sampler.add(missing[number].requests)
+                    whose.update((id(request), missing[number]) for request in missing[number].requests)
+            for request in sampler.step():
+                problem = whose.pop(id(request))
+                response = problem.opened + tokenizer.decode(request.tokens)
+                figures = request.sample, response, len(request.tokens), request.finish_reason
+                samples.append(graded(name, problem.benchmark, problem.number, *figures))
+                progress.update()
+    queue.wait()
+
+
+@dataclass
+class _Problem:
+    """A problem of a benchmark, with its samples; opened is what of the response the prompt holds already."""
+
+    benchmark: Benchmark
+    number: int
+    requests: list[Request]
+    opened: str
+    expected: float = 0.0  # mean tokens of its samples, as far as these are known
+
+
+def _problems(tokenizer: Tokenizer, benchmarks: list[Benchmark], config: EvaluateConfig) -> list[_Problem]:
+    problems = []
+    for benchmark in benchmarks:
+        texts = [tokenizer.prompt(user_message(q), think=config.think == "forced") for q in benchmark.questions]
+        prompts = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        names = [f"{benchmark.name}: problem {number}" for number in range(1, len(prompts) + 1)]
+        requests = requests_for(prompts, config.n, config.seed, names)
+        for number, text in enumerate(texts):
             # Where the prompt opens <think>, that belongs to the response all the same.
-            opened = "<think>\n" if texts[problem].rstrip().endswith("<think>") else ""
-            response = opened + tokenizer.decode(request.tokens)
-            row = graded(name, benchmark, problem, request.sample, response, len(request.tokens), request.finish_reason)
-            samples.append(row)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            progress.update()
-    gathered: list[list[Row]] = [[] for _ in range(world.size)]
-    dist.all_gather_object(gathered, [{k: v for k, v in row.items() if k != "response"} for row in samples])
-    return sorted((row for rows in gathered for row in rows), key=lambda row: (row["problem"], row["sample"]))
+            opened = "<think>\n" if text.rstrip().endswith("<think>") else ""
+            own = requests[number * config.n : (number + 1) * config.n]
+            problems.append(_Problem(benchmark, number, own, opened))
+    return problems
+
+
+def _progress(samples: Samples, model: str) -> tuple[set[tuple[str, int, int]], dict[tuple[str, int], float]]:
+    """Which samples of a model are there, as (benchmark, problem, sample), and the mean tokens of every problem's, any
+    model's."""
+    done, tokens = set(), {}
+    for row in samples.rows():
+        key = row["benchmark"], row["problem"]
+        tokens.setdefault(key, []).append(row["tokens"])
+        if row["model"] == model:
+            done.add((*key, row["sample"]))
+    return done, {key: sum(counts) / len(counts) for key, counts in tokens.items()}
+
+
+def _summary(samples: Samples, model: str, benchmarks: list[Benchmark], config: EvaluateConfig) -> list[Row]:
+    of_benchmark: dict[str, list[Row]] = {benchmark.name: [] for benchmark in benchmarks}
+    for row in samples.rows():
+        if row["model"] == model:
+            of_benchmark[row["benchmark"]].append(row)
+    return [{"model": model, "benchmark": name, **summarise(rows, config.n)} for name, rows in of_benchmark.items()]

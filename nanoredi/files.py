@@ -1,7 +1,8 @@
-"""JSON and JSONL files in, with a sentence for whatever is wrong with them."""
+"""JSON and JSONL files in, with a sentence for whatever is wrong with them; whole lines of JSONL out."""
 
 import json
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,11 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def write_row(file: FileIO, row: Any) -> None:
+    """Add a line to a file without a buffer, so that whoever is killed meanwhile leaves whole lines."""
+    # Anybody's text may hold half a surrogate pair, which UTF-8 cannot.
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="replace")
+    while line:
+        line = line[file.write(line) :]

@@ -1,46 +1,46 @@
-"""Batched sampling with a key-value cache: rows that end make room for waiting ones.
+"""Sampling: a model, a scheduler and a paged cache; a seed for every sample.
 
 Every sample has a key of its own, made from the seed, the prompt and the sample's number, and draws one uniform number
 a token from a counter-based generator. So a sample depends neither on what else is in the batch nor on the order of
-the work.
+the work, nor on being put back in between.
+
+What a decode step reads and writes stays on the device: each row's newest token, its length, its pages. The tokens of a
+step are looked at while the next one is under way, so a row that drew a stop token takes one step more, which is thrown
+away, and nothing ever waits. On a GPU the step is a CUDA graph, one for each of a few batch sizes.
 """
 
 import hashlib
-from collections import Counter, deque
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nanoredi.attention import KVCache
 from nanoredi.config import SamplingConfig
+from nanoredi.draw import choose, uniform
 from nanoredi.errors import UserError
 from nanoredi.model import Qwen2
+from nanoredi.paged import PagedCache, bytes_a_page, upload
+from nanoredi.scheduler import Request, Row, Scheduler
 
-# Prompt tokens of one prefill, unless a single prompt is longer.
-_PREFILL_TOKENS = 16_384
-# The first guess at how many tokens hold the nucleus of top-p; it grows until they do.
-_NUCLEUS = 64
+# Tokens that are put into the cache between two decode steps.
+_PREFILL_TOKENS = 2_048
+# The share of the free memory that the cache takes: on a CPU others live there, too.
+_GPU_SHARE, _CPU_SHARE = 0.9, 0.5
 
 
 @dataclass
-class Request:
-    """A prompt to be completed.
+class _Drawn:
+    """The tokens of a decode step, on their way to the host."""
 
-    Attributes:
-        prompt: token ids.
-        sample: which of a prompt's samples this is.
-        key: what the sample's random numbers depend on (sample_keys makes it).
-        tokens: the completion so far, without the stop token.
-        finish_reason: "stop", or "length" when max_tokens or the end of the context came first; None until it ends.
-    """
-
-    prompt: list[int]
-    sample: int = 0
-    key: int = 0
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
+    places: np.ndarray  # (B,) int64
+    entered: np.ndarray  # (B,) int64: whose they are, should the place have another row by then
+    tokens: Tensor  # (B,) int64, on the host
+    arrived: torch.cuda.Event | None
 
 
 class Sampler:
@@ -50,30 +50,54 @@ class Sampler:
     """
 
     def __init__(self, model: Qwen2, stop_ids: list[int], config: SamplingConfig):
+        """
+        Raises:
+            UserError: when the memory has no room for a single page.
+        """
         self.model, self.config = model, config
-        self.stop_ids = frozenset(stop_ids)
+        self.stop_ids = np.array(stop_ids, dtype=np.int64)
         self.device = model.lm_head_weight.device
-        self.waiting: deque[Request] = deque()
-        self.live: list[Request] = []  # row i of the cache is live[i]'s
-        c = model.config
-        dtype = model.lm_head_weight.dtype
-        self.cache = KVCache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, dtype, self.device)
+        self.cache = _cache(model, config, self.device)
+        context, page_size, batch_size = model.config.max_position_embeddings, config.page_size, config.batch_size
+        self.scheduler = Scheduler(
+            self.cache.num_pages, page_size, batch_size, config.max_tokens, context, _PREFILL_TOKENS
+        )
+        # The rows' state on the device; the last place is nobody's, for filling a batch up.
+        self.newest, self.lengths, self.num_drawn, self.keys, self.num_shared = torch.zeros(
+            5, batch_size + 1, dtype=torch.int64, device=self.device
+        )
+        num_columns = -(-context // page_size)
+        self.page_table = torch.full((batch_size + 1, num_columns), self.cache.num_pages, device=self.device)
+        self.tokens = np.zeros((batch_size, 64), dtype=np.int64)  # each row's completion, as far as it was looked at
+        self.num_tokens, self.limits = np.zeros((2, batch_size), dtype=np.int64)
+        self.drawn: _Drawn | None = None
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.live)
+        return bool(self.scheduler.waiting or self.scheduler.num_rows)
+
+    @property
+    def num_held(self) -> int:
+        """Requests that wait or are being completed."""
+        return len(self.scheduler.waiting) + self.scheduler.num_rows
+
+    def check(self, requests: Iterable[Request]) -> None:
+        """
+        Raises:
+            UserError: naming a prompt that can never be completed.
+        """
+        self.scheduler.check(requests)
 
     def add(self, requests: Iterable[Request]) -> None:
         """Queue requests.
 
         Raises:
-            UserError: when a prompt leaves no room in the context.
+            UserError: naming a prompt that can never be completed; then none of the requests is queued.
         """
-        for request in requests:
-            context = self.model.config.max_position_embeddings
-            if len(request.prompt) >= context:
-                raise UserError(f"a prompt of {len(request.prompt):,} tokens fills the context of {context:,}")
-            self.waiting.append(request)
+        requests = list(requests)
+        self.check(requests)
+        self.scheduler.waiting.extend(requests)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Complete requests; each is given when it ends."""
@@ -83,83 +107,175 @@ class Sampler:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """Start waiting requests where rows are free, else add a token to every live row. Returns the requests that
-        ended."""
-        first = len(self.live)
-        if self.waiting and first < self.config.batch_size:
-            hidden = self._prefill()
-        else:
-            first = 0
-            hidden = self._decode()
-        rows = self.live[first:]
-        logits = (hidden @ self.model.lm_head_weight.T).float()  # (B, V)
-        uniforms = uniform(torch.tensor([r.key for r in rows]), torch.tensor([len(r.tokens) for r in rows])).to(
-            self.device
-        )
-        # The one wait for the device a token.
-        tokens = choose(logits, uniforms, self.config.temperature, self.config.top_p, self.config.top_k).tolist()
-        for request, token in zip(rows, tokens):
-            self._extend(request, token)
-        return self._release()
+        """Let waiting requests in, then add a token to every row. Returns the requests that ended."""
+        self._enter()
+        ended = self._grow()
+        places = np.flatnonzero(self.scheduler.left)
+        drawn = None
+        if len(places):
+            self.scheduler.lengths[places] += 1
+            self.scheduler.left[places] -= 1
+            drawn = self._launch(places)
+        ended += self._look()
+        self.drawn = drawn
+        return ended
 
-    def _prefill(self) -> Tensor:
-        """Take waiting requests in; the last hidden state (B, D) of each of their prompts."""
-        first = len(self.live)
-        tokens = 0
-        while self.waiting and len(self.live) < self.config.batch_size:
-            tokens += len(self.waiting[0].prompt)
-            if tokens > _PREFILL_TOKENS and len(self.live) > first:
-                break
-            self.live.append(self.waiting.popleft())
-        prompts = [r.prompt for r in self.live[first:]]
-        lengths = torch.tensor([len(p) for p in prompts])
-        longest = int(lengths.max())
-        ends = lengths.cumsum(0)
-        self.cache.reserve(len(self.live), longest)
-        cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), ends)).int().to(self.device)
-        input_ids = torch.tensor([t for p in prompts for t in p]).to(self.device)
-        position_ids = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self.device)
-        hidden = self.model.hidden_states(input_ids, position_ids, self.cache.prefill(first, cu_seqlens, longest))
-        return hidden[(ends - 1).to(self.device)]
+    def so_far(self, request: Request) -> list[int]:
+        """The tokens of a request's completion, whether or not it has ended."""
+        for row in self.scheduler.rows:
+            if row and row.request is request:
+                return self._tokens(row)
+        return request.tokens
 
-    def _decode(self) -> Tensor:
-        """Put each live row's newest token through the model; the hidden states (B, D)."""
-        lengths = [len(r.prompt) + len(r.tokens) - 1 for r in self.live]  # the newest token is not in the cache yet
-        longest = max(lengths)
-        self.cache.reserve(len(self.live), longest + 1)
-        places = torch.tensor(lengths).to(self.device)
-        newest = torch.tensor([r.tokens[-1] for r in self.live]).to(self.device)
-        return self.model.hidden_states(newest, places, self.cache.decode(places, longest))
-
-    def _extend(self, request: Request, token: int) -> None:
-        if token in self.stop_ids:
-            request.finish_reason = "stop"
+    def _enter(self) -> None:
+        entry = self.scheduler.enter()
+        if entry.pieces:
+            attend, positions = self.cache.prefill([(row.pages, start, end) for row, start, end in entry.pieces])
+            ids = np.concatenate([row.tokens[start:end] for row, start, end in entry.pieces])
+            self.model.hidden_states(upload(ids, self.device), positions, attend)
+        if entry.copies:
+            self.cache.copy(*zip(*entry.copies))
+        if not entry.rows:
             return
-        request.tokens.append(token)
-        context = self.model.config.max_position_embeddings
-        if len(request.tokens) >= self.config.max_tokens or len(request.prompt) + len(request.tokens) >= context:
-            request.finish_reason = "length"
+        rows = entry.rows
+        pages = np.full((len(rows), self.page_table.shape[1]), self.cache.num_pages)
+        for row, line in zip(rows, pages):
+            line[: len(row.pages)] = row.pages
+            done = row.request.tokens
+            self._make_room(len(done))
+            self.tokens[row.place, : len(done)] = done
+            self.num_tokens[row.place] = len(done)
+            self.limits[row.place] = self.scheduler.limit(row.request)
+        places = upload(np.array([row.place for row in rows]), self.device)
+        state = [
+            (row.tokens[-1], row.to_cache, len(row.request.tokens), row.request.key, row.num_shared) for row in rows
+        ]
+        state = upload(np.array(state), self.device).T
+        for tensor, values in zip((self.newest, self.lengths, self.num_drawn, self.keys, self.num_shared), state):
+            tensor[places] = values
+        self.page_table[places] = upload(pages, self.device)
 
-    def _release(self) -> list[Request]:
-        """Take out the requests that ended; the last live rows move into their places, so live rows stay the first
-        ones."""
-        ended = [row for row, request in enumerate(self.live) if request.finish_reason]
-        finished = [self.live[row] for row in ended]
-        for row in reversed(ended):
-            last = self.live.pop()
-            if row < len(self.live):
-                self.cache.move(len(self.live), row)
-                self.live[row] = last
-        return finished
+    def _grow(self) -> list[Request]:
+        """See to it that every row has a page for its next token. Returns requests that were found to have ended."""
+        ended = []
+        while (new := self.scheduler.grow()) is None:
+            if self.drawn:
+                ended += self._look()
+            else:
+                row = self.scheduler.youngest()
+                row.request.tokens = self._tokens(row)
+                self.scheduler.put_back(row)
+        if new:
+            places, numbers, pages = upload(np.array(new), self.device).T
+            self.page_table[places, numbers] = pages
+        return ended
+
+    def _launch(self, places: np.ndarray) -> _Drawn:
+        """Start a decode step."""
+        whose = self.scheduler.entered[places]
+        if self.device.type != "cuda":
+            return _Drawn(places, whose, self._advance(torch.from_numpy(places)), None)
+        tokens = self._replay(places)
+        there = torch.empty(len(places), dtype=torch.int64, pin_memory=True)
+        there.copy_(tokens[: len(places)], non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return _Drawn(places, whose, there, arrived)
+
+    def _advance(self, places: Tensor) -> Tensor:
+        """Put the newest tokens of the rows in these places through the model, and draw the next ones: (B,) int64."""
+        lengths, num_drawn = self.lengths[places], self.num_drawn[places]
+        page_table = self.page_table[places]
+        if self.device.type == "cpu":
+            page_table = page_table[:, : int(lengths.max()) // self.config.page_size + 1]
+        attend = self.cache.decode(page_table, lengths, self.num_shared[places])
+        hidden = self.model.hidden_states(self.newest[places], lengths, attend)
+        logits = (hidden @ self.model.lm_head_weight.T).float()  # (B, V)
+        c = self.config
+        tokens = choose(logits, uniform(self.keys[places], num_drawn), c.temperature, c.top_p, c.top_k)
+        self.newest[places] = tokens
+        self.lengths[places] = (lengths + 1) * (places < c.batch_size)  # nobody's row stays empty
+        self.num_drawn[places] = num_drawn + 1
+        return tokens
+
+    def _replay(self, places: np.ndarray) -> Tensor:
+        """_advance as a CUDA graph."""
+        padded = self._filled_up(places)
+        if len(padded) not in self.graphs:
+            nobody = torch.full((len(padded),), self.config.batch_size, device=self.device)
+            self.graphs[len(padded)] = self._capture(nobody)
+        graph, static_places, tokens = self.graphs[len(padded)]
+        static_places.copy_(upload(padded, self.device), non_blocking=True)
+        graph.replay()
+        return tokens
+
+    def _filled_up(self, places: np.ndarray) -> np.ndarray:
+        """With nobody's place up to the next size that there are graphs for: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ..."""
+        size = 1 << (len(places) - 1).bit_length()
+        if size >= 32 and len(places) <= size * 3 // 4:
+            size = size * 3 // 4
+        return np.pad(places, (0, size - len(places)), constant_values=self.config.batch_size)
+
+    def _capture(self, places: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        # A first run beside the graph compiles the kernels. Both runs move nobody's state alone.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._advance(places)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            tokens = self._advance(places)
+        return graph, places, tokens
+
+    def _look(self) -> list[Request]:
+        """Look at the tokens that were drawn last. Returns the requests that ended."""
+        drawn, self.drawn = self.drawn, None
+        if not drawn:
+            return []
+        if drawn.arrived:
+            drawn.arrived.synchronize()
+        still = self.scheduler.entered[drawn.places] == drawn.entered
+        places, tokens = drawn.places[still], drawn.tokens.numpy()[still]
+        stopped = np.isin(tokens, self.stop_ids)
+        going = places[~stopped]
+        self._make_room(int(self.num_tokens[going].max(initial=0)) + 1)
+        self.tokens[going, self.num_tokens[going]] = tokens[~stopped]
+        self.num_tokens[going] += 1
+        full = self.num_tokens[going] >= self.limits[going]
+        ended = []
+        for reason, done in (("stop", places[stopped]), ("length", going[full])):
+            for place in done.tolist():
+                row = self.scheduler.rows[place]
+                row.request.tokens, row.request.finish_reason = self._tokens(row), reason
+                self.scheduler.release(row)
+                ended.append(row.request)
+        return ended
+
+    def _tokens(self, row: Row) -> list[int]:
+        if row is self.scheduler.entering:  # its place still has the last row's
+            return row.request.tokens
+        return self.tokens[row.place, : self.num_tokens[row.place]].tolist()
+
+    def _make_room(self, num_tokens: int) -> None:
+        """For completions of num_tokens."""
+        room = self.tokens.shape[1]
+        if num_tokens > room:
+            self.tokens = np.pad(self.tokens, ((0, 0), (0, max(room, num_tokens - room))))
 
 
-def requests_for(prompts: list[list[int]], n: int, seed: int) -> list[Request]:
-    """n samples of each prompt, in order. A prompt that comes again gets further samples, not the same ones."""
+def requests_for(prompts: list[list[int]], n: int, seed: int, names: Iterable[str] | None = None) -> list[Request]:
+    """n samples of each prompt, in order. A prompt that comes again gets further samples, not the same ones.
+
+    Args:
+        names: of the prompts, for messages.
+    """
     requests = []
     before: Counter[tuple[int, ...]] = Counter()
-    for prompt in prompts:
+    for prompt, name in zip(prompts, names or [Request.name] * len(prompts), strict=True):
         for sample in range(n):
-            requests.append(Request(prompt, sample, _key(seed, prompt, sample + n * before[tuple(prompt)])))
+            requests.append(Request(prompt, sample, _key(seed, prompt, sample + n * before[tuple(prompt)]), name))
         before[tuple(prompt)] += 1
     return requests
 
@@ -170,66 +286,33 @@ def _key(seed: int, prompt: list[int], sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Draw a token from each row.
-
-    Args:
-        logits: (B, V) fp32.
-        uniforms: (B,) fp64 from [0, 1), one a row.
-        temperature: 0 takes the likeliest token.
-        top_p: keep the fewest likeliest tokens that together have this probability, after top_k.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-
-    Returns:
-        (B,) int64.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits / temperature).softmax(-1)
-    ids = None
-    if top_k or top_p < 1:
-        probs, ids = _likeliest(probs, top_p, top_k)
-    sums = probs.double().cumsum(-1)
-    # Invert the cumulative distribution: the first place whose sum exceeds the uniform's share of the total.
-    place = torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True)
-    place = (
-        place.minimum((probs > 0).sum(-1, keepdim=True) - 1) if ids is not None else place.clamp(max=probs.shape[1] - 1)
-    )
-    return (place if ids is None else ids.gather(1, place)).squeeze(1)
+def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> PagedCache:
+    """A cache of the size that the user gives, or that the device has memory for; never more than the batch can use."""
+    c, dtype = model.config, model.lm_head_weight.dtype
+    sizes = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+    a_page = bytes_a_page(*sizes, config.page_size, dtype)
+    memory = config.cache_gb * 1e9 or _free_memory(model, config, device)
+    num_pages = min(int(memory / a_page), config.batch_size * -(-c.max_position_embeddings // config.page_size))
+    if num_pages < 1:
+        raise UserError(
+            f"a cache of {memory / 1e9:.3g} GB has no room for a page of {config.page_size} tokens, {a_page / 1e9:.3g} GB: "
+            "give a larger --cache_gb or a smaller --page_size"
+        )
+    return PagedCache(*sizes, num_pages, config.page_size, dtype, device)
 
 
-def _likeliest(probs: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """The tokens that top-k and top-p keep, likeliest first: probabilities (B, C), 0 beyond the kept, and ids (B,
-    C)."""
-    size = min(top_k or _NUCLEUS, probs.shape[1])
-    while True:
-        best, ids = probs.topk(size)
-        if top_k:
-            best = best / best.sum(-1, keepdim=True)
-        sums = best.double().cumsum(-1)
-        # Without top-k the nucleus may be longer than the guess; a full sort is hardly ever needed.
-        if top_k or size == probs.shape[1] or bool((sums[:, -1] >= top_p).all()):
-            return best.masked_fill(sums - best >= top_p, 0.0), ids
-        size = min(8 * size, probs.shape[1])
-
-
-def uniform(keys: Tensor, counters: Tensor) -> Tensor:
-    """One number from [0, 1) for each key and counter: (B,) int64, (B,) int64 -> (B,) fp64.
-
-    A counter-based generator (the finaliser of SplitMix64, Steele et al. 2014): no state, so any order gives the same
-    numbers.
-    """
-    z = keys + (counters + 1) * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
-    return _shift(z ^ _shift(z, 31), 11).double() / 2**53
-
-
-def _signed(constant: int) -> int:
-    """A 64-bit constant as the int64 of the same bits; int64 products wrap around as the generator wants."""
-    return constant - 2**64
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Shift right and fill with zeros; int64's own shift fills with the sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+def _free_memory(model: Qwen2, config: SamplingConfig, device: torch.device) -> float:
+    """Bytes that the cache may take on this device."""
+    if device.type == "cuda":
+        c, size = model.config, model.lm_head_weight.dtype.itemsize
+        torch.cuda.empty_cache()
+        # What a forward pass needs beside: logits with their copies in fp32, and the activations of a block.
+        logits = config.batch_size * c.vocab_size * (size + 16)
+        block = _PREFILL_TOKENS * (8 * c.hidden_size + 4 * c.intermediate_size) * size
+        return _GPU_SHARE * torch.cuda.mem_get_info(device)[0] - logits - block
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return _CPU_SHARE * free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

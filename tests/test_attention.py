@@ -1,9 +1,9 @@
-"""Packed and cached attention against a dense masked reference."""
+"""Packed attention against a dense masked reference."""
 
 import pytest
 import torch
 
-from nanoredi.attention import KVCache, PackedAttention
+from nanoredi.attention import PackedAttention
 
 LENGTHS = (3, 1, 9, 6)
 
@@ -38,41 +38,3 @@ def test_packed_equals_dense_forward_and_backward(max_seqlen):
     got = torch.autograd.grad(out, inputs, upstream)
     for a, b in zip(got, torch.autograd.grad(want, inputs, upstream.double())):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-
-
-def test_cache_equals_packed_token_by_token():
-    """Prefill two rows, decode both to other lengths, in a cache that must grow; the same outputs as without a
-    cache."""
-    cache, layers = KVCache(2, 2, 8, torch.float32, torch.device("cpu")), 2
-    whole = {
-        (row, layer): [x.detach() for x in qkv(10, seed=10 * row + layer)]
-        for row in range(2)
-        for layer in range(layers)
-    }
-    lengths = [4, 2]
-    cache.reserve(2, 4)
-    attend = cache.prefill(0, cumulative(lengths), 4)
-    for layer in range(layers):
-        parts = [[x[:n] for x in whole[row, layer]] for row, n in enumerate(lengths)]
-        attend(layer, *(torch.cat(p) for p in zip(*parts)))
-    for _ in range(4):
-        cache.reserve(2, max(lengths) + 1)
-        attend = cache.decode(torch.tensor(lengths), max(lengths))
-        for layer in range(layers):
-            q, k, v = (torch.stack([whole[row, layer][i][n] for row, n in enumerate(lengths)]) for i in range(3))
-            out = attend(layer, q, k, v)
-            for row, n in enumerate(lengths):
-                want = dense(*(x[: n + 1] for x in whole[row, layer]), [n + 1])[-1]
-                torch.testing.assert_close(out[row].double(), want, atol=1e-5, rtol=0)
-        lengths = [n + 1 for n in lengths]
-
-
-def test_a_moved_row_is_the_same_row():
-    cache = KVCache(1, 2, 8, torch.float32, torch.device("cpu"))
-    cache.reserve(3, 5)
-    q, k, v = (x.detach() for x in qkv(5))
-    cache.prefill(2, cumulative([5]), 5)(0, q, k, v)
-    cache.move(2, 0)
-    assert torch.equal(cache.keys[:, 0, :, :5], cache.keys[:, 2, :, :5]) and torch.equal(
-        cache.values[0, 0, :, :5], v.transpose(0, 1)
-    )

@@ -50,6 +50,7 @@ def test_the_main_job_on_a_shrunken_toy(run, tmp_path):
         "sft",
         "metrics.jsonl",
         "final",
+        "evaluation.json",
         "results.json",
         "samples.jsonl",
     }

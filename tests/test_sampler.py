@@ -1,14 +1,16 @@
-"""Sampling: greedy equals no cache, samples do not depend on the batch, frequencies are the distribution's."""
-
-import math
+"""Sampling: greedy equals transformers and no cache; samples depend on nothing but their prompt, number and seed."""
 
 import pytest
 import tiny
 import torch
 
+from nanoredi import paged, sampler
 from nanoredi.config import SamplingConfig
 from nanoredi.errors import UserError
-from nanoredi.sampler import Request, Sampler, choose, requests_for, uniform
+from nanoredi.kernels import likeliest
+from nanoredi.pages import Pages
+from nanoredi.sampler import Sampler, requests_for
+from nanoredi.scheduler import Request, Scheduler
 
 PROMPTS = [ids.tolist() for ids in tiny.sequences()]
 
@@ -56,7 +58,7 @@ def test_the_context_ends_a_row():
     prompt = PROMPTS[3] * 2  # 60 of 64 tokens
     request = complete([Request(prompt)], temperature=0.0)[0]
     assert (len(request.tokens), request.finish_reason) == (4, "length")
-    with pytest.raises(UserError, match="a prompt of 64 tokens fills the context of 64"):
+    with pytest.raises(UserError, match="a prompt has 64 tokens with its template and fills the context of 64"):
         complete([Request(prompt + [1, 2, 3, 4])])
 
 
@@ -81,54 +83,104 @@ def test_seeds_samples_and_repeated_prompts_differ():
     ]
 
 
-def expected(probs, top_p, top_k):
-    """The exact distribution after top-k, then top-p, by a full sort in float64."""
-    order = probs.argsort(descending=True)
-    kept = order[: top_k or len(order)]
-    p = probs[kept] / probs[kept].sum()
-    size = int((p.cumsum(0) < top_p - 1e-12).sum()) + 1
-    out = torch.zeros_like(probs)
-    out[kept[:size]] = p[:size] / p[:size].sum()
-    return out
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_equals_transformers_token_by_token(tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = tiny.tiny_model(tied)
+    model.save_pretrained(tmp_path / "model")
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    requests = [Request(p) for p in [*PROMPTS, PROMPTS[3][:16], PROMPTS[1] + PROMPTS[0], PROMPTS[3] + PROMPTS[1]]]
+    settings = SamplingConfig(max_tokens=15, temperature=0.0, batch_size=4, page_size=8)
+    assert len(list(Sampler(model, [], settings).run(requests))) == len(requests)
+    for request in requests:
+        ids = torch.tensor([request.prompt])
+        want = oracle.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=15,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert request.tokens == want[0, len(request.prompt) :].tolist()
 
 
-@pytest.mark.parametrize(
-    "temperature, top_p, top_k",
-    [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.3, 0.95, 7), (1.0, 1.0, 4), (0.7, 0.999, 0)],
-)
-def test_frequencies_pass_a_chi_squared_test(temperature, top_p, top_k):
-    n, logits = 100_000, torch.randn(200, generator=torch.Generator().manual_seed(1)) * 2
-    want = expected((logits.double() / temperature).softmax(-1), top_p, top_k)
-    uniforms = uniform(torch.arange(n) * 7919, torch.full((n,), 3))
-    drawn = torch.cat([choose(logits.expand(len(u), -1), u, temperature, top_p, top_k) for u in uniforms.split(5000)])
-    seen = torch.bincount(drawn, minlength=200).double()
-    assert not seen[want == 0].any()
-    # Cells expected less than 10 times count together.
-    rare = (want * n < 10) & (want > 0)
-    cells = [(seen[i], want[i] * n) for i in torch.where((want > 0) & ~rare)[0]] + (
-        [(seen[rare].sum(), want[rare].sum() * n)] if rare.any() else []
+def samples(**settings):
+    """The samples of prompts with a common head, by prompt and number."""
+    head = PROMPTS[3][:17]
+    prompts = [head + p for p in PROMPTS[:3]] + [PROMPTS[3], head[:16], PROMPTS[0][:1]]
+    requests = requests_for(prompts, n=4, seed=5)
+    complete(requests, stop_ids=[7, 8], **{"temperature": 1.0, "top_p": 0.9, "max_tokens": 25, **settings})
+    return {(tuple(r.prompt), r.sample): (r.tokens, r.finish_reason) for r in requests}
+
+
+@pytest.fixture(scope="module")
+def plain_samples():
+    return samples(batch_size=1, page_size=64)
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+@pytest.mark.parametrize("page_size", [16, 256])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_samples_do_not_depend_on_pages_batches_or_sharing(plain_samples, batch_size, page_size, sharing, monkeypatch):
+    assert len({reason for _, reason in plain_samples.values()}) == 2
+    if not sharing:
+        monkeypatch.setattr(Pages, "find", lambda self, tokens: ([], None))
+    assert samples(batch_size=batch_size, page_size=page_size) == plain_samples
+
+
+@pytest.mark.parametrize("budget", [1, 7, 1000])
+def test_samples_do_not_depend_on_preemption_or_the_size_of_pieces(plain_samples, budget, monkeypatch):
+    put_back = []
+    monkeypatch.setattr(
+        Scheduler,
+        "put_back",
+        lambda self, row, put=Scheduler.put_back: (put_back.append(len(row.request.tokens)), put(self, row)),
     )
-    chi = sum((o - e) ** 2 / e for o, e in cells if e > 0).item()
-    freedom = len(cells) - 1
-    # Wilson and Hilferty's normal approximation; 4 sigma.
-    assert not freedom or ((chi / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom)) < 4
+    monkeypatch.setattr(sampler, "_PREFILL_TOKENS", budget)
+    # 2 layers x 2 heads x 8 x (keys and values) x 4 bytes: room for 80 tokens in pages of 4; a row may need 54.
+    assert samples(batch_size=8, page_size=4, cache_gb=80 * 256 / 1e9) == plain_samples
+    assert len(put_back) > 5 and max(put_back) > 0
 
 
-def test_a_flat_distribution_wider_than_the_first_guess():
-    logits = torch.zeros(2, 5000)
-    drawn = choose(logits.expand(2, -1), torch.tensor([0.0, 0.999999]), 1.0, 0.9, 0)
-    assert len(set(drawn.tolist())) == 2
-    many = choose(
-        torch.zeros(4000, 1000), uniform(torch.arange(4000), torch.zeros(4000, dtype=torch.int64)), 1.0, 0.5, 0
+def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, monkeypatch):
+    """What a GPU does, in Triton's interpreter: its kernels, and batches filled up with nobody's rows."""
+
+    def launch(self, places):
+        tokens = self._advance(torch.from_numpy(self._filled_up(places)))
+        return sampler._Drawn(places, self.scheduler.entered[places], tokens[: len(places)], None)
+
+    monkeypatch.setattr(Sampler, "_launch", launch)
+    monkeypatch.setattr(paged, "runs_triton", lambda _: True)
+    monkeypatch.setattr(likeliest, "runs_triton", lambda _: True)
+    assert samples(batch_size=24, page_size=16, max_tokens=3) == {
+        key: (tokens[:3], reason if len(tokens) < 3 else "length") for key, (tokens, reason) in plain_samples.items()
+    }
+
+
+def test_a_row_can_be_watched_as_it_grows():
+    requests = [Request(PROMPTS[0]), Request(PROMPTS[1])]
+    one = Sampler(tiny.tiny_model(tied=True), [], SamplingConfig(max_tokens=5, temperature=0.0))
+    one.add(requests)
+    seen = []
+    while one.busy:
+        one.step()
+        seen.append(one.so_far(requests[0]))
+    assert [len(tokens) for tokens in seen] == [0, 1, 2, 3, 4, 5]
+    assert all(requests[0].tokens[: len(tokens)] == tokens for tokens in seen)
+
+
+def test_memory_is_the_users_or_measured():
+    model = tiny.tiny_model(tied=True)
+    assert (
+        Sampler(model, [], SamplingConfig(batch_size=5, page_size=16)).cache.num_pages == 5 * 4
+    )  # all that it can use
+    assert (
+        Sampler(model, [], SamplingConfig(batch_size=5, page_size=16, cache_gb=3 * 16 * 256 / 1e9)).cache.num_pages == 3
     )
-    assert 480 < len(many.unique()) <= 500
-
-
-def test_uniforms_are_uniform_and_keyed():
-    u = uniform(torch.arange(-50_000, 50_000), torch.zeros(100_000, dtype=torch.int64))
-    assert 0 <= u.min() and u.max() < 1
-    assert abs(u.mean() - 0.5) < 0.004 and abs(u.var() - 1 / 12) < 0.002
-    steps = uniform(torch.full((1000,), 5), torch.arange(1000))
-    assert len(steps.unique()) == 1000 and abs(torch.corrcoef(torch.stack((steps[1:], steps[:-1])))[0, 1]) < 0.1
-    # SplitMix64 from the seed 1234567, first output 6457827717110365317 (the generator's published test values).
-    assert uniform(torch.tensor([1234567]), torch.tensor([0])).item() == (6457827717110365317 >> 11) / 2**53
+    with pytest.raises(UserError, match="has no room for a page of 16 tokens"):
+        Sampler(model, [], SamplingConfig(page_size=16, cache_gb=1e-9))
+    small = Sampler(model, [], SamplingConfig(page_size=16, cache_gb=32 * 256 / 1e9, max_tokens=20))
+    with pytest.raises(UserError, match="may become 49 long; the cache has room for 32"):
+        small.add([Request(PROMPTS[0]), Request(PROMPTS[3])])
+    assert not small.busy

@@ -1,0 +1,324 @@
+"""Sampling: tokens a second and peak memory, beside transformers' padded `generate` and its continuous batching.
+
+    python bench/sampler.py                              this machine's size: a GPU's or a CPU's
+    python bench/sampler.py --prompts 8 --methods nanoredi "transformers generate"     shorter
+    python bench/sampler.py --profile                    where the time of one decode step goes
+
+Same weights, prompts, lengths, temperature 0.6 and top-p 0.95. The weights are random, so every method is told how long
+each sample becomes; only those tokens count. Each method runs in a fresh process, which samples a little first. The
+time is that of one run over all prompts, prefill included, and is to be read as a ratio to another one of the same table;
+memory is the peak of the process on a CPU, weights and all, and of the tensors on a GPU. `generate` takes the samples in
+batches, because it pads each to its longest: a sample of the prompts is enough to time it (--generate_prompts), since
+batches are alike. The allowance is what a step's matrix products take alone, at the number of rows that decode at
+each step; on a GPU the floor is the time to read the weights and the live cache once a step at the measured bandwidth.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from nanoredi.config import SamplingConfig  # noqa: E402
+from nanoredi.model import Qwen2, Qwen2Config  # noqa: E402
+from nanoredi.sampler import Sampler, requests_for  # noqa: E402
+from nanoredi.scheduler import Request  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+TEMPERATURE, TOP_P = 0.6, 0.95
+
+
+@dataclass
+class Size:
+    """A model, and what is sampled from it."""
+
+    name: str
+    config: Qwen2Config
+    prompts: int
+    n: int
+    prompt: tuple[int, int]  # the shortest and the longest, in tokens
+    completion: tuple[int, int]
+    batch_size: int  # of nanoredi
+    generate_rows: int  # of a batch of `generate`
+    generate_prompts: int  # that `generate` is timed on
+    dtypes: tuple[str, ...]
+
+
+SIZE = (
+    Size(
+        "Qwen2.5-Math-1.5B's shape",
+        Qwen2Config(151_936, 1536, 8960, 28, 12, 2, 32_768, 300_000.0, tie_word_embeddings=True),
+        prompts=64,
+        n=16,
+        prompt=(50, 800),
+        completion=(20, 8_192),
+        batch_size=1_024,
+        generate_rows=64,
+        generate_prompts=4,
+        dtypes=("bfloat16",),
+    )
+    if ON_GPU
+    else Size(
+        "135M parameters",
+        Qwen2Config(49_152, 576, 1536, 30, 9, 3, 2_048, tie_word_embeddings=True),
+        prompts=32,
+        n=4,
+        prompt=(20, 300),
+        completion=(20, 400),
+        batch_size=128,
+        generate_rows=32,
+        generate_prompts=8,
+        dtypes=("float32",),
+    )
+)
+
+
+def requests_of(size: Size) -> list[Request]:
+    """Random prompts, their lengths uniform; completions' lengths spread evenly, in random order."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(size.prompt[0], size.prompt[1] + 1, size.prompts)
+    prompts = [rng.integers(0, size.config.vocab_size, length).tolist() for length in lengths]
+    requests = requests_for(prompts, size.n, seed=0)
+    # Each prompt's samples, and each run of prompts, get lengths from all over the range.
+    ends = np.linspace(*size.completion, len(requests)).round().astype(int)
+    for request, end in zip(requests, rng.permutation(ends).tolist()):
+        request.max_tokens = end
+    return requests
+
+
+def nanoredi(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tuple[Callable[[], int], Callable]:
+    model = Qwen2.from_pretrained(folder, dtype=dtype, device=DEVICE)
+    settings = SamplingConfig(temperature=TEMPERATURE, top_p=TOP_P, batch_size=size.batch_size)
+    sampler = Sampler(model, [], settings)
+
+    def warm_up() -> None:
+        list(sampler.run([Request([1] * 8, max_tokens=3, key=row) for row in range(size.batch_size)]))
+
+    def run() -> int:
+        sampler.add(requests_of(size))
+        ended, profiler = [], None
+        for step in range(10**9):
+            if profiled and step == 10:
+                with torch.profiler.profile() as profiler:
+                    ended += sampler.step()
+                order = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
+                table = profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
+                print(table, file=sys.stderr)
+                return sum(len(request.tokens) for request in ended)
+            ended += sampler.step()
+            if not sampler.busy:
+                return sum(len(request.tokens) for request in ended)
+
+    return run, warm_up
+
+
+def generate(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tuple[Callable[[], int], Callable]:
+    """Batches of prompts, padded on the left, in the order given; a batch goes on until its longest sample is done."""
+    from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(DEVICE).eval()
+
+    class AtLength(StoppingCriteria):
+        def __init__(self, ends: torch.Tensor):
+            self.ends = ends
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+            return input_ids.shape[1] >= self.ends
+
+    def sample(requests: list[Request]) -> int:
+        longest = max(len(request.prompt) for request in requests)
+        ids = torch.tensor([[0] * (longest - len(r.prompt)) + r.prompt for r in requests], device=DEVICE)
+        mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in requests], device=DEVICE)
+        ends = longest + torch.tensor([request.max_tokens for request in requests], device=DEVICE)
+        model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            top_k=0,
+            max_new_tokens=int(ends.max()) - longest,
+            stopping_criteria=StoppingCriteriaList([AtLength(ends)]),
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return sum(request.max_tokens for request in requests)
+
+    def run() -> int:
+        requests = requests_of(size)[: size.generate_prompts * size.n]
+        batches = range(0, len(requests), size.generate_rows)
+        return sum(sample(requests[start : start + size.generate_rows]) for start in batches)
+
+    return run, lambda: sample([Request([1] * 8, max_tokens=3)] * 4)
+
+
+def generate_batch(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tuple[Callable[[], int], Callable]:
+    """transformers' continuous batching. It has one length for all: it is timed on completions of the mean one."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
+
+    def sample(prompts: list[list[int]], length: int) -> int:
+        settings = GenerationConfig(
+            max_new_tokens=length,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            top_k=0,
+            eos_token_id=-1,
+            pad_token_id=0,
+        )
+        done = model.generate_batch(inputs=prompts, generation_config=settings)
+        if len(done) < len(prompts):
+            raise RuntimeError(f"generate_batch gave {len(done)} of {len(prompts)} samples")
+        return sum(len(one.generated_tokens) for one in done.values())
+
+    def run() -> int:
+        requests = requests_of(size)[: size.generate_prompts * size.n]
+        length = round(sum(request.max_tokens for request in requests) / len(requests))
+        return sample([request.prompt for request in requests], length)
+
+    return run, lambda: sample([[1] * 8] * 4, 3)
+
+
+METHODS = {"nanoredi": nanoredi, "transformers generate": generate, "transformers generate_batch": generate_batch}
+
+
+def measure(method: str, size: Size, dtype: torch.dtype, folder: str, profiled: bool) -> dict:
+    """One method's figures, in this process alone."""
+    run, warm_up = METHODS[method](folder, size, dtype, profiled)
+    warm_up()
+    if ON_GPU:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    tokens = run()
+    if ON_GPU:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if ON_GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"tokens": tokens, "seconds": seconds, "bytes": peak}
+
+
+def allowance(size: Size, dtype: torch.dtype) -> float:
+    """Seconds of all steps' matrix products, or on a GPU of reading weights and live cache; prompts not counted."""
+    requests = requests_of(size)
+    c = size.config
+    kv_size = c.num_key_value_heads * c.head_dim
+    shapes = [(c.hidden_size + 2 * kv_size, c.hidden_size), (c.hidden_size, c.hidden_size)]
+    shapes += [(2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)]
+    ends = np.array([request.max_tokens for request in requests])
+    rows = [int((ends > step).sum()) for step in range(ends.max())]
+    if ON_GPU:
+        weights = c.num_hidden_layers * sum(a * b for a, b in shapes) + c.vocab_size * c.hidden_size
+        prompts = np.array([len(request.prompt) for request in requests])
+        live = sum(int((prompts[ends > step] + step).sum()) for step in range(ends.max()))
+        # Rows that do not fit at once cost their steps' weights again; the floor leaves that out.
+        values = len(rows) * weights + live * 2 * c.num_hidden_layers * kv_size
+        return values * dtype.itemsize / _bandwidth()
+    matrices = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(8)]  # more than a cache holds
+    head = torch.randn(c.vocab_size, c.hidden_size).to(dtype)
+    points = [b for b in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if b < 2 * len(requests)]
+    seconds = [_product_seconds(b, matrices, head, c.num_hidden_layers) for b in points]
+    return float(np.interp(rows, points, seconds).sum())
+
+
+def _product_seconds(rows: int, matrices: list[list[torch.Tensor]], head: torch.Tensor, num_layers: int) -> float:
+    """Of a step's products: every block's, and the head's."""
+    inputs = {size: torch.randn(rows, size).to(head.dtype) for size in {w.shape[1] for w in matrices[0]}}
+
+    def best(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    blocks = best(lambda: [torch.mm(inputs[w.shape[1]], w.T) for block in matrices for w in block])
+    return blocks * num_layers / len(matrices) + best(lambda: torch.mm(inputs[head.shape[1]], head.T))
+
+
+def _bandwidth() -> float:
+    """Bytes a second that the device reads, by summing up 4 GiB."""
+    x = torch.ones(1 << 30, device=DEVICE)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    x.sum()
+    begin.record()
+    for _ in range(10):
+        x.sum()
+    end.record()
+    end.synchronize()
+    return 10 * x.numel() * x.element_size() / (begin.elapsed_time(end) / 1e3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, help="instead of the size's own")
+    parser.add_argument("--generate_prompts", type=int, help="that transformers is timed on, instead of the size's own")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to time [all]")
+    parser.add_argument("--dtypes", nargs="+", default=list(SIZE.dtypes), help=f"[{' '.join(SIZE.dtypes)}]")
+    parser.add_argument("--profile", action="store_true", help="print where the time of one of nanoredi's steps goes")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # what the fresh processes are told
+    flags = parser.parse_args()
+    SIZE.prompts = flags.prompts or SIZE.prompts
+    SIZE.generate_prompts = min(flags.generate_prompts or SIZE.generate_prompts, SIZE.prompts)
+    if flags.one:
+        method, dtype, folder = flags.one
+        print(json.dumps(measure(method, SIZE, getattr(torch, dtype), folder, flags.profile)))
+        return
+
+    device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
+    requests = requests_of(SIZE)
+    tokens = sum(request.max_tokens for request in requests)
+    print(f"{device}; torch {torch.__version__}")
+    print(f"{SIZE.name}: {SIZE.prompts} prompts x {SIZE.n}, {tokens:,} tokens to sample\n", flush=True)
+    words = ["--prompts", str(SIZE.prompts), "--generate_prompts", str(SIZE.generate_prompts)]
+    with tempfile.TemporaryDirectory() as folder:
+        Qwen2(SIZE.config).init_weights(0).save_pretrained(Path(folder, "model"), getattr(torch, SIZE.dtypes[0]))
+        if flags.profile:
+            run_one("nanoredi", flags.dtypes[0], f"{folder}/model", [*words, "--profile"])
+            return
+        bound = "of the floor" if ON_GPU else "of the products' allowance"
+        print(f"| dtype | method | samples | s | tokens/s | {bound} | peak GB |\n" + "| --- " * 7 + "|", flush=True)
+        for dtype in flags.dtypes:
+            share = allowance(SIZE, getattr(torch, dtype)) / tokens
+            for method in flags.methods:
+                result = run_one(method, dtype, f"{folder}/model", words)
+                if result is None:
+                    print(f"| {dtype} | {method} | failed, as said above | | | | |", flush=True)
+                    continue
+                num = (SIZE.prompts if method == "nanoredi" else SIZE.generate_prompts) * SIZE.n
+                rate = result["tokens"] / result["seconds"]
+                figures = (
+                    f"{num} | {result['seconds']:.0f} | {rate:.0f} | {rate * share:.0%} | {result['bytes'] / 1e9:.2f}"
+                )
+                print(f"| {dtype} | {method} | {figures} |", flush=True)
+
+
+def run_one(method: str, dtype: str, folder: str, words: list[str]) -> dict | None:
+    """A method's figures from a fresh process; None when it failed, with its last words shown."""
+    done = subprocess.run(
+        [sys.executable, __file__, *words, "--one", method, dtype, folder], capture_output=True, text=True
+    )
+    if "--profile" in words:
+        print(done.stderr)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    print(f"{method}, {dtype}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}", file=sys.stderr)
+    return None
+
+
+if __name__ == "__main__":
+    main()

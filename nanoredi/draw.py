@@ -1,0 +1,75 @@
+"""From logits to tokens: temperature, top-k and top-p, and one uniform number for each row and position.
+
+Exact, in fp32, without a sort of the vocabulary and without waiting for the device (kernels/likeliest.py).
+"""
+
+import torch
+from torch import Tensor
+
+from nanoredi.kernels.likeliest import keep_likeliest
+
+# Elements that are worked on at once: on a CPU few enough to stay in its cache, on a GPU to bound the memory.
+_CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 20, 1 << 26
+
+
+def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
+    """Draw a token from each row, by inverting the kept tokens' cumulative distribution in the vocabulary's order.
+
+    Args:
+        logits: (B, V) fp32.
+        uniforms: (B,) fp64 from [0, 1), one a row.
+        temperature: 0 takes the likeliest token.
+        top_p: keep the fewest likeliest tokens that together have this probability, after top_k. Of equally likely
+            ones the first in the vocabulary are kept.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+
+    Returns:
+        (B,) int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    rows = max(1, (_GPU_ELEMENTS if logits.is_cuda else _CPU_ELEMENTS) // logits.shape[1])
+    return torch.cat(
+        [
+            _draw(_kept((z / temperature).softmax(-1), top_p, top_k), u)
+            for z, u in zip(logits.split(rows), uniforms.split(rows))
+        ]
+    )
+
+
+def _kept(probs: Tensor, top_p: float, top_k: int) -> Tensor:
+    """The probabilities (B, V), those of the tokens that top-k and top-p drop set to 0."""
+    if 0 < top_k < probs.shape[1]:
+        probs = keep_likeliest(probs, top_k, by_mass=False)
+    if top_p < 1:
+        probs = keep_likeliest(probs, top_p, by_mass=True)
+    return probs
+
+
+def _draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """A token (B,) by each row's weights (B, V), which need not add up to 1."""
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    # The first sum beyond the uniform's share of the total. That share is less than the total in fp64, too.
+    return torch.searchsorted(sums, uniforms[:, None] * sums[:, -1:], right=True).squeeze(1)
+
+
+def uniform(keys: Tensor, counters: Tensor) -> Tensor:
+    """One number from [0, 1) for each key and counter: (B,) int64, (B,) int64 -> (B,) fp64.
+
+    A counter-based generator (the finaliser of SplitMix64, Steele et al. 2014): no state, so any order gives the same
+    numbers.
+    """
+    z = keys + (counters + 1) * _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return _shift(z ^ _shift(z, 31), 11).double() / 2**53
+
+
+def _signed(constant: int) -> int:
+    """A 64-bit constant as the int64 of the same bits; int64 products wrap around as the generator wants."""
+    return constant - 2**64
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Shift right and fill with zeros; int64's own shift fills with the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

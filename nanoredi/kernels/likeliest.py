@@ -1,0 +1,127 @@
+"""The fewest likeliest tokens that together have enough: top-k and top-p without a sort of the vocabulary.
+
+All that is needed of the order is where the kept tokens end: the largest threshold such that what is at or above it is
+enough. Of positive numbers the bits, read as an integer, are in the same order, so it can be looked for among integers.
+
+The Triton kernel gives a row to one program. It finds the threshold's 30 bits three at a time, each time by going over
+the row once and adding up what is at or above each of eight candidates. The plain version makes a histogram over the
+leading bits, which says in which bucket the threshold lies, and sorts that bucket's members alone, a few in a hundred.
+Sums are in fp64, in both.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoredi.kernels.rows import runs_triton
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is one for Linux alone; elsewhere the plain version runs
+    triton = None
+
+# Of an fp32 in fp64 the bits from here on are its bucket: exponent and 3 of the mantissa. 2^-149 is the smallest above 0.
+_SHIFT = 49
+_LOWEST, _HIGHEST = (1023 - 149) << 3, 1023 << 3
+# A row of fewer tokens is sorted as it is; its histogram would be longer.
+_FEW = 1 << 14
+_BLOCK = 1024
+
+
+def keep_likeliest(probs: Tensor, enough: float, by_mass: bool) -> Tensor:
+    """Set all but the fewest largest probabilities that are enough to 0. Of equal ones the first are kept.
+
+    Args:
+        probs: (B, V) fp32 from 0 to 1.
+        enough: by mass a share of the row's sum, else a number of tokens.
+
+    Returns:
+        (B, V) fp32.
+    """
+    if by_mass:
+        # fp64 sums are rounded: what has enough but for that has enough.
+        missing = probs.sum(1, keepdim=True, dtype=torch.float64) * (enough * (1 - 1e-12))
+    else:
+        missing = probs.new_full((len(probs), 1), enough, dtype=torch.float64)
+    return (triton_keep if runs_triton(probs) else plain_keep)(probs, missing, by_mass)
+
+
+def plain_keep(probs: Tensor, missing: Tensor, by_mass: bool) -> Tensor:
+    """keep_likeliest's work, of what is missing (B, 1) fp64 in each row."""
+    values = probs.double()
+    masses = values if by_mass else torch.ones_like(values)
+    if probs.shape[1] < _FEW:
+        return probs.masked_fill(_surplus(values, masses, missing), 0.0)
+
+    bucket = values.view(torch.int64) >> _SHIFT
+    histogram = masses.new_zeros(len(probs), _HIGHEST + 1).scatter_add_(1, bucket, masses)[:, _LOWEST:]
+    above = F.pad(histogram.flip(1).cumsum(1).flip(1), (0, 1))  # of each bucket and all that are higher
+    last = (above[:, :-1] >= missing).sum(1, keepdim=True).sub_(1).clamp_(min=0)  # the highest that leaves enough
+    missing = missing - above.gather(1, last + 1)
+    last += _LOWEST
+    kept = probs * (bucket >= last)
+    row, column = (bucket == last).nonzero(as_tuple=True)
+    turn = torch.arange(len(row)) - torch.searchsorted(row, row)  # among the members of a row
+    members, of_members = values.new_zeros(2, len(probs), int(turn.max()) + 1)
+    members[row, turn] = values[row, column]
+    of_members[row, turn] = masses[row, column]
+    surplus = _surplus(members, of_members, missing)[row, turn]
+    kept[row[surplus], column[surplus]] = 0.0
+    return kept
+
+
+def _surplus(values: Tensor, masses: Tensor, enough: Tensor) -> Tensor:
+    """Which of the values (B, C) are beyond the fewest largest whose masses are enough (B, 1): (B, C) bool."""
+    order = values.argsort(dim=1, descending=True, stable=True)
+    masses = masses.gather(1, order)
+    beyond = masses.cumsum(1) - masses >= enough
+    return torch.empty_like(beyond).scatter_(1, order, beyond)
+
+
+def triton_keep(probs: Tensor, missing: Tensor, by_mass: bool) -> Tensor:
+    """The same in Triton. It asks the device for nothing, so a graph can hold it."""
+    probs, kept = probs.contiguous(), torch.empty_like(probs)
+    _keep_kernel[(len(probs),)](probs, kept, missing, probs.shape[1], BY_MASS=by_mass, BLOCK=_BLOCK, num_warps=8)
+    return kept
+
+
+if triton is not None:
+
+    @triton.jit
+    def _keep_kernel(probs, kept, missings, V, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+        start = tl.program_id(0).to(tl.int64) * V
+        missing = tl.load(missings + tl.program_id(0))
+        digits = tl.arange(0, 8)
+        threshold = tl.full((), 0, tl.int32)
+        for part in range(10):
+            shift = 27 - 3 * part
+            candidates = threshold + (digits << shift)
+            masses = tl.zeros((8,), tl.float64)
+            for v0 in range(0, V, BLOCK):
+                v = v0 + tl.arange(0, BLOCK)
+                p = tl.load(probs + start + v, mask=v < V, other=-1.0)
+                mass = (p if BY_MASS else tl.full((BLOCK,), 1.0, tl.float32)).to(tl.float64)
+                # The bits of -1, which stands for what is beyond the row, are below all others.
+                reached = p.to(tl.int32, bitcast=True)[:, None] >= candidates[None, :]
+                masses += tl.sum(tl.where(reached, mass[:, None], 0.0), 0)
+            digit = tl.maximum(tl.sum((masses >= missing).to(tl.int32), 0) - 1, 0)
+            threshold += digit << shift
+        value = threshold.to(tl.float32, bitcast=True).to(tl.float64) if BY_MASS else 1.0
+        above = tl.full((), 0.0, tl.float64)
+        for v0 in range(0, V, BLOCK):
+            v = v0 + tl.arange(0, BLOCK)
+            p = tl.load(probs + start + v, mask=v < V, other=-1.0)
+            mass = (p if BY_MASS else tl.full((BLOCK,), 1.0, tl.float32)).to(tl.float64)
+            above += tl.sum(tl.where(p.to(tl.int32, bitcast=True) > threshold, mass, 0.0), 0)
+        # Of those that equal the threshold so many, from the left, as are still missing.
+        num_equal = tl.full((), 0, tl.int32)
+        for v0 in range(0, V, BLOCK):
+            v = v0 + tl.arange(0, BLOCK)
+            p = tl.load(probs + start + v, mask=v < V, other=-1.0)
+            bits = p.to(tl.int32, bitcast=True)
+            equal = (bits == threshold).to(tl.int32)
+            before = num_equal + tl.cumsum(equal, 0) - equal
+            keep = (bits > threshold) | ((equal > 0) & (before.to(tl.float64) * value < missing - above))
+            tl.store(kept + start + v, tl.where(keep, p, 0.0), mask=v < V)
+            num_equal += tl.sum(equal, 0)

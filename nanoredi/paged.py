@@ -1,0 +1,131 @@
+"""The keys and values of all rows, in pages of one pool, and attention over them.
+
+Row b's token t lies in page page_table[b, t // page_size], at t % page_size. pages.py says which pages those are; here are
+the tensors. As in attention.py a forward pass is given an `attend` that every block calls; it writes the new tokens' keys
+and values into the pool and attends to all that their rows have there.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoredi.attention import Attend
+from nanoredi.kernels.decode import paged_decode
+from nanoredi.kernels.rows import runs_triton
+from nanoredi.pagewise import PageWise
+
+
+class PagedCache:
+    """A pool of pages.
+
+    Attributes:
+        keys, values: (L, P+1, K, page, E). The last page is for what nobody wants: the rows that only fill a batch up.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.num_pages, self.page_size = num_pages, page_size
+        shape = num_layers, num_pages + 1, num_kv_heads, page_size, head_dim
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy pages."""
+        source, target = (upload(np.array(pages), self.keys.device) for pages in (sources, targets))
+        for pool in (self.keys, self.values):
+            pool[:, target] = pool[:, source]
+
+    def prefill(self, pieces: Sequence[tuple[list[int], int, int]]) -> tuple[Attend, Tensor]:
+        """Attention of pieces of rows, packed one after the other.
+
+        Args:
+            pieces: (the row's pages, start, end): its tokens from start to end. Those before are in the cache, or in an
+                earlier piece.
+
+        Returns:
+            What attends; and the pieces' positions (N,) int64.
+        """
+        device = self.keys.device
+        positions = np.concatenate([np.arange(start, end) for _, start, end in pieces])
+        pages = np.concatenate([np.array(pages)[np.arange(s, e) // self.page_size] for pages, s, e in pieces])
+        places = upload(positions, device)
+        target, slots = upload(pages, device), places % self.page_size
+        rows = [upload(np.array(pages[: -(-end // self.page_size)]), device) for pages, _, end in pieces]
+        sizes = [end - start for _, start, end in pieces]
+        # A token sees its row up to itself; where all of the row is in the piece, that is what is_causal says.
+        masks = [
+            torch.ones(n, end, dtype=torch.bool, device=device).tril(start) if start else None
+            for n, (_, start, end) in zip(sizes, pieces)
+        ]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._write(layer, target, slots, k, v)
+            out = []
+            for part, row, mask, (_, _, end) in zip(q.split(sizes), rows, masks, pieces):
+                # (1, K, end, E), heads first.
+                keys, values = (
+                    pool[layer][row].transpose(0, 1).flatten(1, 2)[None, :, :end] for pool in (self.keys, self.values)
+                )
+                heads = part.transpose(0, 1)[None]
+                x = F.scaled_dot_product_attention(heads, keys, values, mask, is_causal=mask is None, enable_gqa=True)
+                out.append(x[0].transpose(0, 1))
+            return torch.cat(out)
+
+        return attend, places
+
+    def decode(self, page_table: Tensor, lengths: Tensor, num_shared: Tensor) -> Attend:
+        """Attention of one new token a row, which it also writes at the row's end.
+
+        Args:
+            page_table: (B, C) int64, each row's pages, then anything.
+            lengths: (B,) int64, tokens already in each row.
+            num_shared: (B,) int64, how many of each row's first pages are a beginning that others may share.
+        """
+        pages = page_table.gather(1, lengths[:, None] // self.page_size).squeeze(1)
+        slots = lengths % self.page_size
+        if runs_triton(self.keys):
+
+            def over_pages(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+                return paged_decode(q, keys, values, page_table, lengths + 1)
+        else:
+            over_pages = PageWise(page_table, lengths + 1, num_shared, self.num_pages, self.page_size)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._write(layer, pages, slots, k, v)
+            return over_pages(q, self.keys[layer], self.values[layer])
+
+        return attend
+
+    def _write(self, layer: int, pages: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        self.keys[layer, pages, :, slots] = k
+        self.values[layer, pages, :, slots] = v
+
+
+def bytes_a_page(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
+    return 2 * num_layers * num_kv_heads * head_dim * page_size * dtype.itemsize
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device, without waiting for what the device is doing."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not empty memory: masked values still meet a weight of 0, and 0 * NaN is NaN."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy's zeros are the system's: a page of memory is taken when it is first written, so a large pool costs nothing
+    # until it is used.
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
