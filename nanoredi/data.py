@@ -49,12 +49,14 @@ class TokenData:
         learned: (total,) bool, the tokens the loss is taken on.
         offsets: (M+1,) int64 for M sequences; of pairs, row i is sequences 2i (chosen) and 2i+1 (rejected).
         notes: what was cut or dropped, as sentences for the user.
+        digest: of all that they depend on: the file's content, the tokenizer's files, the limits.
     """
 
     tokens: np.ndarray
     learned: np.ndarray
     offsets: np.ndarray
     notes: list[str]
+    digest: str
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -185,7 +187,7 @@ def _cached(
     tokens, learned = (np.memmap(folder / name, dtype, "r") for name, dtype in _ARRAYS)
     offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
     notes = json.loads((folder / "notes.json").read_text())
-    return TokenData(tokens, learned, offsets, [f"{path}: {note}" for note in notes])
+    return TokenData(tokens, learned, offsets, [f"{path}: {note}" for note in notes], folder.name)
 
 
 def _fill(folder: Path, path: str, tokenizer: Tokenizer, texts: Callable, sequences: Callable) -> None:

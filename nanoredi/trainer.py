@@ -54,9 +54,9 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     # Measured, so one rank decides.
     dtype, rate = world.first(lambda: _dtype_and_rate(config.dtype, world.device))
     shard(model, world, dtype, config.reshard_after_forward, config.shard_size)
-    reference, belongs_to = None, ""
+    reference, began_with = None, {"data": data.digest}
     if isinstance(config, RediConfig) and config.objective == "dpo":
-        reference, belongs_to = reference_logps(config, model, data, dtype, world)
+        reference, began_with["reference"] = reference_logps(config, model, data, dtype, world)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
 
     num_rows = len(data) if isinstance(config, SftConfig) else len(data) // 2
@@ -69,7 +69,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
 
     states = States(out / "state", world)
     guards = Guards(config, world)
-    first = _resume(states, model, optimizer, guards, belongs_to, world)
+    first = _resume(states, model, optimizer, guards, began_with, world)
     log = Log(config, first, total, rate, world, stage)
     world.first(lambda: _drop_unfinished(out))
     with signals(log.where, world) as asked_to_stop:
@@ -87,7 +87,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
                 guards.look(log.flush())
                 if saves:
                     save_model(model, out / f"step-{number:06d}", dtype, world)
-                notes = {**guards.state(), "reference": belongs_to}
+                notes = {**guards.state(), "began_with": began_with}
                 states.save(number, training_tensors(model, optimizer), notes)
             if stops and number < total:
                 states.wait()
@@ -210,18 +210,26 @@ def _rejected_weight(config: SftConfig | RediConfig) -> float:
 
 
 def _resume(
-    states: States, model: Qwen2, optimizer: torch.optim.AdamW, guards: Guards, belongs_to: str, world: World
+    states: States,
+    model: Qwen2,
+    optimizer: torch.optim.AdamW,
+    guards: Guards,
+    began_with: dict[str, str],
+    world: World,
 ) -> int:
-    """Put the run where its newest state left it: the number of steps that are done."""
+    """Put the run where its newest state left it: the number of steps that are done.
+
+    Raises:
+        UserError: when the digests of what the run began with are not those of now.
+    """
     tensors = training_tensors(model, optimizer)
     notes = states.load(tensors)
     if notes is None:
         return 0
-    if notes.get("reference", "") != belongs_to:
-        raise UserError(
-            f"the run in {states.folder.parent} began with another model or other data as DPO's reference than "
-            "there are now: give another --out"
-        )
+    for what, digest in began_with.items():
+        if notes["began_with"].get(what) != digest:
+            other = {"data": "other data, or another tokenizer", "reference": "another model as DPO's reference"}[what]
+            raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
     guards.restore(notes)
     for state in optimizer.state.values():
         state["step"].fill_(notes["step"] - notes["skipped"])  # AdamW counts the steps it took

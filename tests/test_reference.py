@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,10 +127,14 @@ def test_a_run_that_was_broken_off_goes_on_bit_for_bit(config, one_rank, tmp_pat
     # Another model under the same name is not what the run began with.
     shutil.move(config.model, tmp_path / "away")
     another_model(config.model, toy_data)
-    with pytest.raises(UserError, match="run began with another model or other data as DPO's reference"):
+    with pytest.raises(UserError, match="the run in .* began with another model as DPO's reference"):
         train(config, one_rank)
     shutil.rmtree(config.model)
     shutil.move(tmp_path / "away", config.model)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(reversed(Path(config.data).read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match="the run in .* began with other data, or another tokenizer"):
+        train(replace(config, data=str(other)), one_rank)
 
     train(config, one_rank)
     whole, run = (
