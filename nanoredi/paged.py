@@ -98,7 +98,7 @@ class PagedCache:
             def over_pages(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
                 return paged_decode(q, keys, values, page_table, lengths + 1)
         else:
-            over_pages = PageWise(page_table, lengths + 1, num_shared, self.num_pages, self.page_size)
+            over_pages = PageWise(page_table, lengths + 1, num_shared, self.page_size)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._write(layer, pages, slots, k, v)
