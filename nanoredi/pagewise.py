@@ -1,14 +1,14 @@
 """Decoding over a paged cache without a GPU: each page is read once, where it lies, for all the rows that use it.
 
 Gathering every row's pages would copy the whole cache at every step, and a loop over rows would spend its time in
-Python. Here a stretch of the pool is one operand of a batched product, page by page, and the queries of each page's users
-are the other one:
+Python. Here a stretch of the pool is one operand of a batched product, page by page, and the queries of each page's
+users are the other one:
 
     scores (P, K, R*G, page) = queries (P, K, R*G, E) @ keys (P, K, page, E)^T          R users of a page, G = H/K
 
-and each row's softmax is put together from its pages' parts. A page of one's own has one user, one of a shared beginning
-mostly as many as a prompt has samples, and a few, such as the chat template's head, very many: three groups, each with
-its own R.
+and each row's softmax is put together from its pages' parts. A page of one's own has one user, one of a shared
+beginning mostly as many as a prompt has samples, and a few, such as the chat template's head, very many: three
+groups, each with its own R.
 """
 
 import torch
@@ -75,7 +75,7 @@ class _Group:
     """Pages with at most R users each; places without one are nobody's, the row after the last."""
 
     def __init__(self, pages: Tensor, row: Tensor, filled: Tensor, nobody: int):
-        """pages, row, filled (X,) int64: of each of X users its page, its row, and how many tokens it attends to there."""
+        """pages, row, filled (X,) int64: of X users the page, the row, and how many tokens it attends to there."""
         used, place, counts = pages.unique(return_inverse=True, return_counts=True)
         num_pages, stretch = len(used), int(used[-1] - used[0]) + 1
         if stretch < 3 * num_pages:

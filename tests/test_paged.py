@@ -1,4 +1,4 @@
-"""Attention over pages, by the kernel and page by page, against dense attention in float64; prefill in pieces; copies."""
+"""Attention over pages, by kernel and page by page, against dense attention in float64; prefill in pieces; copies."""
 
 import pytest
 import torch
