@@ -4,8 +4,9 @@
     python sample.py --model DIR --prompt "What is 7 * 8?" --n 4
     python sample.py --model DIR --prompts prompts.jsonl --n 16 --out samples.jsonl
 
-Rows of prompts are {"prompt": TEXT} or {"messages": [...]}; rows of out repeat them and add completion, finish_reason,
-tokens, sample, each when it is done; Ctrl-C leaves those that are. Where a flag is not given, the model's run or the recipe decides ([evaluate]), then the default.
+Rows of prompts are {"prompt": TEXT} or {"messages": [...]}; rows of out repeat them and add completion,
+finish_reason, tokens, sample, each when it is done; Ctrl-C leaves those that are. Where a flag is not given, the
+model's run or the recipe decides ([evaluate]), then the default.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Causal attention with grouped queries over packed sequences (training, scoring).
 
-It is an object that a forward pass is given and that every block calls with its queries, keys and values. paged.py has
-the others, over a key-value cache, so the model is the same code in training and in sampling. The letters for shapes are
-those of model.py.
+It is an object that a forward pass is given and that every block calls with its queries, keys and values. paged.py
+has the others, over a key-value cache, so the model is the same code in training and in sampling. The letters for
+shapes are those of model.py.
 """
 
 import inspect

@@ -1,8 +1,8 @@
 """The keys and values of all rows, in pages of one pool, and attention over them.
 
-Row b's token t lies in page page_table[b, t // page_size], at t % page_size. pages.py says which pages those are; here are
-the tensors. As in attention.py a forward pass is given an `attend` that every block calls; it writes the new tokens' keys
-and values into the pool and attends to all that their rows have there.
+Row b's token t lies in page page_table[b, t // page_size], at t % page_size. pages.py says which pages those are;
+here are the tensors. As in attention.py a forward pass is given an `attend` that every block calls; it writes the new
+tokens' keys and values into the pool and attends to all that their rows have there.
 """
 
 from collections.abc import Sequence
@@ -98,7 +98,7 @@ class PagedCache:
             def over_pages(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
                 return paged_decode(q, keys, values, page_table, lengths + 1)
         else:
-            over_pages = PageWise(page_table, lengths + 1, num_shared, self.num_pages, self.page_size)
+            over_pages = PageWise(page_table, lengths + 1, num_shared, self.page_size)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._write(layer, pages, slots, k, v)

@@ -1,11 +1,12 @@
-"""The book of a cache's pages: which are free, how many rows use each, and which hold a beginning that others may share.
+"""The book of a cache's pages: which are free, how many rows use each, which hold a beginning that others may share.
 
-A page holds the keys and values of page_size tokens of one row, at every layer. Whoever begins with the same tokens may
-use the same page: it is known by its own tokens and by the page before it, so equal pages mean equal beginnings, token by
-token. A page that nobody uses is free, but stays known until it is taken for something else.
+A page holds the keys and values of page_size tokens of one row, at every layer. Whoever begins with the same tokens
+may use the same page: it is known by its own tokens and by the page before it, so equal pages mean equal beginnings,
+token by token. A page that nobody uses is free, but stays known until it is taken for something else.
 
-Pages that hold beginnings are taken from the pool's low end, rows' own ones from its high end, each time the outermost
-free one: both kinds stay close together, and what a decode step on a CPU goes through is little more than what is in use.
+Pages that hold beginnings are taken from the pool's low end, rows' own ones from its high end, each time the
+outermost free one: both kinds stay close together, and what a decode step on a CPU goes through is little more than
+what is in use.
 """
 
 import heapq
@@ -85,7 +86,7 @@ class Pages:
         return pages, None
 
     def learn(self, tokens: Sequence[int], pages: list[int], number: int) -> None:
-        """Make a row's page known, by its number: tokens are all that the row's pages hold; those before it are known."""
+        """Make a row's page known, by its number. Its pages hold tokens; those before this one are known."""
         start = number * self.page_size
         beginning = self._key(tokens[start : start + self.page_size], pages[:number])
         page = pages[number]

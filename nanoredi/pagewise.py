@@ -1,14 +1,14 @@
 """Decoding over a paged cache without a GPU: each page is read once, where it lies, for all the rows that use it.
 
-Gathering every row's pages would copy the whole cache at every step, and a loop over rows would spend its time in Python.
-Here the pool's used part is one operand of a batched product, page by page, and the queries of each page's users are the
-other one:
+Gathering every row's pages would copy the whole cache at every step, and a loop over rows would spend its time in
+Python. Here a stretch of the pool is one operand of a batched product, page by page, and the queries of each page's
+users are the other one:
 
     scores (P, K, R*G, page) = queries (P, K, R*G, E) @ keys (P, K, page, E)^T          R users of a page, G = H/K
 
-and each row's softmax is put together from its pages' parts. Pages of one's own have one user, pages of shared beginnings
-mostly as many as a prompt has samples, and a few, such as the chat template's head, very many: three groups, each
-with its own R.
+and each row's softmax is put together from its pages' parts. A page of one's own has one user, one of a shared
+beginning mostly as many as a prompt has samples, and a few, such as the chat template's head, very many: three
+groups, each with its own R.
 """
 
 import torch
@@ -17,42 +17,29 @@ from torch import Tensor
 
 
 class PageWise:
-    """Attention of one new token a row, for one decode step.
+    """Attention of one new token a row, for one decode step."""
 
-    The pool's pages in use are those that take() of pages.py gives: shared ones at its low end, own ones at its high end.
-    """
-
-    def __init__(self, page_table: Tensor, lengths: Tensor, num_shared: Tensor, num_pages: int, page_size: int):
+    def __init__(self, page_table: Tensor, lengths: Tensor, num_shared: Tensor, page_size: int):
         """
         Args:
             page_table: (B, C) int64, each row's pages, then anything.
             lengths: (B,) int64, tokens that each row attends to.
             num_shared: (B,) int64, how many of each row's first pages are whole pages of a shared beginning.
-            num_pages: of the pool.
         """
         num_rows = len(lengths)
         number = torch.arange(page_table.shape[1])
         filled = (lengths[:, None] - number * page_size).clamp(max=page_size)  # (B, C): tokens in each of a row's pages
         shared = number < num_shared[:, None]
         row, column = ((filled > 0) & ~shared).nonzero(as_tuple=True)
-        own = page_table[row, column]
-        first = int(own.min())
-        self.groups = [
-            _Group(slice(first, num_pages), num_pages - first, own - first, row, filled[row, column], 1, num_rows)
-        ]
+        groups = [(page_table[row, column], row, filled[row, column])]
         row, column = shared.nonzero(as_tuple=True)
         if len(row):
             pages, whole = page_table[row, column], torch.full_like(row, page_size)
             users = torch.bincount(pages)
-            common = int(users[users > 0].double().quantile(0.9))
+            common = users[users > 0].double().quantile(0.9)
             few = users[pages] <= common
-            group = _Group(slice(0, len(users)), len(users), pages[few], row[few], whole[few], common, num_rows)
-            self.groups.append(group)
-            many = (users > common).nonzero().squeeze(1)
-            if len(many):
-                place = torch.searchsorted(many, pages[~few])
-                group = _Group(many, len(many), place, row[~few], whole[~few], int(users.max()), num_rows)
-                self.groups.append(group)
+            groups += [(pages[part], row[part], whole[part]) for part in (few, ~few)]
+        self.groups = [_Group(*group, num_rows) for group in groups if len(group[0])]
         # Where each row's parts are among all groups' parts, for adding them up.
         users = torch.cat([group.users.flatten() for group in self.groups])  # (U,)
         in_use = (users < num_rows).nonzero().squeeze(1)
@@ -87,21 +74,19 @@ class PageWise:
 class _Group:
     """Pages with at most R users each; places without one are nobody's, the row after the last."""
 
-    def __init__(
-        self, pages: slice | Tensor, num_pages: int, place: Tensor, row: Tensor, filled: Tensor, most: int, nobody: int
-    ):
-        """
-        Args:
-            pages: which of the pool; num_pages of them.
-            place: (X,) int64, among these, of the page that each of X users uses.
-            row, filled: (X,) int64, the user, and how many of the page's tokens it attends to.
-            most: R.
-        """
-        self.pages = pages
+    def __init__(self, pages: Tensor, row: Tensor, filled: Tensor, nobody: int):
+        """pages, row, filled (X,) int64: of X users the page, the row, and how many tokens it attends to there."""
+        used, place, counts = pages.unique(return_inverse=True, return_counts=True)
+        num_pages, stretch = len(used), int(used[-1] - used[0]) + 1
+        if stretch < 3 * num_pages:
+            self.pages: slice | Tensor = slice(int(used[0]), int(used[0]) + stretch)
+            num_pages, place = stretch, pages - used[0]
+        else:  # most of the stretch is not in use: copying what is takes less
+            self.pages = used
         order = place.argsort(stable=True)
         place = place[order]
         turn = torch.arange(len(place)) - torch.searchsorted(place, place)  # among the users of the same page
-        self.users = torch.full((num_pages, most), nobody)
+        self.users = torch.full((num_pages, int(counts.max())), nobody)
         self.users[place, turn] = row[order]
         tokens = torch.zeros_like(self.users)
         tokens[place, turn] = filled[order]

@@ -295,8 +295,8 @@ def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> PagedC
     num_pages = min(int(memory / a_page), config.batch_size * -(-c.max_position_embeddings // config.page_size))
     if num_pages < 1:
         raise UserError(
-            f"a cache of {memory / 1e9:.3g} GB has no room for a page of {config.page_size} tokens, {a_page / 1e9:.3g} GB: "
-            "give a larger --cache_gb or a smaller --page_size"
+            f"a cache of {memory / 1e9:.3g} GB has no room for a page of {config.page_size} tokens, "
+            f"{a_page / 1e9:.3g} GB: give a larger --cache_gb or a smaller --page_size"
         )
     return PagedCache(*sizes, num_pages, config.page_size, dtype, device)
 

@@ -1,10 +1,10 @@
 """Who is in the batch: continuous batching over pages.
 
-A row of the batch decodes one sample of a prompt. Its prompt, all but the last token, is put into the cache a piece at a
-time, under a budget of tokens between two decode steps; then every decode step adds one token, the prompt's last one
-first. So a prompt that is in the cache already, be it for another sample, costs nothing more. A row that ends frees its
-pages and its place at once. When pages run out the youngest row is put back: it enters again later, with the tokens it
-has, and goes on to the same sample.
+A row of the batch decodes one sample of a prompt. Its prompt, all but the last token, is put into the cache a piece
+at a time, under a budget of tokens between two decode steps; then every decode step adds one token, the prompt's last
+one first. So a prompt that is in the cache already, be it for another sample, costs nothing more. A row that ends
+frees its pages and its place at once. When pages run out the youngest row is put back: it enters again later, with
+the tokens it has, and goes on to the same sample.
 
 Nothing here touches a device. What a decode step needs to know of every row is kept in arrays, by place in the batch.
 """
@@ -131,8 +131,8 @@ class Scheduler:
             longest, room = length + self.limit(request) - 1, self.num_pages * self.page_size
             if longest > room:
                 raise UserError(
-                    f"{request.name} has {length:,} tokens with its template and may become {longest:,} long; the cache "
-                    f"has room for {room:,}: give a larger --cache_gb or a smaller --max_tokens"
+                    f"{request.name} has {length:,} tokens with its template and may become {longest:,} long; "
+                    f"the cache has room for {room:,}: give a larger --cache_gb or a smaller --max_tokens"
                 )
 
     def enter(self) -> Entry:

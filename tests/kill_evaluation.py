@@ -1,4 +1,4 @@
-"""Evaluates undisturbed into OUT/whole; then into OUT/broken with two ranks that are killed with SIGKILL after 3 samples,
+"""Evaluates undisturbed into OUT/whole; then into OUT/broken with two ranks that are killed (SIGKILL) after 3 samples,
 and again with one rank, which finds half a line, too.
 
     python tests/kill_evaluation.py OUT FLAG ...

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -248,3 +250,26 @@ def test_two_ranks_say_it_once(run):
     done = run("train_redi.py", "--alhpa", "1", ranks=2)
     assert done.returncode != 0
     assert done.stderr.count("error: there is no flag --alhpa (did you mean '--alpha'?)") == 1
+
+
+def test_ctrl_c_leaves_whole_rows(tmp_path, toy_data):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a=1b+2"}\n')
+    flags = ["--model", str(toy_data / "model"), "--prompts", "prompts.jsonl", "--out", "samples.jsonl"]
+    flags += "--n 3000 --batch_size 8 --max_tokens 40".split()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sample.py"), *flags],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    path, deadline = tmp_path / "samples.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and not (path.exists() and path.read_bytes().count(b"\n") >= 5):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert 5 <= len(rows) < 3000 and path.read_text().endswith("\n")
+    assert said.splitlines()[-1] == f"samples.jsonl: {len(rows)} of 3000 completions, then stopped"

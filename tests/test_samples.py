@@ -1,4 +1,4 @@
-"""An evaluation's samples on disk: whole lines, a torn one cut off, another evaluation refused, only the missing made."""
+"""An evaluation's samples on disk: whole lines, a torn one cut off, another one refused, only the missing made."""
 
 import json
 import os

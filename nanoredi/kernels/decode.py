@@ -1,8 +1,9 @@
 """One new token a row attends to its row's pages, on a GPU: a Triton kernel that splits long rows among programs.
 
-A program takes one row, one key-value head with the G = H/K query heads that share it, and one of the row's splits. It goes
-over its tokens with the running softmax of flash attention (arXiv 2205.14135, algorithm 1): of scores s_t = q.k_t / sqrt(E)
-it keeps the largest m, the sum l of exp(s_t - m) and the vector a, the sum of exp(s_t - m) v_t. Splits are put together as
+A program takes one row, one key-value head with the G = H/K query heads that share it, and one of the row's splits.
+It goes over its tokens with the running softmax of flash attention (arXiv 2205.14135, algorithm 1): of scores s_t =
+q.k_t / sqrt(E) it keeps the largest m, the sum l of exp(s_t - m) and the vector a, the sum of exp(s_t - m) v_t.
+Splits are put together as
 
     out = sum_i exp(m_i - M) a_i / sum_i exp(m_i - M) l_i        M = max_i m_i
 

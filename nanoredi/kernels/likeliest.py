@@ -21,7 +21,7 @@ try:
 except ImportError:  # there is one for Linux alone; elsewhere the plain version runs
     triton = None
 
-# Of an fp32 in fp64 the bits from here on are its bucket: exponent and 3 of the mantissa. 2^-149 is the smallest above 0.
+# Of an fp32 in fp64 the bits from here on are its bucket: exponent and 3 of the mantissa. 2^-149 is the smallest.
 _SHIFT = 49
 _LOWEST, _HIGHEST = (1023 - 149) << 3, 1023 << 3
 # A row of fewer tokens is sorted as it is; its histogram would be longer.
