@@ -1,0 +1,174 @@
+"""The paper's findings, put to the test on the toy: REDI and its rivals, each at the learning rate that suits it.
+
+    python bench/findings.py               everything, in half an hour on 2 cores; what is finished is kept and skipped
+    python bench/findings.py --page        only the page and its figure, from the runs that are there
+
+Stage 1 is trained once a seed. On a seed of its own every method is trained at every rate of one grid, and the rate
+with the highest pass@1 is taken. With these rates the methods are trained on the other seeds, evaluated along the way
+and at the end, and docs/findings.md and docs/findings.png are written from that.
+"""
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from findings_page import run_name, write_page  # noqa: E402
+
+from nanoredi import benchmarks, toy  # noqa: E402
+from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig, read_recipe, resolve  # noqa: E402
+from nanoredi.distributed import World, world  # noqa: E402
+from nanoredi.errors import Stopped, UserError  # noqa: E402
+from nanoredi.evaluation import evaluate  # noqa: E402
+from nanoredi.runs import open_run  # noqa: E402
+from nanoredi.trainer import train  # noqa: E402
+
+TUNING_SEED, SEEDS = 0, (1, 2, 3)
+RATES = (1e-4, 2e-4, 3e-4, 5e-4, 1e-3)
+METHODS = {
+    "SFT continued": {"objective": "sft"},
+    "DPO": {"objective": "dpo", "beta": 0.1},
+    "SimPO": {"objective": "simpo", "beta": 2.0, "gamma": 1.0},
+    "REDI 0.2": {"alpha": 0.2},
+    "REDI 0.5": {"alpha": 0.5},
+    "REDI 0.8": {"alpha": 0.8},
+    "symmetric REDI": {"alpha": 1.0},
+}
+# Beside the best rates: the high one, where symmetric REDI is to collapse and REDI is not; and SimPO's second best,
+# added in its favour when the best one of the tuning seed had done badly on the others.
+ALSO = [("REDI 0.8", 1e-3), ("symmetric REDI", 1e-3), ("SimPO", 2e-4)]
+ALONG, N_ALONG, N_END = 16, 4, 16  # steps between evaluations; samples a problem, there and at the end
+
+
+class Bench:
+    """The runs, in folders under `out`; each has its results.json when it is finished."""
+
+    def __init__(self, out: Path, ranks: World):
+        self.out, self.ranks = out, ranks
+        self.tables = read_recipe("toy")
+
+    def stage_1(self, seed: int) -> None:
+        """Data and stage 1 of a seed, evaluated."""
+        folder = self.out / f"seed-{seed}"
+        if (folder / "results.json").exists():
+            return
+        data = folder / "data"
+        toy.make(data, resolve(ToyConfig, "toy", self.tables), seed)
+        config = replace(
+            resolve(SftConfig, "sft", self.tables),
+            model=str(data / "model"),
+            data=str(data / "sft.jsonl"),
+            out=str(folder / "sft"),
+            cache=str(self.out / "cache"),
+            seed=seed,
+        )
+        self.train("sft", config)
+        self.finish(folder, seed, [("SFT", folder / "sft" / "final", N_END)])
+
+    def stage_2(self, seed: int, name: str, parameters: dict, lr: float, tuning: bool) -> float:
+        """Train a method from a seed's stage 1, and evaluate it: pass@1 at the end."""
+        start = self.out / f"seed-{seed}"
+        folder = start / run_name(name, lr)
+        if not (folder / "results.json").exists():
+            config = replace(
+                resolve(RediConfig, "redi", self.tables, {"redi": parameters}),
+                model=str(start / "sft" / "final"),
+                data=str(start / "data" / "pairs.jsonl"),
+                out=str(folder),
+                cache=str(self.out / "cache"),
+                seed=seed,
+                lr=lr,
+                save_every=0 if tuning else ALONG,
+                log_every=1000,
+                evaluate=False,
+            )
+            self.train("redi", config)
+            steps = [(path.name, path, N_ALONG) for path in sorted(folder.glob("step-*"))]
+            self.finish(folder, seed, [*steps, ("end", folder / "final", N_ALONG if tuning else N_END)])
+        return json.loads((folder / "results.json").read_text())[-1]["pass@1"]
+
+    def train(self, table: str, config: SftConfig | RediConfig) -> None:
+        with open(self.out / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+            if not open_run(config.out, {table: config}):
+                train(config, self.ranks)
+
+    def finish(self, folder: Path, seed: int, models: list[tuple[str, Path, int]]) -> None:
+        """Evaluate models, and write results.json."""
+        data = self.out / f"seed-{seed}" / "data"
+        problems = [benchmarks.load(str(data / "toy.jsonl"), "", 0)]
+        watch = RediConfig(watch=str(data / "watch.jsonl"), cache=str(self.out / "cache"))
+        rows = []
+        for name, model, n in models:
+            (folder / "samples.jsonl").unlink(missing_ok=True)
+            config = replace(resolve(EvaluateConfig, "evaluate", self.tables), n=n)
+            rows += evaluate(name, model, problems, config, folder, self.ranks, pairs=watch)
+        (folder / "samples.jsonl").unlink(missing_ok=True)
+        beside = folder / "results.writing"
+        beside.write_text(json.dumps(rows, indent=1) + "\n")
+        beside.rename(folder / "results.json")
+        print(f"{folder}: pass@1 {rows[-1]['pass@1']:.1%}", flush=True)
+
+
+@contextlib.contextmanager
+def timed(out: Path) -> Iterator[None]:
+    """Add a line to seconds.txt: how long this start of the program has worked, also where it is broken off."""
+    start = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
+    try:
+        yield
+    finally:
+        with open(out / "seconds.txt", "a") as file:
+            file.write(f"{time.perf_counter() - start:.1f}\n")
+
+
+def run_all(out: Path) -> None:
+    """Every run that is not finished yet."""
+    out.mkdir(parents=True, exist_ok=True)
+    with timed(out), world() as ranks:
+        bench = Bench(out, ranks)
+        bench.stage_1(TUNING_SEED)
+        tuned = {
+            name: {lr: bench.stage_2(TUNING_SEED, name, parameters, lr, tuning=True) for lr in RATES}
+            for name, parameters in METHODS.items()
+        }
+        (out / "tuned.json").write_text(json.dumps(tuned, indent=1) + "\n")
+        for seed in SEEDS:
+            bench.stage_1(seed)
+            for name, lr in arms(tuned):
+                bench.stage_2(seed, name, METHODS[name], lr, tuning=False)
+
+
+def arms(tuned: dict[str, dict[float, float]]) -> list[tuple[str, float]]:
+    """What is trained on the seeds: each method at its best rate, and some at another, too."""
+    best = [(name, max(at, key=at.get)) for name, at in tuned.items()]
+    return list(dict.fromkeys([*best, *ALSO]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/findings", help="where the runs are kept [runs/findings]")
+    parser.add_argument("--page", action="store_true", help="train nothing")
+    flags = parser.parse_args()
+    out = Path(flags.out)
+    try:
+        if not flags.page:
+            run_all(out)
+        tuned = {
+            name: {float(lr): score for lr, score in at.items()}
+            for name, at in json.loads((out / "tuned.json").read_text()).items()
+        }
+        write_page(out, tuned, arms(tuned), SEEDS, TUNING_SEED, ROOT / "docs")
+    except (UserError, Stopped, FileNotFoundError) as error:
+        sys.exit(f"{error}")
+
+
+if __name__ == "__main__":
+    main()
