@@ -19,10 +19,11 @@ from pathlib import Path
 
 from nanoredi import benchmarks
 from nanoredi.completions import grade_file
-from nanoredi.config import EvaluateConfig, RediConfig, option, read_flags, read_recipe, resolve
+from nanoredi.config import EvaluateConfig, RediConfig, read_flags, read_recipe, resolve
 from nanoredi.distributed import world
 from nanoredi.errors import UserError, run_script
 from nanoredi.evaluation import evaluate
+from nanoredi.fields import option
 from nanoredi.files import read_rows
 from nanoredi.runs import newest_model, recipe_of
 from nanoredi.samples import Samples

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from nanoredi import benchmarks
 from nanoredi.checkpoint import stop_ids
-from nanoredi.config import EvaluateConfig, SamplingConfig, Tables, option, read_flags, read_recipe, resolve
+from nanoredi.config import EvaluateConfig, SamplingConfig, Tables, read_flags, read_recipe, resolve
 from nanoredi.distributed import compute_dtype
 from nanoredi.errors import UserError, run_script
+from nanoredi.fields import option
 from nanoredi.files import read_rows, write_row
 from nanoredi.model import Qwen2
 from nanoredi.runs import newest_model, recipe_of
