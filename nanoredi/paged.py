@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from nanoredi.attention import Attend
 from nanoredi.kernels.decode import paged_decode
@@ -63,10 +64,7 @@ class PagedCache:
         rows = [upload(np.array(pages[: -(-end // self.page_size)]), device) for pages, _, end in pieces]
         sizes = [end - start for _, start, end in pieces]
         # A token sees its row up to itself; where all of the row is in the piece, that is what is_causal says.
-        masks = [
-            torch.ones(n, end, dtype=torch.bool, device=device).tril(start) if start else None
-            for n, (_, start, end) in zip(sizes, pieces)
-        ]
+        masks = [causal_lower_right(n, end) if start else None for n, (_, start, end) in zip(sizes, pieces)]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._write(layer, target, slots, k, v)

@@ -28,7 +28,7 @@ from nanoredi.paged import PagedCache, bytes_a_page, upload
 from nanoredi.scheduler import Request, Row, Scheduler
 
 # Tokens that are put into the cache between two decode steps.
-_PREFILL_TOKENS = 2_048
+_PREFILL_TOKENS = 1_024
 # The share of the free memory that the cache takes: on a CPU others live there, too.
 _GPU_SHARE, _CPU_SHARE = 0.9, 0.5
 
@@ -190,7 +190,9 @@ class Sampler:
             page_table = page_table[:, : int(lengths.max()) // self.config.page_size + 1]
         attend = self.cache.decode(page_table, lengths, self.num_shared[places])
         hidden = self.model.hidden_states(self.newest[places], lengths, attend)
-        logits = (hidden @ self.model.lm_head_weight.T).float()  # (B, V)
+        head = self.model.lm_head_weight
+        # (B, V). A CPU makes this product faster the other way round: by a quarter at 64 rows.
+        logits = ((head @ hidden.T).T if head.is_cpu else hidden @ head.T).float()
         c = self.config
         tokens = choose(logits, uniform(self.keys[places], num_drawn), c.temperature, c.top_p, c.top_k)
         self.newest[places] = tokens
