@@ -30,8 +30,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from nanoredi.architecture import Qwen2Config  # noqa: E402
 from nanoredi.config import SamplingConfig  # noqa: E402
-from nanoredi.model import Qwen2, Qwen2Config  # noqa: E402
+from nanoredi.model import Qwen2  # noqa: E402
 from nanoredi.sampler import Sampler, requests_for  # noqa: E402
 from nanoredi.scheduler import Request  # noqa: E402
 

@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from nanoredi.architecture import Qwen2Config  # noqa: E402
 from nanoredi.kernels.chunks import MAX_GPU_ELEMENTS  # noqa: E402
-from nanoredi.model import Qwen2Config  # noqa: E402
 
 
 def rate(value: float, unit: str, source: str) -> Any:

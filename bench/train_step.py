@@ -30,10 +30,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from nanoredi import objectives  # noqa: E402
+from nanoredi.architecture import Qwen2Config  # noqa: E402
 from nanoredi.batch import WeightedSequence  # noqa: E402
 from nanoredi.config import RediConfig  # noqa: E402
 from nanoredi.distributed import matrix_rate, shard, world  # noqa: E402
-from nanoredi.model import Qwen2, Qwen2Config  # noqa: E402
+from nanoredi.model import Qwen2  # noqa: E402
 from nanoredi.optimizer import make_optimizer  # noqa: E402
 from nanoredi.trainer import train_step  # noqa: E402
 

@@ -23,9 +23,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
+from nanoredi.architecture import Qwen2Config
 from nanoredi.config import ToyConfig
 from nanoredi.errors import UserError
-from nanoredi.model import Qwen2, Qwen2Config
+from nanoredi.model import Qwen2
 
 NUM_OPS = 6
 SAMPLES_A_PROBLEM = 4

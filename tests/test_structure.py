@@ -35,6 +35,7 @@ STORY = [
     "batch",
     "pairs",
     "kernels",
+    "architecture",
     "attention",
     "checkpoint",
     "model",
