@@ -17,7 +17,6 @@ step at the measured bandwidth.
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +28,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from fresh import figures  # noqa: E402
 
 from nanoredi.architecture import Qwen2Config  # noqa: E402
 from nanoredi.config import SamplingConfig  # noqa: E402
@@ -303,23 +304,16 @@ def main() -> None:
                     continue
                 num = (SIZE.prompts if method == "nanoredi" else SIZE.generate_prompts) * SIZE.n
                 rate = result["tokens"] / result["seconds"]
-                figures = (
+                cells = (
                     f"{num} | {result['seconds']:.0f} | {rate:.0f} | {rate * share:.0%} | {result['bytes'] / 1e9:.2f}"
                 )
-                print(f"| {dtype} | {method} | {figures} |", flush=True)
+                print(f"| {dtype} | {method} | {cells} |", flush=True)
 
 
 def run_one(method: str, dtype: str, folder: str, words: list[str]) -> dict | None:
-    """A method's figures from a fresh process; None when it failed, with its last words shown."""
-    done = subprocess.run(
-        [sys.executable, __file__, *words, "--one", method, dtype, folder], capture_output=True, text=True
-    )
-    if "--profile" in words:
-        print(done.stderr)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    print(f"{method}, {dtype}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}", file=sys.stderr)
-    return None
+    """A method's figures from a fresh process."""
+    words = [*words, "--one", method, dtype, folder]
+    return figures(__file__, words, f"{method}, {dtype}", profiled="--profile" in words)
 
 
 if __name__ == "__main__":

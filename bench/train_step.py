@@ -16,7 +16,6 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from fresh import figures  # noqa: E402
 
 from nanoredi import objectives  # noqa: E402
 from nanoredi.architecture import Qwen2Config  # noqa: E402
@@ -298,15 +299,9 @@ def main() -> None:
 
 
 def run_one(method: str, name: str, dtype: str, folder: str, words: list[str]) -> dict | None:
-    """A method's figures from a fresh process; None when it failed, with its last words shown."""
-    command = [sys.executable, __file__, *words, "--one", method, name, dtype, folder]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if "--profile" in words:
-        print(done.stderr)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    print(f"{method}, {dtype}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}", file=sys.stderr)
-    return None
+    """A method's figures from a fresh process."""
+    words = [*words, "--one", method, name, dtype, folder]
+    return figures(__file__, words, f"{method}, {dtype}", profiled="--profile" in words)
 
 
 if __name__ == "__main__":

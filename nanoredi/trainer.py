@@ -178,8 +178,8 @@ def weighted_sequences(
     chosen, rejected = (2 * rows).tolist(), (2 * rows + 1).tolist()
     if config.objective == "sft":
         return with_weights(chosen, objectives.sft(num_learned(chosen)))
-    weights = objectives.redi(num_learned(chosen), num_learned(rejected), _rejected_weight(config))
-    chosen_weights, rejected_weights = weights
+    lengths = num_learned(chosen), num_learned(rejected)
+    chosen_weights, rejected_weights = objectives.redi(*lengths, _rejected_weight(config))
     return with_weights(chosen, chosen_weights, ", chosen") + with_weights(rejected, rejected_weights, ", rejected")
 
 
