@@ -8,21 +8,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
-from findings_page import (  # noqa: E402
-    CLAIMS,
-    HIGH_REDI,
-    HIGH_SYMMETRIC,
-    OTHER_SIMPO,
-    STAGE_1,
-    Results,
-    verdict,
-    write_page,
-)
+from findings import METHODS, arms  # noqa: E402
+from findings_page import STAGE_1, Results, claims, near, verdict, write_page  # noqa: E402
 
-ARMS = [
-    (name, 3e-4) for name in ("REDI 0.8", "DPO", "SimPO", "SFT continued", "REDI 0.2", "REDI 0.5", "symmetric REDI")
-]
-ARMS += [HIGH_REDI, HIGH_SYMMETRIC, OTHER_SIMPO]
+TUNED = {name: {1e-4: 0.3, 2e-4: 0.4, 3e-4: 0.5, 1e-3: 0.1} for name in METHODS}
+ARMS = arms(TUNED)
 SEEDS = (1, 2, 3)
 
 
@@ -66,22 +56,34 @@ def test_an_interval_is_student_s():
     assert verdict([1, 2, 3], 1, "nats")[0] == "+2.00 nats (-0.48 to +4.48)"
 
 
+def test_every_method_has_its_best_rate_and_the_contested_ones_their_second():
+    tuned = {**TUNED, "DPO": {1e-4: 0.2, 2e-4: 0.6, 3e-4: 0.59, 1e-3: 0.57}}
+    trained = arms(tuned)
+    assert trained[:7] == [(name, 2e-4 if name == "DPO" else 3e-4) for name in METHODS]
+    assert trained[7:] == [
+        ("REDI 0.8", 2e-4),
+        ("DPO", 3e-4),
+        ("SimPO", 2e-4),
+        ("REDI 0.8", 1e-3),
+        ("symmetric REDI", 1e-3),
+    ]
+    assert {claim.more for claim in claims(tuned)} | {claim.less for claim in claims(tuned)} <= {STAGE_1, *trained}
+    assert near(tuned, trained) == "DPO at 0.001"
+
+
 def test_the_page_says_what_the_runs_say(tmp_path):
     pytest.importorskip("matplotlib")
-    tuned = {name: {3e-4: 0.5, 1e-3: 0.4} for name, _ in ARMS}
     for redi, dpo in ((0.9, 0.7), (0.7, 0.9)):
         write_runs(tmp_path / "runs", {"REDI 0.8": redi, "DPO": dpo - 0.01})
-        write_page(tmp_path / "runs", tuned, ARMS, SEEDS, 0, tmp_path)
+        write_page(tmp_path / "runs", TUNED, ARMS, SEEDS, 0, tmp_path)
         page = (tmp_path / "findings.md").read_text()
         line = next(line for line in page.splitlines() if "REDI is better than DPO" in line)
         assert f"pass@1 {100 * redi + 2:.1f} against {100 * dpo + 1:.1f}" in line
         assert ("**holds**" if redi > dpo else "**the opposite holds**") in line
-        assert all(claim.text in page for claim in CLAIMS)
-        assert (
-            "| REDI 0.8 | 0.0003 |" in page
-            and "33 trainings with their evaluations, took 5.0 minutes on 2 cores, in 2 starts" in page
-        )
+        assert all(claim.text in page for claim in claims(TUNED))
+        assert "| REDI 0.8 | 0.0003 |" in page and "| REDI 0.8 | 0.0002 |" in page
+        assert "39 trainings with their evaluations, took 5.0 minutes on 2 cores, in 2 starts" in page
     assert (tmp_path / "findings.png").read_bytes()[:4] == b"\x89PNG"
     (tmp_path / "runs" / "seed-1" / "results.json").unlink()
     with pytest.raises(FileNotFoundError):
-        write_page(tmp_path / "runs", tuned, ARMS, SEEDS, 0, tmp_path)
+        write_page(tmp_path / "runs", TUNED, ARMS, SEEDS, 0, tmp_path)
