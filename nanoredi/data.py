@@ -16,7 +16,6 @@ differ:
 import hashlib
 import json
 import os
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,10 +26,10 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Encoding
-from tqdm import tqdm
 
 from nanoredi.errors import UserError
 from nanoredi.files import read_rows
+from nanoredi.progress import progress
 from nanoredi.raw import num_rows
 from nanoredi.tokenizer import Tokenizer, check_messages
 
@@ -196,16 +195,15 @@ def _fill(folder: Path, path: str, tokenizer: Tokenizer, texts: Callable, sequen
     if not total:
         raise UserError(f"{path} holds no rows")
     lengths, counts = [0], Counter()
-    what = f"tokenising {Path(path).name}"
-    progress = tqdm(total=total, desc=what, unit=" rows", file=sys.stderr, leave=False, delay=1)
+    read = progress(None, f"tokenising {Path(path).name}", total, "rows", delay=1)
     rows = ((where, *texts(where, row)) for where, row in read_rows(path))
-    with progress, open(folder / "tokens", "wb") as all_tokens, open(folder / "learned", "wb") as all_learned:
+    with read, open(folder / "tokens", "wb") as all_tokens, open(folder / "learned", "wb") as all_learned:
         for kept, encodings in tokenizer.encode_rows(rows):
             for tokens, learned in sequences(encodings, kept, counts):
                 all_tokens.write(tokens)
                 all_learned.write(learned)
                 lengths.append(len(tokens))
-            progress.update()
+            read.update()
     notes = [f"{count:,} of {total:,} {what}" for what, count in counts.items() if count]
     if len(lengths) == 1:
         raise UserError(f"no row of {path} is left: {'; '.join(notes)}")

@@ -1,12 +1,10 @@
 """A model on benchmarks: sample, grade, and sum up in rows of the table."""
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from nanoredi import objectives
 from nanoredi.batch import WeightedSequence, divide, pack
@@ -16,6 +14,7 @@ from nanoredi.config import EvaluateConfig, RediConfig
 from nanoredi.data import TokenData, load_pairs
 from nanoredi.distributed import Queue, World, compute_dtype
 from nanoredi.model import Qwen2
+from nanoredi.progress import progress
 from nanoredi.sampler import Sampler, requests_for
 from nanoredi.samples import Samples
 from nanoredi.scheduler import Request
@@ -94,7 +93,7 @@ def _sample(
     sampler = Sampler(model, stop_ids(tokenizer), config)
     for problem in problems:
         sampler.check(problem.requests)
-    done, length = world.first(lambda: _progress(samples, name))
+    done, length = world.first(lambda: _so_far(samples, name))
     for problem in problems:
         key = problem.benchmark.name, problem.number
         problem.requests = [r for r in problem.requests if (*key, r.sample) not in done]
@@ -107,9 +106,9 @@ def _sample(
     # Not more than a rank's share at once: where there are few problems, every rank gets some.
     room = min(config.batch_size, -(-num_missing // world.size))
     queue, whose, more = Queue(world, len(missing)), {}, True
-    progress = tqdm(desc=name, unit=" samples", file=sys.stderr, disable=world.rank > 0, leave=False)
-    progress.total = num_missing if world.size == 1 else None  # what the others do is not known here
-    with progress:
+    total = num_missing if world.size == 1 else None  # what the others do is not known here
+    finished = progress(None, name, total, "samples", disable=world.rank > 0)
+    with finished:
         while more or sampler.busy:
             while more and sampler.num_held < room:
                 number = queue.next()
@@ -122,7 +121,7 @@ def _sample(
                 response = problem.opened + tokenizer.decode(request.tokens)
                 figures = request.sample, response, len(request.tokens), request.finish_reason
                 samples.append(graded(name, problem.benchmark, problem.number, *figures))
-                progress.update()
+                finished.update()
     queue.wait()
 
 
@@ -152,7 +151,7 @@ def _problems(tokenizer: Tokenizer, benchmarks: list[Benchmark], config: Evaluat
     return problems
 
 
-def _progress(samples: Samples, model: str) -> tuple[set[tuple[str, int, int]], dict[tuple[str, int], float]]:
+def _so_far(samples: Samples, model: str) -> tuple[set[tuple[str, int, int]], dict[tuple[str, int], float]]:
     """Which samples of a model are there, as (benchmark, problem, sample), and the mean tokens of every problem's, any
     model's."""
     done, tokens = set(), {}

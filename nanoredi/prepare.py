@@ -13,7 +13,6 @@ The raw rows are more than fit in memory, and the shuffle wants them in another 
 order: memory holds the rows at hand and a few numbers for each, the disk holds the kept rows twice for a moment.
 """
 
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nanoredi import own
 from nanoredi.config import read_flags, resolve
@@ -31,6 +29,7 @@ from nanoredi.errors import UserError, run_script
 from nanoredi.fields import option
 from nanoredi.gates import SFT_GATE, Gates, Traces
 from nanoredi.overlap import Overlap
+from nanoredi.progress import progress
 from nanoredi.raw import find_files, num_rows, raw_rows
 from nanoredi.spool import Spool
 from nanoredi.tokenizer import Tokenizer
@@ -86,7 +85,7 @@ def prepare(
             # Shuffled row k is raw row permutation[k], so a raw row's place is the inverse. Each gate looks at one row:
             # dropping rows before they move leaves the same rows in the same order as dropping them after.
             place = np.argsort(np.random.default_rng(seed).permutation(total))
-            candidates = _candidates(_progress(rows, "reading", total), gates, tokenizer)
+            candidates = _candidates(progress(rows, "reading", total, "rows", delay=1), gates, tokenizer)
             for traces, encodings in tokenizer.encode_rows(candidates):
                 lengths = [len(encoding) + 1 for encoding in encodings]  # plus 1 as in the original
                 fits = gates.fits(lengths)
@@ -102,7 +101,7 @@ def prepare(
                 raise UserError(f"no row is left: {_summary(gates.counts)}")
             for name, spool in zip(_FILES, (sft, pairs, too_long)):
                 with open(Path(beside, name), "wb") as file:
-                    file.writelines(_progress(spool.lines(), f"writing {name}", len(spool)))
+                    file.writelines(progress(spool.lines(), f"writing {name}", len(spool), "rows", delay=1))
             if overlap:
                 overlap.write(Path(beside, _FILES[3]))
             for path in Path(beside).glob("*.jsonl"):
@@ -121,7 +120,7 @@ def _raw_rows(
     first = next(rows)
     rows = chain([first], rows)
     if "completion" in first[1]:
-        total = own.gather(_progress(rows, "gathering", total), spool, tokenizer, grading)
+        total = own.gather(progress(rows, "gathering", total, "rows", delay=1), spool, tokenizer, grading)
         return total, own.gathered(spool)
     if grading or "correct" in first[1]:
         return total, ((where, own.labelled(where, row, grading)) for where, row in rows)
@@ -136,10 +135,6 @@ def _candidates(
         traces = gates.sift(where, row, index)
         if traces is not None:
             yield where, traces.texts(tokenizer), traces
-
-
-def _progress(rows: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    return tqdm(rows, what, total, unit=" rows", file=sys.stderr, leave=False, delay=1)
 
 
 def _summary(counts: dict[str, int]) -> str:

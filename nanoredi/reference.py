@@ -8,7 +8,6 @@ and in the run's state, so that a file under a wrong name, and a resume from ano
 
 import hashlib
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
 
 from nanoredi.batch import WeightedSequence, divide, pack
 from nanoredi.checkpoint import weight_files
@@ -27,6 +25,7 @@ from nanoredi.distributed import World
 from nanoredi.errors import UserError
 from nanoredi.model import Qwen2
 from nanoredi.pairs import sequence_logps
+from nanoredi.progress import progress
 
 _CHUNK = 256  # sequences that are dealt to the ranks at once
 
@@ -61,9 +60,7 @@ def reference_logps(
 @torch.no_grad()
 def _compute(config: RediConfig, model: Qwen2, data: TokenData, world: World) -> np.ndarray:
     logps = torch.zeros(len(data), device=world.device)
-    progress = tqdm(
-        total=len(data), desc="reference", unit=" sequences", file=sys.stderr, disable=world.rank > 0, leave=False
-    )
+    done = progress(None, "reference", len(data), "sequences", disable=world.rank > 0)
     for start in range(0, len(data), _CHUNK):
         # A weight that is not 0 asks for the log-probs; its size means nothing here.
         sequences = [
@@ -79,8 +76,8 @@ def _compute(config: RediConfig, model: Qwen2, data: TokenData, world: World) ->
             token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments)
             if indices:
                 logps[[start + j for j in indices]] = torch.stack(sequence_logps(packed, token_logps))
-        progress.update(len(sequences))
-    progress.close()
+        done.update(len(sequences))
+    done.close()
     # Some weights stay whole after a forward, until the backward that does not come; the optimiser wants the shards.
     for module in model.modules():
         if isinstance(module, FSDPModule):

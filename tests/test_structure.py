@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 STORY = [
     "errors",
     "files",
+    "progress",
     "fields",
     "config",
     "runs",

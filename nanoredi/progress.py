@@ -1,0 +1,17 @@
+"""A line that says how far something is, on stderr, and is gone when it has ended."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+# Seconds between two states of the line: on a terminal it is replaced, in a log file each one stays.
+_ON_A_TERMINAL, _IN_A_FILE = 0.1, 60.0
+
+
+def progress(rows: Iterable[Any] | None, what: str, total: int | None, unit: str, **options: Any) -> tqdm:
+    """Count rows as they are gone through, or, where rows is None, by update(). options: tqdm's."""
+    interval = _ON_A_TERMINAL if sys.stderr.isatty() else _IN_A_FILE
+    unit = f" {unit}"
+    return tqdm(rows, what, total, unit=unit, file=sys.stderr, leave=False, mininterval=interval, **options)
