@@ -1,4 +1,4 @@
-"""Sampling: tokens a second and peak memory, beside transformers' padded `generate` and its continuous batching.
+"""Sampling: tokens a second and peak memory, beside transformers' padded `generate`, its continuous batching, and vLLM.
 
     python bench/sampler.py                              this machine's size: a GPU's or a CPU's
     python bench/sampler.py --prompts 8 --methods nanoredi "transformers generate"     shorter
@@ -16,6 +16,7 @@ step at the measured bandwidth.
 
 import argparse
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -195,7 +196,39 @@ def generate_batch(folder: str, size: Size, dtype: torch.dtype, profiled: bool) 
     return run, lambda: sample([[1] * 8] * 4, 3)
 
 
-METHODS = {"nanoredi": nanoredi, "transformers generate": generate, "transformers generate_batch": generate_batch}
+def vllm(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tuple[Callable[[], int], Callable]:
+    """vLLM with its defaults. Its memory is what it is allowed to take, not what it needs."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else its memory would be another process's
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=folder,
+        dtype=str(dtype).removeprefix("torch."),
+        skip_tokenizer_init=True,
+        max_model_len=size.prompt[1] + size.completion[1],
+        max_num_seqs=size.batch_size,
+    )
+
+    def sample(requests: list[Request]) -> int:
+        settings = [
+            SamplingParams(
+                temperature=TEMPERATURE, top_p=TOP_P, max_tokens=r.max_tokens, ignore_eos=True, detokenize=False
+            )
+            for r in requests
+        ]
+        done = engine.generate([{"prompt_token_ids": r.prompt} for r in requests], settings, use_tqdm=False)
+        return sum(len(one.outputs[0].token_ids) for one in done)
+
+    return lambda: sample(requests_of(size)), lambda: sample([Request([1] * 8, max_tokens=3)] * 4)
+
+
+METHODS = {
+    "nanoredi": nanoredi,
+    "transformers generate": generate,
+    "transformers generate_batch": generate_batch,
+    "vllm": vllm,
+}
+TIMED_ON_ALL = ("nanoredi", "vllm")  # of the prompts
 
 
 def measure(method: str, size: Size, dtype: torch.dtype, folder: str, profiled: bool) -> dict:
@@ -302,7 +335,7 @@ def main() -> None:
                 if result is None:
                     print(f"| {dtype} | {method} | failed, as said above | | | | |", flush=True)
                     continue
-                num = (SIZE.prompts if method == "nanoredi" else SIZE.generate_prompts) * SIZE.n
+                num = (SIZE.prompts if method in TIMED_ON_ALL else SIZE.generate_prompts) * SIZE.n
                 rate = result["tokens"] / result["seconds"]
                 cells = (
                     f"{num} | {result['seconds']:.0f} | {rate:.0f} | {rate * share:.0%} | {result['bytes'] / 1e9:.2f}"
