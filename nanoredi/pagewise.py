@@ -1,19 +1,23 @@
 """Decoding over a paged cache without a GPU: each page is read once, where it lies, for all the rows that use it.
 
 Gathering every row's pages would copy the whole cache at every step, and a loop over rows would spend its time in
-Python. Here a stretch of the pool is one operand of a batched product, page by page, and the queries of each page's
-users are the other one:
+Python. Here a stretch of the pool is a batch for PyTorch's flash attention, one page a member, and the queries of the
+page's users attend to it as if they were one sequence:
 
-    scores (P, K, R*G, page) = queries (P, K, R*G, E) @ keys (P, K, page, E)^T          R users of a page, G = H/K
+    queries (P, K, R*G, E), keys and values (P, K, page, E)          R users of a page, G = H/K
 
-and each row's softmax is put together from its pages' parts. A page of one's own has one user, one of a shared
-beginning mostly as many as a prompt has samples, and a few, such as the chat template's head, very many: three
-groups, each with its own R.
+Each of a row's pages gives a part: an output, and the logarithm of the sum of exponentials that it was divided by. With
+these logarithms the parts are weighed against each other (FlashAttention-2, arXiv 2307.08691, section 2.3.1).
+
+A page of one's own has one user, one of a shared beginning mostly as many as a prompt has samples, and a few, such as
+the chat template's head, very many: three groups, each with its own R.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # SDPA keeps the logarithms to itself
 
 
 class PageWise:
@@ -39,12 +43,12 @@ class PageWise:
             common = users[users > 0].double().quantile(0.9)
             few = users[pages] <= common
             groups += [(pages[part], row[part], whole[part]) for part in (few, ~few)]
-        self.groups = [_Group(*group, num_rows) for group in groups if len(group[0])]
+        self.groups = [_Group(*group, num_rows, page_size) for group in groups if len(group[0])]
         # Where each row's parts are among all groups' parts, for adding them up.
-        users = torch.cat([group.users.flatten() for group in self.groups])  # (U,)
-        in_use = (users < num_rows).nonzero().squeeze(1)
-        self.parts = in_use[users[in_use].argsort(stable=True)]
-        self.starts = torch.searchsorted(users[self.parts], torch.arange(num_rows))
+        self.users = torch.cat([group.users.flatten() for group in self.groups])  # (U,)
+        in_use = (self.users < num_rows).nonzero().squeeze(1)
+        self.parts = in_use[self.users[in_use].argsort(stable=True)]
+        self.starts = torch.searchsorted(self.users[self.parts], torch.arange(num_rows))
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """
@@ -55,26 +59,23 @@ class PageWise:
         Returns:
             (B, H, E).
         """
-        queries = _and_nobody((q * q.shape[-1] ** -0.5).unflatten(1, (keys.shape[1], -1)))  # (B+1, K, G, E)
-        scores = [group.scores(queries, keys) for group in self.groups]
-        tops = self._reduce([s.amax(-1) for s in scores], "max")  # (B, K, G)
-        tops = _and_nobody(tops)
-        weights = [group.weights(s, tops) for group, s in zip(self.groups, scores)]
-        sums = self._reduce([w.sum(-1) for w in weights], "sum")  # (B, K, G)
-        outs = [group.outputs(w, values) for group, w in zip(self.groups, weights)]
-        return (self._reduce(outs, "sum") / sums[..., None]).flatten(1, 2).to(q.dtype)
+        queries = _and_nobody(q.unflatten(1, (keys.shape[1], -1)).transpose(1, 2))  # (B+1, G, K, E)
+        outs, logs = zip(*(group(queries, keys, values) for group in self.groups))
+        out, log = torch.cat(outs), torch.cat(logs)  # (U, G, K, E), (U, G, K)
+        tops = _and_nobody(self._over_parts(log, "max"))
+        weights = (log - tops[self.users]).exp_()
+        out = self._over_parts(out * weights[..., None], "sum") / self._over_parts(weights, "sum")[..., None]
+        return out.transpose(1, 2).flatten(1, 2).to(q.dtype)
 
-    def _reduce(self, parts: list[Tensor], mode: str) -> Tensor:
-        """Each row's sum or maximum of its parts: of every group (P, K, R, G, ...) -> (B, K, G, ...)."""
-        by_user = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])  # (U, K, G, ...)
-        reduced = F.embedding_bag(self.parts, by_user.flatten(1), self.starts, mode=mode)
-        return reduced.unflatten(1, by_user.shape[1:])
+    def _over_parts(self, parts: Tensor, mode: str) -> Tensor:
+        """Each row's sum or maximum of its parts: (U, ...) -> (B, ...)."""
+        return F.embedding_bag(self.parts, parts.flatten(1), self.starts, mode=mode).unflatten(1, parts.shape[1:])
 
 
 class _Group:
     """Pages with at most R users each; places without one are nobody's, the row after the last."""
 
-    def __init__(self, pages: Tensor, row: Tensor, filled: Tensor, nobody: int):
+    def __init__(self, pages: Tensor, row: Tensor, filled: Tensor, nobody: int, page_size: int):
         """pages, row, filled (X,) int64: of X users the page, the row, and how many tokens it attends to there."""
         used, place, counts = pages.unique(return_inverse=True, return_counts=True)
         num_pages, stretch = len(used), int(used[-1] - used[0]) + 1
@@ -88,24 +89,19 @@ class _Group:
         turn = torch.arange(len(place)) - torch.searchsorted(place, place)  # among the users of the same page
         self.users = torch.full((num_pages, int(counts.max())), nobody)
         self.users[place, turn] = row[order]
-        tokens = torch.zeros_like(self.users)
-        tokens[place, turn] = filled[order]
-        self.tokens = tokens[:, None, :, None, None]  # (P, 1, R, 1, 1)
+        self.mask = None
+        if (filled < page_size).any():  # then each page has one user
+            tokens = torch.full((num_pages,), page_size)
+            tokens[place] = filled[order]
+            self.mask = torch.where(torch.arange(page_size) < tokens[:, None], 0.0, -torch.inf)[:, None, None]
 
-    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """(B+1, K, G, E) and the pool's (P, K, page, E) -> (P, K, R, G, page) fp32."""
-        q = queries[self.users].transpose(1, 2)  # (P, K, R, G, E)
-        scores = (q.flatten(2, 3) @ keys[self.pages].transpose(2, 3)).float().unflatten(2, q.shape[2:4])
-        return scores.masked_fill_(torch.arange(keys.shape[2]) >= self.tokens, -torch.inf)
-
-    def weights(self, scores: Tensor, tops: Tensor) -> Tensor:
-        """exp(score - the row's largest): (P, K, R, G, page)."""
-        return scores.sub_(tops[self.users].transpose(1, 2)[..., None]).exp_()
-
-    def outputs(self, weights: Tensor, values: Tensor) -> Tensor:
-        """(P, K, R, G, page) and the pool's (P, K, page, E) -> (P, K, R, G, E) fp32."""
-        out = weights.flatten(2, 3).to(values.dtype) @ values[self.pages]
-        return out.float().unflatten(2, weights.shape[2:4])
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B+1, G, K, E) and the pool's (P, K, page, E) -> outputs (U, G, K, E) fp32, logarithms (U, G, K) fp32."""
+        q = queries[self.users]  # (P, R, G, K, E)
+        out, log = _flash_attention(
+            q.flatten(1, 2).transpose(1, 2), keys[self.pages], values[self.pages], attn_mask=self.mask
+        )
+        return (x.transpose(1, 2).unflatten(1, q.shape[1:3]).flatten(0, 1).float() for x in (out, log))
 
 
 def _and_nobody(x: Tensor) -> Tensor:
