@@ -23,6 +23,9 @@ from nanoredi.attention import KEPT, Attend, PackedAttention
 from nanoredi.checkpoint import load_weights, save_folder
 from nanoredi.kernels import linear_logprob, weighted_cross_entropy
 
+# A CPU that decodes multiplies so few rows faster the other way round, by up to a quarter.
+_FEW_ROWS = 128
+
 
 class RMSNorm(nn.Module):
     def __init__(self, config: Qwen2Config):
@@ -34,16 +37,24 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and len(x) <= _FEW_ROWS and not torch.is_grad_enabled():
+            product = (self.weight @ x.T).T
+            return product if self.bias is None else product + self.bias
+        return super().forward(x)
+
+
 class Attention(nn.Module):
     def __init__(self, config: Qwen2Config, layer: int):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -54,9 +65,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
