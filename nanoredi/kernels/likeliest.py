@@ -4,7 +4,7 @@ All that is needed of the order is where the kept tokens end: the largest thresh
 enough. Of positive numbers the bits, read as an integer, are in the same order, so it can be looked for among integers.
 
 The Triton kernel gives a row to one program. It finds the threshold's 30 bits three at a time, each time by going over
-the row once and adding up what is at or above each of eight candidates. The plain version makes a histogram over the
+the row once and adding up what is at or above each of seven candidates. The plain version makes a histogram over the
 leading bits, which says in which bucket the threshold lies, and sorts that bucket's members alone, a few in a hundred.
 Sums are in fp64, in both.
 """
@@ -89,31 +89,47 @@ def triton_keep(probs: Tensor, missing: Tensor, by_mass: bool) -> Tensor:
 if triton is not None:
 
     @triton.jit
+    def _reach(sums, mass, bits, candidate, BLOCK: tl.constexpr):
+        """sums (BLOCK,) fp64, with the masses added whose bits are at or above a candidate."""
+        # A factor and not a choice between two fp64: of 1.0 and 0.0 only one word differs.
+        one, zero = tl.full((BLOCK,), 1.0, tl.float64), tl.full((BLOCK,), 0.0, tl.float64)
+        return sums + mass * tl.where(bits >= candidate, one, zero)
+
+    @triton.jit
     def _keep_kernel(probs, kept, missings, V, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
         start = tl.program_id(0).to(tl.int64) * V
         missing = tl.load(missings + tl.program_id(0))
-        digits = tl.arange(0, 8)
         threshold = tl.full((), 0, tl.int32)
         for part in range(10):
             shift = 27 - 3 * part
-            candidates = threshold + (digits << shift)
-            masses = tl.zeros((8,), tl.float64)
+            # Each thread adds up its own elements; a sum over all in every iteration would make them wait for each other.
+            s1 = tl.zeros((BLOCK,), tl.float64)
+            s2, s3, s4, s5, s6, s7 = s1, s1, s1, s1, s1, s1
             for v0 in range(0, V, BLOCK):
                 v = v0 + tl.arange(0, BLOCK)
                 p = tl.load(probs + start + v, mask=v < V, other=-1.0)
                 mass = (p if BY_MASS else tl.full((BLOCK,), 1.0, tl.float32)).to(tl.float64)
-                # The bits of -1, which stands for what is beyond the row, are below all others.
-                reached = p.to(tl.int32, bitcast=True)[:, None] >= candidates[None, :]
-                masses += tl.sum(tl.where(reached, mass[:, None], 0.0), 0)
-            digit = tl.maximum(tl.sum((masses >= missing).to(tl.int32), 0) - 1, 0)
+                bits = p.to(tl.int32, bitcast=True)  # of -1, which stands for what is beyond the row: below all others
+                s1 = _reach(s1, mass, bits, threshold + (1 << shift), BLOCK)
+                s2 = _reach(s2, mass, bits, threshold + (2 << shift), BLOCK)
+                s3 = _reach(s3, mass, bits, threshold + (3 << shift), BLOCK)
+                s4 = _reach(s4, mass, bits, threshold + (4 << shift), BLOCK)
+                s5 = _reach(s5, mass, bits, threshold + (5 << shift), BLOCK)
+                s6 = _reach(s6, mass, bits, threshold + (6 << shift), BLOCK)
+                s7 = _reach(s7, mass, bits, threshold + (7 << shift), BLOCK)
+            digit = (tl.sum(s1, 0) >= missing).to(tl.int32) + (tl.sum(s2, 0) >= missing).to(tl.int32)
+            digit += (tl.sum(s3, 0) >= missing).to(tl.int32) + (tl.sum(s4, 0) >= missing).to(tl.int32)
+            digit += (tl.sum(s5, 0) >= missing).to(tl.int32) + (tl.sum(s6, 0) >= missing).to(tl.int32)
+            digit += (tl.sum(s7, 0) >= missing).to(tl.int32)
             threshold += digit << shift
         value = threshold.to(tl.float32, bitcast=True).to(tl.float64) if BY_MASS else 1.0
-        above = tl.full((), 0.0, tl.float64)
+        sums = tl.zeros((BLOCK,), tl.float64)
         for v0 in range(0, V, BLOCK):
             v = v0 + tl.arange(0, BLOCK)
             p = tl.load(probs + start + v, mask=v < V, other=-1.0)
             mass = (p if BY_MASS else tl.full((BLOCK,), 1.0, tl.float32)).to(tl.float64)
-            above += tl.sum(tl.where(p.to(tl.int32, bitcast=True) > threshold, mass, 0.0), 0)
+            sums = _reach(sums, mass, p.to(tl.int32, bitcast=True), threshold + 1, BLOCK)
+        above = tl.sum(sums, 0)
         # Of those that equal the threshold so many, from the left, as are still missing.
         num_equal = tl.full((), 0, tl.int32)
         for v0 in range(0, V, BLOCK):
