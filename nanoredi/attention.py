@@ -18,7 +18,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 # The operations below, by name, whose results activation checkpointing keeps: they are no larger than a block's input,
 # and of all products attention's are the dearest to make again.
-KEPT = ("torch_attn::_varlen_attn", "aten::_scaled_dot_product_flash_attention_for_cpu")
+KEPT = (
+    "torch_attn::_varlen_attn",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+)
 
 
 @cache
@@ -53,7 +57,9 @@ class PackedAttention:
             return _varlen_attn()(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
         if not self._lengths:
             self._lengths = self.cu_seqlens.diff().tolist()
+        if q.is_cuda:  # in fp32 the one kernel with memory linear in n knows no grouped queries
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         # Heads first, and a sequence at a time: (1, H or K, n, E).
         parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(self._lengths, dim=2) for x in (q, k, v)))
-        out = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True) for qkv in parts]
+        out = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=not q.is_cuda) for qkv in parts]
         return torch.cat(out, dim=2).squeeze(0).transpose(0, 1)
