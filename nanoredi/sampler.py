@@ -2,7 +2,8 @@
 
 Every sample has a key of its own, made from the seed, the prompt and the sample's number, and draws one uniform number
 a token from a counter-based generator. So a sample depends neither on what else is in the batch nor on the order of
-the work, nor on being put back in between.
+the work, nor on being put back in between; but for rounding, where products of another size are added up in another
+order.
 
 What a decode step reads and writes stays on the device: each row's newest token, its length, its pages. The tokens of a
 step are looked at while the next one is under way, so a row that drew a stop token takes one step more, which is thrown
