@@ -113,7 +113,8 @@ def nanoredi(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tup
         sampler.add(requests_of(size))
         ended, profiler = [], None
         for step in range(10**9):
-            if profiled and step == 10:
+            # When every prompt is in, or the batch is full: a step of decoding, and of little else.
+            if profiled and step >= 40 and not sampler.scheduler.entering:
                 with torch.profiler.profile() as profiler:
                     ended += sampler.step()
                 order = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
@@ -296,7 +297,10 @@ def _bandwidth() -> float:
         x.sum()
     end.record()
     end.synchronize()
-    return 10 * x.numel() * x.element_size() / (begin.elapsed_time(end) / 1e3)
+    num_bytes = x.numel() * x.element_size()
+    del x
+    torch.cuda.empty_cache()  # for the methods, whose processes share the device with this one
+    return 10 * num_bytes / (begin.elapsed_time(end) / 1e3)
 
 
 def main() -> None:

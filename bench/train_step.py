@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5 if ON_GPU else 2, help="timed steps a process")
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes a method [2]")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="[float32 bfloat16]")
-    parser.add_argument("--profile", action="store_true", help="print where nanoredi's time goes, in fp32 and once")
+    parser.add_argument("--profile", action="store_true", help="print where nanoredi's time goes, once")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # what the fresh processes are told
     flags = parser.parse_args()
     if flags.pairs:
@@ -273,7 +273,7 @@ def main() -> None:
             Qwen2(size.config).init_weights(0).save_pretrained(Path(folder, "model"), dtype)
             common = ["--pairs", str(size.pairs), "--steps", str(flags.steps)]
             if flags.profile:
-                run_one("nanoredi", name, "float32", f"{folder}/model", [*common, "--profile"])
+                run_one("nanoredi", name, str(dtype).removeprefix("torch."), f"{folder}/model", [*common, "--profile"])
                 continue
             print(
                 "| dtype | method | s a step | tokens/s | of the product rate | peak GB |\n" + "| --- " * 6 + "|",
