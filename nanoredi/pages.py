@@ -6,7 +6,7 @@ token by token. A page that nobody uses is free, but stays known until it is tak
 
 Pages that hold beginnings are taken from the pool's low end, rows' own ones from its high end, each time the
 outermost free one: both kinds stay close together, and what a decode step on a CPU goes through is little more than
-what is in use.
+what is in use. Where nothing comes after the rows that end, the others' pages are moved together (Scheduler.compact).
 """
 
 import heapq
@@ -37,14 +37,16 @@ class Pages:
         # A page gets a new number each time it becomes known, so nothing known by its old content is found again.
         self._number, self._last_number = [0] * num_pages, 0
 
-    def take(self, low: bool) -> int:
-        """A free page, from the low or the high end; whatever it was known for is forgotten. There must be one."""
+    def outermost(self, low: bool) -> int | None:
+        """The free page nearest to the low or the high end; None when there is none."""
         heap, held = (self._low, self._in_low) if low else (self._high, self._in_high)
-        while True:
-            page = abs(heapq.heappop(heap))
-            held[page] = False
-            if not self.users[page]:
-                break
+        while heap and self.users[abs(heap[0])]:
+            held[abs(heapq.heappop(heap))] = False
+        return abs(heap[0]) if heap else None
+
+    def take(self, low: bool) -> int:
+        """The outermost free page; whatever it was known for is forgotten. There must be one."""
+        page = self.outermost(low)
         self.users[page] = 1
         self.num_free -= 1
         if self._beginning[page] is not None:
@@ -68,6 +70,15 @@ class Pages:
             if not self._in_high[page]:
                 self._in_high[page] = True
                 heapq.heappush(self._high, -page)
+
+    def move(self, source: int, target: int) -> None:
+        """Give a page's users, and what it is known for, to one that was taken for that; it is free then."""
+        self.users[target], self.users[source] = self.users[source], 1
+        self.release(source)
+        beginning, self._beginning[source] = self._beginning[source], None
+        if beginning is not None:
+            self._known[beginning], self._beginning[target] = target, beginning
+            self._number[target] = self._number[source]
 
     def find(self, tokens: Sequence[int]) -> tuple[list[int], int | None]:
         """Which pages hold the beginning of tokens.

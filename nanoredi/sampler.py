@@ -28,6 +28,8 @@ from nanoredi.model import Qwen2
 from nanoredi.paged import PagedCache, bytes_a_page, upload
 from nanoredi.scheduler import Request, Row, Scheduler
 
+# Pages of a kind that are moved at once, which bounds the memory that takes.
+_MOVES = 16
 # Tokens that are put into the cache between two decode steps.
 _PREFILL_TOKENS = 1_024
 # The share of the free memory that the cache takes: on a CPU others live there, too.
@@ -109,6 +111,8 @@ class Sampler:
     @torch.no_grad()
     def step(self) -> list[Request]:
         """Let waiting requests in, then add a token to every row. Returns the requests that ended."""
+        if self.device.type == "cpu":  # whose decode step goes through the pages between those in use, too
+            self._compact()
         self._enter()
         ended = self._grow()
         places = np.flatnonzero(self.scheduler.left)
@@ -127,6 +131,17 @@ class Sampler:
             if row and row.request is request:
                 return self._tokens(row)
         return request.tokens
+
+    def _compact(self) -> None:
+        moves, new = self.scheduler.compact(_MOVES)
+        if moves:
+            self.cache.copy(*zip(*moves))
+            self._set_pages(new)
+
+    def _set_pages(self, new: list[tuple[int, int, int]]) -> None:
+        """Set the page table at (place, number, page)."""
+        places, numbers, pages = upload(np.array(new), self.device).T
+        self.page_table[places, numbers] = pages
 
     def _enter(self) -> None:
         entry = self.scheduler.enter()
@@ -167,8 +182,7 @@ class Sampler:
                 row.request.tokens = self._tokens(row)
                 self.scheduler.put_back(row)
         if new:
-            places, numbers, pages = upload(np.array(new), self.device).T
-            self.page_table[places, numbers] = pages
+            self._set_pages(new)
         return ended
 
     def _launch(self, places: np.ndarray) -> _Drawn:

@@ -103,6 +103,7 @@ class Scheduler:
         self.entering: Row | None = None  # its prompt is not wholly in the cache yet
         self.lengths, self.rooms, self.left, self.entered = np.zeros((4, batch_size), dtype=np.int64)
         self._last_entered = 0
+        self._holes = False  # among the pages in use, perhaps
 
     @property
     def num_rows(self) -> int:
@@ -178,6 +179,39 @@ class Scheduler:
             self.rooms[place] += self.page_size
         return new
 
+    def compact(self, most: int) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
+        """Fill the holes that ended rows left among the pages in use with the innermost ones; while requests wait,
+        these will fill them.
+
+        Args:
+            most: pages of each kind to be moved at once.
+
+        Returns:
+            (source, target) of pages to be copied; and (place, number, page) of each page that a row now has instead.
+        """
+        moves: dict[int, int] = {}
+        if self.waiting or not self._holes:
+            return [], []
+        rows = [row for row in self.rows if row]
+        for low in (True, False):
+            used = {
+                page for row in rows for page in (row.pages[: row.num_shared] if low else row.pages[row.num_shared :])
+            }
+            for page in sorted(used, reverse=low)[:most]:
+                target = self.pages.outermost(low)
+                if target is None or (target > page) == low:
+                    break
+                moves[page] = self.pages.take(low)
+                self.pages.move(page, moves[page])
+        self._holes = bool(moves)
+        new = []
+        for row in rows:
+            for number, page in enumerate(row.pages):
+                if page in moves:
+                    row.pages[number] = moves[page]
+                    new.append((row.place, number, moves[page]))
+        return list(moves.items()), new
+
     def youngest(self) -> Row:
         """The row that entered last."""
         return max((row for row in self.rows if row), key=lambda row: self.entered[row.place])
@@ -194,6 +228,7 @@ class Scheduler:
         for page in row.pages:
             self.pages.release(page)
         self.rows[row.place] = None
+        self._holes = True
         self.left[row.place] = self.entered[row.place] = 0
 
     def _admit(self, entry: Entry) -> bool:

@@ -28,7 +28,7 @@ class Run:
         self.scheduler.check(self.requests)
         self.scheduler.waiting.extend(self.requests)
         self.cache, self.tables, self.texts = {}, {}, {}
-        self.ended, self.num_put_back, self.num_computed = [], 0, 0
+        self.ended, self.num_put_back, self.num_computed, self.num_moved = [], 0, 0, 0
 
     def write(self, row, pages, t):
         text = tuple(self.texts[id(row)][: t + 1])
@@ -42,6 +42,12 @@ class Run:
 
     def step(self):
         scheduler = self.scheduler
+        moves, new = scheduler.compact(self.rng.randint(1, 4))
+        for source, target in moves:
+            for slot in range(scheduler.page_size):
+                self.cache[target, slot] = self.cache.pop((source, slot), None)
+        assert {page for _, _, page in new} == {target for _, target in moves}
+        self.num_moved += len(moves)
         entry = scheduler.enter()
         for row, start, end in entry.pieces:
             self.texts[id(row)] = list(row.tokens)
@@ -97,9 +103,11 @@ def test_a_thousand_random_schedules():
         assert run.scheduler.pages.num_free == run.scheduler.num_pages
         total["put back"] += run.num_put_back
         total["computed"] += run.num_computed
+        total["moved"] += run.num_moved
         total["prompts"] += sum(len(r.prompt) - 1 for r in run.requests)
-    # The schedules are hard enough to mean something: rows are put back, and prompts shared.
-    assert total["put back"] > 1000 and total["computed"] < 0.8 * total["prompts"], total
+    # The schedules are hard enough to mean something: rows are put back, pages moved, and prompts shared.
+    assert total["put back"] > 1000 and total["moved"] > 1000, total
+    assert total["computed"] < 0.8 * total["prompts"], total
 
 
 def test_pages_come_back_lowest_and_highest_first():
@@ -110,6 +118,24 @@ def test_pages_come_back_lowest_and_highest_first():
     for page in (0, 1, 4, 5):
         pages.release(page)
     assert [pages.take(low=False) for _ in range(6)] == [5, 4, 3, 2, 1, 0]
+
+
+def test_pages_in_use_are_moved_together_and_stay_known():
+    scheduler = Scheduler(40, 4, 4, max_tokens=30, context=50, budget=100)
+    scheduler.waiting.extend(Request([k] * 9) for k in range(4))
+    first, second, third, fourth = scheduler.enter().rows
+    assert [row.pages for row in (first, fourth)] == [[0, 1], [6, 7]]
+    assert [page for _, _, page in scheduler.grow()] == [39, 38, 37, 36]
+    scheduler.release(first)
+    scheduler.release(third)
+    assert scheduler.compact(1) == ([(7, 0), (36, 39)], [(3, 1, 0), (3, 2, 39)])
+    assert scheduler.compact(9) == ([(6, 1)], [(3, 0, 1)])
+    assert scheduler.compact(9) == ([], [])
+    assert (second.pages, fourth.pages) == ([2, 3, 38], [1, 0, 39])
+    assert scheduler.pages.find([3] * 8) == ([1, 0], None)
+    scheduler.release(second)
+    scheduler.waiting.append(Request([1] * 9))
+    assert scheduler.compact(9) == ([], [])  # what waits fills the holes
 
 
 def test_a_beginning_is_found_by_all_its_tokens_until_its_page_is_taken():
