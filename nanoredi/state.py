@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ class States:
         """On rank 0, in the writer's thread: digest what was written, give it its name, and let the oldest go."""
         try:
             future.result()
-            files = {path.name: _digest(path) for path in sorted(beside.iterdir())}
+            files = _digests(sorted(beside.iterdir()))
             text = json.dumps({"step": step, "notes": notes, "files": files}, indent=1)
             (beside / _NOTES).write_text(text, encoding="utf-8")
             beside.rename(beside.with_suffix(""))
@@ -146,7 +146,8 @@ class States:
             try:
                 kept = json.loads((path / _NOTES).read_text(encoding="utf-8"))
                 files, notes = kept["files"], {"step": kept["step"], **kept["notes"]}
-                torn = [name for name, digest in files.items() if _digest(path / name) != digest]
+                found = _digests([path / name for name in files])
+                torn = [name for name, digest in files.items() if found[name] != digest]
             except (OSError, ValueError, KeyError, TypeError):
                 torn = [_NOTES]
             if not torn:
@@ -156,6 +157,12 @@ class States:
                 flush=True,
             )
         return None
+
+
+def _digests(paths: list[Path]) -> dict[str, list]:
+    """By name, several files at a time: they are as large as the model."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((path.name for path in paths), pool.map(_digest, paths)))
 
 
 def _digest(path: Path) -> list:
