@@ -10,13 +10,11 @@ model's run or the recipe decides ([evaluate]), then the default.
 """
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from nanoredi import benchmarks
 from nanoredi.checkpoint import stop_ids
@@ -26,6 +24,7 @@ from nanoredi.errors import UserError, run_script
 from nanoredi.fields import option
 from nanoredi.files import read_rows, write_row
 from nanoredi.model import Qwen2
+from nanoredi.progress import progress
 from nanoredi.runs import newest_model, recipe_of
 from nanoredi.sampler import Sampler, requests_for
 from nanoredi.scheduler import Request
@@ -126,8 +125,8 @@ def _show(sampler: Sampler, requests: list[Request], owners: dict[int, Any], tok
 def _write(sampler: Sampler, owners: dict[int, Any], tokenizer: Tokenizer, path: Path) -> None:
     """Write each completion when it ends, as a whole line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(total=len(owners), desc="sampling", unit=" samples", file=sys.stderr)
-    with open(path, "xb", buffering=0) as file, progress:
+    done = progress(None, "sampling", len(owners), "samples")
+    with open(path, "xb", buffering=0) as file, done:
         try:
             while sampler.busy:
                 for request in sampler.step():
@@ -138,10 +137,10 @@ def _write(sampler: Sampler, owners: dict[int, Any], tokenizer: Tokenizer, path:
                         "sample": request.sample,
                     }
                     write_row(file, {**owners[id(request)], **row})
-                    progress.update()
+                    done.update()
         except KeyboardInterrupt:
-            progress.close()
-            print(f"{path}: {progress.n} of {len(owners)} completions, then stopped", flush=True)
+            done.close()
+            print(f"{path}: {done.n} of {len(owners)} completions, then stopped", flush=True)
             raise
     print(f"{path}: {len(owners)} completions")
 
