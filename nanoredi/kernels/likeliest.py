@@ -24,7 +24,7 @@ except ImportError:  # there is one for Linux alone; elsewhere the plain version
 # Of an fp32 in fp64 the bits from here on are its bucket: exponent and 3 of the mantissa. 2^-149 is the smallest.
 _SHIFT = 49
 _LOWEST, _HIGHEST = (1023 - 149) << 3, 1023 << 3
-# A row of fewer tokens is sorted as it is; its histogram would be longer.
+# A row of fewer tokens is sorted as it is; a histogram would hardly be shorter.
 _FEW = 1 << 14
 _BLOCK = 1024
 
@@ -62,6 +62,8 @@ def plain_keep(probs: Tensor, missing: Tensor, by_mass: bool) -> Tensor:
     last += _LOWEST
     kept = probs * (bucket >= last)
     row, column = (bucket == last).nonzero(as_tuple=True)
+    if not len(row):  # there are fewer tokens of any probability than are asked for
+        return kept
     turn = torch.arange(len(row)) - torch.searchsorted(row, row)  # among the members of a row
     members, of_members = values.new_zeros(2, len(probs), int(turn.max()) + 1)
     members[row, turn] = values[row, column]
