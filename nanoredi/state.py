@@ -148,7 +148,9 @@ class States:
                 files, notes = kept["files"], {"step": kept["step"], **kept["notes"]}
                 found = _digests([path / name for name in files])
                 torn = [name for name, digest in files.items() if found[name] != digest]
-            except (OSError, ValueError, KeyError, TypeError):
+            except OSError as error:
+                torn = [Path(error.filename or _NOTES).name]
+            except (ValueError, KeyError, TypeError):
                 torn = [_NOTES]
             if not torn:
                 return path, notes
