@@ -1,4 +1,4 @@
-"""A line that says how far something is, on stderr, and is gone when it has ended."""
+"""A line on stderr that says how far something is; on a terminal it is gone when that has ended."""
 
 import sys
 from collections.abc import Iterable
@@ -14,4 +14,5 @@ def progress(rows: Iterable[Any] | None, what: str, total: int | None, unit: str
     """Count rows as they are gone through, or, where rows is None, by update(). options: tqdm's."""
     interval = _ON_A_TERMINAL if sys.stderr.isatty() else _IN_A_FILE
     unit = f" {unit}"
-    return tqdm(rows, what, total, unit=unit, file=sys.stderr, leave=False, mininterval=interval, **options)
+    often = {"mininterval": interval, "maxinterval": max(10.0, interval)}
+    return tqdm(rows, what, total, unit=unit, file=sys.stderr, leave=False, **often, **options)
