@@ -111,7 +111,7 @@ def nanoredi(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tup
 
     def run() -> int:
         sampler.add(requests_of(size))
-        ended, profiler = [], None
+        ended = []
         for step in range(10**9):
             # When every prompt is in, or the batch is full: a step of decoding, and of little else.
             if profiled and step >= 40 and not sampler.scheduler.entering:
@@ -283,8 +283,11 @@ def _product_seconds(rows: int, matrices: list[list[torch.Tensor]], head: torch.
             times.append(time.perf_counter() - start)
         return min(times)
 
-    blocks = best(lambda: [torch.mm(inputs[w.shape[1]], w.T) for block in matrices for w in block])
-    return blocks * num_layers / len(matrices) + best(lambda: torch.mm(inputs[head.shape[1]], head.T))
+    # The way round that is faster.
+    ways = (lambda x, w: x @ w.T), (lambda x, w: w @ x.T)
+    blocks = min(best(lambda: [way(inputs[w.shape[1]], w) for block in matrices for w in block]) for way in ways)
+    last = min(best(lambda: way(inputs[head.shape[1]], head)) for way in ways)
+    return blocks * num_layers / len(matrices) + last
 
 
 def _bandwidth() -> float:
