@@ -46,7 +46,7 @@ def test_from_raw_rows_to_the_table(run, shared, tmp_path):
         "--max_steps",
         "2",
         "--batch_size",
-        "4",
+        "2",
         "--max_tokens_per_micro_batch",
         "2000",
         "--dtype",
