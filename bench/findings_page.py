@@ -150,7 +150,7 @@ def sweep_table(tuned: dict[str, dict[float, float]]) -> list[str]:
     lines = [f"| pass@1 % | {' | '.join(f'{lr:g}' for lr in rates)} |", "| --- |" + " --- |" * len(rates)]
     for name, at in tuned.items():
         cells = [f"{100 * at[lr]:.1f}" for lr in rates]
-        best = rates.index(max(at, key=at.get))
+        best = rates.index(ranked(at)[0])
         cells[best] = f"**{cells[best]}**"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -216,7 +216,7 @@ def write_page(
     broken_off = f", in {starts} starts of the program" if starts > 1 else ""
     text = f"""# The paper's findings on the toy
 
-Made by `python bench/findings.py`, as is the figure: every number and every verdict below comes from its runs.
+Made by `python bench/findings.py`, as is the figure: every result and every verdict below comes from its runs.
 
 The toy (`nanoredi/toy.py`) was built to show how REDI works, and alpha 0.8 and DPO's beta were found good on it while
 it was built. What holds here is a demonstration, and what does not hold here says as little about the paper, whose

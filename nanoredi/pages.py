@@ -72,7 +72,7 @@ class Pages:
                 heapq.heappush(self._high, -page)
 
     def move(self, source: int, target: int) -> None:
-        """Give a page's users, and what it is known for, to one that was taken for that; it is free then."""
+        """Hand source's users, and what it is known for, to target, which was taken for that; source is free then."""
         self.users[target], self.users[source] = self.users[source], 1
         self.release(source)
         beginning, self._beginning[source] = self._beginning[source], None

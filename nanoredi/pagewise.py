@@ -101,7 +101,7 @@ class _Group:
         out, log = _flash_attention(
             q.flatten(1, 2).transpose(1, 2), keys[self.pages], values[self.pages], attn_mask=self.mask
         )
-        return (x.transpose(1, 2).unflatten(1, q.shape[1:3]).flatten(0, 1).float() for x in (out, log))
+        return tuple(x.transpose(1, 2).unflatten(1, q.shape[1:3]).flatten(0, 1).float() for x in (out, log))
 
 
 def _and_nobody(x: Tensor) -> Tensor:

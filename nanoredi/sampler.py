@@ -28,7 +28,7 @@ from nanoredi.model import Qwen2
 from nanoredi.paged import PagedCache, bytes_a_page, upload
 from nanoredi.scheduler import Request, Row, Scheduler
 
-# Pages of a kind that are moved at once, which bounds the memory that takes.
+# Pages of a kind that are moved at once; it bounds the memory of the copy.
 _MOVES = 16
 # Tokens that are put into the cache between two decode steps.
 _PREFILL_TOKENS = 1_024
@@ -206,7 +206,7 @@ class Sampler:
         attend = self.cache.decode(page_table, lengths, self.num_shared[places])
         hidden = self.model.hidden_states(self.newest[places], lengths, attend)
         head = self.model.lm_head_weight
-        # (B, V). A CPU makes this product faster the other way round: by a quarter at 64 rows.
+        # (B, V). A CPU makes this product faster the other way round, at any number of rows.
         logits = ((head @ hidden.T).T if head.is_cpu else hidden @ head.T).float()
         c = self.config
         tokens = choose(logits, uniform(self.keys[places], num_drawn), c.temperature, c.top_p, c.top_k)

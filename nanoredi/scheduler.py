@@ -180,8 +180,8 @@ class Scheduler:
         return new
 
     def compact(self, most: int) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
-        """Fill the holes that ended rows left among the pages in use with the innermost ones; while requests wait,
-        these will fill them.
+        """Move the innermost pages in use into the holes that ended rows left; not while requests wait, which will
+        fill them.
 
         Args:
             most: pages of each kind to be moved at once.

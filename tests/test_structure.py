@@ -99,7 +99,7 @@ def test_no_import_runs_against_the_story(name):
                 )
 
 
-def test_nothing_but_the_six_packages_is_imported():
+def test_nothing_but_the_required_packages_is_imported():
     for file in [*ROOT.glob("*.py"), *(ROOT / "nanoredi").rglob("*.py")]:
         for module in imports(file):
             top = module.split(".")[0]
