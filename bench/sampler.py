@@ -30,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from allowance import allowance  # noqa: E402
 from fresh import figures  # noqa: E402
 
 from nanoredi.architecture import Qwen2Config  # noqa: E402
@@ -248,64 +249,6 @@ def measure(method: str, size: Size, dtype: torch.dtype, folder: str, profiled: 
     return {"tokens": tokens, "seconds": seconds, "bytes": peak}
 
 
-def allowance(size: Size, dtype: torch.dtype) -> float:
-    """Seconds of all steps' matrix products, or on a GPU of reading weights and live cache; prompts not counted."""
-    requests = requests_of(size)
-    c = size.config
-    kv_size = c.num_key_value_heads * c.head_dim
-    shapes = [(c.hidden_size + 2 * kv_size, c.hidden_size), (c.hidden_size, c.hidden_size)]
-    shapes += [(2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)]
-    ends = np.array([request.max_tokens for request in requests])
-    rows = [int((ends > step).sum()) for step in range(ends.max())]
-    if ON_GPU:
-        weights = c.num_hidden_layers * sum(a * b for a, b in shapes) + c.vocab_size * c.hidden_size
-        prompts = np.array([len(request.prompt) for request in requests])
-        live = sum(int((prompts[ends > step] + step).sum()) for step in range(ends.max()))
-        # Rows that do not fit at once cost their steps' weights again; the floor leaves that out.
-        values = len(rows) * weights + live * 2 * c.num_hidden_layers * kv_size
-        return values * dtype.itemsize / _bandwidth()
-    matrices = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(8)]  # more than a cache holds
-    head = torch.randn(c.vocab_size, c.hidden_size).to(dtype)
-    points = [b for b in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if b < 2 * len(requests)]
-    seconds = [_product_seconds(b, matrices, head, c.num_hidden_layers) for b in points]
-    return float(np.interp(rows, points, seconds).sum())
-
-
-def _product_seconds(rows: int, matrices: list[list[torch.Tensor]], head: torch.Tensor, num_layers: int) -> float:
-    """Of a step's products: every block's, and the head's."""
-    inputs = {size: torch.randn(rows, size).to(head.dtype) for size in {w.shape[1] for w in matrices[0]}}
-
-    def best(work: Callable[[], object]) -> float:
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    # The way round that is faster.
-    ways = (lambda x, w: x @ w.T), (lambda x, w: w @ x.T)
-    blocks = min(best(lambda: [way(inputs[w.shape[1]], w) for block in matrices for w in block]) for way in ways)
-    last = min(best(lambda: way(inputs[head.shape[1]], head)) for way in ways)
-    return blocks * num_layers / len(matrices) + last
-
-
-def _bandwidth() -> float:
-    """Bytes a second that the device reads, by summing up 4 GiB."""
-    x = torch.ones(1 << 30, device=DEVICE)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    x.sum()
-    begin.record()
-    for _ in range(10):
-        x.sum()
-    end.record()
-    end.synchronize()
-    num_bytes = x.numel() * x.element_size()
-    del x
-    torch.cuda.empty_cache()  # for the methods, whose processes share the device with this one
-    return 10 * num_bytes / (begin.elapsed_time(end) / 1e3)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, help="instead of the size's own")
@@ -336,7 +279,7 @@ def main() -> None:
         bound = "of the floor" if ON_GPU else "of the products' allowance"
         print(f"| dtype | method | samples | s | tokens/s | {bound} | peak GB |\n" + "| --- " * 7 + "|", flush=True)
         for dtype in flags.dtypes:
-            share = allowance(SIZE, getattr(torch, dtype)) / tokens
+            share = allowance(SIZE.config, requests, getattr(torch, dtype)) / tokens
             for method in flags.methods:
                 result = run_one(method, dtype, f"{folder}/model", words)
                 if result is None:
