@@ -5,7 +5,7 @@
 
 Stage 1 is trained once a seed. On a seed of its own every method is trained at every rate of one grid, and the rate
 with the highest pass@1 is taken. With these rates the methods are trained on the other seeds, evaluated along the way
-and at the end, and docs/findings.md and docs/findings.png are written from that.
+and at the end, some at their second-best rate as well, and docs/findings.md and docs/findings.png are written from that.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from findings_page import Arm, ranked, run_name, write_page  # noqa: E402
+from findings_page import HIGH, Arm, ranked, run_name, write_page  # noqa: E402
 
 from nanoredi import benchmarks, toy  # noqa: E402
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig, read_recipe, resolve  # noqa: E402
@@ -43,7 +43,6 @@ METHODS = {
     "symmetric REDI": {"alpha": 1.0},
 }
 CONTESTED = ("REDI 0.8", "DPO", "SimPO")  # at their second-best rate, too: one seed chooses a rate roughly
-HIGH = [("REDI 0.8", 1e-3), ("symmetric REDI", 1e-3)]  # where symmetric REDI is to collapse and REDI is not
 ALONG, N_ALONG, N_END = 22, 4, 16  # steps between evaluations; samples a problem, there and at the end
 
 
