@@ -42,16 +42,17 @@ def test_the_kept_tokens_are_those_of_a_full_sort(size, enough, by_mass, monkeyp
     assert torch.equal(likeliest.keep_likeliest(probs, enough, by_mass), want)
     monkeypatch.setattr(likeliest, "_FEW", 0)
     assert torch.equal(likeliest.keep_likeliest(probs, enough, by_mass), want)
-    if size == 300:
+    if size <= 300:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         monkeypatch.setattr(likeliest, "runs_triton", lambda _: True)
         monkeypatch.setattr(likeliest, "_BLOCK", 256)
         assert torch.equal(likeliest.keep_likeliest(probs.to(device), enough, by_mass).cpu(), want)
 
 
-@pytest.mark.parametrize("size", [300, 20_000])
-def test_fewer_likely_tokens_than_are_asked_for(size):
-    probs = torch.zeros(1, size)
+@pytest.mark.parametrize("size, triton", [(300, False), (300, True), (20_000, False)])
+def test_fewer_likely_tokens_than_are_asked_for(size, triton, monkeypatch):
+    monkeypatch.setattr(likeliest, "runs_triton", lambda _: triton)
+    probs = torch.zeros(1, size, device="cuda" if triton and torch.cuda.is_available() else "cpu")
     probs[0, [3, 7]] = 0.5
     assert torch.equal(likeliest.keep_likeliest(probs, 50, by_mass=False), probs)
 
