@@ -6,8 +6,8 @@ The letters for shapes, here and everywhere:
     H  query heads         K  key-value heads     E  head size             D  hidden size        V  vocabulary
 
 A block is attention and a gated MLP, each behind an RMSNorm and added to the stream:  x + attn(norm(x)), x +
-mlp(norm(x)). How tokens attend is not the model's business: each block calls an `attend`, from attention.py
-or paged.py.
+mlp(norm(x)). How tokens attend is not the model's business: each block calls an `attend`, from attention.py or
+paged.py.
 """
 
 from functools import partial
