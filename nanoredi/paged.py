@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from nanoredi.attention import Attend
+from nanoredi.kernels.backend import runs_triton
 from nanoredi.kernels.decode import paged_decode
-from nanoredi.kernels.rows import runs_triton
 from nanoredi.pagewise import PageWise
 
 

@@ -1,8 +1,8 @@
 """The fused head of the losses. Import the functions from here.
 
 cross_entropy.py is for losses that are linear in the log-probabilities, logprob.py for the others. Both go over the
-tokens by chunks.py and do to each chunk of logits what rows.py does: in Triton on a GPU, in plain PyTorch elsewhere.
-decode.py and likeliest.py are the sampler's, and imported from there.
+tokens by chunks.py and do to each chunk of logits what rows.py does: in Triton on a GPU, in plain PyTorch elsewhere
+(backend.py). decode.py and likeliest.py are the sampler's, and imported from there.
 """
 
 from nanoredi.kernels.cross_entropy import weighted_cross_entropy

@@ -13,11 +13,7 @@ The plain PyTorch that it must equal is pagewise.py's.
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is one for Linux alone; elsewhere the plain version runs
-    triton = None
+from nanoredi.kernels.backend import tl, triton
 
 # Tokens that a program holds at once, and programs for every multiprocessor, so that short rows do not leave some idle.
 _BLOCK, _WAVES = 64, 4

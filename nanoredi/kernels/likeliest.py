@@ -13,13 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoredi.kernels.rows import runs_triton
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is one for Linux alone; elsewhere the plain version runs
-    triton = None
+from nanoredi.kernels.backend import runs_triton, tl, triton
 
 # Of an fp32 in fp64 the bits from here on are its bucket: exponent and 3 of the mantissa. 2^-149 is the smallest.
 _SHIFT = 49

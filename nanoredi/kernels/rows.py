@@ -18,11 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is one for Linux alone; elsewhere the plain versions run
-    triton = None
+from nanoredi.kernels.backend import runs_triton, tl, triton
 
 
 def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,10 +56,6 @@ def gradient_(logits: Tensor, targets: Tensor, weights: Tensor, lse: Tensor, mis
     _gradient_kernel[(len(logits),)](
         logits, logits.stride(0), targets, weights, lse, missing, logits.shape[1], BLOCK=_block(logits), num_warps=8
     )
-
-
-def runs_triton(logits: Tensor) -> bool:
-    return triton is not None and logits.is_cuda
 
 
 def _plain_logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
