@@ -78,7 +78,7 @@ SIZES = (
             pairs=4,
             prompt=(50, 150),
             response=(450, 1_350),
-            max_tokens_per_micro_batch=2_048,
+            max_tokens_per_micro_batch=1_536,
         )
     }
 )
