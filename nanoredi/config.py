@@ -140,7 +140,7 @@ class SamplingConfig:
         low=0,
         free=True,
     )
-    page_size: int = option(64, "tokens of a page of the key-value cache", low=1, free=True)
+    page_size: int = option(32, "tokens of a page of the key-value cache", low=1, free=True)
     dtype: str = option(
         "auto", "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it)", choices=DTYPES
     )

@@ -59,15 +59,15 @@ class PagedCache:
         device = self.keys.device
         positions = np.concatenate([np.arange(start, end) for _, start, end in pieces])
         pages = np.concatenate([np.array(pages)[np.arange(s, e) // self.page_size] for pages, s, e in pieces])
-        places = upload(positions, device)
-        target, slots = upload(pages, device), places % self.page_size
+        positions = upload(positions, device)
+        places = self._places(upload(pages, device), positions)
         rows = [upload(np.array(pages[: -(-end // self.page_size)]), device) for pages, _, end in pieces]
         sizes = [end - start for _, start, end in pieces]
         # A token sees its row up to itself; where all of the row is in the piece, that is what is_causal says.
         masks = [causal_lower_right(n, end) if start else None for n, (_, start, end) in zip(sizes, pieces)]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._write(layer, target, slots, k, v)
+            self._write(layer, places, k, v)
             out = []
             for part, row, mask, (_, _, end) in zip(q.split(sizes), rows, masks, pieces):
                 # (1, K, end, E), heads first.
@@ -79,10 +79,11 @@ class PagedCache:
                 out.append(x[0].transpose(0, 1))
             return torch.cat(out)
 
-        return attend, places
+        return attend, positions
 
     def decode(self, page_table: Tensor, lengths: Tensor, num_shared: Tensor) -> Attend:
-        """Attention of one new token a row, which it also writes at the row's end.
+        """Attention of one new token a row, which it also writes at the row's end. Tokens after those of the rows, which
+        only fill a batch up, get zeros.
 
         Args:
             page_table: (B, C) int64, each row's pages, then anything.
@@ -90,7 +91,7 @@ class PagedCache:
             num_shared: (B,) int64, how many of each row's first pages are a beginning that others may share.
         """
         pages = page_table.gather(1, lengths[:, None] // self.page_size).squeeze(1)
-        slots = lengths % self.page_size
+        places = self._places(pages, lengths)
         if runs_triton(self.keys):
 
             def over_pages(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -99,14 +100,23 @@ class PagedCache:
             over_pages = PageWise(page_table, lengths + 1, num_shared, self.page_size)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._write(layer, pages, slots, k, v)
-            return over_pages(q, self.keys[layer], self.values[layer])
+            filling = len(q) - len(lengths)
+            q, k, v = (x[: len(lengths)] for x in (q, k, v))
+            self._write(layer, places, k, v)
+            return F.pad(over_pages(q, self.keys[layer], self.values[layer]), (0, 0, 0, 0, 0, filling))
 
         return attend
 
-    def _write(self, layer: int, pages: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        self.keys[layer, pages, :, slots] = k
-        self.values[layer, pages, :, slots] = v
+    def _places(self, pages: Tensor, positions: Tensor) -> Tensor:
+        """Where the keys of tokens (N,) at these positions of their rows go, in a layer's pool seen as (P * K * page, E):
+        (N*K,) int64."""
+        num_heads = self.keys.shape[2]
+        heads = pages[:, None] * num_heads + torch.arange(num_heads, device=pages.device)
+        return (heads * self.page_size + positions[:, None] % self.page_size).flatten()
+
+    def _write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
+        self.keys[layer].view(-1, k.shape[2]).index_copy_(0, places, k.flatten(0, 1))
+        self.values[layer].view(-1, v.shape[2]).index_copy_(0, places, v.flatten(0, 1))
 
 
 def bytes_a_page(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:

@@ -43,11 +43,11 @@ class PageWise:
             common = users[users > 0].double().quantile(0.9)
             few = users[pages] <= common
             groups += [(pages[part], row[part], whole[part]) for part in (few, ~few)]
-        self.groups = [_Group(*group, num_rows, page_size) for group in groups if len(group[0])]
+        self.groups = [_Group(*group, page_size) for group in groups if len(group[0])]
         # Where each row's parts are among all groups' parts, for adding them up.
-        self.users = torch.cat([group.users.flatten() for group in self.groups])  # (U,)
-        in_use = (self.users < num_rows).nonzero().squeeze(1)
-        self.parts = in_use[self.users[in_use].argsort(stable=True)]
+        self.users = torch.cat([group.users for group in self.groups])  # (U,)
+        parts = torch.cat([group.taken for group in self.groups]).nonzero().squeeze(1)
+        self.parts = parts[self.users[parts].argsort(stable=True)]
         self.starts = torch.searchsorted(self.users[self.parts], torch.arange(num_rows))
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -59,12 +59,14 @@ class PageWise:
         Returns:
             (B, H, E).
         """
-        queries = _and_nobody(q.unflatten(1, (keys.shape[1], -1)).transpose(1, 2))  # (B+1, G, K, E)
+        queries = q.unflatten(1, (keys.shape[1], -1)).transpose(1, 2).contiguous()  # (B, G, K, E)
         outs, logs = zip(*(group(queries, keys, values) for group in self.groups))
-        out, log = torch.cat(outs), torch.cat(logs)  # (U, G, K, E), (U, G, K)
-        tops = _and_nobody(self._over_parts(log, "max"))
-        weights = (log - tops[self.users]).exp_()
-        out = self._over_parts(out * weights[..., None], "sum") / self._over_parts(weights, "sum")[..., None]
+        log = torch.cat(logs)  # (U, G, K)
+        weights = (log - self._over_parts(log, "max").index_select(0, self.users)).exp_()
+        weighed = queries.new_empty(*log.shape, queries.shape[-1], dtype=torch.float32)
+        for out, weight, target in zip(outs, *(x.split([len(out) for out in outs]) for x in (weights, weighed))):
+            torch.mul(out, weight[..., None], out=target)
+        out = self._over_parts(weighed, "sum") / self._over_parts(weights, "sum")[..., None]
         return out.transpose(1, 2).flatten(1, 2).to(q.dtype)
 
     def _over_parts(self, parts: Tensor, mode: str) -> Tensor:
@@ -73,9 +75,14 @@ class PageWise:
 
 
 class _Group:
-    """Pages with at most R users each; places without one are nobody's, the row after the last."""
+    """P pages with R places each for users.
 
-    def __init__(self, pages: Tensor, row: Tensor, filled: Tensor, nobody: int, page_size: int):
+    Attributes:
+        users: (P*R,) int64, the rows; 0 in a place that is not taken, whose part is never looked at.
+        taken: (P*R,) bool.
+    """
+
+    def __init__(self, pages: Tensor, row: Tensor, filled: Tensor, page_size: int):
         """pages, row, filled (X,) int64: of X users the page, the row, and how many tokens it attends to there."""
         used, place, counts = pages.unique(return_inverse=True, return_counts=True)
         num_pages, stretch = len(used), int(used[-1] - used[0]) + 1
@@ -87,8 +94,12 @@ class _Group:
         order = place.argsort(stable=True)
         place = place[order]
         turn = torch.arange(len(place)) - torch.searchsorted(place, place)  # among the users of the same page
-        self.users = torch.full((num_pages, int(counts.max())), nobody)
-        self.users[place, turn] = row[order]
+        self.num_users = int(counts.max())
+        taken = place * self.num_users + turn
+        self.users = torch.zeros(num_pages * self.num_users, dtype=torch.int64)
+        self.users[taken] = row[order]
+        self.taken = torch.zeros_like(self.users, dtype=torch.bool)
+        self.taken[taken] = True
         self.mask = None
         if (filled < page_size).any():  # then each page has one user
             tokens = torch.full((num_pages,), page_size)
@@ -96,14 +107,9 @@ class _Group:
             self.mask = torch.where(torch.arange(page_size) < tokens[:, None], 0.0, -torch.inf)[:, None, None]
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(B+1, G, K, E) and the pool's (P, K, page, E) -> outputs (U, G, K, E) fp32, logarithms (U, G, K) fp32."""
-        q = queries[self.users]  # (P, R, G, K, E)
+        """(B, G, K, E) and the pool's (P, K, page, E) -> outputs (U, G, K, E) fp32, logarithms (U, G, K) fp32."""
+        q = queries.index_select(0, self.users).unflatten(0, (-1, self.num_users))  # (P, R, G, K, E)
         out, log = _flash_attention(
             q.flatten(1, 2).transpose(1, 2), keys[self.pages], values[self.pages], attn_mask=self.mask
         )
         return tuple(x.transpose(1, 2).unflatten(1, q.shape[1:3]).flatten(0, 1).float() for x in (out, log))
-
-
-def _and_nobody(x: Tensor) -> Tensor:
-    """A row of zeros after the last one."""
-    return torch.cat((x, torch.zeros_like(x[:1])))

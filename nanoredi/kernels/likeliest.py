@@ -15,9 +15,9 @@ from torch import Tensor
 
 from nanoredi.kernels.backend import runs_triton, tl, triton
 
-# Of an fp32 in fp64 the bits from here on are its bucket: exponent and 3 of the mantissa. 2^-149 is the smallest.
-_SHIFT = 49
-_LOWEST, _HIGHEST = (1023 - 149) << 3, 1023 << 3
+# A bucket has the exponent and the leading 5 bits of the mantissa in common; that of 1.0 is the highest.
+_SHIFT = 18
+_NUM_BUCKETS = (127 << 5) + 1
 # A row of fewer tokens is sorted as it is; a histogram would hardly be shorter.
 _FEW = 1 << 14
 _BLOCK = 1024
@@ -48,12 +48,12 @@ def plain_keep(probs: Tensor, missing: Tensor, by_mass: bool) -> Tensor:
     if probs.shape[1] < _FEW:
         return probs.masked_fill(_surplus(values, masses, missing), 0.0)
 
-    bucket = values.view(torch.int64) >> _SHIFT
-    histogram = masses.new_zeros(len(probs), _HIGHEST + 1).scatter_add_(1, bucket, masses)[:, _LOWEST:]
+    bucket = probs.contiguous().view(torch.int32) >> _SHIFT
+    histogram = masses.new_zeros(len(probs), _NUM_BUCKETS).scatter_add_(1, bucket.long(), masses)
     above = F.pad(histogram.flip(1).cumsum(1).flip(1), (0, 1))  # of each bucket and all that are higher
     last = (above[:, :-1] >= missing).sum(1, keepdim=True).sub_(1).clamp_(min=0)  # the highest that leaves enough
     missing = missing - above.gather(1, last + 1)
-    last += _LOWEST
+    last = last.int()
     kept = probs * (bucket >= last)
     row, column = (bucket == last).nonzero(as_tuple=True)
     if not len(row):  # there are fewer tokens of any probability than are asked for
