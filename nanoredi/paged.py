@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from nanoredi.attention import Attend
 from nanoredi.kernels.backend import runs_triton
@@ -64,7 +63,7 @@ class PagedCache:
         rows = [upload(np.array(pages[: -(-end // self.page_size)]), device) for pages, _, end in pieces]
         sizes = [end - start for _, start, end in pieces]
         # A token sees its row up to itself; where all of the row is in the piece, that is what is_causal says.
-        masks = [causal_lower_right(n, end) if start else None for n, (_, start, end) in zip(sizes, pieces)]
+        masks = [_mask(n, end, device) if start else None for n, (_, start, end) in zip(sizes, pieces)]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._write(layer, places, k, v)
@@ -103,7 +102,8 @@ class PagedCache:
             filling = len(q) - len(lengths)
             q, k, v = (x[: len(lengths)] for x in (q, k, v))
             self._write(layer, places, k, v)
-            return F.pad(over_pages(q, self.keys[layer], self.values[layer]), (0, 0, 0, 0, 0, filling))
+            out = over_pages(q, self.keys[layer], self.values[layer])
+            return F.pad(out, (0, 0, 0, 0, 0, filling)) if filling else out
 
         return attend
 
@@ -121,6 +121,16 @@ class PagedCache:
 
 def bytes_a_page(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
     return 2 * num_layers * num_kv_heads * head_dim * page_size * dtype.itemsize
+
+
+def _mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """Of the last tokens of a row: each sees all up to itself."""
+    if device.type == "cpu":
+        return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    # For a kernel that makes no mask. Its module takes long to import, which a CPU need not wait for.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(num_queries, num_keys)
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
