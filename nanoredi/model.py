@@ -106,7 +106,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        # Left as it is until init_weights: drawing it, on the meta device, would take a second to import what for.
+        # Drawn by init_weights alone: on the meta device, too, drawing would import torch._dynamo, a second's work.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False
         )

@@ -35,6 +35,7 @@ _MOVES = 16
 _PREFILL_TOKENS = 1_024
 # A CPU multiplies by a multiple of so many rows up to a half faster than by one row less: a batch is filled up to it.
 _CPU_ROWS = 16
+# Logits of so many tokens of the vocabulary are made at a time, and stay in its cache while they are turned.
 _CPU_TOKENS = 2_048
 # The share of the free memory that the cache takes: on a CPU others live there, too.
 _GPU_SHARE, _CPU_SHARE = 0.9, 0.5
@@ -224,7 +225,7 @@ class Sampler:
         head = self.model.lm_head_weight
         if not head.is_cpu:
             return (hidden @ head.T).float()
-        # The other way round a CPU makes this product faster; what comes out is turned while it is in its cache.
+        # The other way round a CPU makes this product faster, at any number of rows.
         logits = torch.empty(num_rows, len(head))
         for part, target in zip(head.split(_CPU_TOKENS), logits.split(_CPU_TOKENS, dim=1)):
             target.copy_((part @ hidden.T).T[:num_rows])
