@@ -33,10 +33,9 @@ from nanoredi.scheduler import Request, Row, Scheduler
 _MOVES = 16
 # Tokens that are put into the cache between two decode steps.
 _PREFILL_TOKENS = 1_024
-# A CPU multiplies by a multiple of so many rows up to a half faster than by one row less: a batch is filled up to it.
-_CPU_ROWS = 16
-# Logits of so many tokens of the vocabulary are made at a time, and stay in its cache while they are turned.
-_CPU_TOKENS = 2_048
+# A CPU multiplies by a multiple of so many rows up to a half faster than by one row less, so a batch is filled up to it;
+# logits of so many tokens of the vocabulary at a time stay in its cache while they are turned.
+_CPU_ROWS, _CPU_TOKENS = 16, 2_048
 # The share of the free memory that the cache takes: on a CPU others live there, too.
 _GPU_SHARE, _CPU_SHARE = 0.9, 0.5
 
