@@ -5,7 +5,7 @@ enough. Of positive numbers the bits, read as an integer, are in the same order,
 
 The Triton kernel gives a row to one program. It finds the threshold's 30 bits three at a time, each time by going over
 the row once and adding up what is at or above each of seven candidates. The plain version makes a histogram over the
-leading bits, which says in which bucket the threshold lies, and sorts that bucket's members alone, a few in a hundred.
+leading bits, which says in which bucket the threshold lies, and sorts that bucket's members alone, one in a hundred or so.
 Sums are in fp64, in both.
 """
 
@@ -18,8 +18,8 @@ from nanoredi.kernels.backend import runs_triton, tl, triton
 # A bucket has the exponent and the leading 5 bits of the mantissa in common; that of 1.0 is the highest.
 _SHIFT = 18
 _NUM_BUCKETS = (127 << 5) + 1
-# A row of fewer tokens is sorted as it is; a histogram would hardly be shorter.
-_FEW = 1 << 14
+# A row of fewer tokens is sorted as it is, which takes less than a histogram.
+_FEW = 1 << 11
 _BLOCK = 1024
 
 
