@@ -5,6 +5,7 @@ final/, and results.json where the run was evaluated.
 """
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
     # A run that stopped at bad input has left its config.toml and nothing else: the next one may be another.
     if path.exists() and len(list(folder.iterdir())) > 1:
         _refuse_another_run(path, configs)
-        return (folder / "final" / "config.json").exists()
+        finished = (folder / "final" / "config.json").exists()
+        if finished:
+            # A kill between the final model's renaming and the dropping of the states leaves them behind.
+            shutil.rmtree(folder / "state", ignore_errors=True)
+        return finished
     if folder.exists() and (not folder.is_dir() or any(file != path for file in folder.iterdir())):
         raise UserError(f"{out} is not empty and holds no nanoredi run: give another --out")
     folder.mkdir(parents=True, exist_ok=True)

@@ -226,9 +226,14 @@ def test_a_run_s_folder(tmp_path):
     assert open_run(out, {"redi": config}) is False  # broken off: it goes on
     # Also on other machines; what comes out is the same.
     assert open_run(out, {"redi": RediConfig(alpha=0.5, shard_size=8, max_tokens_per_micro_batch=9)}) is False
+    (tmp_path / "run" / "state" / "step-000010").mkdir(parents=True)
+    assert open_run(out, {"redi": config}) is False
+    assert (tmp_path / "run" / "state" / "step-000010").exists()
+    # Killed when the final model had its name and the states were still there: they go.
     (tmp_path / "run" / "final").mkdir()
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
     assert open_run(out, {"redi": config}) is True
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.toml", "final", "metrics.jsonl"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     with pytest.raises(UserError, match="not empty and holds no nanoredi run"):
