@@ -36,7 +36,7 @@ from nanoredi.batch import WeightedSequence  # noqa: E402
 from nanoredi.config import RediConfig  # noqa: E402
 from nanoredi.distributed import matrix_rate, shard, world  # noqa: E402
 from nanoredi.model import Qwen2  # noqa: E402
-from nanoredi.optimizer import make_optimizer  # noqa: E402
+from nanoredi.optimizer import AdamW  # noqa: E402
 from nanoredi.trainer import train_step  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -144,7 +144,7 @@ def nanoredi(folder: str, size: Size, dtype: torch.dtype, num_steps: int, profil
         for block in model.model.layers:
             block.activation_checkpointing = config.activation_checkpointing
         shard(model, ranks, dtype)
-        optimizer = make_optimizer(model, LR, config.weight_decay)
+        optimizer = AdamW(model, LR, config.weight_decay)
         return timed(lambda: train_step(model, optimizer, sequences, config, ranks), num_steps, profiled)
 
 

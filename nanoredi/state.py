@@ -19,7 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -27,22 +26,17 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from nanoredi.distributed import World
 from nanoredi.errors import UserError
+from nanoredi.optimizer import AdamW
 
 KEEP = 2
 _NOTES = "state.json"
 
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Every tensor of the state, by name: the weights, and AdamW's moments, made if no step has been taken yet."""
+def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """Every tensor of the state, by name: the weights and AdamW's moments."""
     tensors = {}
-    for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        if not state:
-            state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        tensors[f"weight.{name}"] = p.data
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}.{name}"] = state[moment]
+    for (name, p), m, v in zip(model.named_parameters(), optimizer.exp_avg, optimizer.exp_avg_sq):
+        tensors |= {f"weight.{name}": p.data, f"exp_avg.{name}": m, f"exp_avg_sq.{name}": v}
     return tensors
 
 

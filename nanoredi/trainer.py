@@ -25,7 +25,7 @@ from nanoredi.errors import Stopped, UserError
 from nanoredi.guards import Guards, signals
 from nanoredi.log import Log, Step
 from nanoredi.model import Qwen2
-from nanoredi.optimizer import clipped_step, gradient_square, make_optimizer, schedule, update_square
+from nanoredi.optimizer import AdamW, gradient_square, schedule
 from nanoredi.pairs import pair_losses, wants_pairs
 from nanoredi.reference import reference_logps
 from nanoredi.state import States, training_tensors
@@ -57,7 +57,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     reference, began_with = None, {"data": data.digest}
     if isinstance(config, RediConfig) and config.objective == "dpo":
         reference, began_with["reference"] = reference_logps(config, model, data, dtype, world)
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    optimizer = AdamW(model, config.lr, config.weight_decay)
 
     num_rows = len(data) if isinstance(config, SftConfig) else len(data) // 2
     total = num_steps(num_rows, config.batch_size, config.epochs, config.max_steps)
@@ -74,14 +74,12 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     world.first(lambda: _drop_unfinished(out))
     with signals(log.where, world) as asked_to_stop:
         for step in range(first, total):
-            lr = config.lr * schedule(step, total, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.lr = config.lr * schedule(step, total, config.warmup)
             rows = step_rows(step, num_rows, config.batch_size, config.seed)
             sequences = weighted_sequences(config, data, rows, reference)
             figures, tokens, flops = train_step(model, optimizer, sequences, config, world)
             number, epoch = step + 1, (step + 1) / num_steps(num_rows, config.batch_size, 1, 0)
-            guards.look(log.add(Step(number, epoch, lr, figures, tokens, flops, rows)))
+            guards.look(log.add(Step(number, epoch, optimizer.lr, figures, tokens, flops, rows)))
             saves, stops = bool(config.save_every) and number % config.save_every == 0, asked_to_stop()
             if (saves or stops) and number < total:
                 guards.look(log.flush())
@@ -100,7 +98,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
 
 def train_step(
     model: Qwen2,
-    optimizer: torch.optim.AdamW,
+    optimizer: AdamW,
     sequences: list[WeightedSequence],
     config: SftConfig | RediConfig,
     world: World,
@@ -143,8 +141,8 @@ def train_step(
     dist.all_reduce(sums)
     chosen, rejected, loss, norm = sums[0], sums[1] / (_rejected_weight(config) or 1.0), sums[2], sums[3].sqrt()
     skip = (~sums.isfinite().all()).float()
-    clipped_step(model, optimizer, norm, config.clip, skip)
-    update = update_square(optimizer) / copies
+    optimizer.step(norm, config.clip, skip)
+    update = optimizer.update_square() / copies
     dist.all_reduce(update)
     update = torch.where(skip.bool(), 0.0, update.sqrt())
     return torch.stack((chosen, rejected, norm, update, loss)), sum(lengths), sum(costs)
@@ -212,7 +210,7 @@ def _rejected_weight(config: SftConfig | RediConfig) -> float:
 def _resume(
     states: States,
     model: Qwen2,
-    optimizer: torch.optim.AdamW,
+    optimizer: AdamW,
     guards: Guards,
     began_with: dict[str, str],
     world: World,
@@ -231,8 +229,8 @@ def _resume(
             other = {"data": "other data, or another tokenizer", "reference": "another model as DPO's reference"}[what]
             raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
     guards.restore(notes)
-    for state in optimizer.state.values():
-        state["step"].fill_(notes["step"] - notes["skipped"])  # AdamW counts the steps it took
+    for count in optimizer.num_steps:
+        count.fill_(notes["step"] - notes["skipped"])
     world.say(f"going on after step {notes['step']}")
     return notes["step"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from kept import KeepingAdamW
 from safetensors.torch import save_file
 
 from nanoredi.config import RediConfig
@@ -40,15 +41,8 @@ with world() as ranks:
         if objective is dpo:
             reference, _ = reference_logps(dpo, model, data, torch.float32, ranks)
             reference = reference + np.arange(len(reference) * 2, dtype=np.float32).reshape(-1, 2)[::-1] % 7
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        grads = {}
-
-        def keep(*_):
-            for name, p in model.named_parameters():  # noqa: B023
-                grads[name] = p.grad.full_tensor() if ranks.size > 1 else p.grad.clone()  # noqa: B023
-
-        optimizer.register_step_pre_hook(keep)
+        optimizer = KeepingAdamW(model)
         step = replace(objective, max_tokens_per_micro_batch=300, shard_size=shard_size)
         train_step(model, optimizer, weighted_sequences(step, data, rows, reference), step, ranks)
         if ranks.rank == 0:
-            save_file(grads, out / f"{name}.safetensors")
+            save_file(optimizer.grads, out / f"{name}.safetensors")

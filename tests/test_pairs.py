@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from kept import KeepingAdamW
 
 from nanoredi.batch import WeightedSequence, step_rows
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data import load_pairs
-from nanoredi.distributed import local, shard
+from nanoredi.distributed import shard
 from nanoredi.model import Qwen2
 from nanoredi.objectives import simpo
 from nanoredi.pairs import pair_losses, wants_pairs
@@ -66,10 +67,7 @@ def test_dpo_s_loss_and_gradients_are_trl_s(toy_data, tmp_path, one_rank):
     reference = -3.3 * np.array([data.num_learned(i) for i in range(len(data))], dtype=np.float32).reshape(-1, 2)
     sequences = weighted_sequences(config, data, step_rows(0, 40, 8, seed=3), reference)
     ours = shard(Qwen2.from_pretrained(config.model), one_rank, torch.float32)
-    optimizer, grads = torch.optim.AdamW(ours.parameters(), fused=True), {}
-    optimizer.register_step_pre_hook(
-        lambda *_: grads.update({n: local(p.grad).clone() for n, p in ours.named_parameters()})
-    )
+    optimizer = KeepingAdamW(ours)
     figures, _, _ = train_step(ours, optimizer, sequences, config, one_rank)
 
     model = transformers.AutoModelForCausalLM.from_pretrained(toy_data / "model", dtype=torch.float32)
@@ -96,7 +94,7 @@ def test_dpo_s_loss_and_gradients_are_trl_s(toy_data, tmp_path, one_rank):
     theirs.backward()
     assert figures[4].item() == pytest.approx(theirs.item(), abs=1e-5)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(optimizer.grads[name], p.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_simpo_s_loss_is_trl_s():

@@ -18,7 +18,7 @@ from nanoredi.distributed import local, shard
 from nanoredi.errors import UserError
 from nanoredi.log import drop_steps_after
 from nanoredi.model import Qwen2
-from nanoredi.optimizer import make_optimizer
+from nanoredi.optimizer import AdamW
 from nanoredi.state import States, training_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +112,7 @@ def test_another_number_of_ranks_goes_on(ranks, shard_size, flags, run, tmp_path
 def states(toy_data, one_rank, tmp_path):
     """A model's tensors, and its states at steps 5, 10 and 15."""
     model = shard(Qwen2.from_pretrained(toy_data / "model"), one_rank, torch.float32)
-    tensors = training_tensors(model, make_optimizer(model, 1e-3, 0.0))
+    tensors = training_tensors(model, AdamW(model, 1e-3, 0.0))
     states = States(tmp_path / "state", one_rank)
     for step in (5, 10, 15):
         for t in tensors.values():

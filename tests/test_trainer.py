@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from kept import KeepingAdamW
 from safetensors.torch import load_file
 
 from nanoredi.batch import step_rows
@@ -18,7 +19,6 @@ from nanoredi.distributed import compute_dtype, local, shard
 from nanoredi.errors import UserError
 from nanoredi.kernels import chunks
 from nanoredi.model import Qwen2
-from nanoredi.optimizer import schedule
 from nanoredi.tokenizer import Tokenizer
 from nanoredi.trainer import train, train_step, weighted_sequences
 
@@ -81,14 +81,10 @@ def one_step(config, world):
     model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), world, torch.float32)
     data = load(config)
     rows = step_rows(0, 40, config.batch_size, seed=3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.1, fused=True)
-    grads = {}
-    optimizer.register_step_pre_hook(
-        lambda *_: grads.update({n: local(p.grad).clone() for n, p in model.named_parameters()})
-    )
+    optimizer = KeepingAdamW(model, config.lr, 0.1)
     sequences = weighted_sequences(config, data, rows, None if stage_1(config) else reference_of(config, data))
     figures, tokens, _ = train_step(model, optimizer, sequences, config, world)
-    return figures, grads, tokens, model
+    return figures, optimizer.grads, tokens, model
 
 
 def stage_1(config):
@@ -198,31 +194,15 @@ def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(stage, request, on
     monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", 41 * 50)  # several chunks, whose sum is fp32
     _, grads, _, _ = one_step(config, one_rank)
     model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), one_rank, torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    half = {}
-    optimizer.register_step_pre_hook(
-        lambda *_: half.update({n: local(p.grad).clone() for n, p in model.named_parameters()})
-    )
+    optimizer = KeepingAdamW(model)
     data = load(config)
     sequences = weighted_sequences(config, data, step_rows(0, 40, 16, seed=3), reference_of(config, data))
     train_step(model, optimizer, sequences, config, one_rank)
+    half = optimizer.grads
     assert {p.dtype for p in model.parameters()} == {g.dtype for g in half.values()} == {torch.float32}
     assert 1e-5 < relative(half, grads) < 0.1
     head = half["model.embed_tokens.weight"]
     assert (head != head.bfloat16()).float().mean() > 0.5  # never rounded to the weight's dtype
-
-
-@pytest.mark.parametrize(
-    "total, warmup, want",
-    [
-        (10, 0.2, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
-        (4, 0.0, [1.0, 0.75, 0.5, 0.25]),
-        (1, 0.1, [1.0]),
-        (2, 1.0, [0.5, 1.0]),
-    ],
-)
-def test_schedule(total, warmup, want):
-    assert [schedule(step, total, warmup) for step in range(total)] == pytest.approx(want)
 
 
 def test_a_run_s_files(redi, one_rank, tmp_path, capsys):

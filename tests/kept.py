@@ -1,0 +1,16 @@
+"""AdamW that keeps the gradients its last step began with: the step itself scales and drops them."""
+
+from torch import Tensor, nn
+
+from nanoredi.optimizer import AdamW
+
+
+class KeepingAdamW(AdamW):
+    def __init__(self, model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0):
+        super().__init__(model, lr, weight_decay)
+        self.model, self.grads = model, {}
+
+    def step(self, *args: Tensor | float) -> None:
+        for name, p in self.model.named_parameters():
+            self.grads[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+        super().step(*args)
