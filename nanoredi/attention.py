@@ -18,7 +18,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 # The operations below, by name, whose results activation checkpointing keeps: they are no larger than a block's input,
 # and of all products attention's are the dearest to make again.
-KEPT = (
+ATTENTION = (
     "torch_attn::_varlen_attn",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",

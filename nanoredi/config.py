@@ -44,8 +44,12 @@ class TrainConfig:
         "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it); masters are float32",
         choices=DTYPES,
     )
-    activation_checkpointing: bool = option(
-        True, "recompute each block's activations in backward instead of keeping them", free=True
+    activation_checkpointing: str = option(
+        "attention",
+        "what a block keeps for backward: attention (its input and attention's result; it makes the rest again), products "
+        "(the linear layers' results, too), off (everything); each is faster and takes more memory than the one before",
+        choices=("attention", "products", "off"),
+        free=True,
     )
     reshard_after_forward: bool = option(
         True,

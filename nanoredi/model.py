@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanoredi.architecture import Qwen2Config
-from nanoredi.attention import KEPT, Attend, PackedAttention
+from nanoredi.attention import ATTENTION, Attend, PackedAttention
 from nanoredi.checkpoint import load_weights, save_folder
 from nanoredi.kernels import linear_logprob, weighted_cross_entropy
 
@@ -81,11 +81,12 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
-        self.activation_checkpointing = False
+        self.activation_checkpointing = "off"  # or what is kept for backward: "attention" or "products"
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            keeping = partial(create_selective_checkpoint_contexts, _keep_attention)
+        if self.activation_checkpointing != "off" and torch.is_grad_enabled():
+            policy = {"attention": _keep_attention, "products": _keep_products}[self.activation_checkpointing]
+            keeping = partial(create_selective_checkpoint_contexts, policy)
             # No random number is drawn here whose state would have to be kept.
             return checkpoint(
                 self._compute, x, rope, attend, use_reentrant=False, preserve_rng_state=False, context_fn=keeping
@@ -98,7 +99,13 @@ class Block(nn.Module):
 
 
 def _keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op.name() in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # Backward has no use for what down_proj gives, the one product that narrows.
+    kept = op.name() == "aten::addmm" or (op.name() == "aten::mm" and args[0].shape[1] <= args[1].shape[1])
+    return CheckpointPolicy.MUST_SAVE if kept else _keep_attention(_, op)
 
 
 class Decoder(nn.Module):

@@ -84,12 +84,14 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_activation_checkpointing_changes_no_gradient_and_repeats_no_attention():
+# Of each of the two blocks: the linear layers with a bias (q, k, v), those without, and the activation.
+@pytest.mark.parametrize("kept, addmm, mm, silu", [("attention", 3, 3, 1), ("products", 0, 0, 1)])
+def test_activation_checkpointing_changes_no_gradient_and_repeats_what_it_says(kept, addmm, mm, silu):
     grads, calls = [], []
-    for on in (False, True):
+    for setting in ("off", kept):
         model = tiny.tiny_model(tied=True)
         for block in model.model.layers:
-            block.activation_checkpointing = on
+            block.activation_checkpointing = setting
         input_ids, position_ids, cu_seqlens = tiny.packed(tiny.sequences())
         with Calls() as mode:
             model.loss(input_ids, position_ids, cu_seqlens, input_ids, torch.ones(len(input_ids)))[0].backward()
@@ -97,11 +99,11 @@ def test_activation_checkpointing_changes_no_gradient_and_repeats_no_attention()
         calls.append(mode.counts)
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
-    plain, checkpointed = calls
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    assert plain[attention] == checkpointed[attention] == 2 * len(tiny.LENGTHS)
-    silu = torch.ops.aten.silu.default
-    assert checkpointed[silu] == 2 * plain[silu]
+    aten = torch.ops.aten
+    attention = aten._scaled_dot_product_flash_attention_for_cpu.default
+    repeated = {op: calls[1][op] - calls[0][op] for op in (aten.addmm.default, aten.mm.default, aten.silu.default)}
+    assert list(repeated.values()) == [2 * addmm, 2 * mm, 2 * silu]
+    assert calls[0][attention] == calls[1][attention] == 2 * len(tiny.LENGTHS)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -141,7 +141,7 @@ class Peak(TorchDispatchMode):
 def test_memory_is_what_a_step_keeps(one_rank, monkeypatch):
     """Four blocks of the two models, two micro-batches of 38,000 tokens, in tensors without contents."""
     monkeypatch.setattr(model_module, "PackedAttention", lambda *_: lambda layer, q, k, v: attention(q, k, v)[0])
-    monkeypatch.setattr(model_module, "KEPT", ["nanoredi_tests::attention"])
+    monkeypatch.setattr(model_module, "ATTENTION", ["nanoredi_tests::attention"])
     monkeypatch.setattr(model_module.RMSNorm, "forward", lambda self, x: Norm.apply(x, self.weight))
     monkeypatch.setattr(nn.Module, "float", lambda self: self)  # it is fp32, and such tensors cannot be swapped
     monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", chunks.MAX_GPU_ELEMENTS)
@@ -153,7 +153,7 @@ def test_memory_is_what_a_step_keeps(one_rank, monkeypatch):
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = shard(Qwen2(config), one_rank, torch.bfloat16)
             for block in model.model.layers:
-                block.activation_checkpointing = True
+                block.activation_checkpointing = "attention"
             ids, rows, ends = (torch.zeros(k, dtype=torch.int64) for k in (n, n, 2))
             with Peak(*(p.to_local() for p in model.parameters())) as peak:
                 for last in (False, True):

@@ -33,7 +33,7 @@ def redi(toy_data, tmp_path):
         lr=1e-3,
         dtype="float32",
         cache=str(tmp_path / "cache"),
-        activation_checkpointing=False,
+        activation_checkpointing="off",
         save_every=0,
     )
 
@@ -146,7 +146,7 @@ def test_all_objectives_tell_the_same_log_probs(request, one_rank):
 
 
 @EVERY
-def test_micro_batches_and_checkpointing_change_nothing(stage, request, one_rank):
+def test_micro_batches_change_nothing(stage, request, one_rank):
     config = request.getfixturevalue(stage)
     figures, grads, tokens, _ = one_step(config, one_rank)
     many_figures, many, many_tokens, _ = one_step(replace(config, max_tokens_per_micro_batch=150), one_rank)
