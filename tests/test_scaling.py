@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench import scaling
-from bench.scaling import MACHINE, MODELS, Device, Layout
+from bench import scaling, step_costs
+from bench.step_costs import MACHINE, MODELS, Device, Layout
 from nanoredi import distributed
 from nanoredi import model as model_module
 from nanoredi.distributed import shard
@@ -27,18 +27,18 @@ SMALL, LARGE = MODELS.values()
 def test_parameters_are_the_models(config):
     with torch.device("meta"):
         model = Qwen2(config)
-    assert scaling.parameters(config) == sum(p.numel() for p in model.parameters())
-    assert scaling.block_parameters(config) == sum(p.numel() for p in model.model.layers[0].parameters())
+    assert step_costs.parameters(config) == sum(p.numel() for p in model.parameters())
+    assert step_costs.block_parameters(config) == sum(p.numel() for p in model.model.layers[0].parameters())
 
 
 def test_parameters_are_the_checkpoints():
-    assert (scaling.parameters(SMALL), scaling.parameters(LARGE)) == (1_543_714_304, 7_615_616_512)
+    assert (step_costs.parameters(SMALL), step_costs.parameters(LARGE)) == (1_543_714_304, 7_615_616_512)
 
 
 def test_memory_by_hand():
     """1.5B on 8 GPUs: 4 micro-batches of 38,000 tokens."""
     block, root, everything = 46_797_824, 233_375_232, 1_543_714_304
-    parts = scaling.memory(SMALL, Layout(8, 8))
+    parts = step_costs.memory(SMALL, Layout(8, 8))
     assert parts == {
         "weights, Adam": everything * 12 / 8,
         "gradients": everything * 4 + block * 6 + 151_936 * 1536 * 4,
@@ -48,18 +48,18 @@ def test_memory_by_hand():
     }
     assert sum(parts.values()) == pytest.approx(21.7e9, rel=0.005)
     # From 32 GPUs on there is one micro-batch, and no sum of earlier ones.
-    one = scaling.memory(SMALL, Layout(32, 32))
+    one = step_costs.memory(SMALL, Layout(32, 32))
     assert parts["gradients"] - one["gradients"] == everything * 4
 
 
 def test_traffic_by_hand():
     """7B on 16 GPUs: 2 micro-batches, each with two gathers of the blocks and one of the root unit in bf16."""
     blocks, root, everything = 28 * 233_057_792, 1_089_998_336, 7_615_616_512
-    inside, outside = scaling.step_traffic(LARGE, Layout(16, 16))
+    inside, outside = step_costs.step_traffic(LARGE, Layout(16, 16))
     assert inside == pytest.approx((2 * (2 * blocks * 2 + root * 2) + everything * 4) * 15 / 16)
     assert outside == pytest.approx(inside / 8)
     # HSDP: 8 GPUs gather and reduce; then each adds up its eighth of the gradient with its fellow in the other machine.
-    inside, outside = scaling.step_traffic(LARGE, Layout(16, MACHINE))
+    inside, outside = step_costs.step_traffic(LARGE, Layout(16, MACHINE))
     assert inside == pytest.approx((2 * (2 * blocks * 2 + root * 2) + everything * 4) * 7 / 8)
     assert outside == pytest.approx(everything * 4 / 8)
 
@@ -68,7 +68,7 @@ def test_time_by_hand():
     """1.5B on one GPU: 1,216,000 tokens in 64 sequences; nothing is sent."""
     linear = 1_216_000 * (8 * 28 * 46_797_824 + 6 * 151_936 * 1536)
     attention = 64 * 28 * 3.5 * 2 * 19_000**2 * 1536
-    t = scaling.times(SMALL, Layout(1, 1), Device())
+    t = step_costs.times(SMALL, Layout(1, 1), Device())
     assert t["computing"] == pytest.approx(linear / (0.5 * 989e12) + attention / (0.35 * 989e12))
     assert t["step"] == pytest.approx(t["computing"] + 124 * 1_543_714_304 / (0.7 * 3350e9))
 
@@ -76,10 +76,12 @@ def test_time_by_hand():
 def test_a_slow_network_prolongs_a_step():
     """Where nothing hides, 7B's step on 16 GPUs is its traffic over the network's rate."""
     layout, slow = Layout(16, 16), Device(network=0.1)
-    _, outside = scaling.step_traffic(LARGE, layout)
-    assert scaling.times(LARGE, layout, slow)["step"] == pytest.approx(outside / (0.7 * 0.1e9 / 8), rel=0.2)
-    needed = scaling.times(LARGE, layout, Device())["network needed"]
-    hidden, above, below = (scaling.times(LARGE, layout, Device(network=x))["step"] for x in (400, needed, needed / 2))
+    _, outside = step_costs.step_traffic(LARGE, layout)
+    assert step_costs.times(LARGE, layout, slow)["step"] == pytest.approx(outside / (0.7 * 0.1e9 / 8), rel=0.2)
+    needed = step_costs.times(LARGE, layout, Device())["network needed"]
+    hidden, above, below = (
+        step_costs.times(LARGE, layout, Device(network=x))["step"] for x in (400, needed, needed / 2)
+    )
     assert below - above > 2 * (above - hidden)
 
 
@@ -145,10 +147,10 @@ def test_memory_is_what_a_step_keeps(one_rank, monkeypatch):
     monkeypatch.setattr(model_module.RMSNorm, "forward", lambda self, x: Norm.apply(x, self.weight))
     monkeypatch.setattr(nn.Module, "float", lambda self: self)  # it is fp32, and such tensors cannot be swapped
     monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", chunks.MAX_GPU_ELEMENTS)
-    monkeypatch.setattr(scaling, "SEQUENCES", 4)
+    monkeypatch.setattr(step_costs, "SEQUENCES", 4)
     mesh = distributed.shard_mesh(one_rank, 0)
     monkeypatch.setattr(distributed, "shard_mesh", lambda *_: mesh)  # a mesh cannot be made of such tensors
-    n = 2 * scaling.LENGTH
+    n = 2 * step_costs.LENGTH
     for config in (dataclasses.replace(c, num_hidden_layers=4) for c in MODELS.values()):
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = shard(Qwen2(config), one_rank, torch.bfloat16)
@@ -160,14 +162,14 @@ def test_memory_is_what_a_step_keeps(one_rank, monkeypatch):
                     model.set_requires_gradient_sync(last)
                     loss, _ = model.loss(ids, ids, ends, ids, torch.zeros(n), rows, n)
                     loss.backward()
-        moments = 8 * scaling.parameters(config)
-        computed = sum(scaling.memory(config, Layout(1, 1)).values())
+        moments = 8 * step_costs.parameters(config)
+        computed = sum(step_costs.memory(config, Layout(1, 1)).values())
         assert 0.96 < (peak.bytes + moments) / computed < 1.01
 
 
 def test_memory_peaks_where_it_is_computed():
     """Backward lets go of a block's checkpoint before it adds as much to the gradients."""
     for config in MODELS.values():
-        for x in scaling.LAYOUTS:
+        for x in step_costs.LAYOUTS:
             if x.micro_batches == 1:
-                assert 4 * scaling.block_parameters(config) / x.shard < 2 * x.tokens * config.hidden_size
+                assert 4 * step_costs.block_parameters(config) / x.shard < 2 * x.tokens * config.hidden_size

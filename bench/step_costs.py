@@ -1,0 +1,228 @@
+"""What a step of REDI costs a GPU in memory, traffic and time, by arithmetic alone; scaling.py makes a page of it.
+
+Nothing is run and nothing is timed here. What the sums follow is distributed.shard (FSDP2's units), trainer.train_step
+(gradients add up whole on each GPU until the step's last micro-batch), model.Block (what backward keeps) and
+kernels/cross_entropy.py (the loss); tests/test_scaling.py holds them against the program.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from nanoredi.architecture import Qwen2Config
+from nanoredi.kernels.chunks import MAX_GPU_ELEMENTS
+
+
+def rate(value: float, unit: str, source: str) -> Any:
+    """A device's figure, and where it is from."""
+    return dataclasses.field(default=value, metadata={"unit": unit, "source": source})
+
+
+DATASHEET = "NVIDIA's datasheet of the H100 SXM"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU, its links, and the shares of their rates that a program is taken to reach. Each field is also a flag."""
+
+    flops: float = rate(989, "Tflop/s", f"bf16 matrix products, dense: {DATASHEET}")
+    memory: float = rate(80, "GB", DATASHEET)
+    bandwidth: float = rate(3350, "GB/s", f"of that memory: {DATASHEET}")
+    nvlink: float = rate(450, "GB/s", f"a direction, within a machine: {DATASHEET} (900 both ways)")
+    network: float = rate(400, "Gb/s", "a GPU's adapter, between machines: assumed, one 400 Gb/s adapter a GPU")
+    matrix_share: float = rate(0.5, "", "of flops in the linear layers and the loss: assumed")
+    attention_share: float = rate(
+        0.35, "", "of flops in attention: FlashAttention-2 on an H100, as arXiv 2407.08608 has it"
+    )
+    link_share: float = rate(0.7, "", "of the memory's and the links' rates: assumed")
+    memory_share: float = rate(
+        0.9, "", "of the memory that tensors may fill; CUDA, NCCL and gaps take the rest: assumed"
+    )
+
+
+QWEN = {"num_hidden_layers": 28, "max_position_embeddings": 32_768}
+MODELS = {
+    "1.5B": Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        **QWEN,
+    ),
+    "7B": Qwen2Config(
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        **QWEN,
+    ),
+}
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+MACHINE = 8
+SEQUENCES = 64  # a step's 32 pairs
+LENGTH = 19_000
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A step's work on some GPUs.
+
+    Attributes:
+        gpus: all of them.
+        shard: so many share one copy of the model; gpus of them is FSDP, fewer HSDP.
+        together: sequences of a micro-batch, where a GPU has as many.
+    """
+
+    gpus: int
+    shard: int
+    together: int = 2
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a GPU and step."""
+        return -(-SEQUENCES // (self.gpus * self.together))
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return min(self.together, SEQUENCES // self.gpus) * LENGTH
+
+    @property
+    def name(self) -> str:
+        return str(self.gpus) if self.shard == self.gpus else f"{self.gpus}, HSDP"
+
+
+LAYOUTS = [Layout(n, s) for n in GPUS for s in ([n] if n <= MACHINE else [n, MACHINE])]
+
+
+def block_parameters(c: Qwen2Config) -> int:
+    d, kv, f = c.hidden_size, c.num_key_value_heads * c.head_dim, c.intermediate_size
+    return (d * d + d) + 2 * (d * kv + kv) + d * d + 3 * d * f + 2 * d  # q; k and v; o; MLP; norms
+
+
+def root_parameters(c: Qwen2Config) -> int:
+    """Of the unit of embedding, final norm and, where it is not the embedding, head."""
+    return c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.hidden_size
+
+
+def parameters(c: Qwen2Config) -> int:
+    return c.num_hidden_layers * block_parameters(c) + root_parameters(c)
+
+
+def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
+    """Bytes of a GPU's tensors at the peak of a step: in the backward of the last blocks, in the last micro-batch."""
+    n, d, f = layout.tokens, c.hidden_size, c.intermediate_size
+    kv = c.num_key_value_heads * c.head_dim
+    block, root, head = block_parameters(c), root_parameters(c), 4 * c.vocab_size * d
+    accumulates = layout.micro_batches > 1
+    # What a block's backward holds, in bf16: the norms' outputs, q, the stream between attention and MLP and the
+    # gradient of the stream after it (5 D); k and v; in the MLP gate, silu(gate) and up, and the gradients of the last
+    # two and of their product (6 F).
+    working = 2 * n * (5 * d + 2 * kv + 6 * f)
+    # The loss comes before, when no block is at work: hidden, its gradient, a chunk of logits; and the gradient of the
+    # head, which it makes in fp32. That one lives on to the end of backward, where the embedding adds its own to it;
+    # an untied head's is added to the earlier micro-batches' sum at once.
+    loss = 2 * (2 * n * d + MAX_GPU_ELEMENTS)
+    stays = c.tie_word_embeddings or not accumulates
+    return {
+        "weights, Adam": 12 * parameters(c) / layout.shard,
+        # The sums of earlier micro-batches; a block's own in bf16, and in fp32 on its way to the other GPUs.
+        "gradients": (4 * parameters(c) if accumulates else 0) + (2 + 4) * block + (head if stays else 0),
+        # The root unit, the block at work, the next one, and the buffer that one arrives in.
+        "gathered": 2 * root + 2 * block * (3 if layout.shard > 1 else 1),
+        # A block's input, attention's output, and fp32's log-sum-exp of each head.
+        "checkpoints": n * (2 * 2 * d + 4 * c.num_attention_heads) * c.num_hidden_layers,
+        "a block": max(working, loss + (0 if stays else head)),
+    }
+
+
+def traffic(c: Qwen2Config, layout: Layout) -> dict[str, float]:
+    """Bytes that each GPU sends, and receives, in the parts of a step: keys forward and backward (a micro-batch's
+    gathers), reduce (once a step, among those that share a copy), copies (once a step, among copies)."""
+    s, copies = layout.shard, layout.gpus // layout.shard
+    blocks, root = c.num_hidden_layers * block_parameters(c), root_parameters(c)
+    others = (s - 1) / s
+    return {
+        "forward": 2 * (blocks + root) * others,
+        "backward": 2 * blocks * others,  # the root unit has stayed
+        "reduce": 4 * (blocks + root) * others,
+        "copies": 2 * (copies - 1) / copies * 4 * (blocks + root) / s,
+    }
+
+
+def network_share(layout: Layout) -> float:
+    """The part of a gather or reduce-scatter that goes through a GPU's own adapter. Across machines NCCL lays as many
+    rings as there are adapters, each of which enters a machine once, with its part of the data."""
+    return 1 / MACHINE if layout.shard > MACHINE else 0.0
+
+
+def flops(c: Qwen2Config, layout: Layout) -> dict[str, float]:
+    """Of a GPU's micro-batch: forward and backward (activation checkpointing's second forward of the linear layers
+    in it), of the linear layers and of attention."""
+    n, d = layout.tokens, c.hidden_size
+    linear = 2 * n * block_parameters(c) * c.num_hidden_layers
+    attention = n / LENGTH * 2 * LENGTH**2 * d * c.num_hidden_layers  # two products, each over half of the square
+    head = 2 * n * c.vocab_size * d  # one product; the loss makes its gradients, two more, in forward
+    return {
+        "forward": linear + 3 * head,
+        "backward": 3 * linear,
+        "forward attention": attention,
+        "backward attention": 2.5 * attention,  # flash's backward has five products for forward's two
+    }
+
+
+def times(c: Qwen2Config, layout: Layout, device: Device) -> dict[str, float]:
+    """Seconds of a step, and the slowest network (Gb/s a GPU) that would not prolong it.
+
+    The next block's weights are gathered, and the last block's gradients reduced, while a block computes; so each
+    forward and each backward takes the longer of computing and communicating. Nothing hides the gather of root unit
+    and first block, the reduction of the root unit, and the optimiser.
+    """
+    nvlink = device.nvlink * 1e9 * device.link_share
+    adapter = device.network / 8 * 1e9 * device.link_share
+    share = network_share(layout)
+
+    def link(shared: float, copies: float = 0.0) -> float:
+        """Seconds of bytes exchanged within a copy, and among copies."""
+        return max(shared / nvlink, shared * share / adapter) + copies / adapter
+
+    work, sent = flops(c, layout), traffic(c, layout)
+    computing = {
+        phase: work[phase] / (device.flops * 1e12 * device.matrix_share)
+        + work[f"{phase} attention"] / (device.flops * 1e12 * device.attention_share)
+        for phase in ("forward", "backward")
+    }
+    forward = max(computing["forward"], link(sent["forward"]))
+    backward = max(computing["backward"], link(sent["backward"]))
+    last = max(computing["backward"], link(sent["backward"] + sent["reduce"], sent["copies"]))
+    root = root_parameters(c) / parameters(c)
+    first_units = (root_parameters(c) + block_parameters(c)) / parameters(c)
+    # AdamW reads four fp32 numbers a parameter and writes three, clipping reads twice and writes once, the size of the
+    # update takes ten passes of two or three: 124 bytes.
+    optimizer = 124 * parameters(c) / layout.shard / (device.bandwidth * 1e9 * device.link_share)
+    micro = layout.micro_batches
+    compute = micro * sum(computing.values())
+    step = (
+        micro * (forward + link(sent["forward"] * first_units))
+        + (micro - 1) * backward
+        + last
+        + link(sent["reduce"] * root, sent["copies"] * root)
+        + optimizer
+    )
+    through_network = [
+        (sent["forward"] * share, computing["forward"]),
+        (sent["backward"] * share, computing["backward"]),
+        ((sent["backward"] + sent["reduce"]) * share + sent["copies"], computing["backward"]),
+    ]
+    needed = max(number / seconds for number, seconds in through_network) * 8 / 1e9 / device.link_share
+    return {"computing": compute, "step": step, "network needed": needed}
+
+
+def step_traffic(c: Qwen2Config, layout: Layout) -> tuple[float, float]:
+    """Bytes a GPU sends in a step: over NVLink, and through its network adapter."""
+    sent = traffic(c, layout)
+    shared = layout.micro_batches * (sent["forward"] + sent["backward"]) + sent["reduce"]
+    return shared, shared * network_share(layout) + sent["copies"]
