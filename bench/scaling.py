@@ -36,24 +36,44 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def memory_table(c: Qwen2Config) -> str:
-    gb = [(layout, memory(c, layout), memory(c, dataclasses.replace(layout, together=1))) for layout in LAYOUTS]
-    head = ["GPUs", "micro-batches", *gb[0][1], "**all**", "all, one sequence at a time"]
+    def total(layout: Layout, **changes: int) -> str:
+        return f"{sum(memory(c, dataclasses.replace(layout, **changes)).values()) / 1e9:.1f}"
+
+    head = ["GPUs", "micro-batches", *memory(c, LAYOUTS[0]), "**all**", "one sequence at a time", "products kept"]
     rows = [
-        [x.name, str(x.micro_batches), *(f"{v / 1e9:.1f}" for v in parts.values())]
-        + [f"**{sum(parts.values()) / 1e9:.1f}**", f"{sum(one.values()) / 1e9:.1f}"]
-        for x, parts, one in gb
+        [x.name, str(x.micro_batches), *(f"{v / 1e9:.1f}" for v in memory(c, x).values())]
+        + [f"**{total(x)}**", total(x, together=1), total(x, together=1, products=True)]
+        for x in LAYOUTS
     ]
     return markdown([head, *rows])
 
 
 def time_table(c: Qwen2Config, device: Device) -> str:
     alone = times(c, LAYOUTS[0], device)["step"]
-    rows = [["GPUs", "NVLink, GB", "network, GB", "computing, s", "step, s", "of linear", "network to keep up, Gb/s"]]
+    rows = [
+        [
+            "GPUs",
+            "NVLink, GB",
+            "network, GB",
+            "computing, s",
+            "step, s",
+            "products kept, s",
+            "of linear",
+            "network to keep up, Gb/s",
+        ]
+    ]
     for x in LAYOUTS:
         inside, outside = step_traffic(c, x)
-        t = times(c, x, device)
+        t, kept = times(c, x, device), times(c, dataclasses.replace(x, together=1, products=True), device)
         rows.append(
-            [x.name, f"{inside / 1e9:.1f}", f"{outside / 1e9:.2f}", f"{t['computing']:.2f}", f"{t['step']:.2f}"]
+            [
+                x.name,
+                f"{inside / 1e9:.1f}",
+                f"{outside / 1e9:.2f}",
+                f"{t['computing']:.2f}",
+                f"{t['step']:.2f}",
+                f"{kept['step']:.2f}",
+            ]
             + [f"{alone / t['step'] / x.gpus:.1%}", f"{t['network needed']:.0f}" if x.gpus > MACHINE else "-"]
         )
     return markdown(rows)
@@ -72,9 +92,9 @@ def slow_table(device: Device) -> str:
     return markdown(rows)
 
 
-def fewest(c: Qwen2Config, device: Device, together: int) -> str:
+def fewest(c: Qwen2Config, device: Device, together: int, products: bool = False) -> str:
     """The fewest GPUs whose memory is enough, in words."""
-    for layout in (Layout(n, n, together) for n in GPUS):
+    for layout in (Layout(n, n, together, products) for n in GPUS):
         need = sum(memory(c, layout).values()) / 1e9
         if need <= device.memory * device.memory_share:
             return f"{layout.gpus} GPU{'s' if layout.gpus > 1 else ''} ({need:.0f} GB)"
@@ -85,6 +105,7 @@ def page(device: Device) -> str:
     """docs/scaling.md."""
     across = [(c, n) for c in MODELS.values() for n in GPUS if n > MACHINE]
     step = {(c, n): times(c, Layout(n, n), device)["step"] for c in MODELS.values() for n in GPUS}
+    kept_on_8 = [times(c, Layout(8, 8, together=1, products=True), device)["step"] for c in MODELS.values()]
     saved = max(1 - times(c, Layout(n, MACHINE), device)["step"] / step[c, n] for c, n in across)
     fits = (
         f"- **{name}** ({parameters(c) / 1e9:.2f} billion parameters) fits on {fewest(c, device, 2)} with a pair in a "
@@ -105,6 +126,9 @@ def page(device: Device) -> str:
         usable=f"{device.memory * device.memory_share:.0f}",
         sums=" and ".join(f"{4 * parameters(c) / 1e9:.0f}" for c in MODELS.values()),
         on_8=" and ".join(f"{step[c, 8]:.1f}" for c in MODELS.values()),
+        products=" and ".join(fewest(c, device, 1, products=True) for c in MODELS.values()),
+        kept_on_8=" and ".join(f"{t:.1f}" for t in kept_on_8),
+        kept_saves=" and ".join(f"{100 * (1 - t / step[c, 8]):.0f}" for c, t in zip(MODELS.values(), kept_on_8)),
         on_64=" and ".join(f"{step[c, 64]:.2f}" for c in MODELS.values()),
         linear=f"{100 * min(step[c, 1] / (64 * step[c, 64]) for c in MODELS.values()):.0f}",
         network=f"{device.network:g}",
@@ -123,9 +147,10 @@ Computed, not measured: `python bench/scaling.py` works this page out from the r
 
 1.5B is Qwen2.5-Math-1.5B, 7B has the shape of Qwen2.5-7B. A step of REDI is 32 pairs of 2 x 19,000 tokens, as long as
 the paper's get; the default `--max_tokens_per_micro_batch` makes a pair a micro-batch. Forward and backward are in
-bf16, weights and Adam's moments in fp32; activation checkpointing and `--reshard_after_forward` are on. A machine has
-8 GPUs. HSDP is `--shard_size 8`: each machine has a copy of the model, shared among its GPUs, and gradients are added
-up across machines once a step. In all other rows the GPUs share a single copy (FSDP).
+bf16, weights and Adam's moments in fp32; `--activation_checkpointing` and `--reshard_after_forward` are as they are by
+default, if nothing else is said. A machine has 8 GPUs. HSDP is `--shard_size 8`: each machine has a copy of the model,
+shared among its GPUs, and gradients are added up across machines once a step. In all other rows the GPUs share a single
+copy (FSDP). *products kept* is `--activation_checkpointing products` with one sequence in a micro-batch.
 
 ## What to take from it
 
@@ -134,6 +159,8 @@ up across machines once a step. In all other rows the GPUs share a single copy (
   there are. From 32 GPUs on a step is one micro-batch of each GPU, and that falls away.
 - A step takes {on_8} s on 8 GPUs and {on_64} s on 64: {linear} % of linear or better. The longer a micro-batch
   computes, the more of its exchange is hidden.
+- `--activation_checkpointing products` keeps the linear layers' results instead of making them again: {kept_on_8} s a
+  step on 8 GPUs with one sequence in a micro-batch, {kept_saves} % less. It fits on {products}.
 - HSDP needs more memory, and at {network} Gb/s a GPU it saves {saving}. It is for slow networks: below {needed} Gb/s
   a GPU the exchange of a single copy no longer hides behind computing. HSDP then helps most where a GPU has several
   micro-batches a step, as its traffic between machines does not grow with them. Seconds of a step, single copy / HSDP
@@ -160,19 +187,20 @@ tensors that a step keeps, which it counts without a GPU.
 whole sum of the earlier micro-batches; a block's own on its way to the others; the head's, which the loss makes in
 forward. *gathered*: whole bf16 weights of the root unit (embedding, norm and head: gathered once a forward, kept to the
 end of backward) and of up to three blocks (at work, next, arriving). *checkpoints*: the input of each block, and its
-attention's output. *a block*: what a block's backward makes again and keeps. The loss holds a chunk of logits at
-another moment, when no block is at work. Not counted: CUDA, NCCL, gaps of the allocator.
+attention's output; where products are kept, the linear layers' outputs too, but for the last one's. *a block*: what a
+block's backward makes again and keeps. The loss holds a chunk of logits at another moment, when no block is at work. Not
+counted: CUDA, NCCL, gaps of the allocator.
 
 **Traffic.** A micro-batch gathers each block twice, for forward and for backward, and the root unit once, in bf16. Once
 a step gradients are reduced in fp32. To gather or reduce S bytes over n GPUs each sends S (n - 1) / n; across machines
 an eighth of that goes through each GPU's adapter, as the 8 adapters of a machine carry a ring each. HSDP's all-reduce
 among m machines sends 2 (m - 1) / m of an eighth of the gradient through each.
 
-**Time.** Linear layers take 8 operations a parameter and token (forward 2, its repetition 2, backward 4), the loss 6.
-Causal attention takes 2 n^2 D a sequence and block, and 2.5 times that in backward; its forward is not repeated. Each
-forward and each backward takes the longer of computing and sending; the last backward also sends the gradients. To
-that is added what nothing hides: the gather of root unit and first block in each micro-batch, the root unit's reduction
-at the end, the optimiser. All GPUs have equal work. *network to keep up*: the rate below which sending takes longer
+**Time.** Linear layers take 8 operations a parameter and token (forward 2, its repetition 2 where products are not kept,
+backward 4), the loss 6. Causal attention takes 2 n^2 D a sequence and block, and 2.5 times that in backward; its forward
+is not repeated. Each forward and each backward takes the longer of computing and sending; the last backward also sends
+the gradients. To that is added what nothing hides: the gather of root unit and first block in each micro-batch, the root
+unit's reduction at the end, the optimiser. All GPUs have equal work. *network to keep up*: the rate below which sending takes longer
 than computing in some forward or backward.
 
 **Rates.**

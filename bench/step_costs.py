@@ -74,11 +74,13 @@ class Layout:
         gpus: all of them.
         shard: so many share one copy of the model; gpus of them is FSDP, fewer HSDP.
         together: sequences of a micro-batch, where a GPU has as many.
+        products: the linear layers' results are kept for backward (--activation_checkpointing products).
     """
 
     gpus: int
     shard: int
     together: int = 2
+    products: bool = False
 
     @property
     def micro_batches(self) -> int:
@@ -120,8 +122,10 @@ def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
     accumulates = layout.micro_batches > 1
     # What a block's backward holds, in bf16: the norms' outputs, q, the stream between attention and MLP and the
     # gradient of the stream after it (5 D); k and v; in the MLP gate, silu(gate) and up, and the gradients of the last
-    # two and of their product (6 F).
-    working = 2 * n * (5 * d + 2 * kv + 6 * f)
+    # two and of their product (6 F). Where products are kept, v, gate and up count as such.
+    kept = layout.products
+    working = 2 * n * (5 * d + (1 if kept else 2) * kv + (4 if kept else 6) * f)
+    products = 2 * n * (2 * d + 2 * kv + 2 * f) if kept else 0  # of q, o, k, v, gate and up
     # The loss comes before, when no block is at work: hidden, its gradient, a chunk of logits; and the gradient of the
     # head, which it makes in fp32. That one lives on to the end of backward, where the embedding adds its own to it;
     # an untied head's is added to the earlier micro-batches' sum at once.
@@ -134,7 +138,7 @@ def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
         # The root unit, the block at work, the next one, and the buffer that one arrives in.
         "gathered": 2 * root + 2 * block * (3 if layout.shard > 1 else 1),
         # A block's input, attention's output, and fp32's log-sum-exp of each head.
-        "checkpoints": n * (2 * 2 * d + 4 * c.num_attention_heads) * c.num_hidden_layers,
+        "checkpoints": (n * (2 * 2 * d + 4 * c.num_attention_heads) + products) * c.num_hidden_layers,
         "a block": max(working, loss + (0 if stays else head)),
     }
 
@@ -160,15 +164,15 @@ def network_share(layout: Layout) -> float:
 
 
 def flops(c: Qwen2Config, layout: Layout) -> dict[str, float]:
-    """Of a GPU's micro-batch: forward and backward (activation checkpointing's second forward of the linear layers
-    in it), of the linear layers and of attention."""
+    """Of a GPU's micro-batch: forward and backward (in it the linear layers' second forward, where their results are not
+    kept), of the linear layers and of attention."""
     n, d = layout.tokens, c.hidden_size
     linear = 2 * n * block_parameters(c) * c.num_hidden_layers
     attention = n / LENGTH * 2 * LENGTH**2 * d * c.num_hidden_layers  # two products, each over half of the square
     head = 2 * n * c.vocab_size * d  # one product; the loss makes its gradients, two more, in forward
     return {
         "forward": linear + 3 * head,
-        "backward": 3 * linear,
+        "backward": (2 if layout.products else 3) * linear,
         "forward attention": attention,
         "backward attention": 2.5 * attention,  # flash's backward has five products for forward's two
     }

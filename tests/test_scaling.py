@@ -71,6 +71,8 @@ def test_time_by_hand():
     t = step_costs.times(SMALL, Layout(1, 1), Device())
     assert t["computing"] == pytest.approx(linear / (0.5 * 989e12) + attention / (0.35 * 989e12))
     assert t["step"] == pytest.approx(t["computing"] + 124 * 1_543_714_304 / (0.7 * 3350e9))
+    kept = step_costs.times(SMALL, Layout(1, 1, products=True), Device())
+    assert t["computing"] - kept["computing"] == pytest.approx(1_216_000 * 2 * 28 * 46_797_824 / (0.5 * 989e12))
 
 
 def test_a_slow_network_prolongs_a_step():
@@ -140,7 +142,8 @@ class Peak(TorchDispatchMode):
         return out
 
 
-def test_memory_is_what_a_step_keeps(one_rank, monkeypatch):
+@pytest.mark.parametrize("kept", ["attention", "products"])
+def test_memory_is_what_a_step_keeps(kept, one_rank, monkeypatch):
     """Four blocks of the two models, two micro-batches of 38,000 tokens, in tensors without contents."""
     monkeypatch.setattr(model_module, "PackedAttention", lambda *_: lambda layer, q, k, v: attention(q, k, v)[0])
     monkeypatch.setattr(model_module, "ATTENTION", ["nanoredi_tests::attention"])
@@ -155,7 +158,7 @@ def test_memory_is_what_a_step_keeps(one_rank, monkeypatch):
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = shard(Qwen2(config), one_rank, torch.bfloat16)
             for block in model.model.layers:
-                block.activation_checkpointing = "attention"
+                block.activation_checkpointing = kept
             ids, rows, ends = (torch.zeros(k, dtype=torch.int64) for k in (n, n, 2))
             with Peak(*(p.to_local() for p in model.parameters())) as peak:
                 for last in (False, True):
@@ -163,7 +166,7 @@ def test_memory_is_what_a_step_keeps(one_rank, monkeypatch):
                     loss, _ = model.loss(ids, ids, ends, ids, torch.zeros(n), rows, n)
                     loss.backward()
         moments = 8 * step_costs.parameters(config)
-        computed = sum(step_costs.memory(config, Layout(1, 1)).values())
+        computed = sum(step_costs.memory(config, Layout(1, 1, products=kept == "products")).values())
         assert 0.96 < (peak.bytes + moments) / computed < 1.01
 
 
