@@ -5,8 +5,8 @@
     python bench/train_step.py --profile                      where nanoredi's time goes
 
 The original's way: a transformers model with activation checkpointing, one right-padded pair at a time, its full logits,
-their log-softmax. TRL's: its DPOTrainer with its own defaults (a reference model, too), where it is installed. Same
-weights, same pairs. Tokens are those of the pairs, padding not counted. Every figure is taken in a fresh process; a time
+their log-softmax. TRL's: its DPOTrainer with its own defaults (a reference model, too), where it is installed. nanoredi
+is there with the default of --activation_checkpointing, and with more kept for backward. Same weights, same pairs. Tokens are those of the pairs, padding not counted. Every figure is taken in a fresh process; a time
 is the median of several steps, to be read as a ratio to another one of the same table. Memory is the peak of the process
 on a CPU, weights and all; of the tensors on a GPU. In bf16 each keeps what it would by default: nanoredi fp32 masters, the
 original's way bf16 weights and AdamW states, TRL fp32 weights under autocast.
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +126,10 @@ def timed(step: Callable[[], object], num_steps: int, profiled: bool = False) ->
     return [whole() for _ in range(num_steps)]
 
 
-def nanoredi(folder: str, size: Size, dtype: torch.dtype, num_steps: int, profiled: bool) -> Seconds:
-    config = RediConfig(lr=LR, alpha=ALPHA, max_tokens_per_micro_batch=size.max_tokens_per_micro_batch)
+def nanoredi(kept: str, folder: str, size: Size, dtype: torch.dtype, num_steps: int, profiled: bool) -> Seconds:
+    # On a GPU all that is kept of a pair is too much: a sequence at a time.
+    tokens = size.max_tokens_per_micro_batch // (2 if ON_GPU and kept != "attention" else 1)
+    config = RediConfig(lr=LR, alpha=ALPHA, activation_checkpointing=kept, max_tokens_per_micro_batch=tokens)
     pairs = draw_pairs(size)
     weights = objectives.redi([len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs], ALPHA)
     sequences = [
@@ -225,7 +228,13 @@ def trl(folder: str, size: Size, dtype: torch.dtype, num_steps: int, profiled: b
     return seconds[1:]
 
 
-METHODS = {"nanoredi": nanoredi, "the original's way": original, "TRL's DPOTrainer": trl}
+METHODS = {
+    "nanoredi": partial(nanoredi, "attention"),
+    "nanoredi, products kept": partial(nanoredi, "products"),
+    **({} if ON_GPU else {"nanoredi, all kept": partial(nanoredi, "off")}),
+    "the original's way": original,
+    "TRL's DPOTrainer": trl,
+}
 
 
 def measure(method: str, size: Size, dtype: torch.dtype, folder: str, num_steps: int, profiled: bool) -> dict:

@@ -25,17 +25,20 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, t
         top_k: keep the k likeliest tokens; 0 keeps all.
 
     Returns:
-        (B,) int64.
+        (B,) int64; -1 where a row's logits are no distribution, for one is NaN or infinite.
     """
     if temperature == 0:
-        return logits.argmax(-1)
+        largest = logits.max(-1)
+        return largest.indices.masked_fill(~largest.values.isfinite(), -1)
     rows = max(1, (_GPU_ELEMENTS if logits.is_cuda else _CPU_ELEMENTS) // logits.shape[1])
-    return torch.cat(
-        [
-            _draw(_kept((z.contiguous() / temperature).softmax(-1), top_p, top_k), u)
-            for z, u in zip(logits.split(rows), uniforms.split(rows))
-        ]
-    )
+    tokens = []
+    for z, u in zip(logits.split(rows), uniforms.split(rows)):
+        probs = (z.contiguous() / temperature).softmax(-1)
+        lost = probs[:, 0].isnan()  # then all of the row are
+        if lost.is_cpu and lost.any():  # on a GPU nothing below minds them
+            probs[lost] = 1.0
+        tokens.append(_draw(_kept(probs, top_p, top_k), u).masked_fill(lost, -1))
+    return torch.cat(tokens)
 
 
 def _kept(probs: Tensor, top_p: float, top_k: int) -> Tensor:
@@ -55,7 +58,7 @@ def _draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     sums = blocks.sum(-1, dtype=torch.float64).cumsum(1)
     # A uniform is at most 1 - 2^-53, so its share is less than the sum of all in fp64, too.
     share = uniforms[:, None] * sums[:, -1:]
-    block = torch.searchsorted(sums, share, right=True)  # (B, 1)
+    block = torch.searchsorted(sums, share, right=True).clamp(max=blocks.shape[1] - 1)  # (B, 1); NaN is beyond all
     members = blocks[torch.arange(len(blocks), device=block.device), block.squeeze(1)].cumsum(1, dtype=torch.float64)
     # The block was added up in another order: what is left of the share might be as much as all of it.
     left = (share - F.pad(sums, (1, 0)).gather(1, block)).minimum(members[:, -1:] * (1 - 2**-52))

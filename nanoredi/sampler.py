@@ -214,7 +214,7 @@ class Sampler:
         logits = self._logits(hidden, len(places))
         c = self.config
         tokens = choose(logits, uniform(self.keys[places], num_drawn), c.temperature, c.top_p, c.top_k)
-        self.newest[places] = tokens
+        self.newest[places] = tokens.clamp(min=0)
         self.lengths[places] = (lengths + 1) * (places < c.batch_size)  # nobody's row stays empty
         self.num_drawn[places] = num_drawn + 1
         return tokens
@@ -270,6 +270,8 @@ class Sampler:
             drawn.arrived.synchronize()
         still = self.scheduler.entered[drawn.places] == drawn.entered
         places, tokens = drawn.places[still], drawn.tokens.numpy()[still]
+        if (tokens < 0).any():
+            raise UserError("the model's logits are not finite: its weights are broken, or too large for its dtype")
         stopped = np.isin(tokens, self.stop_ids)
         going = places[~stopped]
         self._make_room(int(self.num_tokens[going].max(initial=0)) + 1)

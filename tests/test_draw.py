@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanoredi.draw import choose, uniform
+from nanoredi.draw import _draw, choose, uniform
 from nanoredi.kernels import likeliest
 
 
@@ -113,3 +113,28 @@ def test_uniforms_are_uniform_and_keyed():
     assert len(steps.unique()) == 1000 and abs(torch.corrcoef(torch.stack((steps[1:], steps[:-1])))[0, 1]) < 0.1
     # SplitMix64 from the seed 1234567, first output 6457827717110365317 (the generator's published test values).
     assert uniform(torch.tensor([1234567]), torch.tensor([0])).item() == (6457827717110365317 >> 11) / 2**53
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [(0, 1.0, 0), (0.6, 1.0, 0), (0.6, 0.9, 0), (0.6, 0.9, 5)])
+@pytest.mark.parametrize("size", [41, 20_000])
+def test_a_row_that_is_no_distribution_has_no_token(size, temperature, top_p, top_k):
+    logits = torch.randn(6, size, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.linspace(0, 0.999, 6, dtype=torch.float64)
+    whole = choose(logits, uniforms, temperature, top_p, top_k)
+    logits[1, 5], logits[2, 0], logits[4] = torch.nan, torch.inf, -torch.inf
+    logits[3, 7] = -torch.inf  # a token that cannot come is none
+    logits[3, whole[3]] += 1
+    tokens = choose(logits, uniforms, temperature, top_p, top_k)
+    assert tokens[[1, 2, 4]].tolist() == [-1, -1, -1]
+    assert torch.equal(tokens[[0, 5]], whole[[0, 5]]) and 0 <= tokens[3] < size
+
+
+def test_the_device_s_way_of_drawing_survives_a_row_that_is_no_distribution():
+    """There it would end in an assertion that no program survives."""
+    probs = torch.full((2, 300), torch.nan)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kept = likeliest.triton_keep(
+        probs.to(device), torch.full((2, 1), torch.nan, dtype=torch.float64, device=device), True
+    )
+    _draw(kept, torch.tensor([0.0, 0.9], dtype=torch.float64, device=device))
+    _draw(probs, torch.tensor([0.0, 0.9], dtype=torch.float64))

@@ -66,6 +66,16 @@ def test_the_context_ends_a_row():
         complete([Request(prompt + [1, 2, 3, 4])])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_broken_weights_are_said(temperature):
+    model = tiny.tiny_model(tied=True)
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    whole = Sampler(model, [], SamplingConfig(max_tokens=20, dtype="float32", temperature=temperature))
+    with pytest.raises(UserError, match="the model's logits are not finite"):
+        list(whole.run([Request(prompt) for prompt in PROMPTS]))
+
+
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.7}, {"top_k": 5}, {"top_p": 1.0, "temperature": 1.5}])
 def test_a_sample_does_not_depend_on_its_batch_or_the_order(settings):
     def samples(prompts, batch_size):
