@@ -126,7 +126,9 @@ def page(device: Device) -> str:
         usable=f"{device.memory * device.memory_share:.0f}",
         sums=" and ".join(f"{4 * parameters(c) / 1e9:.0f}" for c in MODELS.values()),
         on_8=" and ".join(f"{step[c, 8]:.1f}" for c in MODELS.values()),
-        products=" and ".join(fewest(c, device, 1, products=True) for c in MODELS.values()),
+        products_small=fewest(MODELS["1.5B"], device, 1, products=True),
+        products_large=fewest(MODELS["7B"], device, 1, products=True),
+        kept_needed=f"{max(times(c, Layout(n, n, 1, True), device)['network needed'] for c, n in across):.0f}",
         kept_on_8=" and ".join(f"{t:.1f}" for t in kept_on_8),
         kept_saves=" and ".join(f"{100 * (1 - t / step[c, 8]):.0f}" for c, t in zip(MODELS.values(), kept_on_8)),
         on_64=" and ".join(f"{step[c, 64]:.2f}" for c in MODELS.values()),
@@ -160,7 +162,8 @@ copy (FSDP). *products kept* is `--activation_checkpointing products` with one s
 - A step takes {on_8} s on 8 GPUs and {on_64} s on 64: {linear} % of linear or better. The longer a micro-batch
   computes, the more of its exchange is hidden.
 - `--activation_checkpointing products` keeps the linear layers' results instead of making them again: {kept_on_8} s a
-  step on 8 GPUs with one sequence in a micro-batch, {kept_saves} % less. It fits on {products}.
+  step on 8 GPUs with one sequence in a micro-batch, {kept_saves} % less. 1.5B then fits on {products_small}, 7B on
+  {products_large}. A micro-batch of half the tokens wants a faster network: up to {kept_needed} Gb/s a GPU.
 - HSDP needs more memory, and at {network} Gb/s a GPU it saves {saving}. It is for slow networks: below {needed} Gb/s
   a GPU the exchange of a single copy no longer hides behind computing. HSDP then helps most where a GPU has several
   micro-batches a step, as its traffic between machines does not grow with them. Seconds of a step, single copy / HSDP
@@ -196,8 +199,8 @@ a step gradients are reduced in fp32. To gather or reduce S bytes over n GPUs ea
 an eighth of that goes through each GPU's adapter, as the 8 adapters of a machine carry a ring each. HSDP's all-reduce
 among m machines sends 2 (m - 1) / m of an eighth of the gradient through each.
 
-**Time.** Linear layers take 8 operations a parameter and token (forward 2, its repetition 2 where products are not kept,
-backward 4), the loss 6. Causal attention takes 2 n^2 D a sequence and block, and 2.5 times that in backward; its forward
+**Time.** Linear layers take 2 operations a parameter and token in forward and 4 in backward; where products are not kept 2
+more, for all but the MLP's last layer, which backward need not make again. The loss takes 6. Causal attention takes 2 n^2 D a sequence and block, and 2.5 times that in backward; its forward
 is not repeated. Each forward and each backward takes the longer of computing and sending; the last backward also sends
 the gradients. To that is added what nothing hides: the gather of root unit and first block in each micro-batch, the root
 unit's reduction at the end, the optimiser. All GPUs have equal work. *network to keep up*: the rate below which sending takes longer

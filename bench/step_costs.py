@@ -164,15 +164,16 @@ def network_share(layout: Layout) -> float:
 
 
 def flops(c: Qwen2Config, layout: Layout) -> dict[str, float]:
-    """Of a GPU's micro-batch: forward and backward (in it the linear layers' second forward, where their results are not
-    kept), of the linear layers and of attention."""
+    """Of a GPU's micro-batch: forward and backward, of the linear layers and of attention. Where the linear layers' results
+    are not kept, backward makes them again, all but the MLP's last one."""
     n, d = layout.tokens, c.hidden_size
     linear = 2 * n * block_parameters(c) * c.num_hidden_layers
+    repeated = 0 if layout.products else linear - 2 * n * d * c.intermediate_size * c.num_hidden_layers
     attention = n / LENGTH * 2 * LENGTH**2 * d * c.num_hidden_layers  # two products, each over half of the square
     head = 2 * n * c.vocab_size * d  # one product; the loss makes its gradients, two more, in forward
     return {
         "forward": linear + 3 * head,
-        "backward": (2 if layout.products else 3) * linear,
+        "backward": 2 * linear + repeated,
         "forward attention": attention,
         "backward attention": 2.5 * attention,  # flash's backward has five products for forward's two
     }

@@ -6,7 +6,8 @@
 
 The original's way: a transformers model with activation checkpointing, one right-padded pair at a time, its full logits,
 their log-softmax. TRL's: its DPOTrainer with its own defaults (a reference model, too), where it is installed. nanoredi
-is there with the default of --activation_checkpointing, and with more kept for backward. Same weights, same pairs. Tokens are those of the pairs, padding not counted. Every figure is taken in a fresh process; a time
+is there with the default of --activation_checkpointing, and with more kept for backward (on a GPU in micro-batches of half
+the tokens). Same weights, same pairs. Tokens are those of the pairs, padding not counted. Every figure is taken in a fresh process; a time
 is the median of several steps, to be read as a ratio to another one of the same table. Memory is the peak of the process
 on a CPU, weights and all; of the tensors on a GPU. In bf16 each keeps what it would by default: nanoredi fp32 masters, the
 original's way bf16 weights and AdamW states, TRL fp32 weights under autocast.
@@ -35,7 +36,7 @@ from nanoredi import objectives  # noqa: E402
 from nanoredi.architecture import Qwen2Config  # noqa: E402
 from nanoredi.batch import WeightedSequence  # noqa: E402
 from nanoredi.config import RediConfig  # noqa: E402
-from nanoredi.distributed import matrix_rate, shard, world  # noqa: E402
+from nanoredi.distributed import compute_dtype, matrix_rate, shard, world  # noqa: E402
 from nanoredi.model import Qwen2  # noqa: E402
 from nanoredi.optimizer import AdamW  # noqa: E402
 from nanoredi.trainer import train_step  # noqa: E402
@@ -76,7 +77,7 @@ SIZES = (
     else {
         "135M parameters, pairs of 2 x 500 to 1,500 tokens": Size(
             Qwen2Config(49_152, 576, 1536, 30, 9, 3, 2_048, tie_word_embeddings=True),
-            pairs=4,
+            pairs=2,
             prompt=(50, 150),
             response=(450, 1_350),
             max_tokens_per_micro_batch=1_536,
@@ -127,8 +128,8 @@ def timed(step: Callable[[], object], num_steps: int, profiled: bool = False) ->
 
 
 def nanoredi(kept: str, folder: str, size: Size, dtype: torch.dtype, num_steps: int, profiled: bool) -> Seconds:
-    # On a GPU all that is kept of a pair is too much: a sequence at a time.
-    tokens = size.max_tokens_per_micro_batch // (2 if ON_GPU and kept != "attention" else 1)
+    # On a GPU the products of a pair are too much: a sequence at a time.
+    tokens = size.max_tokens_per_micro_batch // (2 if ON_GPU and kept == "products" else 1)
     config = RediConfig(lr=LR, alpha=ALPHA, activation_checkpointing=kept, max_tokens_per_micro_batch=tokens)
     pairs = draw_pairs(size)
     weights = objectives.redi([len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs], ALPHA)
@@ -259,7 +260,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="pairs a step, instead of the sizes' own")
     parser.add_argument("--steps", type=int, default=5 if ON_GPU else 2, help="timed steps a process")
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes a method [2]")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="[float32 bfloat16]")
+    default = ["bfloat16"] if compute_dtype("auto", torch.device("cuda" if ON_GPU else "cpu")) == torch.bfloat16 else []
+    default += [] if ON_GPU else ["float32"]
+    parser.add_argument("--dtypes", nargs="+", default=default, help=f"float32, bfloat16 [{' '.join(default)}]")
     parser.add_argument("--profile", action="store_true", help="print where nanoredi's time goes, once")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # what the fresh processes are told
     flags = parser.parse_args()

@@ -25,7 +25,7 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, t
         top_k: keep the k likeliest tokens; 0 keeps all.
 
     Returns:
-        (B,) int64; -1 where a row's logits are no distribution, for one is NaN or infinite.
+        (B,) int64; -1 where a row's logits are no distribution: one is NaN or inf, or all are -inf.
     """
     if temperature == 0:
         largest = logits.max(-1)

@@ -56,12 +56,12 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
     kind = kind_of(f)
     if kind is float and type(value) is int:
         value = float(value)
+    m = f.metadata
+    if m["choices"] and value not in m["choices"]:
+        raise UserError(f"{where} takes {' or '.join(m['choices'])}, not {value!r}{nearest(str(value), m['choices'])}")
     wrong_items = type(value) is kind is list and not all(isinstance(v, str) for v in value)
     if type(value) is not kind or wrong_items or kind is float and not math.isfinite(value):
         raise UserError(f"{where} takes {_KINDS[kind]}, not {value!r}")
-    m = f.metadata
-    if m["choices"] and value not in m["choices"]:
-        raise UserError(f"{where} takes {' or '.join(m['choices'])}, not {value!r}{nearest(value, m['choices'])}")
     for words, bound, holds in (
         ("at least", m["low"], operator.ge),
         ("above", m["above"], operator.gt),

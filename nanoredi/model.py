@@ -103,7 +103,7 @@ def _keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPol
 
 
 def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    # Backward has no use for what down_proj gives, the one product that narrows.
+    # Backward has no use for what down_proj gives: of the products without a bias (aten::mm) the one that narrows.
     kept = op.name() == "aten::addmm" or (op.name() == "aten::mm" and args[0].shape[1] <= args[1].shape[1])
     return CheckpointPolicy.MUST_SAVE if kept else _keep_attention(_, op)
 

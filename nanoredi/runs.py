@@ -20,7 +20,8 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
         True when the folder holds this very run, finished; False when the training may begin, or go on.
 
     Raises:
-        UserError: when no folder is named, or it holds anything else. Nothing is overwritten.
+        UserError: when no folder is named, or it holds anything else. Nothing is overwritten; of a finished run the states
+            go that a kill left there.
     """
     if not out:
         raise UserError("the run needs a folder: give --out DIR")
@@ -31,7 +32,6 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
         _refuse_another_run(path, configs)
         finished = (folder / "final" / "config.json").exists()
         if finished:
-            # A kill between the final model's renaming and the dropping of the states leaves them behind.
             shutil.rmtree(folder / "state", ignore_errors=True)
         return finished
     if folder.exists() and (not folder.is_dir() or any(file != path for file in folder.iterdir())):

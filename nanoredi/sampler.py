@@ -271,7 +271,7 @@ class Sampler:
         still = self.scheduler.entered[drawn.places] == drawn.entered
         places, tokens = drawn.places[still], drawn.tokens.numpy()[still]
         if (tokens < 0).any():
-            raise UserError("the model's logits are not finite: its weights are broken, or too large for its dtype")
+            raise UserError("the model's logits over the temperature are not finite: its weights are broken")
         stopped = np.isin(tokens, self.stop_ids)
         going = places[~stopped]
         self._make_room(int(self.num_tokens[going].max(initial=0)) + 1)

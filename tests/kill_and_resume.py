@@ -44,7 +44,9 @@ while struck < int(kills):
     _, status = os.waitpid(pid, 0)
     struck += os.WIFSIGNALED(status)
     if os.path.exists(f"{out}/{number}/final"):
-        os.waitpid(start(number), 0)  # it may have been struck after that, with its states still there
+        # It may have been struck after that, with its states still there.
+        if os.waitpid(start(number), 0)[1]:
+            sys.exit("a finished run failed")
         number += 1
     elif os.WIFEXITED(status):
         sys.exit("a run failed")

@@ -37,6 +37,9 @@ with world() as ranks:
         ("one-dpo", dpo, np.arange(1)),
     ):
         model = shard(Qwen2.from_pretrained(config.model), ranks, torch.float32, shard_size=shard_size)
+        if ranks.size > 1:  # one rank alone makes nothing again
+            for block in model.model.layers:
+                block.activation_checkpointing = "attention" if objective is dpo else "products"
         reference = None
         if objective is dpo:
             reference, _ = reference_logps(dpo, model, data, torch.float32, ranks)

@@ -104,6 +104,10 @@ def test_flags_that_cannot_be(argv, words):
         ("alpha = 1\n", r"there is no table \[alpha\]"),
         ("[redi]\nalpha = 'x'\n", "redi.alpha takes a number, not 'x'"),
         ("[redi]\nepochs = true\n", "redi.epochs takes a whole number, not True"),
+        (
+            "[redi]\nactivation_checkpointing = true\n",
+            "redi.activation_checkpointing takes attention or products or off, not True",
+        ),
         ("[evaluate]\nbenchmarks = 'math500'\n", "evaluate.benchmarks takes a list of strings"),
         ("[evaluate]\nbenchmarks = [1]\n", "evaluate.benchmarks takes a list of strings"),
         ("[redi\n", "is not TOML"),

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanoredi import model as model_file
 from nanoredi.config import RediConfig
-from nanoredi.errors import UserError
+from nanoredi.errors import Stopped, UserError
 from nanoredi.guards import CollapseWatch
 from nanoredi.model import Qwen2
 from nanoredi.trainer import train
@@ -87,6 +88,26 @@ def test_a_skipped_step_leaves_no_trace(config, one_rank, monkeypatch, tmp_path)
         dict(Qwen2.from_pretrained(Path(out, "final")).named_parameters()) for out in (config.out, tmp_path / "good")
     ]
     assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
+
+
+def test_a_run_that_skipped_a_step_goes_on_as_if_undisturbed(config, one_rank, monkeypatch, tmp_path):
+    (tmp_path / "stopped").mkdir()
+    stopped = replace(config, out=str(tmp_path / "stopped"))
+    spoil_the_loss(monkeypatch, {3}, math.nan)
+    train(config, one_rank)
+    with monkeypatch.context() as here:
+        spoil_the_loss(here, {3}, math.nan)
+        spoiled, calls = model_file.weighted_cross_entropy, iter(range(1, 9))
+        here.setattr(
+            model_file,
+            "weighted_cross_entropy",
+            lambda *args: (next(calls) == 5 and os.kill(os.getpid(), signal.SIGTERM), spoiled(*args))[1],
+        )
+        with pytest.raises(Stopped, match="step 5 is saved"):
+            train(stopped, one_rank)
+    train(stopped, one_rank)  # the third step is behind it, and the spoiler is at its ninth call
+    weights = [load_file(Path(out, "final", "model.safetensors")) for out in (config.out, stopped.out)]
+    assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
 
 
 def test_too_many_in_a_row_end_the_run(config, one_rank, monkeypatch):

@@ -54,6 +54,7 @@ def test_schedule(total, warmup, want):
     assert [schedule(step, total, warmup) for step in range(total)] == pytest.approx(want)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's path needs Triton")
 def test_training_on_a_cpu_imports_no_compiler(toy_data, tmp_path):
     """It takes 0.1 GB and a second of every start; torch's own optimizers import it, and activation checkpointing."""
     code = f"""if True:

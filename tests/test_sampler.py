@@ -72,7 +72,9 @@ def test_broken_weights_are_said(temperature):
     with torch.no_grad():
         model.model.norm.weight[3] = torch.nan
     whole = Sampler(model, [], SamplingConfig(max_tokens=20, dtype="float32", temperature=temperature))
-    with pytest.raises(UserError, match="the model's logits are not finite"):
+    with pytest.raises(
+        UserError, match="the model's logits over the temperature are not finite: its weights are broken"
+    ):
         list(whole.run([Request(prompt) for prompt in PROMPTS]))
 
 

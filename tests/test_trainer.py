@@ -18,7 +18,7 @@ from nanoredi.data import load_pairs, load_sft
 from nanoredi.distributed import compute_dtype, local, shard
 from nanoredi.errors import UserError
 from nanoredi.kernels import chunks
-from nanoredi.model import Qwen2
+from nanoredi.model import Block, Qwen2
 from nanoredi.tokenizer import Tokenizer
 from nanoredi.trainer import train, train_step, weighted_sequences
 
@@ -153,6 +153,15 @@ def test_micro_batches_change_nothing(stage, request, one_rank):
     assert tokens == many_tokens > 600
     torch.testing.assert_close(figures, many_figures, rtol=1e-5, atol=1e-5)
     assert relative(many, grads) < 1e-5
+
+
+@pytest.mark.parametrize("kept", ["attention", "products", "off"])
+def test_blocks_keep_what_the_run_was_told(kept, redi, one_rank, monkeypatch, tmp_path):
+    (tmp_path / "run").mkdir()
+    seen, plain = set(), Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *a: seen.add(self.activation_checkpointing) or plain(self, *a))
+    train(replace(redi, activation_checkpointing=kept, max_steps=1), one_rank)
+    assert seen == {kept}
 
 
 def test_alpha_0_is_sft_on_the_chosen_with_each_trace_counting_the_same(redi, one_rank):
