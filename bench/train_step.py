@@ -260,9 +260,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="pairs a step, instead of the sizes' own")
     parser.add_argument("--steps", type=int, default=5 if ON_GPU else 2, help="timed steps a process")
     parser.add_argument("--rounds", type=int, default=2, help="fresh processes a method [2]")
-    default = ["bfloat16"] if compute_dtype("auto", torch.device("cuda" if ON_GPU else "cpu")) == torch.bfloat16 else []
-    default += [] if ON_GPU else ["float32"]
-    parser.add_argument("--dtypes", nargs="+", default=default, help=f"float32, bfloat16 [{' '.join(default)}]")
+    parser.add_argument("--dtypes", nargs="+", help="float32, bfloat16 [what the device is good at; a CPU float32 too]")
     parser.add_argument("--profile", action="store_true", help="print where nanoredi's time goes, once")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # what the fresh processes are told
     flags = parser.parse_args()
@@ -275,6 +273,10 @@ def main() -> None:
         print(json.dumps(result))
         return
 
+    # Not before: a process that is measured makes its first tensor in the world.
+    if not flags.dtypes:
+        good = compute_dtype("auto", torch.device("cuda" if ON_GPU else "cpu")) == torch.bfloat16
+        flags.dtypes = ["bfloat16"] if ON_GPU else ["float32", "bfloat16"] if good else ["float32"]
     device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     print(f"{device}; torch {torch.__version__}")
     for name, size in SIZES.items():
