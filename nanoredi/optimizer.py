@@ -73,7 +73,7 @@ class AdamW:
             step = (v / (1 - BETAS[1] ** t)).sqrt_().add_(EPS).reciprocal_().mul_(m).mul_(self.lr / (1 - BETAS[0] ** t))
             # new = (1 - decayed) * old - step, hence old - new = (step + decayed * new) / (1 - decayed).
             step.add_(new, alpha=decayed)
-            squares.append((step / (1 - decayed)).square_().sum())
+            squares.append(step.div_(1 - decayed).square_().sum())
         return torch.stack(squares).sum()
 
 
