@@ -26,8 +26,8 @@ from nanoredi.files import read_rows, write_row
 from nanoredi.model import Qwen2
 from nanoredi.progress import progress
 from nanoredi.runs import newest_model, recipe_of
-from nanoredi.sampler import Sampler, requests_for
-from nanoredi.scheduler import Request
+from nanoredi.sampler import Sampler
+from nanoredi.scheduler import Request, requests_for
 from nanoredi.tokenizer import Tokenizer, check_messages
 
 _PROBLEMS_TO_SHOW = 3

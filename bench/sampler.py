@@ -36,8 +36,8 @@ from fresh import figures  # noqa: E402
 from nanoredi.architecture import Qwen2Config  # noqa: E402
 from nanoredi.config import SamplingConfig  # noqa: E402
 from nanoredi.model import Qwen2  # noqa: E402
-from nanoredi.sampler import Sampler, requests_for  # noqa: E402
-from nanoredi.scheduler import Request  # noqa: E402
+from nanoredi.sampler import Sampler  # noqa: E402
+from nanoredi.scheduler import Request, requests_for  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -15,9 +15,9 @@ from nanoredi.data import TokenData, load_pairs
 from nanoredi.distributed import Queue, World, compute_dtype
 from nanoredi.model import Qwen2
 from nanoredi.progress import progress
-from nanoredi.sampler import Sampler, requests_for
+from nanoredi.sampler import Sampler
 from nanoredi.samples import Samples
-from nanoredi.scheduler import Request
+from nanoredi.scheduler import Request, requests_for
 from nanoredi.scores import Row, graded, summarise
 from nanoredi.tokenizer import Tokenizer, user_message
 from nanoredi.trainer import mean_logps

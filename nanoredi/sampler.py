@@ -1,18 +1,16 @@
-"""Sampling: a model, a scheduler and a paged cache; a seed for every sample.
+"""Sampling: a model, a scheduler and a paged cache.
 
-Every sample has a key of its own, made from the seed, the prompt and the sample's number, and draws one uniform number
-a token from a counter-based generator. So a sample depends neither on what else is in the batch nor on the order of
-the work, nor on being put back in between; but for rounding, where products of another size are added up in another
-order.
+Every sample has a key of its own, made from the seed, the prompt and the sample's number (scheduler.requests_for), and
+draws one uniform number a token from a counter-based generator. So a sample depends neither on what else is in the
+batch nor on the order of the work, nor on being put back in between; but for rounding, where products of another size
+are added up in another order.
 
 What a decode step reads and writes stays on the device: each row's newest token, its length, its pages. The tokens of a
 step are looked at while the next one is under way, so a row that drew a stop token takes one step more, which is thrown
 away, and nothing ever waits. On a GPU the step is a CUDA graph, one for each of a few batch sizes.
 """
 
-import hashlib
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +112,11 @@ class Sampler:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """Let waiting requests in, then add a token to every row. Returns the requests that ended."""
+        """Let waiting requests in, then add a token to every row. Returns the requests that ended.
+
+        Raises:
+            UserError: when a row's logits are not finite.
+        """
         if self.device.type == "cpu":  # whose decode step goes through the pages between those in use, too
             self._compact()
         self._enter()
@@ -297,27 +299,6 @@ class Sampler:
         room = self.tokens.shape[1]
         if num_tokens > room:
             self.tokens = np.pad(self.tokens, ((0, 0), (0, max(room, num_tokens - room))))
-
-
-def requests_for(prompts: list[list[int]], n: int, seed: int, names: Iterable[str] | None = None) -> list[Request]:
-    """n samples of each prompt, in order. A prompt that comes again gets further samples, not the same ones.
-
-    Args:
-        names: of the prompts, for messages.
-    """
-    requests = []
-    before: Counter[tuple[int, ...]] = Counter()
-    for prompt, name in zip(prompts, names or [Request.name] * len(prompts), strict=True):
-        for sample in range(n):
-            requests.append(Request(prompt, sample, _key(seed, prompt, sample + n * before[tuple(prompt)]), name))
-        before[tuple(prompt)] += 1
-    return requests
-
-
-def _key(seed: int, prompt: list[int], sample: int) -> int:
-    """64 bits of what a sample's random numbers depend on, as a signed integer."""
-    text = ",".join(map(str, (seed, sample, *prompt)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> PagedCache:

@@ -1,4 +1,4 @@
-"""Who is in the batch: continuous batching over pages.
+"""Requests, each with what its random numbers depend on, and who is in the batch: continuous batching over pages.
 
 A row of the batch decodes one sample of a prompt. Its prompt, all but the last token, is put into the cache a piece
 at a time, under a budget of tokens between two decode steps; then every decode step adds one token, the prompt's last
@@ -9,7 +9,8 @@ the tokens it has, and goes on to the same sample.
 Nothing here touches a device. What a decode step needs to know of every row is kept in arrays, by place in the batch.
 """
 
-from collections import deque
+import hashlib
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ class Request:
     Attributes:
         prompt: token ids.
         sample: which of a prompt's samples this is.
-        key: what the sample's random numbers depend on (requests_for makes it).
+        key: what the sample's random numbers depend on (requests_for).
         name: of the prompt, in messages.
         max_tokens: longest completion; None: the sampler's.
         tokens: the completion, without the stop token; there when it has ended.
@@ -40,6 +41,27 @@ class Request:
     max_tokens: int | None = None
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+
+
+def requests_for(prompts: list[list[int]], n: int, seed: int, names: Iterable[str] | None = None) -> list[Request]:
+    """n samples of each prompt, in order. A prompt that comes again gets further samples, not the same ones.
+
+    Args:
+        names: of the prompts, for messages.
+    """
+    requests = []
+    before: Counter[tuple[int, ...]] = Counter()
+    for prompt, name in zip(prompts, names or [Request.name] * len(prompts), strict=True):
+        for sample in range(n):
+            requests.append(Request(prompt, sample, _key(seed, prompt, sample + n * before[tuple(prompt)]), name))
+        before[tuple(prompt)] += 1
+    return requests
+
+
+def _key(seed: int, prompt: list[int], sample: int) -> int:
+    """64 bits of what a sample's random numbers depend on, as a signed integer."""
+    text = ",".join(map(str, (seed, sample, *prompt)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 @dataclass

@@ -13,8 +13,8 @@ from nanoredi.config import SamplingConfig
 from nanoredi.errors import UserError
 from nanoredi.kernels import likeliest
 from nanoredi.pages import Pages
-from nanoredi.sampler import Sampler, requests_for
-from nanoredi.scheduler import Request, Scheduler
+from nanoredi.sampler import Sampler
+from nanoredi.scheduler import Request, Scheduler, requests_for
 
 PROMPTS = [ids.tolist() for ids in tiny.sequences()]
 
@@ -212,7 +212,8 @@ def test_sampling_on_a_cpu_imports_no_compiler(tmp_path):
         os.environ.pop("TRITON_INTERPRET", None)
         from nanoredi.config import SamplingConfig
         from nanoredi.model import Qwen2
-        from nanoredi.sampler import Sampler, requests_for
+        from nanoredi.sampler import Sampler
+        from nanoredi.scheduler import requests_for
         prompts = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]
         model = Qwen2.from_pretrained({str(tmp_path / "model")!r})
         sampler = Sampler(model, [], SamplingConfig(max_tokens=2, page_size=4))
