@@ -1,7 +1,9 @@
 """How memory, traffic and step time grow from 1 to 64 GPUs: docs/scaling.md, worked out by step_costs.py.
 
-python bench/scaling.py > docs/scaling.md              the page in the repository: H100s
-python bench/scaling.py --memory 40 --flops 312        the same page for other devices, on the screen
+    python bench/scaling.py > docs/scaling.md              the page in the repository: H100s
+    python bench/scaling.py --memory 40 --flops 312        the same page for other devices, on the screen
+
+Nothing is run and nothing is timed.
 """
 
 import argparse
@@ -199,12 +201,13 @@ a step gradients are reduced in fp32. To gather or reduce S bytes over n GPUs ea
 an eighth of that goes through each GPU's adapter, as the 8 adapters of a machine carry a ring each. HSDP's all-reduce
 among m machines sends 2 (m - 1) / m of an eighth of the gradient through each.
 
-**Time.** Linear layers take 2 operations a parameter and token in forward and 4 in backward; where products are not kept 2
-more, for all but the MLP's last layer, which backward need not make again. The loss takes 6. Causal attention takes 2 n^2 D a sequence and block, and 2.5 times that in backward; its forward
-is not repeated. Each forward and each backward takes the longer of computing and sending; the last backward also sends
-the gradients. To that is added what nothing hides: the gather of root unit and first block in each micro-batch, the root
-unit's reduction at the end, the optimiser. All GPUs have equal work. *network to keep up*: the rate below which sending takes longer
-than computing in some forward or backward.
+**Time.** Linear layers take 2 operations a parameter and token in forward and 4 in backward; where products are not
+kept 2 more, for all but the MLP's last layer, which backward need not make again. The loss takes 6. Causal attention
+takes 2 n^2 D a sequence and block, and 2.5 times that in backward; its forward is not repeated. Each forward and each
+backward takes the longer of computing and sending; the last backward also sends the gradients. To that is added what
+nothing hides: the gather of root unit and first block in each micro-batch, the root unit's reduction at the end, the
+optimiser. All GPUs have equal work. *network to keep up*: the rate below which sending takes longer than computing in
+some forward or backward.
 
 **Rates.**
 
