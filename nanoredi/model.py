@@ -10,19 +10,18 @@ mlp(norm(x)). How tokens attend is not the model's business: each block calls an
 paged.py.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanoredi.architecture import Qwen2Config
 from nanoredi.attention import ATTENTION, Attend, PackedAttention
 from nanoredi.checkpoint import load_weights, save_folder
 from nanoredi.kernels import linear_logprob, weighted_cross_entropy
+from nanoredi.recompute import recomputed
 
 # A CPU that decodes multiplies so few rows faster the other way round, by up to a quarter.
 _FEW_ROWS = 256
@@ -85,12 +84,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         if self.activation_checkpointing != "off" and torch.is_grad_enabled():
-            policy = {"attention": _keep_attention, "products": _keep_products}[self.activation_checkpointing]
-            keeping = partial(create_selective_checkpoint_contexts, policy)
-            # No random number is drawn here whose state would have to be kept.
-            return checkpoint(
-                self._compute, x, rope, attend, use_reentrant=False, preserve_rng_state=False, context_fn=keeping
-            )
+            keeps = {"attention": _is_attention, "products": _is_product_or_attention}[self.activation_checkpointing]
+            return recomputed(self._compute, keeps, x, rope, attend)
         return self._compute(x, rope, attend)
 
     def _compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
@@ -98,14 +93,14 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def _keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op.name() in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+def _is_attention(name: str, *args: Any) -> bool:
+    return name in ATTENTION
 
 
-def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _is_product_or_attention(name: str, *args: Any) -> bool:
     # Backward has no use for what down_proj gives: of the products without a bias (aten::mm) the one that narrows.
-    kept = op.name() == "aten::addmm" or (op.name() == "aten::mm" and args[0].shape[1] <= args[1].shape[1])
-    return CheckpointPolicy.MUST_SAVE if kept else _keep_attention(_, op)
+    product = name == "aten::addmm" or (name == "aten::mm" and args[0].shape[1] <= args[1].shape[1])
+    return product or _is_attention(name)
 
 
 class Decoder(nn.Module):

@@ -56,11 +56,12 @@ def test_schedule(total, warmup, want):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's path needs Triton")
 def test_training_on_a_cpu_imports_no_compiler(toy_data, tmp_path):
-    """It takes 0.1 GB and a second of every start; torch's own optimizers import it, and activation checkpointing."""
+    """It takes 0.1 GB and a second of every start; torch's own optimizers and activation checkpointing import it."""
     code = f"""if True:
         import sys
         import train_redi
         flags = "--recipe toy --max_steps 2 --save_every 1 --batch_size 4 --evaluate false --dtype float32"
+        flags += " --activation_checkpointing attention"
         data = {str(toy_data)!r}
         train_redi.main([*flags.split(), "--model", data + "/model", "--data", data + "/pairs.jsonl", "--out", {str(tmp_path / "run")!r}])
         assert not sys.modules.keys() & {{"triton", "torch._dynamo"}}

@@ -38,6 +38,7 @@ STORY = [
     "kernels",
     "architecture",
     "attention",
+    "recompute",
     "checkpoint",
     "model",
     "toy",
