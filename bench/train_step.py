@@ -36,10 +36,10 @@ from nanoredi import objectives  # noqa: E402
 from nanoredi.architecture import Qwen2Config  # noqa: E402
 from nanoredi.batch import WeightedSequence  # noqa: E402
 from nanoredi.config import RediConfig  # noqa: E402
-from nanoredi.distributed import compute_dtype, matrix_rate, shard, world  # noqa: E402
+from nanoredi.distributed import compute_dtype, matrix_rate, world  # noqa: E402
 from nanoredi.model import Qwen2  # noqa: E402
 from nanoredi.optimizer import AdamW  # noqa: E402
-from nanoredi.trainer import train_step  # noqa: E402
+from nanoredi.trainer import set_up, train_step  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 
@@ -145,9 +145,7 @@ def nanoredi(kept: str, folder: str, size: Size, dtype: torch.dtype, num_steps: 
     ]
     with world() as ranks:
         model = Qwen2.from_pretrained(folder)
-        for block in model.model.layers:
-            block.activation_checkpointing = config.activation_checkpointing
-        shard(model, ranks, dtype)
+        set_up(model, config, dtype, ranks)
         optimizer = AdamW(model, LR, config.weight_decay)
         return timed(lambda: train_step(model, optimizer, sequences, config, ranks), num_steps, profiled)
 

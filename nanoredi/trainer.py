@@ -23,6 +23,7 @@ from nanoredi.data import TokenData, load_pairs, load_sft
 from nanoredi.distributed import World, compute_dtype, exchange_gradients, matrix_rate, shard
 from nanoredi.errors import Stopped, UserError
 from nanoredi.guards import Guards, signals
+from nanoredi.heap import trim_before_peaks
 from nanoredi.log import Log, Step
 from nanoredi.model import Qwen2
 from nanoredi.optimizer import AdamW, gradient_square, schedule
@@ -49,11 +50,9 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     }
     model = Qwen2.from_pretrained(config.model, **overrides)
     data = _load(config, model, world)
-    for block in model.model.layers:
-        block.activation_checkpointing = config.activation_checkpointing
     # Measured, so one rank decides.
     dtype, rate = world.first(lambda: _dtype_and_rate(config.dtype, world.device))
-    shard(model, world, dtype, config.reshard_after_forward, config.shard_size)
+    set_up(model, config, dtype, world)
     reference, began_with = None, {"data": data.digest}
     if isinstance(config, RediConfig) and config.objective == "dpo":
         reference, began_with["reference"] = reference_logps(config, model, data, dtype, world)
@@ -94,6 +93,15 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     save_model(model, out / "final", dtype, world)
     states.drop()
     world.say(f"{stage}: saved {out / 'final'}")
+
+
+def set_up(model: Qwen2, config: SftConfig | RediConfig, dtype: torch.dtype, world: World) -> None:
+    """Make a model, in place, one that is trained in this compute dtype by these ranks."""
+    for block in model.model.layers:
+        block.activation_checkpointing = config.activation_checkpointing
+    shard(model, world, dtype, config.reshard_after_forward, config.shard_size)
+    if world.device.type == "cpu":
+        trim_before_peaks(model)
 
 
 def train_step(

@@ -44,6 +44,7 @@ STORY = [
     "toy",
     "distributed",
     "optimizer",
+    "heap",
     "log",
     "guards",
     "state",
