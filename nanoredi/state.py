@@ -65,11 +65,11 @@ class States:
         copies = (
             {name: t.detach().clone() for name, t in tensors.items()} if self.world.device.type == "cpu" else tensors
         )
-        self.pending = dcp.async_save(
-            copies,
-            storage_writer=HuggingFaceStorageWriter(str(beside), save_distributed=True),
-            process_group=self.group,
-        )
+        writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+        # All is on the host by then. Copying ahead would ask CUDA for a stream, in a new thread and so on the first
+        # device, where every rank would take half a gigabyte.
+        writer.per_thread_copy_ahead = 0
+        self.pending = dcp.async_save(copies, storage_writer=writer, process_group=self.group)
         if self.world.rank == 0:
             # Rank 0's part is done when every rank's is: it gathers their word.
             self.pending.add_done_callback(lambda future: self._name(beside, step, notes, future))
