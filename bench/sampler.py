@@ -16,6 +16,7 @@ step at the measured bandwidth.
 
 import argparse
 import json
+import math
 import os
 import resource
 import sys
@@ -108,7 +109,9 @@ def nanoredi(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tup
     sampler = Sampler(model, [], settings)
 
     def warm_up() -> None:
-        list(sampler.run([Request([1] * 8, max_tokens=3, key=row) for row in range(size.batch_size)]))
+        # Fewer and fewer rows, so that a GPU's graphs are captured at every size.
+        lengths = [3 + int(2 * math.log2(size.batch_size / (row + 1))) for row in range(size.batch_size)]
+        list(sampler.run([Request([1] * 8, max_tokens=n, key=row) for row, n in enumerate(lengths)]))
 
     def run() -> int:
         sampler.add(requests_of(size))

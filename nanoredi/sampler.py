@@ -10,6 +10,7 @@ step are looked at while the next one is under way, so a row that drew a stop to
 away, and nothing ever waits. On a GPU the step is a CUDA graph, one for each of a few batch sizes.
 """
 
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -77,6 +78,10 @@ class Sampler:
         self.num_tokens, self.limits = np.zeros((2, batch_size), dtype=np.int64)
         self.drawn: _Drawn | None = None
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        if self.device.type == "cuda":
+            # cuDNN's attention makes a plan, some 30 ms on the host, for every length of a prompt.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            self.beside = torch.cuda.Stream(self.device)  # for what a graph is captured after
 
     @property
     def busy(self) -> bool:
@@ -252,11 +257,10 @@ class Sampler:
 
     def _capture(self, places: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         # A first run beside the graph compiles the kernels. Both runs move nobody's state alone.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.beside):
             self._advance(places)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.beside)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool):
@@ -320,9 +324,10 @@ def _free_memory(model: Qwen2, config: SamplingConfig, device: torch.device) -> 
     """Bytes that the cache may take on this device."""
     if device.type == "cuda":
         c, size = model.config, model.lm_head_weight.dtype.itemsize
+        gc.collect()  # a model that was trained before is in circles
         torch.cuda.empty_cache()
-        # What a forward pass needs beside: logits with their copies in fp32, and the activations of a block.
-        logits = config.batch_size * c.vocab_size * (size + 16)
+        # What a forward pass needs beside: logits with their copies in fp32 and fp64, and the activations of a block.
+        logits = config.batch_size * c.vocab_size * (size + 24)
         block = _PREFILL_TOKENS * (8 * c.hidden_size + 4 * c.intermediate_size) * size
         return _GPU_SHARE * torch.cuda.mem_get_info(device)[0] - logits - block
     try:

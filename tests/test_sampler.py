@@ -175,6 +175,18 @@ def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, monkeypa
         assert tokens == whole[:4] and (reason == "stop") == (len(whole) < 4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs want a GPU")
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_graphs_on_a_gpu_equal_decoding_without_a_cache(batch_size):
+    requests = [Request(prompt, max_tokens=n) for n, prompt in enumerate(PROMPTS * 4, start=5)]
+    settings = SamplingConfig(temperature=0.0, batch_size=batch_size, dtype="float32")
+    sampler = Sampler(tiny.tiny_model(tied=True).to("cuda"), [], settings)
+    assert len(list(sampler.run(requests))) == len(requests)
+    assert len(sampler.graphs) > 1
+    for request in requests:
+        assert request.tokens == greedy_without_cache(request.prompt, request.max_tokens)
+
+
 def test_a_row_can_be_watched_as_it_grows():
     requests = [Request(PROMPTS[0]), Request(PROMPTS[1])]
     one = Sampler(tiny.tiny_model(tied=True), [], SamplingConfig(max_tokens=5, temperature=0.0))

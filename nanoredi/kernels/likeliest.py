@@ -20,7 +20,9 @@ _SHIFT = 18
 _NUM_BUCKETS = (127 << 5) + 1
 # A row of fewer tokens is sorted as it is, which takes less than a histogram.
 _FEW = 1 << 11
-_BLOCK = 1024
+# Of a program. A thread has one load of 16 bytes on its way, so what hides the memory's latency is their number; larger
+# blocks do not fit into the registers.
+_BLOCK, _WARPS = 2048, 16
 
 
 def keep_likeliest(probs: Tensor, enough: float, by_mass: bool) -> Tensor:
@@ -78,7 +80,7 @@ def _surplus(values: Tensor, masses: Tensor, enough: Tensor) -> Tensor:
 def triton_keep(probs: Tensor, missing: Tensor, by_mass: bool) -> Tensor:
     """The same in Triton. It asks the device for nothing, so a graph can hold it."""
     probs, kept = probs.contiguous(), torch.empty_like(probs)
-    _keep_kernel[(len(probs),)](probs, kept, missing, probs.shape[1], BY_MASS=by_mass, BLOCK=_BLOCK, num_warps=8)
+    _keep_kernel[(len(probs),)](probs, kept, missing, probs.shape[1], BY_MASS=by_mass, BLOCK=_BLOCK, num_warps=_WARPS)
     return kept
 
 
