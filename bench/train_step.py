@@ -293,6 +293,7 @@ def main() -> None:
             )
             for dtype in flags.dtypes:
                 rate = matrix_rate(getattr(torch, dtype), torch.device("cuda" if ON_GPU else "cpu"))
+                torch.cuda.empty_cache()  # the memory is the other processes' now
                 results: dict[str, list] = {method: [] for method in METHODS}
                 for _ in range(flags.rounds):
                     for method, collected in results.items():

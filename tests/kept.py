@@ -12,5 +12,5 @@ class KeepingAdamW(AdamW):
 
     def step(self, *args: Tensor | float) -> None:
         for name, p in self.model.named_parameters():
-            self.grads[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+            self.grads[name] = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()).cpu()
         super().step(*args)

@@ -156,6 +156,7 @@ def test_collapse_stops_the_run_where_it_is_told_to(config, one_rank):
         train(replace(wild, on_collapse="stop"), one_rank)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks cannot share a GPU: CUDA_VISIBLE_DEVICES= pytest")
 def test_a_dead_rank_takes_the_job_down_at_once(toy_data, tmp_path):
     """One of two ranks is killed; the other must not wait for it."""
     flags = "--recipe toy --epochs 4000 --batch_size 8 --evaluate false --log_every 5 --dtype float32 --out run".split()

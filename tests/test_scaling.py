@@ -143,6 +143,7 @@ class Peak(TorchDispatchMode):
         return out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tensors without contents: CUDA_VISIBLE_DEVICES= pytest")
 @pytest.mark.parametrize("kept", ["attention", "products"])
 def test_memory_is_what_a_step_keeps(kept, one_rank, monkeypatch):
     """Four blocks of the two models, two micro-batches of 38,000 tokens, in tensors without contents."""
