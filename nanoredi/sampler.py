@@ -324,7 +324,7 @@ def _free_memory(model: Qwen2, config: SamplingConfig, device: torch.device) -> 
     """Bytes that the cache may take on this device."""
     if device.type == "cuda":
         c, size = model.config, model.lm_head_weight.dtype.itemsize
-        gc.collect()  # a model that was trained before is in circles
+        gc.collect()  # a model trained before is held by reference cycles
         torch.cuda.empty_cache()
         # What a forward pass needs beside: logits with their copies in fp32 and fp64, and the activations of a block.
         logits = config.batch_size * c.vocab_size * (size + 24)
