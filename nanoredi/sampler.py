@@ -79,7 +79,7 @@ class Sampler:
         self.drawn: _Drawn | None = None
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         if self.device.type == "cuda":
-            # cuDNN's attention makes a plan, some 30 ms on the host, for every length of a prompt.
+            # cuDNN's attention makes a plan for every length of a prompt, by others' reports some 30 ms of the host's time.
             torch.backends.cuda.enable_cudnn_sdp(False)
             self.beside = torch.cuda.Stream(self.device)  # for what a graph is captured after
 

@@ -67,7 +67,7 @@ class States:
         )
         writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
         # All is on the host by then. Copying ahead would ask CUDA for a stream, in a new thread and so on the first
-        # device, where every rank would take half a gigabyte.
+        # device, where every rank would then hold a context.
         writer.per_thread_copy_ahead = 0
         self.pending = dcp.async_save(copies, storage_writer=writer, process_group=self.group)
         if self.world.rank == 0:

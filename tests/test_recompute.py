@@ -69,8 +69,3 @@ def test_nothing_outlives_its_graph():
             assert alive() is None
     finally:
         gc.enable()
-
-
-def test_nothing_is_kept_without_gradients():
-    with torch.no_grad():
-        assert not recomputed(run, some, torch.randn(5, 6, dtype=torch.float64), 3.0).requires_grad
