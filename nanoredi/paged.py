@@ -80,7 +80,7 @@ class PagedCache:
 
         return attend, positions
 
-    def decode(self, page_table: Tensor, lengths: Tensor, num_shared: Tensor) -> Attend:
+    def decode(self, page_table: Tensor, lengths: Tensor, num_shared: Tensor, num_heads: int) -> Attend:
         """Attention of one new token a row, which it also writes at the row's end. Tokens after those of the rows, which
         only fill a batch up, get zeros.
 
@@ -88,6 +88,7 @@ class PagedCache:
             page_table: (B, C) int64, each row's pages, then anything.
             lengths: (B,) int64, tokens already in each row.
             num_shared: (B,) int64, how many of each row's first pages are a beginning that others may share.
+            num_heads: of the queries.
         """
         pages = page_table.gather(1, lengths[:, None] // self.page_size).squeeze(1)
         places = self._places(pages, lengths)
@@ -96,7 +97,7 @@ class PagedCache:
             def over_pages(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
                 return paged_decode(q, keys, values, page_table, lengths + 1)
         else:
-            over_pages = PageWise(page_table, lengths + 1, num_shared, self.page_size)
+            over_pages = PageWise(page_table, lengths + 1, num_shared, self.keys[0], num_heads)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             filling = len(q) - len(lengths)

@@ -216,7 +216,7 @@ class Sampler:
             page_table = page_table[:, : int(lengths.max()) // self.config.page_size + 1]
             filling = -len(places) % _CPU_ROWS if len(places) > _CPU_ROWS // 2 else 0
             ids, positions = F.pad(ids, (0, filling)), F.pad(positions, (0, filling))
-        attend = self.cache.decode(page_table, lengths, self.num_shared[places])
+        attend = self.cache.decode(page_table, lengths, self.num_shared[places], self.model.config.num_attention_heads)
         hidden = self.model.hidden_states(ids, positions, attend)
         logits = self._logits(hidden, len(places))
         c = self.config

@@ -8,6 +8,8 @@ from nanoredi.kernels.decode import paged_decode
 from nanoredi.paged import PagedCache
 from nanoredi.pagewise import PageWise
 
+PRECISIONS = [(torch.float32, 2e-5), (torch.bfloat16, 0.02)]
+
 
 def pool_of(rows, page_size, shared=(), spare=3, seed=0):
     """Rows' keys and values (T, K, E) laid out in pages of a pool full of garbage.
@@ -79,22 +81,24 @@ def assert_rows_equal_dense(got, q, rows, tolerance=2e-5):
         ([50] * 20, [(0, 1) if b % 2 else (b, 3) for b in range(20)]),
     ],
 )
-def test_pagewise_equals_dense(lengths, shared):
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+def test_pagewise_equals_dense(lengths, shared, dtype, tolerance):
     page_size, heads, kv_heads, size = 16, 6, 2, 24
     rows = rows_of(lengths, kv_heads, size, shared, page_size)
     keys, values, table, num_shared = pool_of(rows, page_size, shared)
+    keys, values = keys.to(dtype), values.to(dtype)
     q = torch.randn(len(rows), heads, size, generator=torch.Generator().manual_seed(1))
-    attend = PageWise(table, torch.tensor(lengths), num_shared, page_size)
-    assert_rows_equal_dense(attend(q, keys, values), q, rows)
+    attend = PageWise(table, torch.tensor(lengths), num_shared, keys, heads)
+    assert_rows_equal_dense(attend(q.to(dtype), keys, values), q, rows, tolerance)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_pagewise_equals_dense_where_rows_between_have_ended(dtype, tolerance):
     rows = rows_of([3, 200, 4, 20], 2, 64)
     keys, values, table, num_shared = pool_of(rows, 16)
     live = torch.tensor([0, 2])
     q = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(1))
-    attend = PageWise(table[live], torch.tensor([3, 4]), num_shared[live], 16)
+    attend = PageWise(table[live], torch.tensor([3, 4]), num_shared[live], keys.to(dtype), 6)
     assert isinstance(attend.groups[0].pages, torch.Tensor)  # copied, not gone through
     got = attend(q.to(dtype), keys.to(dtype), values.to(dtype))
     assert got.dtype == dtype
@@ -123,7 +127,7 @@ def test_prefill_in_pieces_and_decode_equal_one_pass(page_size):
     cache.keys[:, last] = torch.nan  # nobody's any more
     table, lengths = torch.tensor(pages), torch.tensor([9, 9])
     for t in range(9, n):
-        attend = cache.decode(table, lengths, torch.zeros(2, dtype=torch.int64))
+        attend = cache.decode(table, lengths, torch.zeros(2, dtype=torch.int64), 6)
         for layer in range(layers):
             out = attend(layer, *(torch.stack([whole[row][layer][i][t] for row in range(2)]) for i in range(3)))
             for row in range(2):
