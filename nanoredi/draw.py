@@ -10,7 +10,7 @@ from torch import Tensor
 from nanoredi.kernels.likeliest import keep_likeliest
 
 # Elements that are worked on at once: on a CPU few enough to stay in its cache, on a GPU to bound the memory.
-_CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 20, 1 << 26
+_CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 19, 1 << 26
 
 
 def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
