@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cpu and len(x) <= _FEW_ROWS and not torch.is_grad_enabled():
-            product = (self.weight @ x.T).T
+            product = (self.weight @ x.contiguous().T).T
             # Contiguous, for what queries and keys go through next.
             return product if self.bias is None else product.contiguous() + self.bias
         return super().forward(x)
