@@ -14,7 +14,7 @@ A page of one's own has one user, one of a shared beginning mostly as many as a 
 the chat template's head, very many: three groups, each with its own R.
 
 What is as large as the queries or the scores is allocated once a step and used at every layer: a step writes so much
-that new memory, which the system must first provide, would cost as much as the products.
+that new memory, which the system must first provide, may cost as much as the products.
 """
 
 import torch
