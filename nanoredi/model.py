@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cpu and len(x) <= _FEW_ROWS and not torch.is_grad_enabled():
-            # Contiguous first, for a few rows that lie transposed take three times as long; and again for queries and keys.
+            # Contiguous, for a few rows that lie transposed take up to three times as long; with a bias, for rotate.
             product = (self.weight @ x.contiguous().T).T
             return product if self.bias is None else product.contiguous() + self.bias
         return super().forward(x)

@@ -57,7 +57,7 @@ class PageWise:
         self.sizes = [len(group.users) for group in self.groups]
         self.users = torch.cat([group.users for group in self.groups])  # (U,)
 
-        # Each user's parts, by their places, the last lines filled up with place U, where there is nothing.
+        # The places of each user's parts (B*K, most parts); a line is filled up with place U, where there is nothing.
         parts = torch.cat([group.taken for group in self.groups]).nonzero().squeeze(1)
         parts = parts[self.users[parts].argsort(stable=True)]
         users = self.users[parts]
