@@ -1,6 +1,6 @@
 """One process or many: the process group, the device mesh, and the model sharded over it by FSDP2.
 
-A single process is the same code on a mesh of one; in fp32 it has nothing to shard or cast, and goes without FSDP2.
+A single process has nothing to shard, and goes without FSDP2: the model casts its masters where it uses them.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from nanoredi.errors import UserError
+from nanoredi.kernels.products import product
 from nanoredi.model import Block, Qwen2
 
 Result = TypeVar("Result")
@@ -147,10 +148,11 @@ def shard(
         shard_size: ranks that share one copy of the weights, usually those of a machine; 0: all. Each group then has a
             copy, and gradients are summed over the groups, too.
     """
-    if world.size == 1 and dtype == torch.float32:
-        # Nothing to share and nothing to cast. A copy, because the weights are the file's own memory.
+    if world.size == 1:
+        # Nothing to share, and weights are cast where they are used. A copy, because they are the file's own memory.
         for p in model.parameters():
             p.data = p.data.to(world.device, torch.float32, copy=True)
+        model.compute_dtype = dtype
         return model
     mesh = shard_mesh(world, shard_size)
     # Inputs are not cast: the loss's weights must stay fp32.
@@ -206,13 +208,13 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32) else torch.float32
 
 
-def _product_seconds(dtype: torch.dtype, size: int = 256, device: torch.device | str = "cpu") -> float:
+def _product_seconds(dtype: torch.dtype, size: int = 512, device: torch.device | str = "cpu") -> float:
     """The shortest of many products: others may be at work on the device, too."""
     a = torch.randn(size, size, device=device).to(dtype)
     times: list[float] = []
     while len(times) < 4 or sum(times) < 0.1:
         start = time.perf_counter()
-        a @ a
+        product(a, a, recurs=True)
         if a.is_cuda:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)

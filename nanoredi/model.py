@@ -20,11 +20,8 @@ from torch import Tensor, nn
 from nanoredi.architecture import Qwen2Config
 from nanoredi.attention import ATTENTION, Attend, PackedAttention
 from nanoredi.checkpoint import load_weights, save_folder
-from nanoredi.kernels import linear_logprob, weighted_cross_entropy
+from nanoredi.kernels import PRODUCTS, linear, linear_logprob, weighted_cross_entropy
 from nanoredi.recompute import recomputed
-
-# A CPU that decodes multiplies so few rows faster the other way round, by up to a quarter.
-_FEW_ROWS = 256
 
 
 class RMSNorm(nn.Module):
@@ -34,16 +31,12 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and len(x) <= _FEW_ROWS and not torch.is_grad_enabled():
-            # Contiguous, for a few rows that lie transposed take up to three times as long; with a bias, for rotate.
-            product = (self.weight @ x.contiguous().T).T
-            return product if self.bias is None else product.contiguous() + self.bias
-        return super().forward(x)
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -85,7 +78,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         if self.activation_checkpointing != "off" and torch.is_grad_enabled():
-            keeps = {"attention": _is_attention, "products": _is_product_or_attention}[self.activation_checkpointing]
+            keeps = {"attention": _attention, "products": _products_and_attention}[self.activation_checkpointing]
             return recomputed(self._compute, keeps, x, rope, attend)
         return self._compute(x, rope, attend)
 
@@ -94,14 +87,19 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def _is_attention(name: str, *args: Any) -> bool:
-    return name in ATTENTION
+def _attention(name: str, *args: Any) -> bool | None:
+    return None if _is_down_proj(name, *args) else name in ATTENTION
 
 
-def _is_product_or_attention(name: str, *args: Any) -> bool:
-    # Backward has no use for what down_proj gives: of the products without a bias (aten::mm) the one that narrows.
-    product = name == "aten::addmm" or (name == "aten::mm" and args[0].shape[1] <= args[1].shape[1])
-    return product or _is_attention(name)
+def _products_and_attention(name: str, *args: Any) -> bool | None:
+    return None if _is_down_proj(name, *args) else name in ATTENTION or name in PRODUCTS
+
+
+def _is_down_proj(name: str, *args: Any) -> bool:
+    """Of the products the one that narrows without a bias. What it gives is only added to the stream."""
+    if name == "aten::mm":
+        return args[0].shape[1] > args[1].shape[1]
+    return name == "mkldnn::_linear_pointwise" and args[1].shape[1] > args[1].shape[0] and args[2] is None
 
 
 class Decoder(nn.Module):
@@ -124,7 +122,10 @@ class Qwen2(nn.Module):
         config: the architecture.
         tokenizer_folder: where the tokenizer's files lie that save_pretrained puts beside the weights; None if there
             are none.
+        compute_dtype: of activations and products where the weights are fp32 masters; None is the weights' own.
     """
+
+    compute_dtype: torch.dtype | None = None
 
     def __init__(self, config: Qwen2Config, tokenizer_folder: str | Path | None = None):
         super().__init__()
@@ -210,6 +211,7 @@ class Qwen2(nn.Module):
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """Final hidden states (N, D) of tokens (N,) that attend as `attend` says."""
         x = self.model.embed_tokens(input_ids)
+        x = x.to(self.compute_dtype or x.dtype)
         rope = rotary_angles(position_ids, self.config, x.dtype)
         for block in self.model.layers:
             x = block(x, rope, attend)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# keeps(name, *args): whether the result of an operation, such as "aten::mm" of two tensors, is kept.
-Keeps = Callable[..., bool]
+# keeps(name, *args): whether the result of an operation, such as "aten::mm" of two tensors, is kept; None says that
+# backward has no use for it, so that it need not be made again either.
+Keeps = Callable[..., bool | None]
 
 
 def recomputed(run: Callable[..., Tensor], keeps: Keeps, *inputs: Any) -> Tensor:
@@ -74,7 +75,10 @@ class _Mode(TorchDispatchMode):
 class _Keep(_Mode):
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = op(*args, **(kwargs or {}))
-        if self.keeps(op.name(), *args):
+        keeps = self.keeps(op.name(), *args)
+        if keeps is None:
+            self.results.append(result.new_zeros(()).expand(result.shape))  # in its place: one number
+        elif keeps:
             self.results.append(_detached(result))
         return result
 
@@ -85,7 +89,7 @@ class _Give(_Mode):
         self.kept: Iterator[Any] = iter(results)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if self.keeps(op.name(), *args):
+        if self.keeps(op.name(), *args) is not False:
             return _detached(next(self.kept))
         return op(*args, **(kwargs or {}))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nanoredi import blockwise
 from nanoredi.attention import PackedAttention
 
 LENGTHS = (3, 1, 9, 6)
@@ -38,3 +39,19 @@ def test_packed_equals_dense_forward_and_backward(max_seqlen):
     got = torch.autograd.grad(out, inputs, upstream)
     for a, b in zip(got, torch.autograd.grad(want, inputs, upstream.double())):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("lengths", [(300, 5, 129), (256,), (64, 257)])
+def test_long_sequences_go_a_block_of_queries_at_a_time(lengths, dtype, bound, monkeypatch):
+    monkeypatch.setattr(blockwise, "_BLOCK", 64)
+    inputs = [x.detach().mul(3).to(dtype).requires_grad_() for x in qkv(sum(lengths), size=16)]
+    out = PackedAttention(cumulative(lengths))(0, *inputs)
+    assert "Blockwise" in out.grad_fn.name()
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    want = dense(*exact, lengths)
+    upstream = torch.randn_like(out)
+    got = torch.autograd.grad(out, inputs, upstream)
+    for a, b in zip((out, *got), (want, *torch.autograd.grad(want, exact, upstream.double()))):
+        assert a.dtype == dtype
+        assert (a.double() - b).norm() / b.norm() < bound

@@ -37,6 +37,7 @@ STORY = [
     "pairs",
     "kernels",
     "architecture",
+    "blockwise",
     "attention",
     "recompute",
     "checkpoint",

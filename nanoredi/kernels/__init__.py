@@ -7,5 +7,6 @@ tokens by chunks.py and do to each chunk of logits what rows.py does: in Triton 
 
 from nanoredi.kernels.cross_entropy import weighted_cross_entropy
 from nanoredi.kernels.logprob import linear_logprob
+from nanoredi.kernels.products import PRODUCTS, linear
 
-__all__ = ["linear_logprob", "weighted_cross_entropy"]
+__all__ = ["PRODUCTS", "linear", "linear_logprob", "weighted_cross_entropy"]

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nanoredi.kernels.products import put_product
+
 # A chunk's logits have at most this many elements, whatever the vocabulary. Smaller chunks read and write the gradient
 # of lm_head more often, and their matrix products are slimmer; bench/kernels.py --chunks measures it.
-MAX_CPU_ELEMENTS = 1 << 25  # 128 MiB in fp32
+MAX_CPU_ELEMENTS = 1 << 24  # 64 MiB in fp32
 MAX_GPU_ELEMENTS = 192 << 20  # 384 MiB in bf16
 
 
@@ -20,14 +22,5 @@ def logits_by_chunks(hidden: Tensor, lm_head: Tensor, rows: Tensor) -> Iterator[
     buffer = hidden.new_empty(len(chunks[0]), lm_head.shape[0])
     for chunk in chunks:
         x = hidden[chunk]
-        yield chunk, x, torch.mm(x, lm_head.T, out=buffer[: len(chunk)])
+        yield chunk, x, put_product(buffer[: len(chunk)], x, lm_head.T)
 
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's fp32 whatever the dtype of a and b."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b

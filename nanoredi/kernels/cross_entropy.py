@@ -17,7 +17,8 @@ gradients over.
 import torch
 from torch import Tensor
 
-from nanoredi.kernels.chunks import add_product, logits_by_chunks
+from nanoredi.kernels.chunks import logits_by_chunks
+from nanoredi.kernels.products import add_product, product
 from nanoredi.kernels.rows import logprobs_
 
 
@@ -26,13 +27,13 @@ def weighted_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the targets' log-probabilities, and these log-probabilities.
 
-    The gradient of lm_head adds up in fp32, whatever its dtype, and leaves backward so: a bf16 lm_head takes it
-    unrounded where its grad_dtype is float32 (distributed.shard sets it), and rounds it once otherwise. A frozen
-    lm_head costs no gradient.
+    The gradient of lm_head adds up in fp32, whatever its dtype, and leaves backward so: an fp32 master takes it as it is,
+    a bf16 lm_head unrounded where its grad_dtype is float32 (distributed.shard sets it), and rounds it once otherwise. A
+    frozen lm_head costs no gradient.
 
     Args:
         hidden: (N, D) final hidden states, fp32 or bf16.
-        lm_head: (V, D) output embedding, of hidden's dtype.
+        lm_head: (V, D) output embedding, of hidden's dtype or an fp32 master that is cast to it.
         targets: (N,) int64 in 0..V-1, the token each row must predict; read only where the weight is not 0.
         weights: (N,) fp32, any mixture of signs; a row of weight 0 costs nothing. Targets and weights are trusted here:
             batch.pack checks them.
@@ -57,10 +58,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         wants_gradient = grad_hidden is not None or grad_head is not None
         logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
 
-        for chunk, x, logits in logits_by_chunks(hidden, lm_head, rows):
+        head = lm_head.to(hidden.dtype)
+        for chunk, x, logits in logits_by_chunks(hidden, head, rows):
             logps[chunk], *_ = logprobs_(logits, targets[chunk], weights[chunk] if wants_gradient else None)
             if grad_hidden is not None:
-                grad_hidden[chunk] = logits @ lm_head
+                grad_hidden[chunk] = product(logits, head)
             if grad_head is not None:
                 add_product(grad_head, logits.T, x)
 

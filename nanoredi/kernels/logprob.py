@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanoredi.kernels.chunks import add_product, logits_by_chunks
+from nanoredi.kernels.chunks import logits_by_chunks
+from nanoredi.kernels.products import add_product, product
 from nanoredi.kernels.rows import gradient_, logprobs_
 
 
@@ -25,7 +26,7 @@ def linear_logprob(hidden: Tensor, lm_head: Tensor, targets: Tensor, rows: Tenso
 
     Args:
         hidden: (N, D) final hidden states, fp32 or bf16.
-        lm_head: (V, D) output embedding, of hidden's dtype.
+        lm_head: (V, D) output embedding, of hidden's dtype or an fp32 master that is cast to it.
         targets: (N,) int64 in 0..V-1; read only in `rows`.
         rows: (R,) int64, the rows that are wanted, each once; None: all.
 
@@ -42,7 +43,7 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, lm_head, targets, rows):
         # Three tensors and no views of one: FSDP2 hangs its hook on what leaves the model, and a view may lose it.
         logps, lse, missing = (torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3))
-        for chunk, _, logits in logits_by_chunks(hidden, lm_head, rows):
+        for chunk, _, logits in logits_by_chunks(hidden, lm_head.to(hidden.dtype), rows):
             logps[chunk], lse[chunk], missing[chunk] = logprobs_(logits, targets[chunk])
         ctx.save_for_backward(hidden, lm_head, targets, rows, lse, missing)
         return logps
@@ -53,10 +54,11 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, lm_head, targets, rows, lse, missing = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for chunk, x, logits in logits_by_chunks(hidden, lm_head, rows):
+        head = lm_head.to(hidden.dtype)
+        for chunk, x, logits in logits_by_chunks(hidden, head, rows):
             gradient_(logits, targets[chunk], grad_logps[chunk], lse[chunk], missing[chunk])
             if grad_hidden is not None:
-                grad_hidden[chunk] = logits @ lm_head
+                grad_hidden[chunk] = product(logits, head)
             if grad_head is not None:
                 add_product(grad_head, logits.T, x)
         return grad_hidden, grad_head, None, None

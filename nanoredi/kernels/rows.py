@@ -14,11 +14,15 @@ overwrite it, all in fp32 with one rounding at the end. Nothing outside the row 
 target says.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanoredi.kernels.backend import runs_triton, tl, triton
+
+_CPU_ELEMENTS = 1 << 20
 
 
 def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +37,8 @@ def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
         (C,) fp32 each: logp; and what gradient_ needs, logsumexp(z) and 1 - p(y).
     """
     if not runs_triton(logits):
-        return _plain_logprobs_(logits, targets, weights)
+        tensors = (logits, targets) if weights is None else (logits, targets, weights)
+        return tuple(map(torch.cat, zip(*(_plain_logprobs_(*part) for part in _few_rows(*tensors)))))
     out = logits.new_empty(3, len(logits), dtype=torch.float32)
     _logprobs_kernel[(len(logits),)](
         logits,
@@ -52,13 +57,21 @@ def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
 def gradient_(logits: Tensor, targets: Tensor, weights: Tensor, lse: Tensor, missing: Tensor) -> None:
     """Overwrite logits (C, V) by the gradient of the sum of weights * logps; lse and missing are logprobs_'s."""
     if not runs_triton(logits):
-        return _plain_gradient_(logits, targets, weights, lse, missing)
+        for part in _few_rows(logits, targets, weights, lse, missing):
+            _plain_gradient_(*part)
+        return
     _gradient_kernel[(len(logits),)](
         logits, logits.stride(0), targets, weights, lse, missing, logits.shape[1], BLOCK=_block(logits), num_warps=8
     )
 
 
-def _plain_logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _few_rows(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of the rows of all tensors, that stay in a CPU's cache with what is made of them; elsewhere all at once."""
+    num_rows = max(1, _CPU_ELEMENTS // logits.shape[1]) if logits.is_cpu else len(logits)
+    return zip(*(x.split(num_rows) for x in (logits, *others)))
+
+
+def _plain_logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     y = targets.unsqueeze(1)
     z = logits.float()  # itself where it is fp32
     target = z.gather(1, y)

@@ -1,0 +1,114 @@
+"""Matrix products and linear layers, by the fastest library that is at hand.
+
+torch has two libraries for a CPU's fp32 products. It takes MKL, which on AMD's processors keeps to AVX2; where there is
+AVX-512, oneDNN reaches over twice its rate there, by the same arithmetic. oneDNN compiles a kernel for each new size,
+which takes up to a millisecond, so small products stay with MKL.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The operations that linear layers come down to, by name.
+PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+
+# Multiplications that are worth a kernel of their own; and rows, for the sampler, which meets the same sizes all the time.
+_LARGE = 1 << 25
+_MANY_ROWS = 8
+# Elements of a product on a CPU that are made at once where they go on into another tensor: what takes over 32 MB the C
+# library gets from the system anew each time.
+_PIECE = 1 << 22
+# A CPU multiplies by so few rows faster the other way round, by up to a quarter.
+_FEW_ROWS = 256
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, recurs: bool = False) -> Tensor:
+    """a (M, K) @ b (K, N), of one dtype.
+
+    Args:
+        dtype: of the result (M, N), if it is to be another one: fp32, for sums to come.
+        recurs: these sizes come again and again, so that a kernel of their own is worth it even if they are small.
+    """
+    if a.is_cuda and dtype not in (None, a.dtype):
+        return torch.mm(a, b, out_dtype=dtype)
+    if (recurs or a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE) and _prefers_onednn(a):
+        return _onednn(a, b.T)
+    return (a @ b).to(dtype or a.dtype)
+
+
+def put_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) @ b (K, N), of one dtype, written to out (M, N)."""
+    if not _prefers_onednn(a):
+        return torch.mm(a, b, out=out)
+    columns = max(1, _PIECE // len(out))
+    for part, factor in zip(out.split(columns, dim=1), b.split(columns, dim=1)):
+        part.copy_(product(a, factor))
+    return out
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's fp32 whatever the dtype of a and b."""
+    if total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        return
+    rows = max(1, _PIECE // total.shape[1])
+    for part, factor in zip(total.split(rows), a.split(rows)):
+        part += product(factor, b, total.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (N, in) @ weight.T + bias -> (N, out), in x's dtype.
+
+    The weight (out, in) and bias (out,) may be fp32 masters: they are cast to x's dtype here, again in backward, so that no
+    copy of them is kept, and get their gradients in fp32.
+    """
+    if torch.is_grad_enabled():
+        return _Linear.apply(x, weight, bias)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if x.is_cpu and len(x) <= _FEW_ROWS:
+        # Contiguous, for a few rows that lie transposed take up to three times as long; with a bias, for rotate.
+        out = by_few_rows(weight, x.contiguous()).T
+        return out if bias is None else out.contiguous() + bias
+    return _linear(x, weight, bias)
+
+
+def by_few_rows(weight: Tensor, x: Tensor) -> Tensor:
+    """weight (out, in) @ x.T -> (out, B), on a CPU."""
+    if len(x) >= _MANY_ROWS and _prefers_onednn(x):
+        return _onednn(weight, x)
+    return weight @ x.T
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.numel() * len(weight) >= _LARGE and _prefers_onednn(x):
+        return _onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = product(grad, weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        grad_weight = product(grad.T, x, weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias
+
+
+def _prefers_onednn(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.float32 and _HAS_AVX512
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        weight = weight.contiguous()  # rows with gaps it would multiply a hundred times as slowly
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+_HAS_AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
