@@ -58,7 +58,6 @@ class Size:
     batch_size: int  # of nanoredi
     generate_rows: int  # of a batch of `generate`
     generate_prompts: int  # that `generate` is timed on
-    dtypes: tuple[str, ...]
 
 
 SIZE = (
@@ -72,7 +71,6 @@ SIZE = (
         batch_size=1_024,
         generate_rows=64,
         generate_prompts=4,
-        dtypes=("bfloat16",),
     )
     if ON_GPU
     else Size(
@@ -85,7 +83,6 @@ SIZE = (
         batch_size=128,
         generate_rows=32,
         generate_prompts=8,
-        dtypes=("float32",),
     )
 )
 
@@ -257,7 +254,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="instead of the size's own")
     parser.add_argument("--generate_prompts", type=int, help="that transformers is timed on, instead of the size's own")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to time [all]")
-    parser.add_argument("--dtypes", nargs="+", default=list(SIZE.dtypes), help=f"[{' '.join(SIZE.dtypes)}]")
+    parser.add_argument("--dtypes", nargs="+", help="float32, bfloat16 [what the device is good at; a CPU float32 too]")
     parser.add_argument("--profile", action="store_true", help="print where the time of one of nanoredi's steps goes")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # what the fresh processes are told
     flags = parser.parse_args()
@@ -268,6 +265,9 @@ def main() -> None:
         print(json.dumps(measure(method, SIZE, getattr(torch, dtype), folder, flags.profile)))
         return
 
+    if not flags.dtypes:
+        good = compute_dtype("auto", DEVICE) == torch.bfloat16
+        flags.dtypes = ["bfloat16"] if ON_GPU else ["float32", "bfloat16"] if good else ["float32"]
     device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     requests = requests_of(SIZE)
     tokens = sum(request.max_tokens for request in requests)
@@ -275,7 +275,7 @@ def main() -> None:
     print(f"{SIZE.name}: {SIZE.prompts} prompts x {SIZE.n}, {tokens:,} tokens to sample\n", flush=True)
     words = ["--prompts", str(SIZE.prompts), "--generate_prompts", str(SIZE.generate_prompts)]
     with tempfile.TemporaryDirectory() as folder:
-        Qwen2(SIZE.config).init_weights(0).save_pretrained(Path(folder, "model"), getattr(torch, SIZE.dtypes[0]))
+        Qwen2(SIZE.config).init_weights(0).save_pretrained(Path(folder, "model"), getattr(torch, flags.dtypes[0]))
         if flags.profile:
             run_one("nanoredi", flags.dtypes[0], f"{folder}/model", [*words, "--profile"])
             return

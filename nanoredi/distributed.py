@@ -1,6 +1,7 @@
 """One process or many: the process group, the device mesh, and the model sharded over it by FSDP2.
 
-A single process has nothing to shard, and goes without FSDP2: the model casts its masters where it uses them.
+A single process is the same code on a mesh of one; on a CPU or in fp32 it goes without FSDP2, and the model casts its
+masters where it uses them.
 """
 
 import contextlib
@@ -148,8 +149,9 @@ def shard(
         shard_size: ranks that share one copy of the weights, usually those of a machine; 0: all. Each group then has a
             copy, and gradients are summed over the groups, too.
     """
-    if world.size == 1:
-        # Nothing to share, and weights are cast where they are used. A copy, because they are the file's own memory.
+    if world.size == 1 and (world.device.type == "cpu" or dtype == torch.float32):
+        # Nothing to share. On a CPU FSDP2's copies in half precision would cost much time and memory; here weights are
+        # cast where they are used. A copy of them, because they are the file's own memory.
         for p in model.parameters():
             p.data = p.data.to(world.device, torch.float32, copy=True)
         model.compute_dtype = dtype

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # SDPA keeps the logarithms to itself
+_AT_ONCE = 1 << 20  # keys' elements that are made fp32 at once, and stay in a CPU's cache
 
 
 class PageWise:
@@ -134,21 +134,20 @@ class _Group:
         keys, values = keys[self.pages], values[self.pages]
         q = torch.index_select(queries, 0, self.users, out=self.queries).view(*self.shape, -1)
         outs, sums, tops = outs.view(q.shape), sums.view(self.shape), tops.view(self.shape)
-        if q.dtype != torch.float32:  # products would round the scores to it
-            out, log = _flash_attention(q, keys, values, attn_mask=self.mask)
-            outs.copy_(out)
-            tops.copy_(log)
-            sums.fill_(1.0)
-            return
-        members = self.scores.flatten(0, 1)  # (P*K, R*G, page)
-        keys = keys.flatten(0, 1).mT
-        torch.baddbmm(members, q.flatten(0, 1), keys, beta=0, alpha=q.shape[-1] ** -0.5, out=members)
-        if self.mask is not None:
-            self.scores += self.mask
-        torch.amax(self.scores, -1, out=tops)
-        self.scores.sub_(tops[..., None]).exp_()
-        torch.sum(self.scores, -1, out=sums)
-        torch.bmm(members, values.flatten(0, 1), out=outs.flatten(0, 1))
+        # Keys and values in half precision are made fp32, a few pages at a time: products of theirs would round the scores.
+        num_pages = len(q) if keys.dtype == torch.float32 else max(1, _AT_ONCE // keys[0].numel())
+        for start in range(0, len(q), num_pages):
+            part = slice(start, start + num_pages)
+            scores = self.scores[part]
+            # A member of the products is a page and head.
+            rows, columns, contents, members = (x.flatten(0, 1).float() for x in (q[part], keys[part], values[part], scores))
+            torch.baddbmm(members, rows, columns.mT, beta=0, alpha=q.shape[-1] ** -0.5, out=members)
+            if self.mask is not None:
+                scores += self.mask[part]
+            torch.amax(scores, -1, out=tops[part])
+            scores.sub_(tops[part, ..., None]).exp_()
+            torch.sum(scores, -1, out=sums[part])
+            torch.bmm(members, contents, out=outs[part].flatten(0, 1))
 
 
 def _turn(sorted_values: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from nanoredi.config import SamplingConfig
 from nanoredi.draw import choose, uniform
 from nanoredi.errors import UserError
+from nanoredi.kernels.products import multiplied_by_mkl, product
 from nanoredi.model import Qwen2
 from nanoredi.paged import PagedCache, bytes_a_page, upload
 from nanoredi.scheduler import Request, Row, Scheduler
@@ -229,9 +230,9 @@ class Sampler:
     def _logits(self, hidden: Tensor, num_rows: int) -> Tensor:
         """(B or more, D) -> (B, V) fp32."""
         head = self.model.lm_head_weight
-        if not head.is_cpu:
-            return (hidden @ head.T).float()
-        # The other way round a CPU makes this product faster, at any number of rows.
+        if not multiplied_by_mkl(head):
+            return product(hidden, head.T, recurs=True)[:num_rows].float()
+        # The other way round MKL makes this product faster, at any number of rows.
         logits = torch.empty(num_rows, len(head))
         for part, target in zip(head.split(_CPU_TOKENS), logits.split(_CPU_TOKENS, dim=1)):
             target.copy_((part @ hidden.T).T[:num_rows])

@@ -17,7 +17,8 @@ from bench.step_costs import MACHINE, MODELS, Device, Layout
 from nanoredi import distributed
 from nanoredi import model as model_module
 from nanoredi.distributed import shard
-from nanoredi.kernels import chunks
+from nanoredi.kernels import chunks, products
+from nanoredi.kernels import rows as kernel_rows
 from nanoredi.model import Qwen2
 
 SMALL, LARGE = MODELS.values()
@@ -152,13 +153,16 @@ def test_memory_is_what_a_step_keeps(kept, one_rank, monkeypatch):
     monkeypatch.setattr(model_module.RMSNorm, "forward", lambda self, x: Norm.apply(x, self.weight))
     monkeypatch.setattr(nn.Module, "float", lambda self: self)  # it is fp32, and such tensors cannot be swapped
     monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", chunks.MAX_GPU_ELEMENTS)
+    monkeypatch.setattr(kernel_rows, "_CPU_ELEMENTS", chunks.MAX_GPU_ELEMENTS)  # a GPU takes its rows all at once
+    monkeypatch.setattr(products, "_PIECE", 1 << 26)
     monkeypatch.setattr(step_costs, "SEQUENCES", 4)
     mesh = distributed.shard_mesh(one_rank, 0)
     monkeypatch.setattr(distributed, "shard_mesh", lambda *_: mesh)  # a mesh cannot be made of such tensors
     n = 2 * step_costs.LENGTH
     for config in (dataclasses.replace(c, num_hidden_layers=4) for c in MODELS.values()):
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = shard(Qwen2(config), one_rank, torch.bfloat16)
+            # As on a GPU, by FSDP2; a CPU's single rank goes without.
+            model = shard(Qwen2(config), dataclasses.replace(one_rank, device=torch.device("cuda")), torch.bfloat16)
             for block in model.model.layers:
                 block.activation_checkpointing = kept
             ids, rows, ends = (torch.zeros(k, dtype=torch.int64) for k in (n, n, 2))

@@ -20,6 +20,7 @@ _MANY_ROWS = 8
 _PIECE = 1 << 22
 # A CPU multiplies by so few rows faster the other way round, by up to a quarter.
 _FEW_ROWS = 256
+_VERY_FEW_ROWS = 16  # but not by so few in bf16
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, recurs: bool = False) -> Tensor:
@@ -49,7 +50,8 @@ def put_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in total's fp32 whatever the dtype of a and b."""
     if total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        wider = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
+        torch.addmm(total, a, b, **wider, out=total)
         return
     rows = max(1, _PIECE // total.shape[1])
     for part, factor in zip(total.split(rows), a.split(rows)):
@@ -76,6 +78,8 @@ def by_few_rows(weight: Tensor, x: Tensor) -> Tensor:
     """weight (out, in) @ x.T -> (out, B), on a CPU."""
     if len(x) >= _MANY_ROWS and _prefers_onednn(x):
         return _onednn(weight, x)
+    if x.dtype == torch.bfloat16 and len(x) <= _VERY_FEW_ROWS:
+        return (x @ weight.T).T
     return weight @ x.T
 
 
@@ -99,6 +103,11 @@ class _Linear(torch.autograd.Function):
         grad_weight = product(grad.T, x, weight.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias
+
+
+def multiplied_by_mkl(x: Tensor) -> bool:
+    """Whether products of x, whatever their size, are MKL's."""
+    return x.is_cpu and x.dtype == torch.float32 and not _HAS_AVX512
 
 
 def _prefers_onednn(x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanoredi.kernels.backend import runs_triton, tl, triton
 
-_CPU_ELEMENTS = 1 << 20
+_CPU_ELEMENTS = 1 << 20  # logits that a CPU turns at once
 
 
 def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
