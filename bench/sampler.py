@@ -36,6 +36,7 @@ from fresh import figures  # noqa: E402
 
 from nanoredi.architecture import Qwen2Config  # noqa: E402
 from nanoredi.config import SamplingConfig  # noqa: E402
+from nanoredi.distributed import compute_dtype  # noqa: E402
 from nanoredi.model import Qwen2  # noqa: E402
 from nanoredi.sampler import Sampler  # noqa: E402
 from nanoredi.scheduler import Request, requests_for  # noqa: E402

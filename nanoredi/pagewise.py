@@ -134,13 +134,14 @@ class _Group:
         keys, values = keys[self.pages], values[self.pages]
         q = torch.index_select(queries, 0, self.users, out=self.queries).view(*self.shape, -1)
         outs, sums, tops = outs.view(q.shape), sums.view(self.shape), tops.view(self.shape)
-        # Keys and values in half precision are made fp32, a few pages at a time: products of theirs would round the scores.
+        # In half precision keys and values are made fp32, a few pages at a time: their products would round the scores.
         num_pages = len(q) if keys.dtype == torch.float32 else max(1, _AT_ONCE // keys[0].numel())
         for start in range(0, len(q), num_pages):
             part = slice(start, start + num_pages)
             scores = self.scores[part]
             # A member of the products is a page and head.
-            rows, columns, contents, members = (x.flatten(0, 1).float() for x in (q[part], keys[part], values[part], scores))
+            tensors = q[part], keys[part], values[part], scores
+            rows, columns, contents, members = (x.flatten(0, 1).float() for x in tensors)
             torch.baddbmm(members, rows, columns.mT, beta=0, alpha=q.shape[-1] ** -0.5, out=members)
             if self.mask is not None:
                 scores += self.mask[part]
