@@ -19,11 +19,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanoredi.kernels.products import product as any_product
+from nanoredi.kernels import products
 
 _BLOCK = 192  # queries; their scores stay in a CPU's cache
 
-product = partial(any_product, recurs=True)
+# A model's sizes come again and again.
+product, put_product = (partial(f, recurs=True) for f in (products.product, products.put_product))
 
 
 class BlockwiseAttention(torch.autograd.Function):
@@ -62,10 +63,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     num_groups, scale = k.shape[1], q.shape[-1] ** -0.5
     rows, keys, values = (_by_group(x, num_groups) for x in (q, k, v))  # (K, n*G, E), (K, n, E)
     outs = torch.empty_like(rows)
-    scaled, keys = rows.float() * scale, keys.float()
-    for group, block, end, mask in _blocks(q, k):
-        weights = _weights(scaled[group, block], keys[group, :end], mask)
-        outs[group, block] = product(weights.to(q.dtype), values[group, :end])
+    blocks = _blocks(q, k, [rows.float() * scale, outs], [keys.float(), values])
+    for mask, (queries, outs_here), (keys, values) in blocks:
+        put_product(outs_here, _weights(queries, keys, mask).to(q.dtype), values)
     out.copy_(_by_token(outs, out.shape))
 
 
@@ -74,31 +74,36 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grad_q: Tensor, gra
     num_groups, scale = k.shape[1], q.shape[-1] ** -0.5
     rows, keys, values, grads = (_by_group(x, num_groups) for x in (q, k, v, grad))
     grad_rows = torch.empty_like(rows)
-    # Transposed, because these products are faster that way round.
-    grad_keys, grad_values = torch.zeros(2, num_groups, k.shape[2], k.shape[0])  # (K, E, n)
-    scaled, exact_keys = rows.float() * scale, keys.float()
-    for group, block, end, mask in _blocks(q, k):
-        weights = _weights(scaled[group, block], exact_keys[group, :end], mask)
-        grad_weights = product(grads[group, block], values[group, :end].T, torch.float32)
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, torch.float32).to(q.dtype)
-        grad_rows[group, block] = product(grad_scores, keys[group, :end])
-        grad_keys[group, :, :end] += product(rows[group, block].T, grad_scores)
-        grad_values[group, :, :end] += product(grads[group, block].T, weights.to(q.dtype))
+    # fp32, for blocks add to them; and as (K, E, n), for these products are faster that way round.
+    grad_keys, grad_values = torch.zeros(2, *keys.mT.shape).mT
+    of_queries = [rows.float() * scale, rows, grads, grad_rows]
+    of_keys = [keys.float(), keys, values, grad_keys, grad_values]
+    for mask, (scaled, rows, grads, grad_rows_here), (exact, keys, values, *sums) in _blocks(q, k, of_queries, of_keys):
+        weights = _weights(scaled, exact, mask).to(q.dtype)
+        grad_weights = product(grads, values.T)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, q.dtype)
+        put_product(grad_rows_here, grad_scores, keys)
+        sums[0].T.add_(product(rows.T, grad_scores))
+        sums[1].T.add_(product(grads.T, weights))
     grad_q.copy_(_by_token(grad_rows, q.shape)).mul_(scale)
-    grad_k.copy_(grad_keys.mul_(scale).permute(2, 0, 1))
-    grad_v.copy_(grad_values.permute(2, 0, 1))
+    grad_k.copy_(grad_keys.mul_(scale).transpose(0, 1))
+    grad_v.copy_(grad_values.transpose(0, 1))
 
 
-def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, int, Tensor]]:
-    """Of each key-value head the blocks of queries: (the head, the block's rows among n*G, the keys that the block may
-    see, and the mask (b, 1, b) of the last of these)."""
+def _blocks(
+    q: Tensor, k: Tensor, of_queries: list[Tensor], of_keys: list[Tensor]
+) -> Iterator[tuple[Tensor, tuple[Tensor, ...], list[Tensor]]]:
+    """For each key-value head and block of queries the mask (b, 1, b) of the block's own tokens; of the tensors
+    (K, n*G, E) that block's rows (b*G, E); and of the (K, n, E) those that the block may see (t, E)."""
     (n, num_heads, _), num_groups = q.shape, k.shape[1]
     grouped = num_heads // num_groups
     mask = torch.full((_BLOCK, _BLOCK), -torch.inf).triu_(1)[:, None]
     for group in range(num_groups):
-        for start in range(0, n, _BLOCK):
+        keys = [x[group] for x in of_keys]
+        parts = zip(*(x[group].split(_BLOCK * grouped) for x in of_queries))
+        for start, part in zip(range(0, n, _BLOCK), parts):
             end = min(start + _BLOCK, n)
-            yield group, slice(start * grouped, end * grouped), end, mask[: end - start, :, : end - start]
+            yield mask[: end - start, :, : end - start], part, [x[:end] for x in keys]
 
 
 def _weights(rows: Tensor, keys: Tensor, mask: Tensor) -> Tensor:

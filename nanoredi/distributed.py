@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from nanoredi.errors import UserError
 from nanoredi.kernels.products import product
+from nanoredi.kernels.masters import make_masters
 from nanoredi.model import Block, Qwen2
 
 Result = TypeVar("Result")
@@ -155,6 +156,8 @@ def shard(
         for p in model.parameters():
             p.data = p.data.to(world.device, torch.float32, copy=True)
         model.compute_dtype = dtype
+        if world.device.type == "cpu":
+            make_masters(model.parameters())
         return model
     mesh = shard_mesh(world, shard_size)
     # Inputs are not cast: the loss's weights must stay fp32.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nanoredi.architecture import Qwen2Config
 from nanoredi.attention import ATTENTION, Attend, PackedAttention
 from nanoredi.checkpoint import load_weights, save_folder
-from nanoredi.kernels import PRODUCTS, linear, linear_logprob, weighted_cross_entropy
+from nanoredi.kernels import PRODUCTS, embedding, linear, linear_logprob, rms_norm, weighted_cross_entropy
 from nanoredi.recompute import recomputed
 
 
@@ -31,7 +31,12 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Embedding(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.weight)
 
 
 class Linear(nn.Linear):
@@ -108,7 +113,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         # Drawn by init_weights alone: on the meta device, too, drawing would import torch._dynamo, a second's work.
-        self.embed_tokens = nn.Embedding.from_pretrained(
+        self.embed_tokens = Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False
         )
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))

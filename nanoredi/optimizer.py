@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from nanoredi.distributed import local
+from nanoredi.kernels.masters import drop_gradients
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # the paper's
+# Of a parameter, worked on at once on a CPU: they stay in its cache.
+_CPU_ELEMENTS = 1 << 18
 
 
 class AdamW:
@@ -57,8 +60,7 @@ class AdamW:
             eps=EPS,
             maximize=False,
         )
-        for p in self.parameters:
-            p.grad = None
+        drop_gradients(self.parameters)
 
     @torch.no_grad()
     def update_square(self) -> Tensor:
@@ -69,11 +71,14 @@ class AdamW:
         """
         squares, decayed = [], self.lr * self.weight_decay
         for p, m, v, t in zip(self.parameters, self.exp_avg, self.exp_avg_sq, self.num_steps):
-            new, m, v = local(p), local(m), local(v)
-            step = (v / (1 - BETAS[1] ** t)).sqrt_().add_(EPS).reciprocal_().mul_(m).mul_(self.lr / (1 - BETAS[0] ** t))
-            # new = (1 - decayed) * old - step, hence old - new = (step + decayed * new) / (1 - decayed).
-            step.add_(new, alpha=decayed)
-            squares.append(step.div_(1 - decayed).square_().sum())
+            tensors = [local(x).flatten() for x in (p, m, v)]
+            size = _CPU_ELEMENTS if p.is_cpu else max(1, len(tensors[0]))
+            rate, correction = self.lr / (1 - BETAS[0] ** t), 1 - BETAS[1] ** t
+            for new, mean, mean_square in zip(*(x.split(size) for x in tensors)):
+                step = (mean_square / correction).sqrt_().add_(EPS).reciprocal_().mul_(mean).mul_(rate)
+                # new = (1 - decayed) * old - step, hence old - new = (step + decayed * new) / (1 - decayed).
+                step.add_(new, alpha=decayed)
+                squares.append(step.div_(1 - decayed).square_().sum())
         return torch.stack(squares).sum()
 
 

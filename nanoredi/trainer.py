@@ -23,7 +23,6 @@ from nanoredi.data import TokenData, load_pairs, load_sft
 from nanoredi.distributed import World, compute_dtype, exchange_gradients, matrix_rate, shard
 from nanoredi.errors import Stopped, UserError
 from nanoredi.guards import Guards, signals
-from nanoredi.heap import trim_before_peaks
 from nanoredi.log import Log, Step
 from nanoredi.model import Qwen2
 from nanoredi.optimizer import AdamW, gradient_square, schedule
@@ -100,9 +99,6 @@ def set_up(model: Qwen2, config: SftConfig | RediConfig, dtype: torch.dtype, wor
     for block in model.model.layers:
         block.activation_checkpointing = config.activation_checkpointing
     shard(model, world, dtype, config.reshard_after_forward, config.shard_size)
-    # Who keeps everything wants speed: all that memory would be taken anew, a tenth of a step's time.
-    if world.device.type == "cpu" and config.activation_checkpointing != "off":
-        trim_before_peaks(model)
 
 
 def train_step(

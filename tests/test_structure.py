@@ -45,7 +45,6 @@ STORY = [
     "toy",
     "distributed",
     "optimizer",
-    "heap",
     "log",
     "guards",
     "state",

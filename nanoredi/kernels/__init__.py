@@ -1,4 +1,4 @@
-"""The fused head of the losses. Import the functions from here.
+"""What the model is made of: linear layers, norms, the embedding, the fused head of the losses. Import from here.
 
 cross_entropy.py is for losses that are linear in the log-probabilities, logprob.py for the others. Both go over the
 tokens by chunks.py and do to each chunk of logits what rows.py does: in Triton on a GPU, in plain PyTorch elsewhere
@@ -6,7 +6,9 @@ tokens by chunks.py and do to each chunk of logits what rows.py does: in Triton 
 """
 
 from nanoredi.kernels.cross_entropy import weighted_cross_entropy
+from nanoredi.kernels.embedding import embedding
 from nanoredi.kernels.logprob import linear_logprob
+from nanoredi.kernels.norm import rms_norm
 from nanoredi.kernels.products import PRODUCTS, linear
 
-__all__ = ["PRODUCTS", "linear", "linear_logprob", "weighted_cross_entropy"]
+__all__ = ["PRODUCTS", "embedding", "linear", "linear_logprob", "rms_norm", "weighted_cross_entropy"]

@@ -20,6 +20,7 @@ from torch import Tensor
 from nanoredi.kernels.chunks import logits_by_chunks
 from nanoredi.kernels.products import add_product, product
 from nanoredi.kernels.rows import logprobs_
+from nanoredi.kernels.masters import cast, kept_sum
 
 
 def weighted_cross_entropy(
@@ -54,11 +55,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, lm_head, targets, weights, rows, grad_enabled):
         grad_hidden = torch.zeros_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         # Chunks add up in fp32: in bf16 a small term added to a large sum is lost.
-        grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if grad_enabled and ctx.needs_input_grad[1] else None
+        grad_head = ctx.sum = None
+        if grad_enabled and ctx.needs_input_grad[1]:
+            ctx.sum = kept_sum(lm_head)
+            grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if ctx.sum is None else ctx.sum
         wants_gradient = grad_hidden is not None or grad_head is not None
         logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
 
-        head = lm_head.to(hidden.dtype)
+        head = cast(lm_head, hidden.dtype)
         for chunk, x, logits in logits_by_chunks(hidden, head, rows):
             logps[chunk], *_ = logprobs_(logits, targets[chunk], weights[chunk] if wants_gradient else None)
             if grad_hidden is not None:
@@ -78,6 +82,10 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             )
         grad_hidden, grad_head = ctx.grads
         ctx.grads = None
+        if ctx.sum is not None:
+            if grad_loss != 1:
+                raise RuntimeError("of a master, lm_head's gradient is in its sum already: the loss's own must be 1")
+            return grad_hidden, None, None, None, None, None
         for grad in (grad_hidden, grad_head):
             if grad is not None:
                 grad.mul_(grad_loss)

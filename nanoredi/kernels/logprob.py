@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from nanoredi.kernels.chunks import logits_by_chunks
 from nanoredi.kernels.products import add_product, product
 from nanoredi.kernels.rows import gradient_, logprobs_
+from nanoredi.kernels.masters import cast, kept_sum
 
 
 def linear_logprob(hidden: Tensor, lm_head: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -43,22 +44,25 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, lm_head, targets, rows):
         # Three tensors and no views of one: FSDP2 hangs its hook on what leaves the model, and a view may lose it.
         logps, lse, missing = (torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3))
-        for chunk, _, logits in logits_by_chunks(hidden, lm_head.to(hidden.dtype), rows):
+        head = cast(lm_head, hidden.dtype)
+        for chunk, _, logits in logits_by_chunks(hidden, head, rows):
             logps[chunk], lse[chunk], missing[chunk] = logprobs_(logits, targets[chunk])
-        ctx.save_for_backward(hidden, lm_head, targets, rows, lse, missing)
+        ctx.save_for_backward(hidden, head, targets, rows, lse, missing)
+        ctx.sum = kept_sum(lm_head)
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps):
-        hidden, lm_head, targets, rows, lse, missing = ctx.saved_tensors
+        hidden, head, targets, rows, lse, missing = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        head = lm_head.to(hidden.dtype)
+        grad_head = ctx.sum
+        if grad_head is None and ctx.needs_input_grad[1]:
+            grad_head = torch.zeros_like(head, dtype=torch.float32)
         for chunk, x, logits in logits_by_chunks(hidden, head, rows):
             gradient_(logits, targets[chunk], grad_logps[chunk], lse[chunk], missing[chunk])
             if grad_hidden is not None:
                 grad_hidden[chunk] = product(logits, head)
             if grad_head is not None:
                 add_product(grad_head, logits.T, x)
-        return grad_hidden, grad_head, None, None
+        return grad_hidden, grad_head if ctx.sum is None else None, None, None

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoredi.kernels.masters import cast, kept_sum
+
 # The operations that linear layers come down to, by name.
 PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
 
@@ -37,13 +39,13 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, recurs: bool
     return (a @ b).to(dtype or a.dtype)
 
 
-def put_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def put_product(out: Tensor, a: Tensor, b: Tensor, recurs: bool = False) -> Tensor:
     """a (M, K) @ b (K, N), of one dtype, written to out (M, N)."""
     if not _prefers_onednn(a):
         return torch.mm(a, b, out=out)
     columns = max(1, _PIECE // len(out))
     for part, factor in zip(out.split(columns, dim=1), b.split(columns, dim=1)):
-        part.copy_(product(a, factor))
+        part.copy_(product(a, factor, recurs=recurs))
     return out
 
 
@@ -61,12 +63,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (N, in) @ weight.T + bias -> (N, out), in x's dtype.
 
-    The weight (out, in) and bias (out,) may be fp32 masters: they are cast to x's dtype here, again in backward, so that no
-    copy of them is kept, and get their gradients in fp32.
+    The weight (out, in) and bias (out,) may be fp32 masters: they are cast to x's dtype, and get their gradients in fp32.
     """
     if torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias)
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    weight, bias = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
     if x.is_cpu and len(x) <= _FEW_ROWS:
         # Contiguous, for a few rows that lie transposed take up to three times as long; with a bias, for rotate.
         out = by_few_rows(weight, x.contiguous()).T
@@ -92,16 +93,23 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
+        ctx.sum = kept_sum(weight)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        weight, bias = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
         ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return _linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        grad_x = product(grad, weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        grad_weight = product(grad.T, x, weight.dtype) if ctx.needs_input_grad[1] else None
-        grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        weight_dtype, bias_dtype = ctx.dtypes
+        grad_x = product(grad, weight) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.sum is not None:
+            add_product(ctx.sum, grad.T, x)
+        elif ctx.needs_input_grad[1]:
+            grad_weight = product(grad.T, x, weight_dtype)
+        grad_bias = grad.sum(0, dtype=bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias
 
 

@@ -1,0 +1,46 @@
+"""RMSNorm (arXiv 1910.07467, eq. 4): y = x * r * weight, r = 1 / sqrt(mean(x^2) + eps).
+
+torch has one kernel for it on a GPU. On a CPU it makes each step of the formula, and of its derivative, a pass over all
+of x; here are fewer. With D elements a row and upstream gradient g, the derivatives are
+
+    d weight = sum_rows g * x * r            d x = r * (g * weight - x * r^2 * sum_row(g * x * weight) / D)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoredi.kernels.masters import cast, kept_sum
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (N, D), weight (D,) of x's dtype or an fp32 master -> (N, D), in x's dtype."""
+    if x.is_cpu and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
+        r = (square / x.shape[-1] + eps).rsqrt_()  # (N, 1)
+        ctx.save_for_backward(x, weight, r)
+        ctx.sum = kept_sum(weight)
+        return (x * r).mul_(cast(weight, wide)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, r = ctx.saved_tensors
+        w = weight.to(r.dtype)
+        products = grad.to(r.dtype) * x
+        grad_weight = None
+        if ctx.sum is not None:
+            ctx.sum.addmv_(products.T, r.squeeze(1))
+        elif ctx.needs_input_grad[1]:
+            grad_weight = (r.T @ products).squeeze(0).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        along = r.pow(3) * (products @ w)[:, None] / -x.shape[-1]
+        return (grad * w).mul_(r).addcmul_(x, along).to(x.dtype), grad_weight, None
