@@ -77,9 +77,6 @@ def world() -> Iterator[World]:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-        # Asks torch, before it makes its first tensor, to take large ones in large pages: activations of ever other sizes
-        # then leave fewer holes behind (bench/train_step.py).
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if "RANK" in os.environ:
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
     else:
