@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from nanoredi.errors import UserError
-from nanoredi.kernels.products import product
 from nanoredi.kernels.masters import make_masters
+from nanoredi.kernels.products import product
 from nanoredi.model import Block, Qwen2
 
 Result = TypeVar("Result")

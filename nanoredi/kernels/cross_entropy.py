@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from nanoredi.kernels.chunks import logits_by_chunks
+from nanoredi.kernels.masters import cast, kept_sum
 from nanoredi.kernels.products import add_product, product
 from nanoredi.kernels.rows import logprobs_
-from nanoredi.kernels.masters import cast, kept_sum
 
 
 def weighted_cross_entropy(
@@ -30,7 +30,8 @@ def weighted_cross_entropy(
 
     The gradient of lm_head adds up in fp32, whatever its dtype, and leaves backward so: an fp32 master takes it as it is,
     a bf16 lm_head unrounded where its grad_dtype is float32 (distributed.shard sets it), and rounds it once otherwise. A
-    frozen lm_head costs no gradient.
+    frozen lm_head costs no gradient. Of a master (masters.py) forward adds it to the kept sum at once, as if the loss's own
+    gradient were 1; backward raises a RuntimeError if it is not.
 
     Args:
         hidden: (N, D) final hidden states, fp32 or bf16.

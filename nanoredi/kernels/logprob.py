@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanoredi.kernels.chunks import logits_by_chunks
+from nanoredi.kernels.masters import cast, kept_sum
 from nanoredi.kernels.products import add_product, product
 from nanoredi.kernels.rows import gradient_, logprobs_
-from nanoredi.kernels.masters import cast, kept_sum
 
 
 def linear_logprob(hidden: Tensor, lm_head: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
