@@ -23,6 +23,7 @@ from nanoredi.data import TokenData, load_pairs, load_sft
 from nanoredi.distributed import World, compute_dtype, exchange_gradients, matrix_rate, shard
 from nanoredi.errors import Stopped, UserError
 from nanoredi.guards import Guards, signals
+from nanoredi.heap import give_back
 from nanoredi.log import Log, Step
 from nanoredi.model import Qwen2
 from nanoredi.optimizer import AdamW, gradient_square, schedule
@@ -147,6 +148,8 @@ def train_step(
     chosen, rejected, loss, norm = sums[0], sums[1] / (_rejected_weight(config) or 1.0), sums[2], sums[3].sqrt()
     skip = (~sums.isfinite().all()).float()
     optimizer.step(norm, config.clip, skip)
+    if world.device.type == "cpu":
+        give_back(model)
     update = optimizer.update_square() / copies
     dist.all_reduce(update)
     update = torch.where(skip.bool(), 0.0, update.sqrt())

@@ -45,6 +45,7 @@ STORY = [
     "toy",
     "distributed",
     "optimizer",
+    "heap",
     "log",
     "guards",
     "state",
