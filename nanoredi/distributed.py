@@ -148,8 +148,8 @@ def shard(
             copy, and gradients are summed over the groups, too.
     """
     if world.size == 1 and (world.device.type == "cpu" or dtype == torch.float32):
-        # Nothing to share. On a CPU FSDP2's copies in half precision would cost much time and memory; here weights are
-        # cast where they are used. A copy of them, because they are the file's own memory.
+        # Nothing to share, and on a CPU FSDP2's own copies would cost much time and memory. A copy of the weights, because
+        # they are the file's own memory.
         for p in model.parameters():
             p.data = p.data.to(world.device, torch.float32, copy=True)
         model.compute_dtype = dtype

@@ -139,6 +139,13 @@ def test_gradients_are_the_formula_s(stage, request, one_rank):
     assert figures[2].item() == pytest.approx(torch.stack([g.norm() for g in want.values()]).norm().item(), rel=1e-4)
 
 
+def test_memory_is_given_back_after_a_step(redi, one_rank, monkeypatch):
+    given = []
+    monkeypatch.setattr("nanoredi.trainer.give_back", given.append)
+    *_, model = one_step(redi, one_rank)
+    assert given == [model]
+
+
 def test_all_objectives_tell_the_same_log_probs(request, one_rank):
     figures = [one_step(request.getfixturevalue(name), one_rank)[0] for name in ("redi", "dpo", "simpo", "weighted")]
     for other in figures[1:]:
