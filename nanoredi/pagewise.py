@@ -6,22 +6,26 @@ page's users attend to it as if they were one sequence:
 
     queries (P*K, R*G, E), keys and values (P*K, page, E)          R users of a page, G = H/K
 
-Each of a row's pages gives a part: the sum of the values weighed by exp(score - top), top being the part's largest
-score, and the sum of these weights. The parts are then brought to the row's largest top and added up
-(FlashAttention-2, arXiv 2307.08691, section 2.3.1).
+The scores of all pages are brought to weights by each row's largest score, and then, page by page, the values are
+weighed. A row adds up what its pages give.
 
 A page of one's own has one user, one of a shared beginning mostly as many as a prompt has samples, and a few, such as
 the chat template's head, very many: three groups, each with its own R.
 
 What is as large as the queries or the scores is allocated once a step and used at every layer: a step writes so much
-that new memory, which the system must first provide, may cost as much as the products.
+that new memory, which the system must first provide, may cost as much as the products. In half precision keys and
+values are made fp32, a few pages at a time: their products would round the scores.
 """
+
+import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _AT_ONCE = 1 << 20  # keys' elements that are made fp32 at once, and stay in a CPU's cache
+_FEW_QUERIES = 7  # up to so many, keys @ queries.T is the faster product, though its result must be turned
 
 
 class PageWise:
@@ -57,22 +61,14 @@ class PageWise:
         self.sizes = [len(group.users) for group in self.groups]
         self.users = torch.cat([group.users for group in self.groups])  # (U,)
 
-        # The places of each user's parts (B*K, most parts); a line is filled up with place U, where there is nothing.
-        parts = torch.cat([group.taken for group in self.groups]).nonzero().squeeze(1)
-        parts = parts[self.users[parts].argsort(stable=True)]
-        users = self.users[parts]
-        turn = _turn(users)
-        self.table = torch.full((len(lengths) * num_kv_heads, int(turn.max()) + 1), len(self.users))
-        self.table[users, turn] = parts
-        # The same for each query head, b * H + h, one after the other.
-        heads = (self.table[..., None] * grouped + torch.arange(grouped)).transpose(1, 2)  # (B*K, G, C)
-        self.lookups = heads[(self.table < len(self.users))[:, None].expand_as(heads)]
-        self.starts = F.pad(torch.bincount(users).repeat_interleave(grouped).cumsum(0), (1, -1))
+        # The places of each user, one user after the other.
+        taken = torch.cat([group.taken for group in self.groups]).nonzero().squeeze(1)
+        self.places = taken[self.users[taken].argsort(stable=True)]
+        self.starts = F.pad(self.users[taken].bincount().cumsum(0), (1, -1))
 
-        self.queries = keys.new_empty(len(lengths), num_heads, head_dim)
-        self.outs = torch.empty(len(self.users), grouped, head_dim)
-        self.sums, self.tops = torch.zeros(2, len(self.users) + 1, grouped)
-        self.tops[-1] = -torch.inf
+        self.rows = torch.empty(len(lengths) * num_kv_heads, grouped * head_dim)
+        self.queries, self.outs = torch.empty(2, len(self.users), grouped * head_dim)
+        self.scores = torch.empty(len(self.users), grouped, page_size)
 
     def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """
@@ -83,24 +79,32 @@ class PageWise:
         Returns:
             (B, H, E).
         """
-        queries = self.queries.copy_(q).view(len(self.table), -1)  # (B*K, G*E)
-        places = zip(*(x.split(self.sizes) for x in (self.outs, self.sums[:-1], self.tops[:-1])))
-        for group, place in zip(self.groups, places):
-            group(queries, keys, values, *place)
-        weights = (self.tops[:-1] - self.tops[self.table].amax(1).index_select(0, self.users)).exp_()  # (U, G)
-        self.sums[:-1] *= weights
-        weights /= self.sums[self.table].sum(1).index_select(0, self.users)
-        weights, outs = weights.flatten()[self.lookups], self.outs.flatten(0, 1)
-        out = F.embedding_bag(self.lookups, outs, self.starts, mode="sum", per_sample_weights=weights)
-        return out.view(q.shape).to(q.dtype)
+        # exp2 of scores / log 2: torch's exp takes four times as long, and where it gives next to nothing twenty times.
+        rows = self.rows.view(q.shape).copy_(q).mul_(q.shape[-1] ** -0.5 / math.log(2)).view_as(self.rows)
+        torch.index_select(rows, 0, self.users, out=self.queries)
+        queries, scores, outs = (x.split(self.sizes) for x in (self.queries, self.scores, self.outs))
+        for group, *places in zip(self.groups, queries, scores):
+            group.score(keys, *places)
+        tops = self._over_places(self.scores.amax(-1), "max")  # (B*K, G)
+        weights = self.scores.sub_(tops.index_select(0, self.users)[..., None]).exp2_()
+        for group, *places in zip(self.groups, scores, outs):
+            group.weigh(values, *places)
+        sums = self._over_places(weights.sum(-1), "sum")
+        return self._over_places(self.outs, "sum").view(q.shape).div_(sums.view(*q.shape[:2], 1)).to(q.dtype)
+
+    def _over_places(self, x: Tensor, mode: str) -> Tensor:
+        """The largest, or the sum, of x (U, ...) over each user's places: (B*K, ...)."""
+        return F.embedding_bag(self.places, x, self.starts, mode=mode)
 
 
 class _Group:
     """P pages with R places each for users.
 
     Attributes:
-        users: (P*K*R,) int64; 0 in a place that is not taken, whose part is never looked at.
+        users: (P*K*R,) int64; 0 in a place that is not taken, of which nothing is used.
         taken: (P*K*R,) bool.
+        wide: (at_once, K, page, E) fp32, for pages in half precision; None where they are fp32.
+        turned: (at_once*K, page, R*G) fp32, for the scores of few queries; None where they are many.
     """
 
     def __init__(self, pages: Tensor, row: Tensor, filled: Tensor, keys: Tensor, grouped: int):
@@ -125,30 +129,38 @@ class _Group:
             tokens[place] = filled[order]
             self.mask = torch.where(torch.arange(page_size) < tokens[:, None], 0.0, -torch.inf)[:, None, None]
         self.shape = num_pages, num_kv_heads, users.shape[2] * grouped  # (P, K, R*G)
-        self.queries = keys.new_empty(len(self.users), grouped * head_dim)
-        self.scores = torch.empty(*self.shape, page_size)
+        self.at_once, self.wide, self.turned = num_pages, None, None
+        if keys.dtype != torch.float32:
+            self.at_once = min(num_pages, max(1, _AT_ONCE // keys[0].numel()))
+            self.wide = torch.empty(self.at_once, *keys.shape[1:])
+        if self.shape[2] <= _FEW_QUERIES:
+            self.turned = torch.empty(self.at_once * num_kv_heads, page_size, self.shape[2])
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, outs: Tensor, sums: Tensor, tops: Tensor) -> None:
-        """(B*K, G*E) and the pool's (P, K, page, E) -> the parts' sums of values outs (P*K*R, G, E), sums of weights
-        and tops (P*K*R, G)."""
-        keys, values = keys[self.pages], values[self.pages]
-        q = torch.index_select(queries, 0, self.users, out=self.queries).view(*self.shape, -1)
-        outs, sums, tops = outs.view(q.shape), sums.view(self.shape), tops.view(self.shape)
-        # In half precision keys and values are made fp32, a few pages at a time: their products would round the scores.
-        num_pages = len(q) if keys.dtype == torch.float32 else max(1, _AT_ONCE // keys[0].numel())
-        for start in range(0, len(q), num_pages):
-            part = slice(start, start + num_pages)
-            scores = self.scores[part]
-            # A member of the products is a page and head.
-            tensors = q[part], keys[part], values[part], scores
-            rows, columns, contents, members = (x.flatten(0, 1).float() for x in tensors)
-            torch.baddbmm(members, rows, columns.mT, beta=0, alpha=q.shape[-1] ** -0.5, out=members)
-            if self.mask is not None:
-                scores += self.mask[part]
-            torch.amax(scores, -1, out=tops[part])
-            scores.sub_(tops[part, ..., None]).exp_()
-            torch.sum(scores, -1, out=sums[part])
-            torch.bmm(members, contents, out=outs[part].flatten(0, 1))
+    def score(self, keys: Tensor, queries: Tensor, scores: Tensor) -> None:
+        """The pool's keys (P, K, page, E) and the places' queries (P*K*R, G, E) -> scores (P*K*R, G, page)."""
+        queries, scores = (x.view(*self.shape, -1) for x in (queries, scores))
+        for part, columns in self._fp32(keys):
+            rows, members = queries[part].flatten(0, 1), scores[part].flatten(0, 1)
+            if self.turned is None:
+                torch.bmm(rows, columns.mT, out=members)
+            else:
+                members.copy_(torch.bmm(columns, rows.mT, out=self.turned[: len(members)]).mT)
+        if self.mask is not None:
+            scores += self.mask
+
+    def weigh(self, values: Tensor, weights: Tensor, outs: Tensor) -> None:
+        """The pool's values (P, K, page, E) and the places' weights (P*K*R, G, page) -> outs (P*K*R, G, E)."""
+        weights, outs = (x.view(*self.shape, -1) for x in (weights, outs))
+        for part, contents in self._fp32(values):
+            torch.bmm(weights[part].flatten(0, 1), contents, out=outs[part].flatten(0, 1))
+
+    def _fp32(self, pool: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The pages in fp32, a stretch of them at a time: which these are, and each head of each page (p*K, page, E)."""
+        pages = pool[self.pages]
+        for start in range(0, len(pages), self.at_once):
+            part = slice(start, start + self.at_once)
+            wide = pages[part] if self.wide is None else self.wide[: len(pages[part])].copy_(pages[part])
+            yield part, wide.flatten(0, 1)
 
 
 def _turn(sorted_values: Tensor) -> Tensor:

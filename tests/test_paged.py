@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_attention import dense, qkv
 
+from nanoredi import pagewise
 from nanoredi.kernels.decode import paged_decode
 from nanoredi.paged import PagedCache
 from nanoredi.pagewise import PageWise
@@ -82,7 +83,8 @@ def assert_rows_equal_dense(got, q, rows, tolerance=2e-5):
     ],
 )
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
-def test_pagewise_equals_dense(lengths, shared, dtype, tolerance):
+def test_pagewise_equals_dense(lengths, shared, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(pagewise, "_AT_ONCE", 2_000)  # two pages and no whole third one
     page_size, heads, kv_heads, size = 16, 6, 2, 24
     rows = rows_of(lengths, kv_heads, size, shared, page_size)
     keys, values, table, num_shared = pool_of(rows, page_size, shared)
@@ -90,6 +92,16 @@ def test_pagewise_equals_dense(lengths, shared, dtype, tolerance):
     q = torch.randn(len(rows), heads, size, generator=torch.Generator().manual_seed(1))
     attend = PageWise(table, torch.tensor(lengths), num_shared, keys, heads)
     assert_rows_equal_dense(attend(q.to(dtype), keys, values), q, rows, tolerance)
+
+
+def test_pagewise_where_one_token_takes_nearly_all():
+    """Scores of hundreds, the largest of a row on any of its pages."""
+    lengths, shared = [40, 33, 50, 34], [(0, 2), (0, 2), (0, 2), None]
+    rows = rows_of(lengths, 2, 24, shared, 16)
+    keys, values, table, num_shared = pool_of(rows, 16, shared)
+    q = 200 * torch.randn(len(rows), 6, 24, generator=torch.Generator().manual_seed(1))
+    got = PageWise(table, torch.tensor(lengths), num_shared, keys, 6)(q, keys, values)
+    assert_rows_equal_dense(got, q, rows, 1e-3)
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
