@@ -17,7 +17,7 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, t
     """Draw a token from each row, by inverting the kept tokens' cumulative distribution in the vocabulary's order.
 
     Args:
-        logits: (B, V) fp32.
+        logits: (B, V).
         uniforms: (B,) fp64 from [0, 1), one a row.
         temperature: 0 takes the likeliest token.
         top_p: keep the fewest likeliest tokens that together have this probability, after top_k. Of equally likely
@@ -33,7 +33,7 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, t
     rows = max(1, (_GPU_ELEMENTS if logits.is_cuda else _CPU_ELEMENTS) // logits.shape[1])
     tokens = []
     for z, u in zip(logits.split(rows), uniforms.split(rows)):
-        probs = (z.contiguous() / temperature).softmax(-1)
+        probs = (z.float() / temperature).softmax(-1)
         lost = probs[:, 0].isnan()  # then all of the row are
         if lost.is_cpu and lost.any():  # on a GPU nothing below minds them
             probs[lost] = 1.0
