@@ -5,6 +5,8 @@ here are the tensors. As in attention.py a forward pass is given an `attend` tha
 tokens' keys and values into the pool and attends to all that their rows have there.
 """
 
+import math
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -144,7 +146,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros, not empty memory: masked values still meet a weight of 0, and 0 * NaN is NaN."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy's zeros are the system's: a page of memory is taken when it is first written, so a large pool costs nothing
-    # until it is used.
-    size = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+    # Fresh from the system: a page of memory is taken when it is first written, so a large pool costs nothing until it is
+    # used. numpy's zeros would be so, too, but in pieces of 2 MB, of which each layer would hardly use the outermost ones.
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
