@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 
     tokenizer = Tokenizer(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Qwen2.from_pretrained(folder, dtype=compute_dtype(config.dtype, device), device=device)
+    model = Qwen2.from_pretrained(folder, dtype=compute_dtype(config.dtype, device), device=device).pack()
     prompts = [tokenizer.encode(tokenizer.prompt(_messages(where, row))) for where, row in rows]
     requests = requests_for(prompts, config.n, config.seed, [where for where, _ in rows])
     owners = {id(request): rows[i // config.n][1] for i, request in enumerate(requests)}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from nanoredi.architecture import Qwen2Config
-from nanoredi.kernels.products import by_few_rows
+from nanoredi.kernels.products import linear, packed
 from nanoredi.scheduler import Request
 
 ON_GPU = torch.cuda.is_available()
@@ -46,11 +46,13 @@ def _product_seconds(rows: int, matrices: list[list[torch.Tensor]], head: torch.
             times.append(time.perf_counter() - start)
         return min(times)
 
-    # The way that is faster: either way round, or the sampler's.
-    ways = (lambda x, w: x @ w.T), (lambda x, w: w @ x.T), (lambda x, w: by_few_rows(w, x))
-    blocks = min(best(lambda: [way(inputs[w.shape[1]], w) for block in matrices for w in block]) for way in ways)
-    last = min(best(lambda: way(inputs[head.shape[1]], head)) for way in ways)
-    return blocks * num_layers / len(matrices) + last
+    def fastest(weights: list[torch.Tensor]) -> float:
+        # Either way round, or the sampler's.
+        ways = [(weights, lambda x, w: x @ w.T), (weights, lambda x, w: w @ x.T), ([packed(w) for w in weights], linear)]
+        with torch.no_grad():
+            return min(best(lambda: [way(inputs[w.shape[1]], w) for w in ws]) for ws, way in ways)
+
+    return fastest([w for block in matrices for w in block]) * num_layers / len(matrices) + fastest([head])
 
 
 def _bandwidth() -> float:

@@ -102,7 +102,7 @@ def requests_of(size: Size) -> list[Request]:
 
 
 def nanoredi(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tuple[Callable[[], int], Callable]:
-    model = Qwen2.from_pretrained(folder, dtype=dtype, device=DEVICE)
+    model = Qwen2.from_pretrained(folder, dtype=dtype, device=DEVICE).pack()
     settings = SamplingConfig(temperature=TEMPERATURE, top_p=TOP_P, batch_size=size.batch_size)
     sampler = Sampler(model, [], settings)
 

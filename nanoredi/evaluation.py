@@ -48,7 +48,7 @@ def evaluate(
     """
     tokenizer = Tokenizer(folder)
     dtype = world.first(lambda: compute_dtype(config.dtype, world.device))  # measured, so one rank decides
-    model = Qwen2.from_pretrained(folder, dtype=dtype, device=world.device)
+    model = Qwen2.from_pretrained(folder, dtype=dtype, device=world.device).pack()
     logps = {}
     if pairs is not None and pairs.watch:
         load = partial(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nanoredi.architecture import Qwen2Config
 from nanoredi.attention import ATTENTION, Attend, PackedAttention
 from nanoredi.checkpoint import load_weights, save_folder
-from nanoredi.kernels import PRODUCTS, embedding, linear, linear_logprob, rms_norm, weighted_cross_entropy
+from nanoredi.kernels import PRODUCTS, embedding, linear, linear_logprob, packed, rms_norm, weighted_cross_entropy
 from nanoredi.recompute import recomputed
 
 
@@ -194,6 +194,19 @@ class Qwen2(nn.Module):
                     module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
+        return self
+
+    def pack(self) -> "Qwen2":
+        """Lay the blocks' weights out as a CPU multiplies by them fastest, in place of what they were. From then on the
+        model can sample and score, but not be trained or saved. On a GPU nothing is changed."""
+        if not self.lm_head_weight.is_cpu:
+            return self
+        for module in self.model.layers.modules():
+            if isinstance(module, Linear):
+                module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
+        for p in self.requires_grad_(False).parameters():
+            if not p.is_mkldnn:  # a single one that is still mapped would hold the whole file in memory
+                p.data = p.data.clone()
         return self
 
     @property

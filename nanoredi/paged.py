@@ -55,7 +55,7 @@ class PagedCache:
                 earlier piece.
 
         Returns:
-            What attends; and the pieces' positions (N,) int64.
+            What attends, to tokens after those of the pieces with zeros; and the pieces' positions (N,) int64.
         """
         device = self.keys.device
         positions = np.concatenate([np.arange(start, end) for _, start, end in pieces])
@@ -80,11 +80,11 @@ class PagedCache:
                 out.append(x[0].transpose(0, 1))
             return torch.cat(out)
 
-        return attend, positions
+        return _of_first(len(positions), attend), positions
 
     def decode(self, page_table: Tensor, lengths: Tensor, num_shared: Tensor, num_heads: int) -> Attend:
-        """Attention of one new token a row, which it also writes at the row's end. Tokens after those of the rows, which
-        only fill a batch up, get zeros.
+        """Attention of one new token a row, which it also writes at the row's end; of tokens after those of the rows as in
+        prefill.
 
         Args:
             page_table: (B, C) int64, each row's pages, then anything.
@@ -102,13 +102,10 @@ class PagedCache:
             over_pages = PageWise(page_table, lengths + 1, num_shared, self.keys[0], num_heads)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            filling = len(q) - len(lengths)
-            q, k, v = (x[: len(lengths)] for x in (q, k, v))
             self._write(layer, places, k, v)
-            out = over_pages(q, self.keys[layer], self.values[layer])
-            return F.pad(out, (0, 0, 0, 0, 0, filling)) if filling else out
+            return over_pages(q, self.keys[layer], self.values[layer])
 
-        return attend
+        return _of_first(len(lengths), attend)
 
     def _places(self, pages: Tensor, positions: Tensor) -> Tensor:
         """Where the keys of tokens (N,) at these positions of their rows go, in a layer's pool seen as (P * K * page, E):
@@ -124,6 +121,16 @@ class PagedCache:
 
 def bytes_a_page(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
     return 2 * num_layers * num_kv_heads * head_dim * page_size * dtype.itemsize
+
+
+def _of_first(num_tokens: int, attend: Attend) -> Attend:
+    """The same, but that tokens after the first num_tokens, which only fill a batch up, get zeros."""
+
+    def attend_first(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(layer, *(x[:num_tokens] for x in (q, k, v)))
+        return F.pad(out, (0, 0, 0, 0, 0, len(q) - num_tokens)) if len(q) > num_tokens else out
+
+    return attend_first
 
 
 def _mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoredi.attention import Attend
 from nanoredi.config import SamplingConfig
 from nanoredi.draw import choose, uniform
 from nanoredi.errors import UserError
-from nanoredi.kernels.products import multiplied_by_mkl, product
+from nanoredi.kernels import linear, packed
 from nanoredi.model import Qwen2
 from nanoredi.paged import PagedCache, bytes_a_page, upload
 from nanoredi.scheduler import Request, Row, Scheduler
@@ -33,8 +34,6 @@ from nanoredi.scheduler import Request, Row, Scheduler
 _MOVES = 16
 # Tokens that are put into the cache between two decode steps.
 _PREFILL_TOKENS = 1_024
-# Logits of so many tokens of the vocabulary at a time stay in a CPU's cache while they are turned.
-_CPU_TOKENS = 2_048
 # The share of the free memory that the cache takes: on a CPU others live there, too.
 _GPU_SHARE, _CPU_SHARE = 0.9, 0.5
 
@@ -63,6 +62,7 @@ class Sampler:
         self.model, self.config = model, config
         self.stop_ids = np.array(stop_ids, dtype=np.int64)
         self.device = model.lm_head_weight.device
+        self.head = packed(model.lm_head_weight)
         self.cache = _cache(model, config, self.device)
         context, page_size, batch_size = model.config.max_position_embeddings, config.page_size, config.batch_size
         self.scheduler = Scheduler(
@@ -159,7 +159,7 @@ class Sampler:
         if entry.pieces:
             attend, positions = self.cache.prefill([(row.pages, start, end) for row, start, end in entry.pieces])
             ids = np.concatenate([row.tokens[start:end] for row, start, end in entry.pieces])
-            self.model.hidden_states(upload(ids, self.device), positions, attend)
+            self._hidden_states(upload(ids, self.device), positions, attend)
         if entry.copies:
             self.cache.copy(*zip(*entry.copies))
         if not entry.rows:
@@ -211,15 +211,11 @@ class Sampler:
     def _advance(self, places: Tensor) -> Tensor:
         """Put the newest tokens of the rows in these places through the model, and draw the next ones: (B,) int64."""
         lengths, num_drawn = self.lengths[places], self.num_drawn[places]
-        page_table, ids, positions = self.page_table[places], self.newest[places], lengths
+        page_table = self.page_table[places]
         if self.device.type == "cpu":
             page_table = page_table[:, : int(lengths.max()) // self.config.page_size + 1]
-            # It multiplies by a multiple of 8 rows up to a half faster than by one row less, and by 2 than by 1.
-            filling = -len(places) % (8 if len(places) > 6 else 2)
-            ids, positions = F.pad(ids, (0, filling)), F.pad(positions, (0, filling))
         attend = self.cache.decode(page_table, lengths, self.num_shared[places], self.model.config.num_attention_heads)
-        hidden = self.model.hidden_states(ids, positions, attend)
-        logits = self._logits(hidden, len(places))
+        logits = linear(self._hidden_states(self.newest[places], lengths, attend), self.head)[: len(places)]
         c = self.config
         tokens = choose(logits, uniform(self.keys[places], num_drawn), c.temperature, c.top_p, c.top_k)
         self.newest[places] = tokens.clamp(min=0)
@@ -227,16 +223,12 @@ class Sampler:
         self.num_drawn[places] = num_drawn + 1
         return tokens
 
-    def _logits(self, hidden: Tensor, num_rows: int) -> Tensor:
-        """(B or more, D) -> (B, V) fp32."""
-        head = self.model.lm_head_weight
-        if not multiplied_by_mkl(head):
-            return product(hidden, head.T, recurs=True)[:num_rows].float()
-        # The other way round MKL makes this product faster, at any number of rows.
-        logits = torch.empty(num_rows, len(head))
-        for part, target in zip(head.split(_CPU_TOKENS), logits.split(_CPU_TOKENS, dim=1)):
-            target.copy_((part @ hidden.T).T[:num_rows])
-        return logits
+    def _hidden_states(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Of tokens (N,): (N or more, D)."""
+        if self.device.type == "cpu":
+            filling = -len(ids) % _rounded_to(len(ids))
+            ids, positions = F.pad(ids, (0, filling)), F.pad(positions, (0, filling))
+        return self.model.hidden_states(ids, positions, attend)
 
     def _replay(self, places: np.ndarray) -> Tensor:
         """_advance as a CUDA graph."""
@@ -304,6 +296,12 @@ class Sampler:
         room = self.tokens.shape[1]
         if num_tokens > room:
             self.tokens = np.pad(self.tokens, ((0, 0), (0, max(room, num_tokens - room))))
+
+
+def _rounded_to(num_tokens: int) -> int:
+    """A CPU takes a multiple of this many tokens at once: each other number costs oneDNN a kernel for every product, half a
+    megabyte and a millisecond or two."""
+    return 1 if num_tokens <= 4 else 8 if num_tokens <= 128 else 64
 
 
 def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> PagedCache:

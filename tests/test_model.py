@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import tiny
@@ -53,6 +54,27 @@ def test_logps_equal_transformers_on_the_saved_folder(tied, shard_bytes, tmp_pat
     assert (tmp_path / "m" / "model.safetensors.index.json").exists() == (shard_bytes < 10**9)
     for got, want in zip(logps_of(model, tiny.sequences()), tiny.transformers_logps(tmp_path / "m")):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_weights_compute_the_same_and_nothing_else(tied, tmp_path):
+    tiny.tiny_model(tied).save_pretrained(tmp_path / "m")
+    model, ids = Qwen2.from_pretrained(tmp_path / "m").pack(), tiny.sequences()
+    for got, want in zip(logps_of(model, ids), logps_of(tiny.tiny_model(tied), ids)):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    with pytest.raises(RuntimeError):
+        model(*tiny.packed(ids)).sum().backward()
+    with pytest.raises(Exception):
+        model.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
+def test_a_packed_model_lets_go_of_its_file(folder):
+    model = Qwen2.from_pretrained(folder)
+    assert str(folder) in Path("/proc/self/maps").read_text()
+    model.pack()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 def test_packed_sequences_do_not_see_each_other():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanoredi.kernels import products
-from nanoredi.kernels.products import add_product, by_few_rows, linear, product, put_product
+from nanoredi.kernels.products import add_product, linear, packed, product, put_product
 
 # Small; of the size from which on oneDNN may be asked; and one more than a piece that is made at once.
 SHAPES = [(3, 5, 7), (300, 400, 300), (2050, 8, 2060)]
@@ -63,9 +63,29 @@ def test_a_linear_layer_of_fp32_masters_and_its_gradients(rows, biased, dtype, o
     close(out, want.detach(), dtype)
     with torch.no_grad():
         close(linear(x, weight, bias), want.detach(), dtype)
-        close(by_few_rows(weight.to(dtype), x), exact[1].double() @ exact[0].double().T, dtype)
     upstream = matrix(rows, 301, dtype=dtype)
     got = torch.autograd.grad(out, inputs, upstream)
     assert [g.dtype for g in got] == [t.dtype for t in inputs]
     for g, w in zip(got, torch.autograd.grad(want, exact, upstream.double())):
         close(g, w, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_packed_layer(biased, dtype):
+    weight, bias = matrix(301, 400, dtype=dtype), matrix(301, dtype=dtype) if biased else None
+    layer = packed(weight)
+    assert layer.is_mkldnn or not torch.backends.mkldnn.is_available() or dtype == torch.bfloat16
+    for rows in (1, 2, 9, 300):
+        x = matrix(rows, 400, dtype=dtype)
+        want = torch.nn.functional.linear(*(t if t is None else t.double() for t in (x, weight, bias)))
+        for given in (x, x.T.contiguous().T):
+            got = linear(given, layer, bias)
+            assert got.dtype == dtype
+            close(got, want, dtype)
+
+
+def test_nothing_is_packed_where_there_is_no_onednn(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    weight = matrix(3, 4)
+    assert packed(weight) is weight

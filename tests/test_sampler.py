@@ -21,9 +21,8 @@ PROMPTS = [ids.tolist() for ids in tiny.sequences()]
 
 def complete(requests, stop_ids=(), **settings):
     """The finished requests, in the order they were given."""
-    sampler = Sampler(
-        tiny.tiny_model(tied=True), list(stop_ids), SamplingConfig(**{"max_tokens": 20, "dtype": "float32", **settings})
-    )
+    config = SamplingConfig(**{"max_tokens": 20, "dtype": "float32", **settings})
+    sampler = Sampler(tiny.tiny_model(tied=True).pack(), list(stop_ids), config)
     assert len(list(sampler.run(requests))) == len(requests)
     return requests
 
