@@ -89,3 +89,8 @@ def test_nothing_is_packed_where_there_is_no_onednn(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     weight = matrix(3, 4)
     assert packed(weight) is weight
+
+
+def test_a_dtype_that_onednn_lacks_is_not_packed():
+    weight = matrix(3, 4, dtype=torch.float64)
+    assert packed(weight) is weight

@@ -75,7 +75,8 @@ def packed(weight: Tensor) -> Tensor:
     the weight as it is."""
     if not (weight.is_cpu and torch.backends.mkldnn.is_available()):
         return weight
-    if weight.dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    in_bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.dtype != torch.float32 and not in_bf16:
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
