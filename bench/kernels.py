@@ -29,6 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from nanoredi.kernels import chunks, linear_logprob, weighted_cross_entropy  # noqa: E402
+from nanoredi.kernels.products import add_product, product, put_product  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Tokens, hidden size, vocabulary, dtype: a pair of the paper's longest traces, then one of its mean length; and a model
@@ -122,9 +123,9 @@ def products(size: tuple[int, int, int, str], times: int) -> dict[int, float]:
         grad_head = torch.zeros_like(lm_head, dtype=torch.float32)
         for _, x, logits in chunks.logits_by_chunks(hidden, lm_head, case.rows):
             for _ in range(number - 3):
-                torch.mm(x, lm_head.T, out=logits)
-            logits @ lm_head
-            chunks.add_product(grad_head, logits.T, x)
+                put_product(logits, x, lm_head.T)
+            product(logits, lm_head)
+            add_product(grad_head, logits.T, x)
 
     return {number: statistics.median(timed(partial(multiply, number), times + 1)[1:]) for number in (3, 4)}
 
