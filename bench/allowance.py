@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from nanoredi.architecture import Qwen2Config
-from nanoredi.kernels.products import linear, packed
+from nanoredi.kernels import linear, packed
 from nanoredi.scheduler import Request
 
 ON_GPU = torch.cuda.is_available()

@@ -55,7 +55,8 @@ class PagedCache:
                 earlier piece.
 
         Returns:
-            What attends, to tokens after those of the pieces with zeros; and the pieces' positions (N,) int64.
+            What attends, and the pieces' positions (N,) int64. Tokens after those of the pieces, which only fill a batch up,
+            get zeros.
         """
         device = self.keys.device
         positions = np.concatenate([np.arange(start, end) for _, start, end in pieces])
@@ -83,8 +84,8 @@ class PagedCache:
         return _of_first(len(positions), attend), positions
 
     def decode(self, page_table: Tensor, lengths: Tensor, num_shared: Tensor, num_heads: int) -> Attend:
-        """Attention of one new token a row, which it also writes at the row's end; of tokens after those of the rows as in
-        prefill.
+        """Attention of one new token a row, which it also writes at the row's end. Tokens after those of the rows get zeros,
+        as in prefill.
 
         Args:
             page_table: (B, C) int64, each row's pages, then anything.
@@ -124,7 +125,7 @@ def bytes_a_page(num_layers: int, num_kv_heads: int, head_dim: int, page_size: i
 
 
 def _of_first(num_tokens: int, attend: Attend) -> Attend:
-    """The same, but that tokens after the first num_tokens, which only fill a batch up, get zeros."""
+    """The same for the first num_tokens; those after them get zeros."""
 
     def attend_first(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(layer, *(x[:num_tokens] for x in (q, k, v)))

@@ -65,8 +65,9 @@ def test_packed_weights_compute_the_same_and_nothing_else(tied, tmp_path):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     with pytest.raises(RuntimeError):
         model(*tiny.packed(ids)).sum().backward()
-    with pytest.raises(Exception):
+    with pytest.raises(ValueError, match="self_attn.q_proj.weight"):
         model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
