@@ -48,7 +48,11 @@ def _product_seconds(rows: int, matrices: list[list[torch.Tensor]], head: torch.
 
     def fastest(weights: list[torch.Tensor]) -> float:
         # Either way round, or the sampler's.
-        ways = [(weights, lambda x, w: x @ w.T), (weights, lambda x, w: w @ x.T), ([packed(w) for w in weights], linear)]
+        ways = [
+            (weights, lambda x, w: x @ w.T),
+            (weights, lambda x, w: w @ x.T),
+            ([packed(w) for w in weights], linear),
+        ]
         with torch.no_grad():
             return min(best(lambda: [way(inputs[w.shape[1]], w) for w in ws]) for ws, way in ways)
 

@@ -113,9 +113,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         # Drawn by init_weights alone: on the meta device, too, drawing would import torch._dynamo, a second's work.
-        self.embed_tokens = Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False
-        )
+        self.embed_tokens = Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
 

@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoredi.attention import Attend
-from nanoredi.kernels.backend import runs_triton
 from nanoredi.kernels.decode import paged_decode
-from nanoredi.pagewise import PageWise
 
 
 class PagedCache:
@@ -83,28 +81,20 @@ class PagedCache:
 
         return _of_first(len(positions), attend), positions
 
-    def decode(self, page_table: Tensor, lengths: Tensor, num_shared: Tensor, num_heads: int) -> Attend:
+    def decode(self, page_table: Tensor, lengths: Tensor) -> Attend:
         """Attention of one new token a row, which it also writes at the row's end. Tokens after those of the rows get zeros,
         as in prefill.
 
         Args:
             page_table: (B, C) int64, each row's pages, then anything.
             lengths: (B,) int64, tokens already in each row.
-            num_shared: (B,) int64, how many of each row's first pages are a beginning that others may share.
-            num_heads: of the queries.
         """
         pages = page_table.gather(1, lengths[:, None] // self.page_size).squeeze(1)
-        places = self._places(pages, lengths)
-        if runs_triton(self.keys):
-
-            def over_pages(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-                return paged_decode(q, keys, values, page_table, lengths + 1)
-        else:
-            over_pages = PageWise(page_table, lengths + 1, num_shared, self.keys[0], num_heads)
+        places, new_lengths = self._places(pages, lengths), lengths + 1
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._write(layer, places, k, v)
-            return over_pages(q, self.keys[layer], self.values[layer])
+            return paged_decode(q, self.keys[layer], self.values[layer], page_table, new_lengths)
 
         return _of_first(len(lengths), attend)
 

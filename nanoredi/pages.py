@@ -4,9 +4,7 @@ A page holds the keys and values of page_size tokens of one row, at every layer.
 may use the same page: it is known by its own tokens and by the page before it, so equal pages mean equal beginnings,
 token by token. A page that nobody uses is free, but stays known until it is taken for something else.
 
-Pages that hold beginnings are taken from the pool's low end, rows' own ones from its high end, each time the
-outermost free one: both kinds stay close together, and what a decode step on a CPU goes through is little more than
-what is in use. Where nothing comes after the rows that end, the others' pages are moved together (Scheduler.compact).
+Each time the lowest free page is taken: on a CPU the pool's memory counts from when it is first written.
 """
 
 import heapq
@@ -28,25 +26,18 @@ class Pages:
         self.page_size = page_size
         self.num_free = num_pages
         self.users = [0] * num_pages
-        # Heaps, each of which holds every free page, and some that have been taken from the other end since.
-        self._low = list(range(num_pages))
-        self._high = [-page for page in reversed(range(num_pages))]
-        self._in_low, self._in_high = [True] * num_pages, [True] * num_pages
+        self._free = list(range(num_pages))  # a heap that has every free page, and some that are shared again
+        self._in_heap = [True] * num_pages
         self._known: dict[_Beginning, int] = {}
         self._beginning: list[_Beginning | None] = [None] * num_pages
         # A page gets a new number each time it becomes known, so nothing known by its old content is found again.
         self._number, self._last_number = [0] * num_pages, 0
 
-    def outermost(self, low: bool) -> int | None:
-        """The free page nearest to the low or the high end; None when there is none."""
-        heap, held = (self._low, self._in_low) if low else (self._high, self._in_high)
-        while heap and self.users[abs(heap[0])]:
-            held[abs(heapq.heappop(heap))] = False
-        return abs(heap[0]) if heap else None
-
-    def take(self, low: bool) -> int:
-        """The outermost free page; whatever it was known for is forgotten. There must be one."""
-        page = self.outermost(low)
+    def take(self) -> int:
+        """The lowest free page; whatever it was known for is forgotten. There must be one."""
+        page = self._pop()
+        while self.users[page]:
+            page = self._pop()
         self.users[page] = 1
         self.num_free -= 1
         if self._beginning[page] is not None:
@@ -64,21 +55,9 @@ class Pages:
         self.users[page] -= 1
         if not self.users[page]:
             self.num_free += 1
-            if not self._in_low[page]:
-                self._in_low[page] = True
-                heapq.heappush(self._low, page)
-            if not self._in_high[page]:
-                self._in_high[page] = True
-                heapq.heappush(self._high, -page)
-
-    def move(self, source: int, target: int) -> None:
-        """Hand source's users, and what it is known for, to target, which was taken for that; source is free then."""
-        self.users[target], self.users[source] = self.users[source], 1
-        self.release(source)
-        beginning, self._beginning[source] = self._beginning[source], None
-        if beginning is not None:
-            self._known[beginning], self._beginning[target] = target, beginning
-            self._number[target] = self._number[source]
+            if not self._in_heap[page]:
+                self._in_heap[page] = True
+                heapq.heappush(self._free, page)
 
     def find(self, tokens: Sequence[int]) -> tuple[list[int], int | None]:
         """Which pages hold the beginning of tokens.
@@ -106,6 +85,11 @@ class Pages:
             self._beginning[page] = beginning
             self._last_number += 1
             self._number[page] = self._last_number
+
+    def _pop(self) -> int:
+        page = heapq.heappop(self._free)
+        self._in_heap[page] = False
+        return page
 
     def _key(self, tokens: Sequence[int], before: list[int]) -> _Beginning:
         return (self._number[before[-1]] if before else 0), tuple(tokens)

@@ -30,8 +30,6 @@ from nanoredi.model import Qwen2
 from nanoredi.paged import PagedCache, bytes_a_page, upload
 from nanoredi.scheduler import Request, Row, Scheduler
 
-# Pages of a kind that are moved at once; it bounds the memory of the copy.
-_MOVES = 16
 # Tokens that are put into the cache between two decode steps.
 _PREFILL_TOKENS = 1_024
 # The share of the free memory that the cache takes: on a CPU others live there, too.
@@ -69,8 +67,8 @@ class Sampler:
             self.cache.num_pages, page_size, batch_size, config.max_tokens, context, _PREFILL_TOKENS
         )
         # The rows' state on the device; the last place is nobody's, for filling a batch up.
-        self.newest, self.lengths, self.num_drawn, self.keys, self.num_shared = torch.zeros(
-            5, batch_size + 1, dtype=torch.int64, device=self.device
+        self.newest, self.lengths, self.num_drawn, self.keys = torch.zeros(
+            4, batch_size + 1, dtype=torch.int64, device=self.device
         )
         num_columns = -(-context // page_size)
         self.page_table = torch.full((batch_size + 1, num_columns), self.cache.num_pages, device=self.device)
@@ -122,8 +120,6 @@ class Sampler:
         Raises:
             UserError: when a row's logits are not finite.
         """
-        if self.device.type == "cpu":  # whose decode step goes through the pages between those in use, too
-            self._compact()
         self._enter()
         ended = self._grow()
         places = np.flatnonzero(self.scheduler.left)
@@ -142,17 +138,6 @@ class Sampler:
             if row and row.request is request:
                 return self._tokens(row)
         return request.tokens
-
-    def _compact(self) -> None:
-        moves, new = self.scheduler.compact(_MOVES)
-        if moves:
-            self.cache.copy(*zip(*moves))
-            self._set_pages(new)
-
-    def _set_pages(self, new: list[tuple[int, int, int]]) -> None:
-        """Set the page table at (place, number, page)."""
-        places, numbers, pages = upload(np.array(new), self.device).T
-        self.page_table[places, numbers] = pages
 
     def _enter(self) -> None:
         entry = self.scheduler.enter()
@@ -174,11 +159,9 @@ class Sampler:
             self.num_tokens[row.place] = len(done)
             self.limits[row.place] = self.scheduler.limit(row.request)
         places = upload(np.array([row.place for row in rows]), self.device)
-        state = [
-            (row.tokens[-1], row.to_cache, len(row.request.tokens), row.request.key, row.num_shared) for row in rows
-        ]
+        state = [(row.tokens[-1], row.to_cache, len(row.request.tokens), row.request.key) for row in rows]
         state = upload(np.array(state), self.device).T
-        for tensor, values in zip((self.newest, self.lengths, self.num_drawn, self.keys, self.num_shared), state):
+        for tensor, values in zip((self.newest, self.lengths, self.num_drawn, self.keys), state):
             tensor[places] = values
         self.page_table[places] = upload(pages, self.device)
 
@@ -193,7 +176,8 @@ class Sampler:
                 row.request.tokens = self._tokens(row)
                 self.scheduler.put_back(row)
         if new:
-            self._set_pages(new)
+            places, numbers, pages = upload(np.array(new), self.device).T
+            self.page_table[places, numbers] = pages
         return ended
 
     def _launch(self, places: np.ndarray) -> _Drawn:
@@ -211,10 +195,7 @@ class Sampler:
     def _advance(self, places: Tensor) -> Tensor:
         """Put the newest tokens of the rows in these places through the model, and draw the next ones: (B,) int64."""
         lengths, num_drawn = self.lengths[places], self.num_drawn[places]
-        page_table = self.page_table[places]
-        if self.device.type == "cpu":
-            page_table = page_table[:, : int(lengths.max()) // self.config.page_size + 1]
-        attend = self.cache.decode(page_table, lengths, self.num_shared[places], self.model.config.num_attention_heads)
+        attend = self.cache.decode(self.page_table[places], lengths)
         logits = linear(self._hidden_states(self.newest[places], lengths, attend), self.head)[: len(places)]
         c = self.config
         tokens = choose(logits, uniform(self.keys[places], num_drawn), c.temperature, c.top_p, c.top_k)

@@ -72,7 +72,6 @@ class Row:
         tokens: the prompt and what was completed when the row entered.
         place: in the batch.
         pages: that hold its cache, in order.
-        num_shared: how many of them, from the first, are whole pages of tokens.
         cached: how many of its first tokens are in the cache, or in a piece that will be before the next decode step.
     """
 
@@ -80,7 +79,6 @@ class Row:
     tokens: list[int]
     place: int
     pages: list[int]
-    num_shared: int
     cached: int
 
     @property
@@ -125,7 +123,6 @@ class Scheduler:
         self.entering: Row | None = None  # its prompt is not wholly in the cache yet
         self.lengths, self.rooms, self.left, self.entered = np.zeros((4, batch_size), dtype=np.int64)
         self._last_entered = 0
-        self._holes = False  # among the pages in use, perhaps
 
     @property
     def num_rows(self) -> int:
@@ -196,43 +193,10 @@ class Scheduler:
         new = []
         for place in needy[np.argsort(self.entered[needy])].tolist():
             row = self.rows[place]
-            new.append((place, len(row.pages), self.pages.take(low=False)))
+            new.append((place, len(row.pages), self.pages.take()))
             row.pages.append(new[-1][2])
             self.rooms[place] += self.page_size
         return new
-
-    def compact(self, most: int) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
-        """Move the innermost pages in use into the holes that ended rows left; not while requests wait, which will
-        fill them.
-
-        Args:
-            most: pages of each kind to be moved at once.
-
-        Returns:
-            (source, target) of pages to be copied; and (place, number, page) of each page that a row now has instead.
-        """
-        moves: dict[int, int] = {}
-        if self.waiting or not self._holes:
-            return [], []
-        rows = [row for row in self.rows if row]
-        for low in (True, False):
-            used = {
-                page for row in rows for page in (row.pages[: row.num_shared] if low else row.pages[row.num_shared :])
-            }
-            for page in sorted(used, reverse=low)[:most]:
-                target = self.pages.outermost(low)
-                if target is None or (target > page) == low:
-                    break
-                moves[page] = self.pages.take(low)
-                self.pages.move(page, moves[page])
-        self._holes = bool(moves)
-        new = []
-        for row in rows:
-            for number, page in enumerate(row.pages):
-                if page in moves:
-                    row.pages[number] = moves[page]
-                    new.append((row.place, number, moves[page]))
-        return list(moves.items()), new
 
     def youngest(self) -> Row:
         """The row that entered last."""
@@ -250,7 +214,6 @@ class Scheduler:
         for page in row.pages:
             self.pages.release(page)
         self.rows[row.place] = None
-        self._holes = True
         self.left[row.place] = self.entered[row.place] = 0
 
     def _admit(self, entry: Entry) -> bool:
@@ -275,12 +238,12 @@ class Scheduler:
             pages.append(begun)
         elif begun is not None:
             self.pages.share(begun)  # until it is copied
-            pages.append(self.pages.take(low=False))
+            pages.append(self.pages.take())
             entry.copies.append((begun, pages[-1]))
-        pages += [self.pages.take(low=number < to_cache // size) for number in range(len(pages), num_pages)]
+        pages += [self.pages.take() for _ in range(len(pages), num_pages)]
         cached = to_cache if begun is not None else len(known) * size
         place = self.rows.index(None)
-        self.rows[place] = self.entering = Row(request, tokens, place, pages, to_cache // size, cached)
+        self.rows[place] = self.entering = Row(request, tokens, place, pages, cached)
         self._last_entered += 1
         self.entered[place] = self._last_entered
         return True

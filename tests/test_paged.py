@@ -1,15 +1,31 @@
-"""Attention over pages, by kernel and page by page, against dense attention in float64; prefill in pieces; copies."""
+"""Attention over pages, in Triton, in C and in plain PyTorch, against dense attention in float64; prefill in pieces;
+copies."""
+
+import shutil
 
 import pytest
 import torch
 from test_attention import dense, qkv
 
-from nanoredi import pagewise
-from nanoredi.kernels.decode import paged_decode
+from nanoredi.kernels import decode, native
+from nanoredi.kernels.decode import c_decode, library_for, paged_decode, plain_decode, triton_decode
 from nanoredi.paged import PagedCache
-from nanoredi.pagewise import PageWise
 
 PRECISIONS = [(torch.float32, 2e-5), (torch.bfloat16, 0.02)]
+
+
+def in_c(q, keys, values, page_table, lengths):
+    if library_for(q, keys) is None:
+        assert not shutil.which("cc") or q.shape[2] % 16, "the C compiler cannot compile decode.c, or torch not run it"
+        pytest.skip("no C compiler (cc)" if q.shape[2] % 16 == 0 else "for multiples of 16 alone")
+    return c_decode(q, keys, values, page_table, lengths)
+
+
+def in_triton(*tensors):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and tensors[0].dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies the bits of bf16 as if they were numbers")
+    return triton_decode(*(x.to(device) for x in tensors)).cpu()
 
 
 def pool_of(rows, page_size, shared=(), spare=3, seed=0):
@@ -19,29 +35,23 @@ def pool_of(rows, page_size, shared=(), spare=3, seed=0):
         shared: for each row the row whose whole pages it uses from its start, and how many; None: none.
 
     Returns:
-        keys, values (P, K, page, E), page_table (B, C), num_shared (B,).
+        keys, values (P, K, page, E), page_table (B, C).
     """
     g = torch.Generator().manual_seed(seed)
     counts = [-(-len(k) // page_size) for k, _ in rows]
-    num_low = sum(max(0, len(k) // page_size) for k, _ in rows) + spare
-    num_pages = num_low + sum(counts) + spare
+    num_pages = sum(counts) + spare
     keys, values = torch.randn(2, num_pages, rows[0][0].shape[1], page_size, rows[0][0].shape[2], generator=g) * 50
-    low, high = iter(torch.randperm(num_low, generator=g).tolist()), iter(range(num_pages - 1, num_low - 1, -1))
+    free = iter(torch.randperm(num_pages, generator=g).tolist())
     table = torch.full((len(rows), max(counts) + 1), num_pages - 1)
-    num_shared = torch.zeros(len(rows), dtype=torch.int64)
     for b, (k, v) in enumerate(rows):
-        other, number_shared = (shared and shared[b]) or (None, 0)
+        other, number_shared = (shared and shared[b]) or (b, 0)
         for number in range(counts[b]):
-            if number < number_shared:
-                page = int(table[other, number]) if other != b else next(low)
-                num_shared[b] = number + 1
-            else:
-                page = next(high)
+            page = int(table[other, number]) if other != b and number < number_shared else next(free)
             table[b, number] = page
             for pool, x in ((keys, k), (values, v)):
                 part = x[number * page_size : (number + 1) * page_size]
                 pool[page, :, : len(part)] = part.transpose(0, 1)
-    return keys, values, table, num_shared
+    return keys, values, table
 
 
 def rows_of(lengths, kv_heads, size, shared=(), page_size=1):
@@ -53,68 +63,71 @@ def rows_of(lengths, kv_heads, size, shared=(), page_size=1):
     return rows
 
 
-@pytest.mark.parametrize("size", [64, 128, 24])
-@pytest.mark.parametrize("page_size, heads, kv_heads", [(16, 6, 2), (64, 4, 4), (7, 12, 2)])
-def test_decode_kernel_equals_dense(size, page_size, heads, kv_heads):
-    lengths = [1, 16, 130, 77]
-    rows = rows_of(lengths, kv_heads, size)
-    keys, values, table, _ = pool_of(rows, page_size)
-    q = torch.randn(len(rows), heads, size, generator=torch.Generator().manual_seed(1))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    got = paged_decode(*(x.to(device) for x in (q, keys, values, table, torch.tensor(lengths))))
-    assert_rows_equal_dense(got.cpu(), q, rows)
-
-
 def assert_rows_equal_dense(got, q, rows, tolerance=2e-5):
     for b, (k, v) in enumerate(rows):
         last = torch.cat((torch.zeros(len(k) - 1, *q.shape[1:]), q[b : b + 1]))
         torch.testing.assert_close(got[b].double(), dense(last, k, v, [len(k)])[-1], atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "lengths, shared",
-    [
-        ([5, 1, 40, 16], ()),
-        # Rows 1 to 3 begin as row 0 does, row 5 as row 4 does; row 6 is alone.
-        ([40, 33, 50, 34, 20, 17, 3], [(0, 2), (0, 2), (0, 2), (0, 2), (4, 1), (4, 1), None]),
-        # One page that all begin with, and one prompt each of two samples: more users than is common.
-        ([20 + b for b in range(24)], [(0, 1)] * 24),
-        ([50] * 20, [(0, 1) if b % 2 else (b, 3) for b in range(20)]),
-    ],
-)
+@pytest.mark.parametrize("attend", [plain_decode, in_c, in_triton])
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
-def test_pagewise_equals_dense(lengths, shared, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(pagewise, "_AT_ONCE", 2_000)  # two pages and no whole third one
-    page_size, heads, kv_heads, size = 16, 6, 2, 24
+@pytest.mark.parametrize("size", [64, 128, 48, 24])
+@pytest.mark.parametrize("page_size, heads, kv_heads", [(16, 6, 2), (64, 4, 4), (7, 14, 2), (5, 16, 1)])
+def test_one_token_a_row_equals_dense(attend, dtype, tolerance, size, page_size, heads, kv_heads, monkeypatch):
+    monkeypatch.setattr(decode, "_AT_ONCE", 3 * kv_heads * page_size * size)  # pages, and no whole number of times
+    lengths, shared = [1, 16, 130, 77, 90], [None, None, None, None, (3, 64 // page_size)]
     rows = rows_of(lengths, kv_heads, size, shared, page_size)
-    keys, values, table, num_shared = pool_of(rows, page_size, shared)
-    keys, values = keys.to(dtype), values.to(dtype)
+    keys, values, table = pool_of(rows, page_size, shared)
     q = torch.randn(len(rows), heads, size, generator=torch.Generator().manual_seed(1))
-    attend = PageWise(table, torch.tensor(lengths), num_shared, keys, heads)
-    assert_rows_equal_dense(attend(q.to(dtype), keys, values), q, rows, tolerance)
+    got = attend(*(x.to(dtype) for x in (q, keys, values)), table, torch.tensor(lengths))
+    assert got.dtype == dtype
+    assert_rows_equal_dense(got, q, rows, tolerance)
 
 
-def test_pagewise_where_one_token_takes_nearly_all():
+@pytest.mark.parametrize("attend", [plain_decode, in_c, in_triton])
+def test_where_one_token_takes_nearly_all(attend):
     """Scores of hundreds, the largest of a row on any of its pages."""
-    lengths, shared = [40, 33, 50, 34], [(0, 2), (0, 2), (0, 2), None]
-    rows = rows_of(lengths, 2, 24, shared, 16)
-    keys, values, table, num_shared = pool_of(rows, 16, shared)
-    q = 200 * torch.randn(len(rows), 6, 24, generator=torch.Generator().manual_seed(1))
-    got = PageWise(table, torch.tensor(lengths), num_shared, keys, 6)(q, keys, values)
+    lengths = [40, 33, 50, 34]
+    rows = rows_of(lengths, 2, 32)
+    keys, values, table = pool_of(rows, 16)
+    q = 200 * torch.randn(len(rows), 6, 32, generator=torch.Generator().manual_seed(1))
+    got = attend(q, keys, values, table, torch.tensor(lengths))
     assert_rows_equal_dense(got, q, rows, 1e-3)
 
 
-@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
-def test_pagewise_equals_dense_where_rows_between_have_ended(dtype, tolerance):
-    rows = rows_of([3, 200, 4, 20], 2, 64)
-    keys, values, table, num_shared = pool_of(rows, 16)
-    live = torch.tensor([0, 2])
-    q = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(1))
-    attend = PageWise(table[live], torch.tensor([3, 4]), num_shared[live], keys.to(dtype), 6)
-    assert isinstance(attend.groups[0].pages, torch.Tensor)  # copied, not gone through
-    got = attend(q.to(dtype), keys.to(dtype), values.to(dtype))
-    assert got.dtype == dtype
-    assert_rows_equal_dense(got, q, [rows[0], rows[2]], tolerance)
+@pytest.mark.parametrize("attend", [in_c, in_triton])
+@pytest.mark.parametrize("length", [1, 40, 900])
+def test_a_long_row_is_split_among_programs(attend, length, monkeypatch):
+    monkeypatch.setattr(decode, "_WAVES", 40)
+    rows = rows_of([length], 2, 32)
+    keys, values, table = pool_of(rows, 16)
+    q = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))
+    assert_rows_equal_dense(attend(q, keys, values, table, torch.tensor([length])), q, rows)
+
+
+def test_without_a_compiler_it_runs_in_pytorch(monkeypatch, capsys):
+    rows = rows_of([40, 3], 2, 32)
+    keys, values, table = pool_of(rows, 16)
+    q = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
+    native.compiled.cache_clear()
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert library_for(q, keys) is None
+    assert "decode.c was not compiled (there is no C compiler, cc); PyTorch does the same" in capsys.readouterr().err
+    assert_rows_equal_dense(paged_decode(q, keys, values, table, torch.tensor([40, 3])), q, rows)
+    native.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("words, why", [("echo no -fopenmp >&2; exit 1", "no -fopenmp"), ("exit 0", "library.so")])
+def test_a_compiler_that_fails_is_done_without(words, why, tmp_path, monkeypatch, capsys):
+    """It says that it failed, or makes no library."""
+    (tmp_path / "cc").write_text(f"#!/bin/sh\n{words}\n")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    native.compiled.cache_clear()
+    assert native.compiled("decode", SIZE=16, GROUP=1, PAGE=16, IN_BF16=0) is None
+    note = capsys.readouterr().err
+    assert note.startswith("note: decode.c was not compiled (") and why in note
+    native.compiled.cache_clear()
 
 
 @pytest.mark.parametrize("page_size", [4, 16])
@@ -139,7 +152,7 @@ def test_prefill_in_pieces_and_decode_equal_one_pass(page_size):
     cache.keys[:, last] = torch.nan  # nobody's any more
     table, lengths = torch.tensor(pages), torch.tensor([9, 9])
     for t in range(9, n):
-        attend = cache.decode(table, lengths, torch.zeros(2, dtype=torch.int64), 6)
+        attend = cache.decode(table, lengths)
         for layer in range(layers):
             out = attend(layer, *(torch.stack([whole[row][layer][i][t] for row in range(2)]) for i in range(3)))
             for row in range(2):

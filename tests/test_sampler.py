@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 
-from nanoredi import paged, sampler
+from nanoredi import sampler
 from nanoredi.config import SamplingConfig
 from nanoredi.errors import UserError
-from nanoredi.kernels import likeliest
+from nanoredi.kernels import decode, likeliest
 from nanoredi.pages import Pages
 from nanoredi.sampler import Sampler
 from nanoredi.scheduler import Request, Scheduler, requests_for
@@ -167,7 +167,7 @@ def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, monkeypa
         return sampler._Drawn(places, self.scheduler.entered[places], tokens[: len(places)], None)
 
     monkeypatch.setattr(Sampler, "_launch", launch)
-    monkeypatch.setattr(paged, "runs_triton", lambda _: True)
+    monkeypatch.setattr(decode, "runs_triton", lambda _: True)
     monkeypatch.setattr(likeliest, "runs_triton", lambda _: True)
     for key, (tokens, reason) in samples(n=1, batch_size=6, page_size=16, max_tokens=4).items():
         whole, _ = plain_samples[key]

@@ -54,7 +54,6 @@ STORY = [
     "draw",
     "pages",
     "scheduler",
-    "pagewise",
     "paged",
     "sampler",
     "scores",

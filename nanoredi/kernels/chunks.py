@@ -22,4 +22,3 @@ def logits_by_chunks(hidden: Tensor, lm_head: Tensor, rows: Tensor) -> Iterator[
     for chunk in chunks:
         x = hidden[chunk]
         yield chunk, x, put_product(buffer[: len(chunk)], x, lm_head.T)
-

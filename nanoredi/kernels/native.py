@@ -1,0 +1,47 @@
+"""C, for what torch has no operation for on a CPU: compiled where it is first used, by the machine's own compiler.
+
+It takes a tenth of a second, and nothing stays on the disk. Where there is no compiler, or none whose OpenMP is the one
+that torch has loaded, the caller does it in PyTorch.
+"""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_COMPILER = "cc"
+_FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi"]
+
+
+@functools.cache
+def compiled(name: str, **constants: int) -> ctypes.CDLL | None:
+    """The library of the C file of this name beside this one. None, once it was said why, where it cannot be had.
+
+    Args:
+        constants: what the file wants defined.
+    """
+    source = Path(__file__).with_name(f"{name}.c")
+    definitions = [f"-D{constant}={value}" for constant, value in constants.items()]
+    if not shutil.which(_COMPILER):
+        return _without(source, f"there is no C compiler, {_COMPILER}")
+    with tempfile.TemporaryDirectory() as folder:
+        # In two steps, so that no second OpenMP is linked in: its functions are found in torch's, and so are its threads.
+        part, library = f"{folder}/part.o", f"{folder}/library.so"
+        try:
+            for words in ([*_FLAGS, *definitions, "-c", source, "-o", part], ["-shared", part, "-o", library]):
+                subprocess.run([_COMPILER, *words], check=True, capture_output=True, text=True)
+            return ctypes.CDLL(library)
+        except subprocess.CalledProcessError as error:
+            return _without(source, (error.stderr.strip().splitlines() or [f"it gave {error.returncode}"])[0])
+        except OSError as error:
+            return _without(source, str(error))
+
+
+def _without(source: Path, why: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        text = f"note: {source.name} was not compiled ({why}); PyTorch does the same in more time"
+        print(text, file=sys.stderr, flush=True)
