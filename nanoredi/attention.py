@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoredi.blockwise import BlockwiseAttention
+from nanoredi.kernels.causal import CausalAttention, runs_causal
 
 # attend(layer, q (N, H, E), k (N, K, E), v (N, K, E)) -> (N, H, E)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -22,13 +22,10 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 # and of all products attention's are the dearest to make again.
 ATTENTION = (
     "torch_attn::_varlen_attn",
-    "nanoredi::blockwise_attention",
+    "nanoredi::causal_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
 )
-
-# Tokens from which on a CPU's own attention is the faster one.
-_LONG = 256
 
 
 @cache
@@ -64,8 +61,8 @@ class PackedAttention:
             return _varlen_attn()(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
         if not self._lengths:
             self._lengths = self.cu_seqlens.diff().tolist()
-        if q.is_cpu and q.dtype in (torch.float32, torch.bfloat16) and max(self._lengths) >= _LONG:
-            return BlockwiseAttention.apply(q, k, v, self._lengths)
+        if runs_causal(q):
+            return CausalAttention.apply(q, k, v, self._lengths)
         if q.is_cuda:  # in fp32 the one kernel with memory linear in n knows no grouped queries
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         # Heads first, and a sequence at a time: (1, H or K, n, E).

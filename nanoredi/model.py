@@ -83,28 +83,26 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         if self.activation_checkpointing != "off" and torch.is_grad_enabled():
-            keeps = {"attention": _attention, "products": _products_and_attention}[self.activation_checkpointing]
-            return recomputed(self._compute, keeps, x, rope, attend)
+            return recomputed(self._compute, self._keeps, x, rope, attend)
         return self._compute(x, rope, attend)
 
     def _compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def _keeps(self, name: str, *args: Any) -> bool | None:
+        if self._is_down_proj(name, *args):
+            return None  # what it gives is only added to the stream
+        return name in ATTENTION or (self.activation_checkpointing == "products" and name in PRODUCTS)
 
-def _attention(name: str, *args: Any) -> bool | None:
-    return None if _is_down_proj(name, *args) else name in ATTENTION
-
-
-def _products_and_attention(name: str, *args: Any) -> bool | None:
-    return None if _is_down_proj(name, *args) else name in ATTENTION or name in PRODUCTS
-
-
-def _is_down_proj(name: str, *args: Any) -> bool:
-    """Of the products the one that narrows without a bias. What it gives is only added to the stream."""
-    if name == "aten::mm":
-        return args[0].shape[1] > args[1].shape[1]
-    return name == "mkldnn::_linear_pointwise" and args[1].shape[1] > args[1].shape[0] and args[2] is None
+    def _is_down_proj(self, name: str, *args: Any) -> bool:
+        """By its sizes, which no other product without a bias has, unless all have the same."""
+        sizes = self.mlp.down_proj.in_features, self.mlp.down_proj.out_features
+        if sizes[0] == sizes[1]:
+            return False
+        if name == "aten::mm":
+            return (args[0].shape[1], args[1].shape[1]) == sizes
+        return name == "mkldnn::_linear_pointwise" and args[1].shape[::-1] == sizes and args[2] is None
 
 
 class Decoder(nn.Module):

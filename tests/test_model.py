@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoredi import checkpoint, toy
+from nanoredi.architecture import Qwen2Config
 from nanoredi.errors import UserError
+from nanoredi.kernels.causal import runs_causal
 from nanoredi.model import Qwen2
 
 
@@ -127,6 +129,25 @@ def test_activation_checkpointing_changes_no_gradient_and_repeats_what_it_says(k
     repeated = {op: calls[1][op] - calls[0][op] for op in (aten.addmm.default, aten.mm.default, aten.silu.default)}
     assert list(repeated.values()) == [2 * addmm, 2 * mm, 2 * silu]
     assert calls[0][attention] == calls[1][attention] == 2 * len(tiny.LENGTHS)
+
+
+@pytest.mark.parametrize("kept", ["attention", "products"])
+@pytest.mark.parametrize("mlp_size", [200, 128, 80])
+def test_activation_checkpointing_of_any_mlp_and_of_attention_in_c(mlp_size, kept):
+    """C's result is kept, with the logarithms that its backward needs; down_proj may narrow, widen or do neither."""
+    grads = []
+    for setting in ("off", kept):
+        model = Qwen2(Qwen2Config(97, 128, mlp_size, 2, 2, 1, 64)).init_weights(0)
+        for block in model.model.layers:
+            block.activation_checkpointing = setting
+        input_ids, position_ids, cu_seqlens = tiny.packed(tiny.sequences())
+        with Calls() as mode:
+            model.loss(input_ids, position_ids, cu_seqlens, input_ids, torch.ones(len(input_ids)))[0].backward()
+        grads.append([p.grad for p in model.parameters()])
+        if runs_causal(torch.empty(1, 2, 64)):
+            assert mode.counts[torch.ops.nanoredi.causal_attention.default] == 2
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -37,7 +37,6 @@ STORY = [
     "pairs",
     "kernels",
     "architecture",
-    "blockwise",
     "attention",
     "recompute",
     "checkpoint",

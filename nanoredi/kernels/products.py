@@ -21,27 +21,26 @@ _LARGE = 1 << 25
 _PIECE = 1 << 22
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, recurs: bool = False) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """a (M, K) @ b (K, N), of one dtype.
 
     Args:
         dtype: of the result (M, N), if it is to be another one: fp32, for sums to come.
-        recurs: these sizes come again and again, so that a kernel of their own is worth it even if they are small.
     """
     if a.is_cuda and dtype not in (None, a.dtype):
         return torch.mm(a, b, out_dtype=dtype)
-    if (recurs or a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE) and _prefers_onednn(a):
+    if a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE and _prefers_onednn(a):
         return _onednn(a, b.T)
     return (a @ b).to(dtype or a.dtype)
 
 
-def put_product(out: Tensor, a: Tensor, b: Tensor, recurs: bool = False) -> Tensor:
+def put_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) @ b (K, N), of one dtype, written to out (M, N)."""
     if not _prefers_onednn(a):
         return torch.mm(a, b, out=out)
     columns = max(1, _PIECE // len(out))
     for part, factor in zip(out.split(columns, dim=1), b.split(columns, dim=1)):
-        part.copy_(product(a, factor, recurs=recurs))
+        part.copy_(product(a, factor))
     return out
 
 

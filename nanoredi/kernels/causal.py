@@ -1,0 +1,83 @@
+"""Causal attention of whole sequences on a CPU, in C: training's. With n tokens and G = H/K query heads a key-value head,
+
+    S = Q K^T / sqrt(E)  (n, n)      P = softmax(S)      O = P V
+
+for each query head, of S what a token may see alone, and that a block of queries at a time. Forward keeps of each row
+the logarithm of its softmax's sum, so that backward can make P again; then it goes the way back (FlashAttention, arXiv
+2205.14135, appendix B.2):
+
+    dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(P * dP))      dQ = dS K / sqrt(E)      dK = dS^T Q / sqrt(E)
+
+torch's own has these products made by MKL, in small pieces, in bf16 from rounded weights; in C all are fp32, and what is
+read and written is in the tensors' dtype.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from nanoredi.kernels.native import compiled
+
+_WHOLE = 192  # causal.c's: tokens of whole blocks
+
+
+def runs_causal(q: Tensor) -> bool:
+    """Whether there is C for queries (N, H, E) like these."""
+    fits = q.is_cpu and q.shape[2] % 64 == 0 and q.dtype in (torch.float32, torch.bfloat16)
+    return fits and _library(q) is not None
+
+
+class CausalAttention(torch.autograd.Function):
+    """apply(q (N, H, E), k (N, K, E), v (N, K, E), lengths of the packed sequences) -> (N, H, E)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, lengths):
+        out, lse = torch.ops.nanoredi.causal_attention(q, k, v, lengths)
+        ctx.save_for_backward(q, k, v, lse)
+        ctx.lengths = lengths
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, lse = (x.contiguous() for x in ctx.saved_tensors)
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        for sequence in zip(*(x.split(ctx.lengths) for x in (q, k, v, lse, grad.contiguous(), *grads))):
+            _backward(*sequence)
+        return *grads, None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """The result (N, H, E) and the logarithms, to base 2, of the softmax's sums (N, H) fp32."""
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
+    for sequence in zip(*(x.split(lengths) for x in (q, k, v, out, lse))):
+        _call("attend", *sequence)
+    return out, lse
+
+
+# An operation of its own, so that activation checkpointing can keep its results (attention.ATTENTION).
+_operations = torch.library.Library("nanoredi", "DEF")
+_operations.define("causal_attention(Tensor q, Tensor k, Tensor v, int[] lengths) -> (Tensor, Tensor)")
+_operations.impl("causal_attention", _attend, "CPU")
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, grad: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
+) -> None:
+    """Of one sequence: grad_q (n, H, E), grad_k and grad_v (n, K, E) are written."""
+    (n, num_heads, size), num_kv_heads = q.shape, k.shape[1]
+    by_head = torch.empty(2, num_heads, -(-n // _WHOLE) * _WHOLE, size)  # one for every query head, and in fp32
+    _call("attend_backward", q, k, v, lse, grad, grad_q, *by_head)
+    for total, heads in zip((grad_k, grad_v), by_head):
+        total.copy_(heads[:, :n].unflatten(0, (num_kv_heads, -1)).sum(1).transpose(0, 1))
+
+
+def _call(name: str, q: Tensor, k: Tensor, *others: Tensor) -> None:
+    function = getattr(_library(q), name)
+    function.argtypes = [ctypes.c_void_p] * (2 + len(others)) + [ctypes.c_int64] * 3 + [ctypes.c_float]
+    function(*(x.data_ptr() for x in (q, k, *others)), *q.shape[:2], k.shape[1], q.shape[2] ** -0.5)
+
+
+def _library(q: Tensor) -> ctypes.CDLL | None:
+    return compiled("causal", SIZE=q.shape[2], IN_BF16=int(q.dtype == torch.bfloat16))
