@@ -16,8 +16,8 @@ PRECISIONS = [(torch.float32, 2e-5), (torch.bfloat16, 0.02)]
 
 def in_c(q, keys, values, page_table, lengths):
     if library_for(q, keys) is None:
-        assert not shutil.which("cc") or q.shape[2] % 16, "the C compiler cannot compile decode.c, or torch not run it"
-        pytest.skip("no C compiler (cc)" if q.shape[2] % 16 == 0 else "for multiples of 16 alone")
+        assert not shutil.which("cc"), "the C compiler cannot compile decode.c, or torch not run it"
+        pytest.skip("no C compiler (cc)")
     return c_decode(q, keys, values, page_table, lengths)
 
 
@@ -71,7 +71,7 @@ def assert_rows_equal_dense(got, q, rows, tolerance=2e-5):
 
 @pytest.mark.parametrize("attend", [plain_decode, in_c, in_triton])
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
-@pytest.mark.parametrize("size", [64, 128, 48, 24])
+@pytest.mark.parametrize("size", [64, 128, 48, 24, 20])
 @pytest.mark.parametrize("page_size, heads, kv_heads", [(16, 6, 2), (64, 4, 4), (7, 14, 2), (5, 16, 1)])
 def test_one_token_a_row_equals_dense(attend, dtype, tolerance, size, page_size, heads, kv_heads, monkeypatch):
     monkeypatch.setattr(decode, "_AT_ONCE", 3 * kv_heads * page_size * size)  # pages, and no whole number of times

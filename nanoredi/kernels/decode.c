@@ -1,6 +1,6 @@
 /* One new token a row attends to its row's pages, on a CPU: what decode.py's Triton kernel does, in the same terms.
 
-Compiled for one shape: -DSIZE=E, a multiple of 16, -DGROUP=H/K, -DPAGE=tokens a page, and -DIN_BF16=1 or 0 for the
+Compiled for one shape: -DSIZE=E, a multiple of 4, -DGROUP=H/K, -DPAGE=tokens a page, and -DIN_BF16=1 or 0 for the
 pool's dtype. A page's scores are made at once, brought to weights, and its values are weighed; meanwhile what comes next
 is asked of the memory, for a page's keys and values lie too far apart for a processor to foresee them.
 */

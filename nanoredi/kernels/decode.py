@@ -79,7 +79,7 @@ def plain_decode(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, le
 def library_for(q: Tensor, keys: Tensor) -> ctypes.CDLL | None:
     """decode.c, compiled for such queries and keys, where that can be done."""
     size, group = q.shape[2], q.shape[1] // keys.shape[1]
-    if not q.is_cpu or size % 16 or q.dtype not in (torch.float32, torch.bfloat16):
+    if not q.is_cpu or size % 4 or q.dtype not in (torch.float32, torch.bfloat16):
         return None
     return compiled("decode", SIZE=size, GROUP=group, PAGE=keys.shape[2], IN_BF16=int(q.dtype == torch.bfloat16))
 

@@ -1,11 +1,12 @@
-/* What the C files share: vectors of fp32, tensors stored in fp32 or, with -DIN_BF16=1, in bf16, and powers of 2. */
+/* What the C files share: vectors of fp32, as long as there are registers for and heads of -DSIZE=E are a multiple of;
+tensors stored in fp32 or, with -DIN_BF16=1, in bf16; powers of 2. */
 
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && SIZE % 16 == 0
 enum { LANES = 16 };
-#elif defined(__AVX__)
+#elif defined(__AVX__) && SIZE % 8 == 0
 enum { LANES = 8 };
 #else
 enum { LANES = 4 };
