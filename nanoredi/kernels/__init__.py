@@ -2,7 +2,7 @@
 
 cross_entropy.py is for losses that are linear in the log-probabilities, logprob.py for the others. Both go over the
 tokens by chunks.py and do to each chunk of logits what rows.py does: in Triton on a GPU, in plain PyTorch elsewhere
-(backend.py). decode.py and likeliest.py are the sampler's, and imported from there.
+(backend.py). causal.py is attention's, decode.py and likeliest.py are the sampler's; these are imported from there.
 """
 
 from nanoredi.kernels.cross_entropy import weighted_cross_entropy

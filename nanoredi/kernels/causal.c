@@ -14,10 +14,10 @@ turned to (E, 64) each.
 enum { BLOCK = 48, ROWS = 6, COLUMNS = 64, WHOLE = 192 /* tokens: whole blocks and whole panels */ };
 enum { VECTORS = LANES == 8 ? 2 : 4 }; /* ROWS * VECTORS sums, and what is multiplied, stay in registers */
 
-/* c (ROWS, COLUMNS) = a (ROWS, inner) @ b (inner, COLUMNS), or c += that. A row of a begins a_row after the one before it,
-a number in the row a_step after the one before it; rows of b and c are b_row and c_row apart. */
-static __attribute__((noinline)) void multiply(float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_step, const float *b,
-                            int64_t b_row, int64_t inner, int add) {
+/* c (ROWS, COLUMNS) = a (ROWS, inner) @ b (inner, COLUMNS), or c += that. A row of a begins a_row after the one before
+it, a number in the row a_step after the one before it; rows of b and c are b_row and c_row apart. */
+static void multiply(float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_step, const float *b,
+                     int64_t b_row, int64_t inner, int add) {
     for (int column = 0; column < COLUMNS; column += VECTORS * LANES) {
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++)
@@ -41,9 +41,11 @@ static void times_panels(float *to, int64_t to_row, const float *rows, const flo
 
 /* to (BLOCK, E) = weights (BLOCK, ...) @ rows; of row r of the weights only the first seen + r are not 0. */
 static void times_rows(float *to, const float *weights, int64_t weights_row, const float *rows, int64_t seen) {
-    for (int r = 0; r < BLOCK; r += ROWS)
+    for (int r = 0; r < BLOCK; r += ROWS) {
+        const float *some = weights + r * weights_row;
         for (int e = 0; e < SIZE; e += COLUMNS)
-            multiply(to + r * SIZE + e, SIZE, weights + r * weights_row, weights_row, 1, rows + e, SIZE, seen + r + ROWS, 0);
+            multiply(to + r * SIZE + e, SIZE, some, weights_row, 1, rows + e, SIZE, seen + r + ROWS, 0);
+    }
 }
 
 /* to (count, E) += the turned weights (BLOCK, count) @ rows (BLOCK, E). */
@@ -151,7 +153,8 @@ void attend_backward(const Stored *q, const Stored *k, const Stored *v, const fl
             memset(grad_keys, 0, of_head * sizeof(float));
             memset(grad_values, 0, of_head * sizeof(float));
             for (int64_t start = 0; start < n; start += BLOCK) {
-                int64_t first = (start * num_heads + h) * SIZE, end = start + BLOCK, count = n - start < BLOCK ? n - start : BLOCK;
+                int64_t first = (start * num_heads + h) * SIZE, end = start + BLOCK;
+                int64_t count = n - start < BLOCK ? n - start : BLOCK;
                 copy_rows(queries, q + first, num_heads, count, BLOCK, scale * LOG2_E);
                 copy_rows(grads, grad + first, num_heads, count, BLOCK, 1);
                 times_panels(weights, whole, queries, panels, end);

@@ -57,7 +57,7 @@ static inline Floats larger(Floats a, Floats b) {
     return (Floats)((first & (Integers)a) | (~first & (Integers)b));
 }
 
-/* 2^x of x <= 0, to a few units in fp32's last place; next to nothing below -126. 2^x = 2^whole * e^f, |f| <= log(2)/2. */
+/* 2^x = 2^whole * e^f, |f| <= log(2) / 2, of x <= 0, to a few units in fp32's last place; next to nothing below -126. */
 static inline Floats power_of_2(Floats x) {
     x = larger((Floats){0} - 126, x);
     Integers whole = __builtin_convertvector(x - 0.5f, Integers);
