@@ -74,6 +74,19 @@ def test_without_a_compiler_it_is_torch_s(monkeypatch):
     torch.testing.assert_close(out.double(), dense(*inputs, (50, 10)), atol=1e-5, rtol=0)
 
 
+def test_what_comes_later_has_no_part_at_all():
+    inputs = qkv(60, size=64)
+    out = PackedAttention(cumulative((60,)))(0, *inputs)
+    upstream = torch.zeros_like(out)
+    upstream[20] = 1.0
+    for grad in torch.autograd.grad(out, inputs, upstream):
+        assert not grad[21:].any() and grad[20].all()
+    later = [x.detach().clone() for x in inputs]
+    for x, large in zip(later, (1e18, 1e18, 3e38)):
+        x[21:] = large
+    assert torch.equal(PackedAttention(cumulative((60,)))(0, *later)[:21], out[:21])
+
+
 def test_a_score_that_is_not_a_number_is_not_hidden():
     """Of a row's own past alone; guards.py must see it."""
     q, k, v = (x.detach() for x in qkv(60, size=64))
