@@ -47,9 +47,8 @@ def plain_decode(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, le
     (num_rows, _, size), (_, num_kv_heads, page_size, _) = q.shape, keys.shape
     num_pages = -(-lengths // page_size)  # (B,)
     row = torch.arange(num_rows, device=q.device).repeat_interleave(num_pages)  # (X,)
-    number = (
-        torch.arange(len(row), device=q.device) - (num_pages.cumsum(0) - num_pages)[row]
-    )  # (X,) among its row's pages
+    starts = num_pages.cumsum(0) - num_pages  # (B,) of the rows among the X
+    number = torch.arange(len(row), device=q.device) - starts[row]  # (X,) of a page among its row's
     unused = torch.arange(page_size, device=q.device) >= (lengths[row] - number * page_size)[:, None]  # (X, page)
     at_once = max(1, _AT_ONCE // keys[0].numel())
     parts = list(zip(row.split(at_once), page_table[row, number].split(at_once)))
