@@ -4,8 +4,8 @@
     python bench/collapse.py --seeds 42            one
 
 Of each seed stage 1 is trained once, then stage 2 at alpha 1.0 and the high learning rate, which collapses, and at alpha
-0.8 and the toy's own. Accuracies are pass@1 in %, of 4 samples a problem: of stage 1; of the last model saved before the
-watch tripped, and of the one saved 10 steps later; of the end.
+0.8 and the toy's own. Accuracies are pass@1 in %, of 4 samples a problem: of stage 1; of the model that the watch names
+as the last good one when it trips, of the last one saved before that, and of the one 10 steps later; of the end.
 """
 
 import argparse
@@ -30,13 +30,14 @@ def run(*words: str | Path) -> str:
     return done.stdout
 
 
-def tripped(out: Path) -> int | None:
-    """The step at which a run's watch trips, by its metrics."""
+def tripped(out: Path) -> tuple[int | None, int]:
+    """The step at which a run's watch trips, by its metrics, and the last good one that it names then."""
     watch = CollapseWatch(RediConfig().collapse_nats)
     for line in (out / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        watch.look(row["step"], row["chosen_logp"], row["update_norm"])
-    return watch.tripped
+        if watch.look(row["step"], row["chosen_logp"], row["update_norm"]):
+            break
+    return watch.tripped, watch.last_good
 
 
 def accuracies(folder: Path, seed_folder: Path, models: list[Path]) -> list[float]:
@@ -53,8 +54,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", default=[str(s) for s in (42, *range(1, 10))], help="[42 1 2 ... 9]")
     parser.add_argument("--out", default="runs/collapse", help="where the runs are kept [runs/collapse]")
     flags = parser.parse_args()
-    print("| seed | alpha, lr | tripped at | stage 1 | before it tripped | 10 steps later | at the end |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| seed | alpha, lr | tripped at | stage 1 | named as good | before it tripped | 10 steps later | at the end |")
+    print("| --- " * 8 + "|")
     for seed in flags.seeds:
         sft = Path(flags.out).absolute() / f"sft-{seed}"
         run(ROOT / "train_sft.py", "--seed", seed, "--out", sft)
@@ -64,14 +65,14 @@ def main() -> None:
             words += ["--alpha", alpha, "--lr", lr, "--seed", seed, "--evaluate", "false"]
             if not (out / "final").exists():
                 run(ROOT / "train_redi.py", *words, "--save_every", "2", "--log_every", "1")
-            trip = tripped(out)
+            trip, good = tripped(out)
             steps = []
             if trip:
                 before = (trip - 1) // 2 * 2
-                steps = [out / f"step-{step:06d}" for step in (before, before + 10)]
+                steps = [out / f"step-{step:06d}" for step in (good // 2 * 2, before, before + 10)]
             name = out.with_name(f"{out.name}-trip-{trip}")
             start, *between, end = (f"{a:.0f}" for a in accuracies(name, sft, [sft / "final", *steps, out / "final"]))
-            cells = [str(trip or "never"), start, *(between or ["", ""]), end]
+            cells = [str(trip or "never"), start, *(between or [""] * 3), end]
             print(f"| {seed} | {alpha}, {lr} | {' | '.join(cells)} |", flush=True)
 
 
