@@ -2,6 +2,7 @@
 scripts."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))
+
+
+def skip_without_gcc(source: str) -> None:
+    """For a test of C that could not be compiled: where gcc is, on Linux, it can be."""
+    if sys.platform == "linux" and shutil.which("cc"):
+        about = subprocess.run(["cc", "--version"], capture_output=True, text=True).stdout
+        assert "Free Software Foundation" not in about, f"gcc cannot compile {source}, or torch not run it"
+    pytest.skip("no gcc (as cc)")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,8 @@
 """Packed attention against a dense masked reference."""
 
-import shutil
-
 import pytest
 import torch
+from conftest import skip_without_gcc
 
 from nanoredi.attention import PackedAttention
 from nanoredi.kernels import native
@@ -44,24 +43,24 @@ def test_packed_equals_dense_forward_and_backward(max_seqlen):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 5e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 2.5e-3)])
 @pytest.mark.parametrize("lengths", [(300, 5, 129), (48,), (1, 47, 49, 193)])
 @pytest.mark.parametrize("heads, kv_heads, size", [(6, 2, 64), (2, 2, 128), (5, 1, 192)])
 def test_in_c_packed_equals_dense_forward_and_backward(heads, kv_heads, size, lengths, dtype, bound):
     inputs = qkv(sum(lengths), heads, kv_heads, size)
     inputs = [x.detach().mul(3).to(dtype).requires_grad_() for x in inputs]
     if not runs_causal(inputs[0]):
-        assert not shutil.which("cc"), "the C compiler cannot compile causal.c, or torch not run it"
-        pytest.skip("no C compiler (cc)")
+        skip_without_gcc("causal.c")
     out = PackedAttention(cumulative(lengths))(0, *inputs)
     assert "CausalAttention" in out.grad_fn.name()
     exact = [x.detach().double().requires_grad_() for x in inputs]
     want = dense(*exact, lengths)
+    rounding = (size / 64) ** 0.5 if dtype == torch.float32 else 1  # of a sum of E products
     upstream = torch.randn_like(out).transpose(0, 2).contiguous().transpose(0, 2)  # not as it lies in memory
     got = torch.autograd.grad(out, inputs, upstream)
     for a, b in zip((out, *got), (want, *torch.autograd.grad(want, exact, upstream.double()))):
         assert a.dtype == dtype
-        assert (a.double() - b).norm() / b.norm() < bound
+        assert (a.double() - b).norm() / b.norm() < bound * rounding
 
 
 def test_without_a_compiler_it_is_torch_s(monkeypatch):

@@ -109,19 +109,20 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def calls_of_a_step(model: Qwen2, activation_checkpointing: str) -> tuple[list[torch.Tensor], Counter]:
+    """The gradients of a forward and backward, and how often each operation ran."""
+    for block in model.model.layers:
+        block.activation_checkpointing = activation_checkpointing
+    input_ids, position_ids, cu_seqlens = tiny.packed(tiny.sequences())
+    with Calls() as mode:
+        model.loss(input_ids, position_ids, cu_seqlens, input_ids, torch.ones(len(input_ids)))[0].backward()
+    return [p.grad for p in model.parameters()], mode.counts
+
+
 # Of each of the two blocks: the linear layers with a bias (q, k, v), those without, and the activation.
 @pytest.mark.parametrize("kept, addmm, mm, silu", [("attention", 3, 3, 1), ("products", 0, 0, 1)])
 def test_activation_checkpointing_changes_no_gradient_and_repeats_what_it_says(kept, addmm, mm, silu):
-    grads, calls = [], []
-    for setting in ("off", kept):
-        model = tiny.tiny_model(tied=True)
-        for block in model.model.layers:
-            block.activation_checkpointing = setting
-        input_ids, position_ids, cu_seqlens = tiny.packed(tiny.sequences())
-        with Calls() as mode:
-            model.loss(input_ids, position_ids, cu_seqlens, input_ids, torch.ones(len(input_ids)))[0].backward()
-        grads.append([p.grad for p in model.parameters()])
-        calls.append(mode.counts)
+    grads, calls = zip(*(calls_of_a_step(tiny.tiny_model(tied=True), setting) for setting in ("off", kept)))
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
     aten = torch.ops.aten
@@ -134,20 +135,13 @@ def test_activation_checkpointing_changes_no_gradient_and_repeats_what_it_says(k
 @pytest.mark.parametrize("kept", ["attention", "products"])
 @pytest.mark.parametrize("mlp_size", [200, 128, 80])
 def test_activation_checkpointing_of_any_mlp_and_of_attention_in_c(mlp_size, kept):
-    """C's result is kept, with the logarithms that its backward needs; down_proj may narrow, widen or do neither."""
-    grads = []
-    for setting in ("off", kept):
-        model = Qwen2(Qwen2Config(97, 128, mlp_size, 2, 2, 1, 64)).init_weights(0)
-        for block in model.model.layers:
-            block.activation_checkpointing = setting
-        input_ids, position_ids, cu_seqlens = tiny.packed(tiny.sequences())
-        with Calls() as mode:
-            model.loss(input_ids, position_ids, cu_seqlens, input_ids, torch.ones(len(input_ids)))[0].backward()
-        grads.append([p.grad for p in model.parameters()])
-        if runs_causal(torch.empty(1, 2, 64)):
-            assert mode.counts[torch.ops.nanoredi.causal_attention.default] == 2
-    for a, b in zip(*grads):
+    """C's result is kept, with what its backward needs; down_proj may narrow, widen or do neither."""
+    config = Qwen2Config(97, 128, mlp_size, 2, 2, 1, 64)
+    (want, _), (got, calls) = (calls_of_a_step(Qwen2(config).init_weights(0), setting) for setting in ("off", kept))
+    for a, b in zip(got, want):
         torch.testing.assert_close(a, b)
+    if runs_causal(torch.empty(1, 2, 64)):
+        assert calls[torch.ops.nanoredi.causal_attention.default] == 2
 
 
 @pytest.mark.parametrize("tied", [True, False])

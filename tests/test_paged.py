@@ -1,10 +1,9 @@
 """Attention over pages, in Triton, in C and in plain PyTorch, against dense attention in float64; prefill in pieces;
 copies."""
 
-import shutil
-
 import pytest
 import torch
+from conftest import skip_without_gcc
 from test_attention import dense, qkv
 
 from nanoredi.kernels import decode, native
@@ -16,8 +15,7 @@ PRECISIONS = [(torch.float32, 2e-5), (torch.bfloat16, 0.02)]
 
 def in_c(q, keys, values, page_table, lengths):
     if library_for(q, keys) is None:
-        assert not shutil.which("cc"), "the C compiler cannot compile decode.c, or torch not run it"
-        pytest.skip("no C compiler (cc)")
+        skip_without_gcc("decode.c")
     return c_decode(q, keys, values, page_table, lengths)
 
 

@@ -1,17 +1,17 @@
 /* Causal attention of one sequence and its derivative, on a CPU: causal.py's formulas, for one head after another.
 
-Compiled for one head size: -DSIZE=E, a multiple of 64, and -DIN_BF16=1 or 0 for the tensors' dtype; all that is made of
-them is fp32. A block of queries meets all keys that it may see at once, so its scores are whole rows. Every product is
+Compiled for one head size: -DSIZE=E, a multiple of 64, -DWHOLE=tokens that whole blocks and panels have in common, and
+-DIN_BF16=1 or 0 for the tensors' dtype; all that is made of them is fp32. A block of queries meets all keys that it may see at once, so its scores are whole rows. Every product is
 `multiply`'s. It reads copies: a head's rows, filled up with zeros to whole blocks, or its panels, which are 64 tokens
 turned to (E, 64) each.
 */
 
-#include <math.h>
 #include <stdlib.h>
 
 #include "vectors.h"
 
-enum { BLOCK = 48, ROWS = 6, COLUMNS = 64, WHOLE = 192 /* tokens: whole blocks and whole panels */ };
+enum { BLOCK = 48, ROWS = 6, COLUMNS = 64 };
+_Static_assert(WHOLE % BLOCK == 0 && WHOLE % COLUMNS == 0, "WHOLE");
 enum { VECTORS = LANES == 8 ? 2 : 4 }; /* ROWS * VECTORS sums, and what is multiplied, stay in registers */
 
 /* c (ROWS, COLUMNS) = a (ROWS, inner) @ b (inner, COLUMNS), or c += that. A row of a begins a_row after the one before
@@ -87,9 +87,9 @@ static inline void hide(float *row, int64_t from, int64_t end, float value) {
 
 static float *room_for(int64_t count) { return aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64); }
 
-/* q and out (n, H, E), k and v (n, K, E) -> out, and lse (n, H), the logarithm to base 2 of the sum of 2^scores. */
-void attend(const Stored *q, const Stored *k, const Stored *v, Stored *out, float *lse, int64_t n, int64_t num_heads,
-            int64_t num_kv_heads, float scale) {
+/* q (n, H, E), k and v (n, K, E) -> out (n, H, E), and tops and shares (n, H): weights are 2^(score - top) * share. */
+void attend(const Stored *q, const Stored *k, const Stored *v, Stored *out, float *tops, float *shares, int64_t n,
+            int64_t num_heads, int64_t num_kv_heads, float scale) {
     int64_t whole = (n + WHOLE - 1) / WHOLE * WHOLE, num_blocks = (n + BLOCK - 1) / BLOCK, of_head = whole * SIZE;
     float *panels = room_for(num_kv_heads * of_head), *values = room_for(num_kv_heads * of_head);
 #pragma omp parallel
@@ -107,7 +107,7 @@ void attend(const Stored *q, const Stored *k, const Stored *v, Stored *out, floa
             int64_t count = n - start < BLOCK ? n - start : BLOCK;
             copy_rows(queries, q + (start * num_heads + h) * SIZE, num_heads, count, BLOCK, scale * LOG2_E);
             times_panels(weights, whole, queries, panels + of_kv_head, end);
-            float shares[BLOCK];
+            float share[BLOCK];
             for (int r = 0; r < BLOCK; r++) {
                 float *row = weights + r * whole;
                 hide(row, start + r + 1, end, -1e30f);
@@ -120,11 +120,11 @@ void attend(const Stored *q, const Stored *k, const Stored *v, Stored *out, floa
                     sums += some;
                 }
                 hide(row, start + r + 1, end, 0);
-                shares[r] = 1 / sum(sums);
-                if (r < count) lse[(start + r) * num_heads + h] = top - log2f(shares[r]);
+                share[r] = 1 / sum(sums);
+                if (r < count) tops[(start + r) * num_heads + h] = top, shares[(start + r) * num_heads + h] = share[r];
             }
             times_rows(outs, weights, whole, values + of_kv_head, start);
-            write_rows(out + (start * num_heads + h) * SIZE, outs, num_heads, count, shares);
+            write_rows(out + (start * num_heads + h) * SIZE, outs, num_heads, count, share);
         }
         free(queries), free(outs), free(weights);
     }
@@ -132,9 +132,9 @@ void attend(const Stored *q, const Stored *k, const Stored *v, Stored *out, floa
 }
 
 /* And grad (n, H, E), out's -> grad_q (n, H, E); grad_k and grad_v (H, whole, E), one for every query head. */
-void attend_backward(const Stored *q, const Stored *k, const Stored *v, const float *lse, const Stored *grad,
-                     Stored *grad_q, float *grad_k, float *grad_v, int64_t n, int64_t num_heads, int64_t num_kv_heads,
-                     float scale) {
+void attend_backward(const Stored *q, const Stored *k, const Stored *v, const float *tops, const float *shares,
+                     const Stored *grad, Stored *grad_q, float *grad_k, float *grad_v, int64_t n, int64_t num_heads,
+                     int64_t num_kv_heads, float scale) {
     int64_t whole = (n + WHOLE - 1) / WHOLE * WHOLE, of_head = whole * SIZE;
     float scales[BLOCK];
     for (int r = 0; r < BLOCK; r++) scales[r] = scale;
@@ -161,11 +161,12 @@ void attend_backward(const Stored *q, const Stored *k, const Stored *v, const fl
                 times_panels(slopes, whole, grads, value_panels, end);
                 for (int r = 0; r < BLOCK; r++) {
                     float *row = weights + r * whole, *slope = slopes + r * whole;
-                    float of_row = r < count ? lse[(start + r) * num_heads + h] : 0;
+                    int64_t of_row = (start + r) * num_heads + h;
+                    float top = r < count ? tops[of_row] : 0, share = r < count ? shares[of_row] : 0;
                     hide(row, start + r + 1, end, -1e30f);
                     Floats means = {0};
                     for (int64_t c = 0; c < end; c += LANES) {
-                        Floats some = power_of_2(load(row + c) - of_row);
+                        Floats some = power_of_2(load(row + c) - top) * share;
                         store(row + c, some);
                         means += some * load(slope + c);
                     }

@@ -3,7 +3,7 @@
     S = Q K^T / sqrt(E)  (n, n)      P = softmax(S)      O = P V
 
 for each query head, of S what a token may see alone, and that a block of queries at a time. Forward keeps of each row
-the logarithm of its softmax's sum, so that backward can make P again; then it goes the way back (FlashAttention, arXiv
+the largest score and one over its softmax's sum, so that backward can make P again; then it goes the way back (FlashAttention, arXiv
 2205.14135, appendix B.2):
 
     dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(P * dP))      dQ = dS K / sqrt(E)      dK = dS^T Q / sqrt(E)
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nanoredi.kernels.native import compiled
 
-_WHOLE = 192  # causal.c's: tokens of whole blocks
+_WHOLE = 192  # tokens, to a multiple of which causal.c fills sequences up
 
 
 def runs_causal(q: Tensor) -> bool:
@@ -33,43 +33,41 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, lengths):
-        out, lse = torch.ops.nanoredi.causal_attention(q, k, v, lengths)
-        ctx.save_for_backward(q, k, v, lse)
+        out, tops, shares = torch.ops.nanoredi.causal_attention(q, k, v, lengths)
+        ctx.save_for_backward(q, k, v, tops, shares)
         ctx.lengths = lengths
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, lse = (x.contiguous() for x in ctx.saved_tensors)
-        grads = [torch.empty_like(x) for x in (q, k, v)]
-        for sequence in zip(*(x.split(ctx.lengths) for x in (q, k, v, lse, grad.contiguous(), *grads))):
+        tensors = [x.contiguous() for x in (*ctx.saved_tensors, grad)]
+        grads = [torch.empty_like(x) for x in tensors[:3]]
+        for sequence in zip(*(x.split(ctx.lengths) for x in (*tensors, *grads))):
             _backward(*sequence)
         return *grads, None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """The result (N, H, E) and the logarithms, to base 2, of the softmax's sums (N, H) fp32."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The result (N, H, E), and of each softmax the largest score times log2(e) and one over the sum (N, H) fp32."""
     q, k, v = (x.contiguous() for x in (q, k, v))
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
-    for sequence in zip(*(x.split(lengths) for x in (q, k, v, out, lse))):
+    out, tops, shares = torch.empty_like(q), torch.empty(q.shape[:2]), torch.empty(q.shape[:2])
+    for sequence in zip(*(x.split(lengths) for x in (q, k, v, out, tops, shares))):
         _call("attend", *sequence)
-    return out, lse
+    return out, tops, shares
 
 
 # An operation of its own, so that activation checkpointing can keep its results (attention.ATTENTION).
 _operations = torch.library.Library("nanoredi", "DEF")
-_operations.define("causal_attention(Tensor q, Tensor k, Tensor v, int[] lengths) -> (Tensor, Tensor)")
+_operations.define("causal_attention(Tensor q, Tensor k, Tensor v, int[] lengths) -> (Tensor, Tensor, Tensor)")
 _operations.impl("causal_attention", _attend, "CPU")
 
 
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, grad: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
-) -> None:
-    """Of one sequence: grad_q (n, H, E), grad_k and grad_v (n, K, E) are written."""
+def _backward(q: Tensor, k: Tensor, *others: Tensor) -> None:
+    """Of one sequence q, k, v, tops, shares, grad, and grad_q (n, H, E), grad_k and grad_v (n, K, E), which are written."""
     (n, num_heads, size), num_kv_heads = q.shape, k.shape[1]
     by_head = torch.empty(2, num_heads, -(-n // _WHOLE) * _WHOLE, size)  # one for every query head, and in fp32
-    _call("attend_backward", q, k, v, lse, grad, grad_q, *by_head)
-    for total, heads in zip((grad_k, grad_v), by_head):
+    _call("attend_backward", q, k, *others[:-2], *by_head)
+    for total, heads in zip(others[-2:], by_head):
         total.copy_(heads[:, :n].unflatten(0, (num_kv_heads, -1)).sum(1).transpose(0, 1))
 
 
@@ -80,4 +78,4 @@ def _call(name: str, q: Tensor, k: Tensor, *others: Tensor) -> None:
 
 
 def _library(q: Tensor) -> ctypes.CDLL | None:
-    return compiled("causal", SIZE=q.shape[2], IN_BF16=int(q.dtype == torch.bfloat16))
+    return compiled("causal", SIZE=q.shape[2], WHOLE=_WHOLE, IN_BF16=int(q.dtype == torch.bfloat16))
