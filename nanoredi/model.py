@@ -102,7 +102,7 @@ class Block(nn.Module):
             return False
         if name == "aten::mm":
             return (args[0].shape[1], args[1].shape[1]) == sizes
-        return name == "mkldnn::_linear_pointwise" and args[1].shape[::-1] == sizes and args[2] is None
+        return name in ("mkldnn::_linear_pointwise", "nanoredi::linear") and args[1].shape[::-1] == sizes and args[2] is None
 
 
 class Decoder(nn.Module):

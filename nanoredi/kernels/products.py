@@ -1,18 +1,24 @@
-"""Matrix products and linear layers, by the fastest library that is at hand.
+"""Matrix products and linear layers, by the fastest code that is at hand.
 
 torch has two libraries for a CPU's fp32 products. It takes MKL, which on AMD's processors keeps to AVX2; where there is
 AVX-512, oneDNN reaches over twice its rate there, by the same arithmetic. oneDNN compiles a kernel for each new size,
 which takes up to a millisecond and half a megabyte, so small products stay with MKL.
+
+In bf16 torch takes oneDNN. Where a CPU multiplies pairs of bf16 numbers (AVX512-BF16), and has no units for whole tiles
+(AMX), products.c reaches more of its rate, and adds to an fp32 sum in place.
 """
+
+import ctypes
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanoredi.kernels.masters import cast, kept_sum
+from nanoredi.kernels.native import compiled
 
 # The operations that linear layers come down to, by name.
-PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "nanoredi::linear")
 
 # Multiplications that are worth a kernel of their own.
 _LARGE = 1 << 25
@@ -29,6 +35,8 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     if a.is_cuda and dtype not in (None, a.dtype):
         return torch.mm(a, b, out_dtype=dtype)
+    if _prefers_c(a):
+        return _c(a.new_empty(a.shape[0], b.shape[1], dtype=dtype), a, b)
     if a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE and _prefers_onednn(a):
         return _onednn(a, b.T)
     return (a @ b).to(dtype or a.dtype)
@@ -36,6 +44,8 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def put_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a (M, K) @ b (K, N), of one dtype, written to out (M, N)."""
+    if _prefers_c(a):
+        return _c(out, a, b)
     if not _prefers_onednn(a):
         return torch.mm(a, b, out=out)
     columns = max(1, _PIECE // len(out))
@@ -49,6 +59,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.is_cuda:
         wider = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
         torch.addmm(total, a, b, **wider, out=total)
+        return
+    if _prefers_c(a):
+        _c(total, a, b, add=True)
         return
     rows = max(1, _PIECE // total.shape[1])
     for part, factor in zip(total.split(rows), a.split(rows)):
@@ -81,6 +94,8 @@ def packed(weight: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _prefers_c(x):
+        return torch.ops.nanoredi.linear(x, weight, bias)
     if x.numel() * len(weight) >= _LARGE and _prefers_onednn(x):
         return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -119,4 +134,44 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _prefers_c(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype == torch.bfloat16 and _HAS_PAIRS and compiled("products") is not None
+
+
+def _c(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, add: bool = False) -> Tensor:
+    """a @ b + bias, of bf16, written to out (M, N), bf16 or fp32, or added to what is there, if that is fp32."""
+    (a, *a_layout), (b, *b_layout) = _factor(a), _factor(b.T)
+    if bias is not None:
+        bias = bias.contiguous()
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    function = compiled("products").product
+    function.argtypes = [pointer, number, number] * 2 + [pointer] * 2 + [number] * 6
+    function(
+        *(a.data_ptr(), *a_layout, b.data_ptr(), *b_layout, bias if bias is None else bias.data_ptr(), out.data_ptr()),
+        *(out.stride(0), out.dtype == torch.float32, add, *out.shape, a.shape[1]),
+    )
+    return out
+
+
+def _factor(x: Tensor) -> tuple[Tensor, int, int]:
+    """A left factor, or a right one turned, as products.c can read it; how far its rows, or else its columns, are apart;
+    whether the numbers in one follow each other along the inner dimension."""
+    if x.stride(1) == 1 and x.shape[1] % 2 == 0:
+        return x, x.stride(0), 1
+    if x.stride(0) != 1:
+        x = x.T.contiguous().T
+    return x, x.stride(1), 0
+
+
+def _linear_c(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _c(x.new_empty(len(x), len(weight)), x, weight.T, bias)
+
+
+# An operation of its own, so that activation checkpointing can keep its result.
+_operations = torch.library.Library("nanoredi", "FRAGMENT")
+_operations.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_operations.impl("linear", _linear_c, "CPU")
+
+# Whether there are units for pairs of bf16 numbers, and none for tiles, with which oneDNN is faster.
+_HAS_PAIRS = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 _HAS_AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
