@@ -1,9 +1,12 @@
 /* Causal attention of one sequence and its derivative, on a CPU: causal.py's formulas, for one head after another.
 
 Compiled for one head size: -DSIZE=E, a multiple of 64, -DWHOLE=tokens that whole blocks and panels have in common, and
--DIN_BF16=1 or 0 for the tensors' dtype; all that is made of them is fp32. A block of queries meets all keys that it may see at once, so its scores are whole rows. Every product is
-`multiply`'s. It reads copies: a head's rows, filled up with zeros to whole blocks, or its panels, which are 64 tokens
-turned to (E, 64) each.
+-DIN_BF16=1 or 0 for the tensors' dtype. A block of queries meets all keys that it may see at once, so its scores are
+whole rows. Every product is `multiply`'s, of factors in words: a word is one fp32 number, or two of bf16 that follow each
+other along the inner dimension, where the CPU has an instruction for these (AVX512-BF16). All sums, and all that is made
+of them, are fp32. `multiply` reads copies of a head, filled up with zeros to whole blocks: its tokens as lines of words
+(E); turned to panels of words (E, 64), 64 tokens each; or, where tokens are the inner dimension, woven into words of one
+or of two tokens.
 */
 
 #include <stdlib.h>
@@ -14,63 +17,102 @@ enum { BLOCK = 48, ROWS = 6, COLUMNS = 64 };
 _Static_assert(WHOLE % BLOCK == 0 && WHOLE % COLUMNS == 0, "WHOLE");
 enum { VECTORS = LANES == 8 ? 2 : 4 }; /* ROWS * VECTORS sums, and what is multiplied, stay in registers */
 
-/* c (ROWS, COLUMNS) = a (ROWS, inner) @ b (inner, COLUMNS), or c += that. A row of a begins a_row after the one before
-it, a number in the row a_step after the one before it; rows of b and c are b_row and c_row apart. */
+#if IN_BF16 && defined(__AVX512BF16__)
+#include <immintrin.h>
+enum { PER_WORD = 2 };
+typedef Stored Factor;
+
+/* sums + a word of the left factor times LANES words of the right one */
+static inline Floats plus(Floats sums, const float *left, const float *right) {
+    __m512bh pair = (__m512bh)_mm512_set1_ps(*left), pairs = (__m512bh)_mm512_loadu_ps(right);
+    return (Floats)_mm512_dpbf16_ps((__m512)sums, pair, pairs);
+}
+
+static inline void write_factors(Factor *to, Floats value) {
+    _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh((__m512)value));
+}
+
+static inline Floats woven(Floats first, Floats second) {
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+    return (Floats)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+#else
+enum { PER_WORD = 1 };
+typedef float Factor;
+
+static inline Floats plus(Floats sums, const float *left, const float *right) { return sums + *left * load(right); }
+
+static inline void write_factors(Factor *to, Floats value) { store(to, value); }
+
+static inline Floats woven(Floats first, Floats second) { return first; }
+#endif
+enum { LINE = SIZE / PER_WORD };
+
+/* c (ROWS, COLUMNS) = a (ROWS, words) @ b (words, COLUMNS), or c += that. A row of a begins a_row after the one before
+it, a word in the row a_step after the one before it; rows of b and c are b_row and c_row apart. */
 static void multiply(float *c, int64_t c_row, const float *a, int64_t a_row, int64_t a_step, const float *b,
-                     int64_t b_row, int64_t inner, int add) {
+                     int64_t b_row, int64_t words, int add) {
     for (int column = 0; column < COLUMNS; column += VECTORS * LANES) {
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++)
             for (int j = 0; j < VECTORS; j++)
                 sums[r][j] = add ? load(c + r * c_row + column + j * LANES) : (Floats){0};
-        for (int64_t i = 0; i < inner; i++)
+        for (int64_t i = 0; i < words; i++)
             for (int r = 0; r < ROWS; r++)
                 for (int j = 0; j < VECTORS; j++)
-                    sums[r][j] += a[r * a_row + i * a_step] * load(b + i * b_row + column + j * LANES);
+                    sums[r][j] = plus(sums[r][j], a + r * a_row + i * a_step, b + i * b_row + column + j * LANES);
         for (int r = 0; r < ROWS; r++)
             for (int j = 0; j < VECTORS; j++) store(c + r * c_row + column + j * LANES, sums[r][j]);
     }
 }
 
-/* to (BLOCK, columns) = rows (BLOCK, E) @ panels; rows of `to` are to_row apart. */
-static void times_panels(float *to, int64_t to_row, const float *rows, const float *panels, int64_t columns) {
+/* to (BLOCK, columns) = lines (BLOCK, E) @ panels; rows of `to` are to_row apart. */
+static void times_panels(float *to, int64_t to_row, const float *lines, const float *panels, int64_t columns) {
     for (int64_t c = 0; c < columns; c += COLUMNS)
         for (int r = 0; r < BLOCK; r += ROWS)
-            multiply(to + r * to_row + c, to_row, rows + r * SIZE, SIZE, 1, panels + c * SIZE, COLUMNS, SIZE, 0);
+            multiply(to + r * to_row + c, to_row, lines + r * LINE, LINE, 1, panels + c * LINE, COLUMNS, LINE, 0);
 }
 
-/* to (BLOCK, E) = weights (BLOCK, ...) @ rows; of row r of the weights only the first seen + r are not 0. */
-static void times_rows(float *to, const float *weights, int64_t weights_row, const float *rows, int64_t seen) {
-    for (int r = 0; r < BLOCK; r += ROWS) {
-        const float *some = weights + r * weights_row;
+/* to (BLOCK, E) = weights (BLOCK, tokens) in lines @ woven tokens; of row r of the weights the first seen + r + 1 alone
+are not 0. */
+static void times_woven(float *to, const float *weights, int64_t line, const float *tokens, int64_t seen) {
+    for (int r = 0; r < BLOCK; r += ROWS)
         for (int e = 0; e < SIZE; e += COLUMNS)
-            multiply(to + r * SIZE + e, SIZE, some, weights_row, 1, rows + e, SIZE, seen + r + ROWS, 0);
-    }
+            multiply(to + r * SIZE + e, SIZE, weights + r * line, line, 1, tokens + e, SIZE,
+                     (seen + r + ROWS) / PER_WORD, 0);
 }
 
-/* to (count, E) += the turned weights (BLOCK, count) @ rows (BLOCK, E). */
+/* to (count, E) += the turned weights (BLOCK, count) @ rows (BLOCK, E), both woven. */
 static void add_turned_times(float *to, const float *weights, int64_t weights_row, const float *rows, int64_t count) {
     for (int64_t c = 0; c < count; c += ROWS)
         for (int e = 0; e < SIZE; e += COLUMNS)
-            multiply(to + c * SIZE + e, SIZE, weights + c, 1, weights_row, rows + e, SIZE, BLOCK, 1);
+            multiply(to + c * SIZE + e, SIZE, weights + c, 1, weights_row, rows + e, SIZE, BLOCK / PER_WORD, 1);
 }
 
-/* `count` tokens of a head, num_heads * E apart, times a factor, and zeros after them: to (whole, E). */
-static void copy_rows(float *to, const Stored *x, int64_t num_heads, int64_t count, int64_t whole, float factor) {
-    for (int64_t t = 0; t < count; t++)
+/* Of `count` tokens of a head, num_heads * E apart, LANES numbers of token t from e on; of those after them, zeros. */
+static inline Floats numbers(const Stored *x, int64_t num_heads, int64_t count, int64_t t, int e) {
+    return t < count ? wide(x + t * num_heads * SIZE + e) : (Floats){0};
+}
+
+static void copy_lines(float *to, const Stored *x, int64_t num_heads, int64_t count, int64_t whole) {
+    for (int64_t t = 0; t < whole; t++)
         for (int e = 0; e < SIZE; e += LANES)
-            store(to + t * SIZE + e, wide(x + t * num_heads * SIZE + e) * factor);
-    memset(to + count * SIZE, 0, (whole - count) * SIZE * sizeof *to);
+            write_factors((Factor *)(to + t * LINE) + e, numbers(x, num_heads, count, t, e));
 }
 
-/* The same turned, a panel after the other. */
+static void copy_woven(float *to, const Stored *x, int64_t num_heads, int64_t count, int64_t whole) {
+    for (int64_t t = 0; t < whole; t += PER_WORD, to += SIZE)
+        for (int e = 0; e < SIZE; e += LANES)
+            store(to + e, woven(numbers(x, num_heads, count, t, e), numbers(x, num_heads, count, t + PER_WORD - 1, e)));
+}
+
 static void copy_panels(float *to, const Stored *x, int64_t num_heads, int64_t count, int64_t whole) {
-    float panel[COLUMNS][SIZE];
-    for (int64_t start = 0; start < whole; start += COLUMNS, to += COLUMNS * SIZE) {
-        int64_t some = count - start < 0 ? 0 : count - start < COLUMNS ? count - start : COLUMNS;
-        copy_rows(panel[0], x + start * num_heads * SIZE, num_heads, some, COLUMNS, 1);
-        for (int e = 0; e < SIZE; e++)
-            for (int c = 0; c < COLUMNS; c++) to[e * COLUMNS + c] = panel[c][e];
+    float lines[COLUMNS][LINE];
+    for (int64_t start = 0; start < whole; start += COLUMNS, to += COLUMNS * LINE) {
+        copy_lines(lines[0], x + start * num_heads * SIZE, num_heads, count - start, COLUMNS);
+        for (int w = 0; w < LINE; w++)
+            for (int c = 0; c < COLUMNS; c++) to[w * COLUMNS + c] = lines[c][w];
     }
 }
 
@@ -80,50 +122,46 @@ static void write_rows(Stored *x, const float *from, int64_t num_heads, int64_t 
             narrow(x + t * num_heads * SIZE + e, load(from + t * SIZE + e) * factors[t]);
 }
 
-/* Of a row of scores or weights, the tokens that come after its own. */
-static inline void hide(float *row, int64_t from, int64_t end, float value) {
-    for (int64_t c = from; c < end; c++) row[c] = value;
-}
-
 static float *room_for(int64_t count) { return aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64); }
 
 /* q (n, H, E), k and v (n, K, E) -> out (n, H, E), and tops and shares (n, H): weights are 2^(score - top) * share. */
 void attend(const Stored *q, const Stored *k, const Stored *v, Stored *out, float *tops, float *shares, int64_t n,
             int64_t num_heads, int64_t num_kv_heads, float scale) {
-    int64_t whole = (n + WHOLE - 1) / WHOLE * WHOLE, num_blocks = (n + BLOCK - 1) / BLOCK, of_head = whole * SIZE;
+    int64_t whole = (n + WHOLE - 1) / WHOLE * WHOLE, num_blocks = (n + BLOCK - 1) / BLOCK, of_head = whole * LINE;
     float *panels = room_for(num_kv_heads * of_head), *values = room_for(num_kv_heads * of_head);
 #pragma omp parallel
     {
-        float *queries = room_for(BLOCK * SIZE), *outs = room_for(BLOCK * SIZE), *weights = room_for(BLOCK * whole);
+        float *queries = room_for(BLOCK * LINE), *outs = room_for(BLOCK * SIZE), *weights = room_for(BLOCK * whole);
 #pragma omp for
         for (int64_t head = 0; head < num_kv_heads; head++) {
             copy_panels(panels + head * of_head, k + head * SIZE, num_kv_heads, n, whole);
-            copy_rows(values + head * of_head, v + head * SIZE, num_kv_heads, n, whole, 1);
+            copy_woven(values + head * of_head, v + head * SIZE, num_kv_heads, n, whole);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < num_blocks * num_heads; item++) { /* the last blocks, the longest, first */
             int64_t h = item % num_heads, start = (num_blocks - 1 - item / num_heads) * BLOCK, end = start + BLOCK;
             int64_t of_kv_head = h / (num_heads / num_kv_heads) * of_head;
             int64_t count = n - start < BLOCK ? n - start : BLOCK;
-            copy_rows(queries, q + (start * num_heads + h) * SIZE, num_heads, count, BLOCK, scale * LOG2_E);
+            copy_lines(queries, q + (start * num_heads + h) * SIZE, num_heads, count, BLOCK);
             times_panels(weights, whole, queries, panels + of_kv_head, end);
             float share[BLOCK];
             for (int r = 0; r < BLOCK; r++) {
                 float *row = weights + r * whole;
-                hide(row, start + r + 1, end, -1e30f);
+                Factor *line = (Factor *)row; /* written behind where the row is read */
+                for (int64_t c = start + r + 1; c < end; c++) row[c] = -1e30f;
                 Floats high = load(row), sums = {0};
                 for (int64_t c = LANES; c < end; c += LANES) high = larger(high, load(row + c));
-                float top = largest(high);
+                float top = largest(high) * (scale * LOG2_E);
                 for (int64_t c = 0; c < end; c += LANES) {
-                    Floats some = power_of_2(load(row + c) - top);
-                    store(row + c, some);
+                    Floats some = power_of_2(load(row + c) * (scale * LOG2_E) - top);
+                    write_factors(line + c, some);
                     sums += some;
                 }
-                hide(row, start + r + 1, end, 0);
+                for (int64_t c = start + r + 1; c < end; c++) line[c] = 0;
                 share[r] = 1 / sum(sums);
                 if (r < count) tops[(start + r) * num_heads + h] = top, shares[(start + r) * num_heads + h] = share[r];
             }
-            times_rows(outs, weights, whole, values + of_kv_head, start);
+            times_woven(outs, weights, whole, values + of_kv_head, start);
             write_rows(out + (start * num_heads + h) * SIZE, outs, num_heads, count, share);
         }
         free(queries), free(outs), free(weights);
@@ -135,55 +173,70 @@ void attend(const Stored *q, const Stored *k, const Stored *v, Stored *out, floa
 void attend_backward(const Stored *q, const Stored *k, const Stored *v, const float *tops, const float *shares,
                      const Stored *grad, Stored *grad_q, float *grad_k, float *grad_v, int64_t n, int64_t num_heads,
                      int64_t num_kv_heads, float scale) {
-    int64_t whole = (n + WHOLE - 1) / WHOLE * WHOLE, of_head = whole * SIZE;
+    int64_t whole = (n + WHOLE - 1) / WHOLE * WHOLE, of_head = whole * LINE;
     float scales[BLOCK];
     for (int r = 0; r < BLOCK; r++) scales[r] = scale;
 #pragma omp parallel
     {
-        float *keys = room_for(of_head), *panels = room_for(of_head), *value_panels = room_for(of_head);
-        float *queries = room_for(BLOCK * SIZE), *grads = room_for(BLOCK * SIZE), *grad_rows = room_for(BLOCK * SIZE);
-        float *weights = room_for(BLOCK * whole), *slopes = room_for(BLOCK * whole);
+        float *keys = room_for(of_head), *key_panels = room_for(of_head), *value_panels = room_for(of_head);
+        float *queries = room_for(BLOCK * LINE), *woven_queries = room_for(BLOCK * LINE);
+        float *grads = room_for(BLOCK * LINE), *woven_grads = room_for(BLOCK * LINE), *sums = room_for(BLOCK * SIZE);
+        float *weights = room_for(BLOCK * whole), *slopes = room_for(BLOCK * whole), *lines = room_for(BLOCK * whole);
 #pragma omp for schedule(dynamic)
         for (int64_t h = 0; h < num_heads; h++) {
             int64_t head = h / (num_heads / num_kv_heads);
-            float *grad_keys = grad_k + h * of_head, *grad_values = grad_v + h * of_head;
-            copy_rows(keys, k + head * SIZE, num_kv_heads, n, whole, 1);
-            copy_panels(panels, k + head * SIZE, num_kv_heads, n, whole);
+            float *grad_keys = grad_k + h * whole * SIZE, *grad_values = grad_v + h * whole * SIZE;
+            copy_woven(keys, k + head * SIZE, num_kv_heads, n, whole);
+            copy_panels(key_panels, k + head * SIZE, num_kv_heads, n, whole);
             copy_panels(value_panels, v + head * SIZE, num_kv_heads, n, whole);
-            memset(grad_keys, 0, of_head * sizeof(float));
-            memset(grad_values, 0, of_head * sizeof(float));
+            memset(grad_keys, 0, whole * SIZE * sizeof(float));
+            memset(grad_values, 0, whole * SIZE * sizeof(float));
             for (int64_t start = 0; start < n; start += BLOCK) {
                 int64_t first = (start * num_heads + h) * SIZE, end = start + BLOCK;
                 int64_t count = n - start < BLOCK ? n - start : BLOCK;
-                copy_rows(queries, q + first, num_heads, count, BLOCK, scale * LOG2_E);
-                copy_rows(grads, grad + first, num_heads, count, BLOCK, 1);
-                times_panels(weights, whole, queries, panels, end);
+                copy_lines(queries, q + first, num_heads, count, BLOCK);
+                copy_woven(woven_queries, q + first, num_heads, count, BLOCK);
+                copy_lines(grads, grad + first, num_heads, count, BLOCK);
+                copy_woven(woven_grads, grad + first, num_heads, count, BLOCK);
+                times_panels(weights, whole, queries, key_panels, end);
                 times_panels(slopes, whole, grads, value_panels, end);
+                float mean[BLOCK];
                 for (int r = 0; r < BLOCK; r++) {
                     float *row = weights + r * whole, *slope = slopes + r * whole;
                     int64_t of_row = (start + r) * num_heads + h;
                     float top = r < count ? tops[of_row] : 0, share = r < count ? shares[of_row] : 0;
-                    hide(row, start + r + 1, end, -1e30f);
+                    for (int64_t c = start + r + 1; c < end; c++) row[c] = -1e30f;
                     Floats means = {0};
                     for (int64_t c = 0; c < end; c += LANES) {
-                        Floats some = power_of_2(load(row + c) - top) * share;
+                        Floats some = power_of_2(load(row + c) * (scale * LOG2_E) - top) * share;
                         store(row + c, some);
                         means += some * load(slope + c);
                     }
-                    float mean = sum(means);
-                    hide(row, start + r + 1, end, 0);
-                    for (int64_t c = 0; c < end; c += LANES)
-                        store(slope + c, load(row + c) * (load(slope + c) - mean));
+                    mean[r] = sum(means);
+                    for (int64_t c = start + r + 1; c < end; c++) row[c] = 0;
                 }
-                times_rows(grad_rows, slopes, whole, keys, start);
-                write_rows(grad_q + first, grad_rows, num_heads, count, scales);
-                add_turned_times(grad_keys, slopes, whole, queries, end);
-                add_turned_times(grad_values, weights, whole, grads, end);
+                /* Woven in the place of the first of the rows that are. */
+                for (int r = 0; r < BLOCK; r += PER_WORD)
+                    for (int64_t c = 0; c < end; c += LANES) {
+                        float *row = weights + r * whole + c, *slope = slopes + r * whole + c;
+                        Floats some[PER_WORD], steep[PER_WORD];
+                        for (int i = 0; i < PER_WORD; i++) {
+                            some[i] = load(row + i * whole);
+                            steep[i] = some[i] * (load(slope + i * whole) - mean[r + i]);
+                            write_factors((Factor *)lines + (r + i) * whole + c, steep[i]);
+                        }
+                        store(row, woven(some[0], some[PER_WORD - 1]));
+                        store(slope, woven(steep[0], steep[PER_WORD - 1]));
+                    }
+                times_woven(sums, lines, whole / PER_WORD, keys, start);
+                write_rows(grad_q + first, sums, num_heads, count, scales);
+                add_turned_times(grad_keys, slopes, PER_WORD * whole, woven_queries, end);
+                add_turned_times(grad_values, weights, PER_WORD * whole, woven_grads, end);
             }
-            for (int64_t i = 0; i < of_head; i++) grad_keys[i] *= LOG_2;
+            for (int64_t i = 0; i < whole * SIZE; i++) grad_keys[i] *= scale;
         }
-        free(keys), free(panels), free(value_panels);
-        free(queries), free(grads), free(grad_rows);
-        free(weights), free(slopes);
+        free(keys), free(key_panels), free(value_panels);
+        free(queries), free(woven_queries), free(grads), free(woven_grads), free(sums);
+        free(weights), free(slopes), free(lines);
     }
 }
