@@ -3,16 +3,21 @@ kernels, in Triton's interpreter or on the GPU where there is one."""
 
 import pytest
 import torch
+from conftest import skip_without_gcc
 
 from nanoredi.kernels import chunks, linear_logprob, rows, weighted_cross_entropy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=["plain", "triton"], autouse=True)
+@pytest.fixture(params=["plain", "c", "triton"], autouse=True)
 def backend(request, monkeypatch):
     if request.param == "triton" and rows.triton is None:
         pytest.skip("Triton is not installed")
+    if request.param == "c" and not rows.runs_c(torch.empty(1, 1)):
+        skip_without_gcc("rows.c")
+    if request.param != "c":
+        monkeypatch.setattr(rows, "runs_c", lambda logits: False)
     monkeypatch.setattr(rows, "runs_triton", lambda logits: request.param == "triton")
 
 
@@ -189,7 +194,7 @@ def test_frozen_head_and_no_grad():
 
 def test_the_kernel_stays_inside_its_rows():
     """A target outside the vocabulary is refused with the batch; should one come, nothing outside its row is touched."""
-    if not rows.runs_triton(None):
+    if not rows.runs_triton(None) and not rows.runs_c(torch.empty(1, 1)):
         pytest.skip("the plain version raises")
     around = torch.randn(5, 40, device=DEVICE)
     logits, before = around[1:4, :33], around.clone()

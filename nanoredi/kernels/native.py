@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 _COMPILER = "cc"
-_FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-Wno-psabi"]
+_FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wno-psabi"]
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def compiled(name: str, **constants: int) -> ctypes.CDLL | None:
         # In two steps, so that no second OpenMP is linked in: its functions are found in torch's, and so are its threads.
         part, library = f"{folder}/part.o", f"{folder}/library.so"
         try:
-            for words in ([*_FLAGS, *definitions, "-c", source, "-o", part], ["-shared", part, "-o", library]):
+            for words in ([*_FLAGS, *definitions, "-c", source, "-o", part], ["-shared", part, "-lm", "-o", library]):
                 subprocess.run([_COMPILER, *words], check=True, capture_output=True, text=True)
             return ctypes.CDLL(library)
         except subprocess.CalledProcessError as error:

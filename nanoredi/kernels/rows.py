@@ -1,4 +1,5 @@
-"""What is done to a chunk of logits, a row at a time: two Triton kernels, and the plain PyTorch that they must equal.
+"""What is done to a chunk of logits, a row at a time: two Triton kernels, the same in C for a CPU (rows.c), and the plain
+PyTorch that they must equal.
 
 A row z (V,) has a target y. With o the log-sum-exp of all columns but y, and d = o - z[y],
 
@@ -14,6 +15,7 @@ overwrite it, all in fp32 with one rounding at the end. Nothing outside the row 
 target says.
 """
 
+import ctypes
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoredi.kernels.backend import runs_triton, tl, triton
+from nanoredi.kernels.native import compiled
 
 _CPU_ELEMENTS = 1 << 20  # logits that a CPU turns at once
 
@@ -36,6 +39,10 @@ def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
     Returns:
         (C,) fp32 each: logp; and what gradient_ needs, logsumexp(z) and 1 - p(y).
     """
+    if runs_c(logits):
+        out = logits.new_empty(3, len(logits), dtype=torch.float32)
+        _call("logprobs", logits, targets, weights, *out)
+        return tuple(out)
     if not runs_triton(logits):
         tensors = (logits, targets) if weights is None else (logits, targets, weights)
         return tuple(map(torch.cat, zip(*(_plain_logprobs_(*part) for part in _few_rows(*tensors)))))
@@ -56,6 +63,8 @@ def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
 
 def gradient_(logits: Tensor, targets: Tensor, weights: Tensor, lse: Tensor, missing: Tensor) -> None:
     """Overwrite logits (C, V) by the gradient of the sum of weights * logps; lse and missing are logprobs_'s."""
+    if runs_c(logits):
+        return _call("gradient", logits, targets, weights, lse, missing)
     if not runs_triton(logits):
         for part in _few_rows(logits, targets, weights, lse, missing):
             _plain_gradient_(*part)
@@ -63,6 +72,23 @@ def gradient_(logits: Tensor, targets: Tensor, weights: Tensor, lse: Tensor, mis
     _gradient_kernel[(len(logits),)](
         logits, logits.stride(0), targets, weights, lse, missing, logits.shape[1], BLOCK=_block(logits), num_warps=8
     )
+
+
+def runs_c(logits: Tensor) -> bool:
+    return logits.is_cpu and logits.dtype in (torch.float32, torch.bfloat16) and _library(logits) is not None
+
+
+def _library(logits: Tensor) -> ctypes.CDLL | None:
+    return compiled("rows", IN_BF16=int(logits.dtype == torch.bfloat16))
+
+
+def _call(name: str, logits: Tensor, *others: Tensor | None) -> None:
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    function = getattr(_library(logits), name)
+    function.argtypes = [pointer, number, *[pointer] * len(others), number, number]
+    others = [None if x is None else x.contiguous() for x in others]
+    pointers = [None if x is None else x.data_ptr() for x in others]
+    function(logits.data_ptr(), logits.stride(0), *pointers, *logits.shape)
 
 
 def _few_rows(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

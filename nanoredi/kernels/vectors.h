@@ -4,6 +4,10 @@ tensors stored in fp32 or, with -DIN_BF16=1, in bf16; powers of 2. */
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__) && SIZE % 16 == 0
 enum { LANES = 16 };
 #elif defined(__AVX__) && SIZE % 8 == 0
@@ -28,6 +32,13 @@ typedef uint16_t Stored;
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
+static inline float wide_one(const Stored *x) {
+    uint32_t bits = (uint32_t)*x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 static inline Floats wide(const Stored *x) {
     Halves halves;
     memcpy(&halves, x, sizeof halves);
@@ -44,6 +55,8 @@ static inline void narrow(Stored *x, Floats value) {
 #else
 typedef float Stored;
 
+static inline float wide_one(const Stored *x) { return *x; }
+
 static inline Floats wide(const Stored *x) { return load(x); }
 
 static inline void narrow(Stored *x, Floats value) { store(x, value); }
@@ -51,19 +64,46 @@ static inline void narrow(Stored *x, Floats value) { store(x, value); }
 
 static const float LOG2_E = 1.44269504f, LOG_2 = 0.693147181f;
 
-/* b where it is NaN. */
+/* e^f, |f| <= log(2) / 2, to a unit in fp32's last place. */
+static inline Floats series(Floats f) {
+    Floats rest = 1 / 24.f + f * (1 / 120.f + f * (1 / 720.f + f * (1 / 5040.f)));
+    return 1 + f * (1 + f * (1 / 2.f + f * (1 / 6.f + f * rest)));
+}
+
+/* `larger`: b where it is NaN. `rounded`: of x <= 0. `scaled`: times 2 to the power of a whole number from -126 on. */
+#if defined(__AVX512F__) && SIZE % 16 == 0
+static inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+
+static inline Floats rounded(Floats x) { return (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+
+static inline Floats scaled(Floats x, Floats whole) { return (Floats)_mm512_scalef_ps((__m512)x, (__m512)whole); }
+#else
 static inline Floats larger(Floats a, Floats b) {
     Integers first = a > b;
     return (Floats)((first & (Integers)a) | (~first & (Integers)b));
 }
 
-/* 2^x = 2^whole * e^f, |f| <= log(2) / 2, of x <= 0, to a few units in fp32's last place; next to nothing below -126. */
+static inline Floats rounded(Floats x) {
+    return __builtin_convertvector(__builtin_convertvector(x - 0.5f, Integers), Floats);
+}
+
+static inline Floats scaled(Floats x, Floats whole) {
+    return x * (Floats)((__builtin_convertvector(whole, Integers) + 127) << 23);
+}
+#endif
+
+/* 2^x of x <= 0; next to nothing below -126. */
 static inline Floats power_of_2(Floats x) {
     x = larger((Floats){0} - 126, x);
-    Integers whole = __builtin_convertvector(x - 0.5f, Integers);
-    Floats f = (x - __builtin_convertvector(whole, Floats)) * LOG_2;
-    Floats e = 1 + f * (1 + f * (1 / 2.f + f * (1 / 6.f + f * (1 / 24.f + f * (1 / 120.f + f * (1 / 720.f))))));
-    return e * (Floats)((whole + 127) << 23);
+    Floats whole = rounded(x);
+    return scaled(series((x - whole) * LOG_2), whole);
+}
+
+/* e^x of x <= 0; next to nothing below -87. x - whole * log(2) is made in two parts, of which the first one is exact. */
+static inline Floats power_of_e(Floats x) {
+    x = larger((Floats){0} - 87, x);
+    Floats whole = rounded(x * LOG2_E);
+    return scaled(series(x - whole * 0.693359375f + whole * 2.12194440e-4f), whole);
 }
 
 /* Over a vector: the sum; halves are added until four are left. */

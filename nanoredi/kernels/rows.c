@@ -1,0 +1,70 @@
+/* Rows of logits on a CPU: what rows.py's Triton kernels do, in the same terms. -DIN_BF16=1 or 0 is for the logits' dtype. */
+
+#include <math.h>
+
+#define SIZE 16
+#include "vectors.h"
+
+/* LANES logits from column v on; beyond the row they are -inf. */
+static inline Floats logits_at(const Stored *row, int64_t v, int64_t num_columns) {
+    if (v + LANES <= num_columns) return wide(row + v);
+    Stored end[LANES];
+    narrow(end, (Floats){0} - INFINITY);
+    memcpy(end, row + v, (num_columns - v) * sizeof *row);
+    return wide(end);
+}
+
+static inline void write_one(Stored *x, float value) {
+    Stored all[LANES];
+    narrow(all, (Floats){0} + value);
+    *x = *all;
+}
+
+/* Overwrite a row by weight * (onehot(y) - softmax). */
+static void write_gradient(Stored *row, int64_t y, float weight, float lse, float missing, int64_t num_columns) {
+    for (int64_t v = 0; v < num_columns; v += LANES) {
+        Floats gradient = power_of_e(logits_at(row, v, num_columns) - lse) * -weight;
+        if (v + LANES <= num_columns) {
+            narrow(row + v, gradient);
+        } else {
+            Stored end[LANES];
+            narrow(end, gradient);
+            memcpy(row + v, end, (num_columns - v) * sizeof *row);
+        }
+    }
+    if (y >= 0 && y < num_columns) write_one(row + y, weight * missing);
+}
+
+/* logits (n, num_columns), their rows stride apart, targets (n,) -> logps, lses, missings (n,); with weights (n,) the
+logits are overwritten by the gradient. Of a target that is no column all is NaN. */
+void logprobs(Stored *logits, int64_t stride, const int64_t *targets, const float *weights, float *logps, float *lses,
+              float *missings, int64_t n, int64_t num_columns) {
+#pragma omp parallel for
+    for (int64_t t = 0; t < n; t++) {
+        Stored *row = logits + t * stride;
+        int64_t y = targets[t];
+        double target = NAN;
+        if (y >= 0 && y < num_columns) {
+            target = wide_one(row + y);
+            write_one(row + y, -INFINITY);
+        }
+        Floats high = (Floats){0} - 3e38f, sums = {0}; /* finite where the target is the only column, too */
+        for (int64_t v = 0; v < num_columns; v += LANES) high = larger(high, logits_at(row, v, num_columns));
+        float top = largest(high);
+        for (int64_t v = 0; v < num_columns; v += LANES) sums += power_of_e(logits_at(row, v, num_columns) - top);
+        double gap = top + log(sum(sums)) - target, tail = exp(-fabs(gap));
+        double logp = -fmax(gap, 0) - log1p(tail);
+        logps[t] = logp;
+        lses[t] = target - logp;
+        missings[t] = (gap > 0 ? 1 : tail) / (1 + tail);
+        if (weights) write_gradient(row, y, weights[t], lses[t], missings[t], num_columns);
+    }
+}
+
+/* Overwrite the logits by the gradient of the sum of weights * logps. */
+void gradient(Stored *logits, int64_t stride, const int64_t *targets, const float *weights, const float *lses,
+              const float *missings, int64_t n, int64_t num_columns) {
+#pragma omp parallel for
+    for (int64_t t = 0; t < n; t++)
+        write_gradient(logits + t * stride, targets[t], weights[t], lses[t], missings[t], num_columns);
+}
