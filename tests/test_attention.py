@@ -43,10 +43,14 @@ def test_packed_equals_dense_forward_and_backward(max_seqlen):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 2.5e-3)])
+# Of the result and the gradients of q, k and v. In bf16 a result is rounded (1.7e-3), and so are the weights and their
+# gradients before it; torch's own attention has 5e-3 to 8e-3 for q and k, 2e-3 to 5e-3 for v.
+@pytest.mark.parametrize(
+    "dtype, bounds", [(torch.float32, [2e-6] * 4), (torch.bfloat16, [1.7e-3, 2.8e-3, 2.8e-3, 2.2e-3])]
+)
 @pytest.mark.parametrize("lengths", [(300, 5, 129), (48,), (1, 47, 49, 193)])
 @pytest.mark.parametrize("heads, kv_heads, size", [(6, 2, 64), (2, 2, 128), (5, 1, 192)])
-def test_in_c_packed_equals_dense_forward_and_backward(heads, kv_heads, size, lengths, dtype, bound):
+def test_in_c_packed_equals_dense_forward_and_backward(heads, kv_heads, size, lengths, dtype, bounds):
     inputs = qkv(sum(lengths), heads, kv_heads, size)
     inputs = [x.detach().mul(3).to(dtype).requires_grad_() for x in inputs]
     if not runs_causal(inputs[0]):
@@ -58,7 +62,7 @@ def test_in_c_packed_equals_dense_forward_and_backward(heads, kv_heads, size, le
     rounding = (size / 64) ** 0.5 if dtype == torch.float32 else 1  # of a sum of E products
     upstream = torch.randn_like(out).transpose(0, 2).contiguous().transpose(0, 2)  # not as it lies in memory
     got = torch.autograd.grad(out, inputs, upstream)
-    for a, b in zip((out, *got), (want, *torch.autograd.grad(want, exact, upstream.double()))):
+    for a, b, bound in zip((out, *got), (want, *torch.autograd.grad(want, exact, upstream.double())), bounds):
         assert a.dtype == dtype
         assert (a.double() - b).norm() / b.norm() < bound * rounding
 

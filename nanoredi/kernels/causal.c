@@ -1,24 +1,23 @@
 /* Causal attention of one sequence and its derivative, on a CPU: causal.py's formulas, for one head after another.
 
-Compiled for one head size: -DSIZE=E, a multiple of 64, -DWHOLE=tokens that whole blocks and panels have in common, and
--DIN_BF16=1 or 0 for the tensors' dtype. A block of queries meets all keys that it may see at once, so its scores are
-whole rows. Every product is `multiply`'s, of factors in words: a word is one fp32 number, or two of bf16 that follow each
-other along the inner dimension, where the CPU has an instruction for these (AVX512-BF16). All sums, and all that is made
-of them, are fp32. `multiply` reads copies of a head, filled up with zeros to whole blocks: its tokens as lines of words
-(E); turned to panels of words (E, 64), 64 tokens each; or, where tokens are the inner dimension, woven into words of one
-or of two tokens.
+Compiled for one head size: -DSIZE=E, a multiple of 64, and -DIN_BF16=1 or 0 for the tensors' dtype. A block of queries
+meets all keys that it may see at once, so its scores are whole rows. Every product is `multiply`'s, of factors in words: a
+word is one fp32 number or, where the CPU has an instruction for these (AVX512-BF16), two of bf16 that follow each other
+along the inner dimension. Sums, and what is made of them, are fp32. `multiply` reads copies of a head, filled up with
+zeros to whole blocks: its tokens in lines; turned to panels of 64 tokens, (words, 64); or, where tokens are the inner
+dimension, woven, a word of one or of two tokens for each of E numbers.
 */
 
+#include <math.h>
 #include <stdlib.h>
 
 #include "vectors.h"
 
-enum { BLOCK = 48, ROWS = 6, COLUMNS = 64 };
-_Static_assert(WHOLE % BLOCK == 0 && WHOLE % COLUMNS == 0, "WHOLE");
+enum { BLOCK = 48, ROWS = 6, COLUMNS = 64, PARTS = 2 };
+enum { WHOLE = 192 }; /* tokens that whole blocks and panels have in common */
 enum { VECTORS = LANES == 8 ? 2 : 4 }; /* ROWS * VECTORS sums, and what is multiplied, stay in registers */
 
 #if IN_BF16 && defined(__AVX512BF16__)
-#include <immintrin.h>
 enum { PER_WORD = 2 };
 typedef Stored Factor;
 
@@ -47,7 +46,7 @@ static inline void write_factors(Factor *to, Floats value) { store(to, value); }
 
 static inline Floats woven(Floats first, Floats second) { return first; }
 #endif
-enum { LINE = SIZE / PER_WORD };
+enum { LINE = SIZE / PER_WORD }; /* words of a token */
 
 /* c (ROWS, COLUMNS) = a (ROWS, words) @ b (words, COLUMNS), or c += that. A row of a begins a_row after the one before
 it, a word in the row a_step after the one before it; rows of b and c are b_row and c_row apart. */
@@ -169,37 +168,47 @@ void attend(const Stored *q, const Stored *k, const Stored *v, Stored *out, floa
     free(panels), free(values);
 }
 
-/* And grad (n, H, E), out's -> grad_q (n, H, E); grad_k and grad_v (H, whole, E), one for every query head. */
+/* And grad (n, H, E), out's -> grad_q (n, H, E), grad_k and grad_v (n, K, E). Each head's queries are gone over in PARTS,
+for threads to share; every part of every head sums up gradients of k and v of its own. */
 void attend_backward(const Stored *q, const Stored *k, const Stored *v, const float *tops, const float *shares,
-                     const Stored *grad, Stored *grad_q, float *grad_k, float *grad_v, int64_t n, int64_t num_heads,
+                     const Stored *grad, Stored *grad_q, Stored *grad_k, Stored *grad_v, int64_t n, int64_t num_heads,
                      int64_t num_kv_heads, float scale) {
-    int64_t whole = (n + WHOLE - 1) / WHOLE * WHOLE, of_head = whole * LINE;
+    int64_t whole = (n + WHOLE - 1) / WHOLE * WHOLE, num_blocks = (n + BLOCK - 1) / BLOCK, of_head = whole * LINE;
+    int64_t of_part = whole * SIZE, group = num_heads / num_kv_heads;
+    float *keys = room_for(num_kv_heads * of_head), *key_panels = room_for(num_kv_heads * of_head);
+    float *value_panels = room_for(num_kv_heads * of_head);
+    float *grad_keys = room_for(num_heads * PARTS * of_part), *grad_values = room_for(num_heads * PARTS * of_part);
     float scales[BLOCK];
     for (int r = 0; r < BLOCK; r++) scales[r] = scale;
 #pragma omp parallel
     {
-        float *keys = room_for(of_head), *key_panels = room_for(of_head), *value_panels = room_for(of_head);
         float *queries = room_for(BLOCK * LINE), *woven_queries = room_for(BLOCK * LINE);
         float *grads = room_for(BLOCK * LINE), *woven_grads = room_for(BLOCK * LINE), *sums = room_for(BLOCK * SIZE);
-        float *weights = room_for(BLOCK * whole), *slopes = room_for(BLOCK * whole), *lines = room_for(BLOCK * whole);
+        float *weights = room_for(BLOCK * whole), *slopes = room_for(BLOCK * whole);
+        float *lines = PER_WORD == 1 ? slopes : room_for(BLOCK * whole / PER_WORD);
+#pragma omp for
+        for (int64_t head = 0; head < num_kv_heads; head++) {
+            copy_woven(keys + head * of_head, k + head * SIZE, num_kv_heads, n, whole);
+            copy_panels(key_panels + head * of_head, k + head * SIZE, num_kv_heads, n, whole);
+            copy_panels(value_panels + head * of_head, v + head * SIZE, num_kv_heads, n, whole);
+        }
 #pragma omp for schedule(dynamic)
-        for (int64_t h = 0; h < num_heads; h++) {
-            int64_t head = h / (num_heads / num_kv_heads);
-            float *grad_keys = grad_k + h * whole * SIZE, *grad_values = grad_v + h * whole * SIZE;
-            copy_woven(keys, k + head * SIZE, num_kv_heads, n, whole);
-            copy_panels(key_panels, k + head * SIZE, num_kv_heads, n, whole);
-            copy_panels(value_panels, v + head * SIZE, num_kv_heads, n, whole);
-            memset(grad_keys, 0, whole * SIZE * sizeof(float));
-            memset(grad_values, 0, whole * SIZE * sizeof(float));
-            for (int64_t start = 0; start < n; start += BLOCK) {
-                int64_t first = (start * num_heads + h) * SIZE, end = start + BLOCK;
+        for (int64_t item = 0; item < num_heads * PARTS; item++) {
+            int64_t h = item / PARTS, part = item % PARTS, of_kv_head = h / group * of_head;
+            float *grad_key = grad_keys + item * of_part, *grad_value = grad_values + item * of_part;
+            memset(grad_key, 0, of_part * sizeof(float));
+            memset(grad_value, 0, of_part * sizeof(float));
+            /* Work grows with the square of the blocks that are gone over. */
+            int64_t last = num_blocks * sqrt((part + 1.) / PARTS);
+            for (int64_t block = num_blocks * sqrt((double)part / PARTS); block < last; block++) {
+                int64_t start = block * BLOCK, first = (start * num_heads + h) * SIZE, end = start + BLOCK;
                 int64_t count = n - start < BLOCK ? n - start : BLOCK;
                 copy_lines(queries, q + first, num_heads, count, BLOCK);
                 copy_woven(woven_queries, q + first, num_heads, count, BLOCK);
                 copy_lines(grads, grad + first, num_heads, count, BLOCK);
                 copy_woven(woven_grads, grad + first, num_heads, count, BLOCK);
-                times_panels(weights, whole, queries, key_panels, end);
-                times_panels(slopes, whole, grads, value_panels, end);
+                times_panels(weights, whole, queries, key_panels + of_kv_head, end);
+                times_panels(slopes, whole, grads, value_panels + of_kv_head, end);
                 float mean[BLOCK];
                 for (int r = 0; r < BLOCK; r++) {
                     float *row = weights + r * whole, *slope = slopes + r * whole;
@@ -228,15 +237,27 @@ void attend_backward(const Stored *q, const Stored *k, const Stored *v, const fl
                         store(row, woven(some[0], some[PER_WORD - 1]));
                         store(slope, woven(steep[0], steep[PER_WORD - 1]));
                     }
-                times_woven(sums, lines, whole / PER_WORD, keys, start);
+                times_woven(sums, lines, whole / PER_WORD, keys + of_kv_head, start);
                 write_rows(grad_q + first, sums, num_heads, count, scales);
-                add_turned_times(grad_keys, slopes, PER_WORD * whole, woven_queries, end);
-                add_turned_times(grad_values, weights, PER_WORD * whole, woven_grads, end);
+                add_turned_times(grad_key, slopes, PER_WORD * whole, woven_queries, end);
+                add_turned_times(grad_value, weights, PER_WORD * whole, woven_grads, end);
             }
-            for (int64_t i = 0; i < whole * SIZE; i++) grad_keys[i] *= scale;
         }
-        free(keys), free(key_panels), free(value_panels);
+#pragma omp for
+        for (int64_t t = 0; t < n; t++)
+            for (int64_t head = 0; head < num_kv_heads; head++)
+                for (int e = 0; e < SIZE; e += LANES) {
+                    Floats of_key = {0}, of_value = {0};
+                    for (int64_t item = head * group * PARTS; item < (head + 1) * group * PARTS; item++) {
+                        of_key += load(grad_keys + item * of_part + t * SIZE + e);
+                        of_value += load(grad_values + item * of_part + t * SIZE + e);
+                    }
+                    narrow(grad_k + (t * num_kv_heads + head) * SIZE + e, of_key * scale);
+                    narrow(grad_v + (t * num_kv_heads + head) * SIZE + e, of_value);
+                }
         free(queries), free(woven_queries), free(grads), free(woven_grads), free(sums);
-        free(weights), free(slopes), free(lines);
+        free(weights), free(slopes);
+        if (PER_WORD > 1) free(lines);
     }
+    free(keys), free(key_panels), free(value_panels), free(grad_keys), free(grad_values);
 }

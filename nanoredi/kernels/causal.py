@@ -3,13 +3,14 @@
     S = Q K^T / sqrt(E)  (n, n)      P = softmax(S)      O = P V
 
 for each query head, of S what a token may see alone, and that a block of queries at a time. Forward keeps of each row
-the largest score and one over its softmax's sum, so that backward can make P again; then it goes the way back (FlashAttention, arXiv
-2205.14135, appendix B.2):
+the largest score and one over its softmax's sum, so that backward can make P again; then it goes the way back
+(FlashAttention, arXiv 2205.14135, appendix B.2):
 
     dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(P * dP))      dQ = dS K / sqrt(E)      dK = dS^T Q / sqrt(E)
 
-torch's own has these products made by MKL, in small pieces, in bf16 from rounded weights; in C all are fp32, and what is
-read and written is in the tensors' dtype.
+torch's own has these products made by MKL, in small pieces, in bf16 from rounded weights. In C sums and softmaxes are
+fp32. Where a CPU multiplies pairs of bf16 numbers, P and dS are rounded to bf16 for their products, as in flash attention
+on a GPU; elsewhere all factors are fp32. What is read and written is in the tensors' dtype.
 """
 
 import ctypes
@@ -18,8 +19,6 @@ import torch
 from torch import Tensor
 
 from nanoredi.kernels.native import compiled
-
-_WHOLE = 192  # tokens, to a multiple of which causal.c fills sequences up
 
 
 def runs_causal(q: Tensor) -> bool:
@@ -43,7 +42,7 @@ class CausalAttention(torch.autograd.Function):
         tensors = [x.contiguous() for x in (*ctx.saved_tensors, grad)]
         grads = [torch.empty_like(x) for x in tensors[:3]]
         for sequence in zip(*(x.split(ctx.lengths) for x in (*tensors, *grads))):
-            _backward(*sequence)
+            _call("attend_backward", *sequence)
         return *grads, None
 
 
@@ -62,15 +61,6 @@ _operations.define("causal_attention(Tensor q, Tensor k, Tensor v, int[] lengths
 _operations.impl("causal_attention", _attend, "CPU")
 
 
-def _backward(q: Tensor, k: Tensor, *others: Tensor) -> None:
-    """Of one sequence q, k, v, tops, shares, grad, and grad_q (n, H, E), grad_k and grad_v (n, K, E), which are written."""
-    (n, num_heads, size), num_kv_heads = q.shape, k.shape[1]
-    by_head = torch.empty(2, num_heads, -(-n // _WHOLE) * _WHOLE, size)  # one for every query head, and in fp32
-    _call("attend_backward", q, k, *others[:-2], *by_head)
-    for total, heads in zip(others[-2:], by_head):
-        total.copy_(heads[:, :n].unflatten(0, (num_kv_heads, -1)).sum(1).transpose(0, 1))
-
-
 def _call(name: str, q: Tensor, k: Tensor, *others: Tensor) -> None:
     function = getattr(_library(q), name)
     function.argtypes = [ctypes.c_void_p] * (2 + len(others)) + [ctypes.c_int64] * 3 + [ctypes.c_float]
@@ -78,4 +68,4 @@ def _call(name: str, q: Tensor, k: Tensor, *others: Tensor) -> None:
 
 
 def _library(q: Tensor) -> ctypes.CDLL | None:
-    return compiled("causal", SIZE=q.shape[2], WHOLE=_WHOLE, IN_BF16=int(q.dtype == torch.bfloat16))
+    return compiled("causal", SIZE=q.shape[2], IN_BF16=int(q.dtype == torch.bfloat16))
