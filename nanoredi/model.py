@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoredi.architecture import Qwen2Config
 from nanoredi.attention import ATTENTION, Attend, PackedAttention
 from nanoredi.checkpoint import load_weights, save_folder
-from nanoredi.kernels import PRODUCTS, embedding, linear, linear_logprob, packed, rms_norm, weighted_cross_entropy
+from nanoredi.kernels import (
+    PRODUCTS,
+    embedding,
+    gated_linear,
+    linear,
+    linear_logprob,
+    packed,
+    rms_norm,
+    rotate,
+    weighted_cross_entropy,
+)
 from nanoredi.recompute import recomputed
 
 
@@ -69,7 +78,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return gated_linear(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -102,7 +111,11 @@ class Block(nn.Module):
             return False
         if name == "aten::mm":
             return (args[0].shape[1], args[1].shape[1]) == sizes
-        return name in ("mkldnn::_linear_pointwise", "nanoredi::linear") and args[1].shape[::-1] == sizes and args[2] is None
+        return (
+            name in ("mkldnn::_linear_pointwise", "nanoredi::linear")
+            and args[1].shape[::-1] == sizes
+            and args[2] is None
+        )
 
 
 class Decoder(nn.Module):
@@ -269,8 +282,3 @@ def rotary_angles(position_ids: Tensor, config: Qwen2Config, dtype: torch.dtype)
     angles = (position_ids[:, None].float() / config.rope_theta**exponent)[:, None]  # (N, 1, E/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (a, b) of x (N, H, E) by its angle: (a cos - b sin, b cos + a sin)."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

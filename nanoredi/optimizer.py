@@ -12,10 +12,12 @@ from torch.optim.adamw import adamw
 
 from nanoredi.distributed import local
 from nanoredi.kernels.masters import drop_gradients
+from nanoredi.kernels.pointwise import call_pointwise, runs_pointwise
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # the paper's
 # Of a parameter, worked on at once on a CPU: they stay in its cache.
 _CPU_ELEMENTS = 1 << 18
+_PIECE = 1 << 14  # and whose squares C sums up
 
 
 class AdamW:
@@ -71,7 +73,11 @@ class AdamW:
         """
         squares, decayed = [], self.lr * self.weight_decay
         for p, m, v, t in zip(self.parameters, self.exp_avg, self.exp_avg_sq, self.num_steps):
-            tensors = [local(x).flatten() for x in (p, m, v)]
+            tensors = [local(x) for x in (p, m, v)]
+            if runs_pointwise(tensors[0]):
+                squares.append(_square_in_c(*tensors, self.lr / (1 - BETAS[0] ** t), 1 - BETAS[1] ** t, decayed))
+                continue
+            tensors = [x.flatten() for x in tensors]
             size = _CPU_ELEMENTS if p.is_cpu else max(1, len(tensors[0]))
             rate, correction = self.lr / (1 - BETAS[0] ** t), 1 - BETAS[1] ** t
             for new, mean, mean_square in zip(*(x.split(size) for x in tensors)):
@@ -80,6 +86,15 @@ class AdamW:
                 step.add_(new, alpha=decayed)
                 squares.append(step.div_(1 - decayed).square_().sum())
         return torch.stack(squares).sum()
+
+
+def _square_in_c(
+    new: Tensor, mean: Tensor, mean_square: Tensor, rate: Tensor, correction: Tensor, decayed: float
+) -> Tensor:
+    squares = torch.empty(-(-new.numel() // _PIECE))
+    factors = rate.item(), correction.item(), EPS, decayed
+    call_pointwise("update_square", new, mean, mean_square, squares, new.numel(), _PIECE, *factors)
+    return squares.sum()
 
 
 def gradient_square(model: nn.Module) -> Tensor:

@@ -10,15 +10,17 @@ def plain(x, weight, eps):
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
+# In PyTorch, and, of rows of 48 numbers, in C where there is a compiler.
+@pytest.mark.parametrize("size", [24, 48])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("master", [True, False])
 @pytest.mark.parametrize("eps", [1e-6, 1.0])
-def test_it_is_the_formula(dtype, master, eps):
+def test_it_is_the_formula(dtype, master, eps, size):
     generator = torch.Generator().manual_seed(0)
-    x, upstream = (torch.randn(50, 24, generator=generator).to(dtype) for _ in range(2))
+    x, upstream = (torch.randn(50, size, generator=generator).to(dtype) for _ in range(2))
     x[3] *= 1e-3
     x[4] = 0
-    weight = (1 + torch.randn(24, generator=generator)).to(torch.float32 if master else dtype)
+    weight = (1 + torch.randn(size, generator=generator)).to(torch.float32 if master else dtype)
     inputs = x.requires_grad_(), weight.requires_grad_()
     out = rms_norm(*inputs, eps)
     exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -32,8 +34,9 @@ def test_it_is_the_formula(dtype, master, eps):
         assert ((got.double() - right).norm() / right.norm()).item() < tolerance
 
 
-def test_what_needs_no_gradient_gets_none():
-    x, weight = torch.randn(3, 4), torch.randn(4)
+@pytest.mark.parametrize("size", [4, 32])
+def test_what_needs_no_gradient_gets_none(size):
+    x, weight = torch.randn(3, size), torch.randn(size)
     for needs in ((True, False), (False, True)):
         inputs = x.clone().requires_grad_(needs[0]), weight.clone().requires_grad_(needs[1])
         rms_norm(*inputs, 1e-6).sum().backward()

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from conftest import skip_without_gcc
 
 from nanoredi.kernels import products
-from nanoredi.kernels.products import add_product, linear, packed, product, put_product
+from nanoredi.kernels.products import add_product, gated_linear, linear, packed, product, put_product
 
-# Small; of the size from which on oneDNN may be asked; and one more than a piece that is made at once.
-SHAPES = [(3, 5, 7), (300, 400, 300), (2050, 8, 2060)]
+# Small; of the size from which on oneDNN may be asked; one more than a piece that is made at once; and, in products.c, of
+# several blocks of panels, an inner dimension in parts, and no whole tile.
+SHAPES = [(3, 5, 7), (300, 400, 300), (2050, 8, 2060), (41, 4099, 1100), (9, 4100, 50), (1, 2, 1)]
 
 
 def close(got, want, dtype):
@@ -19,17 +21,30 @@ def matrix(*shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-@pytest.fixture(params=[False, True])
-def onednn(request, monkeypatch):
-    """With and without AVX-512, on any machine whose torch has oneDNN."""
-    if request.param and not torch.backends.mkldnn.is_available():
+@pytest.fixture(params=["torch", "onednn", "c"])
+def library(request, monkeypatch):
+    """Without and with AVX-512, on any machine whose torch has oneDNN; and products.c, where it can run."""
+    if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
-    monkeypatch.setattr(products, "_HAS_AVX512", request.param)
+    monkeypatch.setattr(products, "_HAS_AVX512", request.param == "onednn")
+    if request.param == "c":
+        request.getfixturevalue("in_c")
+    else:
+        monkeypatch.setattr(products, "_HAS_PAIRS", False)
+
+
+@pytest.fixture
+def in_c(monkeypatch):
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this CPU multiplies no pairs of bf16 numbers")
+    monkeypatch.setattr(products, "_HAS_PAIRS", True)
+    if not products.made_in_c(torch.bfloat16):
+        skip_without_gcc("products.c")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_equal_float64(shape, dtype, onednn):
+def test_products_equal_float64(shape, dtype, library):
     m, k, n = shape
     a, b = matrix(m, k, dtype=dtype), matrix(k, n, dtype=dtype)
     want = a.double() @ b.double()
@@ -47,10 +62,34 @@ def test_products_equal_float64(shape, dtype, onednn):
     close(total - 1, want, dtype)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_c_sums_are_fp32_and_nothing_else_is_written(shape, in_c):
+    m, k, n = shape
+    a, b = matrix(m, k, dtype=torch.bfloat16), matrix(k, n, dtype=torch.bfloat16)
+    want = a.double() @ b.double()
+    around = torch.ones(m + 2, n)
+    for left in (a, a.T.contiguous().T):
+        close(product(left, b, torch.float32), want, torch.float32)
+        add_product(around[1:-1], left, b)
+    close(around[1:-1] - 1, 2 * want, torch.float32)
+    assert around[0].eq(1).all() and around[-1].eq(1).all()
+    around = torch.ones(m + 2, n + 8, dtype=torch.bfloat16)
+    put_product(around[1:-1, 4:-4], a, b)
+    assert around[0].eq(1).all() and around[-1].eq(1).all() and around[:, :4].eq(1).all() and around[:, -4:].eq(1).all()
+
+
+def test_in_c_what_is_no_number_stays_in_its_row(in_c):
+    a, b = matrix(20, 34, dtype=torch.bfloat16), matrix(34, 60, dtype=torch.bfloat16)
+    a[7, 3] = torch.nan
+    for left in (a, a.T.contiguous().T):
+        lost = product(left, b).isnan()
+        assert lost[7].all() and not lost[:7].any() and not lost[8:].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("rows", [1, 9, 300])
-def test_a_linear_layer_of_fp32_masters_and_its_gradients(rows, biased, dtype, onednn):
+def test_a_linear_layer_of_fp32_masters_and_its_gradients(rows, biased, dtype, library):
     x = matrix(rows, 400, dtype=dtype).requires_grad_()
     weight = matrix(301, 400).requires_grad_()
     bias = matrix(301).requires_grad_() if biased else None
@@ -67,6 +106,28 @@ def test_a_linear_layer_of_fp32_masters_and_its_gradients(rows, biased, dtype, o
     assert [g.dtype for g in got] == [t.dtype for t in inputs]
     for g, w in zip(got, torch.autograd.grad(want, exact, upstream.double())):
         close(g, w, dtype)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("size", [48, 20])
+@pytest.mark.parametrize("master", [True, False])
+def test_a_gated_layer_and_its_gradients(master, size, dtype, bound, library):
+    """Of 20 inputs in torch's operations, of 48 in C, where there is a compiler."""
+    gate, up = (matrix(30, size, dtype=dtype).mul_(factor).requires_grad_() for factor in (4, 1))
+    with torch.no_grad():
+        gate[3] = 0
+        gate[4, :8] = torch.tensor([100.0, -100, 88, -88, 1e4, -1e4, 30, -30])
+    weight = matrix(7, size, dtype=torch.float32 if master and dtype == torch.bfloat16 else dtype).requires_grad_()
+    exact = [x.detach().to(dtype).double().requires_grad_() for x in (gate, up, weight)]
+    want = (torch.nn.functional.silu(exact[0]) * exact[1]) @ exact[2].T
+    out, upstream = gated_linear(gate, up, weight), matrix(30, 7, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(gated_linear(gate, up, weight), out)
+    got = torch.autograd.grad(out, (gate, up, weight), upstream)
+    for a, b in zip((out, *got), (want, *torch.autograd.grad(want, exact, upstream.double()))):
+        assert ((a.double() - b).norm() / b.norm()).item() < bound
+    frozen = gated_linear(gate, up, weight.detach())
+    assert torch.equal(torch.autograd.grad(frozen, gate, upstream)[0], got[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,7 +17,7 @@ from bench.step_costs import MACHINE, MODELS, Device, Layout
 from nanoredi import distributed
 from nanoredi import model as model_module
 from nanoredi.distributed import shard
-from nanoredi.kernels import chunks, products
+from nanoredi.kernels import chunks, pointwise, products
 from nanoredi.kernels import rows as kernel_rows
 from nanoredi.model import Qwen2
 
@@ -155,6 +155,8 @@ def test_memory_is_what_a_step_keeps(kept, one_rank, monkeypatch):
     monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", chunks.MAX_GPU_ELEMENTS)
     monkeypatch.setattr(kernel_rows, "_CPU_ELEMENTS", chunks.MAX_GPU_ELEMENTS)  # a GPU takes its rows all at once
     monkeypatch.setattr(products, "_PIECE", 1 << 26)
+    for module in (products, pointwise, kernel_rows):
+        monkeypatch.setattr(module, "compiled", lambda *_, **__: None)  # C is a CPU's alone
     monkeypatch.setattr(step_costs, "SEQUENCES", 4)
     mesh = distributed.shard_mesh(one_rank, 0)
     monkeypatch.setattr(distributed, "shard_mesh", lambda *_: mesh)  # a mesh cannot be made of such tensors

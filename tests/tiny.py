@@ -1,7 +1,7 @@
 """A tiny Qwen2 whose every weight comes from numpy's seeded generator, and the log-probs that transformers gives for
 it.
 
-    python tests/tiny.py            writes tests/golden_logps.json anew; needs transformers
+    PYTHONPATH=. python tests/tiny.py     writes tests/golden_logps.json anew; needs transformers
 
 The golden file stands in for transformers where that is not installed.
 """
@@ -56,15 +56,15 @@ def packed(ids: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def transformers_logps(folder: str | Path) -> list[torch.Tensor]:
-    """Log-probs (n, V) of each of the sequences alone, by transformers, for the model of a folder."""
+    """Log-probs (n, V) of each of the sequences alone, by transformers in float64, for the model of a folder."""
     import transformers
 
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, attn_implementation="eager"
+        folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float64
     )
     assert not any(info.values()), info
     with torch.no_grad():
-        return [model(ids[None]).logits[0].log_softmax(-1) for ids in sequences()]
+        return [model(ids[None]).logits[0].log_softmax(-1).float() for ids in sequences()]
 
 
 def main() -> None:

@@ -9,6 +9,17 @@ from nanoredi.kernels.cross_entropy import weighted_cross_entropy
 from nanoredi.kernels.embedding import embedding
 from nanoredi.kernels.logprob import linear_logprob
 from nanoredi.kernels.norm import rms_norm
-from nanoredi.kernels.products import PRODUCTS, linear, packed
+from nanoredi.kernels.pointwise import rotate
+from nanoredi.kernels.products import PRODUCTS, gated_linear, linear, packed
 
-__all__ = ["PRODUCTS", "embedding", "linear", "linear_logprob", "packed", "rms_norm", "weighted_cross_entropy"]
+__all__ = [
+    "PRODUCTS",
+    "embedding",
+    "gated_linear",
+    "linear",
+    "linear_logprob",
+    "packed",
+    "rms_norm",
+    "rotate",
+    "weighted_cross_entropy",
+]

@@ -1,14 +1,14 @@
-/* Products of bf16 matrices on a CPU with AVX512-BF16, whose one instruction multiplies 32 pairs of numbers and adds every
-two products to an fp32 sum.
+/* Products of bf16 matrices on a CPU with AVX512-BF16, whose one instruction multiplies 16 pairs of numbers by 16 others and
+adds each pair's two products to an fp32 sum.
 
-That instruction takes numbers that follow each other along the inner dimension, two in a word. The right factor is
-copied into panels of COLUMNS columns, a row of whose words is VECTORS registers; of the left one a word is spread over a
-register at a time. ROWS x VECTORS registers of sums meet ROWS rows and a panel:
+It wants words: two numbers that follow each other along the inner dimension. The right factor is copied into panels of
+COLUMNS columns, a row of whose words fills VECTORS registers; of the left factor one word is spread over a register at a
+time. ROWS x VECTORS registers of sums, a tile of the result, stay where they are meanwhile:
 
-    sums (ROWS, COLUMNS) += left (ROWS, inner) @ panel (inner, COLUMNS)
+    tile (ROWS, COLUMNS) += rows (ROWS, inner) @ panel (inner, COLUMNS)
 
-`inner` is gone through in parts of at most DEPTH, so that what is read again is near. Panels are made a block at a time
-by all threads, which then share the tiles of the result; a block stays in the cache that the cores share.
+The inner dimension is gone over in parts of at most DEPTH. Panels are made a block at a time by all threads, and a block
+stays in the cache that cores share; then the threads take GROUPs of rows and FEW panels at a time.
 */
 
 #include <immintrin.h>
@@ -17,7 +17,23 @@ by all threads, which then share the tiles of the result; a block stays in the c
 #include <string.h>
 
 typedef uint16_t Half;
-enum { ROWS = 8, VECTORS = 3, COLUMNS = 16 * VECTORS, DEPTH = 2048, BLOCK = 1 << 22, GROUP = 32, FEW = 8 };
+enum { ROWS = 8, VECTORS = 3, COLUMNS = 16 * VECTORS, DEPTH = 2048, BLOCK = 1 << 22 /* bytes */, GROUP = 32, FEW = 8 };
+
+/* A factor, or the right one turned: (outer, inner). Its numbers are bf16, or fp32 ones that are rounded to it where they
+are wide. They follow each other along the inner dimension, which is even then, or else along the outer one; from one such
+line of them to the next it is `step`. */
+typedef struct {
+    const void *numbers;
+    int64_t wide, step, along;
+} Factor;
+
+/* The result's rows are `step` apart, and those of its sums, which are the result itself where it is fp32. */
+typedef struct {
+    Half *halves;
+    float *sums;
+    int64_t step;
+    const Half *bias;
+} Result;
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -26,31 +42,48 @@ static inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : cou
 
 static void *room_for(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-/* 16 words of two rows' numbers. */
-static inline __m512i woven(const Half *even, __mmask16 is_even, const Half *odd, __mmask16 is_odd) {
-    __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(is_even, even));
-    __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(is_odd, odd));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+/* Asks the memory for a number that will be wanted in the next panel: no processor foresees it so far away. */
+static inline void foresee(Factor x, int64_t at) {
+    __builtin_prefetch((const char *)x.numbers + at * (x.wide ? sizeof(float) : sizeof(Half)), 0, 2);
 }
 
-/* rows (inner, width), `step` apart, to a panel (inner / 2, columns) of words; zeros fill it up. */
-static void weave(uint32_t *panel, int64_t columns, const Half *rows, int64_t step, int64_t inner, int64_t width) {
-    for (int64_t i = 0; i < inner; i += 2, panel += columns)
+static inline __m256i halves(Factor x, int64_t at, __mmask16 there) {
+    if (x.wide) return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, (const float *)x.numbers + at));
+    return _mm256_maskz_loadu_epi16(there, (const Half *)x.numbers + at);
+}
+
+/* 16 words, of which the first `count` are there. */
+static inline __m512i words(Factor x, int64_t at, int64_t count) {
+    if (!x.wide) return _mm512_maskz_loadu_epi32(first(count), (const Half *)x.numbers + at);
+    const float *numbers = (const float *)x.numbers + at;
+    __m512 low = _mm512_maskz_loadu_ps(first(2 * count), numbers);
+    __m512 high = _mm512_maskz_loadu_ps(first(2 * count - 16), numbers + 16);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+/* Of lines along the outer dimension, number `at` on, a panel (inner / 2, columns) of words; zeros fill it up. */
+static void weave(uint32_t *panel, int64_t columns, Factor x, int64_t at, int64_t inner, int64_t width) {
+    for (int64_t i = 0; i < inner; i += 2, panel += columns, at += 2 * x.step)
         for (int64_t j = 0; j < columns; j += 16) {
-            const Half *even = rows + i * step + j;
             __mmask16 there = first(width - j);
-            _mm512_store_si512(panel + j, woven(even, there, even + step, i + 1 < inner ? there : 0));
+            foresee(x, at + columns + j), foresee(x, at + x.step + columns + j);
+            __m512i low = _mm512_cvtepu16_epi32(halves(x, at + j, there));
+            __m512i high = _mm512_cvtepu16_epi32(halves(x, at + x.step + j, i + 1 < inner ? there : 0));
+            _mm512_store_si512(panel + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
 }
 
-/* columns (width, inner), `step` apart, whose words are whole already, to a panel (inner / 2, COLUMNS): squares of
-16 x 16 words are turned, by halves, quarters, eighths and sixteenths. inner is even. */
-static void turn(uint32_t *panel, const Half *columns, int64_t step, int64_t inner, int64_t width) {
+/* Of lines along the inner dimension the same, (inner / 2, COLUMNS): 16 x 16 words at a time are turned, in four steps,
+each of which exchanges parts of pairs of registers. */
+static void turn(uint32_t *panel, Factor x, int64_t at, int64_t inner, int64_t width) {
     for (int64_t i = 0; i < inner / 2; i += 16)
         for (int64_t j = 0; j < COLUMNS; j += 16) {
             __m512i a[16], b[16];
-            for (int c = 0; c < 16; c++)
-                a[c] = _mm512_maskz_loadu_epi32(j + c < width ? first(inner / 2 - i) : 0, columns + (j + c) * step + 2 * i);
+            for (int c = 0; c < 16; c++) {
+                int64_t line = at + (j + c) * x.step + 2 * i, next = line + COLUMNS * x.step;
+                foresee(x, next), foresee(x, next + 16);
+                a[c] = words(x, line, j + c < width ? inner / 2 - i : 0);
+            }
             for (int c = 0; c < 16; c += 2) {
                 b[c] = _mm512_unpacklo_epi32(a[c], a[c + 1]);
                 b[c + 1] = _mm512_unpackhi_epi32(a[c], a[c + 1]);
@@ -88,89 +121,74 @@ static inline void multiply(__m512 sums[ROWS][VECTORS], const Half *const rows[R
     }
 }
 
-/* The `count` rows of sums that are wanted, of `columns` each, lie `step` apart; of these words their place in the caches. */
-static inline void fetch(const float *sums, int64_t step, int64_t count) {
-    for (int64_t r = 0; r < count; r++)
-        for (int j = 0; j < COLUMNS; j += 16) __builtin_prefetch(sums + r * step + j, 1);
-}
-
-static inline void take_up(__m512 sums[ROWS][VECTORS], const float *from, int64_t step, int64_t count, int64_t columns) {
-    for (int64_t r = 0; r < count; r++)
-        for (int j = 0; j < VECTORS; j++)
-            sums[r][j] = _mm512_add_ps(sums[r][j], _mm512_maskz_loadu_ps(first(columns - 16 * j), from + r * step + 16 * j));
-}
-
-static inline void write_sums(__m512 sums[ROWS][VECTORS], float *to, int64_t step, int64_t count, int64_t columns) {
-    for (int64_t r = 0; r < count; r++)
-        for (int j = 0; j < VECTORS; j++)
-            _mm512_mask_storeu_ps(to + r * step + 16 * j, first(columns - 16 * j), sums[r][j]);
-}
-
-static inline void write_halves(__m512 sums[ROWS][VECTORS], Half *to, int64_t step, const Half *bias, int64_t count,
-                                int64_t columns) {
+/* Rows t to t + count of a result, and `columns` of its columns from c on. */
+static inline void write_tile(__m512 sums[ROWS][VECTORS], Result result, int64_t t, int64_t c, int64_t count,
+                              int64_t columns, int adds, int ends) {
     for (int j = 0; j < VECTORS; j++) {
         __mmask16 there = first(columns - 16 * j);
-        __m512 more = bias ? (__m512)woven(NULL, 0, bias + 16 * j, there) : _mm512_setzero_ps();
+        __m512 more = _mm512_setzero_ps();
+        if (result.bias) more = _mm512_cvtpbh_ps((__m256bh)_mm256_maskz_loadu_epi16(there, result.bias + c + 16 * j));
+        int64_t at = t * result.step + c + 16 * j;
+        for (int64_t r = 0; adds && r < count; r++)
+            sums[r][j] += _mm512_maskz_loadu_ps(there, result.sums + at + r * result.step);
         for (int64_t r = 0; r < count; r++)
-            _mm256_mask_storeu_epi16(to + r * step + 16 * j, there,
-                                     (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(sums[r][j], more)));
+            if (ends && result.halves)
+                _mm256_mask_storeu_epi16(result.halves + at + r * result.step, there,
+                                         (__m256i)_mm512_cvtneps_pbh(sums[r][j] + more));
+            else
+                _mm512_mask_storeu_ps(result.sums + at + r * result.step, there, sums[r][j]);
     }
 }
 
-/* out (m, n) = a (m, inner) @ b (inner, n) + bias (n,), which may be missing.
-
-A factor's numbers follow each other along the inner dimension, which is even then, or across it; step is from one such
-line of them to the next. out, whose rows are out_step apart, is bf16 unless wide; then it is fp32, and the product is
-added to it if `add`. */
-void product(const Half *a, int64_t a_step, int64_t a_along, const Half *b, int64_t b_step, int64_t b_along,
-             const Half *bias, void *out, int64_t out_step, int64_t wide, int64_t add, int64_t m, int64_t n,
-             int64_t inner) {
-    int64_t depth = smaller(inner, DEPTH), room = (depth + 1) / 2 * COLUMNS;
-    int64_t num_panels = smaller((n + COLUMNS - 1) / COLUMNS, BLOCK / (room * 4));
-    uint32_t *panels = room_for(num_panels * room * 4);
-    float *sums_of = wide ? out : inner > depth ? room_for(m * n * 4) : NULL;
-    int64_t sums_step = wide ? out_step : n;
+/* out (m, n) = a (m, inner) @ b (inner, n) + bias (n,), which may be missing. Factors are as said above; a is bf16. out,
+whose rows are out_step apart, is bf16 or, where it is wide, fp32 without a bias; then the product is added to it if `add`. */
+void product(const Half *a, int64_t a_step, int64_t a_along, const void *b, int64_t b_wide, int64_t b_step,
+             int64_t b_along, const Half *bias, void *out, int64_t out_step, int64_t wide, int64_t add, int64_t m,
+             int64_t n, int64_t inner) {
+    Factor left = {a, 0, a_step, a_along}, right = {b, b_wide, b_step, b_along};
+    int64_t depth = smaller(inner, DEPTH), room = (depth + 1) / 2 * COLUMNS; /* words of a panel */
+    int64_t width = smaller((n + COLUMNS - 1) / COLUMNS, BLOCK / (room * 4)) * COLUMNS;
+    uint32_t *panels = room_for(width / COLUMNS * room * 4);
+    Result result = {wide ? NULL : out, wide ? out : inner > depth ? room_for(m * out_step * 4) : NULL, out_step, bias};
 #pragma omp parallel
     {
-        uint32_t *woven_rows = a_along ? NULL : room_for((depth + 1) / 2 * GROUP * 4);
-        for (int64_t start = 0; start < n; start += num_panels * COLUMNS)
+        uint32_t *woven = a_along ? NULL : room_for((depth + 1) / 2 * GROUP * 4);
+        for (int64_t start = 0; start < n; start += width)
             for (int64_t from = 0; from < inner; from += depth) {
-                int64_t some = smaller(depth, inner - from), pairs = (some + 1) / 2;
-                int64_t end = smaller(n, start + num_panels * COLUMNS), width = a_along ? FEW * COLUMNS : end - start;
-                int adds = add || from, narrow = !wide && from + some == inner;
+                int64_t part = smaller(depth, inner - from), end = smaller(n, start + width);
+                int adds = add || from, ends = from + part == inner;
 #pragma omp for
                 for (int64_t c = start; c < end; c += COLUMNS) {
                     uint32_t *panel = panels + (c - start) / COLUMNS * room;
                     if (b_along)
-                        turn(panel, b + c * b_step + from, b_step, some, n - c);
+                        turn(panel, right, c * b_step + from, part, n - c);
                     else
-                        weave(panel, COLUMNS, b + from * b_step + c, b_step, some, n - c);
+                        weave(panel, COLUMNS, right, from * b_step + c, part, n - c);
                 }
+                int64_t few = a_along ? FEW * COLUMNS : width; /* rows that must be woven first meet all panels at once */
 #pragma omp for collapse(2) schedule(dynamic)
-                for (int64_t left = start; left < end; left += width)
+                for (int64_t some = start; some < end; some += few)
                     for (int64_t top = 0; top < m; top += GROUP) {
-                        if (!a_along) weave(woven_rows, GROUP, a + from * a_step + top, a_step, some, m - top);
-                        for (int64_t c = left; c < smaller(end, left + width); c += COLUMNS)
+                        if (!a_along) weave(woven, GROUP, left, from * a_step + top, part, m - top);
+                        for (int64_t c = some; c < smaller(end, some + few); c += COLUMNS)
                             for (int64_t t = top; t < smaller(m, top + GROUP); t += ROWS) {
-                                int64_t count = smaller(ROWS, m - t), columns = smaller(COLUMNS, n - c);
-                                float *to = sums_of + t * sums_step + c;
+                                int64_t count = smaller(ROWS, m - t);
                                 const Half *rows[ROWS];
                                 for (int r = 0; r < ROWS; r++)
                                     rows[r] = a_along ? a + smaller(t + r, m - 1) * a_step + from
-                                                      : (Half *)woven_rows + 2 * (t - top + r);
+                                                      : (const Half *)(woven + t - top + r);
+                                for (int64_t r = 0; adds && r < count; r++)
+                                    for (int j = 0; j < COLUMNS; j += 16)
+                                        __builtin_prefetch(result.sums + (t + r) * out_step + c + j, 1);
                                 __m512 sums[ROWS][VECTORS] = {0};
-                                if (adds) fetch(to, sums_step, count);
-                                multiply(sums, rows, a_along ? 2 : 2 * GROUP, panels + (c - start) / COLUMNS * room, pairs);
-                                if (adds) take_up(sums, to, sums_step, count, columns);
-                                if (narrow)
-                                    write_halves(sums, (Half *)out + t * out_step + c, out_step, bias ? bias + c : NULL, count, columns);
-                                else
-                                    write_sums(sums, to, sums_step, count, columns);
+                                multiply(sums, rows, a_along ? 2 : 2 * GROUP, panels + (c - start) / COLUMNS * room,
+                                         (part + 1) / 2);
+                                write_tile(sums, result, t, c, count, smaller(COLUMNS, n - c), adds, ends);
                             }
                     }
             }
-        free(woven_rows);
+        free(woven);
     }
     free(panels);
-    if (!wide) free(sums_of);
+    if (!wide) free(result.sums);
 }

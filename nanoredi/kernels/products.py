@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanoredi.kernels.masters import cast, kept_sum
 from nanoredi.kernels.native import compiled
+from nanoredi.kernels.pointwise import runs_pointwise, swiglu, swiglu_backward
 
 # The operations that linear layers come down to, by name.
 PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "nanoredi::linear")
@@ -78,7 +79,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     if torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias)
-    return _linear(x, cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype))
+    return _linear(x, _for_product(weight, x), None if bias is None else cast(bias, x.dtype))
+
+
+def gated_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """(silu(gate) * up) @ weight.T: (N, in) twice -> (N, out); the rest as for `linear`. In C backward makes the product
+    of the two again, which takes less time than to keep it and silu(gate)."""
+    if torch.is_grad_enabled() and not weight.is_mkldnn and runs_pointwise(gate):
+        return _GatedLinear.apply(gate, up, weight)
+    return linear(swiglu(gate, up), weight)
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -106,7 +115,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.sum = kept_sum(weight)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        weight, bias = cast(weight, x.dtype), None if bias is None else cast(bias, x.dtype)
+        weight, bias = _for_product(weight, x), None if bias is None else cast(bias, x.dtype)
         ctx.save_for_backward(x, weight)
         return _linear(x, weight, bias)
 
@@ -115,13 +124,38 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         grad_x = product(grad, weight) if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if ctx.sum is not None:
-            add_product(ctx.sum, grad.T, x)
-        elif ctx.needs_input_grad[1]:
-            grad_weight = product(grad.T, x, weight_dtype)
+        grad_weight = weight_gradient(ctx.sum, weight_dtype, grad, x) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(0, dtype=bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, weight):
+        ctx.sum, ctx.dtype = kept_sum(weight), weight.dtype
+        weight = _for_product(weight, gate)
+        ctx.save_for_backward(gate, up, weight)
+        return _linear(swiglu(gate, up), weight, None)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up, weight = ctx.saved_tensors
+        x, *grads = swiglu_backward(gate, up, product(grad, weight))
+        return *grads, weight_gradient(ctx.sum, ctx.dtype, grad, x) if ctx.needs_input_grad[2] else None
+
+
+def _for_product(weight: Tensor, x: Tensor) -> Tensor:
+    """A layer's weight as products with x, or gradients like x, take it. A master is read by C as it is, and is detached
+    so that saving it leaves no trace of autograd's."""
+    return weight.detach() if _prefers_c(x) and weight.dtype == torch.float32 else cast(weight, x.dtype)
+
+
+def weight_gradient(total: Tensor | None, dtype: torch.dtype, grad: Tensor, x: Tensor) -> Tensor | None:
+    """Of a linear layer with inputs x (N, in) and gradients (N, out): added to the total, or made in this dtype."""
+    if total is None:
+        return product(grad.T, x, dtype)
+    add_product(total, grad.T, x)
+    return None
 
 
 def _prefers_onednn(x: Tensor) -> bool:
@@ -135,27 +169,34 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _prefers_c(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype == torch.bfloat16 and _HAS_PAIRS and compiled("products") is not None
+    return x.is_cpu and made_in_c(x.dtype) and x.numel() > 0
+
+
+def made_in_c(dtype: torch.dtype | None) -> bool:
+    """Whether a CPU's products of this dtype are products.c's."""
+    return dtype == torch.bfloat16 and _HAS_PAIRS and compiled("products") is not None
 
 
 def _c(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, add: bool = False) -> Tensor:
-    """a @ b + bias, of bf16, written to out (M, N), bf16 or fp32, or added to what is there, if that is fp32."""
-    (a, *a_layout), (b, *b_layout) = _factor(a), _factor(b.T)
-    if bias is not None:
-        bias = bias.contiguous()
+    """a @ b + bias, of bf16, written to out (M, N), bf16 or fp32, or added to what is there, if that is fp32. b may be
+    fp32, and is rounded."""
+    (a, *a_layout), (b, *b_layout) = _readable(a), _readable(b.T)
+    bias = None if bias is None else bias.contiguous()
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     function = compiled("products").product
-    function.argtypes = [pointer, number, number] * 2 + [pointer] * 2 + [number] * 6
+    function.argtypes = [pointer, *[number] * 2, pointer, *[number] * 3, pointer, pointer, *[number] * 6]
     function(
-        *(a.data_ptr(), *a_layout, b.data_ptr(), *b_layout, bias if bias is None else bias.data_ptr(), out.data_ptr()),
-        *(out.stride(0), out.dtype == torch.float32, add, *out.shape, a.shape[1]),
+        *(a.data_ptr(), *a_layout),
+        *(b.data_ptr(), b.dtype == torch.float32, *b_layout),
+        *(None if bias is None else bias.data_ptr(), out.data_ptr(), out.stride(0), out.dtype == torch.float32, add),
+        *(*out.shape, a.shape[1]),
     )
     return out
 
 
-def _factor(x: Tensor) -> tuple[Tensor, int, int]:
-    """A left factor, or a right one turned, as products.c can read it; how far its rows, or else its columns, are apart;
-    whether the numbers in one follow each other along the inner dimension."""
+def _readable(x: Tensor) -> tuple[Tensor, int, int]:
+    """A left factor, or a right one turned, (outer, inner), as products.c can read it; how far its rows, or else its
+    columns, are apart; whether numbers follow each other along the inner dimension."""
     if x.stride(1) == 1 and x.shape[1] % 2 == 0:
         return x, x.stride(0), 1
     if x.stride(0) != 1:
