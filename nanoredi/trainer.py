@@ -149,7 +149,7 @@ def train_step(
     skip = (~sums.isfinite().all()).float()
     optimizer.step(norm, config.clip, skip)
     if world.device.type == "cpu":
-        give_back(model)
+        give_back(model, int(optimizer.num_steps[0]), len(micro_batches))
     update = optimizer.update_square() / copies
     dist.all_reduce(update)
     update = torch.where(skip.bool(), 0.0, update.sqrt())
