@@ -74,7 +74,7 @@ class AdamW:
         squares, decayed = [], self.lr * self.weight_decay
         for p, m, v, t in zip(self.parameters, self.exp_avg, self.exp_avg_sq, self.num_steps):
             tensors = [local(x) for x in (p, m, v)]
-            if runs_pointwise(tensors[0]):
+            if runs_pointwise(tensors[0]) and all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors):
                 squares.append(_square_in_c(*tensors, self.lr / (1 - BETAS[0] ** t), 1 - BETAS[1] ** t, decayed))
                 continue
             tensors = [x.flatten() for x in tensors]

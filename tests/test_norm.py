@@ -42,3 +42,4 @@ def test_what_needs_no_gradient_gets_none(size):
         rms_norm(*inputs, 1e-6).sum().backward()
         assert tuple(t.grad is not None for t in inputs) == needs
     torch.testing.assert_close(rms_norm(x, weight, 1e-6), plain(x, weight, 1e-6))
+    torch.testing.assert_close(rms_norm(x, torch.ones(1).expand(size), 1), plain(x, torch.ones(size), 1))

@@ -73,6 +73,10 @@ def test_in_c_sums_are_fp32_and_nothing_else_is_written(shape, in_c):
         add_product(around[1:-1], left, b)
     close(around[1:-1] - 1, 2 * want, torch.float32)
     assert around[0].eq(1).all() and around[-1].eq(1).all()
+    turned = torch.ones(n, m).T
+    add_product(turned, a, b)
+    close(turned - 1, want, torch.float32)
+    assert product(a, b, torch.float64).dtype == torch.float64
     around = torch.ones(m + 2, n + 8, dtype=torch.bfloat16)
     put_product(around[1:-1, 4:-4], a, b)
     assert around[0].eq(1).all() and around[-1].eq(1).all() and around[:, :4].eq(1).all() and around[:, -4:].eq(1).all()

@@ -1,7 +1,7 @@
 """C, for what torch has no operation for on a CPU: compiled where it is first used, by the machine's own compiler.
 
-It takes a tenth of a second, and nothing stays on the disk. Where there is no compiler, or none whose OpenMP is the one
-that torch has loaded, the caller does it in PyTorch.
+It takes some tenths of a second a file, and nothing stays on the disk. Where there is no compiler, or none whose OpenMP
+is the one that torch has loaded, the caller does it in PyTorch.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 _COMPILER = "cc"
-_FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-Wno-psabi"]
+_FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-Wno-psabi"]
 
 
 @functools.cache

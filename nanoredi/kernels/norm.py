@@ -10,6 +10,7 @@ the derivatives are
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanoredi.kernels.masters import cast, kept_sum
 from nanoredi.kernels.pointwise import call_pointwise, runs_pointwise
@@ -60,15 +61,24 @@ class _InC(torch.autograd.Function):
         ctx.save_for_backward(x, weight, r)
         ctx.sum = kept_sum(weight)
         out = torch.empty_like(x)
-        call_pointwise("rms_norm", x, cast(weight, r.dtype), out, r, *x.shape, eps)
+        call_pointwise("rms_norm", x, cast(weight, r.dtype).contiguous(), out, r, *x.shape, eps)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, r = ctx.saved_tensors
         grad_x, parts = torch.empty_like(x), r.new_empty(_PARTS, x.shape[1])
         call_pointwise(
-            "rms_norm_backward", x, cast(weight, r.dtype), r, grad.contiguous(), grad_x, parts, *x.shape, _PARTS
+            "rms_norm_backward",
+            x,
+            cast(weight, r.dtype).contiguous(),
+            r,
+            grad.contiguous(),
+            grad_x,
+            parts,
+            *x.shape,
+            _PARTS,
         )
         if ctx.sum is not None:
             ctx.sum.add_(parts.sum(0))

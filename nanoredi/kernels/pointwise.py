@@ -9,6 +9,7 @@ import ctypes
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanoredi.kernels.native import compiled
 
@@ -49,11 +50,22 @@ def runs_pointwise(x: Tensor, size: int | None = None) -> bool:
     return fits and _library(x) is not None
 
 
+# Of the functions of pointwise.c: what they take, tensors, int64 and fp32 numbers.
+_ARGUMENTS = {
+    "rms_norm": "ttttiif",
+    "rms_norm_backward": "ttttttiii",
+    "swiglu": "ttti",
+    "swiglu_backward": "tttttti",
+    "rotate": "ttttiiif",
+    "update_square": "ttttiiffff",
+}
+_KINDS = {"t": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+
+
 def call_pointwise(name: str, *arguments: Tensor | int | float) -> None:
-    """A function of pointwise.c. The first argument's dtype is that of all tensors that are not said to be fp32."""
-    kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+    """A function of pointwise.c, on contiguous tensors. The first one's dtype is that of all that C does not call float."""
     function = getattr(_library(arguments[0]), name)
-    function.argtypes = [kinds.get(type(a), ctypes.c_void_p) for a in arguments]
+    function.argtypes = [_KINDS[kind] for kind in _ARGUMENTS[name]]
     function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
 
 
@@ -68,6 +80,7 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cos, sin, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _rotated(grad, *ctx.saved_tensors, -1.0), None, None
 

@@ -13,6 +13,7 @@ import ctypes
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanoredi.kernels.masters import cast, kept_sum
 from nanoredi.kernels.native import compiled
@@ -37,7 +38,8 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if a.is_cuda and dtype not in (None, a.dtype):
         return torch.mm(a, b, out_dtype=dtype)
     if _prefers_c(a):
-        return _c(a.new_empty(a.shape[0], b.shape[1], dtype=dtype), a, b)
+        made = torch.float32 if dtype not in (None, a.dtype) else a.dtype
+        return _c(a.new_empty(a.shape[0], b.shape[1], dtype=made), a, b).to(dtype or a.dtype)
     if a.shape[0] * a.shape[1] * b.shape[1] >= _LARGE and _prefers_onednn(a):
         return _onednn(a, b.T)
     return (a @ b).to(dtype or a.dtype)
@@ -138,6 +140,7 @@ class _GatedLinear(torch.autograd.Function):
         return _linear(swiglu(gate, up), weight, None)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate, up, weight = ctx.saved_tensors
         x, *grads = swiglu_backward(gate, up, product(grad, weight))
@@ -180,6 +183,9 @@ def made_in_c(dtype: torch.dtype | None) -> bool:
 def _c(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, add: bool = False) -> Tensor:
     """a @ b + bias, of bf16, written to out (M, N), bf16 or fp32, or added to what is there, if that is fp32. b may be
     fp32, and is rounded."""
+    if out.stride(1) != 1:  # C writes along rows
+        made = _c(out.new_empty(out.shape), a, b, bias)
+        return out.add_(made) if add else out.copy_(made)
     (a, *a_layout), (b, *b_layout) = _readable(a), _readable(b.T)
     bias = None if bias is None else bias.contiguous()
     pointer, number = ctypes.c_void_p, ctypes.c_int64

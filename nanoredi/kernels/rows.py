@@ -10,8 +10,8 @@ gradient of w * logp with respect to z is
 
     w * (onehot(y) - softmax(z))  =  w * (1 - p(y)) in column y,  -w * exp(z_v - logsumexp(z)) in every other column v
 
-The kernels give a row to one program, which reads it once for o and, where the gradient is wanted, once more to
-overwrite it, all in fp32 with one rounding at the end. Nothing outside the row is ever read or written, whatever the
+The kernels give a row to one program, which reads it once for o (in C twice, the first time for the largest) and, where the
+gradient is wanted, once more to overwrite it, all in fp32 with one rounding at the end. Nothing outside the row is ever read or written, whatever the
 target says.
 """
 
