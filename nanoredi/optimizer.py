@@ -74,12 +74,12 @@ class AdamW:
         squares, decayed = [], self.lr * self.weight_decay
         for p, m, v, t in zip(self.parameters, self.exp_avg, self.exp_avg_sq, self.num_steps):
             tensors = [local(x) for x in (p, m, v)]
+            rate, correction = self.lr / (1 - BETAS[0] ** t), 1 - BETAS[1] ** t
             if runs_pointwise(tensors[0]) and all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors):
-                squares.append(_square_in_c(*tensors, self.lr / (1 - BETAS[0] ** t), 1 - BETAS[1] ** t, decayed))
+                squares.append(_square_in_c(*tensors, rate, correction, decayed))
                 continue
             tensors = [x.flatten() for x in tensors]
             size = _CPU_ELEMENTS if p.is_cpu else max(1, len(tensors[0]))
-            rate, correction = self.lr / (1 - BETAS[0] ** t), 1 - BETAS[1] ** t
             for new, mean, mean_square in zip(*(x.split(size) for x in tensors)):
                 step = (mean_square / correction).sqrt_().add_(EPS).reciprocal_().mul_(mean).mul_(rate)
                 # new = (1 - decayed) * old - step, hence old - new = (step + decayed * new) / (1 - decayed).

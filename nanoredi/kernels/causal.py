@@ -18,7 +18,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from nanoredi.kernels.native import compiled
+from nanoredi.kernels.native import call, compiled
 
 
 def runs_causal(q: Tensor) -> bool:
@@ -62,9 +62,8 @@ _operations.impl("causal_attention", _attend, "CPU")
 
 
 def _call(name: str, q: Tensor, k: Tensor, *others: Tensor) -> None:
-    function = getattr(_library(q), name)
-    function.argtypes = [ctypes.c_void_p] * (2 + len(others)) + [ctypes.c_int64] * 3 + [ctypes.c_float]
-    function(*(x.data_ptr() for x in (q, k, *others)), *q.shape[:2], k.shape[1], q.shape[2] ** -0.5)
+    kinds = "tt" + "t" * len(others) + "iiif"
+    call(_library(q), name, kinds, q, k, *others, *q.shape[:2], k.shape[1], q.shape[2] ** -0.5)
 
 
 def _library(q: Tensor) -> ctypes.CDLL | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanoredi.kernels.backend import runs_triton, tl, triton
-from nanoredi.kernels.native import compiled
+from nanoredi.kernels.native import call, compiled
 
 # Tokens that a program holds at once, and programs for every processor, so that short rows do not leave some idle.
 _BLOCK, _WAVES = 64, 4
@@ -86,12 +86,10 @@ def library_for(q: Tensor, keys: Tensor) -> ctypes.CDLL | None:
 def c_decode(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:
     """paged_decode in C. keys and values are contiguous, and so are the rows of page_table."""
     num_splits, outs, tops, sums = _splits(q, keys, torch.get_num_threads())
-    run = library_for(q, keys).decode
-    run.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 4 + [ctypes.c_float]
     queries, lengths = q.float().contiguous(), lengths.contiguous()
     tensors = queries, keys, values, page_table, lengths, outs, tops, sums
     sizes = page_table.stride(0), len(q), keys.shape[1], num_splits
-    run(*(tensor.data_ptr() for tensor in tensors), *sizes, q.shape[2] ** -0.5)
+    call(library_for(q, keys), "decode", "ttttttttiiiif", *tensors, *sizes, q.shape[2] ** -0.5)
     return _together(outs, tops, sums).to(q.dtype)
 
 

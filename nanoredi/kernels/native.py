@@ -13,7 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from torch import Tensor
+
 _COMPILER = "cc"
+_KINDS = {"t": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-Wno-psabi"]
 
 
@@ -39,6 +42,17 @@ def compiled(name: str, **constants: int) -> ctypes.CDLL | None:
             return _without(source, (error.stderr.strip().splitlines() or [f"it gave {error.returncode}"])[0])
         except OSError as error:
             return _without(source, str(error))
+
+
+def call(library: ctypes.CDLL, name: str, kinds: str, *arguments: Tensor | int | float | None) -> None:
+    """A C function, which must find tensors as it expects them; nothing but their memory's address is given to it.
+
+    Args:
+        kinds: of the arguments, a letter each: t, a tensor or None; i, an int64; f, an fp32 number.
+    """
+    function = getattr(library, name)
+    function.argtypes = [_KINDS[kind] for kind in kinds]
+    function(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
 
 
 def _without(source: Path, why: str) -> None:

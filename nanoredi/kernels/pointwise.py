@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanoredi.kernels.native import compiled
+from nanoredi.kernels.native import call, compiled
 
 _SIZE = 16  # what the last dimension, or half of it, is a multiple of for C
 
@@ -50,7 +50,7 @@ def runs_pointwise(x: Tensor, size: int | None = None) -> bool:
     return fits and _library(x) is not None
 
 
-# Of the functions of pointwise.c: what they take, tensors, int64 and fp32 numbers.
+# What the functions of pointwise.c take, for native.call.
 _ARGUMENTS = {
     "rms_norm": "ttttiif",
     "rms_norm_backward": "ttttttiii",
@@ -59,14 +59,11 @@ _ARGUMENTS = {
     "rotate": "ttttiiif",
     "update_square": "ttttiiffff",
 }
-_KINDS = {"t": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
 def call_pointwise(name: str, *arguments: Tensor | int | float) -> None:
     """A function of pointwise.c, on contiguous tensors. The first one's dtype is that of all that C does not call float."""
-    function = getattr(_library(arguments[0]), name)
-    function.argtypes = [_KINDS[kind] for kind in _ARGUMENTS[name]]
-    function(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+    call(_library(arguments[0]), name, _ARGUMENTS[name], *arguments)
 
 
 def _library(x: Tensor) -> ctypes.CDLL | None:

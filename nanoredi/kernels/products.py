@@ -8,15 +8,13 @@ In bf16 torch takes oneDNN. Where a CPU multiplies pairs of bf16 numbers (AVX512
 (AMX), products.c reaches more of its rate, and adds to an fp32 sum in place.
 """
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanoredi.kernels.masters import cast, kept_sum
-from nanoredi.kernels.native import compiled
+from nanoredi.kernels.native import call, compiled
 from nanoredi.kernels.pointwise import runs_pointwise, swiglu, swiglu_backward
 
 # The operations that linear layers come down to, by name.
@@ -188,15 +186,9 @@ def _c(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, add: bool 
         return out.add_(made) if add else out.copy_(made)
     (a, *a_layout), (b, *b_layout) = _readable(a), _readable(b.T)
     bias = None if bias is None else bias.contiguous()
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function = compiled("products").product
-    function.argtypes = [pointer, *[number] * 2, pointer, *[number] * 3, pointer, pointer, *[number] * 6]
-    function(
-        *(a.data_ptr(), *a_layout),
-        *(b.data_ptr(), b.dtype == torch.float32, *b_layout),
-        *(None if bias is None else bias.data_ptr(), out.data_ptr(), out.stride(0), out.dtype == torch.float32, add),
-        *(*out.shape, a.shape[1]),
-    )
+    left, right = (a, *a_layout), (b, b.dtype == torch.float32, *b_layout)
+    result = bias, out, out.stride(0), out.dtype == torch.float32, add
+    call(compiled("products"), "product", "tiitiiittiiiiii", *left, *right, *result, *out.shape, a.shape[1])
     return out
 
 

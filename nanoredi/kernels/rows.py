@@ -10,9 +10,9 @@ gradient of w * logp with respect to z is
 
     w * (onehot(y) - softmax(z))  =  w * (1 - p(y)) in column y,  -w * exp(z_v - logsumexp(z)) in every other column v
 
-The kernels give a row to one program, which reads it once for o (in C twice, the first time for the largest) and, where the
-gradient is wanted, once more to overwrite it, all in fp32 with one rounding at the end. Nothing outside the row is ever read or written, whatever the
-target says.
+The kernels give a row to one program, which reads it once for o (in C twice, the first time for the largest) and, where
+the gradient is wanted, once more to overwrite it, all in fp32 with one rounding at the end. Nothing outside the row is
+ever read or written, whatever the target says.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoredi.kernels.backend import runs_triton, tl, triton
-from nanoredi.kernels.native import compiled
+from nanoredi.kernels.native import call, compiled
 
 _CPU_ELEMENTS = 1 << 20  # logits that a CPU turns at once
 
@@ -83,12 +83,9 @@ def _library(logits: Tensor) -> ctypes.CDLL | None:
 
 
 def _call(name: str, logits: Tensor, *others: Tensor | None) -> None:
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function = getattr(_library(logits), name)
-    function.argtypes = [pointer, number, *[pointer] * len(others), number, number]
     others = [None if x is None else x.contiguous() for x in others]
-    pointers = [None if x is None else x.data_ptr() for x in others]
-    function(logits.data_ptr(), logits.stride(0), *pointers, *logits.shape)
+    kinds = "ti" + "t" * len(others) + "ii"
+    call(_library(logits), name, kinds, logits, logits.stride(0), *others, *logits.shape)
 
 
 def _few_rows(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
