@@ -16,18 +16,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoredi import benchmarks
-from nanoredi.completions import grade_file
-from nanoredi.config import EvaluateConfig, RediConfig, read_flags, read_recipe, resolve
-from nanoredi.distributed import world
-from nanoredi.errors import UserError, run_script
-from nanoredi.evaluation import evaluate
-from nanoredi.fields import option
-from nanoredi.files import read_rows
-from nanoredi.runs import newest_model, recipe_of
-from nanoredi.samples import Samples
-from nanoredi.scores import Row, compare, summarise
-from nanoredi.tables import write
+from nanoredi.common.errors import UserError, run_script
+from nanoredi.common.files import read_rows
+from nanoredi.common.flags import option, read_flags, read_recipe, resolve
+from nanoredi.common.runs import newest_model, recipe_of
+from nanoredi.config import EvaluateConfig, RediConfig
+from nanoredi.data import benchmarks
+from nanoredi.evaluation.completions import grade_file
+from nanoredi.evaluation.evaluate import evaluate
+from nanoredi.evaluation.samples import Samples
+from nanoredi.evaluation.scores import Row, compare, summarise
+from nanoredi.report.tables import write
+from nanoredi.trainer.distributed import world
 
 
 @dataclass

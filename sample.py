@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 
-from nanoredi import benchmarks
-from nanoredi.checkpoint import stop_ids
-from nanoredi.config import EvaluateConfig, SamplingConfig, Tables, read_flags, read_recipe, resolve
-from nanoredi.distributed import compute_dtype
-from nanoredi.errors import UserError, run_script
-from nanoredi.fields import option
-from nanoredi.files import read_rows, write_row
-from nanoredi.model import Qwen2
-from nanoredi.progress import progress
-from nanoredi.runs import newest_model, recipe_of
-from nanoredi.sampler import Sampler
-from nanoredi.scheduler import Request, requests_for
-from nanoredi.tokenizer import Tokenizer, check_messages
+from nanoredi.common.errors import UserError, run_script
+from nanoredi.common.files import read_rows, write_row
+from nanoredi.common.flags import Tables, option, read_flags, read_recipe, resolve
+from nanoredi.common.progress import progress
+from nanoredi.common.runs import newest_model, recipe_of
+from nanoredi.config import EvaluateConfig, SamplingConfig
+from nanoredi.data import benchmarks
+from nanoredi.data.tokenizer import Tokenizer, check_messages
+from nanoredi.model.hf_folder import stop_ids
+from nanoredi.model.qwen2 import Qwen2
+from nanoredi.sampler.sampler import Sampler
+from nanoredi.sampler.scheduler import Request, requests_for
+from nanoredi.trainer.distributed import compute_dtype
 
 _PROBLEMS_TO_SHOW = 3
 

@@ -13,15 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nanoredi import benchmarks, toy
-from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig, read_flags, read_recipe, resolve
-from nanoredi.distributed import World, world
-from nanoredi.errors import UserError, run_script
-from nanoredi.evaluation import evaluate
-from nanoredi.runs import open_run
-from nanoredi.samples import Samples
-from nanoredi.tables import read_results, table
-from nanoredi.trainer import train
+from nanoredi import toy
+from nanoredi.common.errors import UserError, run_script
+from nanoredi.common.flags import read_flags, read_recipe, resolve
+from nanoredi.common.runs import open_run
+from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
+from nanoredi.data import benchmarks
+from nanoredi.evaluation.evaluate import evaluate
+from nanoredi.evaluation.samples import Samples
+from nanoredi.report.tables import read_results, table
+from nanoredi.trainer.distributed import World, world
+from nanoredi.trainer.loop import train
 
 
 def main(argv: list[str]) -> None:

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanoredi import toy
-from nanoredi.config import EvaluateConfig, SftConfig, ToyConfig, read_flags, read_recipe, resolve
-from nanoredi.distributed import world
-from nanoredi.errors import UserError, run_script
-from nanoredi.runs import open_run
-from nanoredi.trainer import train
+from nanoredi.common.errors import UserError, run_script
+from nanoredi.common.flags import read_flags, read_recipe, resolve
+from nanoredi.common.runs import open_run
+from nanoredi.config import EvaluateConfig, SftConfig, ToyConfig
+from nanoredi.trainer.distributed import world
+from nanoredi.trainer.loop import train
 
 
 def main(argv: list[str]) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from nanoredi.architecture import Qwen2Config
 from nanoredi.kernels import linear, packed
-from nanoredi.scheduler import Request
+from nanoredi.model.config import Qwen2Config
+from nanoredi.sampler.scheduler import Request
 
 ON_GPU = torch.cuda.is_available()
 

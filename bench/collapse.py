@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nanoredi.config import RediConfig  # noqa: E402
-from nanoredi.guards import CollapseWatch  # noqa: E402
+from nanoredi.trainer.guards import CollapseWatch  # noqa: E402
 
 ARMS = (("1.0", "1e-3"), ("0.8", "5e-4"))
 
@@ -54,7 +54,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", default=[str(s) for s in (42, *range(1, 10))], help="[42 1 2 ... 9]")
     parser.add_argument("--out", default="runs/collapse", help="where the runs are kept [runs/collapse]")
     flags = parser.parse_args()
-    print("| seed | alpha, lr | tripped at | stage 1 | named as good | before it tripped | 10 steps later | at the end |")
+    print(
+        "| seed | alpha, lr | tripped at | stage 1 | named as good | before it tripped | 10 steps later | at the end |"
+    )
     print("| --- " * 8 + "|")
     for seed in flags.seeds:
         sft = Path(flags.out).absolute() / f"sft-{seed}"

@@ -23,13 +23,15 @@ sys.path.insert(0, str(ROOT))
 
 from findings_page import HIGH, Arm, ranked, run_name, write_page  # noqa: E402
 
-from nanoredi import benchmarks, toy  # noqa: E402
-from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig, read_recipe, resolve  # noqa: E402
-from nanoredi.distributed import World, world  # noqa: E402
-from nanoredi.errors import Stopped, UserError  # noqa: E402
-from nanoredi.evaluation import evaluate  # noqa: E402
-from nanoredi.runs import open_run  # noqa: E402
-from nanoredi.trainer import train  # noqa: E402
+from nanoredi import toy  # noqa: E402
+from nanoredi.common.errors import Stopped, UserError  # noqa: E402
+from nanoredi.common.flags import read_recipe, resolve  # noqa: E402
+from nanoredi.common.runs import open_run  # noqa: E402
+from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig  # noqa: E402
+from nanoredi.data import benchmarks
+from nanoredi.evaluation.evaluate import evaluate  # noqa: E402
+from nanoredi.trainer.distributed import World, world  # noqa: E402
+from nanoredi.trainer.loop import train  # noqa: E402
 
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 RATES = (1e-4, 2e-4, 3e-4, 5e-4, 1e-3)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoredi.figures import Run, draw, read_runs
+from nanoredi.report.figures import Run, draw, read_runs
 
 Arm = tuple[str, float]  # method and learning rate
 STAGE_1: Arm = ("stage 1", 0.0)

@@ -19,8 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from nanoredi.architecture import Qwen2Config  # noqa: E402
-from nanoredi.batch import divide  # noqa: E402
+from nanoredi.data.batch import divide  # noqa: E402
+from nanoredi.model.config import Qwen2Config  # noqa: E402
 
 CONFIG = Qwen2Config(151_936, 1536, 8960, 28, 12, 2, 32_768, 300_000.0, tie_word_embeddings=True)
 PAIRS, MAX_TOKENS, STEPS = 32, 40_000, 100

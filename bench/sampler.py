@@ -34,12 +34,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from allowance import allowance  # noqa: E402
 from fresh import figures  # noqa: E402
 
-from nanoredi.architecture import Qwen2Config  # noqa: E402
 from nanoredi.config import SamplingConfig  # noqa: E402
-from nanoredi.distributed import compute_dtype  # noqa: E402
-from nanoredi.model import Qwen2  # noqa: E402
-from nanoredi.sampler import Sampler  # noqa: E402
-from nanoredi.scheduler import Request, requests_for  # noqa: E402
+from nanoredi.model.config import Qwen2Config  # noqa: E402
+from nanoredi.model.qwen2 import Qwen2  # noqa: E402
+from nanoredi.sampler.sampler import Sampler  # noqa: E402
+from nanoredi.sampler.scheduler import Request, requests_for  # noqa: E402
+from nanoredi.trainer.distributed import compute_dtype  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -26,7 +26,7 @@ from bench.step_costs import (  # noqa: E402
     step_traffic,
     times,
 )
-from nanoredi.architecture import Qwen2Config  # noqa: E402
+from nanoredi.model.config import Qwen2Config  # noqa: E402
 
 SLOW = (25, 10, 3.1)  # networks to compare, in Gb/s a GPU
 

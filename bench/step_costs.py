@@ -9,8 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from nanoredi.architecture import Qwen2Config
 from nanoredi.kernels.chunks import MAX_GPU_ELEMENTS
+from nanoredi.model.config import Qwen2Config
 
 
 def rate(value: float, unit: str, source: str) -> Any:

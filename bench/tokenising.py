@@ -21,9 +21,9 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-from nanoredi.data import load_sft
-from nanoredi.files import read_rows
-from nanoredi.tokenizer import Tokenizer
+from nanoredi.common.files import read_rows
+from nanoredi.data.sequences import load_sft
+from nanoredi.data.tokenizer import Tokenizer
 
 LONGEST = 10**9  # nothing is cut: both sides have the same tokens to make
 

@@ -33,13 +33,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from fresh import figures  # noqa: E402
 
 from nanoredi import objectives  # noqa: E402
-from nanoredi.architecture import Qwen2Config  # noqa: E402
-from nanoredi.batch import WeightedSequence  # noqa: E402
 from nanoredi.config import RediConfig  # noqa: E402
-from nanoredi.distributed import compute_dtype, matrix_rate, world  # noqa: E402
-from nanoredi.model import Qwen2  # noqa: E402
-from nanoredi.optimizer import AdamW  # noqa: E402
-from nanoredi.trainer import set_up, train_step  # noqa: E402
+from nanoredi.data.batch import WeightedSequence  # noqa: E402
+from nanoredi.model.config import Qwen2Config  # noqa: E402
+from nanoredi.model.qwen2 import Qwen2  # noqa: E402
+from nanoredi.trainer.distributed import compute_dtype, matrix_rate, world  # noqa: E402
+from nanoredi.trainer.loop import set_up, train_step  # noqa: E402
+from nanoredi.trainer.optimizer import AdamW  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 

@@ -1,24 +1,13 @@
-"""Recipes and flags.
+"""The options of every command: a dataclass a table of a recipe, a field an option, with its meaning and its bounds.
 
-A recipe is a TOML file with a table a dataclass below: [sft], [redi], [evaluate], [toy]. A script has a main table,
-whose fields are its flags (`train_redi.py --alpha 0.5`); fields of its other tables are flags with the table's name in
-front (`train_redi.py --evaluate.n 4`). Flags win over the recipe, the recipe over the defaults. A recipe that says
-`base = "qwen2.5-math-1.5b"` before its tables holds only what differs from that one. What was resolved is written into
-the run's folder as config.toml, which is itself a recipe.
+How they are read from flags and recipes is common/flags.py's.
 """
 
-import argparse
 import dataclasses
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from nanoredi.errors import UserError, nearest
-from nanoredi.fields import checked, from_text, kind_of, option, to_toml
-
-RECIPES = Path(__file__).parent / "recipes"
-
+from nanoredi.common.errors import UserError
+from nanoredi.common.flags import option, table
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -76,6 +65,7 @@ class TrainConfig:
     cache: str = option("runs/cache", "folder of the tokenised data, keyed by data and tokenizer", free=True)
 
 
+@table("sft")
 @dataclass
 class SftConfig(TrainConfig):
     """Stage 1: supervised fine-tuning on correct traces."""
@@ -86,6 +76,7 @@ class SftConfig(TrainConfig):
     max_tokens: int = option(32_768, "longest conversation; a longer one is cut on the right", low=1)
 
 
+@table("redi")
 @dataclass
 class RediConfig(TrainConfig):
     """Stage 2: pairs of a correct and an incorrect trace."""
@@ -150,6 +141,7 @@ class SamplingConfig:
     )
 
 
+@table("evaluate")
 @dataclass
 class EvaluateConfig(SamplingConfig):
     """Benchmarks to a table."""
@@ -167,6 +159,7 @@ class EvaluateConfig(SamplingConfig):
     )
 
 
+@table("toy")
 @dataclass
 class ToyConfig:
     """The embedded task (toy.py). Sizes and model were found by experiment."""
@@ -177,136 +170,3 @@ class ToyConfig:
     heldout: int = option(200, "unseen problems to evaluate on", low=1)
     num_layers: int = option(3, "blocks of the model", low=1)
     hidden_size: int = option(96, "the model's width; 4 heads share it, the MLP is 3 times as wide", low=8)
-
-
-TABLES = {"sft": SftConfig, "redi": RediConfig, "evaluate": EvaluateConfig, "toy": ToyConfig}
-Tables = dict[str, dict[str, Any]]  # {table: {field: value}}: what a recipe or the flags say, before the defaults
-
-
-def read_flags(
-    description: str,
-    argv: list[str],
-    main: str,
-    main_type: type,
-    others: tuple[str, ...] = (),
-    takes_recipe: bool = True,
-) -> tuple[str | None, Tables]:
-    """Read a script's flags.
-
-    Args:
-        description: shown by --help.
-        argv: the words after the script's name.
-        main: the table whose fields are plain flags; main_type is its dataclass, or a subclass with more flags.
-        others: the tables whose fields are flags with the table's name in front.
-        takes_recipe: whether there is a flag --recipe.
-
-    Returns:
-        The recipe that was named, if any, and {table: {field: value}} of what was given.
-
-    Raises:
-        UserError: for a flag that does not exist, and for a value that its field cannot take.
-    """
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags = {}
-    if takes_recipe:
-        parser.add_argument("--recipe", metavar="R", help=f"a TOML file, or one of {', '.join(_builtin_recipes())}")
-    for table, kind in {main: main_type, **{t: TABLES[t] for t in others}}.items():
-        for f in dataclasses.fields(kind):
-            flag = f"--{f.name}" if table == main else f"--{table}.{f.name}"
-            flags[flag] = table, f
-            is_list = kind_of(f) is list
-            default = f.default_factory() if is_list else f.default
-            if f.metadata["of"]:
-                default = ", ".join(f"{value:g} for {objective}" for objective, value in f.metadata["of"].items())
-            alone = {"nargs": "?", "const": "true"} if f.type is bool else {}  # --paper says --paper true
-            parser.add_argument(
-                flag,
-                dest=flag,
-                **({"nargs": "+"} if is_list else alone),
-                metavar=f.name.upper(),
-                default=argparse.SUPPRESS,
-                help=f"{f.metadata['help']} [{default}]".replace("%", "%%"),
-            )
-    known, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        name = word.split("=")[0]
-        if name.startswith("--"):
-            raise UserError(f"there is no flag {name}{nearest(name, [*flags, '--recipe'])}")
-        raise UserError(f"{word!r} follows no flag; --help lists the flags")
-
-    given: Tables = {}
-    for flag, text in vars(known).items():
-        if flag != "recipe":
-            table, f = flags[flag]
-            given.setdefault(table, {})[f.name] = checked(flag, f, from_text(kind_of(f), text))
-    return getattr(known, "recipe", None), given
-
-
-def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
-    """Read a recipe, the name of a built-in one or a TOML file, over its base.
-
-    Raises:
-        UserError: when it cannot be read, for a table or key that does not exist, for a value that its field cannot
-        take, and for a base that has a base.
-    """
-    path = RECIPES / f"{recipe}.toml" if recipe in _builtin_recipes() else Path(recipe)
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the recipe {recipe}: {error.strerror}{nearest(str(recipe), _builtin_recipes())}"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not TOML: {error}") from None
-    base = tables.pop("base", None)
-    if base is not None and (is_base or not isinstance(base, str)):
-        raise UserError(f"{path}: base is {base!r}; it must be a recipe's name or file, and that one without a base")
-    for table, values in tables.items():
-        if table not in TABLES or not isinstance(values, dict):
-            tables_there_are = ", ".join(f"[{t}]" for t in TABLES)
-            raise UserError(
-                f"{path}: there is no table [{table}]{nearest(table, TABLES)}; a recipe has {tables_there_are}"
-            )
-        fields = {f.name: f for f in dataclasses.fields(TABLES[table])}
-        for key in values:
-            if key not in fields:
-                raise UserError(f"{path}: [{table}] has no key {key!r}{nearest(key, fields)}")
-            values[key] = checked(f"{path}: {table}.{key}", fields[key], values[key])
-    if base is None:
-        return tables
-    lower = read_recipe(base if base in _builtin_recipes() else path.parent / base, is_base=True)
-    return {t: _over(lower.get(t, {}), tables.get(t, {}), TABLES[t]) for t in {**lower, **tables}}
-
-
-def resolve(kind: type, table: str, *layers: Tables) -> Any:
-    """A table's dataclass: its defaults under the layers, the last on top."""
-    values: dict[str, Any] = {}
-    for layer in layers:
-        values = _over(values, layer.get(table, {}), kind)
-    return kind(**values)
-
-
-def _over(lower: dict[str, Any], upper: dict[str, Any], kind: type) -> dict[str, Any]:
-    """A table's values with others on top. Parameters of one objective say nothing of another's."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if "objective" in upper and upper["objective"] != lower.get("objective", fields["objective"].default):
-        lower = {key: value for key, value in lower.items() if not fields[key].metadata["of"]}
-    return {**lower, **upper}
-
-
-def write_recipe(path: Path, configs: dict[str, Any]) -> None:
-    """Write {table: dataclass} as a recipe that read_recipe reads back."""
-    lines = []
-    for table, config in configs.items():
-        values = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
-        lines += [f"[{table}]", *(f"{key} = {to_toml(value)}" for key, value in values.items()), ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
-
-
-def _builtin_recipes() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))

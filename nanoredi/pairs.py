@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nanoredi import objectives
-from nanoredi.batch import WeightedSequence
 from nanoredi.config import RediConfig, SftConfig
+from nanoredi.data.batch import WeightedSequence
 
 
 def wants_pairs(config: SftConfig | RediConfig) -> bool:

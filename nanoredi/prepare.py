@@ -23,16 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from nanoredi import own
-from nanoredi.config import read_flags, resolve
-from nanoredi.errors import UserError, run_script
-from nanoredi.fields import option
-from nanoredi.gates import SFT_GATE, Gates, Traces
-from nanoredi.overlap import Overlap
-from nanoredi.progress import progress
-from nanoredi.raw import find_files, num_rows, raw_rows
-from nanoredi.spool import Spool
-from nanoredi.tokenizer import Tokenizer
+from nanoredi.common.errors import UserError, run_script
+from nanoredi.common.flags import option, read_flags, resolve
+from nanoredi.common.progress import progress
+from nanoredi.data import own_responses as own
+from nanoredi.data.decontaminate import Overlap
+from nanoredi.data.filters import SFT_GATE, Gates, Traces
+from nanoredi.data.raw import find_files, num_rows, raw_rows
+from nanoredi.data.spool import Spool
+from nanoredi.data.tokenizer import Tokenizer
 
 PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all of OpenR1-Math-Raw
 _FILES = ("sft.jsonl", "pairs.jsonl", "too_long.jsonl", "overlaps.jsonl")

@@ -23,10 +23,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from nanoredi.architecture import Qwen2Config
+from nanoredi.common.errors import UserError
 from nanoredi.config import ToyConfig
-from nanoredi.errors import UserError
-from nanoredi.model import Qwen2
+from nanoredi.model.config import Qwen2Config
+from nanoredi.model.qwen2 import Qwen2
 
 NUM_OPS = 6
 SAMPLES_A_PROBLEM = 4

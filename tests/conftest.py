@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 from nanoredi import toy  # noqa: E402
 from nanoredi.config import ToyConfig  # noqa: E402
-from nanoredi.distributed import World, world  # noqa: E402
+from nanoredi.trainer.distributed import World, world  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 

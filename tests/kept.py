@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from nanoredi.optimizer import AdamW
+from nanoredi.trainer.optimizer import AdamW
 
 
 class KeepingAdamW(AdamW):

@@ -13,12 +13,12 @@ from kept import KeepingAdamW
 from safetensors.torch import save_file
 
 from nanoredi.config import RediConfig
-from nanoredi.data import load_pairs
-from nanoredi.distributed import shard, world
-from nanoredi.model import Qwen2
-from nanoredi.reference import reference_logps
-from nanoredi.tokenizer import Tokenizer
-from nanoredi.trainer import train_step, weighted_sequences
+from nanoredi.data.sequences import load_pairs
+from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.model.qwen2 import Qwen2
+from nanoredi.trainer.distributed import shard, world
+from nanoredi.trainer.loop import train_step, weighted_sequences
+from nanoredi.trainer.reference import reference_logps
 
 data_folder, out = map(Path, sys.argv[1:3])
 shard_size = int(sys.argv[3])

@@ -8,8 +8,8 @@ import signal
 import sys
 
 import train_redi
-from nanoredi.errors import run_script
-from nanoredi.guards import Guards
+from nanoredi.common.errors import run_script
+from nanoredi.trainer.guards import Guards
 
 look = Guards.look
 

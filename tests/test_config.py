@@ -2,19 +2,10 @@
 
 import pytest
 
-from nanoredi.config import (
-    RECIPES,
-    EvaluateConfig,
-    RediConfig,
-    SftConfig,
-    ToyConfig,
-    read_flags,
-    read_recipe,
-    resolve,
-    write_recipe,
-)
-from nanoredi.errors import UserError
-from nanoredi.runs import open_run, recipe_of
+from nanoredi.common.errors import UserError
+from nanoredi.common.flags import RECIPES, read_flags, read_recipe, resolve, write_recipe
+from nanoredi.common.runs import open_run, recipe_of
+from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
 
 
 def flags(*argv):

@@ -207,8 +207,12 @@ BAD_INPUT = [
     ("evaluate.py", ["--model", "MODEL", "--benchmarks", "one.jsonl", "--out", "full"], ["full is not empty"]),
     ("evaluate.py", ["--completions", "x.jsonl", "--model", "MODEL"], ["--model says nothing about --completions"]),
     ("evaluate.py", ["--completions", "broken.jsonl"], ["broken.jsonl, line 1 is in no layout"]),
-    ("nanoredi/report.py", ["--failures", "full"], ["cannot read full/samples.jsonl"]),
-    ("nanoredi/report.py", ["--failures", "full", "--only", "wrnog"], ["--only takes wrong, cut_off, no_answer"]),
+    ("nanoredi/report/__main__.py", ["--failures", "full"], ["cannot read full/samples.jsonl"]),
+    (
+        "nanoredi/report/__main__.py",
+        ["--failures", "full", "--only", "wrnog"],
+        ["--only takes wrong, cut_off, no_answer"],
+    ),
 ]
 
 

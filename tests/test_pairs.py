@@ -9,15 +9,15 @@ import pytest
 import torch
 from kept import KeepingAdamW
 
-from nanoredi.batch import WeightedSequence, step_rows
 from nanoredi.config import RediConfig, SftConfig
-from nanoredi.data import load_pairs
-from nanoredi.distributed import shard
-from nanoredi.model import Qwen2
+from nanoredi.data.batch import WeightedSequence, step_rows
+from nanoredi.data.sequences import load_pairs
+from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.model.qwen2 import Qwen2
 from nanoredi.objectives import simpo
 from nanoredi.pairs import pair_losses, wants_pairs
-from nanoredi.tokenizer import Tokenizer
-from nanoredi.trainer import train_step, weighted_sequences
+from nanoredi.trainer.distributed import shard
+from nanoredi.trainer.loop import train_step, weighted_sequences
 
 
 def test_what_wants_pairs():

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from nanoredi import prepare, toy
-from nanoredi.errors import UserError
-from nanoredi.tokenizer import Tokenizer
+from nanoredi.common.errors import UserError
+from nanoredi.data.tokenizer import Tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SYSTEM = "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
@@ -268,7 +268,7 @@ def test_a_row_group_is_not_held_in_memory(tmp_path):
     )
     code = f"""
 import pathlib, pyarrow
-from nanoredi.raw import raw_rows
+from nanoredi.data.raw import raw_rows
 rows = raw_rows(pathlib.Path({str(tmp_path / "raw.parquet")!r}))
 assert sum(len(row["generations"][0]) for _, row in rows) == 2 * 10**8
 print(pyarrow.default_memory_pool().max_memory())

@@ -8,9 +8,9 @@ import json
 
 import pytest
 
-from nanoredi.architecture import Qwen2Config
-from nanoredi.benchmarks import PAPER
-from nanoredi.model import Qwen2
+from nanoredi.data.benchmarks import PAPER
+from nanoredi.model.config import Qwen2Config
+from nanoredi.model.qwen2 import Qwen2
 
 
 def test_from_raw_rows_to_the_table(run, shared, tmp_path):

@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from bench import scaling, step_costs
 from bench.step_costs import MACHINE, MODELS, Device, Layout
-from nanoredi import distributed
-from nanoredi import model as model_module
-from nanoredi.distributed import shard
 from nanoredi.kernels import chunks, pointwise, products
 from nanoredi.kernels import rows as kernel_rows
-from nanoredi.model import Qwen2
+from nanoredi.model import qwen2 as model_module
+from nanoredi.model.qwen2 import Qwen2
+from nanoredi.trainer import distributed
+from nanoredi.trainer.distributed import shard
 
 SMALL, LARGE = MODELS.values()
 

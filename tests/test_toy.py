@@ -7,8 +7,8 @@ import re
 import pytest
 
 from nanoredi import toy
+from nanoredi.common.errors import UserError
 from nanoredi.config import ToyConfig
-from nanoredi.errors import UserError
 
 
 def test_a_problem_by_hand():

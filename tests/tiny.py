@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanoredi.architecture import Qwen2Config
-from nanoredi.model import Qwen2
+from nanoredi.model.config import Qwen2Config
+from nanoredi.model.qwen2 import Qwen2
 
 GOLDEN = Path(__file__).parent / "golden_logps.json"
 LENGTHS = (5, 17, 2, 30)

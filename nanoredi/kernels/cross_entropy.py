@@ -17,8 +17,8 @@ gradients over.
 import torch
 from torch import Tensor
 
+from nanoredi.cpu.masters import cast, kept_sum
 from nanoredi.kernels.chunks import logits_by_chunks
-from nanoredi.kernels.masters import cast, kept_sum
 from nanoredi.kernels.products import add_product, product
 from nanoredi.kernels.rows import logprobs_
 

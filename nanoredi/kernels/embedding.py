@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoredi.kernels.masters import kept_sum
+from nanoredi.cpu.masters import kept_sum
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:

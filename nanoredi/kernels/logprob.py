@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanoredi.cpu.masters import cast, kept_sum
 from nanoredi.kernels.chunks import logits_by_chunks
-from nanoredi.kernels.masters import cast, kept_sum
 from nanoredi.kernels.products import add_product, product
 from nanoredi.kernels.rows import gradient_, logprobs_
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanoredi.kernels.masters import cast, kept_sum
+from nanoredi.cpu.masters import cast, kept_sum
 from nanoredi.kernels.pointwise import call_pointwise, runs_pointwise
 
 # Of the rows, whose sums of the weight's gradient C makes apart: in one order, whatever the number of threads.

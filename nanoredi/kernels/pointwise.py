@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanoredi.kernels.native import call, compiled
+from nanoredi.cpu.native import call, compiled
 
 _SIZE = 16  # what the last dimension, or half of it, is a multiple of for C
 

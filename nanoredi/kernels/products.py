@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanoredi.kernels.masters import cast, kept_sum
-from nanoredi.kernels.native import call, compiled
+from nanoredi.cpu.masters import cast, kept_sum
+from nanoredi.cpu.native import call, compiled
 from nanoredi.kernels.pointwise import runs_pointwise, swiglu, swiglu_backward
 
 # The operations that linear layers come down to, by name.

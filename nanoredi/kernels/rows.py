@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoredi.kernels.backend import runs_triton, tl, triton
-from nanoredi.kernels.native import call, compiled
+from nanoredi.cpu.native import call, compiled
+from nanoredi.kernels.dispatch import runs_triton, tl, triton
 
 _CPU_ELEMENTS = 1 << 20  # logits that a CPU turns at once
 

@@ -1,0 +1,73 @@
+"""The folder of a run: taken for a new one, known again, found.
+
+It holds config.toml (everything that was resolved), metrics.jsonl (a row a step), Hugging Face folders step-000200/ ... and
+final/, and results.json where the run was evaluated.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nanoredi.common.errors import UserError
+from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
+
+
+def open_run(out: str, configs: dict[str, Any]) -> bool:
+    """Take the folder `out` for a run of {table: dataclass}. Call on one rank.
+
+    Returns:
+        True when the folder holds this very run, finished; False when the training may begin, or go on.
+
+    Raises:
+        UserError: when no folder is named, or it holds anything else. Nothing is overwritten; of a finished run the states
+            go that a kill left there.
+    """
+    if not out:
+        raise UserError("the run needs a folder: give --out DIR")
+    folder = Path(out)
+    path = folder / "config.toml"
+    # A run that stopped at bad input has left its config.toml and nothing else: the next one may be another.
+    if path.exists() and len(list(folder.iterdir())) > 1:
+        _refuse_another_run(path, configs)
+        finished = (folder / "final" / "config.json").exists()
+        if finished:
+            shutil.rmtree(folder / "state", ignore_errors=True)
+        return finished
+    if folder.exists() and (not folder.is_dir() or any(file != path for file in folder.iterdir())):
+        raise UserError(f"{out} is not empty and holds no nanoredi run: give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(path, configs)
+    return False
+
+
+def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
+    before = read_recipe(path)
+    for table, config in configs.items():
+        then = resolve(type(config), table, before)
+        for f in dataclasses.fields(config):
+            old, new = getattr(then, f.name), getattr(config, f.name)
+            if old != new and not f.metadata["free"]:
+                raise UserError(
+                    f"{path.parent} holds another run: {table}.{f.name} is {old!r} there and {new!r} here; "
+                    "give another --out"
+                )
+
+
+def recipe_of(model: str | Path) -> Tables:
+    """The recipe of the run that a model's folder lies in; empty where it lies in none."""
+    folder = Path(model).parent
+    is_run = (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists()
+    return read_recipe(folder / "config.toml") if is_run else {}
+
+
+def newest_model(root: str = "runs") -> str:
+    """The final model under root that was written last.
+
+    Raises:
+        UserError: when there is none.
+    """
+    configs = sorted(Path(root).glob("**/final/config.json"), key=lambda path: path.stat().st_mtime)
+    if not configs:
+        raise UserError(f"there is no model under {root}/ yet: train one (python train_redi.py) or give --model DIR")
+    return str(configs[-1].parent)

@@ -1,0 +1,70 @@
+"""Causal attention of whole sequences on a CPU, in C: training's. With n tokens and G = H/K query heads a key-value head,
+
+    S = Q K^T / sqrt(E)  (n, n)      P = softmax(S)      O = P V
+
+for each query head, of S what a token may see alone, and that a block of queries at a time. Forward keeps of each row
+the largest score and one over its softmax's sum, so that backward can make P again; then it goes the way back
+(FlashAttention, arXiv 2205.14135, appendix B.2):
+
+    dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(P * dP))      dQ = dS K / sqrt(E)      dK = dS^T Q / sqrt(E)
+
+torch's own has these products made by MKL, in small pieces, in bf16 from rounded weights. In C sums and softmaxes are
+fp32. Where a CPU multiplies pairs of bf16 numbers, P and dS are rounded to bf16 for their products, as in flash attention
+on a GPU; elsewhere all factors are fp32. What is read and written is in the tensors' dtype.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from nanoredi.cpu.native import call, compiled
+
+
+def runs_causal(q: Tensor) -> bool:
+    """Whether there is C for queries (N, H, E) like these."""
+    fits = q.is_cpu and q.shape[2] % 64 == 0 and q.dtype in (torch.float32, torch.bfloat16)
+    return fits and _library(q) is not None
+
+
+class CausalAttention(torch.autograd.Function):
+    """apply(q (N, H, E), k (N, K, E), v (N, K, E), lengths of the packed sequences) -> (N, H, E)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, lengths):
+        out, tops, shares = torch.ops.nanoredi.causal_attention(q, k, v, lengths)
+        ctx.save_for_backward(q, k, v, tops, shares)
+        ctx.lengths = lengths
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        tensors = [x.contiguous() for x in (*ctx.saved_tensors, grad)]
+        grads = [torch.empty_like(x) for x in tensors[:3]]
+        for sequence in zip(*(x.split(ctx.lengths) for x in (*tensors, *grads))):
+            _call("attend_backward", *sequence)
+        return *grads, None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The result (N, H, E), and of each softmax the largest score times log2(e) and one over the sum (N, H) fp32."""
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    out, tops, shares = torch.empty_like(q), torch.empty(q.shape[:2]), torch.empty(q.shape[:2])
+    for sequence in zip(*(x.split(lengths) for x in (q, k, v, out, tops, shares))):
+        _call("attend", *sequence)
+    return out, tops, shares
+
+
+# An operation of its own, so that activation checkpointing can keep its results (attention.ATTENTION).
+_operations = torch.library.Library("nanoredi", "DEF")
+_operations.define("causal_attention(Tensor q, Tensor k, Tensor v, int[] lengths) -> (Tensor, Tensor, Tensor)")
+_operations.impl("causal_attention", _attend, "CPU")
+
+
+def _call(name: str, q: Tensor, k: Tensor, *others: Tensor) -> None:
+    kinds = "tt" + "t" * len(others) + "iiif"
+    call(_library(q), name, kinds, q, k, *others, *q.shape[:2], k.shape[1], q.shape[2] ** -0.5)
+
+
+def _library(q: Tensor) -> ctypes.CDLL | None:
+    return compiled("causal", SIZE=q.shape[2], IN_BF16=int(q.dtype == torch.bfloat16))

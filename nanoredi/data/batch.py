@@ -1,0 +1,164 @@
+"""Which rows an optimiser step has, how they are dealt to ranks and micro-batches, and a micro-batch as packed tensors.
+
+A packed batch is its sequences one after the other with no padding. A step's rows depend on the seed and the step
+alone, and its loss is a sum over tokens with weights that are divided by the whole step (objectives.py), so ranks and
+micro-batches change how the work is done and not what is computed.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanoredi.common.errors import UserError
+
+
+class WeightedSequence(NamedTuple):
+    """A token sequence of an optimiser step, with what its objective says.
+
+    Attributes:
+        tokens: (n,) integers, at least 2.
+        learned: (n,) bool, the tokens the loss is taken on.
+        weight: of each learned token's log-probability in the loss.
+        name: what to call it before the user.
+        reference: its log-probability under DPO's reference model.
+    """
+
+    tokens: np.ndarray
+    learned: np.ndarray
+    weight: float
+    name: str
+    reference: float = 0.0
+
+    @property
+    def num_learned(self) -> int:
+        """Its learned tokens; the first token is never a target."""
+        return int(self.learned[1:].sum())
+
+
+class PackedBatch(NamedTuple):
+    """N packed input tokens of S sequences, and what each must predict: what Qwen2.loss takes, in its order.
+
+    Attributes:
+        input_ids: (N,) int64.
+        position_ids: (N,) int64, counted from 0 in each sequence.
+        cu_seqlens: (S+1,) int32, where each sequence begins and the last ends.
+        targets: (N,) int64, the next token.
+        weights: (N,) fp32, of the target's log-probability in the loss; 0 where nothing is learned.
+        rows: (R,) int64, the indices of the weights that are not 0.
+        max_seqlen: the longest sequence. Like rows it is made here, on the CPU, so that the device is never asked for
+            it.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    targets: Tensor
+    weights: Tensor
+    rows: Tensor
+    max_seqlen: int
+
+    @property
+    def forward_arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What Qwen2.forward takes, in its order."""
+        return self.input_ids, self.position_ids, self.cu_seqlens, self.max_seqlen
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        *tensors, max_seqlen = self
+        if device.type == "cuda":
+            tensors = [t.pin_memory() for t in tensors]  # else the copy waits for the device
+        return PackedBatch(*(t.to(device, non_blocking=True) for t in tensors), max_seqlen)
+
+
+def pack(sequences: Sequence[WeightedSequence], vocab_size: int) -> PackedBatch:
+    """Pack sequences; what the device will trust is checked here.
+
+    The last token of each is only ever a target and the first only an input, so n tokens make n - 1 rows.
+
+    Raises:
+        UserError: naming the sequence, for a token outside the vocabulary and for a weight that is not finite.
+    """
+    for tokens, _, weight, name, _ in sequences:
+        outside = (tokens < 0) | (tokens >= vocab_size)
+        if outside.any():
+            place = int(outside.argmax())
+            raise UserError(
+                f"{name}: token {tokens[place]} at place {place} is outside the vocabulary of {vocab_size:,}"
+            )
+        if not math.isfinite(weight):
+            raise UserError(f"{name}: the weight of its tokens is {weight}; it must be finite")
+    lengths = [len(s.tokens) - 1 for s in sequences]
+    weights = torch.from_numpy(np.concatenate([s.learned[1:] * np.float32(s.weight) for s in sequences]))
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate([s.tokens[:-1] for s in sequences]).astype(np.int64)),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        targets=torch.from_numpy(np.concatenate([s.tokens[1:] for s in sequences]).astype(np.int64)),
+        weights=weights,
+        rows=weights.nonzero().squeeze(1),
+        max_seqlen=max(lengths),
+    )
+
+
+def num_steps(num_rows: int, batch_size: int, epochs: int, max_steps: int) -> int:
+    """Optimiser steps of a run. An epoch's last step takes the rows that are left, so every row is seen once an
+    epoch."""
+    steps = epochs * -(-num_rows // batch_size)
+    return min(steps, max_steps) if max_steps else steps
+
+
+def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarray:
+    """The rows of an optimiser step, counted from 0: a slice of its epoch's shuffle. Nothing but the step needs to be
+    kept for a resume."""
+    epoch, place = divmod(step, -(-num_rows // batch_size))
+    order = np.random.default_rng((seed, epoch)).permutation(num_rows)
+    return order[place * batch_size : (place + 1) * batch_size]
+
+
+def divide(lengths: Sequence[int], costs: Sequence[float], world_size: int, max_tokens: int) -> list[list[list[int]]]:
+    """Deal sequences to ranks and micro-batches: every rank gets as many micro-batches, at costs as even as can be.
+
+    The costliest sequences are dealt first, each to the cheapest micro-batch that has room for it. There are as few
+    micro-batches as keep all of them within max_tokens, except that a longer sequence goes alone. Then the ranks take
+    turns, micro-batches of like cost in the same turn (under FSDP nobody runs ahead within one), the costlier to the
+    rank that has had less.
+
+    Args:
+        lengths: tokens of each sequence.
+        costs: of each sequence, in any unit (Qwen2Config.flops).
+        world_size: number of ranks.
+        max_tokens: budget of a micro-batch.
+
+    Returns:
+        [rank][micro-batch] -> indices into lengths; empty where there are fewer sequences than places.
+    """
+    num_bins = world_size * max(1, -(-sum(lengths) // (max_tokens * world_size)))
+    while (bins := _fill(lengths, costs, num_bins, max_tokens)) is None:
+        num_bins += world_size
+    bins.sort(key=lambda b: -sum(costs[i] for i in b))
+    ranks: list[list[list[int]]] = [[] for _ in range(world_size)]
+    spent = [0.0] * world_size
+    for turn in range(0, num_bins, world_size):
+        poorest_first = sorted(range(world_size), key=spent.__getitem__)
+        for rank, b in zip(poorest_first, bins[turn : turn + world_size]):
+            ranks[rank].append(b)
+            spent[rank] += sum(costs[i] for i in b)
+    return ranks
+
+
+def _fill(lengths: Sequence[int], costs: Sequence[float], num_bins: int, max_tokens: int) -> list[list[int]] | None:
+    """The sequences in num_bins micro-batches; None when one finds no room."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    tokens, spent = [0] * num_bins, [0.0] * num_bins
+    for i in sorted(range(len(lengths)), key=lambda i: -costs[i]):
+        with_room = [b for b in range(num_bins) if not bins[b] or tokens[b] + lengths[i] <= max_tokens]
+        if not with_room:
+            return None
+        cheapest = min(with_room, key=spent.__getitem__)
+        bins[cheapest].append(i)
+        tokens[cheapest] += lengths[i]
+        spent[cheapest] += costs[i]
+    return bins

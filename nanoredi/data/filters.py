@@ -1,0 +1,177 @@
+"""The gates between raw traces and training rows, in the original's order.
+
+A raw row holds a problem, several generations for it and verdicts on each; a generation is correct when all of them
+say so. Stage 1 learns the first correct generation of a problem, at any length; stage 2 the first correct against the
+first incorrect, where prompt and both responses are within the limits. Each gate looks at one row alone.
+"""
+
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from nanoredi.common.errors import UserError
+from nanoredi.data.tokenizer import Tokenizer, user_message
+
+SFT_GATE = "SFT: has a correct generation"
+_LABELS = ("llama_verification", "math_verify_reparsed_answer")
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What a raw row gives to learn from.
+
+    Attributes:
+        where: file and line, for messages about it.
+        index: the raw row's number.
+        source: where the problem is from, if that is known.
+        problem: its text.
+        prompt: message list.
+        generations: all of the problem's.
+        chosen, rejected: the numbers of the first correct and the first incorrect generation; rejected may be None.
+    """
+
+    where: str
+    index: int
+    source: str | None
+    problem: str
+    prompt: list[dict[str, str]]
+    generations: list[str]
+    chosen: int
+    rejected: int | None
+
+    def sides(self) -> list[list[dict[str, str]]]:
+        """Prompt, chosen and, if there is one, rejected, as message lists."""
+        answers = (i for i in (self.chosen, self.rejected) if i is not None)
+        return [self.prompt, *([{"role": "assistant", "content": self.generations[i]}] for i in answers)]
+
+    def texts(self, tokenizer: Tokenizer) -> list[str]:
+        """The sides as the original measured them: each templated alone without a generation prompt, so that a
+        response has the default system prompt in front. The trainer sees other lengths; these decide who is in."""
+        try:
+            return [tokenizer.render(side) for side in self.sides()]
+        except UserError as error:
+            raise UserError(f"{self.where}: {error}") from None
+
+    def sft_row(self, lengths: list[int]) -> dict[str, Any]:
+        """The row of stage 1, given the sides' lengths."""
+        prompt, chosen = self.sides()[:2]
+        return {
+            "messages": prompt + chosen,
+            "original_index": self.index,
+            "source": self.source,
+            "generation_index": self.chosen,
+            "prompt_tokens": lengths[0],
+            "response_tokens": lengths[1],
+        }
+
+    def pair(self, lengths: list[int]) -> dict[str, Any]:
+        """The row of stage 2, given the sides' lengths."""
+        return dict(zip(("prompt", "chosen", "rejected"), self.sides())) | self.pair_facts(lengths)
+
+    def pair_facts(self, lengths: list[int]) -> dict[str, Any]:
+        """What is known of a pair, without its texts."""
+        return {
+            "original_index": self.index,
+            "source": self.source,
+            "chosen_index": self.chosen,
+            "rejected_index": self.rejected,
+            "prompt_tokens": lengths[0],
+            "chosen_tokens": lengths[1],
+            "rejected_tokens": lengths[2],
+        }
+
+
+class Gates:
+    """The gates, and how many rows have passed each.
+
+    Attributes:
+        counts: {gate: rows that passed it and all before it}. A pair's correct generation is its SFT row's, so the
+            pairs' gates follow on.
+    """
+
+    def __init__(self, max_prompt_tokens: int, max_response_tokens: int):
+        self.limits = max_prompt_tokens, max_response_tokens
+        self.names = (
+            "rows read",
+            "problem_is_valid is yes",
+            "source is not cn_k12",
+            "has a problem",
+            "has generations",
+            "has both labels of each generation",
+            SFT_GATE,
+            "pairs: has a correct and an incorrect one",
+            f"pairs: prompt within {max_prompt_tokens:,} tokens",
+            f"pairs: both responses within {max_response_tokens:,} tokens",
+        )
+        self.counts = dict.fromkeys(self.names, 0)
+
+    def sift(self, where: str, row: dict[str, Any], index: int) -> Traces | None:
+        """What a raw row gives to learn from; nothing when it has no correct generation.
+
+        Raises:
+            UserError: naming file, line and field of a malformed row.
+        """
+        for name in ("problem_is_valid", "source"):
+            if name not in row:  # null there says something about the problem; no field means rows of another layout
+                raise UserError(f"{where} has no field {name!r}; rows of your own go with --grade")
+        valid, source, problem = (_take(where, row, name, str) for name in ("problem_is_valid", "source", "problem"))
+        generations = _take(where, row, "generations", list, str) or []
+        if "correct" in row:  # one's own
+            labels = [_take(where, row, "correct", list, bool)]
+        else:
+            correctness = _take(where, row, "correctness", dict) or {}
+            labels = [_take(f"{where}: 'correctness'", correctness, name, list, bool) for name in _LABELS]
+        labelled = all(verdicts is not None and len(verdicts) == len(generations) for verdicts in labels)
+        passed = [
+            True,
+            (valid or "").strip().lower() == "yes",
+            source != "cn_k12",
+            bool(problem),
+            bool(generations),
+            labelled,
+        ]
+        if not all(passed):
+            self._count(0, passed)
+            return None
+        correct = [all(verdicts) for verdicts in zip(*labels)]  # a null verdict is not true
+        # differs from the original: an empty generation, which the trainer would refuse, is neither
+        chosen, rejected = (
+            next((i for i, text in enumerate(generations) if text and correct[i] is wanted), None)
+            for wanted in (True, False)
+        )
+        self._count(0, [*passed, chosen is not None, rejected is not None])
+        if chosen is None:
+            return None
+        prompt = row.get("prompt", user_message(problem))
+        return Traces(where, index, source, problem, prompt, generations, chosen, rejected)
+
+    def fits(self, lengths: list[int]) -> bool:
+        """Whether the sides are a pair, and within the limits."""
+        if len(lengths) < 3:
+            return False
+        passed = [lengths[0] <= self.limits[0], max(lengths[1:]) <= self.limits[1]]
+        self._count(8, passed)
+        return all(passed)
+
+    def _count(self, first: int, passed: list[bool]) -> None:
+        for name, _ in zip(self.names[first:], takewhile(bool, passed)):
+            self.counts[name] += 1
+
+
+_KINDS = {
+    (str, None): "text",
+    (dict, None): "an object",
+    (list, str): "a list of texts",
+    (list, bool): "a list of true and false",
+}
+
+
+def _take(where: str, row: dict[str, Any], name: str, kind: type, item: type | None = None) -> Any:
+    """A field's value, or None where it is null or missing (`datasets` reads both alike). A list's items may be null
+    too."""
+    value = row.get(name)
+    if value is not None and (
+        not isinstance(value, kind) or item and not all(v is None or isinstance(v, item) for v in value)
+    ):
+        raise UserError(f"{where}: {name!r} must be {_KINDS[kind, item]}, not {str(value)[:60]!r}")
+    return value

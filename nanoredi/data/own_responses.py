@@ -1,0 +1,130 @@
+"""One's own problems and responses, made into the raw rows that the gates know.
+
+    a row a problem     {"problem", "generations": [...], "answer"}
+    a row a response    {"prompt", "completion", "answer"}: what sample.py writes; a problem's rows may stand anywhere
+
+The problem is `problem` or `prompt` (text or messages) or `messages`. Labels come with the rows, as `correct` (true or
+false; in the first layout a list of these), or the grader makes them from `answer`, which is the gold answer or a list
+of several that count as right.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
+
+from nanoredi.common.errors import UserError
+from nanoredi.data.benchmarks import golds_of
+from nanoredi.data.spool import Spool
+from nanoredi.data.tokenizer import Tokenizer, check_messages
+from nanoredi.grader import grade
+
+Row = dict[str, Any]
+
+
+def labelled(where: str, row: Row, grading: bool) -> Row:
+    """A row a problem as a raw row; OpenR1's own rows may be graded anew as well.
+
+    Args:
+        where: file and line, for messages about it.
+        row: of the first layout.
+        grading: label with the grader, whatever labels the row has.
+
+    Raises:
+        UserError: naming what is missing or malformed.
+    """
+    generations = row.get("generations")
+    if generations is not None and not isinstance(generations, list):
+        raise UserError(f"{where}: 'generations' must be a list of texts, not {str(generations)[:60]!r}")
+    correct = row.get("correct")
+    if grading:
+        golds = _golds(where, row)
+        # Without an answer there are no labels, and the row ends at their gate.
+        correct = golds and [isinstance(text, str) and grade(text, golds) for text in generations or []]
+    elif not isinstance(correct, list) or not all(isinstance(one, bool) for one in correct):
+        raise UserError(f"{where}: 'correct' must be a list of true and false; or let --grade label the row")
+    # A problem that is null or empty ends at its gate, as in the raw set.
+    prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else _prompt(where, row)
+    return _raw_row(row, prompt, generations, correct)
+
+
+def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, grading: bool) -> int:
+    """Label rows a response and put them on the spool, by problem and sample.
+
+    Args:
+        rows: of the second layout, each with where it stands.
+        spool: takes them, for `gathered`.
+        tokenizer: its template may open <think> for the model, which then belongs to the response.
+        grading: label with the grader, whatever labels the rows have.
+
+    Returns:
+        The number of problems.
+
+    Raises:
+        UserError: naming file and line of a malformed row, and of one whose answer is not the one given before.
+    """
+    problems: dict[str, tuple[int, str, Any]] = {}  # {prompt: (number, where, answer) of its first row}
+    for where, row in rows:
+        if not isinstance(row.get("completion"), str):
+            raise UserError(f"{where} must hold 'completion', a text, like the rows before it")
+        prompt = _prompt(where, row)
+        number, first, answer = problems.setdefault(json.dumps(prompt), (len(problems), where, row.get("answer")))
+        if row.get("answer") != answer:
+            raise UserError(f"{where}: 'answer' is {row.get('answer')!r}; it was {answer!r} in {first}")
+        response, correct = row["completion"], row.get("correct")
+        if response and tokenizer.prompt(prompt).rstrip().endswith("<think>"):
+            response = "<think>\n" + response
+        if grading:
+            golds = _golds(where, row)
+            # A response that was cut off never stopped at its answer: it is nothing to learn from, whatever it boxed.
+            correct = golds and row.get("finish_reason") != "length" and grade(response, golds)
+        elif not isinstance(correct, bool):
+            raise UserError(f"{where}: 'correct' must be true or false; or let --grade label the row")
+        sample = row.get("sample") if isinstance(row.get("sample"), int) else 0
+        facts = {name: row[name] for name in ("problem_is_valid", "source") if name in row}
+        spool.add(
+            (number, sample),
+            {"where": where, "number": number, "prompt": prompt, "response": response, "correct": correct, **facts},
+        )
+    return len(problems)
+
+
+def gathered(spool: Spool) -> Iterator[tuple[str, Row]]:
+    """The spool's problems as raw rows, in the order of their first responses, each with where its first one stands."""
+    for _, group in groupby(map(json.loads, spool.lines()), key=lambda row: row["number"]):
+        rows = list(group)
+        correct = [row["correct"] for row in rows]
+        yield (
+            rows[0]["where"],
+            _raw_row(
+                rows[0], rows[0]["prompt"], [row["response"] for row in rows], None if None in correct else correct
+            ),
+        )
+
+
+def _raw_row(row: Row, prompt: list[dict[str, str]], generations: Any, correct: list[bool] | None) -> Row:
+    return {
+        "problem_is_valid": row.get("problem_is_valid", "yes"),
+        "source": row.get("source"),
+        "problem": "\n\n".join(message["content"] for message in prompt if message["role"] == "user"),
+        "prompt": prompt,
+        "generations": generations,
+        "correct": correct,
+    }
+
+
+def _prompt(where: str, row: Row) -> list[dict[str, str]]:
+    name = next((name for name in ("prompt", "problem", "messages") if row.get(name) is not None), None)
+    if name is None:
+        raise UserError(f"{where} has no field 'problem', 'prompt' or 'messages'")
+    prompt = check_messages(f"{where}: {name!r}", row[name])
+    if prompt[-1]["role"] != "user":
+        raise UserError(f"{where}: the last of {name!r} must be the user's message")
+    return prompt
+
+
+def _golds(where: str, row: Row) -> list[str] | None:
+    """The gold answers; None where the problem has none, which is known of it."""
+    if "answer" not in row:
+        raise UserError(f"{where} has no field 'answer', the gold answer to grade against")
+    return None if row["answer"] in (None, "") else golds_of(where, row["answer"])

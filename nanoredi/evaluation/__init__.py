@@ -1,0 +1,1 @@
+"""A model, or another engine's file, to the rows of a table."""

@@ -1,0 +1,171 @@
+"""A model on benchmarks: sample, grade, and sum up in rows of the table."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from nanoredi import objectives
+from nanoredi.common.progress import progress
+from nanoredi.config import EvaluateConfig, RediConfig
+from nanoredi.data.batch import WeightedSequence, divide, pack
+from nanoredi.data.benchmarks import Benchmark
+from nanoredi.data.sequences import TokenData, load_pairs
+from nanoredi.data.tokenizer import Tokenizer, user_message
+from nanoredi.evaluation.samples import Samples
+from nanoredi.evaluation.scores import Row, graded, summarise
+from nanoredi.model.hf_folder import stop_ids
+from nanoredi.model.qwen2 import Qwen2
+from nanoredi.sampler.sampler import Sampler
+from nanoredi.sampler.scheduler import Request, requests_for
+from nanoredi.trainer.distributed import Queue, World, compute_dtype
+from nanoredi.trainer.loop import mean_logps
+
+
+def evaluate(
+    name: str,
+    folder: str | Path,
+    benchmarks: list[Benchmark],
+    config: EvaluateConfig,
+    out: Path,
+    world: World,
+    pairs: RediConfig | None = None,
+) -> list[Row]:
+    """Evaluate the model of a folder; the ranks share the problems. A second start does what is missing.
+
+    Args:
+        name: the model's, in the table.
+        folder: Hugging Face folder.
+        benchmarks: what to evaluate on.
+        config: how to sample.
+        out: the folder of the samples (samples.py), claimed for this model. What they lack is added, no more.
+        world: the ranks.
+        pairs: with a `watch` file, whose mean log-probs a token then stand in the rows too.
+
+    Returns:
+        A row a benchmark (summarise has its keys), the same on every rank.
+    """
+    tokenizer = Tokenizer(folder)
+    dtype = world.first(lambda: compute_dtype(config.dtype, world.device))  # measured, so one rank decides
+    model = Qwen2.from_pretrained(folder, dtype=dtype, device=world.device).pack()
+    logps = {}
+    if pairs is not None and pairs.watch:
+        load = partial(
+            load_pairs, pairs.watch, tokenizer, pairs.max_prompt_tokens, pairs.max_response_tokens, pairs.cache
+        )
+        world.first(lambda: load().notes)  # fills the cache
+        logps = dict(zip(("chosen_logp", "rejected_logp"), score(model, load(), pairs.max_tokens_per_micro_batch)))
+    samples = Samples(out)
+    _sample(name, model, tokenizer, benchmarks, config, samples, world)
+    return [{**row, **logps} for row in world.first(lambda: _summary(samples, name, benchmarks, config))]
+
+
+@torch.no_grad()
+def score(model: Qwen2, data: TokenData, max_tokens: int) -> tuple[float, float]:
+    """Mean log-prob a token of the chosen and of the rejected traces of pairs."""
+    lengths = [data.num_learned(i) for i in range(len(data))]
+    chosen, rejected = objectives.redi(lengths[::2], lengths[1::2], alpha=1.0)
+    weights = [w for pair in zip(chosen, rejected) for w in pair]
+    device = model.lm_head_weight.device
+    total = torch.zeros(2, device=device)
+    sizes = [len(data.sequence(i)[0]) for i in range(len(data))]
+    for indices in divide(sizes, sizes, 1, max_tokens)[0]:
+        sequences = [WeightedSequence(*data.sequence(i), weights[i], f"sequence {i + 1}") for i in indices]
+        batch = pack(sequences, model.config.vocab_size).to(device)
+        _, logps = model.loss(*batch)
+        total += mean_logps(logps, batch.weights)
+    return total[0].item(), total[1].item()
+
+
+def _sample(
+    name: str,
+    model: Qwen2,
+    tokenizer: Tokenizer,
+    benchmarks: list[Benchmark],
+    config: EvaluateConfig,
+    samples: Samples,
+    world: World,
+) -> None:
+    """Sample and grade what the benchmarks' samples lack. Each rank takes a problem whenever it has room for one, those
+    first that are expected to take longest, so that all ranks end together."""
+    problems = _problems(tokenizer, benchmarks, config)
+    sampler = Sampler(model, stop_ids(tokenizer), config)
+    for problem in problems:
+        sampler.check(problem.requests)
+    done, length = world.first(lambda: _so_far(samples, name))
+    for problem in problems:
+        key = problem.benchmark.name, problem.number
+        problem.requests = [r for r in problem.requests if (*key, r.sample) not in done]
+        problem.expected = length.get(key, sum(length.values()) / max(1, len(length)))
+    missing = [problem for problem in problems if problem.requests]
+    missing.sort(key=lambda problem: (problem.expected, len(problem.requests[0].prompt)), reverse=True)
+    num_missing = sum(len(problem.requests) for problem in missing)
+    if done:
+        world.say(f"{name}: {len(done)} samples are there, {num_missing} are missing")
+    # Not more than a rank's share at once: where there are few problems, every rank gets some.
+    room = min(config.batch_size, -(-num_missing // world.size))
+    queue, whose, more = Queue(world, len(missing)), {}, True
+    total = num_missing if world.size == 1 else None  # what the others do is not known here
+    finished = progress(None, name, total, "samples", disable=world.rank > 0)
+    with finished:
+        while more or sampler.busy:
+            while more and sampler.num_held < room:
+                number = queue.next()
+                more = number is not None
+                if more:
+                    sampler.add(missing[number].requests)
+                    whose.update((id(request), missing[number]) for request in missing[number].requests)
+            for request in sampler.step():
+                problem = whose.pop(id(request))
+                response = problem.opened + tokenizer.decode(request.tokens)
+                figures = request.sample, response, len(request.tokens), request.finish_reason
+                samples.append(graded(name, problem.benchmark, problem.number, *figures))
+                finished.update()
+    queue.wait()
+
+
+@dataclass
+class _Problem:
+    """A problem of a benchmark, with its samples; opened is what of the response the prompt holds already."""
+
+    benchmark: Benchmark
+    number: int
+    requests: list[Request]
+    opened: str
+    expected: float = 0.0  # mean tokens of its samples, as far as these are known
+
+
+def _problems(tokenizer: Tokenizer, benchmarks: list[Benchmark], config: EvaluateConfig) -> list[_Problem]:
+    problems = []
+    for benchmark in benchmarks:
+        texts = [tokenizer.prompt(user_message(q), think=config.think == "forced") for q in benchmark.questions]
+        prompts = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        names = [f"{benchmark.name}: problem {number}" for number in range(1, len(prompts) + 1)]
+        requests = requests_for(prompts, config.n, config.seed, names)
+        for number, text in enumerate(texts):
+            # Where the prompt opens <think>, that belongs to the response all the same.
+            opened = "<think>\n" if text.rstrip().endswith("<think>") else ""
+            own = requests[number * config.n : (number + 1) * config.n]
+            problems.append(_Problem(benchmark, number, own, opened))
+    return problems
+
+
+def _so_far(samples: Samples, model: str) -> tuple[set[tuple[str, int, int]], dict[tuple[str, int], float]]:
+    """Which samples of a model are there, as (benchmark, problem, sample), and the mean tokens of every problem's, any
+    model's."""
+    done, tokens = set(), {}
+    for row in samples.rows():
+        key = row["benchmark"], row["problem"]
+        tokens.setdefault(key, []).append(row["tokens"])
+        if row["model"] == model:
+            done.add((*key, row["sample"]))
+    return done, {key: sum(counts) / len(counts) for key, counts in tokens.items()}
+
+
+def _summary(samples: Samples, model: str, benchmarks: list[Benchmark], config: EvaluateConfig) -> list[Row]:
+    of_benchmark: dict[str, list[Row]] = {benchmark.name: [] for benchmark in benchmarks}
+    for row in samples.rows():
+        if row["model"] == model:
+            of_benchmark[row["benchmark"]].append(row)
+    return [{"model": model, "benchmark": name, **summarise(rows, config.n)} for name, rows in of_benchmark.items()]

@@ -1,0 +1,139 @@
+"""From responses to figures: a response is graded into a row of samples.jsonl, a benchmark's rows into a row of the
+table, and two models' rows into their paired difference.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from nanoredi.data.benchmarks import Benchmark
+from nanoredi.grader import extract_answer, grade
+
+KS = (1, 4, 16)  # of pass@k, where there are so many samples
+_DRAWS, _SEED = 10_000, 0  # of the bootstrap
+_WAIT = re.compile(r"\bWait\b")
+
+Row = dict[str, Any]
+
+
+def graded(
+    model: str,
+    benchmark: Benchmark,
+    problem: int,
+    sample: int,
+    response: str,
+    tokens: int | None,
+    finish_reason: str | None,
+) -> Row:
+    """A row of samples.jsonl.
+
+    Args:
+        model: its name in the table.
+        benchmark: the problem's.
+        problem: its place in the benchmark, from 0.
+        sample: which of the problem's samples this is, from 0.
+        response: the whole text, with its thinking.
+        tokens: of the response; None where another engine did not say.
+        finish_reason: "stop" or "length"; None where another engine did not say.
+    """
+    golds = benchmark.golds[problem]
+    return {
+        "model": model,
+        "benchmark": benchmark.name,
+        "problem": problem,
+        "sample": sample,
+        "correct": grade(response, golds),
+        "correct_deepscaler": grade(response, golds, style="deepscaler"),
+        "answer": extract_answer(response),
+        "gold": golds,
+        "tokens": tokens,
+        "finish_reason": finish_reason,
+        "waits": len(_WAIT.findall(response)),
+        "response": response,
+    }
+
+
+def summarise(samples: list[Row], n: int) -> Row:
+    """The figures of a benchmark's samples, n for each problem. Shares are fractions of 1; None is what the samples do
+    not say.
+
+    pass@1 is the mean over problems and samples. Its standard error is the paper's: s / sqrt(n), s being the standard
+    deviation (ddof 0) of the n benchmark-wide accuracies, one for each sample number. pass@k, for KS and n, is the mean
+    over problems of the unbiased estimate 1 - C(n-c, k) / C(n, k), c of a problem's n samples being right.
+    """
+    correct = _matrix(samples, "correct", n)
+    right = correct.sum(axis=1).astype(int)
+    ks = sorted({k for k in (*KS, n) if k <= n})
+    tokens = [s["tokens"] for s in samples if s["tokens"] is not None]
+    waits = sum(s["waits"] for s in samples)
+    reasons = [s["finish_reason"] for s in samples if s["finish_reason"] is not None]
+    return {
+        "problems": len(correct),
+        "n": n,
+        "pass@1": float(correct.mean()),
+        "sem": float(correct.mean(axis=0).std() / math.sqrt(n)),
+        **{f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right.tolist()])) for k in ks if k > 1},
+        "pass@1_deepscaler": float(_matrix(samples, "correct_deepscaler", n).mean()),
+        "mean_tokens": float(np.mean(tokens)) if tokens else None,
+        "no_answer": float(np.mean([s["answer"] is None for s in samples])),
+        "cut_off": float(np.mean([reason == "length" for reason in reasons])) if reasons else None,
+        "waits_per_response": waits / len(samples),
+        "waits_per_1000_tokens": 1000 * waits / sum(tokens) if len(tokens) == len(samples) and sum(tokens) else None,
+    }
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The chance that k of n samples, drawn without putting back, hold one of the c right ones."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def average(rows: list[Row]) -> Row:
+    """One model's rows of several benchmarks as one: every figure's plain mean, the standard error of that mean."""
+    means: Row = {"model": rows[0]["model"], "benchmark": "average"}
+    for key in rows[0]:
+        values = [row.get(key) for row in rows]
+        if key not in means and key not in ("problems", "n"):
+            means[key] = None if None in values else float(np.mean(values))
+    means["sem"] = math.sqrt(sum(row["sem"] ** 2 for row in rows)) / len(rows)
+    return means
+
+
+def compare(samples: Iterable[Row], first: str, second: str) -> list[Row]:
+    """The second model's pass@1 less the first's, for each benchmark that both have, and for the average of several.
+
+    Returns:
+        Rows {benchmark, first, second, difference, low, high}: the ends of a 95 % interval from 10,000 draws of
+        problems with putting back, the same problems for both models. The seed is fixed.
+    """
+    scores: dict[str, dict[str, dict[int, list[bool]]]] = {}
+    for s in samples:
+        if s["model"] in (first, second):
+            scores.setdefault(s["benchmark"], {}).setdefault(s["model"], {}).setdefault(s["problem"], []).append(
+                s["correct"]
+            )
+    draws, rows = {}, []
+    for benchmark, models in scores.items():
+        if len(models) == 2 and models[first].keys() == models[second].keys():
+            of_problems = np.array([np.mean(models[second][p]) - np.mean(models[first][p]) for p in models[first]])
+            rng = np.random.default_rng(_SEED)
+            drawn = np.array([rng.choice(of_problems, len(of_problems)).mean() for _ in range(_DRAWS)])
+            draws[benchmark] = of_problems.mean(), drawn
+    if len(draws) > 1:
+        means, drawn = zip(*draws.values())
+        draws["average"] = np.mean(means), np.mean(drawn, axis=0)
+    for benchmark, (difference, drawn) in draws.items():
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        ends = {"difference": float(difference), "low": float(low), "high": float(high)}
+        rows.append({"benchmark": benchmark, "first": first, "second": second, **ends})
+    return rows
+
+
+def _matrix(samples: list[Row], key: str, n: int) -> np.ndarray:
+    """Zeros and ones (problems, n)."""
+    matrix = np.zeros((1 + max(s["problem"] for s in samples), n))
+    for s in samples:
+        matrix[s["problem"], s["sample"]] = s[key]
+    return matrix

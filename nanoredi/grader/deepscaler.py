@@ -1,0 +1,187 @@
+r"""The stricter reading of an answer, DeepScaleR's, which the paper's evaluation used.
+
+Published scores were made by rules about strings, with a computer algebra system behind them. So that scores can be
+compared, this file follows the same rules, and leaves the algebra to expression.py. An answer is right when it is,
+after small repairs of its LaTeX, the gold string; or when both, turned into plain text and cut at the commas of one
+pair of brackets, agree part by part:
+
+    an integer only with an integer         2^{10} is not 1024 where the gold answer is 1024
+    a fraction only with the same fraction  3/12 is not 1/4
+    everything else by value                but only without ^{ and with at most two letters
+
+No credit, therefore, for a list in another order, for other brackets, for several forms of an equation, for a matrix
+written another way. Not copied, because they are faults and no rules: that a root's index is ignored (the cube root
+of 2 was that of 2), that 8180_9 is Python's number 81809, and that an answer with "\text{ " in it is cut there.
+"""
+
+import math
+import re
+import unicodedata
+
+from nanoredi.grader.compare import Expression, agree
+from nanoredi.grader.expression import MAX_DEPTH, Budget, Unreadable
+from nanoredi.grader.numbers import FUNCTIONS
+
+_UNITS = "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard liter".split()
+_MACROS = {  # what a macro looks like; every other leaves nothing
+    "cdot": "*",
+    "times": "*",
+    "infty": "∞",
+    "pi": "pi",
+    "cup": "∪",
+    "cap": "∩",
+    "le": "≤",
+    "leq": "≤",
+    "ge": "≥",
+    "geq": "≥",
+    "neq": "≠",
+    "pm": "±",
+    "circ": "∘",
+    "in": "∈",
+    "lt": "<",
+    "gt": ">",
+    "%": "%",
+    ",": " ",
+    ";": " ",
+    ":": " ",
+    " ": " ",
+    "quad": " ",
+    "\\": "\n",
+} | {name: name for name in FUNCTIONS}
+_GREEK = "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega".split()
+_MACROS |= {name: unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('lambda', 'lamda')}") for name in _GREEK}
+
+
+def equal(answer: str, gold: str) -> bool:
+    """Is the answer right by DeepScaleR's rules? Not symmetric in principle; both at most 1,000 characters."""
+    return _repaired(answer) == _repaired(gold) or _same_parts(_plain(answer), _plain(gold))
+
+
+# ---- the first reading: two strings, after small repairs
+
+
+def _repaired(text: str) -> str:
+    r"""One spelling of \frac12, \dfrac, \sqrt3, degrees, percent, x = 5 and a leading zero."""
+    text = text.strip()
+    if wrapped := re.fullmatch(r"\\text\{(.+?)\}", text):
+        text = wrapped[1].strip()
+    text = re.sub(r"\n|\\!|\\left|\\right|\^\{\\circ\}|\^\\circ|\\\$|\\?%", "", text.replace("\\\\", "\\"))
+    text = re.sub(r"(?<=[0-9}])\s*\\text\{ (?!or |and )[^{}]*\}.*", "", text)  # a unit
+    text = re.sub(r"[td]frac", "frac", text)
+    text = re.sub(r"(^|[ {])\.", r"\g<1>0.", text)
+    sides = text.split("=")
+    if len(sides) == 2 and len(sides[0]) <= 2:
+        text = sides[1]
+    text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(" ", "")
+    text = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac([^{])", r"\\frac{\1}", text)
+    text = re.sub(r"(\\frac\{[^{}]*\})([^{])", r"\1{\2}", text)
+    text = "\\frac{1}{2}" if text == "0.5" else text
+    return re.sub(r"^(-?[0-9]+)/(-?[0-9]+)$", r"\\frac{\1}{\2}", text)
+
+
+# ---- the second reading: plain text, part by part
+
+
+def _plain(text: str) -> str:
+    text = text.strip()
+    if wrapped := re.fullmatch(r"\\text\{(.+?)\}", text, re.DOTALL):
+        text = wrapped[1]
+    text = re.sub(r"\\?[%$]", "", text)
+    text = re.sub(" (?:or|and) ", " , ", text)
+    for word, power in (("million", 6), ("billion", 9), ("trillion", 12)):
+        text = text.replace(word, f"*10^{power}")
+    for unit in _UNITS:
+        text = re.sub(rf"{unit}(?:es)?s? *(?:\^[0-9]+)?", "", text)
+    text = re.sub(r"\^ *\\circ", "", text)
+    if text[:1] + text[-1:] == "{}":
+        text = text[1:-1]
+    text = re.sub(r",\\! *", "", text)
+    text = _as_integer(text)
+    if "\\" in text:
+        text = _without_latex(text)
+    text = re.sub("- *", "-", text)
+    text = re.sub("([0-9]) +([0-9])", r"\1+\2", text)  # a mixed number
+    text = re.sub("[ {}\n]", "", text).lower()
+    return _as_integer(text)
+
+
+def _as_integer(text: str) -> str:
+    """142.0 and 14,200 as integers."""
+    digits = _grouped(text)
+    if not re.fullmatch(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]{1,2})?\s*", digits):
+        return text
+    value = float(digits)
+    if not math.isfinite(value):
+        return text
+    return str(round(value)) if abs(value - round(value)) <= 1e-7 else text
+
+
+def _grouped(text: str) -> str:
+    """12,345 without its comma."""
+    while (shorter := re.sub(r"([0-9]),([0-9]{3})($|[^0-9])", r"\1\2\3", text)) != text:
+        text = shorter
+    return text
+
+
+def _without_latex(text: str) -> str:
+    r"""What a reader sees of it: \frac{a}{b} is a/b, a matrix is [a b;c d], braces and unknown macros are gone."""
+    text = re.sub(r"\\[td]?frac", r" \\frac", text).replace("~", "\xa0")  # which is no space to what follows
+    text = re.sub(r"\\mbox\s*\{[^{}]*\}", "", text)
+    text = re.sub(r"\\mathbf\s*\{(?=[^{}]*[A-Za-z])", "{𝐁", text)  # a bold letter is another letter
+    text = re.sub(r"\\begin\{[pb]?matrix\}(.*?)\\end\{[pb]?matrix\}", _matrix, text, flags=re.DOTALL)
+    text = re.sub(r"\\(?:text\w*|mathrm|operatorname)\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\frac\s*([0-9])", r"\\frac{\1}", text)
+    text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}", text)
+    for _ in range(MAX_DEPTH):
+        before = text
+        text = re.sub(r"\\frac\s*\{([^{}\\]*)\}\s*\{([^{}\\]*)\}", r"\1/\2", text)
+        text = re.sub(r"\\sqrt\s*\[([0-9]+)\]\s*\{([^{}]*)\}", r"(\2)^(1/\1)", text)
+        text = re.sub(r"\\sqrt\s*(?:\{([^{}]*)\}|([0-9]))", r"sqrt(\1\2)", text)
+        text = re.sub(r"\\([A-Za-z]+|.)", lambda m: _MACROS.get(m[1], m[0] if m[1] in ("frac", "sqrt") else ""), text)
+        text = re.sub(r"(?<![}\w\]])\{([^{}]*)\}", r"\1", text) if text == before else text
+        if text == before:
+            break
+    return text.strip()
+
+
+def _matrix(found: re.Match) -> str:
+    return "[" + ";".join(row.replace("&", " ") for row in found[1].split("\\\\")) + "]"
+
+
+def _same_parts(answer: str, gold: str) -> bool:
+    if answer == gold:
+        return True
+    if not answer or not gold:
+        return False
+    golds, answers = _parts(gold), _parts(answer)
+    if len(golds) > 1 and (gold[0] != answer[0] or gold[-1] != answer[-1]) or len(golds) != len(answers):
+        return False
+    return all(map(_same_part, answers, golds))
+
+
+def _parts(text: str) -> list[str]:
+    text = _grouped(text)
+    if len(text) > 2 and text[0] in "([" and text[-1] in ")]" and not re.search(r"[()\[\]]", text[1:-1]):
+        return [part.strip() for part in text[1:-1].split(",")]
+    return [text]
+
+
+def _same_part(answer: str, gold: str) -> bool:
+    fraction = r"-?[0-9]+.?/0*[1-9][0-9]*.?"
+    if re.fullmatch(fraction, answer) and re.fullmatch(fraction, gold):
+        return answer == gold
+    if bool(re.fullmatch("[+-]?[0-9]+", answer)) != bool(re.fullmatch("[+-]?[0-9]+", gold)):
+        return False
+    if "=" in answer + gold or len(set(re.sub("sqrt|frac", "", f"{answer}{gold}")) & set(_LETTERS)) > 2:
+        return False
+    if re.search(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]", f"{answer} {gold}"):
+        return False
+    budget = Budget()
+    try:
+        return agree(Expression(answer, budget), Expression(gold, budget))
+    except (Unreadable, ArithmeticError, ValueError):
+        return False
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyzαβγδεζηθικλμνξοπρστυφχψω"

@@ -1,0 +1,350 @@
+"""The value of a mathematical expression at fixed points, for the grader.
+
+A value is exact (a Fraction) until a root, pi or a function makes it a complex number of 60 digits (precise.py).
+Letters stand for fixed pseudo-random numbers, so that an expression with letters has a value too, and two expressions
+are equal when they agree at every point (answer.py). What the grader cannot know, such as the derivative x', is a fixed
+pseudo-random function of what it stands on.
+
+Nothing is executed: the parser below is all there is. Depth, sizes and the work on one answer are bounded.
+What it reads is the grader's plain string (plain.py), not LaTeX as it comes.
+"""
+
+import math
+import random
+import re
+from collections.abc import Callable
+from decimal import ROUND_FLOOR, Context
+from fractions import Fraction
+from functools import lru_cache
+
+from nanoredi.grader import numbers as precise
+from nanoredi.grader.numbers import FUNCTIONS, Number, Precise
+
+MAX_DEPTH = 20  # brackets, or powers and functions without brackets, inside each other
+MAX_BITS = 10_000  # of an exact value
+MAX_FACTORIAL = 500
+MAX_WORK = 10_000  # on one answer, in units of about a microsecond
+_ROOT_WORK, _FUNCTION_WORK = 50, 200
+
+# A point says which numbers the letters stand for. Small, middling and large ones, so that no term of e^{-30t} + 1
+# drowns at all of them. A negative point is asked only about absolute values, since sqrt(x^2) is x to everyone who
+# writes it for lengths. Rounding asks only for whole numbers, which is what floor and ceil are written of.
+GENERAL, NEGATIVE, WHOLE = range(3), range(3, 4), range(4, 16)
+_SCALES = (9_000, 1_000, 300, -1_000)
+
+
+class Unreadable(Exception):
+    """The text is nothing that we know: compare it as a string."""
+
+
+class Budget:
+    """The work that one answer may cost, whatever it is made of."""
+
+    def __init__(self, work: int = MAX_WORK):
+        self.left = work
+
+    def spend(self, work: int) -> None:
+        self.left -= work
+        if self.left < 0:
+            raise Unreadable
+
+
+def evaluate(tokens: list[str], point: int, budget: Budget) -> tuple[Number, bool]:
+    """The value at a point, and whether it has letters, so that it depends on the point.
+
+    Raises:
+        Unreadable, ArithmeticError, ValueError: when it has no value, or none within the bounds.
+    """
+    evaluator = _Evaluator(tokens, point, budget)
+    return evaluator.value(), evaluator.letters
+
+
+_LETTERS = set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi "
+    "chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega hbar ell".split()
+)
+_MARKS = set("dot ddot bar hat tilde overline".split())  # over a letter
+_SEVERAL = {"max", "min", "gcd", "lcm"}
+_CONSTANTS = {"pi": precise.PI, "π": precise.PI, "e": precise.E, "i": precise.I}
+_NAMES = sorted([*FUNCTIONS, *_SEVERAL, "sqrt", "cbrt", "pi"], key=len, reverse=True)
+_BRACKETS = {"(": ")", "[": "]", "{": "}", "abs": "|", "⌊": "⌋", "⌈": "⌉"}
+NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
+_TOKEN = re.compile(NUMBER.pattern + r"|\\?[A-Za-z]+|[^ ]")
+
+
+def tokens_of(text: str) -> list[str]:
+    """Names without their backslash; letters side by side are a product, unless so many that they are a word; the bar
+    that opens an absolute value is "abs"; "" ends the list."""
+    tokens: list[str] = []
+    bars = [False]  # for each open bracket, and outside: is an absolute value open in it?
+    for found in _TOKEN.finditer(text):
+        token = found[0]
+        if token == "|":
+            after_value = bool(tokens) and (tokens[-1][-1].isalnum() or tokens[-1] in ")]}|!'⌋⌉π°")
+            if not (bars[-1] and after_value):
+                token = "abs"
+            bars[-1] = token == "abs"
+        elif token in _BRACKETS:
+            bars.append(False)
+        elif token in _BRACKETS.values():
+            bars[-2:] = bars[-2:-1] or [False]
+        if token[0] == "\\" and len(token) > 1:
+            tokens.append(token[1:])
+        elif token.isascii() and token.isalpha() and token != "abs":
+            name = next((n for n in _NAMES if token.startswith(n) and len(token) <= len(n) + 1), "")
+            letters = token[len(name) :]
+            if len(letters) > 3:
+                raise Unreadable
+            tokens += [*([name] if name else []), *letters]
+        else:
+            tokens.append(token)
+    return [*tokens, ""]
+
+
+class _Evaluator:
+    """expression = term (+|- term)...; term = factor ([*|/] factor)...; factor = atom [! °] [^ exponent]
+
+    Implicit products bind like written ones, from left to right: 1/2x is (1/2)x.
+    """
+
+    def __init__(self, tokens: list[str], point: int, budget: Budget):
+        self.tokens, self.point, self.budget = tokens, point, budget
+        self.position = self.depth = self.angles = 0  # angles: how many functions are open, where ° counts
+        self.letters = False
+
+    def value(self) -> Number:
+        result = self.expression()
+        if self.peek():
+            raise Unreadable
+        return result
+
+    def peek(self) -> str:
+        return self.tokens[self.position]
+
+    def next(self) -> str:
+        token = self.peek()
+        self.position += token != ""  # the end stays where it is
+        return token
+
+    def accept(self, token: str) -> bool:
+        return self.peek() == token and bool(self.next())
+
+    def expect(self, token: str) -> None:
+        if not self.accept(token):
+            raise Unreadable
+
+    def nested(self, rule: Callable[[], Number]) -> Number:
+        """Every recursion goes through here."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable
+        result = rule()
+        self.depth -= 1
+        return result
+
+    def bounded(self, x: Number) -> Number:
+        """x, paid for: an exact product or sum costs with the square of its size."""
+        bits = _bits_of(x)
+        self.budget.spend(5 + (bits // 100) ** 2 // 30 if isinstance(x, Fraction) else 15)
+        if bits > MAX_BITS:
+            raise Unreadable
+        return x
+
+    def expression(self) -> Number:
+        result = self.sign() * self.term()
+        while self.peek() in ("+", "-"):
+            result = self.bounded(result + self.sign() * self.term())
+        if self.accept("over"):
+            return self.bounded(result / self.nested(self.expression))
+        return self.binomial(result, self.nested(self.expression)) if self.accept("choose") else result
+
+    def sign(self) -> int:
+        sign = 1
+        while self.peek() in ("+", "-"):
+            sign *= -1 if self.next() == "-" else 1
+        return sign
+
+    def term(self) -> Number:
+        result = self.factor()
+        while True:
+            if self.accept("*"):
+                result = self.bounded(result * (self.sign() * self.factor()))
+            elif self.accept("/"):
+                result = self.bounded(result / (self.sign() * self.factor()))
+            elif self.at_factor():
+                result = self.bounded(result * self.factor())
+            else:
+                return result
+
+    def at_factor(self) -> bool:
+        """Does an implicit product go on here? A number goes on only after a bracket or a !: (n-2)2^n, but not 3 4."""
+        token = self.peek()
+        return (
+            token.isalpha()
+            and token not in ("over", "choose")
+            or token in _BRACKETS
+            or (token[:1].isdigit() and self.tokens[self.position - 1] in ")]}!")
+        )
+
+    def factor(self) -> Number:
+        result = self.atom()
+        while self.accept("!"):
+            result = self.factorial(result)
+        if self.accept("^"):
+            result = self.power(result, self.exponent())
+        if self.accept("°") and self.angles:  # elsewhere a unit like any other
+            result = result * precise.PI / Fraction(180)
+        return result
+
+    def exponent(self) -> Number:
+        """Of 2^10 the whole 10, as everyone means it, though LaTeX would raise only the 1."""
+        return self.sign() * self.nested(self.factor)
+
+    def atom(self) -> Number:
+        token = self.next()
+        number = NUMBER.fullmatch(token)
+        if number:
+            return Fraction(number[1]) * self.power(Fraction(10), Fraction(number[2] or 0))
+        if token in _BRACKETS:
+            result = self.nested(self.expression)
+            self.expect(_BRACKETS[token])
+            return abs(result) if token == "abs" else _floor(token, result) if token in "⌊⌈" else result
+        if token == "frac":
+            return self.bounded(self.nested(self.atom) / self.nested(self.atom))
+        if token == "binom":
+            return self.binomial(self.nested(self.atom), self.nested(self.atom))
+        if token in ("sqrt", "cbrt"):
+            index = self.nested(self.atom) if self.peek() == "[" else Fraction(2 if token == "sqrt" else 3)
+            return self.power(self.nested(self.atom), 1 / index)
+        if token in _MARKS:
+            return _opaque(token, self.nested(self.atom))
+        if token in _SEVERAL:
+            return self.several(token)
+        return self.function(token) if token in FUNCTIONS else self.symbol(token)
+
+    def several(self, name: str) -> Number:
+        """max(a, b): all that is known of it is that the order does not matter."""
+        self.expect("(")
+        values = [self.nested(self.expression)]
+        while self.accept(","):
+            values.append(self.nested(self.expression))
+        self.expect(")")
+        return _opaque(name, *sorted(values, key=_digits))
+
+    def function(self, name: str) -> Number:
+        base = precise.precise(self.nested(self.atom)) if self.accept("_") else None
+        exponent = self.exponent() if self.accept("^") else Fraction(1)
+        self.angles += 1
+        argument = precise.precise(self.nested(self.atom if self.peek() in ("(", "{") else self.product))
+        self.angles -= 1
+        self.budget.spend(_FUNCTION_WORK)
+        if exponent == -1 and "arc" + name in FUNCTIONS:
+            return FUNCTIONS["arc" + name](argument)
+        result = FUNCTIONS[name](argument)
+        return self.power(result / precise.log(base) if base else result, exponent)
+
+    def product(self) -> Number:
+        """What a function without brackets takes: factors side by side, up to an operator or another function."""
+        result = self.factor()
+        while self.at_factor() and self.peek() not in FUNCTIONS:
+            result = self.bounded(result * self.factor())
+        return result
+
+    def symbol(self, name: str) -> Number:
+        if not (name.isalpha() and len(name) == 1 or name in _LETTERS or name in _CONSTANTS):
+            raise Unreadable
+        if self.accept("_"):  # plain.py has put every subscript in braces
+            while self.peek() and name[-1] != "}":
+                name += self.next()
+        if name in _CONSTANTS:
+            return _CONSTANTS[name]
+        while self.accept("'"):
+            name += "'"
+        argument = self.tokens[self.position : self.position + 3]
+        if argument[0] == "(" and argument[-1] == ")" and NUMBER.fullmatch(argument[1]):
+            name += "".join(argument)  # I(0) is a value of I, no product
+            self.position += 3
+        self.letters = True
+        return _letter(name, self.point)
+
+    def power(self, base: Number, exponent: Number) -> Number:
+        if isinstance(exponent, Fraction) and exponent.denominator <= 100:
+            base, exponent = self.root(base, exponent.denominator), Fraction(exponent.numerator)
+            if isinstance(base, Fraction) and max(1, _bits_of(base)) * abs(exponent) <= MAX_BITS:
+                return self.bounded(base ** int(exponent))
+            if isinstance(base, Fraction) and base.denominator == 1:  # rounded, it would equal its neighbours
+                raise Unreadable
+            if isinstance(base, Precise) and 1 <= exponent <= 10:
+                return self.bounded(math.prod([base] * (int(exponent) - 1), start=base))
+        self.budget.spend(_FUNCTION_WORK)
+        return precise.power(precise.precise(base), precise.precise(exponent))
+
+    def root(self, x: Number, n: int) -> Number:
+        """The real root where there is one, exact where it is rational."""
+        if n == 1:
+            return x
+        self.budget.spend(_ROOT_WORK if n == 2 else _FUNCTION_WORK)
+        if isinstance(x, Fraction) and x >= 0:
+            parts = [precise.whole_root(part, n) for part in (x.numerator, x.denominator)]
+            if None not in parts:
+                return Fraction(*parts)
+        return precise.root(precise.precise(x), n)
+
+    def factorial(self, x: Number) -> Number:
+        """n! of a whole number; elsewhere some function with n! = n (n-1)!, which is all that rewriting one uses."""
+        if not isinstance(x, Fraction) or abs(x) > MAX_FACTORIAL:
+            return _opaque("!", x)
+        if x.denominator == 1:
+            return self.bounded(Fraction(math.factorial(int(x))))
+        rest = x - math.floor(x)
+        result = _opaque("!", rest)
+        for k in range(1, math.floor(x) + 1):
+            result = self.bounded(result * (rest + k))
+        for k in range(0, math.floor(x), -1):
+            result = self.bounded(result / (rest + k))
+        return result
+
+    def binomial(self, n: Number, k: Number) -> Number:
+        if isinstance(n, Fraction) and n.denominator == 1 and isinstance(k, Fraction) and not 0 <= k <= n:
+            raise Unreadable
+        return self.bounded(self.factorial(n) / (self.factorial(k) * self.factorial(n - k)))
+
+
+def _bits_of(x: Number) -> int:
+    return max(x.numerator.bit_length(), x.denominator.bit_length()) if isinstance(x, Fraction) else 0
+
+
+def _floor(bracket: str, x: Number) -> Fraction:
+    if isinstance(x, Precise):
+        if x.im:  # of a root of n - 1 at a small n, say; what counts are the whole points
+            return _opaque(bracket, x)
+        nearest = Fraction(int(x.re.to_integral_value()))
+        x = (
+            nearest
+            if precise.close(x, nearest)
+            else Fraction(int(x.re.to_integral_value(ROUND_FLOOR))) + Fraction(1, 2)
+        )
+    return Fraction(math.floor(x) if bracket == "⌊" else math.ceil(x))
+
+
+@lru_cache(maxsize=4096)
+def _letter(name: str, point: int) -> Fraction:
+    """What a letter stands for at a point."""
+    rng = random.Random(f"{name} {point}")
+    if point in WHOLE:
+        return Fraction(rng.randrange(2, 30))
+    return Fraction(rng.randrange(1_000, 5_000), _SCALES[point])
+
+
+_SHORT = Context(prec=25)
+
+
+def _digits(x: Number) -> str:
+    """The same text for numbers that are close."""
+    z = precise.precise(x)
+    return f"{_SHORT.normalize(z.re) + 0} {_SHORT.normalize(z.im) + 0}"  # + 0 takes the sign from a zero
+
+
+def _opaque(name: str, *values: Number) -> Fraction:
+    """A fixed pseudo-random function."""
+    return Fraction(random.Random(f"{name} {[_digits(v) for v in values]}").randrange(1_000_000, 5_000_000), 1_000_000)

@@ -1,0 +1,284 @@
+"""Qwen2, with Hugging Face's weight names, over packed sequences.
+
+The letters for shapes, here and everywhere:
+
+    N  packed tokens       S  sequences           B  rows being decoded    T  cached tokens
+    H  query heads         K  key-value heads     E  head size             D  hidden size        V  vocabulary
+
+A block is attention and a gated MLP, each behind an RMSNorm and added to the stream:  x + attn(norm(x)), x +
+mlp(norm(x)). How tokens attend is not the model's business: each block calls an `attend`, from attention.py or
+paged.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanoredi.kernels import (
+    PRODUCTS,
+    embedding,
+    gated_linear,
+    linear,
+    linear_logprob,
+    packed,
+    rms_norm,
+    rotate,
+    weighted_cross_entropy,
+)
+from nanoredi.model.attention import ATTENTION, Attend, PackedAttention
+from nanoredi.model.config import Qwen2Config
+from nanoredi.model.hf_folder import load_weights, save_folder
+from nanoredi.model.recompute import recomputed
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Embedding(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.weight)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Qwen2Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out = attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)  # (N, H, E)
+        return self.o_proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gated_linear(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Qwen2Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config)
+        self.activation_checkpointing = "off"  # or what is kept for backward: "attention" or "products"
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        if self.activation_checkpointing != "off" and torch.is_grad_enabled():
+            return recomputed(self._compute, self._keeps, x, rope, attend)
+        return self._compute(x, rope, attend)
+
+    def _compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def _keeps(self, name: str, *args: Any) -> bool | None:
+        if self._is_down_proj(name, *args):
+            return None  # what it gives is only added to the stream
+        return name in ATTENTION or (self.activation_checkpointing == "products" and name in PRODUCTS)
+
+    def _is_down_proj(self, name: str, *args: Any) -> bool:
+        """By its sizes, which no other product without a bias has, unless all have the same."""
+        sizes = self.mlp.down_proj.in_features, self.mlp.down_proj.out_features
+        if sizes[0] == sizes[1]:
+            return False
+        if name == "aten::mm":
+            return (args[0].shape[1], args[1].shape[1]) == sizes
+        return (
+            name in ("mkldnn::_linear_pointwise", "nanoredi::linear")
+            and args[1].shape[::-1] == sizes
+            and args[2] is None
+        )
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: Hugging Face's `model.` prefix."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        # Drawn by init_weights alone: on the meta device, too, drawing would import torch._dynamo, a second's work.
+        self.embed_tokens = Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+
+
+class Qwen2(nn.Module):
+    """A Qwen2 language model.
+
+    Attributes:
+        config: the architecture.
+        tokenizer_folder: where the tokenizer's files lie that save_pretrained puts beside the weights; None if there
+            are none.
+        compute_dtype: of activations and products where the weights are fp32 masters; None is the weights' own.
+    """
+
+    compute_dtype: torch.dtype | None = None
+
+    def __init__(self, config: Qwen2Config, tokenizer_folder: str | Path | None = None):
+        super().__init__()
+        self.config = config
+        self.tokenizer_folder = tokenizer_folder
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **config_overrides: Any,
+    ) -> "Qwen2":
+        """Load a Hugging Face folder.
+
+        The weights are mapped from the files into the model, with no copy in between; asking for another dtype or
+        device makes the one copy that this takes.
+
+        Args:
+            folder: holds config.json and one or more safetensors files.
+            dtype: of the parameters; None keeps the files'.
+            device: None is the CPU.
+            config_overrides: fields of config.json to replace, such as rope_theta.
+
+        Raises:
+            UserError: for anything but a Qwen2, and for missing, unexpected or misshapen weights, by name.
+        """
+        config = Qwen2Config.from_folder(folder, **config_overrides)
+        with torch.device("meta"):
+            model = cls(config, tokenizer_folder=folder if (Path(folder) / "tokenizer.json").exists() else None)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        weights = load_weights(
+            folder, shapes, tied={"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+        )
+        model.load_state_dict({name: w.to(device=device, dtype=dtype) for name, w in weights}, assign=True)
+        return model
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a folder that transformers and vLLM load as it is. Under FSDP every rank must call it.
+
+        Args:
+            folder: must not exist, or be empty.
+            dtype: of the saved weights; None keeps the parameters'.
+
+        Raises:
+            UserError: when the folder holds anything.
+        """
+        save_folder(folder, self.config.to_dict(), dict(self.named_parameters()), self.tokenizer_folder, dtype)
+
+    def init_weights(self, seed: int) -> "Qwen2":
+        """Random weights: normal with the config's initializer_range, biases 0, norms 1."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, (nn.Linear, nn.Embedding)):
+                    module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+        return self
+
+    def pack(self) -> "Qwen2":
+        """Lay the blocks' weights out as a CPU multiplies by them fastest, in place of what they were. From then on the
+        model can sample and score, but not be trained or saved. On a GPU nothing is changed."""
+        if not self.lm_head_weight.is_cpu:
+            return self
+        for module in self.model.layers.modules():
+            if isinstance(module, Linear):
+                module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
+        for p in self.requires_grad_(False).parameters():
+            if not p.is_mkldnn:  # a single one that is still mapped would hold the whole file in memory
+                p.data = p.data.clone()
+        return self
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """(V, D): the output embedding, which is the input one where they are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None
+    ) -> Tensor:
+        """Final hidden states (N, D) of packed sequences.
+
+        Args:
+            input_ids, position_ids: (N,) int64.
+            cu_seqlens: (S+1,) int32, where each sequence begins and the last ends.
+            max_seqlen: the longest sequence; spares the device a question.
+        """
+        return self.hidden_states(input_ids, position_ids, PackedAttention(cu_seqlens, max_seqlen))
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        """Final hidden states (N, D) of tokens (N,) that attend as `attend` says."""
+        x = self.model.embed_tokens(input_ids)
+        x = x.to(self.compute_dtype or x.dtype)
+        rope = rotary_angles(position_ids, self.config, x.dtype)
+        for block in self.model.layers:
+            x = block(x, rope, attend)
+        return self.model.norm(x)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        rows: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the targets' log-probabilities, and these: loss () fp32, logps (N,) fp32.
+
+        Under FSDP the head is whole only inside a forward, so the loss is computed here and not by the caller.
+
+        Args:
+            targets: (N,) int64.
+            weights: (N,) fp32, 0 where nothing is learned.
+            rows: (R,) int64, where the weights are not 0; spares the device a question, as max_seqlen does.
+        """
+        hidden = Qwen2.forward(self, input_ids, position_ids, cu_seqlens, max_seqlen)
+        return weighted_cross_entropy(hidden, self.lm_head_weight, targets, weights, rows)
+
+    def logprobs(self, targets: Tensor, rows: Tensor, *packed: Any) -> Tensor:
+        """The log-probabilities (N,) fp32 of targets (N,) in rows (R,), 0 elsewhere; differentiable, for losses
+        that are not linear in them. packed: what forward takes."""
+        return linear_logprob(Qwen2.forward(self, *packed), self.lm_head_weight, targets, rows)
+
+
+def rotary_angles(position_ids: Tensor, config: Qwen2Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, 1, E) of position * theta^(-2i/E), computed in fp32 (RoPE, arXiv 2104.09864, eq. 15).
+
+    Pair i is (x_i, x_{i+E/2}), Hugging Face's pairing; both halves get the pair's cos, and the sines come signed as
+    rotate wants.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=position_ids.device, dtype=torch.float32) / config.head_dim
+    angles = (position_ids[:, None].float() / config.rope_theta**exponent)[:, None]  # (N, 1, E/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)

@@ -1,0 +1,1 @@
+"""What runs have come to: tables, figures, failures, lengths."""

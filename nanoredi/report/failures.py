@@ -1,0 +1,55 @@
+"""The samples of an evaluation that are not right, to be read: the answer, the gold one, the response's tail."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from nanoredi.common.errors import UserError
+from nanoredi.common.files import read_rows
+from nanoredi.evaluation.scores import Row
+
+KINDS = ("wrong", "cut_off", "no_answer")
+_TAIL = 600  # characters of a response that are shown
+
+
+def failures(folder: str, only: str = "") -> Iterator[str]:
+    """Each sample of a run that is not right, as a paragraph; first their number.
+
+    Args:
+        folder: of a run of evaluate.py or of train_redi.py, with samples.jsonl.
+        only: one of KINDS: wrong (an answer that is not the gold one), cut_off (by length), no_answer (neither).
+
+    Raises:
+        UserError: when the file is missing or broken.
+    """
+    path = Path(folder) / "samples.jsonl"
+    counts, shown = dict.fromkeys(("right", *KINDS), 0), []
+    for where, row in read_rows(str(path)):
+        try:
+            kind = "right" if row["correct"] else _kind(row)
+            counts[kind] += 1
+            if kind == only or not only and kind != "right":
+                shown.append(_paragraph(kind, row))
+        except (KeyError, TypeError):
+            raise UserError(f"{where} is no sample that was graded") from None
+    yield f"{folder}: " + ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items())
+    yield from shown
+
+
+def _kind(row: Row) -> str:
+    if row["finish_reason"] == "length":
+        return "cut_off"
+    return "no_answer" if row["answer"] is None else "wrong"
+
+
+def _paragraph(kind: str, row: Row) -> str:
+    head = f"--- {row['model']}, {row['benchmark']}, problem {row['problem'] + 1}, sample {row['sample']}: "
+    tokens = "" if row["tokens"] is None else f" after {row['tokens']:,} tokens"
+    answer = "none" if row["answer"] is None else row["answer"]
+    tail = row["response"][-_TAIL:].strip()
+    cut = "..." if len(row["response"]) > _TAIL else ""
+    text = (
+        f"{head}{kind.replace('_', ' ')}{tokens}\nanswer  {answer}\ngold    {' or '.join(row['gold'])}\n\n{cut}{tail}"
+    )
+    # A response is anybody's text: no escape sequence of it reaches the terminal.
+    return re.sub(r"[^\n\t -~\u00a0-\ud7ff\ue000-\U0010ffff]", "\ufffd", text)

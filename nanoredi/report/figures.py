@@ -1,0 +1,222 @@
+"""The course of runs: the paper's four panels as a picture, and the series behind them in figures.
+
+Accuracy where the run was evaluated, log-prob a token of the chosen and of the rejected traces, and the size of the
+parameter update, all by optimiser step. Together they tell a healthy run from a collapse: there both log-probs plunge
+while the update's size surges. Nothing is smoothed. report.py is the command.
+"""
+
+import io
+import itertools
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoredi.common.errors import UserError
+from nanoredi.common.files import read_json
+
+# (key of metrics.jsonl, heading, format)
+SERIES = [
+    ("loss", "loss", ".4f"),
+    ("chosen_logp", "chosen log-prob (nats/token)", ".4f"),
+    ("rejected_logp", "rejected log-prob (nats/token)", ".4f"),
+    ("margin", "margin (nats/token)", ".4f"),
+    ("grad_norm", "gradient norm", ".2e"),
+    ("update_norm", "update size (L2 norm)", ".2e"),
+    ("tokens_per_s", "tokens/s", ",.0f"),
+    ("peak_memory_gb", "peak memory (GB)", ".2f"),
+]
+# Okabe and Ito's colours, which the colour-blind tell apart, less the yellow that white paper swallows. Neighbours
+# differ in lightness and in the line's style too, for grey prints.
+COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+STYLES = ("-", "--", "-.", ":")
+MARKERS = "osD^v*"
+DRAWN_BY = "nanoredi.report.__main__"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder tells of its course.
+
+    Attributes:
+        name: the folder's, with as much of its path as tells it from the others.
+        rows: of metrics.jsonl.
+        accuracy: {benchmark: [(step, pass@1, its standard error)]}, in order of steps.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    accuracy: dict[str, list[tuple[int, float, float]]]
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a column of metrics.jsonl; NaN where a row has none."""
+        values = [row.get(key) for row in self.rows]
+        return [row["step"] for row in self.rows], [math.nan if v is None else v for v in values]
+
+
+def read_runs(folders: list[str]) -> list[Run]:
+    """The runs in folders. One that has not come to its first line yet has no rows.
+
+    Raises:
+        UserError: when a folder holds no run, is given twice, or has a broken file.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    runs = []
+    for folder, path in zip(folders, paths):
+        if paths.count(path) > 1:
+            raise UserError(f"{folder} is given twice")
+        depth = 1
+        while [p.parts[-depth:] for p in paths].count(path.parts[-depth:]) > 1:
+            depth += 1
+        rows = _metrics(Path(folder) / "metrics.jsonl")
+        runs.append(Run("/".join(path.parts[-depth:]), rows, _accuracy(Path(folder) / "results.json", rows)))
+    return runs
+
+
+def summary(run: Run) -> str:
+    """The first, last, lowest and highest value of each of a run's series, as text."""
+    if not run.rows:
+        return f"{run.name}: no steps yet"
+    lines = [
+        f"{run.name}: steps {run.rows[0]['step']:,} to {run.rows[-1]['step']:,}",
+        f"  {'':<32}{'first':>12}{'last':>12}{'lowest':>12}{'highest':>12}",
+    ]
+    for key, heading, form in SERIES:
+        values = [v for v in run.series(key)[1] if math.isfinite(v)]
+        if values:
+            shown = (format(v, form) for v in (values[0], values[-1], min(values), max(values)))
+            lines.append(f"  {heading:<32}" + "".join(f"{text:>12}" for text in shown))
+    return "\n".join(lines)
+
+
+def check_figure(path: str) -> None:
+    """Whether a figure may be written there. One that was drawn by this program is drawn anew, as a run goes on; no
+    other file is overwritten.
+
+    Raises:
+        UserError: when it may not.
+    """
+    file = Path(path)
+    if file.suffix.lower() != ".png":
+        raise UserError(f"the figure is a PNG: give --out a name that ends in .png, not {path}")
+    if not file.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {file.parent}")
+    if file.is_dir() or file.exists() and DRAWN_BY.encode() not in file.read_bytes()[:1024]:
+        raise UserError(f"{path} exists and is no figure of nanoredi's: give another --out")
+
+
+def draw(runs: list[Run], path: str) -> None:
+    """Draw the four panels of runs into a PNG; those without steps are left out.
+
+    Raises:
+        UserError: when there is nothing to draw, or matplotlib is missing.
+    """
+    check_figure(path)
+    runs = [run for run in runs if run.rows]
+    if not runs:
+        raise UserError("there is nothing to draw: no run has come to its first line in metrics.jsonl")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+    except ImportError:
+        raise UserError("drawing a figure takes matplotlib: pip install matplotlib") from None
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    (accuracy, update), (chosen, rejected) = panels = figure.subplots(2, 2, sharex=True)
+    benchmarks = list(dict.fromkeys(name for run in runs for name in run.accuracy))
+    markers = dict(zip(benchmarks, itertools.cycle(MARKERS)))
+    handles = []
+    for run, colour, style in zip(runs, itertools.cycle(COLOURS), itertools.cycle(STYLES)):
+        look = {"color": colour, "linestyle": style, "linewidth": 1.1}
+        handles.append(Line2D([], [], label=run.name, **look))
+        for name, points in run.accuracy.items():
+            steps, shares, errors = zip(*points)
+            percent = [[100 * x for x in xs] for xs in (shares, errors)]
+            accuracy.errorbar(steps, *percent, marker=markers[name], markersize=5, capsize=3, **look)
+        for axes, key in ((chosen, "chosen_logp"), (rejected, "rejected_logp"), (update, "update_norm")):
+            # Of a single step there is no line to see, only its dot.
+            axes.plot(*run.series(key), marker="." if len(run.rows) < 50 else None, **look)
+
+    where = f" on {benchmarks[0]}" if len(benchmarks) == 1 else ""
+    _label(accuracy, f"Accuracy{where}", "pass@1 ± standard error (%)", "not evaluated")
+    _label(update, "Size of the parameter update", "L2 norm", "not recorded")
+    _label(chosen, "Log-prob of chosen traces", "nats/token (mean)", "not recorded")
+    _label(rejected, "Log-prob of rejected traces", "nats/token (mean)", "no rejected traces in the loss")
+    if any(y > 0 for line in update.lines for y in line.get_ydata()):
+        update.set_yscale("log", nonpositive="mask")
+    for axes in panels[1]:
+        axes.set_xlabel("optimiser step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    # Outside of the panels, where they cover no line.
+    width = max(len(run.name) for run in runs) + 8
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // width)))
+    if len(benchmarks) > 1:
+        shapes = [Line2D([], [], color="0.3", marker=markers[b], linestyle="", label=b) for b in benchmarks]
+        figure.legend(handles=shapes, loc="outside upper center", ncols=5)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150, metadata={"Software": DRAWN_BY})
+    try:
+        Path(path).write_bytes(image.getvalue())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _label(axes: Any, title: str, unit: str, nothing: str) -> None:
+    """A panel's title and unit; a word in its middle where no run has anything to draw."""
+    axes.set_title(title)
+    axes.set_ylabel(unit)
+    axes.grid(color="0.9")
+    if not any(math.isfinite(y) for line in axes.lines for y in line.get_ydata()):
+        axes.text(0.5, 0.5, nothing, transform=axes.transAxes, ha="center", va="center")
+        axes.set_yticks([])
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl. A last line that was broken off in the writing is left out."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            raise UserError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise UserError(f"{path}, line {number} is no row of a run: it has no step")
+        for key, *_ in SERIES:
+            if type(row.get(key)) not in (int, float, type(None)):
+                raise UserError(f"{path}, line {number}: {key} is {row[key]!r}; it must be a number or null")
+        rows.append(row)
+    return rows
+
+
+def _accuracy(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float, float]]]:
+    """The evaluations in a run's results.json, each at its model's step.
+
+    A model named after a folder step-000200 tells its step. Of the others, SFT is the start's, and whatever else stands
+    there the final one; a second SFT is that too, the end of a run whose own objective is sft.
+    """
+    if not rows or not path.exists():
+        return {}
+    benchmarks: dict[str, dict[int, tuple[float, float]]] = {}
+    for row in read_json(path, list):
+        try:
+            model, points = row["model"], benchmarks.setdefault(row["benchmark"], {})
+            numbered = re.search(r"step-(\d+)$", model)
+            step = int(numbered[1]) if numbered else 0 if model == "SFT" and 0 not in points else rows[-1]["step"]
+            points[step] = float(row["pass@1"]), float(row["sem"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path} holds a row that is no model's result on a benchmark: {row!r}") from None
+    return {name: [(step, *points[step]) for step in sorted(points)] for name, points in benchmarks.items()}

@@ -1,0 +1,318 @@
+"""Sampling: a model, a scheduler and a paged cache.
+
+Every sample has a key of its own, made from the seed, the prompt and the sample's number (scheduler.requests_for), and
+draws one uniform number a token from a counter-based generator. So a sample depends neither on what else is in the
+batch nor on the order of the work, nor on being put back in between; but for rounding, where products of another size
+are added up in another order.
+
+What a decode step reads and writes stays on the device: each row's newest token, its length, its pages. The tokens of a
+step are looked at while the next one is under way, so a row that drew a stop token takes one step more, which is thrown
+away, and nothing ever waits. On a GPU the step is a CUDA graph, one for each of a few batch sizes.
+"""
+
+import gc
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoredi.common.errors import UserError
+from nanoredi.config import SamplingConfig
+from nanoredi.kernels import linear, packed
+from nanoredi.model.attention import Attend
+from nanoredi.model.qwen2 import Qwen2
+from nanoredi.sampler.choose import choose, uniform
+from nanoredi.sampler.kv_cache import PagedCache, bytes_a_page, upload
+from nanoredi.sampler.scheduler import Request, Row, Scheduler
+
+# Tokens that are put into the cache between two decode steps.
+_PREFILL_TOKENS = 1_024
+# The share of the free memory that the cache takes: on a CPU others live there, too.
+_GPU_SHARE, _CPU_SHARE = 0.9, 0.5
+
+
+@dataclass
+class _Drawn:
+    """The tokens of a decode step, on their way to the host."""
+
+    places: np.ndarray  # (B,) int64
+    entered: np.ndarray  # (B,) int64: whose they are, should the place have another row by then
+    tokens: Tensor  # (B,) int64, on the host
+    arrived: torch.cuda.Event | None
+
+
+class Sampler:
+    """Completes requests, up to config.batch_size of them at once.
+
+    Call step() until `busy` is false, or iterate over run().
+    """
+
+    def __init__(self, model: Qwen2, stop_ids: list[int], config: SamplingConfig):
+        """
+        Raises:
+            UserError: when the memory has no room for a single page.
+        """
+        self.model, self.config = model, config
+        self.stop_ids = np.array(stop_ids, dtype=np.int64)
+        self.device = model.lm_head_weight.device
+        self.head = packed(model.lm_head_weight)
+        self.cache = _cache(model, config, self.device)
+        context, page_size, batch_size = model.config.max_position_embeddings, config.page_size, config.batch_size
+        self.scheduler = Scheduler(
+            self.cache.num_pages, page_size, batch_size, config.max_tokens, context, _PREFILL_TOKENS
+        )
+        # The rows' state on the device; the last place is nobody's, for filling a batch up.
+        self.newest, self.lengths, self.num_drawn, self.keys = torch.zeros(
+            4, batch_size + 1, dtype=torch.int64, device=self.device
+        )
+        num_columns = -(-context // page_size)
+        self.page_table = torch.full((batch_size + 1, num_columns), self.cache.num_pages, device=self.device)
+        self.tokens = np.zeros((batch_size, 64), dtype=np.int64)  # each row's completion, as far as it was looked at
+        self.num_tokens, self.limits = np.zeros((2, batch_size), dtype=np.int64)
+        self.drawn: _Drawn | None = None
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        if self.device.type == "cuda":
+            # cuDNN's attention makes a plan for every length of a prompt, by others' reports some 30 ms of the host's time.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            self.beside = torch.cuda.Stream(self.device)  # for what a graph is captured after
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.num_rows)
+
+    @property
+    def num_held(self) -> int:
+        """Requests that wait or are being completed."""
+        return len(self.scheduler.waiting) + self.scheduler.num_rows
+
+    def check(self, requests: Iterable[Request]) -> None:
+        """
+        Raises:
+            UserError: naming a prompt that can never be completed.
+        """
+        self.scheduler.check(requests)
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queue requests.
+
+        Raises:
+            UserError: naming a prompt that can never be completed; then none of the requests is queued.
+        """
+        requests = list(requests)
+        self.check(requests)
+        self.scheduler.waiting.extend(requests)
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Complete requests; each is given when it ends."""
+        self.add(requests)
+        while self.busy:
+            yield from self.step()
+
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """Let waiting requests in, then add a token to every row. Returns the requests that ended.
+
+        Raises:
+            UserError: when a row's logits are not finite.
+        """
+        self._enter()
+        ended = self._grow()
+        places = np.flatnonzero(self.scheduler.left)
+        drawn = None
+        if len(places):
+            self.scheduler.lengths[places] += 1
+            self.scheduler.left[places] -= 1
+            drawn = self._launch(places)
+        ended += self._look()
+        self.drawn = drawn
+        return ended
+
+    def so_far(self, request: Request) -> list[int]:
+        """The tokens of a request's completion, whether or not it has ended."""
+        for row in self.scheduler.rows:
+            if row and row.request is request:
+                return self._tokens(row)
+        return request.tokens
+
+    def _enter(self) -> None:
+        entry = self.scheduler.enter()
+        if entry.pieces:
+            attend, positions = self.cache.prefill([(row.pages, start, end) for row, start, end in entry.pieces])
+            ids = np.concatenate([row.tokens[start:end] for row, start, end in entry.pieces])
+            self._hidden_states(upload(ids, self.device), positions, attend)
+        if entry.copies:
+            self.cache.copy(*zip(*entry.copies))
+        if not entry.rows:
+            return
+        rows = entry.rows
+        pages = np.full((len(rows), self.page_table.shape[1]), self.cache.num_pages)
+        for row, line in zip(rows, pages):
+            line[: len(row.pages)] = row.pages
+            done = row.request.tokens
+            self._make_room(len(done))
+            self.tokens[row.place, : len(done)] = done
+            self.num_tokens[row.place] = len(done)
+            self.limits[row.place] = self.scheduler.limit(row.request)
+        places = upload(np.array([row.place for row in rows]), self.device)
+        state = [(row.tokens[-1], row.to_cache, len(row.request.tokens), row.request.key) for row in rows]
+        state = upload(np.array(state), self.device).T
+        for tensor, values in zip((self.newest, self.lengths, self.num_drawn, self.keys), state):
+            tensor[places] = values
+        self.page_table[places] = upload(pages, self.device)
+
+    def _grow(self) -> list[Request]:
+        """See to it that every row has a page for its next token. Returns requests that were found to have ended."""
+        ended = []
+        while (new := self.scheduler.grow()) is None:
+            if self.drawn:
+                ended += self._look()
+            else:
+                row = self.scheduler.youngest()
+                row.request.tokens = self._tokens(row)
+                self.scheduler.put_back(row)
+        if new:
+            places, numbers, pages = upload(np.array(new), self.device).T
+            self.page_table[places, numbers] = pages
+        return ended
+
+    def _launch(self, places: np.ndarray) -> _Drawn:
+        """Start a decode step."""
+        whose = self.scheduler.entered[places]
+        if self.device.type != "cuda":
+            return _Drawn(places, whose, self._advance(torch.from_numpy(places)), None)
+        tokens = self._replay(places)
+        there = torch.empty(len(places), dtype=torch.int64, pin_memory=True)
+        there.copy_(tokens[: len(places)], non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return _Drawn(places, whose, there, arrived)
+
+    def _advance(self, places: Tensor) -> Tensor:
+        """Put the newest tokens of the rows in these places through the model, and draw the next ones: (B,) int64."""
+        lengths, num_drawn = self.lengths[places], self.num_drawn[places]
+        attend = self.cache.decode(self.page_table[places], lengths)
+        logits = linear(self._hidden_states(self.newest[places], lengths, attend), self.head)[: len(places)]
+        c = self.config
+        tokens = choose(logits, uniform(self.keys[places], num_drawn), c.temperature, c.top_p, c.top_k)
+        self.newest[places] = tokens.clamp(min=0)
+        self.lengths[places] = (lengths + 1) * (places < c.batch_size)  # nobody's row stays empty
+        self.num_drawn[places] = num_drawn + 1
+        return tokens
+
+    def _hidden_states(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Of tokens (N,): (N or more, D)."""
+        if self.device.type == "cpu":
+            filling = -len(ids) % _rounded_to(len(ids))
+            ids, positions = F.pad(ids, (0, filling)), F.pad(positions, (0, filling))
+        return self.model.hidden_states(ids, positions, attend)
+
+    def _replay(self, places: np.ndarray) -> Tensor:
+        """_advance as a CUDA graph."""
+        padded = self._filled_up(places)
+        if len(padded) not in self.graphs:
+            nobody = torch.full((len(padded),), self.config.batch_size, device=self.device)
+            self.graphs[len(padded)] = self._capture(nobody)
+        graph, static_places, tokens = self.graphs[len(padded)]
+        static_places.copy_(upload(padded, self.device), non_blocking=True)
+        graph.replay()
+        return tokens
+
+    def _filled_up(self, places: np.ndarray) -> np.ndarray:
+        """With nobody's place up to the next size that there are graphs for: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ..."""
+        size = 1 << (len(places) - 1).bit_length()
+        if size >= 32 and len(places) <= size * 3 // 4:
+            size = size * 3 // 4
+        return np.pad(places, (0, size - len(places)), constant_values=self.config.batch_size)
+
+    def _capture(self, places: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        # A first run beside the graph compiles the kernels. Both runs move nobody's state alone.
+        self.beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.beside):
+            self._advance(places)
+        torch.cuda.current_stream().wait_stream(self.beside)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            tokens = self._advance(places)
+        return graph, places, tokens
+
+    def _look(self) -> list[Request]:
+        """Look at the tokens that were drawn last. Returns the requests that ended."""
+        drawn, self.drawn = self.drawn, None
+        if not drawn:
+            return []
+        if drawn.arrived:
+            drawn.arrived.synchronize()
+        still = self.scheduler.entered[drawn.places] == drawn.entered
+        places, tokens = drawn.places[still], drawn.tokens.numpy()[still]
+        if (tokens < 0).any():
+            raise UserError("the model's logits over the temperature are not finite: its weights are broken")
+        stopped = np.isin(tokens, self.stop_ids)
+        going = places[~stopped]
+        self._make_room(int(self.num_tokens[going].max(initial=0)) + 1)
+        self.tokens[going, self.num_tokens[going]] = tokens[~stopped]
+        self.num_tokens[going] += 1
+        full = self.num_tokens[going] >= self.limits[going]
+        ended = []
+        for reason, done in (("stop", places[stopped]), ("length", going[full])):
+            for place in done.tolist():
+                row = self.scheduler.rows[place]
+                row.request.tokens, row.request.finish_reason = self._tokens(row), reason
+                self.scheduler.release(row)
+                ended.append(row.request)
+        return ended
+
+    def _tokens(self, row: Row) -> list[int]:
+        if row is self.scheduler.entering:  # its place still has the last row's
+            return row.request.tokens
+        return self.tokens[row.place, : self.num_tokens[row.place]].tolist()
+
+    def _make_room(self, num_tokens: int) -> None:
+        """For completions of num_tokens."""
+        room = self.tokens.shape[1]
+        if num_tokens > room:
+            self.tokens = np.pad(self.tokens, ((0, 0), (0, max(room, num_tokens - room))))
+
+
+def _rounded_to(num_tokens: int) -> int:
+    """A CPU takes a multiple of this many tokens at once: each other number costs oneDNN a kernel for every product, half a
+    megabyte and a millisecond or two."""
+    return 1 if num_tokens <= 4 else 8 if num_tokens <= 128 else 64
+
+
+def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> PagedCache:
+    """A cache of the size that the user gives, or that the device has memory for; never more than the batch can use."""
+    c, dtype = model.config, model.lm_head_weight.dtype
+    sizes = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+    a_page = bytes_a_page(*sizes, config.page_size, dtype)
+    memory = config.cache_gb * 1e9 or _free_memory(model, config, device)
+    num_pages = min(int(memory / a_page), config.batch_size * -(-c.max_position_embeddings // config.page_size))
+    if num_pages < 1:
+        raise UserError(
+            f"a cache of {memory / 1e9:.3g} GB has no room for a page of {config.page_size} tokens, "
+            f"{a_page / 1e9:.3g} GB: give a larger --cache_gb or a smaller --page_size"
+        )
+    return PagedCache(*sizes, num_pages, config.page_size, dtype, device)
+
+
+def _free_memory(model: Qwen2, config: SamplingConfig, device: torch.device) -> float:
+    """Bytes that the cache may take on this device."""
+    if device.type == "cuda":
+        c, size = model.config, model.lm_head_weight.dtype.itemsize
+        gc.collect()  # a model trained before is held by reference cycles
+        torch.cuda.empty_cache()
+        # What a forward pass needs beside: logits with their copies in fp32 and fp64, and the activations of a block.
+        logits = config.batch_size * c.vocab_size * (size + 24)
+        block = _PREFILL_TOKENS * (8 * c.hidden_size + 4 * c.intermediate_size) * size
+        return _GPU_SHARE * torch.cuda.mem_get_info(device)[0] - logits - block
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return _CPU_SHARE * free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,0 +1,229 @@
+"""One process or many: the process group, the device mesh, and the model sharded over it by FSDP2.
+
+A single process is the same code on a mesh of one; on a CPU or in fp32 it goes without FSDP2, and the model casts its
+masters where it uses them.
+"""
+
+import contextlib
+import datetime
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from nanoredi.common.errors import UserError
+from nanoredi.cpu.masters import make_masters
+from nanoredi.kernels.products import product
+from nanoredi.model.qwen2 import Block, Qwen2
+
+Result = TypeVar("Result")
+
+MIN_UNIT_PARAMETERS = 1_000_000
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this run, and this rank's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def first(self, work: Callable[[], Result]) -> Result:
+        """Do some work on rank 0 and give its result to every rank; a UserError of it is raised on every rank."""
+        outcome: list = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = work()
+            except UserError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        return outcome[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. It waits for the other ranks, but not for the device."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+@contextlib.contextmanager
+def world() -> Iterator[World]:
+    """Join the process group that torchrun describes, or be one process alone; leave it at the end."""
+    rank, size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+        # Gloo's threads need the interpreter's lock to let go of their last tensors; one that still waits for it when the
+        # interpreter ends aborts the process. Asleep, this thread leaves the lock to them.
+        time.sleep(0.2)
+
+
+class Queue:
+    """Numbers from 0 up, each for the one rank that asks next; made by all ranks together."""
+
+    def __init__(self, world: World, length: int):
+        self.world, self.length = world, length
+        if world.size == 1:
+            self._store = dist.HashStore()
+            return
+        # A store of its own: the process group's would mix up one queue's count with the next one's.
+        host = os.environ["MASTER_ADDR"]
+        if world.rank == 0:
+            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        port = world.first(lambda: self._store.port)
+        if world.rank > 0:
+            self._store = dist.TCPStore(host, port, is_master=False)
+
+    def next(self) -> int | None:
+        """The next number; None when all have been given."""
+        number = self._store.add("given", 1) - 1
+        return number if number < self.length else None
+
+    def wait(self) -> None:
+        """Until every rank has come here, however long the slowest one's last work takes: a collective gives up."""
+        self._store.set(f"done {self.world.rank}", "")
+        self._store.wait([f"done {rank}" for rank in range(self.world.size)], datetime.timedelta(days=30))
+        dist.barrier()  # no rank asks any more, so rank 0 may let the store go
+
+
+def shard_mesh(world: World, shard_size: int) -> DeviceMesh:
+    """The ranks that share one copy of the weights: all of them, or groups of shard_size neighbours (HSDP).
+
+    Raises:
+        UserError: when the ranks do not divide into such groups.
+    """
+    if shard_size in (0, world.size):
+        return init_device_mesh(world.device.type, (world.size,))
+    if world.size % shard_size:
+        raise UserError(f"--shard_size {shard_size} does not divide the {world.size} ranks into equal groups")
+    return init_device_mesh(
+        world.device.type, (world.size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def shard(
+    model: Qwen2, world: World, dtype: torch.dtype, reshard_after_forward: bool = True, shard_size: int = 0
+) -> Qwen2:
+    """Make a model's weights fp32 masters, sharded in place: a unit a block, and one for embedding, norm and head.
+
+    Args:
+        model: its parameters are moved to the rank's device. They may still be the file's, in another dtype: a rank never
+            holds more fp32 weights than its shards and one unit.
+        world: the ranks to shard over.
+        dtype: of the forward and backward; gradients are summed over ranks, and accumulated, in fp32.
+        reshard_after_forward: let go of a block's whole weights after its forward, and gather them again in backward.
+        shard_size: ranks that share one copy of the weights, usually those of a machine; 0: all. Each group then has a
+            copy, and gradients are summed over the groups, too.
+    """
+    if world.size == 1 and (world.device.type == "cpu" or dtype == torch.float32):
+        # Nothing to share, and on a CPU FSDP2's own copies would cost much time and memory. A copy of the weights, because
+        # they are the file's own memory.
+        for p in model.parameters():
+            p.data = p.data.to(world.device, torch.float32, copy=True)
+        model.compute_dtype = dtype
+        if world.device.type == "cpu":
+            make_masters(model.parameters())
+        return model
+    mesh = shard_mesh(world, shard_size)
+    # Inputs are not cast: the loss's weights must stay fp32.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    units: list[list[Block]] = []
+    for block in model.model.layers:
+        # A unit is one message: blocks of a tiny model share one, since its latency would cost more than their compute.
+        if not units or sum(p.numel() for b in units[-1] for p in b.parameters()) >= MIN_UNIT_PARAMETERS:
+            units.append([])
+        units[-1].append(block)
+    for unit in units:
+        for block in unit:
+            block.float()
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model.float(), mesh=mesh, mp_policy=policy)
+    for method in ("loss", "logprobs"):
+        register_fsdp_forward_method(model, method)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss's weights are divided by the whole step already: gradients are summed, not averaged. Gloo knows
+            # no scaled sum, hence the plain one for all.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    # The kernel makes the head's gradient in fp32. It stays so; autograd would round it to the weight's dtype.
+    model.unshard()
+    for p in (model.lm_head_weight, model.model.embed_tokens.weight, model.model.norm.weight):
+        p.grad_dtype = torch.float32  # the whole unit's: it is reduced as one
+    model.reshard()
+    return model
+
+
+def exchange_gradients(model: Qwen2, wanted: bool) -> None:
+    """Whether the next backward sums its gradients over the ranks, or each rank adds up its own."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter, its gradient or AdamW's state."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that "float32", "bfloat16" or "auto" stands for on a device; auto takes bfloat16 where it is the
+    faster one.
+
+    On a CPU that is measured (a fifth of a second): with AMX or AVX512-bf16 it is far ahead, without them far behind.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    return torch.bfloat16 if _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32) else torch.float32
+
+
+def _product_seconds(dtype: torch.dtype, size: int = 512, device: torch.device | str = "cpu") -> float:
+    """The shortest of many products: others may be at work on the device, too."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    times: list[float] = []
+    while len(times) < 4 or sum(times) < 0.1:
+        start = time.perf_counter()
+        product(a, a)
+        if a.is_cuda:
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second that the device reaches in a large matrix product, measured (a tenth of a second)."""
+    size = 8192 if device.type == "cuda" else 512
+    return 2 * size**3 / _product_seconds(dtype, size, device)

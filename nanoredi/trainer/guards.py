@@ -1,0 +1,156 @@
+"""What watches over a run that nobody looks at: steps that are not finite, REDI's collapse, and a cluster's signals."""
+
+import contextlib
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nanoredi.common.errors import UserError
+from nanoredi.config import RediConfig, SftConfig
+from nanoredi.trainer.distributed import World
+from nanoredi.trainer.log import Step
+
+
+class Guards:
+    """The watch over a run's steps. Every rank has one and is told the same."""
+
+    def __init__(self, config: SftConfig | RediConfig, world: World):
+        self.config, self.world = config, world
+        self.skipped = self.in_a_row = 0
+        self.collapse = CollapseWatch(getattr(config, "collapse_nats", math.inf))
+
+    def look(self, steps: list[tuple[Step, dict[str, Any]]]) -> None:
+        """Take note of steps and their rows of metrics.jsonl.
+
+        Raises:
+            UserError: when max_bad_steps in a row were skipped; when the log-probs collapse and on_collapse is stop.
+        """
+        for step, row in steps:
+            if row.get("skipped"):
+                self._bad(step)
+                continue
+            self.in_a_row = 0
+            if self.collapse.look(step.number, row["chosen_logp"], row["update_norm"]):
+                self._collapsed(step.number)
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "collapse": self.collapse.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.collapse.restore(state["collapse"])
+
+    def _bad(self, step: Step) -> None:
+        self.skipped += 1
+        self.in_a_row += 1
+        numbers = ", ".join(str(row + 1) for row in sorted(step.rows.tolist()))
+        self.world.say(
+            f"warning: step {step.number} was skipped, its loss or gradient is not finite (skipped so far: {self.skipped}); "
+            f"in it were rows {numbers} of {self.config.data}"
+        )
+        if self.in_a_row >= self.config.max_bad_steps:
+            raise UserError(
+                f"{self.in_a_row} steps in a row, the last of them {step.number}, had a loss or gradient that is not "
+                "finite: lower --lr, or look at the rows named above"
+            )
+
+    def _collapsed(self, number: int) -> None:
+        saved = sorted(path for path in Path(self.config.out).glob("step-*") if path.name[5:].isdigit())
+        good = [path for path in saved if int(path.name[5:]) <= self.collapse.last_good]
+        remedy = "Lower --lr or --alpha" if self.config.alpha else "Lower --lr"
+        text = (
+            f"COLLAPSE at step {number}: the chosen log-prob has fallen by more than {self.config.collapse_nats:g} and "
+            f"falls ever faster. Until step {self.collapse.last_good} all was well; the last model "
+            f"saved by then is {good[-1] if good else self.config.model}. {remedy}"
+        )
+        if self.config.on_collapse == "stop":
+            raise UserError(text)
+        self.world.say(f"\n{'!' * 100}\n{text}; --on_collapse stop stops there\n{'!' * 100}\n")
+
+
+class CollapseWatch:
+    """REDI's own failure: chosen and rejected log-probs plunge together with the accuracy, at large updates (arXiv
+    2505.24850, the figure of training dynamics). A slow fall of both is healthy.
+
+    The watch follows how far a running mean of the chosen log-prob has fallen below its start, and a running mean of the
+    update's size. It trips when all hold:
+
+        the fall is larger than `nats`;
+        it accelerates: the last third of the run so far brought more of it than the third before;
+        the update is larger than its mean so far: a schedule that is past its peak has not tamed it.
+
+    bench/collapse.py has how that does on the toy, on whose runs it was chosen.
+
+    Attributes:
+        falls: after every step; what a plunge is measured by.
+        last_good: the last step with a fall of less than half of `nats`.
+        tripped: the step it tripped at, or None.
+    """
+
+    SHARE, START = 1 / 3, 4  # of a step in the running means; steps whose mean is the start
+
+    def __init__(self, nats: float):
+        self.nats = nats
+        self.falls: list[float] = []
+        self.start = self.mean = self.update = self.update_mean = 0.0
+        self.last_good = 0
+        self.tripped: int | None = None
+
+    def look(self, step: int, chosen: float, update: float) -> bool:
+        """Take note of a step; True at the one that trips the watch, once in a run."""
+        n = len(self.falls) + 1
+        if n <= self.START:
+            self.start += (chosen - self.start) / n
+            self.mean = self.start
+        else:
+            self.mean += self.SHARE * (chosen - self.mean)
+        self.update += (self.SHARE if n > 1 else 1.0) * (update - self.update)
+        fall = self.start - self.mean
+        self.falls.append(fall)
+        self.update_mean += (update - self.update_mean) / n
+        if fall < self.nats / 2:
+            self.last_good = step
+        third, two_thirds = self.falls[n // 3], self.falls[2 * n // 3]
+        accelerates = fall - two_thirds > max(two_thirds - third, 0.0)
+        if self.tripped is None and fall > self.nats and accelerates and self.update > self.update_mean:
+            self.tripped = step
+            return True
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs."""
+        return {k: v for k, v in vars(self).items() if k != "nats"}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+@contextlib.contextmanager
+def signals(where: Callable[[], str], world: World) -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM asks the run to stop and SIGUSR1 asks where it is.
+
+    Yields:
+        A function that tells every rank alike whether any was asked to stop.
+    """
+    asked = False
+
+    def stop(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    def tell(*_: object) -> None:
+        if world.rank == 0:
+            os.write(2, f"{where()}\n".encode())  # print may be in the middle of a line
+
+    before = {
+        number: signal.signal(number, handler) for number, handler in ((signal.SIGTERM, stop), (signal.SIGUSR1, tell))
+    }
+    try:
+        yield lambda: world.any(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,184 @@
+"""What a run says of itself: metrics.jsonl, a row a step, and a line on the screen every few steps.
+
+A step's figures wait on the device until a line is due; that is the only time the loop waits for it.
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanoredi.common.errors import UserError
+from nanoredi.config import RediConfig, SftConfig
+from nanoredi.trainer.distributed import World
+
+
+@dataclass
+class Step:
+    """One optimiser step, as the loop knows it.
+
+    Attributes:
+        number: counted from 1.
+        epoch: passes over the data so far.
+        lr: its learning rate.
+        figures: (5,) on the device: chosen and rejected log-prob, gradient norm, update norm, loss.
+        tokens: that went through, over all ranks.
+        flops: that they took, forward and backward, nothing counted twice.
+        rows: the data's rows that were in it, counted from 0.
+    """
+
+    number: int
+    epoch: float
+    lr: float
+    figures: Tensor
+    tokens: int
+    flops: float
+    rows: np.ndarray
+
+
+class Log:
+    """Every rank has one and gives it the same; rank 0's writes."""
+
+    def __init__(
+        self, config: SftConfig | RediConfig, first: int, total: int, matrix_rate: float, world: World, label: str
+    ):
+        """Begin after step number `first` of `total`: what the files hold of later steps is dropped.
+
+        Args:
+            matrix_rate: operations a second that this rank's device reaches in a large matrix product.
+            label: what the run is called when somebody asks where it is.
+        """
+        self.config, self.total, self.matrix_rate, self.world, self.label = config, total, matrix_rate, world, label
+        self.path = Path(config.out) / "metrics.jsonl"
+        self.has_rejected = getattr(config, "objective", "sft") != "sft" and config.alpha != 0
+        self.waiting: list[Step] = []
+        self.first, self.start = first, time.perf_counter()
+        self.last = self.start
+        self.line = "no step yet"
+        self.board = None
+        if world.rank == 0:
+            drop_steps_after(self.path, first)
+            if config.tensorboard:
+                self.board = _tensorboard(Path(config.out) / "tensorboard", first)
+
+    def add(self, step: Step) -> list[tuple[Step, dict[str, Any]]]:
+        """Keep a step. When a line is due: write what waits, and return it with its rows of metrics.jsonl."""
+        self.waiting.append(step)
+        due = step.number == self.first + 1 or step.number % self.config.log_every == 0 or step.number == self.total
+        return self.flush() if due else []
+
+    def flush(self) -> list[tuple[Step, dict[str, Any]]]:
+        """Write what waits; the steps with their rows."""
+        if not self.waiting:
+            return []
+        values = torch.stack([step.figures for step in self.waiting]).tolist()  # the one wait for the device
+        now = time.perf_counter()
+        seconds = now - self.last
+        tokens_per_s = sum(step.tokens for step in self.waiting) / seconds
+        share = sum(step.flops for step in self.waiting) / seconds / (self.matrix_rate * self.world.size)
+        common = {
+            "tokens_per_s": round(tokens_per_s, 1),
+            "peak_memory_gb": round(peak_memory_gb(self.world.device), 3),
+            "matrix_share": round(share, 4),
+        }
+        pairs = [(step, {**self._row(step, v), **common}) for step, v in zip(self.waiting, values)]
+        self.waiting, self.last = [], now
+        if self.world.rank == 0:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for _, row in pairs)
+            self.line = self._line(pairs[-1][1], now)
+            print(self.line, flush=True)
+            for _, row in pairs if self.board else []:
+                for key, value in row.items():
+                    if value is not None and key != "step":
+                        self.board.add_scalar(key, value, row["step"])
+        return pairs
+
+    def where(self) -> str:
+        """Where the run is, for who asks."""
+        since = time.perf_counter() - self.last
+        return f"{self.label}, {clock(since)} after this line, {len(self.waiting)} steps on:\n{self.line}"
+
+    def _row(self, step: Step, values: list[float]) -> dict[str, Any]:
+        chosen, rejected, grad_norm, update, loss = values
+        skipped = not all(map(math.isfinite, values))
+        if skipped:  # JSON knows no NaN
+            chosen, rejected, grad_norm, update, loss = (v if math.isfinite(v) else None for v in values)
+        both = self.has_rejected and chosen is not None and rejected is not None
+        return {
+            "step": step.number,
+            "epoch": round(step.epoch, 4),
+            "loss": loss,
+            "chosen_logp": chosen,
+            "rejected_logp": rejected if self.has_rejected else None,
+            "margin": chosen - rejected if both else None,
+            "grad_norm": grad_norm,
+            "update_norm": update,
+            "lr": step.lr,
+            **({"skipped": True} if skipped else {}),
+        }
+
+    def _line(self, row: dict[str, Any], now: float) -> str:
+        def show(value: float | None, form: str) -> str:
+            return format(math.nan if value is None else value, form)
+
+        pair = ""
+        if self.has_rejected:
+            pair = f"  rejected {show(row['rejected_logp'], '8.4f')}  margin {show(row['margin'], '7.4f')}"
+        done = row["step"] - self.first
+        left = (now - self.start) / done * (self.total - row["step"])
+        return (
+            f"step {row['step']:>{len(str(self.total))}}/{self.total}  loss {show(row['loss'], '8.4f')}  "
+            f"chosen {show(row['chosen_logp'], '8.4f')}{pair}  grad {show(row['grad_norm'], '.2e')}  "
+            f"update {show(row['update_norm'], '.2e')}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s "
+            f"({row['matrix_share']:.0%} of matmul)  {row['peak_memory_gb']:.1f} GB  left {clock(left)}"
+        )
+
+
+def drop_steps_after(path: Path, step: int) -> None:
+    """Keep the rows of metrics.jsonl up to a step: those after it are about to be made again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the torn end of a killed run
+            break
+        if row["step"] > step:
+            break
+        kept.append(line + "\n")
+    beside = path.with_suffix(".writing")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)
+
+
+def _tensorboard(folder: Path, first: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter(str(folder), purge_step=first + 1)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory held so far: of the GPU by tensors, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss under an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,174 @@
+"""The training state, for an exact resume: weights, AdamW's moments, and where the run was.
+
+    out/state/step-000200/    one safetensors file a rank, and state.json: the notes, and every file's size and digest
+
+torch.distributed.checkpoint writes and reads the tensors, so another number of ranks can go on. Its own format keeps a
+pickle beside the data; its safetensors one does not. A state is written beside (step-000200.writing) while the training
+goes on, and gets its name when all of it is on the disk and digested; then the oldest goes, so that two remain. A state
+that has its name but not its digests is told to the user and the one before it is taken.
+
+No random number is drawn while training: which rows a step has follows from the seed and the step's number (batch.py),
+so the step is all that a resume needs to know of the data's order.
+"""
+
+import hashlib
+import json
+import shutil
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from nanoredi.common.errors import UserError
+from nanoredi.trainer.distributed import World
+from nanoredi.trainer.optimizer import AdamW
+
+KEEP = 2
+_NOTES = "state.json"
+
+
+def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
+    """Every tensor of the state, by name: the weights and AdamW's moments."""
+    tensors = {}
+    for (name, p), m, v in zip(model.named_parameters(), optimizer.exp_avg, optimizer.exp_avg_sq):
+        tensors |= {f"weight.{name}": p.data, f"exp_avg.{name}": m, f"exp_avg_sq.{name}": v}
+    return tensors
+
+
+class States:
+    """The states of a run. Every rank has one and calls its methods together."""
+
+    def __init__(self, folder: Path, world: World):
+        self.folder, self.world = folder, world
+        # A group of its own: the writing goes on beside the training's exchanges.
+        self.group = dist.new_group(backend="gloo")
+        self.pending: Future | None = None
+        self.named = threading.Event()
+        self.failure = ""
+        self.newest = 0  # the step of the newest whole state
+
+    def save(self, step: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """Begin to save the state of a step; tensors may change as soon as this returns.
+
+        Raises:
+            UserError: when the state before this one could not be written.
+        """
+        self.wait()
+        beside = self.folder / f"step-{step:06d}.writing"
+        self.world.first(lambda: (shutil.rmtree(beside, ignore_errors=True), beside.mkdir(parents=True)) and None)
+        self.named.clear()
+        copies = (
+            {name: t.detach().clone() for name, t in tensors.items()} if self.world.device.type == "cpu" else tensors
+        )
+        writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+        # All is on the host by then. Copying ahead would ask CUDA for a stream, in a new thread and so on the first
+        # device, where every rank would then hold a context.
+        writer.per_thread_copy_ahead = 0
+        self.pending = dcp.async_save(copies, storage_writer=writer, process_group=self.group)
+        if self.world.rank == 0:
+            # Rank 0's part is done when every rank's is: it gathers their word.
+            self.pending.add_done_callback(lambda future: self._name(beside, step, notes, future))
+
+    def wait(self) -> None:
+        """Until the state that is being written is whole.
+
+        Raises:
+            UserError: when it could not be written; the ones before it are as they were.
+        """
+        if self.pending is None:
+            return
+        error = self.pending.exception()
+        self.pending = None
+        if self.world.rank == 0:
+            self.named.wait()
+        elif error:
+            self.failure = _cause(error)
+        failures: list = [None] * self.world.size
+        dist.all_gather_object(failures, self.failure, group=self.group)
+        if any(failures):
+            last = f"the last whole one is step {self.newest}" if self.newest else "there is none yet"
+            raise UserError(f"cannot save the training state in {self.folder}: {next(filter(None, failures))}; {last}")
+
+    def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+        """Fill tensors from the newest whole state.
+
+        Returns:
+            Its notes, or None when there is none; then the tensors are as they were.
+        """
+        found = self.world.first(self._newest_whole)
+        if found is None:
+            return None
+        path, notes = found
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), process_group=self.group)
+        self.newest = notes["step"]
+        return notes
+
+    def drop(self) -> None:
+        """Remove all states: the run has ended and needs none."""
+        self.wait()
+        self.world.first(lambda: shutil.rmtree(self.folder, ignore_errors=True))
+
+    def _name(self, beside: Path, step: int, notes: dict[str, Any], future: Future) -> None:
+        """On rank 0, in the writer's thread: digest what was written, give it its name, and let the oldest go."""
+        try:
+            future.result()
+            files = _digests(sorted(beside.iterdir()))
+            text = json.dumps({"step": step, "notes": notes, "files": files}, indent=1)
+            (beside / _NOTES).write_text(text, encoding="utf-8")
+            beside.rename(beside.with_suffix(""))
+            self.newest = step
+            for old in self._steps()[:-KEEP]:
+                shutil.rmtree(old)
+        except BaseException as error:  # dcp's own is no Exception; wait() raises it in the loop
+            self.failure = _cause(error)
+            shutil.rmtree(beside, ignore_errors=True)
+        finally:
+            self.named.set()
+
+    def _steps(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".writing")
+
+    def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+        for torn in self.folder.glob("*.writing"):
+            shutil.rmtree(torn)
+        for path in reversed(self._steps()):
+            try:
+                kept = json.loads((path / _NOTES).read_text(encoding="utf-8"))
+                files, notes = kept["files"], {"step": kept["step"], **kept["notes"]}
+                found = _digests([path / name for name in files])
+                torn = [name for name, digest in files.items() if found[name] != digest]
+            except OSError as error:
+                torn = [Path(error.filename or _NOTES).name]
+            except (ValueError, KeyError, TypeError):
+                torn = [_NOTES]
+            if not torn:
+                return path, notes
+            print(
+                f"warning: the training state {path} is damaged ({', '.join(torn)}); the one before it is tried",
+                flush=True,
+            )
+        return None
+
+
+def _digests(paths: list[Path]) -> dict[str, list]:
+    """By name, several files at a time: they are as large as the model."""
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((path.name for path in paths), pool.map(_digest, paths)))
+
+
+def _digest(path: Path) -> list:
+    """A file's size and blake2b."""
+    with open(path, "rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
+
+
+def _cause(error: BaseException) -> str:
+    """The first cause's own words: dcp wraps every rank's error in one of its own."""
+    for inner in getattr(error, "failures", {}).values():
+        return _cause(inner[0] if isinstance(inner, tuple) else inner)
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[-1]

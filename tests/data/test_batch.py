@@ -1,0 +1,78 @@
+"""Packing, the order of the rows, and how they are dealt."""
+
+import numpy as np
+import pytest
+import torch
+
+from nanoredi.common.errors import UserError
+from nanoredi.data.batch import WeightedSequence, divide, num_steps, pack, step_rows
+
+
+def test_pack():
+    batch = pack(
+        [
+            WeightedSequence(np.array([5, 6, 7, 8]), np.array([False, False, True, True]), -0.5, "a"),
+            WeightedSequence(np.array([1, 2]), np.array([False, True]), 0.25, "b"),
+        ],
+        vocab_size=9,
+    )
+    assert batch.input_ids.tolist() == [5, 6, 7, 1]
+    assert batch.targets.tolist() == [6, 7, 8, 2]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4]
+    assert batch.weights.tolist() == [0, -0.5, -0.5, 0.25]
+    assert batch.rows.tolist() == [1, 2, 3]
+    assert batch.max_seqlen == 3
+    assert batch.weights.dtype == torch.float32 and batch.cu_seqlens.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    "tokens, weight, message",
+    [
+        ([1, 9, 2], 1.0, "row 7: token 9 at place 1 is outside the vocabulary of 9"),
+        ([1, 2, -1], 1.0, "row 7: token -1 at place 2 is outside"),
+        ([1, 2], float("nan"), "row 7: the weight of its tokens is nan"),
+        ([1, 2], float("-inf"), "row 7: the weight of its tokens is -inf"),
+    ],
+)
+def test_pack_refuses_what_the_kernel_would_trust(tokens, weight, message):
+    good = WeightedSequence(np.array([0, 8]), np.array([False, True]), 1.0, "row 6")
+    bad = WeightedSequence(np.array(tokens), np.ones(len(tokens), dtype=bool), weight, "row 7")
+    with pytest.raises(UserError, match=message):
+        pack([good, bad], vocab_size=9)
+
+
+@pytest.mark.parametrize("rows, batch_size, epochs", [(10, 4, 1), (12, 4, 2), (3, 8, 2)])
+def test_every_epoch_sees_every_row_once_in_an_order_of_its_own(rows, batch_size, epochs):
+    total = num_steps(rows, batch_size, epochs, max_steps=0)
+    steps = [step_rows(i, rows, batch_size, seed=1).tolist() for i in range(total)]
+    per_epoch = total // epochs
+    orders = [sum(steps[e * per_epoch : (e + 1) * per_epoch], []) for e in range(epochs)]
+    assert all(sorted(order) == list(range(rows)) for order in orders)
+    assert len({tuple(order) for order in orders}) == epochs
+    assert steps == [step_rows(i, rows, batch_size, seed=1).tolist() for i in range(total)]
+
+
+def test_max_steps():
+    assert num_steps(100, 10, 5, max_steps=7) == 7
+    assert num_steps(100, 10, 1, max_steps=70) == 10
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("max_tokens", [50, 300, 10_000])
+def test_divide_deals_everything_evenly_within_the_budget(world_size, max_tokens):
+    lengths = np.random.default_rng(0).integers(10, 120, 64).tolist()
+    costs = [n + n * n / 100 for n in lengths]
+    places = divide(lengths, costs, world_size, max_tokens)
+    assert len(places) == world_size and len({len(p) for p in places}) == 1
+    assert sorted(i for rank in places for micro in rank for i in micro) == list(range(64))
+    for rank in places:
+        for micro in rank:
+            assert sum(lengths[i] for i in micro) <= max_tokens or len(micro) == 1
+    if max_tokens >= 300:
+        spent = [sum(costs[i] for micro in rank for i in micro) for rank in places]
+        assert max(spent) <= 1.05 * sum(costs) / world_size
+
+
+def test_divide_with_fewer_sequences_than_ranks_leaves_places_empty():
+    assert sorted(divide([5, 9], [5, 9], 4, 100)) == [[[]], [[]], [[0]], [[1]]]

@@ -1,0 +1,110 @@
+"""Benchmark files in their layouts."""
+
+import json
+
+import pytest
+
+from nanoredi.common.errors import UserError
+from nanoredi.data.benchmarks import PAPER, golds_of, load
+from nanoredi.grader import grade
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_paper_s_files(name, shared):
+    benchmark = load(name, str(shared / "benchmarks"))
+    assert len(benchmark.questions) == len(benchmark.golds) == PAPER[name]
+    assert benchmark.name == name and "Think step by step before answering.\n\n" in benchmark.questions[0]
+    assert load(name, str(shared / "benchmarks"), limit=2).golds == benchmark.golds[:2]
+    assert all(grade(f"\\boxed{{{gold}}}", gold) for golds in benchmark.golds for gold in golds)
+
+
+def test_the_paper_s_answers_in_their_formats(shared):
+    folder = str(shared / "benchmarks")
+    assert load("amc23", folder).golds[0] == ["142"]
+    assert load("minerva", folder).golds[0] == ["9.6"]
+    assert load("aime24", folder).golds[1] == ["025"]
+    assert load("olympiad_bench", folder).golds[1] == ["$\\frac{1}{2 n+2}$"]
+
+
+def test_one_s_own_rows(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"problem": "1+1?", "answer": 2}\n{"problem": "half?", "answer": ["0.5", "1/2"], "more": 1}\n')
+    benchmark = load(str(path), "")
+    assert (benchmark.name, benchmark.questions, benchmark.golds) == (
+        "mine",
+        ["1+1?", "half?"],
+        [["2"], ["0.5", "1/2"]],
+    )
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"answer": 2}\n', "line 1 has no text in 'problem'"),
+        ('{"problem": "x", "answer": null}\n', "line 1 has no 'answer'"),
+        ('{"problem": "x", "answer": []}\n', "line 1 has no 'answer'"),
+        ('{"problem": "x", "answer": true}\n', "line 1 has no 'answer'"),
+        ("", "holds no problems"),
+        ("{\n", "line 1 is not JSON"),
+    ],
+)
+def test_malformed_rows_are_named(tmp_path, text, words):
+    (tmp_path / "b.jsonl").write_text(text)
+    with pytest.raises(UserError, match=words):
+        load(str(tmp_path / "b.jsonl"), "")
+
+
+def test_what_is_missing_or_of_another_length(tmp_path):
+    with pytest.raises(UserError, match=r"no benchmark 'math50' \(did you mean 'math500'\?\)"):
+        load("math50", "")
+    with pytest.raises(UserError, match="give --data DIR"):
+        load("math500", "")
+    with pytest.raises(UserError, match="holds neither aime24.json nor aime24.jsonl"):
+        load("aime24", str(tmp_path))
+    (tmp_path / "aime24.json").write_text(json.dumps([{"problem": "x", "answer": "1"}]))
+    with pytest.raises(UserError, match="holds 1 problems; aime24 has 30"):
+        load("aime24", str(tmp_path))
+
+
+def test_hugging_face_s_layouts(tmp_path):
+    rows = {
+        "math500": {
+            "problem": "p",
+            "solution": "s",
+            "answer": "\\frac12",
+            "subject": "Algebra",
+            "level": 1,
+            "unique_id": "u",
+        },
+        "maxwell": {"ID": "2024-II-4", "Problem": "p", "Solution": "s", "Answer": 33},
+        "h4": {"id": 60, "problem": "p", "solution": "s", "answer": "204", "url": "u", "year": "2024"},
+    }
+    golds = {}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        benchmark = load(str(tmp_path / f"{name}.jsonl"), "")
+        assert benchmark.problems == benchmark.questions == ["p"]
+        (golds[name],) = benchmark.golds
+    assert golds == {"math500": ["\\frac12"], "maxwell": ["33"], "h4": ["204"]}
+
+
+def test_a_named_benchmark_may_be_jsonl(tmp_path):
+    (tmp_path / "aime24.jsonl").write_text('{"Problem": "p", "Answer": 1}\n' * 30)
+    benchmark = load("aime24", str(tmp_path), limit=3)
+    assert benchmark.problems == ["p"] * 3 and benchmark.questions[0].endswith("before answering.\n\np")
+
+
+@pytest.mark.parametrize(
+    "answer, golds",
+    [
+        ("142.0", ["142.0"]),
+        (142.0, ["142"]),
+        ("['9.6\\n']", ["9.6"]),
+        ("['0.01\\n', \"0.02\"]", ["0.01", "0.02"]),
+        (["a ", "b\n"], ["a", "b"]),
+        ("[1,2]", ["[1,2]"]),  # an interval
+        ("['", ["['"]),
+    ],
+)
+def test_answers_as_files_have_them(answer, golds):
+    assert golds_of("here", answer) == golds

@@ -1,0 +1,250 @@
+"""Rows to tokens: the two stages' rules, golden ids, limits, the cache, malformed rows."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanoredi.common.errors import UserError
+from nanoredi.data.sequences import load_pairs, load_sft
+from nanoredi.data.tokenizer import Tokenizer
+
+PAIR = {"prompt": "a=1b+2", "chosen": "<think>b+2=3;</think>\\boxed{3}", "rejected": "<think>b+2=4;</think>\\boxed{4}"}
+
+
+@pytest.fixture
+def tokenizer(toy_data) -> Tokenizer:
+    return Tokenizer(toy_data / "model")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return str(tmp_path / "cache")
+
+
+def conversation(prompt="a=1b+2", answer=PAIR["chosen"]):
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+
+
+def test_real_ids_of_both_stages_are_pinned(shared, write, cache):
+    tokenizer = Tokenizer(shared / "qwen2.5-tokenizer")
+    head = [
+        151644,
+        8948,
+        198,
+        5501,
+        2874,
+        3019,
+        553,
+        3019,
+        11,
+        323,
+        2182,
+        697,
+        1590,
+        4226,
+        2878,
+        1124,
+        79075,
+        46391,
+        151645,
+        198,
+        151644,
+        872,
+        198,
+        16,
+        10,
+        16,
+        30,
+        151645,
+        198,
+        151644,
+        77091,
+        198,
+    ]
+    answer = [59, 79075, 90, 17, 92, 151645, 198]
+    tokens, learned = load_sft(write(conversation("1+1?", "\\boxed{2}")), tokenizer, 100, cache).sequence(0)
+    assert tokens.tolist() == [*head, *answer, 151643]
+    # Stage 1 never learns <|endoftext|>: it is the padding token too.
+    assert learned.tolist() == [False] * len(head) + [True] * len(answer) + [False]
+    pairs = load_pairs(write({"prompt": "1+1?", "chosen": "\\boxed{2}", "rejected": "3"}), tokenizer, 100, 100, cache)
+    tokens, learned = pairs.sequence(0)
+    assert tokens.tolist() == [*head, *answer, 151643]
+    assert learned.tolist() == [False] * len(head) + [True] * (len(answer) + 1)
+    assert pairs.sequence(1)[0].tolist() == [*head, 18, 151645, 198, 151643]
+
+
+def test_toy_rows(tokenizer, write, cache):
+    data = load_sft(write(conversation()), tokenizer, 100, cache)
+    tokens, learned = data.sequence(0)
+    assert (
+        tokenizer.backend.decode(tokens.tolist(), skip_special_tokens=False)
+        == "<user>a=1b+2<assistant>" + PAIR["chosen"] + "<eos>"
+    )
+    # Here padding is a token of its own, and the end is learned in stage 1 too.
+    assert learned.sum() == len(tokenizer.encode(PAIR["chosen"])) + 1 == data.num_learned(0) and learned[-1]
+    assert data.notes == []
+
+
+def test_text_and_messages_are_the_same_row(tokenizer, write, cache):
+    as_messages = {
+        "prompt": [{"role": "user", "content": PAIR["prompt"]}],
+        **{key: [{"role": "assistant", "content": PAIR[key]}] for key in ("chosen", "rejected")},
+    }
+    data = load_pairs(write(PAIR, as_messages), tokenizer, 50, 50, cache)
+    assert len(data) == 4
+    for i in (0, 1):
+        assert np.array_equal(data.sequence(i)[0], data.sequence(i + 2)[0])
+
+
+def test_limits_cut_as_the_original_and_say_so(tokenizer, write, cache):
+    whole = load_pairs(write(PAIR), tokenizer, 50, 50, cache)
+    cut = load_pairs(write(PAIR), tokenizer, 3, 5, cache)
+    prompt_length = int((~whole.sequence(0)[1]).sum())
+    assert cut.sequence(0)[0].tolist() == whole.sequence(0)[0][prompt_length - 3 : prompt_length + 5].tolist()
+    assert [note.split(": ")[1] for note in cut.notes] == [
+        "1 of 1 prompts cut to their last 3 tokens",
+        "2 of 1 responses cut to 5 tokens",
+    ]
+    sft = load_sft(write(conversation(), conversation("a=1b+2c+3d+4e+5")), tokenizer, 12, cache)
+    assert len(sft) == 1 and len(sft.sequence(0)[0]) == 12
+    assert [note.split(": ", 1)[1] for note in sft.notes] == [
+        "2 of 2 conversations cut to 12 tokens",
+        "1 of 2 rows dropped: the prompt alone fills max_tokens",
+    ]
+    with pytest.raises(UserError, match="no row of .* is left: .*the prompt alone fills max_tokens"):
+        load_sft(write(conversation()), tokenizer, 8, cache)
+
+
+def test_the_cache_is_used_and_follows_data_limits_and_tokenizer(tokenizer, write, cache, tmp_path, monkeypatch):
+    path = write(PAIR)
+    first = load_pairs(path, tokenizer, 3, 50, cache)
+    with monkeypatch.context() as m:
+        m.setattr(Tokenizer, "encode_batch", lambda *_: pytest.fail("tokenised again"))
+        again = load_pairs(path, tokenizer, 3, 50, cache)
+    assert (
+        np.array_equal(first.tokens, again.tokens)
+        and again.notes == first.notes
+        and isinstance(again.tokens, np.memmap)
+    )
+    shutil.copytree(tokenizer.folder, tmp_path / "other")
+    (tmp_path / "other" / "added_tokens.json").write_text("{}")
+    load_pairs(path, tokenizer, 4, 50, cache)
+    load_pairs(path, Tokenizer(tmp_path / "other"), 3, 50, cache)
+    assert len(load_pairs(write(PAIR, PAIR), tokenizer, 3, 50, cache)) == 4
+    assert len(list(Path(cache).iterdir())) == 4
+
+
+def test_a_second_start_does_not_read_the_data(tokenizer, write, cache, monkeypatch):
+    path = write(PAIR, PAIR)
+    os.utime(path, (10**9, 10**9))
+    first = load_pairs(path, tokenizer, 50, 50, cache)
+    with monkeypatch.context() as m:
+        m.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+        assert np.array_equal(load_pairs(path, tokenizer, 50, 50, cache).tokens, first.tokens)
+    # Another size, or the same size at another time, is looked at again, and so is what has just been written.
+    assert len(load_pairs(write(PAIR), tokenizer, 50, 50, cache)) == 2
+    for rejected in ("\\boxed{5}", "\\boxed{6}"):
+        now = load_pairs(write(PAIR, {**PAIR, "rejected": rejected}), tokenizer, 50, 50, cache)
+        assert tokenizer.decode(now.sequence(3)[0].tolist()).endswith(rejected)
+    assert not [path for path in Path(cache).iterdir() if path.name.startswith(".")]  # nothing half done is left
+
+
+def test_what_stands_beside_a_cache_that_failed(tokenizer, write, cache):
+    with pytest.raises(UserError, match="line 2 has no field 'rejected'"):
+        load_pairs(write(PAIR, {"prompt": "a=1", "chosen": "1"}), tokenizer, 50, 50, cache)
+    with pytest.raises(UserError, match="rows.jsonl, line 3: the tokenizer of .* cannot write 'xyz"):
+        load_pairs(write(PAIR, PAIR, {**PAIR, "chosen": "xyz"}, PAIR), tokenizer, 50, 50, cache)
+    assert list(Path(cache).iterdir()) == []
+
+
+def test_many_rows_keep_their_order(tokenizer, write, cache):
+    rows = [{**PAIR, "prompt": "a=" + "1" * (1 + i % 7), "chosen": f"\\boxed{{{i}}}"} for i in range(500)]
+    data = load_pairs(write(*rows), tokenizer, 50, 50, cache)
+    assert len(data) == 1000
+    for i, row in enumerate(rows):
+        text = tokenizer.backend.decode(data.sequence(2 * i)[0].tolist(), skip_special_tokens=False)
+        assert text == f"<user>{row['prompt']}<assistant>{row['chosen']}<eos>"
+
+
+@pytest.mark.parametrize("header", [None, "{{ m['role'] }}:  "])
+def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path, header):
+    """By each token's own offset, also where a token straddles the border or one character is many tokens. The second
+    header ends with two spaces, which are one token by themselves and two before a word."""
+    folder = shared / "qwen2.5-tokenizer"
+    if header:
+        (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config["chat_template"] = "{% for m in messages %}" + header + "{{ m['content'] }}{% endfor %}"
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        folder = tmp_path
+    tokenizer = Tokenizer(folder)
+    answers = ["\n\nx", "\n", " a", "🤖🤖 b", "e\u0301", "\u0301a", "  ", "日本", "<think>\n", "\r\n", "\t1"]
+    rows = [conversation(prompt, answer + "z 1") for prompt in ("1", "é", "🤖") for answer in answers]
+    data = load_sft(write(*rows), tokenizer, 1000, cache)
+    assert len(data) == len(rows)
+    for i, row in enumerate(rows):
+        prompt, completion = tokenizer.split(row["messages"])
+        encoding = tokenizer.backend.encode(prompt + completion, add_special_tokens=False)
+        tokens, learned = data.sequence(i)
+        assert tokens.tolist() == [*encoding.ids, tokenizer.eos_id]
+        assert learned.tolist() == [start >= len(prompt) for start, _ in encoding.offsets] + [False]
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ("{", "line 2 is not JSON"),
+        ("3", "line 2 has no field 'prompt'"),
+        ({"prompt": "a=1", "chosen": "1"}, "line 2 has no field 'rejected'"),
+        ({**PAIR, "prompt": ""}, "line 2: 'prompt' must be text"),
+        ({**PAIR, "prompt": 5}, "line 2: 'prompt' must be text"),
+        ({**PAIR, "chosen": ""}, "line 2: 'chosen' must be one message"),
+        (
+            {**PAIR, "chosen": [{"role": "user", "content": "1"}]},
+            "line 2: 'chosen' must be one message of the assistant",
+        ),
+        ({**PAIR, "rejected": [{"role": "assistant", "content": "1"}] * 2}, "line 2: 'rejected' must be one message"),
+    ],
+)
+def test_malformed_pairs_are_named(tokenizer, write, cache, row, words):
+    with pytest.raises(UserError, match=words):
+        load_pairs(write(PAIR, row), tokenizer, 50, 50, cache)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"prompt": "a"}, "line 2 has no field 'messages'"),
+        ({"messages": "a"}, "line 2: 'messages' must be a list"),
+        ({"messages": []}, "line 2: 'messages' must be text, or a list of messages"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "line 2: the last message must be the assistant's"),
+    ],
+)
+def test_malformed_conversations_are_named(tokenizer, write, cache, row, words):
+    with pytest.raises(UserError, match=words):
+        load_sft(write(conversation(), row), tokenizer, 50, cache)
+
+
+def test_missing_and_empty_files(tokenizer, write, cache, tmp_path):
+    with pytest.raises(UserError, match="cannot read .*nowhere"):
+        load_sft(str(tmp_path / "nowhere.jsonl"), tokenizer, 50, cache)
+    with pytest.raises(UserError, match="holds no rows"):
+        load_sft(write(), tokenizer, 50, cache)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"messages": "\xe9"}\n')
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_sft(str(tmp_path / "latin.jsonl"), tokenizer, 50, cache)

@@ -1,0 +1,157 @@
+"""Chat templates and token ids: golden facts of the real tokenizer, templates of other shapes, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+
+from nanoredi.common.errors import UserError
+from nanoredi.data.tokenizer import Tokenizer, check_messages, user_message
+
+CONVERSATION = [
+    {"role": "user", "content": "What is 1+1?"},
+    {"role": "assistant", "content": "<think>\nAdd.\n</think>\n\\boxed{2}"},
+]
+# DeepSeek-R1-Distill's manner: <think> opened in the generation prompt, and dropped from the answers shown.
+R1_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}{% else %}<assistant>"
+    "{% set c = m['content'] %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}{{ c }}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def real(shared) -> Tokenizer:
+    return Tokenizer(shared / "qwen2.5-tokenizer")
+
+
+def edited(toy_data, tmp_path, **changes) -> Tokenizer:
+    """The toy's tokenizer with changes to tokenizer_config.json."""
+    shutil.copytree(toy_data / "model", tmp_path / "t")
+    path = tmp_path / "t" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return Tokenizer(tmp_path / "t")
+
+
+def test_real_template_and_special_tokens(real):
+    assert (real.eos_id, real.pad_id, real.stop_ids) == (151643, 151643, [151643, 151645])
+    system = "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+    prompt = system + "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n"
+    assert real.prompt(CONVERSATION[:1]) == prompt
+    assert real.prompt(CONVERSATION[:1], think=True) == prompt.removesuffix("\n") + "<think>\n"
+    assert real.split(CONVERSATION) == (prompt, "<think>\nAdd.\n</think>\n\\boxed{2}<|im_end|>\n")
+
+
+def test_real_ids_are_pinned(real):
+    prompt, completion = real.split(CONVERSATION)
+    assert real.encode(prompt) == [
+        151644,
+        8948,
+        198,
+        5501,
+        2874,
+        3019,
+        553,
+        3019,
+        11,
+        323,
+        2182,
+        697,
+        1590,
+        4226,
+        2878,
+        1124,
+        79075,
+        46391,
+        151645,
+        198,
+        151644,
+        872,
+        198,
+        3838,
+        374,
+        220,
+        16,
+        10,
+        16,
+        30,
+        151645,
+        198,
+        151644,
+        77091,
+        198,
+    ]
+    assert real.encode(completion) == [13708, 766, 397, 2212, 624, 522, 26865, 397, 59, 79075, 90, 17, 92, 151645, 198]
+
+
+def test_real_streaming_holds_half_characters_back(real):
+    ids = real.encode("∑ 😀 ü")
+    stream = real.stream()
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) == "∑ 😀 ü" and "\ufffd" not in "".join(pieces)
+
+
+def test_toy_round_trip(toy_data):
+    tokenizer = Tokenizer(toy_data / "model")
+    text = "<think>~c=7;Waita=3;b-2=1;</think>\\boxed{0}"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(text)) == 21
+    assert tokenizer.split([*user_message("a=3b-2"), {"role": "assistant", "content": text}]) == (
+        "<user>a=3b-2<assistant>",
+        text,
+    )
+    assert tokenizer.stop_ids == [tokenizer.eos_id] != [tokenizer.pad_id]
+    with pytest.raises(UserError, match="cannot write 'xyz'"):
+        tokenizer.encode("xyz")
+
+
+def test_a_template_that_drops_thinking_loses_none_of_it(toy_data, tmp_path):
+    tokenizer = edited(toy_data, tmp_path, chat_template=R1_TEMPLATE)
+    conversation = [*user_message("a=1"), {"role": "assistant", "content": "<think>b+1=2;</think>2"}]
+    assert tokenizer.split(conversation) == ("<user>a=1<assistant>", "<think>b+1=2;</think>2<eos>")
+    assert (
+        tokenizer.prompt(conversation[:1])
+        == tokenizer.prompt(conversation[:1], think=True)
+        == "<user>a=1<assistant><think>"
+    )
+
+
+def test_templates_in_a_list_and_in_a_file(toy_data, tmp_path):
+    assert (
+        edited(toy_data, tmp_path, chat_template=[{"name": "default", "template": R1_TEMPLATE}])
+        .prompt(user_message("a"))
+        .endswith("<think>")
+    )
+    (tmp_path / "t" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}~{% endfor %}")
+    assert Tokenizer(tmp_path / "t").prompt(user_message("a=1")) == "a=1~"
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"chat_template": None}, "has no chat template"),
+        ({"chat_template": "{% if %}"}, "chat template of .* is broken"),
+        ({"chat_template": "nothing"}, "shows the last answer 0 times"),
+        ({"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, "refuses the messages"),
+        ({"eos_token": "<nope>"}, "eos_token is '<nope>', which the vocabulary does not hold"),
+    ],
+)
+def test_templates_and_tokens_that_cannot_serve(toy_data, tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        edited(toy_data, tmp_path, **changes)
+
+
+def test_the_template_may_refuse(toy_data):
+    with pytest.raises(UserError, match="the toy knows the roles user and assistant"):
+        Tokenizer(toy_data / "model").prompt([{"role": "system", "content": "a"}])
+
+
+def test_broken_files(tmp_path):
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["", "  ", [], None, 3, [{"role": "user"}], [{"role": "user", "content": 1}], ["a"]])
+def test_what_is_no_message(value):
+    with pytest.raises(UserError, match="here must be text, or a list of messages"):
+        check_messages("here", value)

@@ -1,0 +1,96 @@
+"""An evaluation's samples on disk: whole lines, a torn one cut off, another one refused, only the missing made."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT
+
+from nanoredi.common.errors import UserError
+from nanoredi.config import EvaluateConfig
+from nanoredi.data.benchmarks import load
+from nanoredi.evaluation.samples import Samples
+
+CONFIG = EvaluateConfig(n=3, max_tokens=10)
+
+
+@pytest.fixture
+def claimed(tmp_path, toy_data):
+    samples = Samples(tmp_path)
+    samples.claim({"SFT": toy_data / "model"}, [load(str(toy_data / "toy.jsonl"), "", 4)], CONFIG)
+    return samples
+
+
+def test_a_torn_last_line_is_cut_off(claimed, toy_data):
+    whole = "".join(json.dumps({"n": n, "response": "é" * 50_000}) + "\n" for n in range(3))
+    for torn in ("", '{"n": 3', '{"n": 3, "response": "' + "é" * 80_000):
+        claimed.path.write_bytes((whole + torn).encode()[: -1 if torn.endswith("é") else None])
+        claimed.claim({"SFT": toy_data / "model"}, [load(str(toy_data / "toy.jsonl"), "", 4)], CONFIG)
+        assert claimed.path.read_text() == whole
+        assert list(claimed.rows()) == [{"n": 0}, {"n": 1}, {"n": 2}]
+    claimed.path.write_text('{"n"')
+    claimed.claim({"SFT": toy_data / "model"}, [load(str(toy_data / "toy.jsonl"), "", 4)], CONFIG)
+    assert claimed.path.read_text() == ""
+    claimed.append({"response": "half a pair \ud83d"})
+    assert len(list(claimed.rows())) == 1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"n": 4}, "the setting n is 3 there and 4 here"),
+        ({"seed": 1}, "the setting seed is 42 there and 1 here"),
+        ({"temperature": 0.0}, "the setting temperature is 0.6 there and 0.0 here"),
+        ({"batch_size": 1, "cache_gb": 1.0, "page_size": 16}, None),
+    ],
+)
+def test_another_config_is_refused(claimed, toy_data, change, words):
+    def again():
+        tests = [load(str(toy_data / "toy.jsonl"), "", 4)]
+        claimed.claim({"SFT": toy_data / "model"}, tests, replace(CONFIG, **change))
+
+    if words is None:
+        return again()
+    with pytest.raises(UserError, match=words):
+        again()
+
+
+def test_another_model_or_benchmark_is_refused(claimed, toy_data, tmp_path):
+    model, tests = toy_data / "model", [load(str(toy_data / "toy.jsonl"), "", 4)]
+    with pytest.raises(UserError, match="the benchmark toy has changed since"):
+        claimed.claim({"SFT": model}, [load(str(toy_data / "toy.jsonl"), "", 5)], CONFIG)
+    with pytest.raises(UserError, match="the model REDI is not part of it and is asked for"):
+        claimed.claim({"SFT": model, "REDI": model}, tests, CONFIG)
+    with pytest.raises(UserError, match="the model SFT is part of it and is not asked for"):
+        claimed.claim({}, tests, CONFIG)
+    other = tmp_path / "model"
+    other.mkdir()
+    for file in model.iterdir():
+        data = bytearray(file.read_bytes())
+        data[-1] ^= file.suffix == ".safetensors"  # one weight's last bit
+        (other / file.name).write_bytes(data)
+    with pytest.raises(UserError, match="the model SFT has changed since"):
+        claimed.claim({"SFT": other}, tests, CONFIG)
+    claimed.about.unlink()
+    claimed.path.write_text("{}\n")
+    with pytest.raises(UserError, match="no evaluation.json that says of what"):
+        claimed.claim({"SFT": model}, tests, CONFIG)
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_samples(tmp_path, toy_data):
+    """Two ranks, killed in the middle; then one rank does what is missing. The samples are those of one start."""
+    words = "--n 5 --max_tokens 60 --batch_size 2 --dtype float32 --seed 3 --think own --model MODEL --benchmarks TOY"
+    flags = words.replace("MODEL", str(toy_data / "model")).replace("TOY", str(toy_data / "toy.jsonl")).split()
+    command = [sys.executable, str(ROOT / "tests" / "kill_evaluation.py"), ".", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    whole, broken = ((tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "broken"))
+    before = (tmp_path / "before").read_text()
+    assert 3 <= before.count("\n") < 30 and broken.startswith(before)
+    assert f"{before.count(chr(10))} samples are there, {30 - before.count(chr(10))} are missing" in done.stdout
+    assert sorted(whole.splitlines()) == sorted(broken.splitlines()) and whole.count("\n") == 30
+    assert (tmp_path / "whole/results.json").read_text() == (tmp_path / "broken/results.json").read_text()

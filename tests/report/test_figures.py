@@ -1,0 +1,199 @@
+"""The course of runs: what is read of them, and the picture."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from nanoredi.common.errors import UserError
+from nanoredi.report import __main__ as report
+from nanoredi.report import figures
+
+
+def metrics(step, **more):
+    return {"step": step, "chosen_logp": -0.5 - step / 10, "rejected_logp": -0.7 - step / 5, "update_norm": 0.1} | more
+
+
+def result(model, benchmark, accuracy):
+    return {"model": model, "benchmark": benchmark, "n": 4, "pass@1": accuracy, "sem": 0.01, "pass@4": 1.0}
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Write a run's folder, relative to an empty one."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(name, rows, tail="", results=()):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+        if results:
+            (folder / "results.json").write_text(json.dumps(results))
+        return name
+
+    return make
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """The points of every line that is drawn, by panel."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn = {}
+    set_title = Axes.set_title
+
+    def keep(self, title, **more):
+        drawn[title] = [(list(line.get_xdata()), list(line.get_ydata())) for line in self.lines]
+        return set_title(self, title, **more)
+
+    monkeypatch.setattr(Axes, "set_title", keep)
+    return drawn
+
+
+def test_series_and_their_gaps(make):
+    make("run", [metrics(1), metrics(2, rejected_logp=None), {"step": 3}])
+    (run,) = figures.read_runs(["run"])
+    assert run.series("chosen_logp")[0] == [1, 2, 3]
+    chosen, rejected = run.series("chosen_logp")[1], run.series("rejected_logp")[1]
+    assert chosen[:2] == [-0.6, -0.7] and math.isnan(chosen[2])
+    assert rejected[0] == pytest.approx(-0.9) and all(map(math.isnan, rejected[1:]))
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "chosen_l', '{"step": 3, "chosen_logp": -1', "{", "\n\n"])
+def test_a_broken_off_last_line_is_left_out(make, tail):
+    make("run", [metrics(1), metrics(2)], tail)
+    assert [row["step"] for row in figures.read_runs(["run"])[0].rows] == [1, 2]
+
+
+def test_a_whole_last_line_needs_no_end(make):
+    make("run", [metrics(1)], json.dumps(metrics(2)))
+    assert [row["step"] for row in figures.read_runs(["run"])[0].rows] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('{"step": 3, "chos\n', "line 2 is not JSON"),
+        ("[3]\n", "line 2 is no row of a run: it has no step"),
+        ('{"step": "3"}\n', "line 2 is no row"),
+        ('{"step": 3, "loss": "low"}\n', "line 2: loss is 'low'; it must be a number or null"),
+    ],
+)
+def test_a_broken_line_is_named(make, line, words):
+    make("run", [metrics(1)], line)
+    with pytest.raises(UserError, match=words):
+        figures.read_runs(["run"])
+
+
+def test_names_tell_runs_apart(make):
+    for name in ("a/redi", "b/redi", "b/c/redi", "sft"):
+        make(name, [metrics(1)])
+    names = [run.name for run in figures.read_runs(["a/redi", "b/redi", "b/c/redi", "sft"])]
+    assert names == ["a/redi", "b/redi", "c/redi", "sft"]
+    with pytest.raises(UserError, match="a/redi is given twice"):
+        figures.read_runs(["a/redi", "b/../a/redi"])
+
+
+def test_accuracy_stands_at_its_models_step(make):
+    models = ["SFT", "REDI", "step-000200", "runs/x/step-000400"]
+    make("run", [metrics(i) for i in range(1, 501)], results=[result(m, "toy", i / 10) for i, m in enumerate(models)])
+    (run,) = figures.read_runs(["run"])
+    assert run.accuracy == {"toy": [(0, 0.0, 0.01), (200, 0.2, 0.01), (400, 0.3, 0.01), (500, 0.1, 0.01)]}
+
+
+def test_a_second_sft_is_the_end(make):
+    """A stage-2 run with the objective sft names both of its models so."""
+    rows = [result(m, b, a) for m, a in (("SFT", 0.1), ("SFT", 0.2)) for b in ("x", "y")]
+    make("run", [metrics(1), metrics(2)], results=rows)
+    (run,) = figures.read_runs(["run"])
+    assert run.accuracy == {b: [(0, 0.1, 0.01), (2, 0.2, 0.01)] for b in ("x", "y")}
+
+
+def test_results_that_are_none_are_refused(make):
+    make("run", [metrics(1)], results=[{"model": "SFT", "benchmark": "toy"}])
+    with pytest.raises(UserError, match="results.json holds a row that is no model's result"):
+        figures.read_runs(["run"])
+
+
+def test_summary(make):
+    make("run", [metrics(1, loss=2.0), metrics(2, loss=float("nan")), metrics(3, loss=0.5), metrics(4, loss=1.0)])
+    make("new", [])
+    run, new = figures.read_runs(["run", "new"])
+    loss = next(line for line in figures.summary(run).splitlines() if "loss" in line)
+    assert loss.split() == ["loss", "2.0000", "1.0000", "0.5000", "2.0000"]
+    assert "margin" not in figures.summary(run)
+    assert figures.summary(new) == "new: no steps yet"
+
+
+def test_the_four_panels(make, lines):
+    make("redi", [metrics(1), metrics(2)], results=[result("SFT", "toy", 0.5), result("REDI", "toy", 0.75)])
+    make("sft", [metrics(i, rejected_logp=None) for i in (1, 2, 3)])
+    make("new", [])
+    figures.draw(figures.read_runs(["redi", "sft", "new"]), "out.png")
+    assert lines["Accuracy on toy"][0] == ([0, 2], [50.0, 75.0])
+    redi, sft = lines["Log-prob of chosen traces"]
+    assert redi == ([1, 2], [-0.6, -0.7]) and sft[0] == [1, 2, 3]
+    redi, sft = lines["Log-prob of rejected traces"]
+    assert redi[1] == pytest.approx([-0.9, -1.1]) and all(map(math.isnan, sft[1]))
+    assert lines["Size of the parameter update"] == [([1, 2], [0.1, 0.1]), ([1, 2, 3], [0.1, 0.1, 0.1])]
+
+
+def test_the_command(make, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    make("redi", [metrics(1), metrics(2)], '{"st', results=[result("SFT", "toy", 0.5), result("REDI", "toy", 0.75)])
+    make("sft", [metrics(1, rejected_logp=None, update_norm=0.0)])
+    report.main(["redi", "sft", "--out", "figure.png"])
+    out = capsys.readouterr().out
+    assert "redi: steps 1 to 2" in out and "sft: steps 1 to 1" in out and "pass@1 %" in out
+    first = (tmp_path / "figure.png").read_bytes()
+    assert first.startswith(b"\x89PNG\r\n\x1a\n") and len(first) > 10_000
+    # Its own figure is drawn anew.
+    report.main(["sft", "--out=figure.png"])
+    assert (tmp_path / "figure.png").read_bytes() not in (b"", first)
+
+
+def test_a_results_folder_needs_no_run(make, capsys, tmp_path):
+    """evaluate.py's folders have results alone."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps([result("m", "toy", 0.5)]))
+    report.main(["one"])
+    assert "run" not in capsys.readouterr().out
+    report.main(["one", "two"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["one:", "two:"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["redi", "--out", "figure.pdf"], "give --out a name that ends in .png, not figure.pdf"),
+        (["redi", "--out"], "--out needs a value"),
+        (["redi", "--out", "nowhere/figure.png"], "there is no folder nowhere"),
+        (["redi", "--out", "mine.png"], "mine.png exists and is no figure of nanoredi's"),
+        (["redi", "--out", "folder.png"], "folder.png exists and is no figure"),
+        (["--out", "figure.png"], "give the folders of runs"),
+        (["new", "--out", "figure.png"], "there is nothing to draw"),
+        (["redi", "--ot", "figure.png"], "there is no flag --ot"),
+        (["nowhere"], "nowhere holds no run"),
+        (["redi", "redi"], "redi is given twice"),
+    ],
+)
+def test_bad_input_is_refused(make, tmp_path, words, message):
+    make("redi", [metrics(1)])
+    make("new", [])
+    (tmp_path / "mine.png").write_bytes(b"\x89PNG\r\n\x1a\n IHDR of a cat")
+    (tmp_path / "folder.png").mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=message):
+        report.main(words)
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "mine.png").read_bytes().endswith(b"cat")
+
+
+def test_without_matplotlib(make, monkeypatch):
+    make("redi", [metrics(1)])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        report.main(["redi", "--out", "figure.png"])
+    report.main(["redi"])

@@ -1,0 +1,157 @@
+"""The book of pages and the scheduler: a thousand random schedules, and no page is leaked, lost or owned twice."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from nanoredi.common.errors import UserError
+from nanoredi.sampler.pages import Pages
+from nanoredi.sampler.scheduler import Request, Scheduler
+
+
+class Run:
+    """A scheduler driven as the sampler drives it. The cache's content is simulated: what token each place of each page
+    was computed from, with all that came before it, so that reading a place that holds anything else is seen."""
+
+    def __init__(self, rng):
+        self.rng = rng
+        page_size, num_pages = rng.choice([1, 2, 4, 16]), rng.randint(6, 60)
+        room = page_size * num_pages
+        self.scheduler = Scheduler(
+            num_pages, page_size, rng.randint(1, 8), rng.randint(1, 20), 50, budget=rng.choice([3, 10, 100])
+        )
+        heads = [[rng.randrange(9) for _ in range(rng.randint(0, 12))] for _ in range(2)]
+        prompts = [rng.choice(heads) + [rng.randrange(9) for _ in range(rng.randint(1, 25))] for _ in range(6)]
+        self.requests = [Request(p, k) for p in prompts for k in range(rng.randint(1, 4))]
+        self.requests = [r for r in self.requests if len(r.prompt) + self.scheduler.limit(r) - 1 <= room]
+        self.scheduler.check(self.requests)
+        self.scheduler.waiting.extend(self.requests)
+        self.cache, self.tables, self.texts = {}, {}, {}
+        self.ended, self.num_put_back, self.num_computed = [], 0, 0
+
+    def write(self, row, pages, t):
+        text = tuple(self.texts[id(row)][: t + 1])
+        size = self.scheduler.page_size
+        self.cache[pages[t // size], t % size] = text
+
+    def read(self, row, pages, end):
+        size = self.scheduler.page_size
+        for t in range(end):
+            assert self.cache[pages[t // size], t % size] == tuple(self.texts[id(row)][: t + 1])
+
+    def step(self):
+        scheduler = self.scheduler
+        entry = scheduler.enter()
+        for row, start, end in entry.pieces:
+            self.texts[id(row)] = list(row.tokens)
+            for t in range(start, end):
+                self.write(row, row.pages, t)
+            self.num_computed += end - start
+            self.read(row, row.pages, end)
+        for source, target in entry.copies:
+            for slot in range(scheduler.page_size):
+                self.cache[target, slot] = self.cache.get((source, slot))
+        for row in entry.rows:
+            self.texts[id(row)] = list(row.tokens)
+        while (new := scheduler.grow()) is None:
+            row = scheduler.youngest()
+            row.request.tokens = self.texts.get(id(row), row.tokens)[len(row.request.prompt) :]
+            scheduler.put_back(row)
+            self.num_put_back += 1
+        for place, number, page in new:
+            assert scheduler.rows[place].pages[number] == page
+        for place, row in enumerate(scheduler.rows):
+            if row and scheduler.left[place] > 0:
+                text = self.texts[id(row)]
+                assert scheduler.lengths[place] == len(text) - 1
+                self.write(row, row.pages, len(text) - 1)
+                self.read(row, row.pages, len(text))
+                text.append(self.rng.randrange(9))
+                scheduler.lengths[place] += 1
+                scheduler.left[place] -= 1
+                if scheduler.left[place] == 0 or self.rng.random() < 0.05:
+                    row.request.tokens = text[len(row.request.prompt) :]
+                    scheduler.release(row)
+                    self.ended.append(row.request)
+        self.check()
+
+    def check(self):
+        """Every page has as many users as rows have it; the free ones are those that none has."""
+        pages = self.scheduler.pages
+        used = Counter(page for row in self.scheduler.rows if row for page in row.pages)
+        assert all(len(set(row.pages)) == len(row.pages) for row in self.scheduler.rows if row)
+        assert [used[page] for page in range(len(pages.users))] == pages.users
+        assert pages.num_free == pages.users.count(0)
+
+
+def test_a_thousand_random_schedules():
+    total = Counter()
+    for seed in range(1000):
+        run = Run(random.Random(seed))
+        for _ in range(5000):
+            if not (run.scheduler.waiting or run.scheduler.num_rows):
+                break
+            run.step()
+        assert sorted(map(id, run.ended)) == sorted(map(id, run.requests))
+        assert run.scheduler.pages.num_free == run.scheduler.num_pages
+        total["put back"] += run.num_put_back
+        total["computed"] += run.num_computed
+        total["prompts"] += sum(len(r.prompt) - 1 for r in run.requests)
+    # The schedules are hard enough to mean something: rows are put back, and prompts shared.
+    assert total["put back"] > 1000, total
+    assert total["computed"] < 0.8 * total["prompts"], total
+
+
+def test_the_lowest_free_page_is_taken():
+    pages = Pages(6, 4)
+    assert [pages.take() for _ in range(5)] == [0, 1, 2, 3, 4]
+    for page in (3, 1):
+        pages.release(page)
+    pages.share(1)
+    pages.release(1)  # it was free and is so again
+    pages.share(3)
+    assert [pages.num_free, pages.take(), pages.take(), pages.num_free] == [2, 1, 5, 0]
+
+
+def test_a_beginning_is_found_by_all_its_tokens_until_its_page_is_taken():
+    pages = Pages(4, 2)
+    held = [pages.take() for _ in range(3)]
+    tokens = [1, 2, 3, 4, 5]
+    for number in range(3):
+        pages.learn(tokens, held, number)
+    assert pages.find(tokens) == ([0, 1], 2)
+    assert pages.find([1, 2, 3, 4]) == ([0, 1], None)
+    assert pages.find([1, 2, 3, 4, 6]) == ([0, 1], None)
+    assert pages.find([3, 4]) == ([], None)  # the same page after nothing is another beginning
+    for page in held:
+        pages.release(page)
+    assert pages.find(tokens) == ([0, 1], 2)  # free, and known still
+    assert pages.take() == 0
+    assert pages.find(tokens) == ([], None)
+    pages.learn([7, 8], [0], 0)
+    assert pages.find([7, 8, 3, 4]) == ([0], None)  # page 1 came after another page 0
+
+
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        ([], "math500: problem 3 has no tokens"),
+        ([1] * 50, "math500: problem 3 has 50 tokens with its template and fills the context of 50"),
+        ([1] * 20, r"problem 3 has 20 tokens .* and may become 29 long; the cache has room for 24: give .*--cache_gb"),
+    ],
+)
+def test_what_can_never_be_completed_is_refused_by_name(prompt, words):
+    scheduler = Scheduler(6, 4, 2, max_tokens=10, context=50, budget=10)
+    scheduler.check([Request([1] * 15, name="math500: problem 1")])
+    with pytest.raises(UserError, match=words):
+        scheduler.check([Request([1], name="math500: problem 1"), Request(prompt, name="math500: problem 3")])
+
+
+def test_samples_of_a_prompt_cost_one_prefill():
+    scheduler = Scheduler(100, 4, 8, max_tokens=10, context=50, budget=100)
+    scheduler.waiting.extend(Request(list(range(15)), k) for k in range(8))
+    entry = scheduler.enter()
+    assert [(start, end) for _, start, end in entry.pieces] == [(0, 14)] and len(entry.rows) == 8
+    assert scheduler.pages.num_free == 100 - 3 - 8  # three whole pages, and each sample's own end
+    assert {source for source, _ in entry.copies} == {entry.rows[0].pages[3]}

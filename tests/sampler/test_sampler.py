@@ -1,0 +1,234 @@
+"""Sampling: greedy equals transformers and no cache; samples depend on nothing but their prompt, number and seed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from nanoredi.common.errors import UserError
+from nanoredi.config import SamplingConfig
+from nanoredi.kernels import paged_attention, top_p
+from nanoredi.sampler import sampler
+from nanoredi.sampler.pages import Pages
+from nanoredi.sampler.sampler import Sampler
+from nanoredi.sampler.scheduler import Request, Scheduler, requests_for
+
+PROMPTS = [ids.tolist() for ids in tiny.sequences()]
+
+
+def complete(requests, stop_ids=(), **settings):
+    """The finished requests, in the order they were given."""
+    config = SamplingConfig(**{"max_tokens": 20, "dtype": "float32", **settings})
+    sampler = Sampler(tiny.tiny_model(tied=True).pack(), list(stop_ids), config)
+    assert len(list(sampler.run(requests))) == len(requests)
+    return requests
+
+
+def greedy_without_cache(prompt, max_tokens, stop_ids=()):
+    model, tokens = tiny.tiny_model(tied=True), list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        with torch.no_grad():
+            hidden = model(*tiny.packed([torch.tensor(tokens)]))[-1]
+        token = int((model.lm_head_weight @ hidden).argmax())
+        if token in stop_ids:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_greedy_equals_decoding_without_a_cache(batch_size):
+    # Prompts of 2 to 30 tokens; with 3 rows for 8 requests, finished rows are replaced by waiting ones, and rows move.
+    requests = [Request(prompt) for prompt in PROMPTS * 2]
+    for request in complete(requests, temperature=0.0, batch_size=batch_size):
+        assert request.tokens == greedy_without_cache(request.prompt, 20)
+        assert request.finish_reason == "length"
+
+
+def test_stop_tokens_end_a_row_and_are_not_part_of_it():
+    free = [greedy_without_cache(p, 20) for p in PROMPTS]
+    stops = {free[0][4], free[3][0]}
+    for request in complete([Request(p) for p in PROMPTS], stops, temperature=0.0, batch_size=2):
+        assert request.tokens == greedy_without_cache(request.prompt, 20, stops)
+        assert request.finish_reason == ("stop" if len(request.tokens) < 20 else "length")
+    assert not complete([Request(PROMPTS[3])], stops, temperature=0.0)[0].tokens
+
+
+def test_the_context_ends_a_row():
+    prompt = PROMPTS[3] * 2  # 60 of 64 tokens
+    request = complete([Request(prompt)], temperature=0.0)[0]
+    assert (len(request.tokens), request.finish_reason) == (4, "length")
+    with pytest.raises(UserError, match="a prompt has 64 tokens with its template and fills the context of 64"):
+        complete([Request(prompt + [1, 2, 3, 4])])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6])
+def test_broken_weights_are_said(temperature):
+    model = tiny.tiny_model(tied=True)
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    whole = Sampler(model, [], SamplingConfig(max_tokens=20, dtype="float32", temperature=temperature))
+    with pytest.raises(
+        UserError, match="the model's logits over the temperature are not finite: its weights are broken"
+    ):
+        list(whole.run([Request(prompt) for prompt in PROMPTS]))
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.7}, {"top_k": 5}, {"top_p": 1.0, "temperature": 1.5}])
+def test_a_sample_does_not_depend_on_its_batch_or_the_order(settings):
+    def samples(prompts, batch_size):
+        requests = complete(requests_for(prompts, n=3, seed=5), stop_ids=[7, 8], batch_size=batch_size, **settings)
+        return {(tuple(r.prompt), r.sample): r.tokens for r in requests}
+
+    alone = {}
+    for prompt in PROMPTS:
+        alone |= samples([prompt], 1)
+    assert samples(PROMPTS, 64) == samples(PROMPTS[::-1], 5) == alone
+    assert len(set(map(tuple, alone.values()))) == 12
+
+
+def test_seeds_samples_and_repeated_prompts_differ():
+    keys = [r.key for seed in (1, 2) for r in requests_for([[1, 2], [1, 2], [1, 3]], n=2, seed=seed)]
+    assert len(set(keys)) == 12
+    assert [r.key for r in requests_for([[1, 2]], n=4, seed=1)] == [
+        r.key for r in requests_for([[1, 2], [1, 2]], n=2, seed=1)
+    ]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_greedy_equals_transformers_token_by_token(tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = tiny.tiny_model(tied)
+    model.save_pretrained(tmp_path / "model")
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    requests = [Request(p) for p in [*PROMPTS, PROMPTS[3][:16], PROMPTS[1] + PROMPTS[0], PROMPTS[3] + PROMPTS[1]]]
+    settings = SamplingConfig(max_tokens=15, temperature=0.0, batch_size=4, page_size=8)
+    assert len(list(Sampler(model, [], settings).run(requests))) == len(requests)
+    for request in requests:
+        ids = torch.tensor([request.prompt])
+        want = oracle.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=15,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert request.tokens == want[0, len(request.prompt) :].tolist()
+
+
+def samples(n=4, **settings):
+    """The samples of prompts with a common head, by prompt and number."""
+    head = PROMPTS[3][:17]
+    prompts = [head + p for p in PROMPTS[:3]] + [PROMPTS[3], head[:16], PROMPTS[0][:1]]
+    requests = requests_for(prompts, n=n, seed=5)
+    complete(requests, stop_ids=[7, 8], **{"temperature": 1.0, "top_p": 0.9, "max_tokens": 16, **settings})
+    return {(tuple(r.prompt), r.sample): (r.tokens, r.finish_reason) for r in requests}
+
+
+@pytest.fixture(scope="module")
+def plain_samples():
+    return samples(batch_size=1, page_size=64)
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+@pytest.mark.parametrize("page_size", [16, 256])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_samples_do_not_depend_on_pages_batches_or_sharing(plain_samples, batch_size, page_size, sharing, monkeypatch):
+    assert len({reason for _, reason in plain_samples.values()}) == 2
+    if not sharing:
+        monkeypatch.setattr(Pages, "find", lambda self, tokens: ([], None))
+    assert samples(batch_size=batch_size, page_size=page_size) == plain_samples
+
+
+@pytest.mark.parametrize("budget", [1, 7, 1000])
+def test_samples_do_not_depend_on_preemption_or_the_size_of_pieces(plain_samples, budget, monkeypatch):
+    put_back = []
+    monkeypatch.setattr(
+        Scheduler,
+        "put_back",
+        lambda self, row, put=Scheduler.put_back: (put_back.append(len(row.request.tokens)), put(self, row)),
+    )
+    monkeypatch.setattr(sampler, "_PREFILL_TOKENS", budget)
+    # 2 layers x 2 heads x 8 x (keys and values) x 4 bytes: room for 80 tokens in pages of 4; a row may need 54.
+    assert samples(batch_size=8, page_size=4, cache_gb=80 * 256 / 1e9) == plain_samples
+    assert len(put_back) > 5 and max(put_back) > 0
+
+
+def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, monkeypatch):
+    """What a GPU does, in Triton's interpreter: its kernels, and batches filled up with nobody's rows."""
+
+    def launch(self, places):
+        tokens = self._advance(torch.from_numpy(self._filled_up(places)))
+        assert self.lengths[-1] == 0  # nobody's
+        return sampler._Drawn(places, self.scheduler.entered[places], tokens[: len(places)], None)
+
+    monkeypatch.setattr(Sampler, "_launch", launch)
+    monkeypatch.setattr(paged_attention, "runs_triton", lambda _: True)
+    monkeypatch.setattr(top_p, "runs_triton", lambda _: True)
+    for key, (tokens, reason) in samples(n=1, batch_size=6, page_size=16, max_tokens=4).items():
+        whole, _ = plain_samples[key]
+        assert tokens == whole[:4] and (reason == "stop") == (len(whole) < 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs want a GPU")
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_graphs_on_a_gpu_equal_decoding_without_a_cache(batch_size):
+    requests = [Request(prompt, max_tokens=n) for n, prompt in enumerate(PROMPTS * 4, start=5)]
+    settings = SamplingConfig(temperature=0.0, batch_size=batch_size, dtype="float32")
+    sampler = Sampler(tiny.tiny_model(tied=True).to("cuda"), [], settings)
+    assert len(list(sampler.run(requests))) == len(requests)
+    assert len(sampler.graphs) > 1
+    for request in requests:
+        assert request.tokens == greedy_without_cache(request.prompt, request.max_tokens)
+
+
+def test_a_row_can_be_watched_as_it_grows():
+    requests = [Request(PROMPTS[0]), Request(PROMPTS[1])]
+    one = Sampler(tiny.tiny_model(tied=True), [], SamplingConfig(max_tokens=5, temperature=0.0))
+    one.add(requests)
+    seen = []
+    while one.busy:
+        one.step()
+        seen.append(one.so_far(requests[0]))
+    assert [len(tokens) for tokens in seen] == [0, 1, 2, 3, 4, 5]
+    assert all(requests[0].tokens[: len(tokens)] == tokens for tokens in seen)
+
+
+def test_memory_is_the_users_or_measured():
+    model = tiny.tiny_model(tied=True)
+    assert (
+        Sampler(model, [], SamplingConfig(batch_size=5, page_size=16)).cache.num_pages == 5 * 4
+    )  # all that it can use
+    assert (
+        Sampler(model, [], SamplingConfig(batch_size=5, page_size=16, cache_gb=3 * 16 * 256 / 1e9)).cache.num_pages == 3
+    )
+    with pytest.raises(UserError, match="has no room for a page of 16 tokens"):
+        Sampler(model, [], SamplingConfig(page_size=16, cache_gb=1e-9))
+    small = Sampler(model, [], SamplingConfig(page_size=16, cache_gb=32 * 256 / 1e9, max_tokens=20))
+    with pytest.raises(UserError, match="may become 49 long; the cache has room for 32"):
+        small.add([Request(PROMPTS[0]), Request(PROMPTS[3])])
+    assert not small.busy
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's path needs Triton")
+def test_sampling_on_a_cpu_imports_no_compiler(tmp_path):
+    """They take 0.1 GB and a second of every start."""
+    tiny.tiny_model(tied=True).save_pretrained(tmp_path / "model")
+    code = f"""if True:
+        import os, sys
+        os.environ.pop("TRITON_INTERPRET", None)
+        from nanoredi.config import SamplingConfig
+        from nanoredi.model.qwen2 import Qwen2
+        from nanoredi.sampler.sampler import Sampler
+        from nanoredi.sampler.scheduler import requests_for
+        prompts = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]
+        model = Qwen2.from_pretrained({str(tmp_path / "model")!r})
+        sampler = Sampler(model, [], SamplingConfig(max_tokens=2, page_size=4))
+        assert len(list(sampler.run(requests_for(prompts, 2, seed=0)))) == 4
+        assert not sys.modules.keys() & {{"triton", "torch._dynamo"}}
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

@@ -1,0 +1,183 @@
+"""The guards: skipped steps, collapse, and ranks that die."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanoredi.common.errors import Stopped, UserError
+from nanoredi.config import RediConfig
+from nanoredi.model import qwen2 as model_file
+from nanoredi.model.qwen2 import Qwen2
+from nanoredi.trainer.guards import CollapseWatch
+from nanoredi.trainer.loop import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(toy_data, tmp_path):
+    (tmp_path / "run").mkdir()
+    return RediConfig(
+        model=str(toy_data / "model"),
+        data=str(toy_data / "pairs.jsonl"),
+        out=str(tmp_path / "run"),
+        cache=str(tmp_path / "cache"),
+        batch_size=6,
+        max_steps=8,
+        lr=1e-3,
+        dtype="float32",
+        log_every=3,
+        save_every=0,
+    )
+
+
+def spoil_the_loss(monkeypatch, bad_steps, factor):
+    """Multiply the weights of some steps' losses (one micro-batch each) by a factor, and with them the gradients."""
+    calls = []
+    plain = model_file.weighted_cross_entropy
+
+    def spoiled(hidden, lm_head, targets, weights, *rows):
+        calls.append(1)
+        return plain(hidden, lm_head, targets, weights * (factor if len(calls) in bad_steps else 1.0), *rows)
+
+    monkeypatch.setattr(model_file, "weighted_cross_entropy", spoiled)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("bad_steps", [{1}, {2, 3, 7}])
+def test_a_step_that_is_not_finite_is_skipped_and_said(bad_steps, factor, config, one_rank, monkeypatch, capsys):
+    spoil_the_loss(monkeypatch, bad_steps, factor)
+    train(config, one_rank)
+    rows = [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows if row.get("skipped")} == bad_steps
+    for row in rows:
+        bad = row["step"] in bad_steps
+        assert (row["grad_norm"] is None) == bad and (row["update_norm"] == 0.0) == bad
+    said = capsys.readouterr().out
+    order = np.random.default_rng((42, 0)).permutation(60)
+    for count, step in enumerate(sorted(bad_steps), 1):
+        numbers = ", ".join(str(i + 1) for i in sorted(order[6 * (step - 1) : 6 * step]))
+        assert f"step {step} was skipped" in said and f"(skipped so far: {count}); in it were rows {numbers} of" in said
+    assert all(p.isfinite().all() for p in Qwen2.from_pretrained(Path(config.out, "final")).parameters())
+
+
+def test_a_skipped_step_leaves_no_trace(config, one_rank, monkeypatch, tmp_path):
+    """Seven good steps and a bad one in between move the weights as the seven do; rates as of the eight."""
+    monkeypatch.setattr("nanoredi.trainer.loop.schedule", lambda *_: 1.0)
+    steps = iter([0, 1, 2, 2, 3, 4, 5, 6])
+    monkeypatch.setattr("nanoredi.trainer.loop.step_rows", lambda *_: np.arange(6) + 6 * next(steps))
+    with monkeypatch.context() as here:
+        spoil_the_loss(here, {3}, math.nan)
+        train(config, one_rank)
+    steps = iter([0, 1, 2, 3, 4, 5, 6])
+    (tmp_path / "good").mkdir()
+    train(replace(config, out=str(tmp_path / "good"), max_steps=7), one_rank)
+    weights = [
+        dict(Qwen2.from_pretrained(Path(out, "final")).named_parameters()) for out in (config.out, tmp_path / "good")
+    ]
+    assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
+
+
+def test_a_run_that_skipped_a_step_goes_on_as_if_undisturbed(config, one_rank, monkeypatch, tmp_path):
+    (tmp_path / "stopped").mkdir()
+    stopped = replace(config, out=str(tmp_path / "stopped"))
+    spoil_the_loss(monkeypatch, {3}, math.nan)
+    train(config, one_rank)
+    with monkeypatch.context() as here:
+        spoil_the_loss(here, {3}, math.nan)
+        spoiled, calls = model_file.weighted_cross_entropy, iter(range(1, 9))
+        here.setattr(
+            model_file,
+            "weighted_cross_entropy",
+            lambda *args: (next(calls) == 5 and os.kill(os.getpid(), signal.SIGTERM), spoiled(*args))[1],
+        )
+        with pytest.raises(Stopped, match="step 5 is saved"):
+            train(stopped, one_rank)
+    train(stopped, one_rank)  # the third step is behind it, and the spoiler is at its ninth call
+    weights = [load_file(Path(out, "final", "model.safetensors")) for out in (config.out, stopped.out)]
+    assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
+
+
+def test_too_many_in_a_row_end_the_run(config, one_rank, monkeypatch):
+    spoil_the_loss(monkeypatch, {3, 4, 5, 6}, math.nan)
+    with pytest.raises(
+        UserError, match="3 steps in a row, the last of them 5, had a loss or gradient that is not finite"
+    ):
+        train(replace(config, max_bad_steps=3), one_rank)
+
+
+def watch(chosen, updates, nats=1.0):
+    guard = CollapseWatch(nats)
+    trips = [step for step, pair in enumerate(zip(chosen, updates), 1) if guard.look(step, *pair)]
+    return trips, guard
+
+
+def test_collapse_is_seen_once_and_a_slow_decline_is_not():
+    rng = np.random.default_rng(0)
+    noise = 0.02 * rng.standard_normal(200)
+    steps = np.arange(200)
+    plunge = -0.2 - np.where(steps > 100, 0.002 * (steps - 100.0) ** 2, 0) + noise
+    updates = 0.1 + np.where(steps > 100, 0.01 * (steps - 100), 0)
+    trips, guard = watch(plunge, updates)
+    assert len(trips) == 1 and 120 < trips[0] < 127 and 100 < guard.last_good < trips[0]
+    slow = -0.2 - 0.01 * steps + noise  # 2 nats down in the end, at one pace
+    assert not watch(slow, np.linspace(0.1, 0.0, 200))[0]
+    assert not watch(plunge, np.linspace(0.1, 0.0, 200))[0]  # the updates are past their peak
+    assert not watch(plunge, updates, nats=100.0)[0]
+
+
+def test_collapse_s_statistics_go_on():
+    rng = np.random.default_rng(0)
+    series = [(float(c), float(u)) for c, u in zip(-np.cumsum(rng.random(60)) / 10, rng.random(60).cumsum())]
+    _, whole = watch(*zip(*series))
+    _, first = watch(*zip(*series[:25]))
+    second = CollapseWatch(1.0)
+    second.restore(json.loads(json.dumps(first.state())))
+    for step, pair in enumerate(series[25:], 26):
+        second.look(step, *pair)
+    assert second.state() == whole.state()
+
+
+def test_collapse_stops_the_run_where_it_is_told_to(config, one_rank):
+    wild = replace(config, max_steps=0, epochs=6, alpha=3.0, lr=0.02, log_every=1, save_every=10)
+    with pytest.raises(UserError, match=r"COLLAPSE at step \d+: .* all was well; the last model saved by then is .*"):
+        train(replace(wild, on_collapse="stop"), one_rank)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks cannot share a GPU: CUDA_VISIBLE_DEVICES= pytest")
+def test_a_dead_rank_takes_the_job_down_at_once(toy_data, tmp_path):
+    """One of two ranks is killed; the other must not wait for it."""
+    flags = "--recipe toy --epochs 4000 --batch_size 8 --evaluate false --log_every 5 --dtype float32 --out run".split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train_redi.py"), *flags, "--model", str(toy_data / "model")]
+    command += ["--data", str(toy_data / "pairs.jsonl")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        for line in job.stdout:
+            if "asks where it is" in line:
+                first = int(line.split("kill -USR1 ")[1].split()[0])
+            if line.startswith("step  "):
+                break
+        ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+        (other,) = (int(pid) for pid in ranks if int(pid) != first)
+        os.kill(other, signal.SIGKILL)
+        begin = time.monotonic()
+        _, err = job.communicate(timeout=60)
+        assert job.returncode != 0 and time.monotonic() - begin < 20
+        assert "SIGKILL" in err  # torchrun's word on the first rank that failed
+    finally:
+        job.kill()

@@ -1,0 +1,198 @@
+"""Going on: after a kill, a signal, a full disk, with damaged states, and on another number of ranks."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanoredi.common.errors import UserError
+from nanoredi.model.qwen2 import Qwen2
+from nanoredi.trainer.distributed import local, shard
+from nanoredi.trainer.log import drop_steps_after
+from nanoredi.trainer.optimizer import AdamW
+from nanoredi.trainer.state import States, training_tensors
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def flags(toy_data) -> list[str]:
+    """Stage 2 at a small size, 24 steps."""
+    words = (
+        "--recipe toy --epochs 3 --batch_size 8 --evaluate false --save_every 5 --log_every 3 --lr 1e-3 --dtype float32"
+    )
+    return [*words.split(), "--model", str(toy_data / "model"), "--data", str(toy_data / "pairs.jsonl")]
+
+
+def steps_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_run(a: Path, b: Path) -> bool:
+    """Bit for bit, but for the clock and memory."""
+    rows = [
+        [
+            {k: v for k, v in row.items() if k not in ("tokens_per_s", "peak_memory_gb", "matrix_share")}
+            for row in steps_of(x)
+        ]
+        for x in (a, b)
+    ]
+    weights = [(x / "final" / "model.safetensors").read_bytes() for x in (a, b)]
+    return rows[0] == rows[1] and weights[0] == weights[1]
+
+
+def test_killed_20_times_at_random_moments_it_ends_with_the_same_weights(flags, tmp_path):
+    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), "20", str(tmp_path / "run"), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    first, *others = sorted((tmp_path / "run").iterdir(), key=lambda path: int(path.name))
+    assert [row["step"] for row in steps_of(first)] == list(range(1, 25))
+    assert others and all(same_run(first, other) for other in others)
+    names = sorted(path.name for path in first.iterdir())
+    assert names == ["config.toml", "final", "metrics.jsonl", *(f"step-{i:06d}" for i in (5, 10, 15, 20))]
+    assert all(sorted(path.name for path in other.iterdir()) == names for other in others)
+
+
+def test_sigterm_saves_and_sigusr1_tells(flags, tmp_path):
+    """In the middle of a run; what it says names the step that is saved."""
+    command = [sys.executable, str(ROOT / "train_redi.py"), *flags, "--epochs", "40", "--out", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "step   9/" not in run.stdout.readline():
+        assert run.poll() is None
+    run.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert "stage 2, 0:0" in err and "step " in err
+    last = steps_of(tmp_path / "run")[-1]["step"]
+    assert f"stage 2 was asked to stop: step {last} is saved, the same command goes on from there" in out
+    assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir())[-1] == f"step-{last:06d}"
+
+
+@pytest.mark.parametrize("ranks, shard_size", [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_another_number_of_ranks_goes_on(ranks, shard_size, flags, run, tmp_path):
+    """Nine steps on one rank, the rest on several, with two copies of the weights; against all of it on one."""
+    whole = run("train_redi.py", *flags, "--out", "whole")
+    assert whole.returncode == 0, whole.stderr
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    for name in ("final", "step-000010", "step-000015", "step-000020"):
+        shutil.rmtree(tmp_path / "part" / name)
+    # What the run looked like after step 9: its state is a run's that was stopped there.
+    stopped = run("tests/stop_at.py", "9", *flags, "--out", "stopped")
+    assert stopped.returncode == 0, stopped.stderr
+    shutil.copytree(tmp_path / "stopped" / "state", tmp_path / "part" / "state")
+    done = run("train_redi.py", *flags, "--out", "part", "--shard_size", shard_size, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 9" in done.stdout
+    want, got = steps_of(tmp_path / "whole"), steps_of(tmp_path / "part")
+    assert [row["step"] for row in got] == list(range(1, 25))
+    for a, b in zip(want, got):
+        for key in ("loss", "chosen_logp", "rejected_logp", "grad_norm", "update_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4)
+    a, b = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "part"))
+    for name, weight in a.items():
+        torch.testing.assert_close(weight, b[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def states(toy_data, one_rank, tmp_path):
+    """A model's tensors, and its states at steps 5, 10 and 15."""
+    model = shard(Qwen2.from_pretrained(toy_data / "model"), one_rank, torch.float32)
+    tensors = training_tensors(model, AdamW(model, 1e-3, 0.0))
+    states = States(tmp_path / "state", one_rank)
+    for step in (5, 10, 15):
+        for t in tensors.values():
+            local(t).fill_(float(step))
+        states.save(step, tensors, {"skipped": 0, "said": f"at {step}"})
+        for t in tensors.values():
+            local(t).fill_(-1.0)  # the training goes on at once
+    states.wait()
+    return tensors, tmp_path / "state", one_rank
+
+
+def test_two_states_are_kept_and_the_newest_is_loaded(states):
+    tensors, folder, world = states
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000010", "step-000015"]
+    assert States(folder, world).load(tensors) == {"step": 15, "skipped": 0, "said": "at 15"}
+    assert all((local(t) == 15).all() for t in tensors.values())
+    assert not list(folder.rglob("*.pkl")) and not list(folder.rglob(".metadata"))
+
+
+def spoil_a_byte(folder):
+    path = next(folder.glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+def cut(folder):
+    path = next(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        spoil_a_byte,
+        cut,
+        lambda folder: next(folder.glob("*.safetensors")).unlink(),
+        lambda folder: (folder / "state.json").write_text("{"),
+        lambda folder: (folder / "state.json").unlink(),
+        lambda folder: folder.rename(folder.with_suffix(".writing")),
+    ],
+)
+def test_a_damaged_state_is_said_and_the_one_before_it_used(states, damage, capsys):
+    tensors, folder, world = states
+    damage(folder / "step-000015")
+    assert States(folder, world).load(tensors)["step"] == 10
+    assert all((local(t) == 10).all() for t in tensors.values())
+    said = capsys.readouterr().out
+    assert "step-000015 is damaged" in said or not (folder / "step-000015").exists()
+    damage(folder / "step-000010")
+    assert States(folder, world).load(tensors) is None
+
+
+def test_a_full_disk_ends_with_a_word_and_the_last_state_whole(states):
+    """A limit on the size of files stands in for the disk."""
+    tensors, folder, world = states
+    states = States(folder, world)
+    states.load(tensors)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        states.save(20, tensors, {"skipped": 0})
+        with pytest.raises(
+            UserError, match="cannot save the training state in .*: File too large; the last whole one is step 15"
+        ):
+            states.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000010", "step-000015"]
+    assert States(folder, world).load(tensors)["step"] == 15
+
+
+def test_metrics_lose_the_steps_that_come_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    drop_steps_after(path, 3)
+    assert not path.exists()
+    path.write_text("".join(f'{{"step": {i}}}\n' for i in range(1, 6)) + '{"ste')
+    drop_steps_after(path, 5)
+    assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4, 5]
+    drop_steps_after(path, 3)
+    assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3]

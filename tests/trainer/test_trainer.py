@@ -1,0 +1,326 @@
+"""One optimiser step is the same however it is cut: micro-batches, ranks; and against float64 autograd over whole
+logits, for every objective."""
+
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from kept import KeepingAdamW
+from safetensors.torch import load_file
+
+from nanoredi.common.errors import UserError
+from nanoredi.config import RediConfig, SftConfig
+from nanoredi.data.batch import step_rows
+from nanoredi.data.sequences import load_pairs, load_sft
+from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.kernels import chunks
+from nanoredi.model.qwen2 import Block, Qwen2
+from nanoredi.trainer.distributed import compute_dtype, local, shard
+from nanoredi.trainer.loop import train, train_step, weighted_sequences
+
+
+@pytest.fixture
+def redi(toy_data, tmp_path):
+    return RediConfig(
+        model=str(toy_data / "model"),
+        data=str(toy_data / "pairs.jsonl"),
+        out=str(tmp_path / "run"),
+        batch_size=16,
+        lr=1e-3,
+        dtype="float32",
+        cache=str(tmp_path / "cache"),
+        activation_checkpointing="off",
+        save_every=0,
+    )
+
+
+@pytest.fixture
+def sft(redi, toy_data):
+    shared = {k: v for k, v in vars(redi).items() if k in SftConfig.__dataclass_fields__}
+    return SftConfig(**{**shared, "data": str(toy_data / "sft.jsonl")})
+
+
+@pytest.fixture
+def dpo(redi):
+    return replace(redi, objective="dpo", alpha=None, neg_weight_gamma=None, beta=0.05)
+
+
+@pytest.fixture
+def simpo(redi):
+    return replace(redi, objective="simpo", alpha=None, neg_weight_gamma=None, beta=2.0, gamma=1.0)
+
+
+@pytest.fixture
+def weighted(redi):
+    return replace(redi, neg_weight_gamma=0.2)
+
+
+EVERY = pytest.mark.parametrize("stage", ["sft", "redi", "dpo", "simpo", "weighted"])
+
+
+def reference_of(config, data):
+    """Some other model's log-probs of all pairs, (rows, 2) fp32: 3 nats a token, and a bit."""
+    lengths = np.array([data.num_learned(i) for i in range(len(data))], dtype=np.float32).reshape(-1, 2)
+    return -3 * lengths - np.random.default_rng(5).uniform(0, 20, lengths.shape).astype(np.float32)
+
+
+def load(config):
+    tokenizer = Tokenizer(config.model)
+    if isinstance(config, SftConfig):
+        return load_sft(config.data, tokenizer, config.max_tokens, config.cache)
+    return load_pairs(config.data, tokenizer, config.max_prompt_tokens, config.max_response_tokens, config.cache)
+
+
+def one_step(config, world):
+    """The figures of one optimiser step, the gradients it took (they are dropped by the step, so kept here), and the
+    model."""
+    model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), world, torch.float32)
+    data = load(config)
+    rows = step_rows(0, 40, config.batch_size, seed=3)
+    optimizer = KeepingAdamW(model, config.lr, 0.1)
+    sequences = weighted_sequences(config, data, rows, None if stage_1(config) else reference_of(config, data))
+    figures, tokens, _ = train_step(model, optimizer, sequences, config, world)
+    return figures, optimizer.grads, tokens, model
+
+
+def stage_1(config):
+    return isinstance(config, SftConfig)
+
+
+def reference(config):
+    """Loss and gradients by the papers' formulas, each sequence alone, whole logits, float64."""
+    model = Qwen2.from_pretrained(config.model, dtype=torch.float64)
+    data = load(config)
+    rows = step_rows(0, 40, config.batch_size, seed=3)
+
+    def logps(i):
+        tokens, learned = (torch.from_numpy(np.array(x)) for x in data.sequence(i))
+        n = len(tokens) - 1
+        hidden = model(tokens[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+        lp = (hidden @ model.lm_head_weight.T).log_softmax(-1).gather(1, tokens[1:, None].long()).squeeze(1)
+        return lp[learned[1:]]
+
+    def loss_of(i):
+        chosen, rejected = logps(2 * i), logps(2 * i + 1)
+        if config.objective == "redi":
+            weight = torch.exp(config.neg_weight_gamma * rejected.mean())
+            return -chosen.mean() + config.alpha * weight * rejected.mean()
+        if config.objective == "simpo":
+            return torch.log1p(torch.exp(config.gamma - config.beta * (chosen.mean() - rejected.mean())))
+        ref = reference_of(config, data)[i].astype(float)
+        return torch.log1p(torch.exp(-config.beta * (chosen.sum() - ref[0] - rejected.sum() + ref[1])))
+
+    if stage_1(config):
+        loss = -torch.cat([logps(i) for i in rows]).mean()
+    else:
+        loss = torch.stack([loss_of(i) for i in rows]).mean()
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def relative(got, want):
+    return max(((got[n].double() - want[n]).norm() / want[n].norm()).item() for n in want if want[n].norm() > 1e-9)
+
+
+@EVERY
+def test_gradients_are_the_formula_s(stage, request, one_rank):
+    config = replace(request.getfixturevalue(stage), clip=1e9)
+    figures, grads, _, _ = one_step(config, one_rank)
+    loss, want = reference(config)
+    chosen, rejected = figures[:2].tolist()
+    assert figures[4].item() == pytest.approx(loss, abs=1e-5)
+    if stage in ("sft", "redi"):
+        assert -chosen + (config.alpha * rejected if stage == "redi" else 0) == pytest.approx(loss, abs=1e-5)
+    assert relative(grads, want) < 1e-5
+    assert figures[2].item() == pytest.approx(torch.stack([g.norm() for g in want.values()]).norm().item(), rel=1e-4)
+
+
+def test_memory_is_given_back_after_a_step(redi, one_rank, monkeypatch):
+    given = []
+    monkeypatch.setattr("nanoredi.trainer.loop.give_back", lambda *told: given.append(told))
+    *_, model = one_step(redi, one_rank)
+    assert given == [(model, 1, 1)]
+
+
+def test_all_objectives_tell_the_same_log_probs(request, one_rank):
+    figures = [one_step(request.getfixturevalue(name), one_rank)[0] for name in ("redi", "dpo", "simpo", "weighted")]
+    for other in figures[1:]:
+        torch.testing.assert_close(other[:2], figures[0][:2], rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_micro_batches_change_nothing(stage, request, one_rank):
+    config = request.getfixturevalue(stage)
+    figures, grads, tokens, _ = one_step(config, one_rank)
+    many_figures, many, many_tokens, _ = one_step(replace(config, max_tokens_per_micro_batch=150), one_rank)
+    assert tokens == many_tokens > 600
+    torch.testing.assert_close(figures, many_figures, rtol=1e-5, atol=1e-5)
+    assert relative(many, grads) < 1e-5
+
+
+@pytest.mark.parametrize("kept", ["attention", "products", "off"])
+def test_blocks_keep_what_the_run_was_told(kept, redi, one_rank, monkeypatch, tmp_path):
+    (tmp_path / "run").mkdir()
+    seen, plain = set(), Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *a: seen.add(self.activation_checkpointing) or plain(self, *a))
+    train(replace(redi, activation_checkpointing=kept, max_steps=1), one_rank)
+    assert seen == {kept}
+
+
+def test_alpha_0_is_sft_on_the_chosen_with_each_trace_counting_the_same(redi, one_rank):
+    _, grads, tokens, _ = one_step(replace(redi, alpha=0.0, clip=1e9), one_rank)
+    data = load(redi)
+    rows = step_rows(0, 40, redi.batch_size, seed=3)
+    model = Qwen2.from_pretrained(redi.model, dtype=torch.float32)
+    for i in rows:
+        ids, learned = (torch.from_numpy(np.array(x)) for x in data.sequence(2 * i))
+        n = len(ids) - 1
+        weights = -learned[1:].float() / learned[1:].sum() / len(rows)
+        model.loss(ids[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32), ids[1:].long(), weights)[
+            0
+        ].backward()
+    assert relative(grads, {n: p.grad for n, p in model.named_parameters()}) < 1e-5
+    # The rejected traces cost nothing then.
+    assert tokens == sum(len(data.sequence(2 * i)[0]) - 1 for i in rows)
+
+
+def test_objective_sft_goes_on_with_the_chosen(redi, one_rank):
+    data = load(redi)
+    config = replace(redi, objective="sft", alpha=None, neg_weight_gamma=None)
+    sequences = weighted_sequences(config, data, np.array([3, 5]))
+    total = data.num_learned(6) + data.num_learned(10)
+    assert [s.weight for s in sequences] == [-1 / total] * 2
+    assert [len(s.tokens) for s in sequences] == [len(data.sequence(i)[0]) for i in (6, 10)]
+
+
+def test_update_norm_is_what_the_weights_moved(redi, one_rank):
+    before = Qwen2.from_pretrained(redi.model, dtype=torch.float32)
+    figures, _, _, model = one_step(redi, one_rank)
+    moved = [(local(new).cpu() - old).norm() for new, old in zip(model.parameters(), before.parameters())]
+    assert figures[3].item() == pytest.approx(torch.stack(moved).norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["redi", "dpo"])
+def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(stage, request, one_rank, monkeypatch):
+    config = request.getfixturevalue(stage)
+    monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", 41 * 50)  # several chunks, whose sum is fp32
+    _, grads, _, _ = one_step(config, one_rank)
+    model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), one_rank, torch.bfloat16)
+    optimizer = KeepingAdamW(model)
+    data = load(config)
+    sequences = weighted_sequences(config, data, step_rows(0, 40, 16, seed=3), reference_of(config, data))
+    train_step(model, optimizer, sequences, config, one_rank)
+    half = optimizer.grads
+    assert {p.dtype for p in model.parameters()} == {g.dtype for g in half.values()} == {torch.float32}
+    assert 1e-5 < relative(half, grads) < 0.1
+    head = half["model.embed_tokens.weight"]
+    assert (head != head.bfloat16()).float().mean() > 0.5  # never rounded to the weight's dtype
+
+
+def test_a_run_s_files(redi, one_rank, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    train(replace(redi, save_every=2, log_every=2), one_rank)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert set(rows[0]) == {
+        "step",
+        "epoch",
+        "loss",
+        "chosen_logp",
+        "rejected_logp",
+        "margin",
+        "grad_norm",
+        "update_norm",
+        "lr",
+        "tokens_per_s",
+        "peak_memory_gb",
+        "matrix_share",
+    }
+    for row in rows:
+        assert row["loss"] == pytest.approx(-row["chosen_logp"] + 0.8 * row["rejected_logp"])
+        assert row["margin"] == pytest.approx(row["chosen_logp"] - row["rejected_logp"])
+    assert rows[-1]["epoch"] == 1.0 and rows[0]["lr"] == 1e-3
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["final", "metrics.jsonl", "step-000002"]
+    trained, start = Qwen2.from_pretrained(tmp_path / "run" / "final"), Qwen2.from_pretrained(redi.model)
+    assert not torch.equal(trained.lm_head_weight, start.lm_head_weight)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert len(lines) == 3 and all(
+        word in lines[0] for word in ("loss", "chosen", "rejected", "margin", "grad", "update", "lr", "tok/s", "left")
+    )
+
+
+def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data):
+    with pytest.raises(
+        UserError, match="the longest sequence has .* tokens, the model's context 16; raise max_position_embeddings"
+    ):
+        train(replace(redi, max_position_embeddings=16), one_rank)
+    with pytest.raises(UserError, match="--data"):
+        train(replace(redi, data=""), one_rank)
+
+
+def test_auto_takes_the_faster_dtype(monkeypatch):
+    seconds = {torch.float32: 1.0, torch.bfloat16: 0.3}
+    monkeypatch.setattr("nanoredi.trainer.distributed._product_seconds", seconds.get)
+    assert compute_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    seconds[torch.bfloat16] = 3.0
+    assert compute_dtype("auto", torch.device("cpu")) == torch.float32
+    assert compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_the_start_s_files_are_not_touched_by_training(redi, one_rank, toy_data, tmp_path):
+    # With one rank and fp32 files the masters begin as the mapped file itself.
+    path, before = toy_data / "model" / "model.safetensors", (toy_data / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "run").mkdir()
+    train(replace(redi, max_steps=2), one_rank)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("ranks, shard_size", [(2, 0), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_gradients_of_many_ranks_are_those_of_one(ranks, shard_size, run, toy_data, tmp_path):
+    """16 pairs in several micro-batches, and 1 pair whose two sequences leave ranks with nothing to do; the weights shared
+    by all ranks, and in several copies."""
+    for number, size in ((0, 0), (ranks, shard_size)):
+        done = run("tests/rank_gradients.py", toy_data, tmp_path / f"{number}", size, ranks=number)
+        assert done.returncode == 0, done.stderr
+    for name in ("many", "one", "many-dpo", "one-dpo"):
+        want, got = (load_file(tmp_path / f"{number}" / f"{name}.safetensors") for number in (0, ranks))
+        assert relative(got, {n: g.double() for n, g in want.items()}) < 1e-5
+
+
+@pytest.mark.parametrize("others", [["2"], pytest.param(["2", "4", "agents"], marks=pytest.mark.slow)])
+def test_the_loss_curve_depends_on_neither_ranks_nor_machines(others, run, toy_data, tmp_path):
+    """20 steps on 1 rank and on 2, 4, and two torchrun agents of 2 ranks that each hold a copy of the weights; 5 pairs a
+    step leave some ranks with less to do."""
+    words = "--recipe toy --epochs 2 --batch_size 5 --max_steps 20 --evaluate false --dtype float32".split()
+    flags = ["train_redi.py", *words, "--model", toy_data / "model", "--data", toy_data / "pairs.jsonl"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    agents = f"--nnodes 2 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint {endpoint} --rdzv_id test".split()
+    for name in ["1", *others]:
+        if name == "agents":
+            with ThreadPoolExecutor() as threads:
+                words = [*flags, "--out", tmp_path / name, "--shard_size", "2"]
+                both = [threads.submit(run, *words, torchrun=agents) for _ in range(2)]
+                ended = [future.result() for future in both]
+        else:
+            ended = [run(*flags, "--out", tmp_path / name, ranks=int(name))]
+        for done in ended:
+            assert done.returncode == 0, done.stderr
+    want, *curves = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ["1", *others]
+    )
+    assert len(want) == 20
+    for rows in curves:
+        for a, b in zip(want, rows, strict=True):
+            for key in ("loss", "chosen_logp", "rejected_logp", "grad_norm", "update_norm"):
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4 if key == "loss" else 1e-5)
+    start = dict(Qwen2.from_pretrained(tmp_path / "1" / "final").named_parameters())
+    for name in others:
+        for key, p in Qwen2.from_pretrained(tmp_path / name / "final").named_parameters():
+            torch.testing.assert_close(p, start[key], rtol=1e-3, atol=1e-4)
