@@ -19,10 +19,10 @@ from torch import Tensor
 from nanoredi import objectives
 from nanoredi.common.errors import Stopped, UserError
 from nanoredi.config import RediConfig, SftConfig
-from nanoredi.cpu.heap import give_back
 from nanoredi.data.batch import WeightedSequence, divide, num_steps, pack, step_rows
 from nanoredi.data.sequences import TokenData, load_pairs, load_sft
 from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.kernels.dispatch import after_step
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.pairs import pair_losses, wants_pairs
 from nanoredi.trainer.distributed import World, compute_dtype, exchange_gradients, matrix_rate, shard
@@ -148,8 +148,8 @@ def train_step(
     chosen, rejected, loss, norm = sums[0], sums[1] / (_rejected_weight(config) or 1.0), sums[2], sums[3].sqrt()
     skip = (~sums.isfinite().all()).float()
     optimizer.step(norm, config.clip, skip)
-    if world.device.type == "cpu":
-        give_back(model, int(optimizer.num_steps[0]), len(micro_batches))
+    num_parameters = sum(p.numel() for p in optimizer.parameters)
+    after_step(optimizer.num_steps[0], len(micro_batches), num_parameters, model.compute_dtype)
     update = optimizer.update_square() / copies
     dist.all_reduce(update)
     update = torch.where(skip.bool(), 0.0, update.sqrt())
