@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import skip_without_gcc
+from nanoredi.kernels.products import add_product, gated_linear, linear, packed, product, put_product
 
 from nanoredi.kernels import products
-from nanoredi.kernels.products import add_product, gated_linear, linear, packed, product, put_product
 
 # Small; of the size from which on oneDNN may be asked; one more than a piece that is made at once; and, in products.c, of
 # several blocks of panels, an inner dimension in parts, and no whole tile.
