@@ -4,9 +4,9 @@
     python experiments/collapse.py --seeds 42            one seed
 
 For each seed stage 1 is trained once. Stage 2 is trained from it twice: with alpha 1.0 at the high learning rate, which
-collapses, and with alpha 0.8 at the toy's own. The table has pass@1 in %, of 4 samples a problem, for five models: stage
-1's, the one that the watch names as the last good one when it trips, the last one saved before it trips, the one saved 10
-steps later, and the final one.
+collapses, and with alpha 0.8 at the toy's own. The table has pass@1 in %, of 4 samples a problem, for five models:
+stage 1's, the one that the watch names as the last good one when it trips, the last one saved before it trips, the one
+saved 10 steps later, and the final one.
 """
 
 import argparse

@@ -4,8 +4,9 @@
     python experiments/findings.py --page        only the page and its figure, from the runs that are there
 
 Stage 1 is trained once a seed. On a seed of its own every method is trained at every rate of one grid, and the rate
-with the highest pass@1 is taken. With these rates the methods are trained on the other seeds, evaluated along the way
-and at the end, some at their second-best rate as well, and docs/findings.md and docs/findings.png are written from that.
+with the highest pass@1 is taken. With these rates the methods are trained on the other seeds, some of them at their
+second-best rate as well, and evaluated along the way and at the end. docs/findings.md and docs/findings.png are written
+from these runs.
 """
 
 import argparse

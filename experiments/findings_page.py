@@ -1,4 +1,4 @@
-"""The page and the figure that experiments/findings.py makes of its runs. Every result and every verdict comes from them."""
+"""The page and the figure that experiments/findings.py makes of its runs; every result and verdict comes from them."""
 
 import json
 import math
