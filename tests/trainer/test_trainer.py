@@ -317,8 +317,8 @@ def test_the_start_s_files_are_not_touched_by_training(redi, one_rank, toy_data,
 
 @pytest.mark.parametrize("ranks, shard_size", [(2, 0), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_gradients_of_many_ranks_are_those_of_one(ranks, shard_size, run, toy_data, tmp_path):
-    """16 pairs in several micro-batches, and 1 pair whose two sequences leave ranks with nothing to do; the weights shared
-    by all ranks, and in several copies."""
+    """16 pairs in several micro-batches, and 1 pair whose two sequences leave ranks with nothing to do; with the
+    weights shared by all ranks, and in several copies."""
     for number, size in ((0, 0), (ranks, shard_size)):
         done = run("tests/rank_gradients.py", toy_data, tmp_path / f"{number}", size, ranks=number)
         assert done.returncode == 0, done.stderr
@@ -329,8 +329,8 @@ def test_gradients_of_many_ranks_are_those_of_one(ranks, shard_size, run, toy_da
 
 @pytest.mark.parametrize("others", [["2"], pytest.param(["2", "4", "agents"], marks=pytest.mark.slow)])
 def test_the_loss_curve_depends_on_neither_ranks_nor_machines(others, run, toy_data, tmp_path):
-    """20 steps on 1 rank and on 2, 4, and two torchrun agents of 2 ranks that each hold a copy of the weights; 5 pairs a
-    step leave some ranks with less to do."""
+    """20 steps on 1 rank and on 2, 4, and two torchrun agents of 2 ranks that each hold a copy of the weights; 5 pairs
+    a step leave some ranks with less to do."""
     words = "--recipe toy --epochs 2 --batch_size 5 --max_steps 20 --evaluate false --dtype float32".split()
     flags = ["train_redi.py", *words, "--model", toy_data / "model", "--data", toy_data / "pairs.jsonl"]
     with socket.socket() as free:
