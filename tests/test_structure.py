@@ -13,9 +13,8 @@ ROOMS = [
     "common",
     "config",
     "grader",
-    "objectives",
     "data",
-    "pairs",
+    "objectives",
     "prepare",
     "kernels",
     "model",
@@ -73,6 +72,41 @@ def test_what_only_a_cpu_needs_is_in_its_room():
         if room_of(file) != "cpu":
             for number, line in enumerate(file.read_text().splitlines(), 1):
                 assert not words.search(line), f"{file}, line {number}: {line.strip()}"
+
+
+def test_the_readme_has_the_rooms_in_this_order():
+    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert rows == [*ROOMS, "recipes"]
+
+
+def lines(*patterns: str, but: tuple[str, ...] = ()) -> int:
+    """Lines of the files that the patterns name within nanoredi/, each of which must name one."""
+    files: set[Path] = set()
+    for pattern in patterns:
+        found = set((ROOT / "nanoredi").glob(pattern))
+        assert found, f"nanoredi/ has no {pattern}"
+        files |= {file for file in found if file.suffix in (".py", ".c", ".h")}
+    return sum(len(file.read_text().splitlines()) for file in files if file.name not in but)
+
+
+def test_the_method_is_read_in_an_evening():
+    files = [
+        "objectives.py",
+        "config.py",
+        "data/sequences.py",
+        "data/batch.py",
+        "model/**/*",
+        "kernels/**/*",
+        "sampler/**/*",
+    ]
+    files += [f"trainer/{name}.py" for name in ("loop", "step", "optimizer", "distributed", "reference")]
+    number = lines(*files, but=("hf_folder.py", "top_p.py", "paged_attention.py"))
+    assert number <= 3000, f"the method's path has {number} lines, {number - 3000} too many"
+
+
+def test_the_whole_is_short_without_what_only_makes_a_cpu_fast():
+    number = lines("**/*") - (lines("cpu/**/*") if (ROOT / "nanoredi" / "cpu").exists() else 0)
+    assert number <= 7900, f"nanoredi/ without cpu/ has {number} lines, {number - 7900} too many"
 
 
 def test_nothing_but_the_required_packages_is_imported():

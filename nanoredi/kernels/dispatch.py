@@ -23,7 +23,8 @@ from torch import Tensor
 
 __all__ = ["after_step", "drop_gradient", "operation", "prepare_for_sampling", "prepare_for_training", "tl", "triton"]
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Triton takes 76 MB, so it is imported only where it has something to run on: a GPU, or for tests its interpreter.
 triton = tl = None

@@ -10,8 +10,8 @@ from nanoredi.cpu.products import multiply, packed
 from nanoredi.kernels.layers import PRODUCTS, add_product, gated_linear, linear, product, put_product
 from nanoredi.model.recompute import recomputed
 
-# Small; of the size from which on oneDNN may be asked; one more than a piece that is made at once; and, in products.c, of
-# several blocks of panels, an inner dimension in parts, and no whole tile.
+# A small shape; one large enough for oneDNN to be asked; one row more than a piece that is made at once; and for
+# products.c several blocks of panels, an inner dimension in parts, and no whole tile.
 SHAPES = [(3, 5, 7), (300, 400, 300), (2050, 8, 2060), (41, 4099, 1100), (9, 4100, 50), (1, 2, 1)]
 
 
