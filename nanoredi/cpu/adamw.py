@@ -22,4 +22,4 @@ def _(
         call(c, "update_square", "ttttiiffff", *tensors, squares, new.numel(), _PIECE, *factors)
         return squares.sum()
     pieces = zip(*(x.flatten().split(_AT_ONCE) for x in tensors))
-    return torch.stack([update_square.plain(*piece, rate, correction, eps, decayed) for piece in pieces]).sum()
+    return torch.stack([update_square.plain(x, m, v, rate, correction, eps, decayed) for x, m, v in pieces]).sum()

@@ -35,7 +35,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.grad_hidden = torch.zeros_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         total = kept_sum(lm_head) if grad_enabled and ctx.needs_input_grad[1] else None
         head = cast(lm_head, hidden.dtype)
-        logps = cross_entropy.logps_and_gradients(hidden, head, targets, weights, rows, ctx.grad_hidden, total)
+        logps = cross_entropy.logps_and_gradients(hidden, head, targets, weights, rows, (ctx.grad_hidden, total))
         ctx.mark_non_differentiable(logps)
         return (weights * logps).sum(), logps
 

@@ -7,6 +7,8 @@ keeps both: its `grad`, zeroed after a step and not dropped, to which the operat
 nothing to do; and, where products are of another dtype, a copy of it, renewed when the master has changed.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from nanoredi.kernels.dispatch import drop_gradient, prepare_for_training
 
 
 @prepare_for_training.on("cpu")
-def make_master(parameter: Tensor) -> None:
+def make_master(parameter: Any) -> None:
     """The parameter must be an fp32 leaf, whose gradient nobody asks torch.autograd.grad for any more."""
     parameter.grad, parameter.is_master, parameter.copies = torch.zeros_like(parameter), True, {}
 
@@ -24,7 +26,7 @@ def kept_sum(parameter: Tensor) -> Tensor | None:
     return parameter.grad if getattr(parameter, "is_master", False) else None
 
 
-def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(parameter: Any, dtype: torch.dtype) -> Tensor:
     """The parameter in this dtype; of another one without its history. Not to be changed."""
     if parameter.dtype == dtype:
         return parameter

@@ -8,6 +8,8 @@ In bf16 torch takes oneDNN. Where a CPU multiplies pairs of bf16 numbers (AVX512
 (AMX), products.c reaches more of its rate, and adds to an fp32 sum in place.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -186,9 +188,9 @@ def _c(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, add: bool 
         return out.add_(made) if add else out.copy_(made)
     (a, *a_layout), (b, *b_layout) = _readable(a), _readable(b.T)
     bias = None if bias is None else bias.contiguous()
-    left, right = (a, *a_layout), (b, b.dtype == torch.float32, *b_layout)
-    result = bias, out, out.stride(0), out.dtype == torch.float32, add
-    call(library("products", a.dtype), "product", "tiitiiittiiiiii", *left, *right, *result, *out.shape, a.shape[1])
+    left, right = [a, *a_layout], [b, b.dtype == torch.float32, *b_layout]
+    factors: list[Any] = [*left, *right, bias, out, out.stride(0), out.dtype == torch.float32, add]
+    call(library("products", a.dtype), "product", "tiitiiittiiiiii", *factors, *out.shape, a.shape[1])
     return out
 
 

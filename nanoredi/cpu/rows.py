@@ -13,11 +13,13 @@ _AT_ONCE = 1 << 20  # logits
 @logprobs_.on("cpu")
 def _(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if library("rows", logits.dtype):
-        out = logits.new_empty(3, len(logits), dtype=torch.float32)
-        _call("logprobs", logits, targets, weights, *out)
-        return tuple(out)
-    tensors = (logits, targets) if weights is None else (logits, targets, weights)
-    return tuple(map(torch.cat, zip(*(logprobs_.plain(*part) for part in _few_rows(*tensors)))))
+        logp, lse, one_minus_p = logits.new_empty(3, len(logits), dtype=torch.float32)
+        _call("logprobs", logits, targets, weights, logp, lse, one_minus_p)
+    else:
+        tensors = (logits, targets) if weights is None else (logits, targets, weights)
+        parts = zip(*(logprobs_.plain(*part) for part in _few_rows(*tensors)))
+        logp, lse, one_minus_p = map(torch.cat, parts)
+    return logp, lse, one_minus_p
 
 
 @gradient_.on("cpu")
@@ -29,9 +31,9 @@ def _(logits: Tensor, *others: Tensor) -> None:
 
 
 def _call(name: str, logits: Tensor, *others: Tensor | None) -> None:
-    others = [None if x is None else x.contiguous() for x in others]
-    kinds = "ti" + "t" * len(others) + "ii"
-    call(library("rows", logits.dtype), name, kinds, logits, logits.stride(0), *others, *logits.shape)
+    along = [None if x is None else x.contiguous() for x in others]
+    kinds = "ti" + "t" * len(along) + "ii"
+    call(library("rows", logits.dtype), name, kinds, logits, logits.stride(0), *along, *logits.shape)
 
 
 def _few_rows(*tensors: Tensor) -> zip:

@@ -49,7 +49,8 @@ def _where(mask: Tensor) -> tuple[Tensor, Tensor]:
     """The rows and columns where a mask (B, V) bool is true. Where few are, most of its time goes into the others, so
     these are passed over eight at a time."""
     if mask.shape[1] % 8:
-        return mask.nonzero(as_tuple=True)
+        row, column = mask.nonzero(as_tuple=True)
+        return row, column
     row, word = mask.view(torch.int64).nonzero(as_tuple=True)
     among, byte = mask.unflatten(1, (-1, 8))[row, word].nonzero(as_tuple=True)
     return row[among], word[among] * 8 + byte

@@ -21,6 +21,8 @@ from nanoredi.kernels.dispatch import operation
 from nanoredi.kernels.layers import add_product, product
 from nanoredi.kernels.logits import logits_by_chunks, logprobs_
 
+Gradients = tuple[Tensor | None, Tensor | None]
+
 
 @operation
 def weighted_cross_entropy(
@@ -58,7 +60,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         # Chunks add up in fp32: in bf16 a small term added to a large sum is lost.
         grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if wanted[1] else None
         ctx.grads = grad_hidden, grad_head
-        logps = logps_and_gradients(hidden, lm_head.to(hidden.dtype), targets, weights, rows, grad_hidden, grad_head)
+        logps = logps_and_gradients(hidden, lm_head.to(hidden.dtype), targets, weights, rows, ctx.grads)
         ctx.mark_non_differentiable(logps)
         return (weights * logps).sum(), logps
 
@@ -73,16 +75,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 
 def logps_and_gradients(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    rows: Tensor,
-    grad_hidden: Tensor | None,
-    grad_head: Tensor | None,
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor, grads: Gradients
 ) -> Tensor:
-    """The log-probabilities (N,) of these rows, 0 elsewhere. The gradients are written to grad_hidden (N, D) and added to
-    grad_head (V, D) fp32, where they are wanted."""
+    """The log-probabilities (N,) of these rows, 0 elsewhere.
+
+    Args:
+        grads: where they are wanted, the gradient of hidden (N, D) is written to, that of lm_head (V, D) fp32 added to.
+    """
+    grad_hidden, grad_head = grads
     wanted = grad_hidden is not None or grad_head is not None
     logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
     for chunk, x, logits in logits_by_chunks(hidden, head, rows):

@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,15 +25,17 @@ __all__ = ["after_step", "drop_gradient", "operation", "prepare_for_sampling", "
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Version = TypeVar("Version", bound=Callable[..., Any])
 
 # Triton takes 76 MB, so it is imported only where it has something to run on: a GPU, or for tests its interpreter.
-triton = tl = None
-if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
+if TYPE_CHECKING or torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
     try:
         import triton
         import triton.language as tl
     except ImportError:  # there is one for Linux alone
-        pass
+        triton = tl = None
+else:
+    triton = tl = None
 
 
 class operation(Generic[P, R]):  # noqa: N801  it is used as a decorator
@@ -44,11 +46,15 @@ class operation(Generic[P, R]):  # noqa: N801  it is used as a decorator
         self.plain = plain
         self.faster: dict[str, Callable[P, R]] = {}
 
-    def on(self, device_type: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        return lambda version: self.faster.setdefault(device_type, version)
+    def on(self, device_type: str) -> Callable[[Version], Version]:
+        def register(version: Version) -> Version:
+            self.faster[device_type] = version
+            return version
+
+        return register
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[0] if args else next(iter(kwargs.values()))
+        first: Any = args[0] if args else next(iter(kwargs.values()))
         device_type = first.device.type
         _import_package(device_type)
         if device_type in self.faster:

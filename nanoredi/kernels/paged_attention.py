@@ -45,7 +45,8 @@ def splits_for(q: Tensor, keys: Tensor, processors: int) -> tuple[int, Tensor, T
     """How many splits a row has, and memory for their a (B, H, splits, E), m and l (B, H, splits), fp32."""
     num_splits = max(1, min(64, _WAVES * processors // (len(q) * keys.shape[1])))
     shape = *q.shape[:2], num_splits
-    return num_splits, *(q.new_empty(shape + more, dtype=torch.float32) for more in (q.shape[2:], (), ()))
+    outs, tops, sums = (q.new_empty(shape + more, dtype=torch.float32) for more in (q.shape[2:], (), ()))
+    return num_splits, outs, tops, sums
 
 
 def put_together(outs: Tensor, tops: Tensor, sums: Tensor) -> Tensor:

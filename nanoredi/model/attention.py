@@ -8,6 +8,7 @@ shapes are those of qwen2.py.
 import inspect
 from collections.abc import Callable
 from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +54,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, sequences: PackedAttention
     # Heads first: (1, H or K, n, E).
     parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(sequences.lengths, dim=2) for x in (q, k, v)))
     grouped = q.shape[1] != k.shape[1]
-    out = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=grouped) for qkv in parts]
-    return torch.cat(out, dim=2).squeeze(0).transpose(0, 1)
+    outs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in parts]
+    return torch.cat(outs, dim=2).squeeze(0).transpose(0, 1)
 
 
 @causal_attention.on("cuda")
@@ -70,7 +71,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: PackedAttention) -> Tenso
 
 
 @cache
-def _varlen_attn() -> Callable[..., Tensor]:
+def _varlen_attn() -> Callable[..., Any]:
     """torch's variable-length flash attention, of grouped queries. Its module takes over a second to import, which a
     CPU need not wait for."""
     from torch.nn.attention.varlen import varlen_attn

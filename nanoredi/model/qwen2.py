@@ -16,15 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanoredi.kernels import (
-    embedding,
-    gated_linear,
-    linear,
-    linear_logprob,
-    rms_norm,
-    rotate,
-    weighted_cross_entropy,
-)
+from nanoredi.kernels import embedding, gated_linear, linear, linear_logprob, rms_norm, rotate, weighted_cross_entropy
 from nanoredi.kernels.dispatch import prepare_for_sampling
 from nanoredi.kernels.layers import PRODUCTS
 from nanoredi.model.attention import ATTENTION, Attend, PackedAttention

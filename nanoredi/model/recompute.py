@@ -60,9 +60,8 @@ class _Results(TorchDispatchMode):
         super().__init__()
         self.kept, self.results, self.given = kept, results, given
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # torch would import torch._dynamo, to tell it to leave this class alone
+    # Else torch would import torch._dynamo, to tell it to leave this class alone.
+    _should_skip_dynamo = classmethod(lambda cls: False)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if op.name() not in self.kept:

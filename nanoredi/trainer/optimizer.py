@@ -44,9 +44,12 @@ class AdamW:
             skip: () fp32; where it is 1 nothing changes, the count of steps included.
         """
         scale = (longest / (norm + 1e-6)).clamp(max=1.0)
-        grads = [local(p.grad).mul_(scale) for p in self.parameters]
+        parameters, means, squares = ([local(x) for x in xs] for xs in (self.parameters, self.exp_avg, self.exp_avg_sq))
         adamw(
-            *([local(x) for x in xs] for xs in (self.parameters, grads, self.exp_avg, self.exp_avg_sq)),
+            parameters,
+            [local(p.grad).mul_(scale) for p in self.parameters],
+            means,
+            squares,
             [],
             self.num_steps,
             fused=True,
