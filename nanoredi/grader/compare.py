@@ -6,9 +6,8 @@ A leaf that has a value is compared by its values at fixed points (expression.py
 import re
 from dataclasses import dataclass
 
-from nanoredi.grader import numbers as precise
 from nanoredi.grader.expression import GENERAL, NEGATIVE, WHOLE, Budget, Unreadable, evaluate, tokens_of
-from nanoredi.grader.numbers import Number
+from nanoredi.grader.numbers import Number, add, close, divide, is_real
 
 
 class Expression:
@@ -51,7 +50,7 @@ def agree(a: Expression, b: Expression) -> bool:
     """Have they the same value at every point?"""
     for point in points_for(a, b) if a.letters or b.letters else GENERAL[:1]:
         x, y = a.at(point), b.at(point)
-        if x is None or y is None or not precise.close(x, y):
+        if x is None or y is None or not close(x, y):
             return False
     return True
 
@@ -150,11 +149,10 @@ def proportional(a: Reading, b: Reading) -> bool:
         if None in values:
             return False
         try:
-            ratios.append((values[0] - values[1]) / (values[2] - values[3]))
+            ratios.append(divide(add(values[0], -values[1]), add(values[2], -values[3])))
         except ArithmeticError:
             return False
-    factor = precise.precise(ratios[0])
-    if not factor.re and not factor.im or a.kind != "=" and (factor.im or factor.re < 0):
+    if not ratios[0] or a.kind != "=" and not (is_real(ratios[0]) and ratios[0] > 0):
         return False
-    varies = any(not precise.close(side.at(GENERAL[0]), side.at(point)) for side in sides for point in GENERAL[1:])
-    return varies and all(precise.close(ratio, ratios[0]) for ratio in ratios)
+    varies = any(not close(side.at(GENERAL[0]), side.at(point)) for side in sides for point in GENERAL[1:])
+    return varies and all(close(ratio, ratios[0]) for ratio in ratios)

@@ -11,10 +11,9 @@ import re
 from collections.abc import Iterator
 
 from nanoredi.grader import latex as plain
-from nanoredi.grader import numbers as precise
 from nanoredi.grader.compare import Expression, Reading, same
 from nanoredi.grader.expression import MAX_DEPTH, Budget, Unreadable
-from nanoredi.grader.numbers import Precise
+from nanoredi.grader.numbers import inexact, is_real
 
 MAX_PARTS = 100  # of a list; cells of a matrix
 _NODE_WORK = 50
@@ -135,11 +134,11 @@ class _Reader:
         """The real line without points, in one shape however it is written: x ≠ 3 or (-∞,3) ∪ (3,∞)."""
         nodes = tuple(map(self.read, points))
         values = [node.expression.at(0) if node.expression and not node.expression.letters else None for node in nodes]
-        if any(v is None or isinstance(v, Precise) and v.im for v in values):
+        if any(v is None or not is_real(v) for v in values):
             return Reading("≠", text, nodes)
         ends = [
             "-∞",
-            *(points[i] for i in sorted(range(len(points)), key=lambda i: precise.precise(values[i]).re)),
+            *(points[i] for i in sorted(range(len(points)), key=lambda i: inexact(values[i]))),
             "∞",
         ]
         return self.several(",".join(f"({a},{b})" for a, b in itertools.pairwise(ends)))
