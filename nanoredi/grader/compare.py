@@ -4,10 +4,20 @@ A leaf that has a value is compared by its values at fixed points (expression.py
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nanoredi.grader.expression import GENERAL, NEGATIVE, WHOLE, Budget, Unreadable, evaluate, tokens_of
+from nanoredi.grader.expression import GENERAL, LETTERS, NEGATIVE, WHOLE, Budget, Unreadable, evaluate, tokens_of
 from nanoredi.grader.numbers import Number, add, close, divide, is_real
+
+# A single name: x, S_{10}, \\theta, AB, \\angle ABC, [ABC], \\overline{AB}, f(x), P(A|B), The area.
+_INDEX = r"(?:_\{[^{}]*\})?"
+LETTER = rf"(?:\\(?:{'|'.join(LETTERS)}) ?|[A-Za-z]){_INDEX}"
+_ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{4,}})"
+NAME = (
+    rf"(?:(?:m ?)?\\(?:angle|triangle|odot) ?)?(?:{LETTER}|[A-Z]{{2,}}{_INDEX}|[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
+    rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\(?:overline|bar)\{{[A-Z]{{2,}}\}}"
+)
 
 
 class Expression:
@@ -60,13 +70,14 @@ class Reading:
     """A node of the tree.
 
     Attributes:
-        kind: "value", "text", "list", "system" (named values), "cases", "matrix", "row", "base", "time", a relation
-            ("=", "<", "≤", "≤<", ...), "≠", or a tuple's two brackets such as "[)".
+        kind: "value", "text", "list", "system" (named values), "cases", "matrix", "row", "base", "time", "ratio", a
+            relation ("=", "<", "≤", "≤<", ...), "≠", or a tuple's two brackets such as "[)".
         text: the plain string.
         parts: the nodes below.
         expression: of a value.
-        bare: of an equation: what it says when the name on one side is dropped.
+        bare: of a relation: what it says when the names on one side are dropped, 5 or an interval.
         name: of an equation x = 5: x; of a time: am, pm or nothing.
+        braces: whether it stood in braces, as a set does.
     """
 
     kind: str
@@ -75,19 +86,22 @@ class Reading:
     expression: Expression | None = None
     bare: "Reading | None" = None
     name: str = ""
+    braces: bool = False
 
 
 def same(a: Reading, b: Reading) -> bool:
+    if a.text == b.text and a.kind == b.kind and a.kind != "time":
+        return True
+    if a.kind == b.kind == "=":
+        return match(a.parts, b.parts) or proportional(a, b) or same_definition(a, b)
+    if a.kind == b.kind in ("<", "≤") and proportional(a, b):
+        return True
+    if (a.bare or b.bare) and (a.kind != b.kind or a.bare and b.bare):
+        return same(a.bare or a, b.bare or b)
     if "time" in (a.kind, b.kind):
         if a.kind == b.kind:
             return a.text == b.text and (a.name == b.name or not a.name or not b.name)
         return bool(a.expression and b.expression) and agree(a.expression, b.expression)
-    if a.text == b.text:
-        return True
-    if a.kind == b.kind == "=" and (match(a.parts, b.parts) or proportional(a, b)):
-        return True
-    if a.bare or b.bare:
-        return same(a.bare or a, b.bare or b)
     if "system" in (a.kind, b.kind):
         return same_system(a, b)
     if a.kind != b.kind:
@@ -95,18 +109,37 @@ def same(a: Reading, b: Reading) -> bool:
     if a.kind == "value" and agree(a.expression, b.expression):
         return True
     if a.kind == "text" or re.fullmatch("[A-Za-z ]{2,}", a.text):
-        # The case of words does not matter; a short word reads as a product.
-        return word(a.text) == word(b.text)
+        return word(a.text) == word(b.text)  # a short word reads as a product
     if a.kind in ("list", "cases", "≠"):
         return match(a.parts, b.parts)
-    if a.kind in ("<", "≤") and proportional(a, b):
-        return True
     return len(a.parts) == len(b.parts) > 0 and all(map(same, a.parts, b.parts))
 
 
 def word(text: str) -> str:
-    """A text without what does not matter in it: spaces, case, braces around one letter or macro."""
-    return re.sub(r"\{(\w|\\[A-Za-z]+)\}", r"\1", re.sub(r"[ °]", "", text)).casefold()
+    """A text without what does not matter in it: spaces, the case of words, braces around one letter or macro."""
+    if re.fullmatch(r"[A-Za-z ,.'-]*[A-Za-z]{4,}[A-Za-z ,.'-]*", text):  # a phrase; "team B wins" too
+        text = text.lower()
+    text = re.sub(_WORD, lambda found: found[0].lower(), text)
+    return re.sub(r"\{(\w|\\[A-Za-z]+)\}", r"\1", re.sub(r"[ °]", "", text))
+
+
+_WORD = r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|N[Oo])(?![A-Za-z])"
+
+
+def distinct(nodes: Iterable[Reading]) -> list[Reading]:
+    """The nodes without those that are the same as an earlier one."""
+    kept: list[Reading] = []
+    for node in nodes:
+        if not any(same(node, other) for other in kept):
+            kept.append(node)
+    return kept
+
+
+def same_definition(a: Reading, b: Reading) -> bool:
+    """y = 2x and f(x) = 2x, whose left sides are names. p = q and r = q are equations between names."""
+    if not (a.name and b.name and a.bare and b.bare):
+        return False
+    return ("(" in a.name + b.name or not re.fullmatch(NAME, a.bare.text)) and same(a.bare, b.bare)
 
 
 def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
@@ -123,18 +156,20 @@ def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
 
 
 def same_system(a: Reading, b: Reading) -> bool:
-    """x = 1, y = 2 against the same names in any order, against other names or (1, 2) in this order, or a list."""
-    if a.kind == b.kind:
-        names = [{part.name for part in system.parts} for system in (a, b)]
-        if names[0] == names[1]:
-            a, b = (Reading("()", "", tuple(sorted(s.parts, key=lambda part: part.name))) for s in (a, b))
-        elif names[0] & names[1]:
-            return False
-    elif {a.kind, b.kind} == {"system", "list"}:
+    """x = 1, y = 2 against the same names, other names or (1, 2), each in the order of its names, or against a list."""
+    if {a.kind, b.kind} == {"system", "list"}:
         return match(a.parts, b.parts)
-    elif {a.kind, b.kind} != {"system", "()"}:
+    if not {a.kind, b.kind} <= {"system", "()"} or len(a.parts) != len(b.parts):
         return False
-    return len(a.parts) == len(b.parts) and all(map(same, a.parts, b.parts))
+    names = [{part.name for part in one.parts} for one in (a, b) if one.kind == "system"]
+    if len(names) == 2 and names[0] != names[1] and names[0] & names[1]:
+        return False
+    return all(map(same, *(sorted(one.parts, key=order) if one.kind == "system" else one.parts for one in (a, b))))
+
+
+def order(part: Reading) -> list[tuple[int, str]]:
+    """x_2 comes before x_10."""
+    return [(int(digits or -1), text) for digits, text in re.findall("([0-9]{1,9})|([^0-9]+)", part.name)]
 
 
 def proportional(a: Reading, b: Reading) -> bool:

@@ -58,7 +58,7 @@ def evaluate(tokens: list[str], point: int, budget: Budget) -> tuple[Number, boo
     return evaluator.value(), evaluator.letters
 
 
-_LETTERS = set(
+LETTERS = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi "
     "chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega hbar ell".split()
 )
@@ -294,7 +294,7 @@ class _Evaluator:
     def symbol(self, name: str) -> Number:
         if name in self.bound:
             return self.bound[name]
-        if not (name.isalpha() and len(name) == 1 or name in _LETTERS or name in _CONSTANTS):
+        if not (name.isalpha() and len(name) == 1 or name in LETTERS or name in _CONSTANTS):
             raise Unreadable
         if self.accept("_"):  # latex.py has put every subscript in braces
             index = self.tokens[self.position : self.tokens.index("}", self.position) + 1]
