@@ -139,6 +139,8 @@ def same_definition(a: Reading, b: Reading) -> bool:
     """y = 2x and f(x) = 2x, whose left sides are names. p = q and r = q are equations between names."""
     if not (a.name and b.name and a.bare and b.bare):
         return False
+    if a.name != b.name and "(" in a.name and a.name.partition("(")[0] == b.name.partition("(")[0]:
+        return False  # f(2) = 5 is not f(3) = 5
     return ("(" in a.name + b.name or not re.fullmatch(NAME, a.bare.text)) and same(a.bare, b.bare)
 
 
@@ -179,7 +181,7 @@ def proportional(a: Reading, b: Reading) -> bool:
     if len(sides) != 4 or None in sides or not any(side.letters for side in sides):
         return False
     ratios = []
-    for point in GENERAL:
+    for point in points_for(*sides):
         values = [side.at(point) for side in sides]
         if None in values:
             return False

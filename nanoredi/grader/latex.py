@@ -187,7 +187,9 @@ _TAIL = re.compile(
 _REASONS = "≈ approx approximately about since because \\forall".split()
 # In a remark: what changes the answer, or begins another.
 _NO_REMARK = re.compile(
-    r"⟦|\b(?:for|if|when|mod|base|not|except|exclu|unless|without|other|else|" + "|".join(FUNCTIONS) + ")"
+    r"⟦|\b(?:exclu|except|(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|"
+    + "|".join(FUNCTIONS)
+    + r")\b)"
 )
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
 
@@ -198,6 +200,7 @@ def clean(text: str) -> str:
         text = _compatible(text.translate(_BEFORE))
     text = re.sub(r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", "", text)  # these commas group digits, wherever they stand
     text = re.sub(r"(?<=[0-9])\{,\}(?=[0-9])", ".", text)  # elsewhere it is a decimal comma
+    text = re.sub(r"(?<=[0-9.])\\?[%$](?=[0-9.])", "§", text)  # 17%6 is not 176
     text = _REPEATING.sub(_repeating, text)
     text = re.sub(r"\\([A-Za-z]+|[^A-Za-z])", _macro, text).translate(_CHARACTERS)
     for pattern, new in _REWRITES:
@@ -221,7 +224,11 @@ def readings(text: str) -> Iterator[tuple[str, str]]:
             texts |= dict.fromkeys(choice.groups(), "")
         if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one):
             head, word, tail = remark.groups()
-            if not (_NO_REMARK.search(tail) or word in FUNCTIONS or "," in tail and (word == "for" or "=" in tail)):
+            if not (
+                _NO_REMARK.search(tail if remark.re is _TAIL else word + tail)
+                or "," in tail
+                and (word == "for" or "=" in tail)
+            ):
                 harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
                 texts.setdefault(head, "" if harmless else re.sub(r"\s", "", tail))
     for change in (_without_units, _without_grouping):

@@ -23,7 +23,7 @@ _MARKED_NAME = re.compile(
     rf"\|(?:{NAME})\||\\(?:bar|hat|overline|Delta) ?\{{?(?:{NAME})\}}?|\\frac\{{(?:{NAME})\}}\{{(?:{NAME})\}}"
 )
 _NAMES_TUPLE = re.compile(rf"\({LETTER}(?:,{LETTER})+\)")
-_COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i*nt|oint|det|sup|inf) ?(?![A-Za-z])|\bmod\b|⟦vmatrix")
+_COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i+nt|oint|det|sup|inf) ?(?![A-Za-z])|\bmod\b|⟦vmatrix")
 _STACKED = re.compile(r"[^⟦]*⟦(cases|aligned|align|gathered)¦([^⟦]*)⟧", re.DOTALL)
 _BASE = re.compile(r"\(?([0-9A-Z]+)\)?(?:_\{(?:base ?)?| (?:in )?base )([0-9]{1,2})\}?")
 _TIME = re.compile(r"([0-9]{1,2}):([0-5][0-9])(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
@@ -108,7 +108,8 @@ class _Reader:
         names = [node.name for node in nodes]
         size = names.index(names[0], 1) if names[0] in names[1:] else 0
         if size > 1 and names == names[:size] * (len(names) // size) and is_system(nodes[:size]):
-            return [Reading("system", "", tuple(nodes[i : i + size])) for i in range(0, len(nodes), size)]
+            chunks = [tuple(nodes[i : i + size]) for i in range(0, len(nodes), size)]
+            return [Reading("system", ",".join(node.text for node in chunk), chunk) for chunk in chunks]
         return nodes
 
     def one(self, text: str) -> Reading:
@@ -245,7 +246,7 @@ def stands_for(text: str) -> bool:
 
 def is_computed(side: str, part: Reading) -> bool:
     """A limit, a sum and the like, which we do not compute; alone, so that it is what the other side is the value of."""
-    alone = len(split(side.lstrip("-"), "+-")) == 1 or re.search(r"\\i*n?t\b.*d ?\\?[a-z]+$", side)
+    alone = len(split(side.lstrip("-"), "+-")) == 1 or re.search(r"\\(?:i+|oi)nt(?![A-Za-z]).*d ?\\?[a-z]+$", side)
     return part.kind == "text" and bool(_COMPUTED.search(side)) and bool(alone)
 
 
