@@ -168,7 +168,7 @@ _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]
 # Bare units, by what may stand around them. One letter is a unit only over another: 3 m/s, but not 3 m.
 _SHORT_UNITS = (
     "cm|mm|km|nm|kg|mg|lbs?|oz|ft|in|yd|mi|hrs?|min|secs?|ms|k?Hz|MHz|GHz|[kMG]?eV|kJ|kW|MW|mV|kV|k?Pa|atm|mol|mL|ml|"
-    "rad|deg|mph|kph|k?cal|yrs?|USD|pct|units?"
+    "rad|deg|mph|kph|k?cal|yrs?|USD|pct|sq|cu|units?"
 )
 _SMALL_UNITS = (
     r"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L)" + _POWER + r"\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b" + _POWER
@@ -180,7 +180,10 @@ _BARE_UNITS = re.compile(
 )
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 # After an answer: a remark in brackets, or from a word to the end.
-_BRACKETED = re.compile(r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}]))\(\s*(≈|[a-z]{3,}\b)((?:[^()]|\([^()]*\))*)\)\s*", re.DOTALL)
+_BRACKETED = re.compile(
+    r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}]))\(\s*(≈|[a-z]{3,}\b|\w is\b|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*",
+    re.DOTALL,
+)
 _TAIL = re.compile(
     r"(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)", re.DOTALL
 )

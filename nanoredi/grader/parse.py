@@ -199,7 +199,7 @@ class _Reader:
                 sides, signs = (["-∞", *sides], ["<", *signs]) if is_name(sides[0]) else ([*sides, "∞"], [*signs, "<"])
             if len(sides) == 3 and is_name(sides[1]):
                 brackets = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
-                node.bare = self.read(f"{brackets[0]}{sides[0]},{sides[2]}{brackets[1]}")
+                node.name, node.bare = sides[1], self.read(f"{brackets[0]}{sides[0]},{sides[2]}{brackets[1]}")
         return node
 
     def equation(self, text: str, sides: list[str]) -> Reading:
@@ -224,8 +224,8 @@ class _Reader:
 
 
 def is_system(nodes: list[Reading] | tuple[Reading, ...]) -> bool:
-    """Are all of them equations of names, and the names different?"""
-    names = {node.name for node in nodes if node.kind == "="}
+    """Does each say something of a name, x = 1 or x > 1, and each of another?"""
+    names = {node.name for node in nodes if node.kind != "time"}
     return len(names) == len(nodes) > 1 and "" not in names
 
 
