@@ -12,58 +12,22 @@ from collections.abc import Iterator
 
 from nanoredi.grader.numbers import FUNCTIONS
 
-_MACROS = {
-    macro: new
-    for macros, new in [
-        (", ; : > space quad qquad enspace thinspace", " "),
-        ("! $ % ( ) [ ] left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr", ""),
-        ("displaystyle textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox underline", ""),
-        (
-            "vec overrightarrow boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar framebox",
-            "",
-        ),
-        ("dfrac tfrac cfrac", "\\frac"),
-        ("dbinom tbinom", "\\binom"),
-        ("cdot times ast", "*"),
-        ("div", "/"),
-        ("colon ratio", ":"),
-        ("pm", "±"),
-        ("mp", "∓"),
-        ("cup bigcup", "∪"),
-        ("cap", "∩"),
-        ("setminus backslash smallsetminus", "∖"),
-        ("in", "∈"),
-        ("infty infin", "∞"),
-        ("emptyset varnothing", "∅"),
-        ("pi", "π"),
-        ("circ degree textdegree", "°"),
-        ("prime", "'"),
-        ("lvert rvert vert mid", "|"),
-        ("lfloor", "⌊"),
-        ("rfloor", "⌋"),
-        ("lceil", "⌈"),
-        ("rceil", "⌉"),
-        ("{ lbrace", "⦃"),
-        ("} rbrace", "⦄"),
-        ("langle", "("),
-        ("rangle", ")"),
-        ("lbrack", "["),
-        ("rbrack", "]"),
-        ("varepsilon", "\\epsilon"),
-        ("varphi", "\\phi"),
-        ("vartheta", "\\theta"),
-        ("varrho", "\\rho"),
-        ("lt", "<"),
-        ("gt", ">"),
-        ("leq le leqslant leqq", "≤"),
-        ("geq ge geqslant geqq", "≥"),
-        ("neq ne", "≠"),
-        ("approx simeq", "≈"),
-        ("lor vee", " , "),
-        ("ldots dots cdots", "…"),
-    ]
-    for macro in macros.split()
-} | {" ": " ", "\n": " "}
+# Macros and the signs that they are, in turn; the grader's own brackets ⦃ ⦄ are those of a set.
+_SIGNS = r"""
+    cdot * times * ast * div / colon : ratio : pm ± mp ∓ cup ∪ bigcup ∪ cap ∩ bigcap ∩ setminus ∖ backslash ∖
+    smallsetminus ∖ in ∈ infty ∞ infin ∞ emptyset ∅ varnothing ∅ pi π circ ° degree ° textdegree ° prime ' lvert |
+    rvert | vert | mid | lfloor ⌊ rfloor ⌋ lceil ⌈ rceil ⌉ { ⦃ lbrace ⦃ } ⦄ rbrace ⦄ langle ( rangle ) lbrack [ rbrack ]
+    lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor , vee ,
+    ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac dbinom \binom tbinom \binom
+    varepsilon \epsilon varphi \phi vartheta \theta varrho \rho
+""".split()
+_SPACES = ", ; : > space quad qquad enspace thinspace".split() + [" ", "\n"]
+_LAYOUT = (
+    "! $ % ( ) [ ] left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
+    "limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline vec overrightarrow boldsymbol pmb "
+    "widehat overset strut protect normalfont pounds euro textdollar"
+).split()
+_MACROS = dict.fromkeys(_LAYOUT, "") | dict.fromkeys(_SPACES, " ") | dict(zip(_SIGNS[::2], _SIGNS[1::2]))
 # NFKC would turn the first of these into other signs; of a letter's forms (φ, ϕ) it leaves one.
 _BEFORE = str.maketrans(
     {"º": "°", "ℓ": "\\ell ", "ℏ": "\\hbar "} | {c: f"\\mathbb{{{n}}}" for c, n in zip("ℝℤℕℚℂ", "RZNQC")}

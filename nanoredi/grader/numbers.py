@@ -21,9 +21,8 @@ Number = Fraction | Inexact
 
 _CLOSE = _REAL("1e-40")  # relative: what a few hundred operations leave of 60 digits
 _NOISE = _REAL("1e-50")
-_LARGEST_EXPONENT = _REAL(11_500)  # of e, about 10^5000
-_LARGEST_BITS = 17_000
-_LARGEST_ANGLE = _REAL(10) ** 12
+_LARGEST_ARGUMENT = 10**12
+_LARGEST_BITS = 17_000  # before or after the point, about 10^5000
 PI, E, IMAGINARY = +CONTEXT.pi, CONTEXT.exp(1), _COMPLEX(0, 1)
 
 
@@ -79,31 +78,19 @@ def whole_root(x: int, n: int) -> int | None:
 
 
 def exp(z: Inexact) -> Inexact:
-    if abs(z.real) > _LARGEST_EXPONENT or abs(z.imag) > _LARGEST_ANGLE:
-        raise ArithmeticError("out of bounds")
-    return _tidy(CONTEXT.exp(z))
+    return _tidy(CONTEXT.exp(_bounded(z)))
 
 
 def log(z: Inexact) -> Inexact:
-    if not z:
-        raise ArithmeticError("0 has no logarithm")
     return _tidy(CONTEXT.log(z), 1)
 
 
 def sin(z: Inexact) -> Inexact:
-    return _wave(CONTEXT.sin, z)
+    return _tidy(CONTEXT.sin(_bounded(z)), max(1, abs(z)))
 
 
 def cos(z: Inexact) -> Inexact:
-    return _wave(CONTEXT.cos, z)
-
-
-def sinh(z: Inexact) -> Inexact:
-    return (exp(z) - exp(-z)) / 2
-
-
-def cosh(z: Inexact) -> Inexact:
-    return (exp(z) + exp(-z)) / 2
+    return _tidy(CONTEXT.cos(_bounded(z)), max(1, abs(z)))
 
 
 FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {
@@ -114,32 +101,25 @@ FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {
     "csc": lambda z: 1 / sin(z),
     "cot": lambda z: cos(z) / sin(z),
     "cis": lambda z: exp(IMAGINARY * z),
-    "arcsin": CONTEXT.asin,
-    "arccos": CONTEXT.acos,
-    "arctan": CONTEXT.atan,
     "arccot": lambda z: PI / 2 - CONTEXT.atan(z),
-    "sinh": sinh,
-    "cosh": cosh,
-    "tanh": lambda z: sinh(z) / cosh(z),
-    "arcsinh": CONTEXT.asinh,
-    "arccosh": CONTEXT.acosh,
-    "arctanh": CONTEXT.atanh,
     "exp": exp,
     "ln": log,
     "log": log,
     "lg": lambda z: log(z) / CONTEXT.log(10),
 }
-FUNCTIONS |= {name.replace("arc", short): FUNCTIONS[name] for name in list(FUNCTIONS) for short in ("a", "ar")}
+for _name in "sin cos tan sinh cosh tanh".split():
+    FUNCTIONS |= dict.fromkeys([f"{arc}{_name}" for arc in ("arc", "ar", "a")], getattr(CONTEXT, "a" + _name))
+    FUNCTIONS.setdefault(_name, lambda z, name=_name: getattr(CONTEXT, name)(_bounded(z)))
 
 
 def evaluate(name: str, z: Inexact) -> Inexact:
     return _tidy(FUNCTIONS[name](z))
 
 
-def _wave(function: Callable[[Inexact], Inexact], z: Inexact) -> Inexact:
-    if abs(z.real) > _LARGEST_ANGLE or abs(z.imag) > _LARGEST_EXPONENT:
+def _bounded(z: Inexact) -> Inexact:
+    if abs(z) > _LARGEST_ARGUMENT:  # the exponential's size has no bound, and no digits of a sine's angle are left
         raise ArithmeticError("out of bounds")
-    return _tidy(function(z), max(1, abs(z)))
+    return z
 
 
 def _tidy(z: Inexact, size: Inexact | int = 0) -> Inexact:
