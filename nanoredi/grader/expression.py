@@ -337,18 +337,10 @@ class _Evaluator:
         return numbers.root(inexact(x), n)
 
     def factorial(self, x: Number) -> Number:
-        """n! of a whole number; elsewhere some function with n! = n (n-1)!, which is all that rewriting one uses."""
-        if not isinstance(x, Fraction) or abs(x) > MAX_FACTORIAL:
-            return _opaque("!", _digits(x))
-        if x.denominator == 1:
+        if isinstance(x, Fraction) and x.denominator == 1 and 0 <= x <= MAX_FACTORIAL:
             return self.bounded(Fraction(math.factorial(int(x))))
-        rest = x - math.floor(x)
-        result = _opaque("!", _digits(rest))
-        for k in range(1, math.floor(x) + 1):
-            result = self.bounded(multiply(result, rest + k))
-        for k in range(0, math.floor(x), -1):
-            result = self.bounded(divide(result, rest + k))
-        return result
+        self.budget.spend(_FUNCTION_WORK)
+        return numbers.factorial(inexact(x)) if abs(inexact(x)) <= MAX_FACTORIAL else _opaque("!", _digits(x))
 
     def binomial(self, n: Number, k: Number) -> Number:
         if isinstance(n, Fraction) and n.denominator == 1 and isinstance(k, Fraction) and not 0 <= k <= n:

@@ -99,12 +99,8 @@ _REWRITES = [
         (r"(?:\\|\b)ceil\s*\(([^()]*)\)", r"⌈\1⌉"),
         (r"(?:\\|\b)floor\s*\(([^()]*)\)", r"⌊\1⌋"),
         (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}", r"\\\1 "),
-        (
-            r"\s(?:or|and)\s|(?<![\\A-Za-z{])(?:or|and)(?![A-Za-z}])|(?<=[0-9)\]}⦄])(?:or|and)(?=[A-Za-z]\b)|"
-            + _FONT
-            + r"\{\s*,?\s*(?:or|and)\s*\}",
-            " , ",
-        ),
+        (r"(?<![\\A-Za-z{])(?:or|and)(?![A-Za-z}])|(?<=[0-9)\]}⦄])(?:or|and)(?=[A-Za-z]\b)", " , "),
+        (_FONT + r"\{\s*,?\s*(?:or|and|,)\s*\}", " , "),
         (r"(?<=[0-9)}π°'])\s*(?:" + _MANY_UNITS + r"[\s/*]*)+", " "),
         (_FONT + r"\{([^{}]*)\}", r" \1 "),
         (_FONT + r"\{([^{}]*)\}", r" \1 "),  # twice, for a font in a font
@@ -151,12 +147,10 @@ _BRACKETED = re.compile(
 _TAIL = re.compile(
     r"(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)", re.DOTALL
 )
-_REASONS = "≈ approx approximately about since because \\forall".split()
+_REASONS = "≈ approx approximately about since because".split()
 # In a remark: what changes the answer, or begins another.
 _NO_REMARK = re.compile(
-    r"⟦|\b(?:exclu|except|(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|"
-    + "|".join(FUNCTIONS)
-    + r")\b)"
+    rf"⟦|\b(?:exclu|except|(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
 )
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
 
@@ -191,11 +185,8 @@ def readings(text: str) -> Iterator[tuple[str, str]]:
             texts |= dict.fromkeys(choice.groups(), "")
         if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one):
             head, word, tail = remark.groups()
-            if not (
-                _NO_REMARK.search(tail if remark.re is _TAIL else word + tail)
-                or "," in tail
-                and (word == "for" or "=" in tail)
-            ):
+            several = "," in tail and (word == "for" or "=" in tail)
+            if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
                 harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
                 texts.setdefault(head, "" if harmless else re.sub(r"\s", "", tail))
     for change in (_without_units, _without_grouping):

@@ -112,6 +112,10 @@ for _name in "sin cos tan sinh cosh tanh".split():
     FUNCTIONS.setdefault(_name, lambda z, name=_name: getattr(CONTEXT, name)(_bounded(z)))
 
 
+def factorial(z: Inexact) -> Inexact:
+    return _tidy(CONTEXT.factorial(z))
+
+
 def evaluate(name: str, z: Inexact) -> Inexact:
     return _tidy(FUNCTIONS[name](z))
 

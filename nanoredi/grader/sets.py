@@ -6,6 +6,7 @@ Python set of cells' numbers (an end's is even), and its intervals are the runs 
 
 import itertools
 import operator
+from collections.abc import Iterable
 
 from nanoredi.grader.compare import Reading, distinct, same
 from nanoredi.grader.expression import Unreadable
@@ -64,33 +65,25 @@ def _at_one(x: Inexact, y: Inexact) -> bool:
 
 
 def _intervals(sets: list[list[Reading]], operators: list[str]) -> list[Reading]:
-    ends: list[tuple[Inexact, Reading]] = []
+    ends: list[Reading] = []
+    cell = {}  # of each end, by its id
     for end in sorted((end for members in sets for one in members for end in _ends(one)), key=_place):
-        place = _place(end)
-        if not ends or not _at_one(place, ends[-1][0]):
-            ends.append((place, end))
+        if not ends or not _at_one(_place(end), _place(ends[-1])):
+            ends.append(end)
+        cell[id(end)] = 2 * len(ends) - 2
 
-    def number(end: Reading) -> int:
-        place = _place(end)
-        return next(i for i, (other, _) in enumerate(ends) if _at_one(place, other))
+    def cells(one: Reading) -> Iterable[int]:
+        low, high = cell[id(_ends(one)[0])], cell[id(_ends(one)[-1])]
+        return range(low + (one.kind[0] == "("), high + (one.kind[-1] != ")"))
 
-    def cells(one: Reading) -> set[int]:
-        if not _is_interval(one):
-            return {2 * number(one)}
-        low, high = map(number, one.parts)
-        return set(range(2 * low + (one.kind[0] == "("), 2 * high + (one.kind[1] == "]")))
-
-    result, *others = [set().union(*map(cells, members)) for members in sets]
+    result, *others = [{c for one in members for c in cells(one)} for members in sets]
     for sign, other in zip(operators, others):
         result = _OPERATIONS[sign](result, other)
     parts = []
     for _, run in itertools.groupby(enumerate(sorted(result)), key=lambda pair: pair[1] - pair[0]):
         first, *_, last = [cell for _, cell in run] * 2
-        low, high = ends[first // 2][1], ends[(last + 1) // 2][1]
+        low, high = ends[first // 2], ends[(last + 1) // 2]
         kind = "[("[first % 2] + "])"[last % 2]
-        parts.append(
-            low
-            if first == last and first % 2 == 0
-            else Reading(kind, f"{kind[0]}{low.text},{high.text}{kind[1]}", (low, high))
-        )
+        interval = Reading(kind, f"{kind[0]}{low.text},{high.text}{kind[1]}", (low, high))
+        parts.append(low if low is high else interval)
     return parts
