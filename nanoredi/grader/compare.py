@@ -140,7 +140,9 @@ def same_definition(a: Reading, b: Reading) -> bool:
     if not (a.name and b.name and a.bare and b.bare):
         return False
     if a.name != b.name and "(" in a.name and a.name.partition("(")[0] == b.name.partition("(")[0]:
-        return False  # f(2) = 5 is not f(3) = 5
+        # f(2) = 5 is not f(3) = 5; f(x) = 5 is f(n) = 5, but f(x) = n is not f(n) = n.
+        if re.search(r"\([^)]*[0-9]", a.name + b.name) or not (a.bare.expression and not a.bare.expression.letters):
+            return False
     return ("(" in a.name + b.name or not re.fullmatch(NAME, a.bare.text)) and same(a.bare, b.bare)
 
 

@@ -21,7 +21,7 @@ _SIGNS = r"""
     ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac dbinom \binom tbinom \binom
     varepsilon \epsilon varphi \phi vartheta \theta varrho \rho
 """.split()
-_SPACES = ", ; : > space quad qquad enspace thinspace".split() + [" ", "\n"]
+_SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
 _LAYOUT = (
     "! $ % ( ) [ ] left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
     "limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline vec overrightarrow boldsymbol pmb "
@@ -162,6 +162,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", "", text)  # these commas group digits, wherever they stand
     text = re.sub(r"(?<=[0-9])\{,\}(?=[0-9])", ".", text)  # elsewhere it is a decimal comma
     text = re.sub(r"(?<=[0-9.])\\?[%$](?=[0-9.])", "§", text)  # 17%6 is not 176
+    text = re.sub(r"\\q?quad", " ", text)  # also where a letter is glued to it
     text = _REPEATING.sub(_repeating, text)
     text = re.sub(r"\\([A-Za-z]+|[^A-Za-z])", _macro, text).translate(_CHARACTERS)
     for pattern, new in _REWRITES:
