@@ -197,7 +197,7 @@ class _Reader:
         if set(signs) <= {"<", "≤"}:
             if len(sides) == 2 and is_name(sides[0]) != is_name(sides[1]):
                 sides, signs = (["-∞", *sides], ["<", *signs]) if is_name(sides[0]) else ([*sides, "∞"], [*signs, "<"])
-            if len(sides) == 3 and is_name(sides[1]):
+            if len(sides) == 3 and is_name(sides[1]) and not any(mentions(part, sides[1]) for part in node.parts):
                 brackets = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
                 node.name, node.bare = sides[1], self.read(f"{brackets[0]}{sides[0]},{sides[2]}{brackets[1]}")
         return node
@@ -211,6 +211,8 @@ class _Reader:
             if len(pairs) == len(parts[0].parts) == len(parts[1].parts):
                 return Reading("system", text, tuple(Reading("=", n, (), bare=part, name=n) for n, part in pairs))
         node = Reading("=", text, parts)
+        if re.fullmatch("[A-Z]{2,}", sides[-1]) and is_name(sides[0]):  # MR = SRMC has no value
+            return node
         if len(sides) == 2 and is_name(sides[1]) and not stands_for(sides[0]) and is_constant(parts[0]):
             sides, parts = sides[::-1], parts[::-1]
         node.name = sides[0] if is_name(sides[0]) else ""
@@ -219,7 +221,7 @@ class _Reader:
         if rest[-1] in values and all(same(x, y) for x, y in itertools.pairwise(values)):
             if len(rest) == len(parts) == len(values):
                 return rest[-1] if rest[-1].kind != "text" else node
-            node.bare = rest[-1]
+            node.bare = None if mentions(rest[-1], sides[0]) else rest[-1]
         return node
 
 
@@ -227,6 +229,12 @@ def is_system(nodes: list[Reading] | tuple[Reading, ...]) -> bool:
     """Does each say something of a name, x = 1 or x > 1, and each of another?"""
     names = {node.name for node in nodes if node.kind != "time"}
     return len(names) == len(nodes) > 1 and "" not in names
+
+
+def mentions(part: Reading, name: str) -> bool:
+    """Does the name stand in the value too, and without an index? x = 2x does not say 2x."""
+    tokens = part.expression.tokens if part.expression and part.text != name else []
+    return any(token == name.strip("\\ ") and after != "_" for token, after in itertools.pairwise(tokens))
 
 
 def is_constant(part: Reading) -> bool:
