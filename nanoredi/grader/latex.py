@@ -44,6 +44,7 @@ _CHARACTERS = str.maketrans(
     | {
         "√": "\\sqrt",
         "∛": "\\cbrt",
+        "∜": "\\sqrt[4]",
         "′": "'",
         "’": "'",
         "−": "-",
@@ -96,8 +97,6 @@ _REWRITES = [
         (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
         (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
         (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
-        (r"(?:\\|\b)ceil\s*\(([^()]*)\)", r"⌈\1⌉"),
-        (r"(?:\\|\b)floor\s*\(([^()]*)\)", r"⌊\1⌋"),
         (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}", r"\\\1 "),
         (r"(?<![\\A-Za-z{])(?:or|and)(?![A-Za-z}])|(?<=[0-9)\]}⦄])(?:or|and)(?=[A-Za-z]\b)", " , "),
         (_FONT + r"\{\s*,?\s*(?:or|and|,)\s*\}", " , "),
@@ -105,6 +104,8 @@ _REWRITES = [
         (_FONT + r"\{([^{}]*)\}", r" \1 "),
         (_FONT + r"\{([^{}]*)\}", r" \1 "),  # twice, for a font in a font
         (_FONT + r"(?=[A-Za-z0-9\\])", " "),
+        (r"(?:\\|\b)ceil\s*\(([^()]*)\)", r"⌈\1⌉"),
+        (r"(?:\\|\b)floor\s*\(([^()]*)\)", r"⌊\1⌋"),
         (r"\\frac\s*([0-9])", r"\\frac{\1}"),
         (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
         (r"\\binom\s*([0-9])\s*([0-9])", r"\\binom{\1}{\2}"),
@@ -113,9 +114,11 @@ _REWRITES = [
         (r"(?:^|(?<=∪))\s*\]", "("),  # ]1,2[ is the open interval
         (r"\[\s*(?=$|∪)", ")"),
         (_DERIVATIVE, r"ð_{\3\1}\2"),  # one letter, so that its d is not cancelled
-        (r"(\\[A-Za-z]+\s*\{|[_^}\]]\s*\{)|\{\s*([A-Za-z]|\\[A-Za-z]+)\s*\}(?!\s*\\over)", r"\1\2"),  # {g}_{k}
+        *[(r"(\\[A-Za-z]+\s*\{|[_^}\]]\s*\{)|\{\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w+\})?)\s*\}(?!\s*\\over)", r"\1\2")]
+        * 2,  # {{g}_{k}}
         (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # brackets like others
         (r"\\end\s*\{\w+\*?\}", "⟧"),
+        (r"⦃\s*⟦array¦([^⟦⟧]*)⟧\s*\.", r"⟦cases¦\1⟧"),
     ]
 ]
 # A mixed number is a sum.
@@ -141,7 +144,7 @@ _BARE_UNITS = re.compile(
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 # After an answer: a remark in brackets, or from a word to the end.
 _BRACKETED = re.compile(
-    r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}]))\(\s*(≈|[a-z]{3,}\b|\w is\b|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*",
+    r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}]))\(\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*",
     re.DOTALL,
 )
 _TAIL = re.compile(

@@ -51,19 +51,26 @@ def evaluate(pieces: list[str]) -> Grid:
 
 def _product(term: str) -> Grid:
     term = re.sub(rf"[(\[](?={_GRID}[)\]])|(?<=⟧)[)\]]", "", term)
-    scalars = re.split(_GRID, term)
+    pieces = re.split(_GRID + r"(?:\^\{?([2-9T])\}?)?", term)  # scalar, grid, exponent, scalar, ...
     result: Grid = []
-    for body in scalars[1::2]:
+    for body, exponent in zip(pieces[1::3], pieces[2::3]):
         right = rows_of(body)
-        if len({*map(len, right)}) != 1 or result and any(len(row) != len(right) for row in result):
+        if len({*map(len, right)}) != 1:
             raise Unreadable
-        result = [
-            ["+".join(f"({a})*({b})" for a, b in zip(row, column)) for column in zip(*right)] for row in result
-        ] or right
-        if any(len(cell) > MAX_CELL for row in result for cell in row):
-            raise Unreadable
-    for scalar in filter(None, (text.strip("* ") for text in scalars[::2])):
+        right = [list(column) for column in zip(*right)] if exponent == "T" else right
+        for _ in range(1 if exponent in (None, "T") else int(exponent)):
+            result = _times(result, right) if result else right
+    for scalar in filter(None, (text.strip("* ") for text in pieces[::3])):
         if not result or scalar[0] in "^_'!/":
             raise Unreadable
         result = [[f"({scalar})*({cell})" for cell in row] for row in result]
     return result
+
+
+def _times(left: Grid, right: Grid) -> Grid:
+    if any(len(row) != len(right) for row in left):
+        raise Unreadable
+    cells = [["+".join(f"({a})*({b})" for a, b in zip(row, column)) for column in zip(*right)] for row in left]
+    if max(len(cell) for row in cells for cell in row) > MAX_CELL:
+        raise Unreadable
+    return cells

@@ -18,10 +18,12 @@ MAX_PARTS = 100  # of a list; cells of a matrix
 _NODE_WORK = 50
 
 _NAME = re.compile(NAME)
-# More that an answer may stand behind: |S|, \\bar{x}, \\Delta x, \\frac{m}{n}.
-_MARKED_NAME = re.compile(
-    rf"\|(?:{NAME})\||\\(?:bar|hat|overline|Delta) ?\{{?(?:{NAME})\}}?|\\frac\{{(?:{NAME})\}}\{{(?:{NAME})\}}"
+# More that a value may be of: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), P(X=2), E[X], Var(X); \\frac{m}{n}.
+_QUANTITY = (
+    rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|overline|Delta) ?\{{?(?:{NAME})\}}?|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)"
+    r"|[A-Z]\([^()]*[=<>≤≥][^()]*\)|[A-Z]\[\w+\]|\\?[A-Z][a-z]+ ?\(\w\))"
 )
+_STANDS_FOR = re.compile(rf"{_QUANTITY}|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}")
 _NAMES_TUPLE = re.compile(rf"\({LETTER}(?:,{LETTER})+\)")
 _COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i+nt|oint|det|sup|inf) ?(?![A-Za-z])|\bmod\b|⟦vmatrix")
 _STACKED = re.compile(r"[^⟦]*⟦(cases|aligned|align|gathered)¦([^⟦]*)⟧", re.DOTALL)
@@ -104,7 +106,7 @@ class _Reader:
         nodes = []
         for part in parts:
             node = self.read(part)
-            nodes += node.parts if node.kind == "list" and len(split(part, "∪")) > 1 else [node]
+            nodes += node.parts if node.kind == "list" and len(split(part, "∪∈")) > 1 else [node]
         names = [node.name for node in nodes]
         size = names.index(names[0], 1) if names[0] in names[1:] else 0
         if size > 1 and names == names[:size] * (len(names) // size) and is_system(nodes[:size]):
@@ -174,7 +176,7 @@ class _Reader:
 
     def stacked(self, kind: str, body: str) -> Reading:
         rows = [row for row in body.split("\\\\") if row.strip()]
-        if kind != "cases":
+        if kind != "cases" or not re.search(r"&|\b(?:if|for|when)\b", body):
             return self.several(",".join(row.replace("&", "").strip(" ,") for row in rows))
         rows = [re.sub(r",?\s*&|,\s*(?:if|for|when)\b", "&", row) for row in rows]
         rows = [re.sub(r"\b(?:if|for|when)\s*|,\s*$", "", row) for row in rows]
@@ -209,7 +211,7 @@ class _Reader:
         if _NAMES_TUPLE.fullmatch(sides[0]) and len(sides) == 2 and parts[1].kind == "()":
             pairs = list(zip(sides[0][1:-1].split(","), parts[1].parts))
             if len(pairs) == len(parts[0].parts) == len(parts[1].parts):
-                return Reading("system", text, tuple(Reading("=", n, (), bare=part, name=n) for n, part in pairs))
+                return self.group([f"{name}={value.text}" for name, value in pairs])
         node = Reading("=", text, parts)
         if re.fullmatch("[A-Z]{2,}", sides[-1]) and is_name(sides[0]):  # MR = SRMC has no value
             return node
@@ -246,10 +248,10 @@ def is_name(text: str) -> bool:
 
 
 def stands_for(text: str) -> bool:
-    """A name, or what a bare answer may leave out with the = : a sum, ratio or tuple of names, a marked name."""
-    parts = re.split(r"[+-]", text) if ":" not in text else text.split(":")
-    parts = text.split("/") if text.count("/") == 1 else parts
-    return all(map(is_name, parts)) or bool(_MARKED_NAME.fullmatch(text) or _NAMES_TUPLE.fullmatch(text))
+    """A name, or what else a bare answer may leave out with the = : a sum, ratio, union or tuple of names, a quantity."""
+    pieces = split(text, "+-:/∪∩∖")
+    alike = len(set(pieces[1::2])) < 2 or set(pieces[1::2]) == {"+", "-"}
+    return alike and all(map(_STANDS_FOR.fullmatch, pieces[::2])) or bool(_NAMES_TUPLE.fullmatch(text))
 
 
 def is_computed(side: str, part: Reading) -> bool:
