@@ -86,8 +86,8 @@ def prepare(
             # dropping rows before they move leaves the same rows in the same order as dropping them after.
             place = np.argsort(np.random.default_rng(seed).permutation(total))
             candidates = _candidates(progress(rows, "reading", total, "rows", delay=1), gates, tokenizer)
-            for traces, encodings in tokenizer.encode_rows(candidates):
-                lengths = [len(encoding) + 1 for encoding in encodings]  # plus 1 as in the original
+            for (traces, as_trained), encodings in tokenizer.encode_rows(candidates):
+                lengths = tokenizer.lengths(encodings, as_trained)
                 fits = gates.fits(lengths)
                 if overlap and overlap.check(traces, fits) and overlap.drop:
                     continue
@@ -129,12 +129,13 @@ def _raw_rows(
 
 def _candidates(
     rows: Iterable[tuple[str, dict[str, Any]]], gates: Gates, tokenizer: Tokenizer
-) -> Iterator[tuple[str, list[str], Traces]]:
+) -> Iterator[tuple[str, list[str], tuple[Traces, bool]]]:
     """The rows that stage 1 learns from, with the texts to be measured."""
     for index, (where, row) in enumerate(rows):
         traces = gates.sift(where, row, index)
         if traces is not None:
-            yield where, traces.texts(tokenizer), traces
+            texts, as_trained = traces.texts(tokenizer)
+            yield where, texts, (traces, as_trained)
 
 
 def _summary(counts: dict[str, int]) -> str:

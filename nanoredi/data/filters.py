@@ -10,7 +10,8 @@ from itertools import takewhile
 from typing import Any
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.tokenizer import Tokenizer, user_message
+from nanoredi.data.messages import user_message
+from nanoredi.data.tokenizer import Tokenizer
 
 SFT_GATE = "SFT: has a correct generation"
 _LABELS = ("llama_verification", "math_verify_reparsed_answer")
@@ -44,11 +45,11 @@ class Traces:
         answers = (i for i in (self.chosen, self.rejected) if i is not None)
         return [self.prompt, *([{"role": "assistant", "content": self.generations[i]}] for i in answers)]
 
-    def texts(self, tokenizer: Tokenizer) -> list[str]:
-        """The sides as the original measured them: each templated alone without a generation prompt, so that a
-        response has the default system prompt in front. The trainer sees other lengths; these decide who is in."""
+    def texts(self, tokenizer: Tokenizer) -> tuple[list[str], bool]:
+        """The sides as text to be measured, and whether that is what training will see (Chat.measured)."""
+        prompt, *answers = self.sides()
         try:
-            return [tokenizer.render(side) for side in self.sides()]
+            return tokenizer.measured(prompt, [answer for [answer] in answers])
         except UserError as error:
             raise UserError(f"{self.where}: {error}") from None
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from nanoredi.common.errors import UserError
 from nanoredi.data.benchmarks import golds_of
+from nanoredi.data.messages import check_messages
 from nanoredi.data.spool import Spool
-from nanoredi.data.tokenizer import Tokenizer, check_messages
+from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.grader import grade
 
 Row = dict[str, Any]

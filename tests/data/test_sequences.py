@@ -1,6 +1,5 @@
 """Rows to tokens: the two stages' rules, golden ids, limits, the cache, malformed rows."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -154,19 +153,44 @@ def test_the_cache_is_used_and_follows_data_limits_and_tokenizer(tokenizer, writ
     assert len(list(Path(cache).iterdir())) == 4
 
 
-def test_a_second_start_does_not_read_the_data(tokenizer, write, cache, monkeypatch):
-    path = write(PAIR, PAIR)
-    os.utime(path, (10**9, 10**9))
-    first = load_pairs(path, tokenizer, 50, 50, cache)
-    with monkeypatch.context() as m:
-        m.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
-        assert np.array_equal(load_pairs(path, tokenizer, 50, 50, cache).tokens, first.tokens)
-    # Another size, or the same size at another time, is looked at again, and so is what has just been written.
-    assert len(load_pairs(write(PAIR), tokenizer, 50, 50, cache)) == 1
+def test_data_that_changes_behind_its_size_and_time_is_noticed(tokenizer, write, cache):
     for rejected in ("\\boxed{5}", "\\boxed{6}"):
-        now = load_pairs(write(PAIR, {**PAIR, "rejected": rejected}), tokenizer, 50, 50, cache)
+        path = write(PAIR, {**PAIR, "rejected": rejected})
+        os.utime(path, (10**9, 10**9))
+        now = load_pairs(path, tokenizer, 50, 50, cache)
         assert tokenizer.decode(sequence(now, 3)[0].tolist()).endswith(rejected)
-    assert not [path for path in Path(cache).iterdir() if path.name.startswith(".")]  # nothing half done is left
+    assert len(list(Path(cache).iterdir())) == 2  # nothing half done is left
+
+
+@pytest.mark.parametrize("name", ["tokens", "learned", "weights", "offsets", "whole.json"])
+def test_a_damaged_cache_is_made_again(tokenizer, write, cache, name):
+    path = write(PAIR, PAIR)
+    first = load_pairs(path, tokenizer, 50, 50, cache)
+    tokens = first.tokens.copy()
+    file = next(Path(cache).iterdir()) / name
+    for content in (file.read_bytes()[:-1], b"\7" + file.read_bytes()[1:], b""):
+        file.write_bytes(content)
+        again = load_pairs(path, tokenizer, 50, 50, cache)
+        assert np.array_equal(again.tokens, tokens)
+        assert again.notes[-1].endswith("was damaged, and has been made again")
+    assert load_pairs(path, tokenizer, 50, 50, cache).notes == first.notes
+
+
+def test_two_runs_fill_one_cache(tokenizer, write, cache, monkeypatch):
+    """The second comes when the first has begun; it takes what the first has made."""
+    path = write(PAIR)
+    encode_rows = Tokenizer.encode_rows
+
+    def slow(self, rows):
+        with monkeypatch.context() as m:
+            m.setattr(Tokenizer, "encode_rows", encode_rows)
+            load_pairs(path, tokenizer, 50, 50, cache)
+        return encode_rows(self, rows)
+
+    with monkeypatch.context() as m:
+        m.setattr(Tokenizer, "encode_rows", slow)
+        assert len(load_pairs(path, tokenizer, 50, 50, cache)) == 1
+    assert len(list(Path(cache).iterdir())) == 1
 
 
 def test_what_stands_beside_a_cache_that_failed(tokenizer, write, cache):
@@ -194,7 +218,8 @@ def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path
     if header:
         (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
         config = json.loads((folder / "tokenizer_config.json").read_text())
-        config["chat_template"] = "{% for m in messages %}" + header + "{{ m['content'] }}{% endfor %}"
+        opened = "{% if add_generation_prompt %}assistant:  {% endif %}"
+        config["chat_template"] = "{% for m in messages %}" + header + "{{ m['content'] }}{% endfor %}" + opened
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         folder = tmp_path
     tokenizer = Tokenizer(folder)
@@ -207,7 +232,7 @@ def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path
         encoding = tokenizer.backend.encode(prompt + completion, add_special_tokens=False)
         tokens, learned = sequence(data, i)
         assert tokens.tolist() == [*encoding.ids, tokenizer.eos_id]
-        assert learned.tolist() == [start >= len(prompt) for start, _ in encoding.offsets] + [False]
+        assert learned.tolist() == [start >= len(prompt) for start, _ in encoding.offsets] + [bool(header)]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.tokenizer import Tokenizer, check_messages, user_message
+from nanoredi.data.messages import check_messages, user_message
+from nanoredi.data.tokenizer import Tokenizer
 
 CONVERSATION = [
     {"role": "user", "content": "What is 1+1?"},
@@ -109,7 +110,7 @@ def test_toy_round_trip(toy_data):
 def test_a_template_that_drops_thinking_loses_none_of_it(toy_data, tmp_path):
     tokenizer = edited(toy_data, tmp_path, chat_template=R1_TEMPLATE)
     conversation = [*user_message("a=1"), {"role": "assistant", "content": "<think>b+1=2;</think>2"}]
-    assert tokenizer.split(conversation) == ("<user>a=1<assistant>", "<think>b+1=2;</think>2<eos>")
+    assert tokenizer.split(conversation) == ("<user>a=1<assistant><think>", "b+1=2;</think>2<eos>")
     assert (
         tokenizer.prompt(conversation[:1])
         == tokenizer.prompt(conversation[:1], think=True)
