@@ -8,7 +8,7 @@ is of no more use; whoever trains wants it learned.
 from typing import Any
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.messages import THINKING_NAMES, Messages, user_message
+from nanoredi.data.messages import THINKING_NAMES, Messages, folded, user_message
 from nanoredi.data.template import Template
 
 # Stand where an answer and its thinking go, to find out what a template makes of them.
@@ -50,7 +50,7 @@ class Chat:
         self.end = parts[1]
         thinking = {**answer, "reasoning_content": _THOUGHTS}
         self._takes_thinking = _THOUGHTS in self._tried([*question, thinking])
-        self._shows_all = (text := _folded(thinking)["content"]) in self._tried([{**answer, "content": text}])
+        self._shows_all = (text := folded(thinking)["content"]) in self._tried([{**answer, "content": text}])
         head, _, self._tail = self._tried(user_message(_ANSWER), True).partition(_ANSWER)
         bos = special.get("bos_token", "")
         self._bos = bos if head.startswith(bos) else ""
@@ -113,6 +113,12 @@ class Chat:
             remarks.add(_REWRITTEN)
         return prompt, written
 
+    def opened(self, prompt: Messages, response: str) -> str:
+        """A response as sampled from a prompt, with the <think> that the template may have opened for it."""
+        _, mark, space = self.prompt(prompt).rpartition(_THINK)
+        opens = mark and not space.strip() and response.strip() and not response.lstrip().startswith(_THINK)
+        return mark + space + response if opens else response
+
     def is_blank(self, answer: dict[str, Any]) -> bool:
         """Whether an answer says nothing but the template's end."""
         return not (self._unended(answer["content"]).strip() or "reasoning_content" in answer)
@@ -126,7 +132,7 @@ class Chat:
         """
         if self._shows_all:
             texts = self._template.render(*(self._variables(part) for part in (prompt, *([a] for a in answers))))
-            if all(_folded(answer)["content"] in text for answer, text in zip(answers, texts[1:])):
+            if all(folded(answer)["content"] in text for answer, text in zip(answers, texts[1:])):
                 return texts, False
         return [self.prompt(prompt), *(self.split([*prompt, answer])[1] for answer in answers)], True
 
@@ -148,7 +154,7 @@ class Chat:
             return ""
 
     def _variables(self, messages: Messages, add_generation_prompt: bool = False) -> dict[str, Any]:
-        shown = [self._own_way(m) if self._takes_thinking else _folded(m) for m in messages]
+        shown = [self._own_way(m) if self._takes_thinking else folded(m) for m in messages]
         none = dict.fromkeys(("tools", "documents"))  # transformers passes these always
         return {"messages": shown, "add_generation_prompt": add_generation_prompt, **none, **self._special}
 
@@ -193,7 +199,7 @@ class Chat:
 
     def _continued(self, prompt: str, answer: dict[str, Any]) -> str:
         """The answer as it goes on from the prompt, with its thinking."""
-        text, open_to = _folded(answer)["content"], prompt.rstrip()
+        text, open_to = folded(answer)["content"], prompt.rstrip()
         if open_to.endswith(_THOUGHT) and (_THINK in text or _THOUGHT in text):
             raise UserError(
                 f"the chat template of {self.name} has the model answer without thinking; this answer thinks"
@@ -201,14 +207,6 @@ class Chat:
         if open_to.endswith(_THINK) and text.lstrip().startswith(_THINK):
             text = text.lstrip().removeprefix(_THINK).removeprefix(prompt[len(open_to) :])
         return text
-
-
-def _folded(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with its thinking in its content."""
-    content, thinking = message["content"], message.get("reasoning_content", "")
-    if thinking and thinking.strip() not in content:
-        content = f"{_THINK}\n{thinking.strip()}\n{_THOUGHT}\n\n{content.lstrip()}"
-    return {name: value for name, value in message.items() if name != "reasoning_content"} | {"content": content}
 
 
 def _bare(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from nanoredi.common.errors import UserError
 from nanoredi.data.messages import user_message
-from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.data.tokenizer import Tokenizer, half_pair
 
 SFT_GATE = "SFT: has a correct generation"
 _LABELS = ("llama_verification", "math_verify_reparsed_answer")
@@ -85,13 +85,20 @@ class Traces:
 class Gates:
     """The gates, and how many rows have passed each.
 
+    Args:
+        max_prompt_tokens, max_response_tokens: a pair's limits.
+        strict_negatives: an incorrect generation is one that all verdicts call so, not one.
+
     Attributes:
         counts: {gate: rows that passed it and all before it}. A pair's correct generation is its SFT row's, so the
             pairs' gates follow on.
+        unreadable: where the rows stand that no tokenizer can write; they pass no gate.
     """
 
-    def __init__(self, max_prompt_tokens: int, max_response_tokens: int):
+    def __init__(self, max_prompt_tokens: int, max_response_tokens: int, strict_negatives: bool = False):
         self.limits = max_prompt_tokens, max_response_tokens
+        self.strict_negatives = strict_negatives
+        self.unreadable: list[str] = []
         self.names = (
             "rows read",
             "problem_is_valid is yes",
@@ -122,6 +129,10 @@ class Gates:
         else:
             correctness = _take(where, row, "correctness", dict) or {}
             labels = [_take(f"{where}: 'correctness'", correctness, name, list, bool) for name in _LABELS]
+        if any(map(half_pair, (problem or "", *filter(None, generations)))):
+            self.unreadable.append(where)
+            self._count(0, [True])
+            return None
         labelled = all(verdicts is not None and len(verdicts) == len(generations) for verdicts in labels)
         passed = [
             True,
@@ -135,10 +146,13 @@ class Gates:
             self._count(0, passed)
             return None
         correct = [all(verdicts) for verdicts in zip(*labels)]  # a null verdict is not true
-        # differs from the original: an empty generation, which the trainer would refuse, is neither
+        incorrect = [not right for right in correct]
+        if self.strict_negatives:
+            incorrect = [all(verdict is False for verdict in verdicts) for verdicts in zip(*labels)]
+        # differs from the original: an empty generation, of which nothing can be learned, is neither
         chosen, rejected = (
-            next((i for i, text in enumerate(generations) if text and correct[i] is wanted), None)
-            for wanted in (True, False)
+            next((i for i, text in enumerate(generations) if text and text.strip() and wanted[i]), None)
+            for wanted in (correct, incorrect)
         )
         self._count(0, [*passed, chosen is not None, rejected is not None])
         if chosen is None:
@@ -176,3 +190,10 @@ def _take(where: str, row: dict[str, Any], name: str, kind: type, item: type | N
     ):
         raise UserError(f"{where}: {name!r} must be {_KINDS[kind, item]}, not {str(value)[:60]!r}")
     return value
+
+
+def say_dropped(what: str, why: str, places: list[str], total: int) -> None:
+    """Print a line that counts and names what was dropped, where anything was."""
+    if places:
+        more = f"; and {len(places) - 5:,} more" if len(places) > 5 else ""
+        print(f"Dropped {len(places):,} of {total:,} {what}, whose {why}: {'; '.join(places[:5])}{more}.")

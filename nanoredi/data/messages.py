@@ -114,6 +114,14 @@ def _says(message: dict[str, Any]) -> bool:
     return bool(message["content"] or message.get("reasoning_content"))
 
 
+def folded(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its thinking in its content."""
+    content, thinking = message["content"], message.get("reasoning_content", "").strip()
+    if thinking and thinking not in content:
+        content = f"<think>\n{thinking}\n</think>\n\n{content.lstrip()}"
+    return {name: value for name, value in message.items() if name != "reasoning_content"} | {"content": content}
+
+
 def _field(where: str, row: Any, key: str) -> Any:
     if not isinstance(row, dict) or key not in row:
         raise UserError(f"{where} has no field {key!r}")

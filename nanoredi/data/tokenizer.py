@@ -1,5 +1,6 @@
 """A checkpoint's own tokenizer: text to token ids, and back."""
 
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -89,6 +90,9 @@ class Tokenizer(Chat):
             if len(texts) > 1:
                 for text in texts:
                     self.encode_batch([text])
+            if half := half_pair(texts[0]):
+                place = f"...{texts[0][max(0, half.start() - 20) : half.end()]}"
+                raise UserError(f"half a surrogate pair, which is no character, ends this text: {place!r}") from None
             raise UserError(f"the tokenizer of {self.folder} cannot write {texts[0][:80]!r}: {error}") from None
 
     def num_before(self, text: str, num_chars: int) -> int:
@@ -182,3 +186,8 @@ def _taken(batch: list[tuple[str, list[str], T]], job: Future) -> Iterator[tuple
     encodings = iter(job.result())
     for _, texts, kept in batch:
         yield kept, list(islice(encodings, len(texts)))
+
+
+def half_pair(text: str) -> re.Match[str] | None:
+    """Where a text has half a surrogate pair, which JSON may hold and UTF-8 may not."""
+    return None if text.isascii() else re.search("[\ud800-\udfff]", text)

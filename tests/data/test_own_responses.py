@@ -97,15 +97,14 @@ def test_thinking_that_the_template_opened_belongs_to_the_response(tmp_path, tok
         assert own.gather(rows, spool, Tokenizer(tmp_path), grading=True) == 1
         ((where, row),) = own.gathered(spool)
     assert where == "line 0" and row["correct"] == [True, False, False]
-    assert row["generations"] == [f"<think>\n{texts[0]}", f"<think>\n{texts[1]}", ""]
+    assert row["generations"] == [f"<think>{texts[0]}", f"<think>{texts[1]}", ""]
 
 
 @pytest.mark.parametrize(
     "row, grading, words",
     [
-        ({"prompt": "a=1", "completion": "1"}, True, "line 2: 'answer' is None; it was '3' in .*line 1"),
+        ({"prompt": "a=1", "completion": "1"}, True, "line 2 has no field 'answer'"),
         ({"prompt": "a=2", "completion": "1"}, True, "line 2 has no field 'answer'"),
-        (response("1", answer="4"), True, "line 2: 'answer' is '4'; it was '3' in .*rows.jsonl, line 1"),
         (response("1", prompt="a=2", answer=True), True, "line 2 has no 'answer'"),
         (response(1), True, "line 2 must hold 'completion'"),
         ({"generations": ["1"], "answer": "1"}, True, "line 2 must hold 'completion'"),
@@ -115,7 +114,7 @@ def test_thinking_that_the_template_opened_belongs_to_the_response(tmp_path, tok
     ],
 )
 def test_bad_rows_are_named(prepared, row, grading, words):
-    first = response(RIGHT, prompt=row.get("prompt", "a=1") if words.startswith("line 2: 'answer'") else "a=1b+2")
+    first = response(RIGHT)
     with pytest.raises(UserError, match=words):
         prepared(first, row, grading=grading)
 
