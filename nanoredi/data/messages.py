@@ -62,9 +62,11 @@ def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
-    if isinstance(row, dict) and "completion" in row and "messages" not in row:
+    given = [name for name, value in row.items() if value is not None] if isinstance(row, dict) else []
+    if "messages" not in given and "completion" in given:
+        _field(where, row, "prompt")
         return [*_prompt(where, row), *_answer(f"{where}: 'completion'", row["completion"])]
-    name = "conversations" if isinstance(row, dict) and "messages" not in row and "conversations" in row else "messages"
+    name = "conversations" if "messages" not in given and "conversations" in given else "messages"
     messages = _field(where, row, name)
     if not isinstance(messages, list):
         raise UserError(f"{where}: {name!r} must be a list of messages with role and content")
@@ -76,25 +78,26 @@ def conversation(where: str, row: Any) -> Messages:
 
 def pair(where: str, row: Any) -> tuple[Messages, Messages]:
     """The prompt of a stage 2 row, and its chosen and rejected answers."""
-    if not isinstance(row, dict) or not isinstance(row.get("chosen"), list):
-        _field(where, row, "prompt")
+    prompt = _prompt(where, row)
+    if not prompt and not (isinstance(row, dict) and isinstance(row.get("chosen"), list)):
+        raise UserError(f"{where} has no field 'prompt'")
     (*before, chosen), (*others, rejected) = (
         _answer(f"{where}: {name!r}", _field(where, row, name)) for name in _SIDES
     )
-    if not before and not others:
-        return _prompt(where, row), [chosen, rejected]
     if before != others:
         raise UserError(f"{where}: 'chosen' and 'rejected' must differ in their last message alone")
-    if row.get("prompt") is not None:
-        prompt = _prompt(where, row)
-        if prompt not in (before, [message for message in before if message["role"] == "user"][:1]):
-            raise UserError(f"{where}: 'prompt' must be what stands in 'chosen' before the answer")
-    return before, [chosen, rejected]
+    if prompt and before and prompt not in (before, [m for m in before if m["role"] == "user"][:1]):
+        raise UserError(f"{where}: 'prompt' must be what stands in 'chosen' before the answer")
+    if not (before or prompt):
+        raise UserError(f"{where} has no field 'prompt'")
+    return before or prompt, [chosen, rejected]
 
 
-def _prompt(where: str, row: dict[str, Any]) -> Messages:
-    name = "conversations" if "prompt" not in row and "conversations" in row else "prompt"
-    return check_messages(f"{where}: {name!r}", _field(where, row, name))
+def _prompt(where: str, row: Any) -> Messages:
+    """A row's prompt; empty where it has none."""
+    row = row if isinstance(row, dict) else {}
+    name = next((name for name in ("prompt", "conversations") if row.get(name) is not None), None)
+    return check_messages(f"{where}: {name!r}", row[name]) if name else []
 
 
 def _answer(where: str, value: Any) -> Messages:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from templates import DEEPSEEK, small_folder
 
 from nanoredi import prepare, toy
 from nanoredi.common.errors import UserError
@@ -73,6 +74,32 @@ def test_a_row_a_problem(prepared):
         {"problem": "a=5", "generations": [RIGHT], "answer": "3", "source": "cn_k12"},
     )
     assert sft == {"a=1b+2": RIGHT, "a=2b+2": "\\boxed{4}"} and pairs == {"a=1b+2": (RIGHT, WRONG)}
+
+
+def test_a_problem_with_two_answers_is_dropped_counted_and_named(prepared, capsys):
+    sft, pairs = prepared(
+        response(RIGHT, 0),
+        response(RIGHT, 0, "a=2b+1", "3"),
+        response(WRONG, 1, "a=2b+1", "4"),
+        response(WRONG, 2, "a=2b+1", "3"),
+        response(WRONG, 1, answer=3.0),
+    )
+    assert pairs == {"a=1b+2": (RIGHT, WRONG)} and len(sft) == 1
+    said = capsys.readouterr().out
+    assert "Dropped 1 of 2 problems, whose rows give more than one answer" in said
+    assert "rows.jsonl, line 2 and " in said and "rows.jsonl, line 3." in said
+
+
+def test_thinking_that_the_template_opened_is_opened_once_in_either_layout(tmp_path, tokenizer):
+    deepseek = Tokenizer(small_folder(tmp_path, DEEPSEEK))
+    texts = ["A</think>\\boxed{3}", "<think>\nA</think>\\boxed{3}", "\\boxed{3}"]
+    rows = [(f"line {i}", response(text, i, "Q")) for i, text in enumerate(texts)]
+    with Spool(tmp_path / "spool") as spool:
+        own.gather(rows, spool, deepseek, grading=True)
+        ((_, row),) = own.gathered(spool)
+    assert row["generations"] == ["<think>\nA</think>\\boxed{3}"] * 2 + ["<think>\n\\boxed{3}"]
+    other = own.labelled("here", {"problem": "Q", "generations": texts, "answer": "3"}, deepseek, grading=True)
+    assert other["generations"] == row["generations"] and other["correct"] == row["correct"] == [True, True, False]
 
 
 def test_labels_that_come_with_the_rows(prepared, tmp_path):
