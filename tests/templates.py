@@ -26,7 +26,7 @@ QWEN3 = (
     "{% set ns = namespace(last=messages|length) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% set c = m.content %}"
     "{% if m.role == 'assistant' %}{% set t = m.reasoning_content or '' %}{% if not t and '</think>' in c %}"
-    "{% set t = c.split('</think>')[0].split('<think>')[-1] %}{% set c = c.split('</think>')[-1] %}{% endif %}"
+    "{% set t = c.split('</think>')[0].split('<think>')[-1] %}{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{% if loop.index0 > ns.last %}{% set c = '<think>\n' + t.strip('\n') + '\n</think>\n\n' + c.lstrip('\n') %}"
     "{% endif %}{% endif %}<|im_start|>{{ m.role }}\n{{ c }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
