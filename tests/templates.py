@@ -70,7 +70,7 @@ MARKS = [
 ]
 
 
-def small_folder(folder: Path, template: str, **config: str | None) -> Path:
+def small_folder(folder: Path, template: str, **config: str | bool | None) -> Path:
     """A tokenizer whose ordinary tokens are bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -23,7 +23,7 @@ _ARRAYS = {"tokens": np.int32, "learned": np.bool_, "weights": np.float32, "offs
 
 def cached(
     path: str, tokenizer: Tokenizer, cache: str, rules: tuple, texts: Callable, arrays: Callable
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str], str]:
+) -> tuple[Any, ...]:
     """A file's rows as sequences, from the cache where they have been made before.
 
     Args:

@@ -123,7 +123,7 @@ class Chat:
         """Whether an answer says nothing but the template's end."""
         return not (self._unended(answer["content"]).strip() or "reasoning_content" in answer)
 
-    def measured(self, prompt: Messages, answers: list[Messages]) -> tuple[list[str], bool]:
+    def measured(self, prompt: Messages, answers: Messages) -> tuple[list[str], bool]:
         """A prompt and the answers to it, as text to be measured, and whether it is the text that training tokenises.
 
         The original measured each part templated by itself, which puts the default system prompt before an answer and

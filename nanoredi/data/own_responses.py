@@ -47,7 +47,7 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
     if grading:
         golds = _golds(where, row)
         # Without an answer there are no labels, and the row ends at their gate.
-        correct = golds and [isinstance(text, str) and grade(text, golds) for text in generations or []]
+        correct = [isinstance(text, str) and grade(text, golds) for text in generations or []] if golds else None
     elif not isinstance(correct, list) or not all(isinstance(one, bool) for one in correct):
         raise UserError(f"{where}: 'correct' must be a list of true and false; or let --grade label the row")
     return _raw_row(row, prompt, generations, correct)

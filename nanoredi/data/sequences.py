@@ -113,7 +113,7 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
         *prompt, answer = conversation(where, row)
         parts = _texts(where, tokenizer, prompt, [answer], counts)
         whole = "".join(parts or [])
-        return parts and ([parts[0], whole], (len(parts[0]), whole, _weight(where, row, "weight", -1)))
+        return ([parts[0], whole], (len(parts[0]), whole, _weight(where, row, "weight", -1))) if parts else None
 
     def arrays(encodings: list[Encoding], kept: tuple[int, str, float], counts: Counter[str]) -> Iterator[Arrays]:
         (num_chars, text, weight), (before, ids) = kept, (encoding.ids for encoding in encodings)
@@ -144,7 +144,7 @@ def load_pairs(
 
     def texts(where: str, row: Any, counts: Counter[str]) -> tuple[list[str], tuple[float, float]] | None:
         parts = _texts(where, tokenizer, *pair(where, row), counts)
-        return parts and (parts, (_weight(where, row, "chosen_weight", 0), 1.0))
+        return (parts, (_weight(where, row, "chosen_weight", 0), 1.0)) if parts else None
 
     def arrays(encodings: list[Encoding], weights: tuple[float, float], counts: Counter[str]) -> Iterator[Arrays]:
         prompt, *completions = (encoding.ids for encoding in encodings)

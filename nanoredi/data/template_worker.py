@@ -63,10 +63,10 @@ def main() -> None:
         try:
             request = json.loads(line)
             if template is None:
-                template, answer = _environment().from_string(request), []
+                template, texts = _environment().from_string(request), []
             else:
-                answer = [template.render(variables) for variables in request]
-            answer = json.dumps(answer)
+                texts = [template.render(variables) for variables in request]
+            answer = json.dumps(texts)
         except MemoryError:
             answer = json.dumps("it needs too much memory")
         except TemplateError as error:

@@ -13,6 +13,8 @@ import tokenizers
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import read_json
 from nanoredi.data.chat import Chat
+from nanoredi.data.messages import check_messages as check_messages
+from nanoredi.data.messages import user_message as user_message
 
 # Of a batch of long traces the encodings take some 100 bytes a token, and three batches are in memory at once.
 _ROWS_AT_ONCE = 64
@@ -52,9 +54,9 @@ class Tokenizer(Chat):
         self.backend.no_truncation()
         self.backend.no_padding()
         config = read_json(self.folder / "tokenizer_config.json")
+        named = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
         # A token that is null is left out, so that a template which writes it writes nothing.
-        special = {name: self._text_of(name, config[name]) for name in config if name.endswith("_token")}
-        special = {name: text for name, text in special.items() if text is not None}
+        special = {name: text for name in named if (text := self._text_of(name, config.get(name))) is not None}
         self.eos_id = self._id_of("eos_token", special)
         self.pad_id = self._id_of("pad_token", special) if special.get("pad_token") else self.eos_id
         marks = {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}

@@ -216,7 +216,7 @@ def test_what_transformers_gives_its_templates(tmp_path):
         "{{ strftime_now('%%') }}{{ ['é<', {'b': 1, 'a': 2}] | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}"
         "{% generation %}{% set m = 1 %}g{% endgeneration %}{% for i in [1, 2] %}{% break %}{% endfor %}|{{ m }}"
     )
-    tokenizer = Tokenizer(small_folder(tmp_path, extras + CHATML, mask_token=None))
+    tokenizer = Tokenizer(small_folder(tmp_path, extras + CHATML, mask_token=None, add_bos_token=True))
     prompt = tokenizer.prompt(user_message("Q"))
     assert prompt.startswith('%["\\u00e9<",{"a":2,"b":1}]g|<|im_start|>system')
 
