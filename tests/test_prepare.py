@@ -220,6 +220,23 @@ def test_strict_negatives_are_false_for_both_verifiers(tmp_path, tokenizer):
         assert [row["rejected_index"] for row in read(out / "pairs.jsonl")] == found
 
 
+def test_generations_that_teach_nothing_are_passed_over_and_counted(tmp_path, tokenizer, capsys):
+    rows = [
+        raw("a=1", (" \n", "b", "", "c"), (True, True, False, False), (True,) * 4),
+        raw("a=2", ("b", "b", "c"), (True, False, False), (True,) * 3),
+        raw("a=3", ("b", "b")),
+    ]
+    prepare.prepare([write(tmp_path / "raw.jsonl", rows)], tokenizer, tmp_path / "out")
+    pairs = read(tmp_path / "out" / "pairs.jsonl")
+    assert sorted((row["original_index"], row["chosen_index"], row["rejected_index"]) for row in pairs) == [
+        (0, 1, 3),
+        (1, 0, 2),
+    ]
+    said = capsys.readouterr().out
+    assert "2 generations are empty or white space: neither correct nor incorrect." in said
+    assert "2 generations are incorrect, and the very text of the correct one: passed over." in said
+
+
 def test_a_row_that_no_tokenizer_can_write_is_dropped_and_named(tmp_path, tokenizer, capsys):
     file = write(tmp_path / "raw.jsonl", [raw(), raw("a=\ud83d"), raw(generations=("b", "\ude00")), raw("a=2")])
     assert [*prepare.prepare([file], tokenizer, tmp_path / "out").values()][::9] == [4, 2]

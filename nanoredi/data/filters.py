@@ -5,6 +5,7 @@ say so. Stage 1 learns the first correct generation of a problem, at any length;
 first incorrect, where prompt and both responses are within the limits. Each gate looks at one row alone.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -93,12 +94,14 @@ class Gates:
         counts: {gate: rows that passed it and all before it}. A pair's correct generation is its SFT row's, so the
             pairs' gates follow on.
         unreadable: where the rows stand that no tokenizer can write; they pass no gate.
+        remarks: counts what was passed over within rows, in words for the user.
     """
 
     def __init__(self, max_prompt_tokens: int, max_response_tokens: int, strict_negatives: bool = False):
         self.limits = max_prompt_tokens, max_response_tokens
         self.strict_negatives = strict_negatives
         self.unreadable: list[str] = []
+        self.remarks = Counter[str]()
         self.names = (
             "rows read",
             "problem_is_valid is yes",
@@ -150,10 +153,14 @@ class Gates:
         if self.strict_negatives:
             incorrect = [all(verdict is False for verdict in verdicts) for verdicts in zip(*labels)]
         # differs from the original: an empty generation, of which nothing can be learned, is neither
-        chosen, rejected = (
-            next((i for i, text in enumerate(generations) if text and text.strip() and wanted[i]), None)
-            for wanted in (correct, incorrect)
+        full = [i for i, text in enumerate(generations) if text and text.strip()]
+        self.remarks["generations are empty or white space: neither correct nor incorrect"] += len(labels[0]) - len(
+            full
         )
+        chosen = next((i for i in full if correct[i]), None)
+        same = [i for i in full if incorrect[i] and chosen is not None and generations[i] == generations[chosen]]
+        self.remarks["generations are incorrect, and the very text of the correct one: passed over"] += len(same)
+        rejected = next((i for i in full if incorrect[i] and i not in same), None)
         self._count(0, [*passed, chosen is not None, rejected is not None])
         if chosen is None:
             return None

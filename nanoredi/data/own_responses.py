@@ -86,7 +86,7 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
         elif not isinstance(correct, bool):
             raise UserError(f"{where}: 'correct' must be true or false; or let --grade label the row")
         sample = row.get("sample") if isinstance(row.get("sample"), int) else 0
-        facts = {name: row[name] for name in ("problem_is_valid", "source") if name in row}
+        facts: Row = {name: row[name] for name in ("problem_is_valid", "source") if name in row}
         spool.add(
             (number, sample),
             {"where": where, "number": number, "prompt": prompt, "response": response, "correct": correct, **facts},
