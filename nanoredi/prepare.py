@@ -14,6 +14,7 @@ order: memory holds the rows at hand and a few numbers for each, the disk holds 
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -140,7 +141,7 @@ def _sift(
             pairs.add(at, traces.pair(lengths))
         elif traces.rejected is not None:
             too_long.add(at, traces.pair_facts(lengths))
-    print("".join(f"{count:,} {what}.\n" for what, count in gates.remarks.items() if count), end="")
+    print("".join(f"{count:,} {what}.\n" for what, count in gates.remarks.items() if count), end="", file=sys.stderr)
     say_dropped("rows", "text holds half a surrogate pair, which is no character", gates.unreadable, total)
     if not len(sft):
         raise UserError(f"no row is left: {_summary(gates.counts)}")

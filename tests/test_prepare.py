@@ -232,7 +232,7 @@ def test_generations_that_teach_nothing_are_passed_over_and_counted(tmp_path, to
         (0, 1, 3),
         (1, 0, 2),
     ]
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "2 generations are empty or white space: neither correct nor incorrect." in said
     assert "2 generations are incorrect, and the very text of the correct one: passed over." in said
 
@@ -240,7 +240,7 @@ def test_generations_that_teach_nothing_are_passed_over_and_counted(tmp_path, to
 def test_a_row_that_no_tokenizer_can_write_is_dropped_and_named(tmp_path, tokenizer, capsys):
     file = write(tmp_path / "raw.jsonl", [raw(), raw("a=\ud83d"), raw(generations=("b", "\ude00")), raw("a=2")])
     assert [*prepare.prepare([file], tokenizer, tmp_path / "out").values()][::9] == [4, 2]
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "Dropped 2 of 4 rows, whose text holds half a surrogate pair" in said
     assert "raw.jsonl, line 2; " in said and "raw.jsonl, line 3." in said
 

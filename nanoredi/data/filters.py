@@ -5,6 +5,7 @@ say so. Stage 1 learns the first correct generation of a problem, at any length;
 first incorrect, where prompt and both responses are within the limits. Each gate looks at one row alone.
 """
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import takewhile
@@ -200,7 +201,8 @@ def _take(where: str, row: dict[str, Any], name: str, kind: type, item: type | N
 
 
 def say_dropped(what: str, why: str, places: list[str], total: int) -> None:
-    """Print a line that counts and names what was dropped, where anything was."""
+    """Count and name on stderr what was dropped, if anything was."""
     if places:
         more = f"; and {len(places) - 5:,} more" if len(places) > 5 else ""
-        print(f"Dropped {len(places):,} of {total:,} {what}, whose {why}: {'; '.join(places[:5])}{more}.")
+        line = f"Dropped {len(places):,} of {total:,} {what}, whose {why}: {'; '.join(places[:5])}{more}."
+        print(line, file=sys.stderr)

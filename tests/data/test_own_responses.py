@@ -85,7 +85,7 @@ def test_a_problem_with_two_answers_is_dropped_counted_and_named(prepared, capsy
         response(WRONG, 1, answer=3.0),
     )
     assert pairs == {"a=1b+2": (RIGHT, WRONG)} and len(sft) == 1
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "Dropped 1 of 2 problems, whose rows give more than one answer" in said
     assert "rows.jsonl, line 2 and " in said and "rows.jsonl, line 3." in said
 
