@@ -44,9 +44,9 @@ def cached(
             made = Path(beside, "data")
             made.mkdir()
             _fill(made, path, tokenizer, texts, arrays)
-            if damaged:
-                folder.rename(Path(beside, "damaged"))
             try:
+                if damaged and not _is_whole(folder):
+                    folder.rename(Path(beside, "damaged"))
                 made.rename(folder)
             except OSError:  # another run has been quicker
                 if not _is_whole(folder):

@@ -168,7 +168,10 @@ class Chat:
         for number, message in enumerate(messages, 1):
             role, content = message["role"], message["content"]
             known = role in ("user", "assistant") or role in self._template.source or role in text.replace(content, "")
-            if not known or role != "assistant" and content.strip() not in text:
+            marked = [*messages[: number - 1], {**message, "content": _ANSWER}, *messages[number:]]
+            # A template may trim what it shows, or change it; a mark tells whether it shows anything.
+            seen = role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)
+            if not (known and seen):
                 roles = [name for name in ("system", "user", "assistant", "tool") if name in self._template.source]
                 hint = f"; it knows the roles {', '.join(roles)}" if roles else ""
                 raise UserError(

@@ -67,7 +67,9 @@ def conversation(where: str, row: Any) -> Messages:
         _field(where, row, "prompt")
         return [*_prompt(where, row), *_answer(f"{where}: 'completion'", row["completion"])]
     name = "conversations" if "messages" not in given and "conversations" in given else "messages"
-    messages = _field(where, row, name)
+    if name not in given:
+        raise UserError(f"{where} has no field 'messages' (nor 'conversations', nor 'prompt' with 'completion')")
+    messages = row[name]
     if not isinstance(messages, list):
         raise UserError(f"{where}: {name!r} must be a list of messages with role and content")
     messages = check_messages(f"{where}: {name!r}", messages)
