@@ -2,12 +2,13 @@
 
 messages.py says what rows there are. Both stages follow the original's token rules, which differ:
 
-    stage 1   the whole templated conversation is tokenised at once; eos is appended unless there; cut on the right;
-              learned is what follows the prompt, except the padding token where that is eos and the template has
-              another end of its own, as with Qwen2.5's base models
-    stage 2   prompt and completion are tokenised apart; eos is appended to the completion unless there; of a long
-              prompt the last tokens are kept, a long completion is cut on the right; learned is the completion, eos
-              included
+    stage 1   the whole templated conversation is tokenised at once, and cut on the right; learned is what follows the
+              prompt, except the padding token where that is eos and the template has another end of its own, as with
+              Qwen2.5's base models
+    stage 2   prompt and completion are tokenised apart; of a long prompt the last tokens are kept, a long completion is
+              cut on the right; learned is the completion, eos included
+
+Both append eos to a completion, unless the template's end has it.
 """
 
 from collections import Counter

@@ -64,10 +64,11 @@ class Tokenizer(Chat):
         end = self.encode(self.end.strip())
         stop = [i for i in end if i in marks] or (end if len(end) == 1 else [])
         self.stop_ids = sorted({self.eos_id, *stop[:1]})
+        self._end_tokens = max(1, len(self.encode(self.end)))
 
     def ended(self, ids: list[int]) -> list[int]:
-        """A completion's ids with eos at the end."""
-        return ids if ids[-1:] == [self.eos_id] else [*ids, self.eos_id]
+        """A completion's ids, with eos behind them unless the template's end has it."""
+        return ids if self.eos_id in ids[-self._end_tokens :] else [*ids, self.eos_id]
 
     def lengths(self, encodings: list[tokenizers.Encoding], as_trained: bool) -> list[int]:
         """How many tokens a prompt and its answers have, from the encodings of what `measured` gave."""
