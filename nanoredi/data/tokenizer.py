@@ -49,7 +49,8 @@ class Tokenizer(Chat):
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises bare Exception for every fault of the file
-            raise UserError(f"cannot read the tokenizer {self.folder / 'tokenizer.json'}: {error}") from None
+            where = self.folder / "tokenizer.json"
+            raise UserError(f"cannot read the tokenizer {where}: {error}{self._hint()}") from None
         # A tokenizer.json may ask for cutting and padding; here every token counts, and nothing is padded.
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -141,6 +142,14 @@ class Tokenizer(Chat):
                 except UserError as error:
                     raise UserError(f"{where}: {error}") from None
             raise
+
+    def _hint(self) -> str:
+        """What would help whoever named a folder without a tokenizer: a run, the hub's cache, a name on the hub."""
+        inside = (found for depth in range(5) for found in sorted(self.folder.glob("*/" * depth + "tokenizer.json")))
+        if found := next(inside, None):
+            return f"; give {found.parent}" if found.parent != self.folder else ""
+        name = re.fullmatch(r"[\w.-]+/([\w.-]+)", str(self.folder))
+        return f"; from the hub: hf download {name[0]} --local-dir {name[1]}, then give {name[1]}" if name else ""
 
     def _template_source(self, config: dict[str, Any]) -> str:
         path = self.folder / "chat_template.jinja"

@@ -148,6 +148,14 @@ def test_the_template_may_refuse(toy_data):
         Tokenizer(toy_data / "model").prompt([{"role": "system", "content": "a"}])
 
 
+def test_a_folder_that_holds_a_tokenizer_further_down_is_told_apart_from_a_hub_name(toy_data, tmp_path):
+    shutil.copytree(toy_data / "model", tmp_path / "models--org--name" / "snapshots" / "1a2b")
+    with pytest.raises(UserError, match="cannot read .*; give .*/snapshots/1a2b$"):
+        Tokenizer(tmp_path / "models--org--name")
+    with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B, then give"):
+        Tokenizer("Qwen/Qwen2.5-Math-1.5B")
+
+
 def test_broken_files(tmp_path):
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         Tokenizer(tmp_path)
