@@ -56,9 +56,8 @@ def prepare(
     beyond the limits, and with benchmarks to compare with overlaps.jsonl.
 
     Args:
-        files: of raw rows.
+        files, out: of raw rows, and for what is written.
         tokenizer: whose tokens are counted.
-        out: folder for what is written.
         max_prompt_tokens, max_response_tokens: a pair's limits.
         seed: of the shuffle, and of which pairs are swapped.
         grading: label the responses with the grader.
@@ -73,12 +72,7 @@ def prepare(
         UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files
         already.
     """
-    for name in _FILES:
-        if (out / name).exists():
-            raise UserError(f"{out / name} is there already: move it away or give another --out")
-    total = sum(map(num_rows, files))
-    if not total:
-        raise UserError(f"there are no rows in {', '.join(map(str, files))}")
+    total = _count_rows(files, out)
     gates = Gates(max_prompt_tokens, max_response_tokens, strict_negatives)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -98,6 +92,17 @@ def prepare(
     except OSError as error:  # of writing: reading has its own words
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
     return gates.counts
+
+
+def _count_rows(files: list[Path], out: Path) -> int:
+    """How many rows the files have, once it is clear that there are some, and that nothing is written over."""
+    for name in _FILES:
+        if (out / name).exists():
+            raise UserError(f"{out / name} is there already: move it away or give another --out")
+    total = sum(map(num_rows, files))
+    if not total:
+        raise UserError(f"there are no rows in {', '.join(map(str, files))}")
+    return total
 
 
 def _raw_rows(

@@ -16,6 +16,8 @@ from nanoredi.data.messages import user_message
 from nanoredi.data.tokenizer import Tokenizer, half_pair
 
 SFT_GATE = "SFT: has a correct generation"
+_EMPTY = "generations are empty or white space: neither correct nor incorrect"
+_SAME = "generations are incorrect, and the very text of the correct one: passed over"
 _LABELS = ("llama_verification", "math_verify_reparsed_answer")
 
 
@@ -155,12 +157,10 @@ class Gates:
             incorrect = [all(verdict is False for verdict in verdicts) for verdicts in zip(*labels)]
         # differs from the original: an empty generation, of which nothing can be learned, is neither
         full = [i for i, text in enumerate(generations) if text and text.strip()]
-        self.remarks["generations are empty or white space: neither correct nor incorrect"] += len(labels[0]) - len(
-            full
-        )
         chosen = next((i for i in full if correct[i]), None)
         same = [i for i in full if incorrect[i] and chosen is not None and generations[i] == generations[chosen]]
-        self.remarks["generations are incorrect, and the very text of the correct one: passed over"] += len(same)
+        self.remarks[_EMPTY] += len(generations) - len(full)
+        self.remarks[_SAME] += len(same)
         rejected = next((i for i in full if incorrect[i] and i not in same), None)
         self._count(0, [*passed, chosen is not None, rejected is not None])
         if chosen is None:
