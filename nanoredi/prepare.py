@@ -52,8 +52,7 @@ def prepare(
     swap: float = 0.0,
     strict_negatives: bool = False,
 ) -> dict[str, int]:
-    """Write out/sft.jsonl and out/pairs.jsonl from raw files; beside them too_long.jsonl, the lengths of the pairs
-    beyond the limits, and with benchmarks to compare with overlaps.jsonl.
+    """Write sft.jsonl and pairs.jsonl, too_long.jsonl (lengths of pairs beyond the limits) and maybe overlaps.jsonl.
 
     Args:
         files, out: of raw rows, and for what is written.
@@ -69,8 +68,7 @@ def prepare(
         {gate: rows that passed it and all before it}, rows dropped for an overlap included.
 
     Raises:
-        UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files
-        already.
+        UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files.
     """
     total = _count_rows(files, out)
     gates = Gates(max_prompt_tokens, max_response_tokens, strict_negatives)
