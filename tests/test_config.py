@@ -72,6 +72,7 @@ def test_the_paper_s_recipe():
         (["--lr", "inf"], "--lr takes a number, not inf"),
         (["--epochs", "1.5"], "--epochs takes a whole number, not '1.5'"),
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
+        (["--lr", "-1e-6"], "--lr is -1e-06; it must be at least 0"),
         (["--clip", "0"], "--clip is 0.0; it must be above 0"),
         (["--warmup", "2"], "--warmup is 2.0; it must be at most 1"),
         (["--evaluate", "yes"], "--evaluate takes true or false, not 'yes'"),
