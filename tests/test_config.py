@@ -235,3 +235,12 @@ def test_a_run_s_folder(tmp_path):
         open_run(str(tmp_path / "mine"), {"redi": config})
     with pytest.raises(UserError, match="--out"):
         open_run("", {"redi": config})
+
+
+def test_a_template_says_where_the_problem_goes():
+    for template in ("", "paper", "plain", "Solve {problem}!"):
+        assert resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": template}}).template == template
+    with pytest.raises(
+        UserError, match=r"--template takes paper, plain, or a text that says \{problem\}.* not 'papre'"
+    ):
+        resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": "papre"}})

@@ -12,6 +12,7 @@ from typing import Any
 
 from nanoredi.common.errors import UserError, nearest
 from nanoredi.common.files import read_json, read_rows
+from nanoredi.data.tokenizer import user_message
 
 # Name: number of problems.
 PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_bench": 675}
@@ -19,10 +20,29 @@ PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_be
 # The question's frame in the paper's evaluation.
 PAPER_TEMPLATE = (
     "Solve the following math problem efficiently and clearly. The last line of your response should be of the "
-    "following format: 'Therefore, the final answer is: $\\boxed{{ANSWER}}$. I hope it is correct' (without quotes) "
+    "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) "
     "where ANSWER is just the final number or expression that solves the problem. Think step by step before answering."
     "\n\n{problem}"
 )
+
+
+def frame(problem: str, template: str = "plain", system: str = "") -> list[dict[str, str]]:
+    """The messages that ask a problem.
+
+    Args:
+        template: what the user's message says: paper (PAPER_TEMPLATE), plain (the problem alone), or a text in which {problem}
+            stands for it; its other braces are its own.
+        system: the system message; empty: none, and the chat template may put its default one.
+    """
+    text = {"paper": PAPER_TEMPLATE, "plain": "{problem}"}.get(template, template)
+    return with_system(user_message(text.replace("{problem}", problem)), system)
+
+
+def with_system(messages: list[dict[str, str]], system: str) -> list[dict[str, str]]:
+    """Messages behind a system message, unless it is empty or they begin with one of their own."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 @dataclass(frozen=True)
@@ -75,7 +95,7 @@ def load(name: str, folder: str, limit: int = 0) -> Benchmark:
     if name in PAPER and len(problems) != PAPER[name]:
         raise UserError(f"{path} holds {len(problems)} problems; {name} has {PAPER[name]}")
     problems = problems[: limit or None]
-    questions = [PAPER_TEMPLATE.format(problem=p) for p in problems] if name in PAPER else problems
+    questions = [PAPER_TEMPLATE.replace("{problem}", p) for p in problems] if name in PAPER else problems
     return Benchmark(path.stem, problems, questions, golds[: len(problems)])
 
 
