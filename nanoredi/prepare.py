@@ -25,11 +25,12 @@ import numpy as np
 
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.flags import option, read_flags, resolve
+from nanoredi.common.formats import num_rows
 from nanoredi.common.progress import progress
 from nanoredi.data import own_responses as own
 from nanoredi.data.decontaminate import Overlap
 from nanoredi.data.filters import SFT_GATE, Gates, Traces
-from nanoredi.data.raw import find_files, num_rows, raw_rows
+from nanoredi.data.raw import find_files, raw_rows
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi.common.errors import UserError
+from nanoredi.common.formats import file_rows
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -26,26 +27,25 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return value
 
 
-def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSONL file, each with where it stands ("file, line n") for messages about it. Empty lines are
-    skipped.
+def read_rows(path: str, fields: tuple[str, ...] | None = None) -> Iterator[tuple[str, Any]]:
+    """The rows of a file in any of the formats, each with where it stands ("file, line n") for messages about it.
+    Empty lines are skipped.
+
+    Args:
+        fields: of a Parquet or Arrow file, the columns that are wanted; all without it.
 
     Raises:
         UserError: when the file cannot be read or a line is not JSON.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    try:
-                        yield where, json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"{where} is not JSON: {error}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    for where, row in file_rows(Path(path), fields):
+        if isinstance(row, bytes):
+            try:
+                row = json.loads(row.decode())
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where} is not UTF-8 text: {error}") from None
+            except ValueError as error:
+                raise UserError(f"{where} is not JSON: {error}") from None
+        yield where, row
 
 
 def write_row(file: FileIO, row: Any) -> None:

@@ -29,8 +29,8 @@ from tokenizers import Encoding
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import read_rows
+from nanoredi.common.formats import num_rows
 from nanoredi.common.progress import progress
-from nanoredi.data.raw import num_rows
 from nanoredi.data.tokenizer import Tokenizer, check_messages
 
 # Part of the cache's key: raise it when the rules above change.
