@@ -5,6 +5,7 @@ final/, and results.json where the run was evaluated.
 """
 
 import dataclasses
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
+
+_PATHS = {"model", "data", "watch", "cache", "benchmarks"}  # options that hold paths
 
 
 def open_run(out: str, configs: dict[str, Any]) -> bool:
@@ -56,10 +59,23 @@ def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
 
 
 def recipe_of(model: str | Path) -> Tables:
-    """The recipe of the run that a model's folder lies in; empty where it lies in none."""
+    """The recipe of the run that a model's folder lies in; empty where it lies in none. Its relative paths, which were
+    given where the run was started, lead from here to the same places, if they are still where they were beside the run."""
     folder = Path(model).parent
     is_run = (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists()
-    return read_recipe(folder / "config.toml") if is_run else {}
+    tables = read_recipe(folder / "config.toml") if is_run else {}
+    out = next((tables[name]["out"] for name in ("redi", "sft") if tables.get(name, {}).get("out")), "")
+
+    def moved(path: str) -> str:
+        here = folder / os.path.relpath(path, out)
+        return path if Path(path).is_absolute() or not here.exists() else os.path.relpath(here)
+
+    if out and not Path(out).is_absolute():
+        for values in tables.values():
+            for name in _PATHS & values.keys():
+                value = values[name]
+                values[name] = [moved(one) for one in value] if isinstance(value, list) else value and moved(value)
+    return tables
 
 
 def check_model(folder: str) -> str:

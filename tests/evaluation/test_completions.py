@@ -97,8 +97,8 @@ def test_without_thinking_the_whole_text_counts(tmp_path, benchmark):
         ([], "holds no rows"),
         ([7], "line 1 holds no JSON object"),
         ([{"prompt": "What is 1+1?", "text": "2"}], "line 1 is in no layout"),
-        ([{"prompt": "What is 1+1?", "outputs": [{"txt": "2"}]}], "line 1 is in no layout"),
-        ([{"prompt": "What is 1+1?", "completion": 2}], "line 1 has no list of texts"),
+        ([{"prompt": "What is 1+1?", "outputs": [{"txt": "2"}]}], "line 1 has no text where its completion"),
+        ([{"prompt": "What is 1+1?", "completion": 2}], "line 1 has no text where its completion"),
         ([{"prompt": "What is 1+2?", "completion": "3"}], "line 1: its prompt holds no problem of b"),
         ([{"completion": "3"}], "line 1 has no prompt"),
         ([{"prompt": "What is 1+1?", "completion": "3"}], "has 0 completions for problem 2 of b and 1 for others"),
@@ -138,7 +138,7 @@ def test_evaluate_grades_completions(run, tmp_path, benchmark):
     ]
     (difference,) = json.loads((out / "differences.json").read_text())
     assert difference["difference"] == 0.25
-    assert (out / "results.txt").read_text() in done.stdout + "\n" and "REDI (paper)" in done.stdout
+    assert (out / "results.txt").read_text() in done.stdout + "\n" and "REDI (*)" in done.stdout
     assert (out / "results.md").read_text().startswith("| model | benchmark | pass@1 % |")
 
     shown = run("nanoredi/report/__main__.py", "--failures", "out")
