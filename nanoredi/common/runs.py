@@ -14,7 +14,7 @@ from typing import Any
 from nanoredi.common.errors import UserError
 from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
 
-_PATHS = {"model", "data", "watch", "cache", "benchmarks"}  # options that hold paths
+_PATHS = {"model", "data", "watch", "cache", "benchmarks"}  # options that hold paths (a benchmark's name has no dot)
 
 
 def open_run(out: str, configs: dict[str, Any]) -> bool:
@@ -67,14 +67,18 @@ def recipe_of(model: str | Path) -> Tables:
     out = next((tables[name]["out"] for name in ("redi", "sft") if tables.get(name, {}).get("out")), "")
 
     def moved(path: str) -> str:
-        here = folder / os.path.relpath(path, out)
-        return path if Path(path).is_absolute() or not here.exists() else os.path.relpath(here)
+        here = os.path.relpath(folder / os.path.relpath(path, out))
+        return path if os.path.isabs(path) or not os.path.exists(here) else here
 
     if out and not Path(out).is_absolute():
         for values in tables.values():
             for name in _PATHS & values.keys():
                 value = values[name]
-                values[name] = [moved(one) for one in value] if isinstance(value, list) else value and moved(value)
+                values[name] = (
+                    [moved(one) if "." in one else one for one in value]
+                    if isinstance(value, list)
+                    else value and moved(value)
+                )
     return tables
 
 

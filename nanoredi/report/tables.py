@@ -144,7 +144,7 @@ def as_text(table: Table, width: int = 0) -> str:
     """Columns in step, in at most so many characters; 0: however wide they are."""
     lines, left = table.lines, table.left
     shown = len(lines[0])
-    ways = [(lines, k) for k in range(shown, (table.least or shown) - 1, -1)]
+    ways = [(lines, k) for k in range(shown, min(table.least or shown, shown) - 1, -1)]
     ways += [(_stacked(lines), k) for k in range(shown, 1, -1)]
     lines, k = next((way for way in ways if not width or sum(_widths(*way)) + 2 * (way[1] - 1) <= width), ways[-1])
     widths = _widths(lines, k)
