@@ -105,9 +105,8 @@ def _own_benchmarks(path: str, answers: list[Answers]) -> tuple[list[Benchmark],
     # The problems of samples.jsonl are numbers, and its rows in the order in which they ended.
     ordered = {b: sorted(own) if all(isinstance(key, int) for key in own) else list(own) for b, own in golds.items()}
     places = {(b, key): (names.index(b), i) for b, own in ordered.items() for i, key in enumerate(own)}
-    benchmarks = [
-        Benchmark(b, *[[str(key) for key in own]] * 2, [golds[b][key] for key in own]) for b, own in ordered.items()
-    ]
+    texts = {b: [str(key) for key in own] for b, own in ordered.items()}
+    benchmarks = [Benchmark(b, texts[b], texts[b], [golds[b][key] for key in own]) for b, own in ordered.items()]
     return benchmarks, [places[key] for key in keys]
 
 

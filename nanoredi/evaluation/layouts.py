@@ -169,7 +169,8 @@ def _completions(value: Any) -> list[Completion]:
     reason = _first(value.get("finish_reason"), _get(value, "meta_info.finish_reason"), value.get("stop_reason"))
     if isinstance(content, list):
         content = _text(content)
-    one = Completion("" if content is None else content, tokens, reason)
+    text: Any = "" if content is None else content  # _check looks at it
+    one = Completion(text, tokens, reason)
     _put_in_front(one, message.get("reasoning_content") or message.get("reasoning"))
     return [one]
 
