@@ -1,12 +1,28 @@
-"""JSON and JSONL files in, with a sentence for whatever is wrong with them; whole lines of JSONL out."""
+"""JSON and JSONL, in with bounds and a declared shape, and a sentence for whatever is wrong with them; out by whole files
+(disk.py) and whole lines."""
 
+import contextlib
 import json
+import math
 from collections.abc import Iterator
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from nanoredi.common.disk import may_crash, writing
 from nanoredi.common.errors import UserError
+
+MAX_CHARS, MAX_DEPTH = 1 << 28, 100  # of a JSON file, or of a line of a JSONL file
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    None: "null",
+}
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -16,11 +32,12 @@ def read_json(path: Path, kind: type = dict) -> Any:
         UserError: when it is missing, broken, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            value = parse_json(str(path), file.read(MAX_CHARS + 1))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}")
     return value
@@ -35,17 +52,91 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(partial(file.readline, MAX_CHARS + 1), ""), 1):
                 if line.strip():
                     where = f"{path}, line {number}"
-                    try:
-                        yield where, json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"{where} is not JSON: {error}") from None
+                    yield where, parse_json(where, line)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def parse_json(where: str, text: str) -> Any:
+    """JSON from outside: of bounded size and depth, all its numbers finite.
+
+    Raises:
+        UserError: naming `where`, when it is anything else.
+    """
+    if len(text) > MAX_CHARS:
+        raise UserError(f"{where} is longer than {MAX_CHARS:,} characters")
+    try:
+        value = _JSON.decode(text)
+        deep = text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH
+    except RecursionError:
+        deep = True
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if deep:
+        raise UserError(f"{where} is nested more than {MAX_DEPTH} levels deep")
+    return value
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+
+
+def check(where: str, value: Any, shape: Any, name: str = "") -> Any:
+    """A value from outside, when it has the shape that is declared for it.
+
+    Args:
+        where: the file, and the line, for messages.
+        shape: a type; None; range(low, end) for whole numbers; [shape] for a list of such; {name: shape} for an object with
+            these fields, where a name that ends in "?" may be missing, and {str: shape} for one of any names; a tuple of
+            shapes for any one of them.
+
+    Raises:
+        UserError: naming where, the field, what it is and what it must be.
+    """
+    if isinstance(shape, tuple):
+        for one in shape:
+            with contextlib.suppress(UserError):
+                return check(where, value, one, name)
+    elif isinstance(shape, dict) and type(value) is dict:
+        for key, inner in shape.items():
+            for found in value if key is str else [key.removesuffix("?")]:
+                if found in value:
+                    check(where, value[found], inner, f"{name}.{found}" if name else found)
+                elif not key.endswith("?"):
+                    raise UserError(f"{where}: {name or 'the object'} has no field {found!r}")
+        return value
+    elif isinstance(shape, list) and type(value) is list:
+        for i, inner in enumerate(value):
+            check(where, inner, shape[0], f"{name}[{i}]")
+        return value
+    elif isinstance(shape, range) and type(value) is int and value in shape:
+        return value
+    elif shape in (type(value), value) or shape is float and type(value) is int and abs(value) < 1e300:
+        return value
+    raise UserError(f"{where}: {name or 'it'} is {repr(value)[:80]}; it must be {_words(shape)}")
+
+
+def _words(shape: Any) -> str:
+    if isinstance(shape, tuple):
+        return " or ".join(map(_words, shape))
+    if isinstance(shape, range):
+        return f"a whole number from {shape.start:,} to {shape.stop - 1:,}"
+    return _KINDS[type(shape) if isinstance(shape, (list, dict)) else shape]
 
 
 def write_row(file: FileIO, row: Any) -> None:
@@ -53,4 +144,17 @@ def write_row(file: FileIO, row: Any) -> None:
     # Anybody's text may hold half a surrogate pair, which UTF-8 cannot.
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="replace")
     while line:
+        may_crash()
         line = line[file.write(line) :]
+    may_crash()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as `writing` does."""
+    with writing(path) as beside:
+        beside.write_text(text, encoding="utf-8", errors="replace")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file as `writing` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
