@@ -31,16 +31,25 @@ def read_json(path: Path, kind: type = dict) -> Any:
     Raises:
         UserError: when it is missing, broken, or holds something else.
     """
+    value = parse_json(str(path), read_text(path))
+    if not isinstance(value, kind):
+        raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """A text file, or one character more of it than JSON may have.
+
+    Raises:
+        UserError: when it cannot be read or is not UTF-8.
+    """
     try:
         with open(path, encoding="utf-8") as file:
-            value = parse_json(str(path), file.read(MAX_CHARS + 1))
+            return file.read(MAX_CHARS + 1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
-    if not isinstance(value, kind):
-        raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}")
-    return value
 
 
 def read_rows(path: str) -> Iterator[tuple[str, Any]]:

@@ -1,44 +1,63 @@
-"""The folder of a run: taken for a new one, known again, found.
+"""The folder of a run: taken for a new one, known again, found; and whether a model in it is whole.
 
 It holds config.toml (everything that was resolved), metrics.jsonl (a row a step), Hugging Face folders step-000200/ ... and
 final/, and results.json where the run was evaluated.
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from nanoredi.common.disk import lock, remove, remove_leftovers
 from nanoredi.common.errors import UserError
+from nanoredi.common.files import check, read_json
 from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
+
+INDEX = "model.safetensors.index.json"
 
 
 def open_run(out: str, configs: dict[str, Any]) -> bool:
-    """Take the folder `out` for a run of {table: dataclass}. Call on one rank.
+    """Take the folder `out` for a run of {table: dataclass}, and keep other processes out of it. Call on one rank.
 
     Returns:
         True when the folder holds this very run, finished; False when the training may begin, or go on.
 
     Raises:
-        UserError: when no folder is named, or it holds anything else. Nothing is overwritten; of a finished run the states
-            go that a kill left there.
+        UserError: when no folder is named, when it holds anything else, and when another process has it. Nothing is
+            overwritten; what a kill left half-written goes, and of a finished run the states.
     """
     if not out:
         raise UserError("the run needs a folder: give --out DIR")
     folder = Path(out)
-    path = folder / "config.toml"
-    # A run that stopped at bad input has left its config.toml and nothing else: the next one may be another.
-    if path.exists() and len(list(folder.iterdir())) > 1:
-        _refuse_another_run(path, configs)
-        finished = (folder / "final" / "config.json").exists()
-        if finished:
-            shutil.rmtree(folder / "state", ignore_errors=True)
-        return finished
-    if folder.exists() and (not folder.is_dir() or any(file != path for file in folder.iterdir())):
+    path, final = folder / "config.toml", folder / "final"
+    if folder.exists() and not path.exists() and (folder.is_file() or _contents(folder)):
         raise UserError(f"{out} is not empty and holds no nanoredi run: give another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(path, configs)
+    lock(folder)
+    remove_leftovers(folder, locked=True)
+    remove_leftovers(folder / "state", locked=True)
+    # A run that stopped at bad input has left its config.toml and nothing else: the next one may be another.
+    if path.exists() and _contents(folder):
+        _refuse_another_run(path, configs)
+        if final.exists() and (final.is_file() or any(final.iterdir())):
+            try:
+                read_json(final / "config.json")
+                open_weights(final)
+            except UserError as error:
+                raise UserError(
+                    f"{final} is no whole model ({error}): move it away, and the same command makes it again"
+                ) from None
+            remove(folder / "state")
+            return True
+    else:
+        write_recipe(path, configs)
     return False
+
+
+def _contents(folder: Path) -> list[Path]:
+    """What a folder holds besides the files that every run begins with."""
+    return [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("config.toml")]
 
 
 def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
@@ -59,6 +78,33 @@ def recipe_of(model: str | Path) -> Tables:
     folder = Path(model).parent
     is_run = (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists()
     return read_recipe(folder / "config.toml") if is_run else {}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a model's weights are in."""
+    if (folder / INDEX).exists():
+        weight_map = check(str(folder / INDEX), read_json(folder / INDEX), {"weight_map": {str: str}})["weight_map"]
+        # Only names inside the folder: an index is data from elsewhere.
+        return [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+    if not (folder / "model.safetensors").exists():
+        raise UserError(f"{folder} holds no model.safetensors and no {INDEX}")
+    return [folder / "model.safetensors"]
+
+
+def open_weights(folder: Path) -> dict[str, Any]:
+    """{name: the open safetensors file that it is in}. A file that was cut short is found here: its length is checked.
+
+    Raises:
+        UserError: naming the file that is missing or broken.
+    """
+    files: dict[str, Any] = {}
+    for path in weight_files(folder):
+        try:
+            handle = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read the weights {path}: {error}") from None
+        files.update((name, handle) for name in handle.keys())
+    return files
 
 
 def newest_model(root: str = "runs") -> str:
