@@ -4,13 +4,14 @@
     python bench/train_step.py --pairs 1 --steps 1            shorter, for a dry run
     python bench/train_step.py --profile                      where nanoredi's time goes
 
-The original's way: a transformers model with activation checkpointing, one right-padded pair at a time, its full logits,
-their log-softmax. TRL's: its DPOTrainer with its own defaults (a reference model, too), where it is installed. nanoredi
-is there with the default of --activation_checkpointing, and with more kept for backward (on a GPU in micro-batches of half
-the tokens). Same weights, same pairs. Tokens are those of the pairs, padding not counted. Every figure is taken in a fresh
-process; a time is the median of several steps, to be read as a ratio to another one of the same table. Memory is the peak
-of the process on a CPU, weights and all; of the tensors on a GPU. In bf16 each keeps what it would by default: nanoredi
-fp32 masters, the original's way bf16 weights and AdamW states, TRL fp32 weights under autocast.
+The original's way is a transformers model with activation checkpointing, one right-padded pair at a time, with its full
+logits and their log-softmax. TRL's is its DPOTrainer with its own defaults (a reference model, too), where it is
+installed. nanoredi is measured with the default of --activation_checkpointing and with more kept for backward (on a GPU
+in micro-batches of half the tokens). All have the same weights and pairs. Tokens are those of the pairs; padding is not
+counted. Every figure is taken in a fresh process. A time is the median of several steps, to be read as a ratio to
+another one of the same table. On a CPU memory is the peak of the process, weights included; on a GPU that of the
+tensors. In bf16 each keeps what it would by default: nanoredi fp32 masters, the original's way bf16 weights and AdamW
+states, TRL fp32 weights under autocast.
 """
 
 import argparse
@@ -34,12 +35,14 @@ from fresh import figures  # noqa: E402
 
 from nanoredi import objectives  # noqa: E402
 from nanoredi.config import RediConfig  # noqa: E402
-from nanoredi.data.batch import WeightedSequence  # noqa: E402
+from nanoredi.data.batch import SIDES  # noqa: E402
+from nanoredi.data.sequences import Sequence  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.trainer.distributed import compute_dtype, matrix_rate, world  # noqa: E402
-from nanoredi.trainer.loop import set_up, train_step  # noqa: E402
+from nanoredi.trainer.loop import set_up  # noqa: E402
 from nanoredi.trainer.optimizer import AdamW  # noqa: E402
+from nanoredi.trainer.step import train_step  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 
@@ -132,22 +135,17 @@ def nanoredi(kept: str, folder: str, size: Size, dtype: torch.dtype, num_steps: 
     tokens = size.max_tokens_per_micro_batch // (2 if ON_GPU and kept == "products" else 1)
     config = RediConfig(lr=LR, alpha=ALPHA, activation_checkpointing=kept, max_tokens_per_micro_batch=tokens)
     pairs = draw_pairs(size)
-    weights = objectives.redi([len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs], ALPHA)
-    sequences = [
-        WeightedSequence(
-            np.concatenate((p.prompt, completion)),
-            np.arange(len(p.prompt) + len(completion)) >= len(p.prompt),
-            weight,
-            "a pair",
-        )
-        for completions, ws in zip(([p.chosen for p in pairs], [p.rejected for p in pairs]), weights)
-        for p, completion, weight in zip(pairs, completions, ws)
-    ]
+    rows = [tuple(_sequence(p.prompt, getattr(p, side), side) for side in SIDES) for p in pairs]
+    units = objectives.units(config, rows)
     with world() as ranks:
         model = Qwen2.from_pretrained(folder)
         set_up(model, config, dtype, ranks)
         optimizer = AdamW(model, LR, config.weight_decay)
-        return timed(lambda: train_step(model, optimizer, sequences, config, ranks), num_steps, profiled)
+        return timed(lambda: train_step(model, optimizer, units, config, ranks), num_steps, profiled)
+
+
+def _sequence(prompt: np.ndarray, trace: np.ndarray, side: str) -> Sequence:
+    return Sequence(np.concatenate((prompt, trace)), np.arange(len(prompt) + len(trace)) >= len(prompt), "a pair", side)
 
 
 def original(folder: str, size: Size, dtype: torch.dtype, num_steps: int, profiled: bool) -> Seconds:

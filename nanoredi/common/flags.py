@@ -21,6 +21,7 @@ from nanoredi.common.errors import UserError, nearest
 from nanoredi.common.files import read_text, write_text
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+ARMS = RECIPES / "arms" / "qwen2.5-math-1.5b.toml"  # recipes that differ from this one in stage 2, a line each
 TABLES: dict[str, type] = {}  # a recipe's tables and their dataclasses
 Tables = dict[str, dict[str, Any]]  # {table: {field: value}}: what a recipe or the flags say, before the defaults
 
@@ -189,10 +190,11 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
         take, and for a base that has a base.
     """
     path = RECIPES / f"{recipe}.toml" if recipe in _builtin_recipes() else Path(recipe)
-    if not path.exists():
+    arm = _arms().get(str(recipe))
+    if arm is None and not path.exists():
         raise UserError(f"there is no recipe {recipe}{nearest(str(recipe), _builtin_recipes())}")
     try:
-        tables = tomllib.loads(read_text(path))
+        tables = arm or tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
     base = tables.pop("base", None)
@@ -245,5 +247,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def _arms() -> dict[str, Any]:
+    """{name: what its recipe would hold}"""
+    arms = tomllib.loads(ARMS.read_text(encoding="utf-8"))
+    return {f"{ARMS.stem}-{arm}": {**arms, "base": ARMS.stem, "redi": redi} for arm, redi in arms["redi"].items()}
+
+
 def _builtin_recipes() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+    return sorted([path.stem for path in RECIPES.glob("*.toml")] + [*_arms()])

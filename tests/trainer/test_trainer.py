@@ -12,6 +12,7 @@ import torch
 from kept import KeepingAdamW
 from safetensors.torch import load_file
 
+from nanoredi import objectives
 from nanoredi.common.errors import UserError
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.batch import step_rows
@@ -20,7 +21,8 @@ from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.kernels import chunks
 from nanoredi.model.qwen2 import Block, Qwen2
 from nanoredi.trainer.distributed import compute_dtype, local, shard
-from nanoredi.trainer.loop import train, train_step, weighted_sequences
+from nanoredi.trainer.loop import train
+from nanoredi.trainer.step import train_step
 
 
 @pytest.fixture
@@ -46,12 +48,12 @@ def sft(redi, toy_data):
 
 @pytest.fixture
 def dpo(redi):
-    return replace(redi, objective="dpo", alpha=None, neg_weight_gamma=None, beta=0.05)
+    return replace(redi, objective="dpo", alpha=None, chosen_weight=None, neg_weight_gamma=None, beta=0.05)
 
 
 @pytest.fixture
 def simpo(redi):
-    return replace(redi, objective="simpo", alpha=None, neg_weight_gamma=None, beta=2.0, gamma=1.0)
+    return replace(redi, objective="simpo", alpha=None, chosen_weight=None, neg_weight_gamma=None, beta=2.0, gamma=1.0)
 
 
 @pytest.fixture
@@ -59,12 +61,22 @@ def weighted(redi):
     return replace(redi, neg_weight_gamma=0.2)
 
 
-EVERY = pytest.mark.parametrize("stage", ["sft", "redi", "dpo", "simpo", "weighted"])
+@pytest.fixture
+def negatives(redi):
+    return replace(redi, chosen_weight=0.0)
+
+
+@pytest.fixture
+def half(redi):
+    return replace(redi, chosen_weight=0.5, neg_weight_gamma=0.2)
+
+
+EVERY = pytest.mark.parametrize("stage", ["sft", "redi", "dpo", "simpo", "weighted", "negatives", "half"])
 
 
 def reference_of(config, data):
     """Some other model's log-probs of all pairs, (rows, 2) fp32: 3 nats a token, and a bit."""
-    lengths = np.array([data.num_learned(i) for i in range(len(data))], dtype=np.float32).reshape(-1, 2)
+    lengths = np.array([[s.num_learned for s in data.row(i)] for i in range(len(data))], dtype=np.float32)
     return -3 * lengths - np.random.default_rng(5).uniform(0, 20, lengths.shape).astype(np.float32)
 
 
@@ -82,9 +94,14 @@ def one_step(config, world):
     data = load(config)
     rows = step_rows(0, 40, config.batch_size, seed=3)
     optimizer = KeepingAdamW(model, config.lr, 0.1)
-    sequences = weighted_sequences(config, data, rows, None if stage_1(config) else reference_of(config, data))
-    figures, tokens, _ = train_step(model, optimizer, sequences, config, world)
+    figures, tokens, _ = train_step(model, optimizer, units_of(config, data, rows), config, world)
     return figures, optimizer.grads, tokens, model
+
+
+def units_of(config, data, rows):
+    if not stage_1(config):
+        data.reference = reference_of(config, data)
+    return objectives.units(config, [data.row(i) for i in rows])
 
 
 def stage_1(config):
@@ -97,25 +114,25 @@ def reference(config):
     data = load(config)
     rows = step_rows(0, 40, config.batch_size, seed=3)
 
-    def logps(i):
-        tokens, learned = (torch.from_numpy(np.array(x)) for x in data.sequence(i))
+    def logps(sequence):
+        tokens, learned = (torch.from_numpy(np.array(x)) for x in sequence[:2])
         n = len(tokens) - 1
         hidden = model(tokens[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
         lp = (hidden @ model.lm_head_weight.T).log_softmax(-1).gather(1, tokens[1:, None].long()).squeeze(1)
         return lp[learned[1:]]
 
     def loss_of(i):
-        chosen, rejected = logps(2 * i), logps(2 * i + 1)
+        chosen, rejected = map(logps, data.row(i))
         if config.objective == "redi":
             weight = torch.exp(config.neg_weight_gamma * rejected.mean())
-            return -chosen.mean() + config.alpha * weight * rejected.mean()
+            return -config.chosen_weight * chosen.mean() + config.alpha * weight * rejected.mean()
         if config.objective == "simpo":
             return torch.log1p(torch.exp(config.gamma - config.beta * (chosen.mean() - rejected.mean())))
         ref = reference_of(config, data)[i].astype(float)
         return torch.log1p(torch.exp(-config.beta * (chosen.sum() - ref[0] - rejected.sum() + ref[1])))
 
     if stage_1(config):
-        loss = -torch.cat([logps(i) for i in rows]).mean()
+        loss = -torch.cat([logps(data.row(i)[0]) for i in rows]).mean()
     else:
         loss = torch.stack([loss_of(i) for i in rows]).mean()
     loss.backward()
@@ -141,7 +158,7 @@ def test_gradients_are_the_formula_s(stage, request, one_rank):
 
 def test_memory_is_given_back_after_a_step(redi, one_rank, monkeypatch):
     given = []
-    monkeypatch.setattr("nanoredi.trainer.loop.give_back", lambda *told: given.append(told))
+    monkeypatch.setattr("nanoredi.trainer.step.give_back", lambda *told: given.append(told))
     *_, model = one_step(redi, one_rank)
     assert given == [(model, 1, 1)]
 
@@ -177,7 +194,7 @@ def test_alpha_0_is_sft_on_the_chosen_with_each_trace_counting_the_same(redi, on
     rows = step_rows(0, 40, redi.batch_size, seed=3)
     model = Qwen2.from_pretrained(redi.model, dtype=torch.float32)
     for i in rows:
-        ids, learned = (torch.from_numpy(np.array(x)) for x in data.sequence(2 * i))
+        ids, learned = (torch.from_numpy(np.array(x)) for x in data.row(i)[0][:2])
         n = len(ids) - 1
         weights = -learned[1:].float() / learned[1:].sum() / len(rows)
         model.loss(ids[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32), ids[1:].long(), weights)[
@@ -185,16 +202,17 @@ def test_alpha_0_is_sft_on_the_chosen_with_each_trace_counting_the_same(redi, on
         ].backward()
     assert relative(grads, {n: p.grad for n, p in model.named_parameters()}) < 1e-5
     # The rejected traces cost nothing then.
-    assert tokens == sum(len(data.sequence(2 * i)[0]) - 1 for i in rows)
+    assert tokens == sum(data.row(i)[0].num_inputs for i in rows)
 
 
 def test_objective_sft_goes_on_with_the_chosen(redi, one_rank):
     data = load(redi)
-    config = replace(redi, objective="sft", alpha=None, neg_weight_gamma=None)
-    sequences = weighted_sequences(config, data, np.array([3, 5]))
-    total = data.num_learned(6) + data.num_learned(10)
-    assert [s.weight for s in sequences] == [-1 / total] * 2
-    assert [len(s.tokens) for s in sequences] == [len(data.sequence(i)[0]) for i in (6, 10)]
+    config = replace(redi, objective="sft", alpha=None, chosen_weight=None, neg_weight_gamma=None)
+    rows = [data.row(i) for i in (3, 5)]
+    units = objectives.units(config, rows)
+    total = sum(row[0].num_learned for row in rows)
+    assert [(s.weight, s.share) for (s,) in units] == [(-1 / total, 1 / total)] * 2
+    assert [s.name for (s,) in units] == [row[0].name for row in rows]
 
 
 def test_update_norm_is_what_the_weights_moved(redi, one_rank):
@@ -212,13 +230,31 @@ def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(stage, request, on
     model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), one_rank, torch.bfloat16)
     optimizer = KeepingAdamW(model)
     data = load(config)
-    sequences = weighted_sequences(config, data, step_rows(0, 40, 16, seed=3), reference_of(config, data))
-    train_step(model, optimizer, sequences, config, one_rank)
+    train_step(model, optimizer, units_of(config, data, step_rows(0, 40, 16, seed=3)), config, one_rank)
     half = optimizer.grads
     assert {p.dtype for p in model.parameters()} == {g.dtype for g in half.values()} == {torch.float32}
     assert 1e-5 < relative(half, grads) < 0.1
     head = half["model.embed_tokens.weight"]
     assert (head != head.bfloat16()).float().mean() > 0.5  # never rounded to the weight's dtype
+
+
+def test_pairs_are_watched_along_the_run(redi, one_rank, tmp_path, toy_data, capsys):
+    (tmp_path / "run").mkdir()
+    train(replace(redi, watch=str(toy_data / "watch.jsonl"), watch_every=2, max_steps=3), one_rank)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [("watch_chosen_logp" in row) for row in rows] == [False, True, True]
+    model = Qwen2.from_pretrained(tmp_path / "run" / "final", dtype=torch.float64)
+    data = load(replace(redi, data=str(toy_data / "watch.jsonl")))
+    for place, side in enumerate(("chosen", "rejected")):
+        means = []
+        for i in range(len(data)):
+            tokens, learned = (torch.from_numpy(np.array(x)) for x in data.row(i)[place][:2])
+            n = len(tokens) - 1
+            hidden = model(tokens[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+            lp = (hidden @ model.lm_head_weight.T).log_softmax(-1).gather(1, tokens[1:, None].long()).squeeze(1)
+            means.append(lp[learned[1:]].mean().item())
+        assert rows[-1][f"watch_{side}_logp"] == pytest.approx(np.mean(means), rel=1e-4)
+    assert "watched pairs after step 2: chosen -" in capsys.readouterr().out
 
 
 def test_a_run_s_files(redi, one_rank, tmp_path, capsys):
@@ -281,8 +317,8 @@ def test_the_start_s_files_are_not_touched_by_training(redi, one_rank, toy_data,
 
 @pytest.mark.parametrize("ranks, shard_size", [(2, 0), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_gradients_of_many_ranks_are_those_of_one(ranks, shard_size, run, toy_data, tmp_path):
-    """16 pairs in several micro-batches, and 1 pair whose two sequences leave ranks with nothing to do; the weights shared
-    by all ranks, and in several copies."""
+    """16 pairs in several micro-batches, and 1 pair whose two sequences leave ranks with nothing to do; with the
+    weights shared by all ranks, and in several copies."""
     for number, size in ((0, 0), (ranks, shard_size)):
         done = run("tests/rank_gradients.py", toy_data, tmp_path / f"{number}", size, ranks=number)
         assert done.returncode == 0, done.stderr
@@ -293,8 +329,8 @@ def test_gradients_of_many_ranks_are_those_of_one(ranks, shard_size, run, toy_da
 
 @pytest.mark.parametrize("others", [["2"], pytest.param(["2", "4", "agents"], marks=pytest.mark.slow)])
 def test_the_loss_curve_depends_on_neither_ranks_nor_machines(others, run, toy_data, tmp_path):
-    """20 steps on 1 rank and on 2, 4, and two torchrun agents of 2 ranks that each hold a copy of the weights; 5 pairs a
-    step leave some ranks with less to do."""
+    """20 steps on 1 rank and on 2, 4, and two torchrun agents of 2 ranks that each hold a copy of the weights; 5 pairs
+    a step leave some ranks with less to do."""
     words = "--recipe toy --epochs 2 --batch_size 5 --max_steps 20 --evaluate false --dtype float32".split()
     flags = ["train_redi.py", *words, "--model", toy_data / "model", "--data", toy_data / "pairs.jsonl"]
     with socket.socket() as free:
