@@ -31,7 +31,7 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
     if not out:
         raise UserError("the run needs a folder: give --out DIR")
     folder = Path(out)
-    path, final = folder / "config.toml", folder / "final"
+    path = folder / "config.toml"
     if folder.exists() and not path.exists() and (folder.is_file() or _contents(folder)):
         raise UserError(f"{out} is not empty and holds no nanoredi run: give another --out")
     lock(folder)
@@ -40,14 +40,7 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
     # A run that stopped at bad input has left its config.toml and nothing else: the next one may be another.
     if path.exists() and _contents(folder):
         _refuse_another_run(path, configs)
-        if final.exists() and (final.is_file() or any(final.iterdir())):
-            try:
-                read_json(final / "config.json")
-                open_weights(final)
-            except UserError as error:
-                raise UserError(
-                    f"{final} is no whole model ({error}): move it away, and the same command makes it again"
-                ) from None
+        if holds_model(folder / "final"):
             remove(folder / "state")
             return True
     else:
@@ -78,6 +71,22 @@ def recipe_of(model: str | Path) -> Tables:
     folder = Path(model).parent
     is_run = (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists()
     return read_recipe(folder / "config.toml") if is_run else {}
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a whole model is there; an empty folder is none.
+
+    Raises:
+        UserError: when something else is there.
+    """
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return False
+    try:
+        read_json(folder / "config.json")
+        open_weights(folder)
+    except UserError as error:
+        raise UserError(f"{folder} is no whole model ({error}): move it away, and the same command goes on") from None
+    return True
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from nanoredi.common.errors import UserError
+from nanoredi.common.runs import weight_files
 from nanoredi.config import RediConfig
 from nanoredi.data.sequences import TokenData
-from nanoredi.model.hf_folder import weight_files
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer.distributed import World
 from nanoredi.trainer.scoring import trace_logps
