@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from nanoredi.common.disk import lock, remove, remove_leftovers
 from nanoredi.common.errors import UserError
-from nanoredi.common.files import check, read_json
+from nanoredi.common.files import check, parse_json, read_json
 from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
 
 INDEX = "model.safetensors.index.json"
@@ -114,6 +114,18 @@ def open_weights(folder: Path) -> dict[str, Any]:
             raise UserError(f"cannot read the weights {path}: {error}") from None
         files.update((name, handle) for name in handle.keys())
     return files
+
+
+_ROW = {"step": range(1, 2**31), str: (float, bool, None)}
+
+
+def metrics_row(where: str, line: str) -> dict[str, Any]:
+    """A line of metrics.jsonl.
+
+    Raises:
+        UserError: naming `where`, for anything else.
+    """
+    return check(where, parse_json(where, line), _ROW)
 
 
 def newest_model(root: str = "runs") -> str:

@@ -218,12 +218,15 @@ def test_a_full_disk_ends_with_a_word_and_the_last_state_whole(states):
     assert States(folder, world).load(tensors)["step"] == 15
 
 
-def test_metrics_lose_the_steps_that_come_again(tmp_path):
+def test_metrics_lose_the_steps_that_come_again(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     drop_steps_after(path, 3)
     assert not path.exists()
     path.write_text("".join(f'{{"step": {i}}}\n' for i in range(1, 6)) + '{"ste')
     drop_steps_after(path, 5)
     assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4, 5]
+    path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n{"step": "4"}\n{"step": 5}\n')
     drop_steps_after(path, 3)
-    assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3]
+    assert [row["step"] for row in steps_of(tmp_path)] == [1, 3]
+    said = capsys.readouterr().out
+    assert "line 2 is not JSON" in said and "line 4: step is '4'" in said and said.count("this row is left out") == 2
