@@ -156,10 +156,10 @@ def file_digest(path: Path, size: int = 64) -> bytes:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=size)).digest()
 
 
-_crash_at, _places = int(os.environ.get("NANOREDI_CRASH_AT", 0)), itertools.count(1)
+_places = itertools.count(1)
 
 
 def may_crash() -> None:
     """Called at every write and rename: the tests end the process (SIGKILL) at the NANOREDI_CRASH_AT-th of them."""
-    if _crash_at and next(_places) == _crash_at:
+    if (place := os.environ.get("NANOREDI_CRASH_AT")) and next(_places) == int(place):
         os.kill(os.getpid(), signal.SIGKILL)
