@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi import toy
-from nanoredi.common.errors import UserError, run_script
-from nanoredi.common.flags import read_flags, read_recipe, resolve
+from nanoredi.common.errors import run_script
+from nanoredi.common.flags import read_flags, resolve
 from nanoredi.common.runs import open_run
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
 from nanoredi.data import benchmarks
@@ -28,33 +28,19 @@ from nanoredi.trainer.loop import train
 
 def main(argv: list[str]) -> None:
     recipe, flags = read_flags(__doc__, argv, "redi", RediConfig, others=("evaluate", "sft", "toy"))
-    own_model = flags.get("redi", {}).get("model")
-    # The toy's rates would ruin a real model: without a recipe a model of one's own gets the paper's.
-    tables = read_recipe(recipe or "toy") if recipe or not own_model else {}
+    tables = toy.tables_for(recipe, flags, "redi")
     config, evaluation, stage_1, toy_config = (
         resolve(kind, name, tables, flags)
         for name, kind in (("redi", RediConfig), ("evaluate", EvaluateConfig), ("sft", SftConfig), ("toy", ToyConfig))
     )
-    if not config.model and config.data:
-        raise UserError("--data needs a model to train on it: give --model DIR, the one of stage 1")
-
     out = Path(config.out)
+    folder, is_toy = out / "data", not config.model
     configs: dict[str, Any] = {"redi": config, "evaluate": evaluation}
-    is_toy = not config.model
     if is_toy:
-        folder = out / "data"
-        stage_1 = replace(
-            stage_1, model=str(folder / "model"), data=str(folder / "sft.jsonl"), out=str(out / "sft"), seed=config.seed
-        )
-        config = replace(
-            config,
-            model=str(out / "sft" / "final"),
-            data=str(folder / "pairs.jsonl"),
-            watch=str(folder / "watch.jsonl"),
-        )
-        evaluation = replace(evaluation, benchmarks=[str(folder / "toy.jsonl")])
+        stage_1 = replace(stage_1, model=str(folder / "model"), out=str(out / "sft"), seed=config.seed)
+        stage_1, _ = toy.with_files(folder, stage_1, evaluation)
+        config, evaluation = toy.with_files(folder, replace(config, model=str(out / "sft" / "final")), evaluation)
         configs = {"redi": config, "evaluate": evaluation, "sft": stage_1, "toy": toy_config}
-
     elif config.evaluate:
         _benchmarks(evaluation)  # for what is wrong with them, before hours of training
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanoredi import toy
-from nanoredi.common.errors import UserError, run_script
-from nanoredi.common.flags import read_flags, read_recipe, resolve
+from nanoredi.common.errors import run_script
+from nanoredi.common.flags import read_flags, resolve
 from nanoredi.common.runs import open_run
 from nanoredi.config import EvaluateConfig, SftConfig, ToyConfig
 from nanoredi.trainer.distributed import world
@@ -21,20 +21,13 @@ from nanoredi.trainer.loop import train
 
 def main(argv: list[str]) -> None:
     recipe, flags = read_flags(__doc__, argv, "sft", SftConfig, others=("evaluate", "toy"))
-    own_model = flags.get("sft", {}).get("model")
-    # The toy's rates would ruin a real model: without a recipe a model of one's own gets the paper's.
-    tables = read_recipe(recipe or "toy") if recipe or not own_model else {}
+    tables = toy.tables_for(recipe, flags, "sft")
     config = resolve(SftConfig, "sft", tables, flags)
     evaluation = resolve(EvaluateConfig, "evaluate", tables, flags)
     toy_config = resolve(ToyConfig, "toy", tables, flags)
-    if not config.model and config.data:
-        raise UserError("--data needs a model to train on it: give --model DIR")
-
-    folder = Path(config.out) / "data"
-    is_toy = not config.model
+    folder, is_toy = Path(config.out) / "data", not config.model
     if is_toy:
-        config = replace(config, model=str(folder / "model"), data=str(folder / "sft.jsonl"))
-        evaluation = replace(evaluation, benchmarks=[str(folder / "toy.jsonl")])
+        config, evaluation = toy.with_files(folder, replace(config, model=str(folder / "model")), evaluation)
     configs = {"sft": config, "evaluate": evaluation, **({"toy": toy_config} if is_toy else {})}
 
     with world() as ranks:

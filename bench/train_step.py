@@ -34,12 +34,14 @@ from fresh import figures  # noqa: E402
 
 from nanoredi import objectives  # noqa: E402
 from nanoredi.config import RediConfig  # noqa: E402
-from nanoredi.data.batch import WeightedSequence  # noqa: E402
+from nanoredi.data.batch import SIDES  # noqa: E402
+from nanoredi.data.sequences import Sequence  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.trainer.distributed import compute_dtype, matrix_rate, world  # noqa: E402
-from nanoredi.trainer.loop import set_up, train_step  # noqa: E402
+from nanoredi.trainer.loop import set_up  # noqa: E402
 from nanoredi.trainer.optimizer import AdamW  # noqa: E402
+from nanoredi.trainer.step import train_step  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 
@@ -132,22 +134,17 @@ def nanoredi(kept: str, folder: str, size: Size, dtype: torch.dtype, num_steps: 
     tokens = size.max_tokens_per_micro_batch // (2 if ON_GPU and kept == "products" else 1)
     config = RediConfig(lr=LR, alpha=ALPHA, activation_checkpointing=kept, max_tokens_per_micro_batch=tokens)
     pairs = draw_pairs(size)
-    weights = objectives.redi([len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs], ALPHA)
-    sequences = [
-        WeightedSequence(
-            np.concatenate((p.prompt, completion)),
-            np.arange(len(p.prompt) + len(completion)) >= len(p.prompt),
-            weight,
-            "a pair",
-        )
-        for completions, ws in zip(([p.chosen for p in pairs], [p.rejected for p in pairs]), weights)
-        for p, completion, weight in zip(pairs, completions, ws)
-    ]
+    rows = [tuple(_sequence(p.prompt, getattr(p, side), side) for side in SIDES) for p in pairs]
+    units = objectives.units(config, rows)
     with world() as ranks:
         model = Qwen2.from_pretrained(folder)
         set_up(model, config, dtype, ranks)
         optimizer = AdamW(model, LR, config.weight_decay)
-        return timed(lambda: train_step(model, optimizer, sequences, config, ranks), num_steps, profiled)
+        return timed(lambda: train_step(model, optimizer, units, config, ranks), num_steps, profiled)
+
+
+def _sequence(prompt: np.ndarray, trace: np.ndarray, side: str) -> Sequence:
+    return Sequence(np.concatenate((prompt, trace)), np.arange(len(prompt) + len(trace)) >= len(prompt), "a pair", side)
 
 
 def original(folder: str, size: Size, dtype: torch.dtype, num_steps: int, profiled: bool) -> Seconds:

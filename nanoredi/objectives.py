@@ -6,15 +6,23 @@ how an optimiser step is cut into micro-batches and ranks: every weight is divid
 
 DPO, SimPO and REDI with weighted negatives are not linear. They want both log-probabilities of a pair at once, from
 kernels/logprob.py, so a pair's two sequences stay in one micro-batch. They too are means over the step's pairs.
+
+The formulas come first; below them, units() weighs an optimiser step by its objective, and pair_losses() is what the
+objectives that want pairs make of a micro-batch.
 """
 
-from collections.abc import Sequence
-
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoredi.config import RediConfig, SftConfig
+from nanoredi.data.sequences import Sequence
 
-def sft(num_learned: Sequence[int]) -> list[float]:
+# What must share a micro-batch: a pair where the objective wants pairs, else a sequence alone.
+Unit = tuple[Sequence, ...]
+
+
+def sft(num_learned: list[int]) -> list[float]:
     """SFT, the mean of -log p over all learned tokens of the optimiser step:  w_t = -1 / sum_i |y_i|.
 
     Args:
@@ -26,7 +34,7 @@ def sft(num_learned: Sequence[int]) -> list[float]:
     return [-1.0 / sum(num_learned)] * len(num_learned)
 
 
-def redi(num_chosen: Sequence[int], num_rejected: Sequence[int], alpha: float) -> tuple[list[float], list[float]]:
+def redi(num_chosen: list[int], num_rejected: list[int], alpha: float) -> tuple[list[float], list[float]]:
     """REDI (arXiv 2505.24850, stage 2), the mean over the step's P pairs (x, y_w, y_l) of
 
         -log p(y_w|x) / |y_w| + alpha * log p(y_l|x) / |y_l|
@@ -99,3 +107,61 @@ def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor
         The pairs' losses (p,).
     """
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def wants_pairs(config: SftConfig | RediConfig) -> bool:
+    """Whether the loss is not linear in the log-probabilities, so that it takes a pair at once."""
+    if isinstance(config, SftConfig) or config.objective == "sft":
+        return False
+    return config.objective != "redi" or bool(config.alpha and config.neg_weight_gamma)
+
+
+def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> list[Unit]:
+    """The rows of an optimiser step as its units, each sequence with its weight and its share.
+
+    Args:
+        config: the objective and its parameters.
+        rows: of the whole step, as TokenData.row gives them.
+
+    Returns:
+        Pairs where the objective wants them. Else sequences, first the chosen and then the rejected ones; those of
+        weight 0 teach nothing and are left out.
+    """
+    if isinstance(config, SftConfig) or config.objective == "sft":
+        traces = [row[0] for row in rows]
+        weights = sft([s.num_learned for s in traces])
+        return [(s._replace(weight=w, share=-w),) for s, w in zip(traces, weights)]
+    chosen, rejected = ([s._replace(share=1 / (len(rows) * s.num_learned)) for s in side] for side in zip(*rows))
+    if wants_pairs(config):
+        return list(zip(chosen, rejected))
+    sequences = chosen + rejected
+    weights = redi([s.num_learned for s in chosen], [s.num_learned for s in rejected], config.alpha)
+    return [(s._replace(weight=w),) for s, w in zip(sequences, weights[0] + weights[1]) if w]
+
+
+def sequence_logps(sequences: list[Sequence], token_logps: Tensor) -> list[Tensor]:
+    """log p(y|x) of each packed sequence, () fp32 each: the sum over its learned tokens of token_logps (N,), which is 0
+    elsewhere."""
+    return [part.sum() for part in token_logps.split([s.num_inputs for s in sequences])]
+
+
+def pair_losses(config: RediConfig, pairs: list[Unit], token_logps: Tensor) -> Tensor:
+    """The losses of a micro-batch's pairs.
+
+    Args:
+        config: the objective and its parameters.
+        pairs: p of them, packed one after the other.
+        token_logps: (N,) fp32 of the packed sequences, 0 where nothing is learned.
+
+    Returns:
+        (p,) fp32, differentiable in token_logps.
+    """
+    sequences = [s for pair in pairs for s in pair]
+    logps = sequence_logps(sequences, token_logps)
+    if config.objective == "dpo":
+        ratios = [logp - s.reference for logp, s in zip(logps, sequences)]
+        return dpo(*torch.stack(ratios).view(-1, 2).unbind(1), config.beta)
+    means = torch.stack([logp / s.num_learned for logp, s in zip(logps, sequences)]).view(-1, 2).unbind(1)
+    if config.objective == "simpo":
+        return simpo(*means, config.beta, config.gamma)
+    return weighted_redi(*means, config.alpha, config.neg_weight_gamma)

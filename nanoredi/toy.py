@@ -17,14 +17,15 @@ demonstration, and no evidence for the paper.
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from nanoredi.common.errors import UserError
-from nanoredi.config import ToyConfig
+from nanoredi.common.flags import Tables, read_recipe
+from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
 from nanoredi.model.config import Qwen2Config
 from nanoredi.model.qwen2 import Qwen2
 
@@ -39,6 +40,30 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+def tables_for(recipe: str | None, flags: Tables, stage: str) -> Tables:
+    """The tables of the recipe that was named; without one the toy's, whose rates would ruin a real model: one's own
+    model gets the defaults then, which are the paper's.
+
+    Raises:
+        UserError: for data of one's own without a model to train on them.
+    """
+    given = flags.get(stage, {})
+    tables = read_recipe(recipe or "toy") if recipe or not given.get("model") else {}
+    config = {**tables.get(stage, {}), **given}
+    if config.get("data") and not config.get("model"):
+        raise UserError("--data needs a model to train on it: give --model DIR")
+    return tables
+
+
+def with_files(
+    folder: Path, config: SftConfig | RediConfig, evaluation: EvaluateConfig
+) -> tuple[SftConfig | RediConfig, EvaluateConfig]:
+    """A stage's config, and how it is evaluated, on the task that make() writes into a folder."""
+    files = {"data": "sft.jsonl"} if isinstance(config, SftConfig) else {"data": "pairs.jsonl", "watch": "watch.jsonl"}
+    config = replace(config, **{name: str(folder / file) for name, file in files.items()})
+    return config, replace(evaluation, benchmarks=[str(folder / "toy.jsonl")])
 
 
 @dataclass(frozen=True)

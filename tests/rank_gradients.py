@@ -12,13 +12,14 @@ import torch
 from kept import KeepingAdamW
 from safetensors.torch import save_file
 
+from nanoredi import objectives
 from nanoredi.config import RediConfig
 from nanoredi.data.sequences import load_pairs
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer.distributed import shard, world
-from nanoredi.trainer.loop import train_step, weighted_sequences
 from nanoredi.trainer.reference import reference_logps
+from nanoredi.trainer.step import train_step
 
 data_folder, out = map(Path, sys.argv[1:3])
 shard_size = int(sys.argv[3])
@@ -40,12 +41,11 @@ with world() as ranks:
         if ranks.size > 1:  # one rank alone makes nothing again
             for block in model.model.layers:
                 block.activation_checkpointing = "attention" if objective is dpo else "products"
-        reference = None
         if objective is dpo:
             reference, _ = reference_logps(dpo, model, data, torch.float32, ranks)
-            reference = reference + np.arange(len(reference) * 2, dtype=np.float32).reshape(-1, 2)[::-1] % 7
+            data.reference = reference + np.arange(len(reference) * 2, dtype=np.float32).reshape(-1, 2)[::-1] % 7
         optimizer = KeepingAdamW(model)
         step = replace(objective, max_tokens_per_micro_batch=300, shard_size=shard_size)
-        train_step(model, optimizer, weighted_sequences(step, data, rows, reference), step, ranks)
+        train_step(model, optimizer, objectives.units(step, [data.row(i) for i in rows]), step, ranks)
         if ranks.rank == 0:
             save_file(optimizer.grads, out / f"{name}.safetensors")

@@ -10,14 +10,13 @@ import torch
 from kept import KeepingAdamW
 
 from nanoredi.config import RediConfig, SftConfig
-from nanoredi.data.batch import WeightedSequence, step_rows
-from nanoredi.data.sequences import load_pairs
+from nanoredi.data.batch import step_rows
+from nanoredi.data.sequences import Sequence, load_pairs
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.objectives import simpo
-from nanoredi.pairs import pair_losses, wants_pairs
+from nanoredi.objectives import pair_losses, simpo, units, wants_pairs
 from nanoredi.trainer.distributed import shard
-from nanoredi.trainer.loop import train_step, weighted_sequences
+from nanoredi.trainer.step import train_step
 
 
 def test_what_wants_pairs():
@@ -32,14 +31,14 @@ def test_a_pair_s_losses_from_its_tokens():
 
     def sequence(prompt, learned, reference):
         n = prompt + learned
-        return WeightedSequence(np.arange(n), np.arange(n) >= prompt, 1.0, "", reference)
+        return Sequence(np.arange(n), np.arange(n) >= prompt, reference=reference)
 
-    sequences = [sequence(1, 2, -5.0), sequence(1, 1, -2.0), sequence(2, 1, -1.0), sequence(2, 3, -6.0)]
+    pairs = [(sequence(1, 2, -5.0), sequence(1, 1, -2.0)), (sequence(2, 1, -1.0), sequence(2, 3, -6.0))]
     logps = torch.tensor([-1.0, -3.0, -2.0, 0.0, -0.5, 0.0, -1.0, -1.0, -4.0], requires_grad=True)
-    losses = pair_losses(RediConfig(objective="dpo", beta=0.5), sequences, logps)
+    losses = pair_losses(RediConfig(objective="dpo", beta=0.5), pairs, logps)
     # Ratios: -4 + 5 = 1 and -2 + 2 = 0; -0.5 + 1 = 0.5 and -6 + 6 = 0.
     assert losses.tolist() == pytest.approx([np.log1p(np.exp(-0.5)), np.log1p(np.exp(-0.25))])
-    losses = pair_losses(RediConfig(objective="simpo", beta=2.0, gamma=1.0), sequences, logps)
+    losses = pair_losses(RediConfig(objective="simpo", beta=2.0, gamma=1.0), pairs, logps)
     # Means: -2 and -2; -0.5 and -2.
     assert losses.tolist() == pytest.approx([np.log1p(np.exp(1)), np.log1p(np.exp(-2))])
     losses.sum().backward()
@@ -64,11 +63,12 @@ def test_dpo_s_loss_and_gradients_are_trl_s(toy_data, tmp_path, one_rank):
         beta=0.05,
     )
     data = load_pairs(config.data, Tokenizer(config.model), 800, 19_000, config.cache)
-    reference = -3.3 * np.array([data.num_learned(i) for i in range(len(data))], dtype=np.float32).reshape(-1, 2)
-    sequences = weighted_sequences(config, data, step_rows(0, 40, 8, seed=3), reference)
+    data.reference = -3.3 * np.array([[s.num_learned for s in data.row(i)] for i in range(len(data))], dtype=np.float32)
+    pairs = units(config, [data.row(i) for i in step_rows(0, 40, 8, seed=3)])
+    sequences = [s for side in zip(*pairs) for s in side]  # TRL wants all chosen ones first
     ours = shard(Qwen2.from_pretrained(config.model), one_rank, torch.float32)
     optimizer = KeepingAdamW(ours)
-    figures, _, _ = train_step(ours, optimizer, sequences, config, one_rank)
+    figures, _, _ = train_step(ours, optimizer, pairs, config, one_rank)
 
     model = transformers.AutoModelForCausalLM.from_pretrained(toy_data / "model", dtype=torch.float32)
     options = {"report_to": [], "use_cpu": True, "bf16": False, "gradient_checkpointing": False}

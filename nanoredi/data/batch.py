@@ -6,7 +6,7 @@ micro-batches change how the work is done and not what is computed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,33 +14,13 @@ import torch
 from torch import Tensor
 
 from nanoredi.common.errors import UserError
+from nanoredi.data.sequences import Sequence
 
-
-class WeightedSequence(NamedTuple):
-    """A token sequence of an optimiser step, with what its objective says.
-
-    Attributes:
-        tokens: (n,) integers, at least 2.
-        learned: (n,) bool, the tokens the loss is taken on.
-        weight: of each learned token's log-probability in the loss.
-        name: what to call it before the user.
-        reference: its log-probability under DPO's reference model.
-    """
-
-    tokens: np.ndarray
-    learned: np.ndarray
-    weight: float
-    name: str
-    reference: float = 0.0
-
-    @property
-    def num_learned(self) -> int:
-        """Its learned tokens; the first token is never a target."""
-        return int(self.learned[1:].sum())
+SIDES = ("chosen", "rejected")
 
 
 class PackedBatch(NamedTuple):
-    """N packed input tokens of S sequences, and what each must predict: what Qwen2.loss takes, in its order.
+    """N packed input tokens of S sequences, and what each must predict.
 
     Attributes:
         input_ids: (N,) int64.
@@ -48,7 +28,8 @@ class PackedBatch(NamedTuple):
         cu_seqlens: (S+1,) int32, where each sequence begins and the last ends.
         targets: (N,) int64, the next token.
         weights: (N,) fp32, of the target's log-probability in the loss; 0 where nothing is learned.
-        rows: (R,) int64, the indices of the weights that are not 0.
+        rows: (R,) int64, where something is learned.
+        shares: (2, N) fp32, of the target's log-probability in the step's mean over the chosen, and the rejected, traces.
         max_seqlen: the longest sequence. Like rows it is made here, on the CPU, so that the device is never asked for
             it.
     """
@@ -59,12 +40,18 @@ class PackedBatch(NamedTuple):
     targets: Tensor
     weights: Tensor
     rows: Tensor
+    shares: Tensor
     max_seqlen: int
 
     @property
     def forward_arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """What Qwen2.forward takes, in its order."""
         return self.input_ids, self.position_ids, self.cu_seqlens, self.max_seqlen
+
+    @property
+    def loss_arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+        """What Qwen2.loss takes, in its order."""
+        return *self[:6], self.max_seqlen
 
     def to(self, device: torch.device) -> "PackedBatch":
         *tensors, max_seqlen = self
@@ -73,7 +60,7 @@ class PackedBatch(NamedTuple):
         return PackedBatch(*(t.to(device, non_blocking=True) for t in tensors), max_seqlen)
 
 
-def pack(sequences: Sequence[WeightedSequence], vocab_size: int) -> PackedBatch:
+def pack(sequences: list[Sequence], vocab_size: int) -> PackedBatch:
     """Pack sequences; what the device will trust is checked here.
 
     The last token of each is only ever a target and the first only an input, so n tokens make n - 1 rows.
@@ -81,24 +68,31 @@ def pack(sequences: Sequence[WeightedSequence], vocab_size: int) -> PackedBatch:
     Raises:
         UserError: naming the sequence, for a token outside the vocabulary and for a weight that is not finite.
     """
-    for tokens, _, weight, name, _ in sequences:
-        outside = (tokens < 0) | (tokens >= vocab_size)
+    for s in sequences:
+        outside = (s.tokens < 0) | (s.tokens >= vocab_size)
         if outside.any():
             place = int(outside.argmax())
             raise UserError(
-                f"{name}: token {tokens[place]} at place {place} is outside the vocabulary of {vocab_size:,}"
+                f"{s.name}: token {s.tokens[place]} at place {place} is outside the vocabulary of {vocab_size:,}"
             )
-        if not math.isfinite(weight):
-            raise UserError(f"{name}: the weight of its tokens is {weight}; it must be finite")
-    lengths = [len(s.tokens) - 1 for s in sequences]
-    weights = torch.from_numpy(np.concatenate([s.learned[1:] * np.float32(s.weight) for s in sequences]))
+        if not math.isfinite(s.weight):
+            raise UserError(f"{s.name}: the weight of its tokens is {s.weight}; it must be finite")
+
+    def joined(parts: Iterable[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(list(parts)))
+
+    lengths = [s.num_inputs for s in sequences]
+    share_of = {
+        side: joined(s.learned[1:] * np.float32(s.share * (s.side == side)) for s in sequences) for side in SIDES
+    }
     return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate([s.tokens[:-1] for s in sequences]).astype(np.int64)),
+        input_ids=joined(s.tokens[:-1] for s in sequences).long(),
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
-        targets=torch.from_numpy(np.concatenate([s.tokens[1:] for s in sequences]).astype(np.int64)),
-        weights=weights,
-        rows=weights.nonzero().squeeze(1),
+        targets=joined(s.tokens[1:] for s in sequences).long(),
+        weights=joined(s.learned[1:] * np.float32(s.weight) for s in sequences),
+        rows=joined(s.learned[1:] for s in sequences).nonzero().squeeze(1),
+        shares=torch.stack([share_of[side] for side in SIDES]),
         max_seqlen=max(lengths),
     )
 
@@ -118,7 +112,7 @@ def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarra
     return order[place * batch_size : (place + 1) * batch_size]
 
 
-def divide(lengths: Sequence[int], costs: Sequence[float], world_size: int, max_tokens: int) -> list[list[list[int]]]:
+def divide(lengths: list[int], costs: list[float], world_size: int, max_tokens: int) -> list[list[list[int]]]:
     """Deal sequences to ranks and micro-batches: every rank gets as many micro-batches, at costs as even as can be.
 
     The costliest sequences are dealt first, each to the cheapest micro-batch that has room for it. There are as few
@@ -149,7 +143,7 @@ def divide(lengths: Sequence[int], costs: Sequence[float], world_size: int, max_
     return ranks
 
 
-def _fill(lengths: Sequence[int], costs: Sequence[float], num_bins: int, max_tokens: int) -> list[list[int]] | None:
+def _fill(lengths: list[int], costs: list[float], num_bins: int, max_tokens: int) -> list[list[int]] | None:
     """The sequences in num_bins micro-batches; None when one finds no room."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     tokens, spent = [0] * num_bins, [0.0] * num_bins

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding
@@ -36,38 +36,79 @@ from nanoredi.data.tokenizer import Tokenizer, check_messages
 # Part of the cache's key: raise it when the rules above change.
 _RULES = 2
 _ARRAYS = (("tokens", np.int32), ("learned", np.bool_))
-Sequence = tuple[np.ndarray, np.ndarray]  # tokens (n,) int32 and learned (n,) bool
+Tokens = tuple[np.ndarray, np.ndarray]  # tokens (n,) int32 and learned (n,) bool
+
+
+class Sequence(NamedTuple):
+    """A prompt and a trace as tokens, and what an optimiser step makes of it.
+
+    Attributes:
+        tokens: (n,) integers, at least 2.
+        learned: (n,) bool, the tokens the loss is taken on.
+        name: what to call it before the user.
+        side: "chosen" or "rejected"; all of stage 1's are chosen.
+        weight: of each learned token's log-probability in the loss, where that is linear in them (objectives.py).
+        share: of each learned token's log-probability in the step's mean over its side's.
+        reference: the trace's log-probability under DPO's reference model.
+    """
+
+    tokens: np.ndarray
+    learned: np.ndarray
+    name: str = ""
+    side: str = "chosen"
+    weight: float = 0.0
+    share: float = 0.0
+    reference: float = 0.0
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens that go through the model: the last one is only ever a target."""
+        return len(self.tokens) - 1
+
+    @property
+    def num_learned(self) -> int:
+        """Its learned tokens; the first token is never a target."""
+        return int(self.learned[1:].sum())
 
 
 @dataclass
 class TokenData:
-    """Token sequences one after the other; sequence i is tokens[offsets[i]:offsets[i+1]]. The arrays are memory-mapped.
+    """The rows of a file as token sequences. The arrays are memory-mapped.
 
     Attributes:
-        tokens: (total,) int32.
+        path: the file.
+        sides: of a row's sequences: chosen alone, or chosen and rejected.
+        tokens: (total,) int32, one sequence after the other.
         learned: (total,) bool, the tokens the loss is taken on.
-        offsets: (M+1,) int64 for M sequences; of pairs, row i is sequences 2i (chosen) and 2i+1 (rejected).
+        offsets: (M+1,) int64; sequence j is tokens[offsets[j]:offsets[j+1]].
         notes: what was cut or dropped, as sentences for the user.
         digest: of all that they depend on: the file's content, the tokenizer's files, the limits.
+        reference: (rows, sides) fp32, DPO's reference log-probabilities, where they are wanted.
     """
 
+    path: str
+    sides: tuple[str, ...]
     tokens: np.ndarray
     learned: np.ndarray
     offsets: np.ndarray
     notes: list[str]
     digest: str
+    reference: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        """The number of rows."""
+        return (len(self.offsets) - 1) // len(self.sides)
 
-    def sequence(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """tokens (n,) int32 and learned (n,) bool of sequence i."""
-        part = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[part], self.learned[part]
-
-    def num_learned(self, i: int) -> int:
-        """Learned tokens of sequence i; its first token is never a target."""
-        return int(self.learned[self.offsets[i] + 1 : self.offsets[i + 1]].sum())
+    def row(self, i: int) -> tuple[Sequence, ...]:
+        """The sequences of row i, one for each side."""
+        sequences = []
+        for place, side in enumerate(self.sides):
+            j = i * len(self.sides) + place
+            part = slice(self.offsets[j], self.offsets[j + 1])
+            name = f"row {i + 1} of {self.path}" + (f", {side}" if len(self.sides) > 1 else "")
+            reference = 0.0 if self.reference is None else float(self.reference[i, place])
+            sequences.append(Sequence(self.tokens[part], self.learned[part], name, side, reference=reference))
+        return tuple(sequences)
 
 
 def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> TokenData:
@@ -81,7 +122,7 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
         prompt, completion = _split(where, tokenizer, conversation(where, row))
         return [prompt, prompt + completion], (prompt, prompt + completion)
 
-    def sequences(encodings: list[Encoding], kept: tuple[str, str], counts: Counter[str]) -> Iterator[Sequence]:
+    def sequences(encodings: list[Encoding], kept: tuple[str, str], counts: Counter[str]) -> Iterator[Tokens]:
         (prompt, text), (before, ids) = kept, (encoding.ids for encoding in encodings)
         # Where the whole starts with the prompt's own tokens, the rest is the completion's; elsewhere a token straddles
         # the border, and belongs to the prompt.
@@ -98,7 +139,7 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
         else:
             counts["rows dropped: the prompt alone fills max_tokens"] += 1
 
-    return _cached(path, tokenizer, cache, ("sft", max_tokens), texts, sequences)
+    return _cached(path, ("chosen",), tokenizer, cache, ("sft", max_tokens), texts, sequences)
 
 
 def load_pairs(
@@ -116,7 +157,7 @@ def load_pairs(
         (head, chosen), (_, rejected) = (_split(where, tokenizer, [*prompt, answer]) for answer in answers)
         return [head, chosen, rejected], None
 
-    def sequences(encodings: list[Encoding], _: None, counts: Counter[str]) -> Iterator[Sequence]:
+    def sequences(encodings: list[Encoding], _: None, counts: Counter[str]) -> Iterator[Tokens]:
         prompt, *completions = (encoding.ids for encoding in encodings)
         counts[f"prompts cut to their last {max_prompt_tokens} tokens"] += len(prompt) > max_prompt_tokens
         prompt = prompt[-max_prompt_tokens:]
@@ -128,7 +169,7 @@ def load_pairs(
             yield tokens, np.arange(len(tokens)) >= len(prompt)
 
     rules = ("pairs", max_prompt_tokens, max_response_tokens)
-    return _cached(path, tokenizer, cache, rules, texts, sequences)
+    return _cached(path, ("chosen", "rejected"), tokenizer, cache, rules, texts, sequences)
 
 
 def _split(where: str, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[str, str]:
@@ -166,7 +207,13 @@ def answer_message(where: str, value: Any) -> dict[str, str]:
 
 
 def _cached(
-    path: str, tokenizer: Tokenizer, cache: str, rules: tuple, texts: Callable, sequences: Callable
+    path: str,
+    sides: tuple[str, ...],
+    tokenizer: Tokenizer,
+    cache: str,
+    rules: tuple,
+    texts: Callable,
+    sequences: Callable,
 ) -> TokenData:
     """The file's rows as sequences, from the cache where they have been made before.
 
@@ -186,7 +233,7 @@ def _cached(
     tokens, learned = (np.memmap(folder / name, dtype, "r") for name, dtype in _ARRAYS)
     offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
     notes = json.loads((folder / "notes.json").read_text())
-    return TokenData(tokens, learned, offsets, [f"{path}: {note}" for note in notes], folder.name)
+    return TokenData(path, sides, tokens, learned, offsets, [f"{path}: {note}" for note in notes], folder.name)
 
 
 def _fill(folder: Path, path: str, tokenizer: Tokenizer, texts: Callable, sequences: Callable) -> None:

@@ -9,7 +9,7 @@ import torch
 from nanoredi import objectives
 from nanoredi.common.progress import progress
 from nanoredi.config import EvaluateConfig, RediConfig
-from nanoredi.data.batch import WeightedSequence, divide, pack
+from nanoredi.data.batch import divide, pack
 from nanoredi.data.benchmarks import Benchmark
 from nanoredi.data.sequences import TokenData, load_pairs
 from nanoredi.data.tokenizer import Tokenizer, user_message
@@ -20,7 +20,7 @@ from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.sampler import Sampler
 from nanoredi.sampler.scheduler import Request, requests_for
 from nanoredi.trainer.distributed import Queue, World, compute_dtype
-from nanoredi.trainer.loop import mean_logps
+from nanoredi.trainer.step import mean_logps
 
 
 def evaluate(
@@ -64,17 +64,14 @@ def evaluate(
 @torch.no_grad()
 def score(model: Qwen2, data: TokenData, max_tokens: int) -> tuple[float, float]:
     """Mean log-prob a token of the chosen and of the rejected traces of pairs."""
-    lengths = [data.num_learned(i) for i in range(len(data))]
-    chosen, rejected = objectives.redi(lengths[::2], lengths[1::2], alpha=1.0)
-    weights = [w for pair in zip(chosen, rejected) for w in pair]
     device = model.lm_head_weight.device
     total = torch.zeros(2, device=device)
-    sizes = [len(data.sequence(i)[0]) for i in range(len(data))]
+    sequences = [s for (s,) in objectives.units(RediConfig(alpha=1.0), [data.row(i) for i in range(len(data))])]
+    sizes = [len(s.tokens) for s in sequences]
     for indices in divide(sizes, sizes, 1, max_tokens)[0]:
-        sequences = [WeightedSequence(*data.sequence(i), weights[i], f"sequence {i + 1}") for i in indices]
-        batch = pack(sequences, model.config.vocab_size).to(device)
-        _, logps = model.loss(*batch)
-        total += mean_logps(logps, batch.weights)
+        batch = pack([sequences[i] for i in indices], model.config.vocab_size).to(device)
+        _, logps = model.loss(*batch.loss_arguments)
+        total += mean_logps(logps, batch.shares)
     return total[0].item(), total[1].item()
 
 

@@ -8,29 +8,28 @@ state (state.py).
 
 import os
 import shutil
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from nanoredi import objectives
 from nanoredi.common.errors import Stopped, UserError
 from nanoredi.config import RediConfig, SftConfig
-from nanoredi.cpu.heap import give_back
-from nanoredi.data.batch import WeightedSequence, divide, num_steps, pack, step_rows
+from nanoredi.data.batch import num_steps, step_rows
 from nanoredi.data.sequences import TokenData, load_pairs, load_sft
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.pairs import pair_losses, wants_pairs
-from nanoredi.trainer.distributed import World, compute_dtype, exchange_gradients, matrix_rate, shard
+from nanoredi.trainer.distributed import World, compute_dtype, matrix_rate, shard
 from nanoredi.trainer.guards import Guards, signals
 from nanoredi.trainer.log import Log, Step
-from nanoredi.trainer.optimizer import AdamW, gradient_square, schedule
+from nanoredi.trainer.optimizer import AdamW, schedule
 from nanoredi.trainer.reference import reference_logps
 from nanoredi.trainer.state import States, training_tensors
+from nanoredi.trainer.step import train_step
 
 
 def train(config: SftConfig | RediConfig, world: World) -> None:
@@ -44,7 +43,59 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
         UserError: for anything wrong with the model or the data, and when a guard ends the run.
         Stopped: when the run was asked to stop (SIGTERM); its state is saved.
     """
-    stage, out = ("stage 1" if isinstance(config, SftConfig) else "stage 2"), Path(config.out)
+    run, out = _begin(config, world), Path(config.out)
+    steps_an_epoch = num_steps(len(run.data), config.batch_size, 1, 0)
+    with signals(run.log.where, world) as asked_to_stop:
+        for step in range(run.first, run.total):
+            run.optimizer.lr = config.lr * schedule(step, run.total, config.warmup)
+            rows = step_rows(step, len(run.data), config.batch_size, config.seed)
+            units = objectives.units(config, [run.data.row(i) for i in rows])
+            figures, tokens, flops = train_step(run.model, run.optimizer, units, config, world)
+            number = step + 1
+            done = Step(number, number / steps_an_epoch, run.optimizer.lr, figures, tokens, flops, rows)
+            run.guards.look(run.log.add(done))
+            saves, stops = bool(config.save_every) and number % config.save_every == 0, asked_to_stop()
+            if number == run.total or not (saves or stops):
+                continue
+            run.guards.look(run.log.flush())
+            if saves:
+                save_model(run.model, out / f"step-{number:06d}", run.dtype, world)
+            notes = {**run.guards.state(), "began_with": run.began_with}
+            run.states.save(number, training_tensors(run.model, run.optimizer), notes)
+            if stops:
+                run.states.wait()
+                what = f"{_stage(config)} was asked to stop: step {number} is saved"
+                raise Stopped(f"{what}, the same command goes on from there")
+        run.guards.look(run.log.flush())
+    save_model(run.model, out / "final", run.dtype, world)
+    run.states.drop()
+    world.say(f"{_stage(config)}: saved {out / 'final'}")
+
+
+@dataclass
+class _Run:
+    """All that a stage's loop works with.
+
+    Attributes:
+        dtype: of the compute, and of the saved models.
+        began_with: digests of what the run depends on beside its config.
+        first, total: the steps that are done already, and those in all.
+    """
+
+    model: Qwen2
+    data: TokenData
+    dtype: torch.dtype
+    optimizer: AdamW
+    began_with: dict[str, str]
+    states: States
+    guards: Guards
+    log: Log
+    first: int
+    total: int
+
+
+def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
+    """Read the data and the model, share it among the ranks, and put the run where its newest state left it."""
     overrides = {
         name: getattr(config, name) for name in ("rope_theta", "max_position_embeddings") if getattr(config, name)
     }
@@ -53,46 +104,26 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     # Measured, so one rank decides.
     dtype, rate = world.first(lambda: _dtype_and_rate(config.dtype, world.device))
     set_up(model, config, dtype, world)
-    reference, began_with = None, {"data": data.digest}
+    began_with = {"data": data.digest}
     if isinstance(config, RediConfig) and config.objective == "dpo":
-        reference, began_with["reference"] = reference_logps(config, model, data, dtype, world)
+        data.reference, began_with["reference"] = reference_logps(config, model, data, dtype, world)
     optimizer = AdamW(model, config.lr, config.weight_decay)
-
-    num_rows = len(data) if isinstance(config, SftConfig) else len(data) // 2
-    total = num_steps(num_rows, config.batch_size, config.epochs, config.max_steps)
+    total = num_steps(len(data), config.batch_size, config.epochs, config.max_steps)
     parameters = sum(p.numel() for p in model.parameters())
     world.say(
-        f"{stage}: {config.model} ({parameters:,} parameters, {str(dtype)[6:]}), {num_rows:,} rows of "
-        f"{config.data}, {total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}; kill -USR1 {os.getpid()} asks where it is"
+        f"{_stage(config)}: {config.model} ({parameters:,} parameters, {str(dtype)[6:]}), {len(data):,} rows of "
+        f"{config.data}, {total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}; "
+        f"kill -USR1 {os.getpid()} asks where it is"
     )
-
-    states = States(out / "state", world)
-    guards = Guards(config, world)
+    states, guards = States(Path(config.out) / "state", world), Guards(config, world)
     first = _resume(states, model, optimizer, guards, began_with, world)
-    log = Log(config, first, total, rate, world, stage)
-    world.first(lambda: _drop_unfinished(out))
-    with signals(log.where, world) as asked_to_stop:
-        for step in range(first, total):
-            optimizer.lr = config.lr * schedule(step, total, config.warmup)
-            rows = step_rows(step, num_rows, config.batch_size, config.seed)
-            sequences = weighted_sequences(config, data, rows, reference)
-            figures, tokens, flops = train_step(model, optimizer, sequences, config, world)
-            number, epoch = step + 1, (step + 1) / num_steps(num_rows, config.batch_size, 1, 0)
-            guards.look(log.add(Step(number, epoch, optimizer.lr, figures, tokens, flops, rows)))
-            saves, stops = bool(config.save_every) and number % config.save_every == 0, asked_to_stop()
-            if (saves or stops) and number < total:
-                guards.look(log.flush())
-                if saves:
-                    save_model(model, out / f"step-{number:06d}", dtype, world)
-                notes = {**guards.state(), "began_with": began_with}
-                states.save(number, training_tensors(model, optimizer), notes)
-            if stops and number < total:
-                states.wait()
-                raise Stopped(f"{stage} was asked to stop: step {number} is saved, the same command goes on from there")
-        guards.look(log.flush())
-    save_model(model, out / "final", dtype, world)
-    states.drop()
-    world.say(f"{stage}: saved {out / 'final'}")
+    log = Log(config, first, total, rate, world, _stage(config))
+    world.first(lambda: _drop_unfinished(Path(config.out)))
+    return _Run(model, data, dtype, optimizer, began_with, states, guards, log, first, total)
+
+
+def _stage(config: SftConfig | RediConfig) -> str:
+    return "stage 1" if isinstance(config, SftConfig) else "stage 2"
 
 
 def set_up(model: Qwen2, config: SftConfig | RediConfig, dtype: torch.dtype, world: World) -> None:
@@ -100,101 +131,6 @@ def set_up(model: Qwen2, config: SftConfig | RediConfig, dtype: torch.dtype, wor
     for block in model.model.layers:
         block.activation_checkpointing = config.activation_checkpointing
     shard(model, world, dtype, config.reshard_after_forward, config.shard_size)
-
-
-def train_step(
-    model: Qwen2,
-    optimizer: AdamW,
-    sequences: list[WeightedSequence],
-    config: SftConfig | RediConfig,
-    world: World,
-) -> tuple[Tensor, int, float]:
-    """One optimiser step on the sequences of all ranks; it is skipped where its loss or gradient is not finite.
-
-    Args:
-        sequences: as weighted_sequences gives them.
-
-    Returns:
-        On the device: chosen and rejected log-prob, gradient norm, update norm and loss (5,), not all finite where the
-        step was skipped; the tokens that went through; and their floating-point operations.
-    """
-    # A sequence of weight 0 teaches nothing; it stays out of the forward.
-    sequences = [s for s in sequences if s.weight] or sequences[:1]
-    pairwise, half = wants_pairs(config), len(sequences) // 2
-    # What must share a micro-batch.
-    units = list(zip(sequences[:half], sequences[half:])) if pairwise else [(s,) for s in sequences]
-    lengths = [sum(len(s.tokens) - 1 for s in unit) for unit in units]
-    costs = [sum(model.config.flops(len(s.tokens) - 1, s.num_learned) for s in unit) for unit in units]
-    micro_batches = divide(lengths, costs, world.size, config.max_tokens_per_micro_batch)[world.rank]
-    # A rank with nothing to do still takes part in every collective, with a short sequence of weight 0.
-    idle = min(sequences, key=lambda s: len(s.tokens))._replace(weight=0.0)
-    totals = torch.zeros(3, device=world.device)
-    for i, indices in enumerate(micro_batches):
-        mine = [s for j in indices for s in units[j]]
-        batch = pack(mine or [idle], model.config.vocab_size).to(world.device)
-        # Gradients add up on each rank; ranks exchange them once a step.
-        exchange_gradients(model, i == len(micro_batches) - 1)
-        if pairwise and mine:
-            token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments)
-            loss = pair_losses(config, mine, token_logps).sum() / len(units)
-        else:
-            loss, token_logps = model.loss(*batch)
-        loss.backward()
-        totals += torch.stack((*mean_logps(token_logps.detach(), batch.weights), loss.detach()))
-    # With several copies of the weights, every shard is there as often as there are copies.
-    copies = world.size // (config.shard_size or world.size)
-    sums = torch.stack((*totals, gradient_square(model) / copies))
-    dist.all_reduce(sums)
-    chosen, rejected, loss, norm = sums[0], sums[1] / (_rejected_weight(config) or 1.0), sums[2], sums[3].sqrt()
-    skip = (~sums.isfinite().all()).float()
-    optimizer.step(norm, config.clip, skip)
-    if world.device.type == "cpu":
-        give_back(model, int(optimizer.num_steps[0]), len(micro_batches))
-    update = optimizer.update_square() / copies
-    dist.all_reduce(update)
-    update = torch.where(skip.bool(), 0.0, update.sqrt())
-    return torch.stack((chosen, rejected, norm, update, loss)), sum(lengths), sum(costs)
-
-
-def weighted_sequences(
-    config: SftConfig | RediConfig, data: TokenData, rows: np.ndarray, reference: np.ndarray | None = None
-) -> list[WeightedSequence]:
-    """The sequences of an optimiser step, each with its objective's weight; of pairs first all chosen ones, then the
-    rejected ones in the same order. Where the objective wants pairs, the weights only say which is which, and serve the
-    mean log-probs.
-
-    Args:
-        reference: (all rows, 2), DPO's (reference_logps).
-    """
-
-    def with_weights(indices: list[int], weights: list[float], kind: str = "") -> list[WeightedSequence]:
-        per_row = 1 if isinstance(config, SftConfig) else 2
-        logps = [0.0] * len(indices) if reference is None else reference.reshape(-1)[indices].tolist()
-        return [
-            WeightedSequence(*data.sequence(i), w, f"row {i // per_row + 1} of {config.data}{kind}", logp)
-            for i, w, logp in zip(indices, weights, logps)
-        ]
-
-    def num_learned(indices: list[int]) -> list[int]:
-        return [data.num_learned(i) for i in indices]
-
-    if isinstance(config, SftConfig):
-        indices = rows.tolist()
-        return with_weights(indices, objectives.sft(num_learned(indices)))
-    chosen, rejected = (2 * rows).tolist(), (2 * rows + 1).tolist()
-    if config.objective == "sft":
-        return with_weights(chosen, objectives.sft(num_learned(chosen)))
-    lengths = num_learned(chosen), num_learned(rejected)
-    chosen_weights, rejected_weights = objectives.redi(*lengths, _rejected_weight(config))
-    return with_weights(chosen, chosen_weights, ", chosen") + with_weights(rejected, rejected_weights, ", rejected")
-
-
-def mean_logps(logps: Tensor, weights: Tensor) -> Tensor:
-    """A batch's part of the step's mean log-prob a token of the chosen and, times alpha, of the rejected traces: (2,).
-
-    The weights are the means' own: -1/(P |y_w|) on a chosen token, alpha/(P |y_l|) on a rejected one.
-    """
-    return torch.stack(((-weights.clamp(max=0) * logps).sum(), (weights.clamp(min=0) * logps).sum()))
 
 
 def save_model(model: Qwen2, folder: Path, dtype: torch.dtype, world: World) -> None:
@@ -207,12 +143,6 @@ def save_model(model: Qwen2, folder: Path, dtype: torch.dtype, world: World) -> 
 def _dtype_and_rate(name: str, device: torch.device) -> tuple[torch.dtype, float]:
     dtype = compute_dtype(name, device)
     return dtype, matrix_rate(dtype, device)
-
-
-def _rejected_weight(config: SftConfig | RediConfig) -> float:
-    """What the rejected traces' mean log-prob is multiplied by in their tokens' weights."""
-    linear = getattr(config, "objective", "sft") == "redi" and not wants_pairs(config)
-    return config.alpha if linear else 1.0
 
 
 def _resume(

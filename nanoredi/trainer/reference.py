@@ -20,14 +20,14 @@ from torch.distributed.fsdp import FSDPModule
 from nanoredi.common.errors import UserError
 from nanoredi.common.progress import progress
 from nanoredi.config import RediConfig
-from nanoredi.data.batch import WeightedSequence, divide, pack
+from nanoredi.data.batch import divide, pack
 from nanoredi.data.sequences import TokenData
 from nanoredi.model.hf_folder import weight_files
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.pairs import sequence_logps
+from nanoredi.objectives import sequence_logps
 from nanoredi.trainer.distributed import World
 
-_CHUNK = 256  # sequences that are dealt to the ranks at once
+_CHUNK = 128  # pairs that are dealt to the ranks at once
 
 
 def reference_logps(
@@ -51,39 +51,36 @@ def reference_logps(
     digest = world.first(lambda: _digest(config.model, model, data, dtype))
     path = Path(config.cache) / f"reference-{digest}.safetensors"
     if not world.first(path.exists):
-        world.say(f"the reference's log-probs of {len(data) // 2:,} pairs: computed once, kept in {path}")
+        world.say(f"the reference's log-probs of {len(data):,} pairs: computed once, kept in {path}")
         logps = _compute(config, model, data, world)
         world.first(lambda: _write(path, logps, digest))
-    return world.first(lambda: _read(path, digest, len(data) // 2)), digest
+    return world.first(lambda: _read(path, digest, len(data))), digest
 
 
 @torch.no_grad()
 def _compute(config: RediConfig, model: Qwen2, data: TokenData, world: World) -> np.ndarray:
-    logps = torch.zeros(len(data), device=world.device)
-    done = progress(None, "reference", len(data), "sequences", disable=world.rank > 0)
+    logps = torch.zeros(len(data), 2, device=world.device)
+    done = progress(None, "reference", len(data), "pairs", disable=world.rank > 0)
     for start in range(0, len(data), _CHUNK):
-        # A weight that is not 0 asks for the log-probs; its size means nothing here.
-        sequences = [
-            WeightedSequence(*data.sequence(i), 1.0, f"row {i // 2 + 1} of {config.data}")
-            for i in range(start, min(start + _CHUNK, len(data)))
-        ]
-        lengths = [len(s.tokens) - 1 for s in sequences]
-        costs = [model.config.flops(n, s.num_learned) for n, s in zip(lengths, sequences)]
+        pairs = [data.row(i) for i in range(start, min(start + _CHUNK, len(data)))]
+        lengths = [sum(s.num_inputs for s in pair) for pair in pairs]
+        costs = [sum(model.config.flops(s.num_inputs, s.num_learned) for s in pair) for pair in pairs]
         for indices in divide(lengths, costs, world.size, config.max_tokens_per_micro_batch)[world.rank]:
             # A rank with nothing to do takes part in the collectives all the same.
-            packed = [sequences[j] for j in indices or [0]]
-            batch = pack(packed, model.config.vocab_size).to(world.device)
+            sequences = [s for j in indices or [0] for s in pairs[j]]
+            batch = pack(sequences, model.config.vocab_size).to(world.device)
             token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments)
             if indices:
-                logps[[start + j for j in indices]] = torch.stack(sequence_logps(packed, token_logps))
-        done.update(len(sequences))
+                sums = torch.stack(sequence_logps(sequences, token_logps))
+                logps[[start + j for j in indices]] = sums.view(-1, 2)
+        done.update(len(pairs))
     done.close()
     # Some weights stay whole after a forward, until the backward that does not come; the optimiser wants the shards.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
     dist.all_reduce(logps)
-    return logps.view(-1, 2).cpu().numpy()
+    return logps.cpu().numpy()
 
 
 def _digest(folder: str, model: Qwen2, data: TokenData, dtype: torch.dtype) -> str:

@@ -5,14 +5,15 @@ import pytest
 import torch
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.batch import WeightedSequence, divide, num_steps, pack, step_rows
+from nanoredi.data.batch import divide, num_steps, pack, step_rows
+from nanoredi.data.sequences import Sequence
 
 
 def test_pack():
     batch = pack(
         [
-            WeightedSequence(np.array([5, 6, 7, 8]), np.array([False, False, True, True]), -0.5, "a"),
-            WeightedSequence(np.array([1, 2]), np.array([False, True]), 0.25, "b"),
+            Sequence(np.array([5, 6, 7, 8]), np.array([False, False, True, True]), "a", "chosen", -0.5, 0.5),
+            Sequence(np.array([1, 2]), np.array([False, True]), "b", "rejected", 0.25, 0.125),
         ],
         vocab_size=9,
     )
@@ -22,6 +23,7 @@ def test_pack():
     assert batch.cu_seqlens.tolist() == [0, 3, 4]
     assert batch.weights.tolist() == [0, -0.5, -0.5, 0.25]
     assert batch.rows.tolist() == [1, 2, 3]
+    assert batch.shares.tolist() == [[0, 0.5, 0.5, 0], [0, 0, 0, 0.125]]
     assert batch.max_seqlen == 3
     assert batch.weights.dtype == torch.float32 and batch.cu_seqlens.dtype == torch.int32
 
@@ -36,8 +38,8 @@ def test_pack():
     ],
 )
 def test_pack_refuses_what_the_kernel_would_trust(tokens, weight, message):
-    good = WeightedSequence(np.array([0, 8]), np.array([False, True]), 1.0, "row 6")
-    bad = WeightedSequence(np.array(tokens), np.ones(len(tokens), dtype=bool), weight, "row 7")
+    good = Sequence(np.array([0, 8]), np.array([False, True]), "row 6", weight=1.0)
+    bad = Sequence(np.array(tokens), np.ones(len(tokens), dtype=bool), "row 7", weight=weight)
     with pytest.raises(UserError, match=message):
         pack([good, bad], vocab_size=9)
 

@@ -16,6 +16,11 @@ from nanoredi.data.tokenizer import Tokenizer
 PAIR = {"prompt": "a=1b+2", "chosen": "<think>b+2=3;</think>\\boxed{3}", "rejected": "<think>b+2=4;</think>\\boxed{4}"}
 
 
+def sequence(data, j):
+    """Tokens and learned of sequence j, a pair being two."""
+    return data.row(j // len(data.sides))[j % len(data.sides)][:2]
+
+
 @pytest.fixture
 def tokenizer(toy_data) -> Tokenizer:
     return Tokenizer(toy_data / "model")
@@ -77,26 +82,26 @@ def test_real_ids_of_both_stages_are_pinned(shared, write, cache):
         198,
     ]
     answer = [59, 79075, 90, 17, 92, 151645, 198]
-    tokens, learned = load_sft(write(conversation("1+1?", "\\boxed{2}")), tokenizer, 100, cache).sequence(0)
+    tokens, learned = sequence(load_sft(write(conversation("1+1?", "\\boxed{2}")), tokenizer, 100, cache), 0)
     assert tokens.tolist() == [*head, *answer, 151643]
     # Stage 1 never learns <|endoftext|>: it is the padding token too.
     assert learned.tolist() == [False] * len(head) + [True] * len(answer) + [False]
     pairs = load_pairs(write({"prompt": "1+1?", "chosen": "\\boxed{2}", "rejected": "3"}), tokenizer, 100, 100, cache)
-    tokens, learned = pairs.sequence(0)
+    tokens, learned = sequence(pairs, 0)
     assert tokens.tolist() == [*head, *answer, 151643]
     assert learned.tolist() == [False] * len(head) + [True] * (len(answer) + 1)
-    assert pairs.sequence(1)[0].tolist() == [*head, 18, 151645, 198, 151643]
+    assert sequence(pairs, 1)[0].tolist() == [*head, 18, 151645, 198, 151643]
 
 
 def test_toy_rows(tokenizer, write, cache):
     data = load_sft(write(conversation()), tokenizer, 100, cache)
-    tokens, learned = data.sequence(0)
+    tokens, learned = sequence(data, 0)
     assert (
         tokenizer.backend.decode(tokens.tolist(), skip_special_tokens=False)
         == "<user>a=1b+2<assistant>" + PAIR["chosen"] + "<eos>"
     )
     # Here padding is a token of its own, and the end is learned in stage 1 too.
-    assert learned.sum() == len(tokenizer.encode(PAIR["chosen"])) + 1 == data.num_learned(0) and learned[-1]
+    assert learned.sum() == len(tokenizer.encode(PAIR["chosen"])) + 1 == data.row(0)[0].num_learned and learned[-1]
     assert data.notes == []
 
 
@@ -106,22 +111,22 @@ def test_text_and_messages_are_the_same_row(tokenizer, write, cache):
         **{key: [{"role": "assistant", "content": PAIR[key]}] for key in ("chosen", "rejected")},
     }
     data = load_pairs(write(PAIR, as_messages), tokenizer, 50, 50, cache)
-    assert len(data) == 4
+    assert len(data) == 2
     for i in (0, 1):
-        assert np.array_equal(data.sequence(i)[0], data.sequence(i + 2)[0])
+        assert np.array_equal(sequence(data, i)[0], sequence(data, i + 2)[0])
 
 
 def test_limits_cut_as_the_original_and_say_so(tokenizer, write, cache):
     whole = load_pairs(write(PAIR), tokenizer, 50, 50, cache)
     cut = load_pairs(write(PAIR), tokenizer, 3, 5, cache)
-    prompt_length = int((~whole.sequence(0)[1]).sum())
-    assert cut.sequence(0)[0].tolist() == whole.sequence(0)[0][prompt_length - 3 : prompt_length + 5].tolist()
+    prompt_length = int((~sequence(whole, 0)[1]).sum())
+    assert sequence(cut, 0)[0].tolist() == sequence(whole, 0)[0][prompt_length - 3 : prompt_length + 5].tolist()
     assert [note.split(": ")[1] for note in cut.notes] == [
         "1 of 1 prompts cut to their last 3 tokens",
         "2 of 1 responses cut to 5 tokens",
     ]
     sft = load_sft(write(conversation(), conversation("a=1b+2c+3d+4e+5")), tokenizer, 12, cache)
-    assert len(sft) == 1 and len(sft.sequence(0)[0]) == 12
+    assert len(sft) == 1 and len(sequence(sft, 0)[0]) == 12
     assert [note.split(": ", 1)[1] for note in sft.notes] == [
         "2 of 2 conversations cut to 12 tokens",
         "1 of 2 rows dropped: the prompt alone fills max_tokens",
@@ -145,7 +150,7 @@ def test_the_cache_is_used_and_follows_data_limits_and_tokenizer(tokenizer, writ
     (tmp_path / "other" / "added_tokens.json").write_text("{}")
     load_pairs(path, tokenizer, 4, 50, cache)
     load_pairs(path, Tokenizer(tmp_path / "other"), 3, 50, cache)
-    assert len(load_pairs(write(PAIR, PAIR), tokenizer, 3, 50, cache)) == 4
+    assert len(load_pairs(write(PAIR, PAIR), tokenizer, 3, 50, cache)) == 2
     assert len(list(Path(cache).iterdir())) == 4
 
 
@@ -157,10 +162,10 @@ def test_a_second_start_does_not_read_the_data(tokenizer, write, cache, monkeypa
         m.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
         assert np.array_equal(load_pairs(path, tokenizer, 50, 50, cache).tokens, first.tokens)
     # Another size, or the same size at another time, is looked at again, and so is what has just been written.
-    assert len(load_pairs(write(PAIR), tokenizer, 50, 50, cache)) == 2
+    assert len(load_pairs(write(PAIR), tokenizer, 50, 50, cache)) == 1
     for rejected in ("\\boxed{5}", "\\boxed{6}"):
         now = load_pairs(write(PAIR, {**PAIR, "rejected": rejected}), tokenizer, 50, 50, cache)
-        assert tokenizer.decode(now.sequence(3)[0].tolist()).endswith(rejected)
+        assert tokenizer.decode(sequence(now, 3)[0].tolist()).endswith(rejected)
     assert not [path for path in Path(cache).iterdir() if path.name.startswith(".")]  # nothing half done is left
 
 
@@ -175,9 +180,9 @@ def test_what_stands_beside_a_cache_that_failed(tokenizer, write, cache):
 def test_many_rows_keep_their_order(tokenizer, write, cache):
     rows = [{**PAIR, "prompt": "a=" + "1" * (1 + i % 7), "chosen": f"\\boxed{{{i}}}"} for i in range(500)]
     data = load_pairs(write(*rows), tokenizer, 50, 50, cache)
-    assert len(data) == 1000
+    assert len(data) == 500
     for i, row in enumerate(rows):
-        text = tokenizer.backend.decode(data.sequence(2 * i)[0].tolist(), skip_special_tokens=False)
+        text = tokenizer.backend.decode(sequence(data, 2 * i)[0].tolist(), skip_special_tokens=False)
         assert text == f"<user>{row['prompt']}<assistant>{row['chosen']}<eos>"
 
 
@@ -200,7 +205,7 @@ def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path
     for i, row in enumerate(rows):
         prompt, completion = tokenizer.split(row["messages"])
         encoding = tokenizer.backend.encode(prompt + completion, add_special_tokens=False)
-        tokens, learned = data.sequence(i)
+        tokens, learned = sequence(data, i)
         assert tokens.tolist() == [*encoding.ids, tokenizer.eos_id]
         assert learned.tolist() == [start >= len(prompt) for start, _ in encoding.offsets] + [False]
 

@@ -12,6 +12,7 @@ import torch
 from kept import KeepingAdamW
 from safetensors.torch import load_file
 
+from nanoredi import objectives
 from nanoredi.common.errors import UserError
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.batch import step_rows
@@ -20,7 +21,8 @@ from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.kernels import chunks
 from nanoredi.model.qwen2 import Block, Qwen2
 from nanoredi.trainer.distributed import compute_dtype, local, shard
-from nanoredi.trainer.loop import train, train_step, weighted_sequences
+from nanoredi.trainer.loop import train
+from nanoredi.trainer.step import train_step
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ EVERY = pytest.mark.parametrize("stage", ["sft", "redi", "dpo", "simpo", "weight
 
 def reference_of(config, data):
     """Some other model's log-probs of all pairs, (rows, 2) fp32: 3 nats a token, and a bit."""
-    lengths = np.array([data.num_learned(i) for i in range(len(data))], dtype=np.float32).reshape(-1, 2)
+    lengths = np.array([[s.num_learned for s in data.row(i)] for i in range(len(data))], dtype=np.float32)
     return -3 * lengths - np.random.default_rng(5).uniform(0, 20, lengths.shape).astype(np.float32)
 
 
@@ -82,9 +84,14 @@ def one_step(config, world):
     data = load(config)
     rows = step_rows(0, 40, config.batch_size, seed=3)
     optimizer = KeepingAdamW(model, config.lr, 0.1)
-    sequences = weighted_sequences(config, data, rows, None if stage_1(config) else reference_of(config, data))
-    figures, tokens, _ = train_step(model, optimizer, sequences, config, world)
+    figures, tokens, _ = train_step(model, optimizer, units_of(config, data, rows), config, world)
     return figures, optimizer.grads, tokens, model
+
+
+def units_of(config, data, rows):
+    if not stage_1(config):
+        data.reference = reference_of(config, data)
+    return objectives.units(config, [data.row(i) for i in rows])
 
 
 def stage_1(config):
@@ -97,15 +104,15 @@ def reference(config):
     data = load(config)
     rows = step_rows(0, 40, config.batch_size, seed=3)
 
-    def logps(i):
-        tokens, learned = (torch.from_numpy(np.array(x)) for x in data.sequence(i))
+    def logps(sequence):
+        tokens, learned = (torch.from_numpy(np.array(x)) for x in sequence[:2])
         n = len(tokens) - 1
         hidden = model(tokens[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
         lp = (hidden @ model.lm_head_weight.T).log_softmax(-1).gather(1, tokens[1:, None].long()).squeeze(1)
         return lp[learned[1:]]
 
     def loss_of(i):
-        chosen, rejected = logps(2 * i), logps(2 * i + 1)
+        chosen, rejected = map(logps, data.row(i))
         if config.objective == "redi":
             weight = torch.exp(config.neg_weight_gamma * rejected.mean())
             return -chosen.mean() + config.alpha * weight * rejected.mean()
@@ -115,7 +122,7 @@ def reference(config):
         return torch.log1p(torch.exp(-config.beta * (chosen.sum() - ref[0] - rejected.sum() + ref[1])))
 
     if stage_1(config):
-        loss = -torch.cat([logps(i) for i in rows]).mean()
+        loss = -torch.cat([logps(data.row(i)[0]) for i in rows]).mean()
     else:
         loss = torch.stack([loss_of(i) for i in rows]).mean()
     loss.backward()
@@ -141,7 +148,7 @@ def test_gradients_are_the_formula_s(stage, request, one_rank):
 
 def test_memory_is_given_back_after_a_step(redi, one_rank, monkeypatch):
     given = []
-    monkeypatch.setattr("nanoredi.trainer.loop.give_back", lambda *told: given.append(told))
+    monkeypatch.setattr("nanoredi.trainer.step.give_back", lambda *told: given.append(told))
     *_, model = one_step(redi, one_rank)
     assert given == [(model, 1, 1)]
 
@@ -177,7 +184,7 @@ def test_alpha_0_is_sft_on_the_chosen_with_each_trace_counting_the_same(redi, on
     rows = step_rows(0, 40, redi.batch_size, seed=3)
     model = Qwen2.from_pretrained(redi.model, dtype=torch.float32)
     for i in rows:
-        ids, learned = (torch.from_numpy(np.array(x)) for x in data.sequence(2 * i))
+        ids, learned = (torch.from_numpy(np.array(x)) for x in data.row(i)[0][:2])
         n = len(ids) - 1
         weights = -learned[1:].float() / learned[1:].sum() / len(rows)
         model.loss(ids[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32), ids[1:].long(), weights)[
@@ -185,16 +192,17 @@ def test_alpha_0_is_sft_on_the_chosen_with_each_trace_counting_the_same(redi, on
         ].backward()
     assert relative(grads, {n: p.grad for n, p in model.named_parameters()}) < 1e-5
     # The rejected traces cost nothing then.
-    assert tokens == sum(len(data.sequence(2 * i)[0]) - 1 for i in rows)
+    assert tokens == sum(data.row(i)[0].num_inputs for i in rows)
 
 
 def test_objective_sft_goes_on_with_the_chosen(redi, one_rank):
     data = load(redi)
     config = replace(redi, objective="sft", alpha=None, neg_weight_gamma=None)
-    sequences = weighted_sequences(config, data, np.array([3, 5]))
-    total = data.num_learned(6) + data.num_learned(10)
-    assert [s.weight for s in sequences] == [-1 / total] * 2
-    assert [len(s.tokens) for s in sequences] == [len(data.sequence(i)[0]) for i in (6, 10)]
+    rows = [data.row(i) for i in (3, 5)]
+    units = objectives.units(config, rows)
+    total = sum(row[0].num_learned for row in rows)
+    assert [(s.weight, s.share) for (s,) in units] == [(-1 / total, 1 / total)] * 2
+    assert [s.name for (s,) in units] == [row[0].name for row in rows]
 
 
 def test_update_norm_is_what_the_weights_moved(redi, one_rank):
@@ -212,8 +220,7 @@ def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(stage, request, on
     model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), one_rank, torch.bfloat16)
     optimizer = KeepingAdamW(model)
     data = load(config)
-    sequences = weighted_sequences(config, data, step_rows(0, 40, 16, seed=3), reference_of(config, data))
-    train_step(model, optimizer, sequences, config, one_rank)
+    train_step(model, optimizer, units_of(config, data, step_rows(0, 40, 16, seed=3)), config, one_rank)
     half = optimizer.grads
     assert {p.dtype for p in model.parameters()} == {g.dtype for g in half.values()} == {torch.float32}
     assert 1e-5 < relative(half, grads) < 0.1

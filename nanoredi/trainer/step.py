@@ -1,0 +1,87 @@
+"""An optimiser step: its units dealt to ranks and micro-batches, gradients added up, clipped, and applied.
+
+Nothing here waits for the device: the figures of a step stay there until a line of the log is due.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanoredi.config import RediConfig, SftConfig
+from nanoredi.cpu.heap import give_back
+from nanoredi.data.batch import divide, pack
+from nanoredi.model.qwen2 import Qwen2
+from nanoredi.objectives import Unit, pair_losses, wants_pairs
+from nanoredi.trainer.distributed import World, exchange_gradients
+from nanoredi.trainer.optimizer import AdamW, gradient_square
+
+
+def train_step(
+    model: Qwen2, optimizer: AdamW, units: list[Unit], config: SftConfig | RediConfig, world: World
+) -> tuple[Tensor, int, float]:
+    """One optimiser step; it is skipped where its loss or gradient is not finite.
+
+    Args:
+        units: of all ranks, as objectives.units gives them.
+
+    Returns:
+        On the device: chosen and rejected log-prob, gradient norm, update norm and loss (5,), not all finite where the
+        step was skipped; the tokens that went through; and their floating-point operations.
+    """
+    lengths = [sum(s.num_inputs for s in unit) for unit in units]
+    costs = [sum(model.config.flops(s.num_inputs, s.num_learned) for s in unit) for unit in units]
+    micro_batches = divide(lengths, costs, world.size, config.max_tokens_per_micro_batch)[world.rank]
+    totals = torch.zeros(3, device=world.device)
+    for i, indices in enumerate(micro_batches):
+        # Gradients add up on each rank; ranks exchange them once a step.
+        exchange_gradients(model, i == len(micro_batches) - 1)
+        mine = [units[j] for j in indices] or [_idle(units)]
+        totals += forward_backward(model, mine, len(units), config, world.device)
+    # With several copies of the weights, every shard is there as often as there are copies.
+    copies = world.size // (config.shard_size or world.size)
+    sums = torch.stack((*totals, gradient_square(model) / copies))
+    dist.all_reduce(sums)
+    chosen, rejected, loss, norm = *sums[:3], sums[3].sqrt()
+    skip = (~sums.isfinite().all()).float()
+    optimizer.step(norm, config.clip, skip)
+    if world.device.type == "cpu":
+        give_back(model, int(optimizer.num_steps[0]), len(micro_batches))
+    update = optimizer.update_square() / copies
+    dist.all_reduce(update)
+    update = torch.where(skip.bool(), 0.0, update.sqrt())
+    return torch.stack((chosen, rejected, norm, update, loss)), sum(lengths), sum(costs)
+
+
+def forward_backward(
+    model: Qwen2, units: list[Unit], num_units: int, config: SftConfig | RediConfig, device: torch.device
+) -> Tensor:
+    """A micro-batch forward and backward; its gradients are added to the parameters'.
+
+    Args:
+        units: the micro-batch's.
+        num_units: of the whole step, over which the losses of pairs are a mean.
+
+    Returns:
+        What it adds to the step's mean chosen and rejected log-prob and to its loss: (3,), on the device.
+    """
+    batch = pack([s for unit in units for s in unit], model.config.vocab_size).to(device)
+    if wants_pairs(config) and len(batch.rows):
+        token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments)
+        loss = pair_losses(config, units, token_logps).sum() / num_units
+    else:
+        loss, token_logps = model.loss(*batch.loss_arguments)
+    loss.backward()
+    return torch.stack((*mean_logps(token_logps.detach(), batch.shares), loss.detach()))
+
+
+def mean_logps(token_logps: Tensor, shares: Tensor) -> Tensor:
+    """A batch's part of the step's mean log-prob a token of the chosen and of the rejected traces: (2,)."""
+    return (shares * token_logps).sum(1)
+
+
+def _idle(units: list[Unit]) -> Unit:
+    """What a rank with nothing to do computes, since it takes part in every collective: a short sequence that teaches
+    nothing."""
+    shortest = min((s for unit in units for s in unit), key=lambda s: len(s.tokens))
+    return (shortest._replace(learned=np.zeros_like(shortest.learned), weight=0.0),)
