@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
 
     with world() as ranks:
         out = Path(ranks.first(lambda: _folder(config.out)))
-        ranks.first(lambda: Samples(out).claim({folder: folder for folder in folders}, tests, config))
+        config.dtype = ranks.first(lambda: Samples(out).claim({folder: folder for folder in folders}, tests, config))
         ranks.say(f"samples go to {out}; broken off, the same command with --out {out} goes on")
         rows = []
         for folder in folders:

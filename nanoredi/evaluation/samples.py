@@ -20,8 +20,10 @@ from nanoredi.common.files import read_json, read_rows, write_row
 from nanoredi.config import EvaluateConfig
 from nanoredi.data.benchmarks import Benchmark
 from nanoredi.evaluation.scores import Row
+from nanoredi.trainer.distributed import settled_dtype
 
 _PARTS = ("*.json", "*.jinja", "*.safetensors")  # of a model's folder that a sample depends on
+_DEFAULTS = {f.name: f.default for f in fields(EvaluateConfig)}
 
 
 class Samples:
@@ -31,11 +33,14 @@ class Samples:
         self.path = folder / "samples.jsonl"
         self.about = folder / "evaluation.json"
 
-    def claim(self, models: dict[str, str | Path], benchmarks: list[Benchmark], config: EvaluateConfig) -> None:
+    def claim(self, models: dict[str, str | Path], benchmarks: list[Benchmark], config: EvaluateConfig) -> str:
         """Take the folder for samples of these models on these benchmarks, or go on with them. Call on one rank.
 
         Args:
             models: {name in the table: Hugging Face folder}.
+
+        Returns:
+            The dtype that they are made in.
 
         Raises:
             UserError: when the folder's samples depend on anything else.
@@ -43,21 +48,10 @@ class Samples:
         settings = {f.name: getattr(config, f.name) for f in fields(EvaluateConfig) if not f.metadata["free"]}
         about = {
             "setting": {name: value for name, value in settings.items() if name not in ("benchmarks", "data", "limit")},
-            "model": {name: _digest_of_files(Path(folder)) for name, folder in models.items()},
+            "model": {name: digest_of_files(Path(folder)) for name, folder in models.items()},
             "benchmark": {b.name: _digest(json.dumps([b.questions, b.golds]).encode()) for b in benchmarks},
         }
-        if self.about.exists():
-            before = read_json(self.about)
-            for kind, values in about.items():
-                _refuse_others(self.path, kind, before.get(kind, {}), values)
-        elif self.path.exists():
-            raise UserError(
-                f"{self.path} is there, and no {self.about.name} that says of what: move it away, or give another --out"
-            )
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.about.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        self._cut_torn_line()
+        return claim(self.path, self.about, about)
 
     def append(self, row: Row) -> None:
         """Add a sample, as one whole line; several ranks may do so at once, on several machines, too."""
@@ -72,20 +66,56 @@ class Samples:
                 row.pop("response")
                 yield row
 
-    def _cut_torn_line(self) -> None:
-        if not self.path.exists():
-            return
-        with open(self.path, "rb+") as file:
-            end = file.seek(0, os.SEEK_END)
-            while end:
-                start = max(0, end - (1 << 16))
-                file.seek(start)
-                newline = file.read(end - start).rfind(b"\n")
-                if newline >= 0:
-                    end = start + newline + 1
-                    break
-                end = start
-            file.truncate(end)
+
+def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]]) -> str:
+    """Take a file for samples, or go on with it.
+
+    Args:
+        about: {kind: {name: value}} of what they depend on, which about_path keeps; one is the setting dtype. Where that is
+            auto, it becomes the dtype of the samples that are there, or the one that this device is good at.
+
+    Returns:
+        That dtype.
+
+    Raises:
+        UserError: when the samples that are there depend on anything else.
+    """
+    setting = about["setting"]
+    if about_path.exists():
+        before = read_json(about_path)
+        # One written before a setting existed has its default.
+        before["setting"] = {**{name: _DEFAULTS[name] for name in setting if name in _DEFAULTS}, **before["setting"]}
+        setting["dtype"] = settled_dtype(setting["dtype"], before["setting"]["dtype"])
+        if before["setting"]["dtype"] == "auto":
+            before["setting"]["dtype"] = setting["dtype"]
+        for kind, values in about.items():
+            _refuse_others(path, kind, before.get(kind, {}), values)
+    elif path.exists() and path.stat().st_size:
+        raise UserError(
+            f"{path} is there, and no {about_path.name} that says of what: move it away, or give another --out"
+        )
+    else:
+        setting["dtype"] = settled_dtype(setting["dtype"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about_path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _cut_torn_line(path)
+    return setting["dtype"]
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - (1 << 16))
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        file.truncate(end)
 
 
 def _refuse_others(path: Path, kind: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -93,17 +123,17 @@ def _refuse_others(path: Path, kind: str, before: dict[str, Any], now: dict[str,
         if name not in before or name not in now:
             was, is_now = ("is", "is not") if name in before else ("is not", "is")
             raise UserError(
-                f"{path} holds another evaluation: the {kind} {name} {was} part of it and {is_now} asked for; "
+                f"{path} holds other samples: the {kind} {name} {was} part of it and {is_now} asked for; "
                 "give another --out"
             )
         if before[name] != now[name]:
             difference = (
                 f"is {before[name]!r} there and {now[name]!r} here" if kind == "setting" else "has changed since"
             )
-            raise UserError(f"{path} holds another evaluation: the {kind} {name} {difference}; give another --out")
+            raise UserError(f"{path} holds other samples: the {kind} {name} {difference}; give another --out")
 
 
-def _digest_of_files(folder: Path) -> str:
+def digest_of_files(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(path for pattern in _PARTS for path in folder.glob(pattern)):
         with open(path, "rb") as file:
