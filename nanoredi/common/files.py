@@ -38,14 +38,22 @@ def read_rows(path: str) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     where = f"{path}, line {number}"
-                    try:
-                        yield where, json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"{where} is not JSON: {error}") from None
+                    yield where, parse_json(where, line)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def parse_json(where: str, text: str) -> Any:
+    """
+    Raises:
+        UserError: naming `where`, when the text is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
 
 
 def write_row(file: FileIO, row: Any) -> None:

@@ -123,6 +123,7 @@ def read_flags(
     main_type: type,
     others: tuple[str, ...] = (),
     takes_recipe: bool = True,
+    positional: str = "",
 ) -> tuple[str | None, Tables]:
     """Read a script's flags.
 
@@ -132,6 +133,7 @@ def read_flags(
         main: the table whose fields are plain flags; main_type is its dataclass, or a subclass with more flags.
         others: the tables whose fields are flags with the table's name in front.
         takes_recipe: whether there is a flag --recipe.
+        positional: the field that one word without a flag is for, if any.
 
     Returns:
         The recipe that was named, if any, and {table: {field: value}} of what was given.
@@ -161,6 +163,8 @@ def read_flags(
                 help=f"{f.metadata['help']} [{default}]".replace("%", "%%"),
             )
     known, unknown = parser.parse_known_args(argv)
+    if positional and len(unknown) == 1 and not unknown[0].startswith("--") and f"--{positional}" not in known:
+        setattr(known, f"--{positional}", unknown.pop())
     for word in unknown:
         name = word.split("=")[0]
         if name.startswith("--"):

@@ -95,6 +95,13 @@ class Sampler:
         Raises:
             UserError: naming a prompt that can never be completed.
         """
+        requests, vocabulary = list(requests), self.model.config.vocab_size
+        for request in requests:
+            if max(request.prompt, default=0) >= vocabulary:
+                raise UserError(
+                    f"{request.name} has the token {max(request.prompt)}, outside the model's vocabulary of {vocabulary}; "
+                    "the tokenizer is not this model's"
+                )
         self.scheduler.check(requests)
 
     def add(self, requests: Iterable[Request]) -> None:
@@ -132,12 +139,11 @@ class Sampler:
         self.drawn = drawn
         return ended
 
-    def so_far(self, request: Request) -> list[int]:
-        """The tokens of a request's completion, whether or not it has ended."""
+    def end(self, request: Request) -> None:
+        """End a request that is being completed, with the tokens that it has."""
         for row in self.scheduler.rows:
             if row and row.request is request:
-                return self._tokens(row)
-        return request.tokens
+                self._end(row, "stop")
 
     def _enter(self) -> None:
         entry = self.scheduler.enter()
@@ -257,15 +263,23 @@ class Sampler:
         self._make_room(int(self.num_tokens[going].max(initial=0)) + 1)
         self.tokens[going, self.num_tokens[going]] = tokens[~stopped]
         self.num_tokens[going] += 1
-        full = self.num_tokens[going] >= self.limits[going]
-        ended = []
-        for reason, done in (("stop", places[stopped]), ("length", going[full])):
-            for place in done.tolist():
-                row = self.scheduler.rows[place]
-                row.request.tokens, row.request.finish_reason = self._tokens(row), reason
-                self.scheduler.release(row)
-                ended.append(row.request)
+        fulls = self.num_tokens[going] >= self.limits[going]
+        ended = [self._end(self.scheduler.rows[place], "stop") for place in places[stopped].tolist()]
+        for place, token, full in zip(going.tolist(), tokens[~stopped].tolist(), fulls):
+            row = self.scheduler.rows[place]
+            stream = row.request.stream
+            if stream:
+                stream.push(token)
+            if full or stream and stream.stopped:
+                ended.append(self._end(row, "stop" if stream and stream.stopped else "length"))
         return ended
+
+    def _end(self, row: Row, reason: str) -> Request:
+        row.request.tokens, row.request.finish_reason = self._tokens(row), reason
+        if row.request.stream:
+            row.request.stream.finish()
+        self.scheduler.release(row)
+        return row.request
 
     def _tokens(self, row: Row) -> list[int]:
         if row is self.scheduler.entering:  # its place still has the last row's

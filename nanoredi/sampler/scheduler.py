@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanoredi.common.errors import UserError
+from nanoredi.data.tokenizer import Stream
 from nanoredi.sampler.pages import Pages
 
 
@@ -30,7 +31,8 @@ class Request:
         key: what the sample's random numbers depend on (requests_for).
         name: of the prompt, in messages.
         max_tokens: longest completion; None: the sampler's.
-        tokens: the completion, without the stop token; there when it has ended.
+        stream: gets the completion's tokens as they come, and ends it when it has stopped.
+        tokens: the completion, without the stop token but with a stop text; there when it has ended.
         finish_reason: "stop", or "length" when max_tokens or the end of the context came first; None until it ends.
     """
 
@@ -39,12 +41,13 @@ class Request:
     key: int = 0
     name: str = "a prompt"
     max_tokens: int | None = None
+    stream: Stream | None = None
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
 
 def requests_for(prompts: list[list[int]], n: int, seed: int, names: Iterable[str] | None = None) -> list[Request]:
-    """n samples of each prompt, in order. A prompt that comes again gets further samples, not the same ones.
+    """n samples of each prompt, in order. A prompt that comes again gets further samples, numbered on, not the same ones.
 
     Args:
         names: of the prompts, for messages.
@@ -52,9 +55,10 @@ def requests_for(prompts: list[list[int]], n: int, seed: int, names: Iterable[st
     requests = []
     before: Counter[tuple[int, ...]] = Counter()
     for prompt, name in zip(prompts, names or [Request.name] * len(prompts), strict=True):
-        for sample in range(n):
-            requests.append(Request(prompt, sample, _key(seed, prompt, sample + n * before[tuple(prompt)]), name))
-        before[tuple(prompt)] += 1
+        first = before[tuple(prompt)]
+        for sample in range(first, first + n):
+            requests.append(Request(prompt, sample, _key(seed, prompt, sample), name))
+        before[tuple(prompt)] += n
     return requests
 
 
