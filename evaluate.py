@@ -7,8 +7,9 @@
 
 Every sample goes to samples.jsonl in the out folder when it is done, and a second start with the same --out makes those
 that are missing; the table goes to results.json, results.txt and results.md; two models are compared problem by problem
-(differences.json). --completions grades what another engine wrote (the layouts: python -m nanoredi.completions). Where a
-flag is not given, the model's run or the recipe decides ([evaluate]), then the default, which is the paper's.
+(differences.json). --completions grades what another engine wrote (the layouts: python -m
+nanoredi.evaluation.completions). Where a flag is not given, the model's run or the recipe decides ([evaluate]), then
+the default, which is the paper's.
 """
 
 import json

@@ -2,9 +2,9 @@
 
     python bench/packing.py
 
-Lengths are drawn like the paper's pairs: log-normal, prompts of some 120 tokens, correct responses of some 4,500 and
-incorrect ones of some 7,000 in the middle, cut at 800 and 19,000. Costs are floating-point operations of Qwen2.5-Math-1.5B,
-attention's included. No model is run: it is arithmetic, and the same everywhere.
+Lengths are drawn like the paper's pairs: log-normal, with medians of 120 tokens for prompts, 4,500 for correct
+responses and 7,000 for incorrect ones, cut at 800 and 19,000. Costs are floating-point operations of Qwen2.5-Math-1.5B,
+attention included. No model is run: it is arithmetic, and the same everywhere.
 
     padding     what a step computes over what its tokens need
     imbalance   the costliest rank over the mean of the ranks; all wait for it at the end of a step

@@ -193,8 +193,8 @@ whole sum of the earlier micro-batches; a block's own on its way to the others; 
 forward. *gathered*: whole bf16 weights of the root unit (embedding, norm and head: gathered once a forward, kept to the
 end of backward) and of up to three blocks (at work, next, arriving). *checkpoints*: the input of each block, and its
 attention's output; where products are kept, the linear layers' outputs too, but for the last one's. *a block*: what a
-block's backward makes again and keeps. The loss holds a chunk of logits at another moment, when no block is at work. Not
-counted: CUDA, NCCL, gaps of the allocator.
+block's backward makes again and keeps. The loss holds a chunk of logits at another moment, when no block is at work.
+Not counted: CUDA, NCCL, gaps of the allocator.
 
 **Traffic.** A micro-batch gathers each block twice, for forward and for backward, and the root unit once, in bf16. Once
 a step gradients are reduced in fp32. To gather or reduce S bytes over n GPUs each sends S (n - 1) / n; across machines

@@ -164,8 +164,8 @@ def network_share(layout: Layout) -> float:
 
 
 def flops(c: Qwen2Config, layout: Layout) -> dict[str, float]:
-    """Of a GPU's micro-batch: forward and backward, of the linear layers and of attention. Where the linear layers' results
-    are not kept, backward makes them again, all but the MLP's last one."""
+    """Floating-point operations of a GPU's micro-batch, forward and backward, of the linear layers and of attention.
+    Where the linear layers' results are not kept, backward recomputes them, all but the MLP's last one."""
     n, d = layout.tokens, c.hidden_size
     linear = 2 * n * block_parameters(c) * c.num_hidden_layers
     repeated = 0 if layout.products else linear - 2 * n * d * c.intermediate_size * c.num_hidden_layers

@@ -69,7 +69,7 @@ def encode(tokenizer: Tokenizer, texts: list[str], take_ids: bool) -> None:
         encodings = tokenizer.backend.encode_batch(texts[start : start + 256], add_special_tokens=False)
         if take_ids:
             for encoding in encodings:
-                encoding.ids
+                _ = encoding.ids
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:

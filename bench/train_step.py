@@ -4,13 +4,14 @@
     python bench/train_step.py --pairs 1 --steps 1            shorter, for a dry run
     python bench/train_step.py --profile                      where nanoredi's time goes
 
-The original's way: a transformers model with activation checkpointing, one right-padded pair at a time, its full logits,
-their log-softmax. TRL's: its DPOTrainer with its own defaults (a reference model, too), where it is installed. nanoredi
-is there with the default of --activation_checkpointing, and with more kept for backward (on a GPU in micro-batches of half
-the tokens). Same weights, same pairs. Tokens are those of the pairs, padding not counted. Every figure is taken in a fresh
-process; a time is the median of several steps, to be read as a ratio to another one of the same table. Memory is the peak
-of the process on a CPU, weights and all; of the tensors on a GPU. In bf16 each keeps what it would by default: nanoredi
-fp32 masters, the original's way bf16 weights and AdamW states, TRL fp32 weights under autocast.
+The original's way is a transformers model with activation checkpointing, one right-padded pair at a time, with its full
+logits and their log-softmax. TRL's is its DPOTrainer with its own defaults (a reference model, too), where it is
+installed. nanoredi is measured with the default of --activation_checkpointing and with more kept for backward (on a GPU
+in micro-batches of half the tokens). All have the same weights and pairs. Tokens are those of the pairs; padding is not
+counted. Every figure is taken in a fresh process. A time is the median of several steps, to be read as a ratio to
+another one of the same table. On a CPU memory is the peak of the process, weights included; on a GPU that of the
+tensors. In bf16 each keeps what it would by default: nanoredi fp32 masters, the original's way bf16 weights and AdamW
+states, TRL fp32 weights under autocast.
 """
 
 import argparse

@@ -85,6 +85,9 @@ class RediConfig(TrainConfig):
         "redi", "redi, dpo, simpo, or sft: go on with the correct traces alone", choices=("redi", "sft", "dpo", "simpo")
     )
     alpha: float | None = option(None, "weight of the incorrect trace", low=0, of={"redi": 0.8})
+    chosen_weight: float | None = option(
+        None, "weight of the correct trace; 0: learn from the incorrect ones alone", low=0, of={"redi": 1.0}
+    )
     neg_weight_gamma: float | None = option(
         None, "weigh it by exp(this * its mean log-prob a token), too; 0: do not", low=0, of={"redi": 0.0}
     )
@@ -97,6 +100,12 @@ class RediConfig(TrainConfig):
     )
     on_collapse: str = option("warn", "what then: warn, or stop", choices=("warn", "stop"), free=True)
     watch: str = option("", "JSONL file of pairs kept out of training, for the log-probs in the final table")
+    watch_every: int = option(
+        0,
+        "steps between looks at the watched pairs' log-probs along the run; 0: only in the final table",
+        low=0,
+        free=True,
+    )
     evaluate: bool = option(
         False, "at the end, compare the model of the start and the final one on [evaluate]'s benchmarks"
     )

@@ -34,7 +34,9 @@ def sft(num_learned: list[int]) -> list[float]:
     return [-1.0 / sum(num_learned)] * len(num_learned)
 
 
-def redi(num_chosen: list[int], num_rejected: list[int], alpha: float) -> tuple[list[float], list[float]]:
+def redi(
+    num_chosen: list[int], num_rejected: list[int], alpha: float, chosen_weight: float = 1.0
+) -> tuple[list[float], list[float]]:
     """REDI (arXiv 2505.24850, stage 2), the mean over the step's P pairs (x, y_w, y_l) of
 
         -log p(y_w|x) / |y_w| + alpha * log p(y_l|x) / |y_l|
@@ -46,15 +48,18 @@ def redi(num_chosen: list[int], num_rejected: list[int], alpha: float) -> tuple[
     Args:
         num_chosen, num_rejected: |y_w| and |y_l| of each pair of the step.
         alpha: weight of the incorrect traces.
+        chosen_weight: of the correct ones, which the paper has at 1.
 
     Returns:
         The weight of every learned token of each chosen and each rejected sequence.
     """
     pairs = len(num_chosen)
-    return [-1.0 / (pairs * n) for n in num_chosen], [alpha / (pairs * n) for n in num_rejected]
+    return [-chosen_weight / (pairs * n) for n in num_chosen], [alpha / (pairs * n) for n in num_rejected]
 
 
-def weighted_redi(chosen: Tensor, rejected: Tensor, alpha: float, neg_weight_gamma: float) -> Tensor:
+def weighted_redi(
+    chosen: Tensor, rejected: Tensor, alpha: float, neg_weight_gamma: float, chosen_weight: float = 1.0
+) -> Tensor:
     """REDI with the option of the authors' code to learn less from negatives that are unlikely already:
 
         -m_w + alpha * exp(gamma * m_l) * m_l        m = log p(y|x) / |y|
@@ -65,13 +70,13 @@ def weighted_redi(chosen: Tensor, rejected: Tensor, alpha: float, neg_weight_gam
 
     Args:
         chosen, rejected: (p,) m_w and m_l of some pairs.
-        alpha: weight of the incorrect traces.
+        alpha, chosen_weight: as in redi.
         neg_weight_gamma: gamma.
 
     Returns:
         The pairs' losses (p,).
     """
-    return -chosen + alpha * (neg_weight_gamma * rejected).exp() * rejected
+    return -chosen_weight * chosen + alpha * (neg_weight_gamma * rejected).exp() * rejected
 
 
 def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -124,8 +129,8 @@ def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> l
         rows: of the whole step, as TokenData.row gives them.
 
     Returns:
-        Pairs where the objective wants them. Else sequences, first the chosen and then the rejected ones; those of
-        weight 0 teach nothing and are left out.
+        Pairs where the objective wants them. Else sequences, first the chosen and then the rejected ones. Rejected ones of
+        weight 0 teach nothing and are left out; chosen ones stay, since their log-probability tells of a collapse.
     """
     if isinstance(config, SftConfig) or config.objective == "sft":
         traces = [row[0] for row in rows]
@@ -134,9 +139,11 @@ def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> l
     chosen, rejected = ([s._replace(share=1 / (len(rows) * s.num_learned)) for s in side] for side in zip(*rows))
     if wants_pairs(config):
         return list(zip(chosen, rejected))
-    sequences = chosen + rejected
-    weights = redi([s.num_learned for s in chosen], [s.num_learned for s in rejected], config.alpha)
-    return [(s._replace(weight=w),) for s, w in zip(sequences, weights[0] + weights[1]) if w]
+    counts = [[s.num_learned for s in side] for side in (chosen, rejected)]
+    weights = redi(*counts, config.alpha, config.chosen_weight)
+    return [
+        (s._replace(weight=w),) for s, w in zip(chosen + rejected, weights[0] + weights[1]) if w or s.side == "chosen"
+    ]
 
 
 def sequence_logps(sequences: list[Sequence], token_logps: Tensor) -> list[Tensor]:
@@ -164,4 +171,4 @@ def pair_losses(config: RediConfig, pairs: list[Unit], token_logps: Tensor) -> T
     means = torch.stack([logp / s.num_learned for logp, s in zip(logps, sequences)]).view(-1, 2).unbind(1)
     if config.objective == "simpo":
         return simpo(*means, config.beta, config.gamma)
-    return weighted_redi(*means, config.alpha, config.neg_weight_gamma)
+    return weighted_redi(*means, config.alpha, config.neg_weight_gamma, config.chosen_weight)

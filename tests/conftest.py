@@ -67,7 +67,7 @@ def run(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Run a script of the repository in an empty folder, as a user would; ranks > 0, or torchrun's flags, go through
     torchrun."""
 
-    def run(*words: str | Path, ranks: int = 0, torchrun: list[str] = []) -> subprocess.CompletedProcess:
+    def run(*words: str | Path, ranks: int = 0, torchrun: list[str] | None = None) -> subprocess.CompletedProcess:
         gpus = torch.cuda.device_count()
         if gpus and (torchrun or gpus < ranks):  # two ranks cannot share one
             pytest.skip("there are too few GPUs; without any it runs: CUDA_VISIBLE_DEVICES= pytest")

@@ -30,7 +30,7 @@ with world() as ranks:
     tokenizer = Tokenizer(config.model)
     ranks.first(lambda: load_pairs(config.data, tokenizer, 800, 19_000, config.cache).notes)
     data = load_pairs(config.data, tokenizer, 800, 19_000, config.cache)
-    dpo = replace(config, objective="dpo", alpha=None, neg_weight_gamma=None, beta=0.5)
+    dpo = replace(config, objective="dpo", alpha=None, chosen_weight=None, neg_weight_gamma=None, beta=0.5)
     for name, objective, rows in (
         ("many", config, np.arange(16)),
         ("one", config, np.arange(1)),

@@ -1,4 +1,4 @@
-"""The benches run: a figure that nobody can measure again is none. Small sizes; what they print is not looked at closely."""
+"""The benches run at small sizes, so that every figure can be measured again; their output is not looked at closely."""
 
 import subprocess
 import sys

@@ -44,7 +44,7 @@ def gradients(loss, *values):
 
 def test_dpo():
     # Log-ratios: no difference, then 2 nats in favour of the chosen; sigmoid(-0.5 * 2) = 1 / (1 + e).
-    losses, chosen, rejected = gradients(lambda w, l: dpo(w, l, 0.5), [-3.0, 1.5], [-3.0, -0.5])
+    losses, chosen, rejected = gradients(lambda won, lost: dpo(won, lost, 0.5), [-3.0, 1.5], [-3.0, -0.5])
     assert losses == pytest.approx([math.log(2), math.log(1 + math.exp(-1))])
     assert chosen == pytest.approx([-0.5 * 0.5, -0.5 / (1 + math.e)])
     assert rejected == pytest.approx([-g for g in chosen])
@@ -52,7 +52,7 @@ def test_dpo():
 
 def test_simpo():
     # 2 * (-0.5 + 1) - 1 = 0; 2 * (-1 + 0.5) - 1 = -2, where sigmoid(2) = 1 / (1 + e^-2).
-    losses, chosen, rejected = gradients(lambda w, l: simpo(w, l, 2.0, 1.0), [-0.5, -1.0], [-1.0, -0.5])
+    losses, chosen, rejected = gradients(lambda won, lost: simpo(won, lost, 2.0, 1.0), [-0.5, -1.0], [-1.0, -0.5])
     assert losses == pytest.approx([math.log(2), math.log(1 + math.e**2)])
     assert chosen == pytest.approx([-2 * 0.5, -2 / (1 + math.exp(-2))])
     assert rejected == pytest.approx([-g for g in chosen])
@@ -60,10 +60,10 @@ def test_simpo():
 
 def test_weighted_redi_lets_go_of_a_negative_at_1_over_gamma():
     values = [-0.5, -0.5, -0.5], [-1.0, -2.0, -4.0]
-    losses, chosen, rejected = gradients(lambda w, l: weighted_redi(w, l, 0.8, 0.5), *values)
+    losses, chosen, rejected = gradients(lambda won, lost: weighted_redi(won, lost, 0.8, 0.5), *values)
     assert losses == pytest.approx([0.5 - 0.8 * m * math.exp(-m / 2) for m in (1, 2, 4)])
     assert chosen == [-1.0] * 3
     # 0.8 * exp(-m/2) * (1 - m/2): pushed down, let go, drawn up again.
     assert rejected == pytest.approx([0.4 * math.exp(-0.5), 0.0, -0.8 * math.exp(-2)])
-    plain, _, alpha = gradients(lambda w, l: weighted_redi(w, l, 0.8, 0.0), *values)
+    plain, _, alpha = gradients(lambda won, lost: weighted_redi(won, lost, 0.8, 0.0), *values)
     assert plain == pytest.approx([0.5 - 0.8, 0.5 - 1.6, 0.5 - 3.2]) and alpha == pytest.approx([0.8] * 3)

@@ -1,6 +1,7 @@
 """The story runs one way: no file imports one that comes later in it."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -60,6 +61,41 @@ def test_no_room_imports_a_later_one(room):
             if module.startswith("nanoredi."):
                 other = module.split(".")[1]
                 assert ROOMS.index(other) <= ROOMS.index(room), f"{file.name} imports {module}, a later room"
+
+
+def test_the_readme_has_the_rooms_in_this_order():
+    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert rows == [*ROOMS, "recipes"]
+
+
+def lines(*patterns: str, but: tuple[str, ...] = ()) -> int:
+    """Lines of the files that the patterns name within nanoredi/, each of which must name one."""
+    files: set[Path] = set()
+    for pattern in patterns:
+        found = set((ROOT / "nanoredi").glob(pattern))
+        assert found, f"nanoredi/ has no {pattern}"
+        files |= {file for file in found if file.suffix in (".py", ".c", ".h")}
+    return sum(len(file.read_text().splitlines()) for file in files if file.name not in but)
+
+
+def test_the_method_is_read_in_an_evening():
+    files = [
+        "objectives.py",
+        "config.py",
+        "data/sequences.py",
+        "data/batch.py",
+        "model/**/*",
+        "kernels/**/*",
+        "sampler/**/*",
+    ]
+    files += [f"trainer/{name}.py" for name in ("loop", "step", "optimizer", "distributed", "reference")]
+    number = lines(*files, but=("hf_folder.py", "top_p.py", "paged_attention.py"))
+    assert number <= 3000, f"the method's path has {number} lines, {number - 3000} too many"
+
+
+def test_the_whole_is_short_without_what_only_makes_a_cpu_fast():
+    number = lines("**/*") - (lines("cpu/**/*") if (ROOT / "nanoredi" / "cpu").exists() else 0)
+    assert number <= 7900, f"nanoredi/ without cpu/ has {number} lines, {number - 7900} too many"
 
 
 def test_nothing_but_the_required_packages_is_imported():

@@ -20,6 +20,7 @@ from typing import Any, get_args, get_origin
 from nanoredi.common.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+ARMS = RECIPES / "arms" / "qwen2.5-math-1.5b.toml"  # recipes that differ from this one in stage 2, a line each
 TABLES: dict[str, type] = {}  # a recipe's tables and their dataclasses
 Tables = dict[str, dict[str, Any]]  # {table: {field: value}}: what a recipe or the flags say, before the defaults
 
@@ -188,7 +189,7 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
     """
     path = RECIPES / f"{recipe}.toml" if recipe in _builtin_recipes() else Path(recipe)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = _arms().get(str(recipe)) or tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"cannot read the recipe {recipe}: {error.strerror}{nearest(str(recipe), _builtin_recipes())}"
@@ -245,5 +246,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def _arms() -> dict[str, Any]:
+    """{name: what its recipe would hold}"""
+    arms = tomllib.loads(ARMS.read_text(encoding="utf-8"))
+    return {f"{ARMS.stem}-{arm}": {**arms, "base": ARMS.stem, "redi": redi} for arm, redi in arms["redi"].items()}
+
+
 def _builtin_recipes() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+    return sorted([path.stem for path in RECIPES.glob("*.toml")] + [*_arms()])

@@ -123,7 +123,7 @@ def _read(where: str, row: Any) -> _Answers:
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
             f"{where} is in no layout that is known here, or lacks a part of it ({error}); python -m "
-            "nanoredi.completions lists them"
+            "nanoredi.evaluation.completions lists them"
         ) from None
     if not isinstance(found.texts, list) or not found.texts or not all(isinstance(t, str) for t in found.texts):
         raise UserError(f"{where} has no list of texts where its completions should be")

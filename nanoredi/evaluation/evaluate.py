@@ -4,14 +4,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from nanoredi import objectives
 from nanoredi.common.progress import progress
 from nanoredi.config import EvaluateConfig, RediConfig
-from nanoredi.data.batch import divide, pack
 from nanoredi.data.benchmarks import Benchmark
-from nanoredi.data.sequences import TokenData, load_pairs
+from nanoredi.data.sequences import load_pairs
 from nanoredi.data.tokenizer import Tokenizer, user_message
 from nanoredi.evaluation.samples import Samples
 from nanoredi.evaluation.scores import Row, graded, summarise
@@ -20,7 +16,7 @@ from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.sampler import Sampler
 from nanoredi.sampler.scheduler import Request, requests_for
 from nanoredi.trainer.distributed import Queue, World, compute_dtype
-from nanoredi.trainer.step import mean_logps
+from nanoredi.trainer.scoring import means_a_token
 
 
 def evaluate(
@@ -55,24 +51,11 @@ def evaluate(
             load_pairs, pairs.watch, tokenizer, pairs.max_prompt_tokens, pairs.max_response_tokens, pairs.cache
         )
         world.first(lambda: load().notes)  # fills the cache
-        logps = dict(zip(("chosen_logp", "rejected_logp"), score(model, load(), pairs.max_tokens_per_micro_batch)))
+        means = means_a_token(model, load(), pairs.max_tokens_per_micro_batch, world).tolist()
+        logps = dict(zip(("chosen_logp", "rejected_logp"), means))
     samples = Samples(out)
     _sample(name, model, tokenizer, benchmarks, config, samples, world)
     return [{**row, **logps} for row in world.first(lambda: _summary(samples, name, benchmarks, config))]
-
-
-@torch.no_grad()
-def score(model: Qwen2, data: TokenData, max_tokens: int) -> tuple[float, float]:
-    """Mean log-prob a token of the chosen and of the rejected traces of pairs."""
-    device = model.lm_head_weight.device
-    total = torch.zeros(2, device=device)
-    sequences = [s for (s,) in objectives.units(RediConfig(alpha=1.0), [data.row(i) for i in range(len(data))])]
-    sizes = [len(s.tokens) for s in sequences]
-    for indices in divide(sizes, sizes, 1, max_tokens)[0]:
-        batch = pack([sequences[i] for i in indices], model.config.vocab_size).to(device)
-        _, logps = model.loss(*batch.loss_arguments)
-        total += mean_logps(logps, batch.shares)
-    return total[0].item(), total[1].item()
 
 
 def _sample(

@@ -23,11 +23,14 @@ SERIES = [
     ("chosen_logp", "chosen log-prob (nats/token)", ".4f"),
     ("rejected_logp", "rejected log-prob (nats/token)", ".4f"),
     ("margin", "margin (nats/token)", ".4f"),
+    ("watch_chosen_logp", "watched pairs' chosen log-prob", ".4f"),
+    ("watch_rejected_logp", "watched pairs' rejected log-prob", ".4f"),
     ("grad_norm", "gradient norm", ".2e"),
     ("update_norm", "update size (L2 norm)", ".2e"),
     ("tokens_per_s", "tokens/s", ",.0f"),
     ("peak_memory_gb", "peak memory (GB)", ".2f"),
 ]
+WATCHED = ("watch_chosen_logp", "watch_rejected_logp")
 # Okabe and Ito's colours, which the colour-blind tell apart, less the yellow that white paper swallows. Neighbours
 # differ in lightness and in the line's style too, for grey prints.
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -126,35 +129,20 @@ def draw(runs: list[Run], path: str) -> None:
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    (accuracy, update), (chosen, rejected) = panels = figure.subplots(2, 2, sharex=True)
+    panels = figure.subplots(2, 2, sharex=True)
     benchmarks = list(dict.fromkeys(name for run in runs for name in run.accuracy))
     markers = dict(zip(benchmarks, itertools.cycle(MARKERS)))
     handles = []
     for run, colour, style in zip(runs, itertools.cycle(COLOURS), itertools.cycle(STYLES)):
         look = {"color": colour, "linestyle": style, "linewidth": 1.1}
         handles.append(Line2D([], [], label=run.name, **look))
-        for name, points in run.accuracy.items():
-            steps, shares, errors = zip(*points)
-            percent = [[100 * x for x in xs] for xs in (shares, errors)]
-            accuracy.errorbar(steps, *percent, marker=markers[name], markersize=5, capsize=3, **look)
-        for axes, key in ((chosen, "chosen_logp"), (rejected, "rejected_logp"), (update, "update_norm")):
-            # Of a single step there is no line to see, only its dot.
-            axes.plot(*run.series(key), marker="." if len(run.rows) < 50 else None, **look)
-
-    where = f" on {benchmarks[0]}" if len(benchmarks) == 1 else ""
-    _label(accuracy, f"Accuracy{where}", "pass@1 ± standard error (%)", "not evaluated")
-    _label(update, "Size of the parameter update", "L2 norm", "not recorded")
-    _label(chosen, "Log-prob of chosen traces", "nats/token (mean)", "not recorded")
-    _label(rejected, "Log-prob of rejected traces", "nats/token (mean)", "no rejected traces in the loss")
-    if any(y > 0 for line in update.lines for y in line.get_ydata()):
-        update.set_yscale("log", nonpositive="mask")
-    for axes in panels[1]:
-        axes.set_xlabel("optimiser step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-
+        _draw_run(run, panels, markers, look)
+    _label_panels(panels, f" on {benchmarks[0]}" if len(benchmarks) == 1 else "")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     # Outside of the panels, where they cover no line.
     width = max(len(run.name) for run in runs) + 8
+    if any(key in row for run in runs for row in run.rows for key in WATCHED):
+        handles.append(Line2D([], [], color="0.3", linestyle="", marker="x", label="watched pairs"))
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // width)))
     if len(benchmarks) > 1:
         shapes = [Line2D([], [], color="0.3", marker=markers[b], linestyle="", label=b) for b in benchmarks]
@@ -165,6 +153,33 @@ def draw(runs: list[Run], path: str) -> None:
         Path(path).write_bytes(image.getvalue())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _draw_run(run: Run, panels: Any, markers: dict[str, str], look: dict[str, Any]) -> None:
+    (accuracy, update), (chosen, rejected) = panels
+    for name, points in run.accuracy.items():
+        steps, shares, errors = zip(*points)
+        percent = [[100 * x for x in xs] for xs in (shares, errors)]
+        accuracy.errorbar(steps, *percent, marker=markers[name], markersize=5, capsize=3, **look)
+    for axes, key in ((chosen, "chosen_logp"), (rejected, "rejected_logp"), (update, "update_norm")):
+        # Of a single step there is no line to see, only its dot.
+        axes.plot(*run.series(key), marker="." if len(run.rows) < 50 else None, **look)
+    for axes, key in zip((chosen, rejected), WATCHED):
+        steps, values = run.series(key)
+        axes.plot(steps, values, color=look["color"], linestyle="", marker="x")
+
+
+def _label_panels(panels: Any, where: str) -> None:
+    (accuracy, update), (chosen, rejected) = panels
+    _label(accuracy, f"Accuracy{where}", "pass@1 ± standard error (%)", "not evaluated")
+    _label(update, "Size of the parameter update", "L2 norm", "not recorded")
+    _label(chosen, "Log-prob of chosen traces", "nats/token (mean)", "not recorded")
+    _label(rejected, "Log-prob of rejected traces", "nats/token (mean)", "no rejected traces in the loss")
+    if any(y > 0 for line in update.lines for y in line.get_ydata()):
+        update.set_yscale("log", nonpositive="mask")
+    for axes in panels[1]:
+        axes.set_xlabel("optimiser step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _label(axes: Any, title: str, unit: str, nothing: str) -> None:

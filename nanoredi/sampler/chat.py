@@ -17,6 +17,8 @@ _MARKS = {"<think>": "\033[2m<think>", "</think>": "</think>\033[0m"}  # dimmed,
 
 def chat(sampler: Sampler, tokenizer: Tokenizer, stops: list[str], template: str, system: str) -> None:
     """Take turns until the input ends. Ctrl-C ends an answer; the conversation goes on with what there is of it."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (from here on input() knows arrow keys and earlier lines)
     history: list[dict[str, str]] = []
     while True:
         try:

@@ -83,7 +83,7 @@ class CollapseWatch:
         it accelerates: the last third of the run so far brought more of it than the third before;
         the update is larger than its mean so far: a schedule that is past its peak has not tamed it.
 
-    bench/collapse.py has how that does on the toy, on whose runs it was chosen.
+    experiments/collapse.py measures how that does on the toy, on whose runs it was chosen.
 
     Attributes:
         falls: after every step; what a plunge is measured by.

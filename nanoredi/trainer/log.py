@@ -20,6 +20,8 @@ from nanoredi.common.errors import UserError
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.trainer.distributed import World
 
+WATCHED = ("watch_chosen_logp", "watch_rejected_logp")
+
 
 @dataclass
 class Step:
@@ -33,6 +35,8 @@ class Step:
         tokens: that went through, over all ranks.
         flops: that they took, forward and backward, nothing counted twice.
         rows: the data's rows that were in it, counted from 0.
+        watched: (2,) on the device, where it was looked at: mean chosen and rejected log-prob a token of the watched
+            pairs after the step.
     """
 
     number: int
@@ -42,6 +46,7 @@ class Step:
     tokens: int
     flops: float
     rows: np.ndarray
+    watched: Tensor | None = None
 
 
 class Log:
@@ -98,6 +103,11 @@ class Log:
                 file.writelines(json.dumps(row) + "\n" for _, row in pairs)
             self.line = self._line(pairs[-1][1], now)
             print(self.line, flush=True)
+            for row in (row for _, row in pairs if WATCHED[0] in row):
+                chosen, rejected = (row[key] for key in WATCHED)
+                print(
+                    f"watched pairs after step {row['step']}: chosen {chosen:.4f}  rejected {rejected:.4f}", flush=True
+                )
             for _, row in pairs if self.board else []:
                 for key, value in row.items():
                     if value is not None and key != "step":
@@ -126,6 +136,7 @@ class Log:
             "update_norm": update,
             "lr": step.lr,
             **({"skipped": True} if skipped else {}),
+            **({} if step.watched is None else dict(zip(WATCHED, step.watched.tolist()))),
         }
 
     def _line(self, row: dict[str, Any], now: float) -> str:

@@ -28,6 +28,7 @@ from nanoredi.trainer.guards import Guards, signals
 from nanoredi.trainer.log import Log, Step
 from nanoredi.trainer.optimizer import AdamW, schedule
 from nanoredi.trainer.reference import reference_logps
+from nanoredi.trainer.scoring import means_a_token
 from nanoredi.trainer.state import States, training_tensors
 from nanoredi.trainer.step import train_step
 
@@ -52,7 +53,10 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
             units = objectives.units(config, [run.data.row(i) for i in rows])
             figures, tokens, flops = train_step(run.model, run.optimizer, units, config, world)
             number = step + 1
-            done = Step(number, number / steps_an_epoch, run.optimizer.lr, figures, tokens, flops, rows)
+            watched = None
+            if run.watch is not None and (number % config.watch_every == 0 or number == run.total):
+                watched = means_a_token(run.model, run.watch, config.max_tokens_per_micro_batch, world)
+            done = Step(number, number / steps_an_epoch, run.optimizer.lr, figures, tokens, flops, rows, watched)
             run.guards.look(run.log.add(done))
             saves, stops = bool(config.save_every) and number % config.save_every == 0, asked_to_stop()
             if number == run.total or not (saves or stops):
@@ -80,6 +84,7 @@ class _Run:
         dtype: of the compute, and of the saved models.
         began_with: what the run depends on beside its config: digests, and the dtype where that says auto.
         first, total: the steps that are done already, and those in all.
+        watch: pairs whose log-probs are looked at along the run; None without any.
     """
 
     model: Qwen2
@@ -92,6 +97,7 @@ class _Run:
     log: Log
     first: int
     total: int
+    watch: TokenData | None
 
 
 def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
@@ -100,7 +106,8 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
         name: getattr(config, name) for name in ("rope_theta", "max_position_embeddings") if getattr(config, name)
     }
     model = Qwen2.from_pretrained(config.model, **overrides)
-    data = _load(config, model, world)
+    data = _load(config, config.data, model, world)
+    watch = _load(config, config.watch, model, world) if getattr(config, "watch_every", 0) and config.watch else None
     # Measured, so one rank decides.
     dtype, rate = world.first(lambda: _dtype_and_rate(config.dtype, world.device))
     set_up(model, config, dtype, world)
@@ -119,7 +126,7 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
     first = _resume(states, model, optimizer, guards, began_with, world)
     log = Log(config, first, total, rate, world, _stage(config))
     world.first(lambda: _drop_unfinished(Path(config.out)))
-    return _Run(model, data, dtype, optimizer, began_with, states, guards, log, first, total)
+    return _Run(model, data, dtype, optimizer, began_with, states, guards, log, first, total, watch)
 
 
 def _stage(config: SftConfig | RediConfig) -> str:
@@ -184,17 +191,15 @@ def _drop_unfinished(out: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _load(config: SftConfig | RediConfig, model: Qwen2, world: World) -> TokenData:
-    """The stage's data, tokenised on rank 0 where the cache lacks it, and checked against the model."""
-    if not config.data:
+def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World) -> TokenData:
+    """The rows of a file as the stage takes them, tokenised on rank 0 where the cache lacks it, and checked against the model."""
+    if not path:
         raise UserError("training needs rows: give --data FILE.jsonl")
     tokenizer = Tokenizer(config.model)
     if isinstance(config, SftConfig):
-        load = partial(load_sft, config.data, tokenizer, config.max_tokens, config.cache)
+        load = partial(load_sft, path, tokenizer, config.max_tokens, config.cache)
     else:
-        load = partial(
-            load_pairs, config.data, tokenizer, config.max_prompt_tokens, config.max_response_tokens, config.cache
-        )
+        load = partial(load_pairs, path, tokenizer, config.max_prompt_tokens, config.max_response_tokens, config.cache)
     for note in world.first(lambda: load().notes):  # fills the cache
         world.say(note)
     data = load()
@@ -202,13 +207,13 @@ def _load(config: SftConfig | RediConfig, model: Qwen2, world: World) -> TokenDa
     context = model.config.max_position_embeddings
     if longest > context:
         raise UserError(
-            f"{config.data}: the longest sequence has {longest:,} tokens, the model's context {context:,}; "
+            f"{path}: the longest sequence has {longest:,} tokens, the model's context {context:,}; "
             "raise max_position_embeddings or lower the limits on tokens"
         )
     largest = int(data.tokens.max())
     if largest >= model.config.vocab_size:
         raise UserError(
-            f"{config.data}: token {largest} is outside the model's vocabulary of {model.config.vocab_size}; "
+            f"{path}: token {largest} is outside the model's vocabulary of {model.config.vocab_size}; "
             f"the tokenizer of {config.model} is not this model's"
         )
     return data

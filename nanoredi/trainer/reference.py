@@ -12,22 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch.distributed.fsdp import FSDPModule
 
 from nanoredi.common.errors import UserError
-from nanoredi.common.progress import progress
 from nanoredi.config import RediConfig
-from nanoredi.data.batch import divide, pack
 from nanoredi.data.sequences import TokenData
 from nanoredi.model.hf_folder import weight_files
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.objectives import sequence_logps
 from nanoredi.trainer.distributed import World
-
-_CHUNK = 128  # pairs that are dealt to the ranks at once
+from nanoredi.trainer.scoring import trace_logps
 
 
 def reference_logps(
@@ -52,35 +46,9 @@ def reference_logps(
     path = Path(config.cache) / f"reference-{digest}.safetensors"
     if not world.first(path.exists):
         world.say(f"the reference's log-probs of {len(data):,} pairs: computed once, kept in {path}")
-        logps = _compute(config, model, data, world)
+        logps = trace_logps(model, data, config.max_tokens_per_micro_batch, world, "reference").cpu().numpy()
         world.first(lambda: _write(path, logps, digest))
     return world.first(lambda: _read(path, digest, len(data))), digest
-
-
-@torch.no_grad()
-def _compute(config: RediConfig, model: Qwen2, data: TokenData, world: World) -> np.ndarray:
-    logps = torch.zeros(len(data), 2, device=world.device)
-    done = progress(None, "reference", len(data), "pairs", disable=world.rank > 0)
-    for start in range(0, len(data), _CHUNK):
-        pairs = [data.row(i) for i in range(start, min(start + _CHUNK, len(data)))]
-        lengths = [sum(s.num_inputs for s in pair) for pair in pairs]
-        costs = [sum(model.config.flops(s.num_inputs, s.num_learned) for s in pair) for pair in pairs]
-        for indices in divide(lengths, costs, world.size, config.max_tokens_per_micro_batch)[world.rank]:
-            # A rank with nothing to do takes part in the collectives all the same.
-            sequences = [s for j in indices or [0] for s in pairs[j]]
-            batch = pack(sequences, model.config.vocab_size).to(world.device)
-            token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments)
-            if indices:
-                sums = torch.stack(sequence_logps(sequences, token_logps))
-                logps[[start + j for j in indices]] = sums.view(-1, 2)
-        done.update(len(pairs))
-    done.close()
-    # Some weights stay whole after a forward, until the backward that does not come; the optimiser wants the shards.
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    dist.all_reduce(logps)
-    return logps.cpu().numpy()
 
 
 def _digest(folder: str, model: Qwen2, data: TokenData, dtype: torch.dtype) -> str:

@@ -7,8 +7,8 @@ from conftest import skip_without_gcc
 from nanoredi.kernels import products
 from nanoredi.kernels.products import add_product, gated_linear, linear, packed, product, put_product
 
-# Small; of the size from which on oneDNN may be asked; one more than a piece that is made at once; and, in products.c, of
-# several blocks of panels, an inner dimension in parts, and no whole tile.
+# A small shape; one large enough for oneDNN to be asked; one row more than a piece that is made at once; and for
+# products.c several blocks of panels, an inner dimension in parts, and no whole tile.
 SHAPES = [(3, 5, 7), (300, 400, 300), (2050, 8, 2060), (41, 4099, 1100), (9, 4100, 50), (1, 2, 1)]
 
 

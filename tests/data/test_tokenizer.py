@@ -15,7 +15,8 @@ CONVERSATION = [
 # DeepSeek-R1-Distill's manner: <think> opened in the generation prompt, and dropped from the answers shown.
 R1_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}{% else %}<assistant>"
-    "{% set c = m['content'] %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}{{ c }}<eos>{% endif %}{% endfor %}"
+    "{% set c = m['content'] %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
+    "{{ c }}<eos>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant><think>{% endif %}"
 )
 

@@ -193,7 +193,7 @@ def test_frozen_head_and_no_grad():
 
 
 def test_the_kernel_stays_inside_its_rows():
-    """A target outside the vocabulary is refused with the batch; should one come, nothing outside its row is touched."""
+    """A target outside the vocabulary is refused with the batch; should one come, only its own row is touched."""
     if not rows.runs_triton(None) and not rows.runs_c(torch.empty(1, 1)):
         pytest.skip("the plain version raises")
     around = torch.randn(5, 40, device=DEVICE)

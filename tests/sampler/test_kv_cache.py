@@ -145,7 +145,7 @@ def test_prefill_in_pieces_and_decode_equal_one_pass(page_size):
         for layer in range(layers):
             parts = [[x[start:end] for x in whole[row][layer]] for row, start, end in pieces]
             out = attend(layer, *(torch.cat(x) for x in zip(*parts)))
-            for (row, start, end), o in zip(pieces, out.split([end - start for _, start, end in pieces])):
+            for (row, *_), o in zip(pieces, out.split([end - start for _, start, end in pieces])):
                 got[row, layer].append(o)
     last = pages[0][-1]
     cache.copy([last], [11])

@@ -54,12 +54,12 @@ def sft(redi, toy_data):
 
 @pytest.fixture
 def dpo(redi):
-    return replace(redi, objective="dpo", alpha=None, neg_weight_gamma=None, beta=0.05)
+    return replace(redi, objective="dpo", alpha=None, chosen_weight=None, neg_weight_gamma=None, beta=0.05)
 
 
 @pytest.fixture
 def simpo(redi):
-    return replace(redi, objective="simpo", alpha=None, neg_weight_gamma=None, beta=2.0, gamma=1.0)
+    return replace(redi, objective="simpo", alpha=None, chosen_weight=None, neg_weight_gamma=None, beta=2.0, gamma=1.0)
 
 
 @pytest.fixture
@@ -67,7 +67,17 @@ def weighted(redi):
     return replace(redi, neg_weight_gamma=0.2)
 
 
-EVERY = pytest.mark.parametrize("stage", ["sft", "redi", "dpo", "simpo", "weighted"])
+@pytest.fixture
+def negatives(redi):
+    return replace(redi, chosen_weight=0.0)
+
+
+@pytest.fixture
+def half(redi):
+    return replace(redi, chosen_weight=0.5, neg_weight_gamma=0.2)
+
+
+EVERY = pytest.mark.parametrize("stage", ["sft", "redi", "dpo", "simpo", "weighted", "negatives", "half"])
 
 
 def reference_of(config, data):
@@ -121,7 +131,7 @@ def reference(config):
         chosen, rejected = map(logps, data.row(i))
         if config.objective == "redi":
             weight = torch.exp(config.neg_weight_gamma * rejected.mean())
-            return -chosen.mean() + config.alpha * weight * rejected.mean()
+            return -config.chosen_weight * chosen.mean() + config.alpha * weight * rejected.mean()
         if config.objective == "simpo":
             return torch.log1p(torch.exp(config.gamma - config.beta * (chosen.mean() - rejected.mean())))
         ref = reference_of(config, data)[i].astype(float)
@@ -203,7 +213,7 @@ def test_alpha_0_is_sft_on_the_chosen_with_each_trace_counting_the_same(redi, on
 
 def test_objective_sft_goes_on_with_the_chosen(redi, one_rank):
     data = load(redi)
-    config = replace(redi, objective="sft", alpha=None, neg_weight_gamma=None)
+    config = replace(redi, objective="sft", alpha=None, chosen_weight=None, neg_weight_gamma=None)
     rows = [data.row(i) for i in (3, 5)]
     units = objectives.units(config, rows)
     total = sum(row[0].num_learned for row in rows)
@@ -232,6 +242,25 @@ def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(stage, request, on
     assert 1e-5 < relative(half, grads) < 0.1
     head = half["model.embed_tokens.weight"]
     assert (head != head.bfloat16()).float().mean() > 0.5  # never rounded to the weight's dtype
+
+
+def test_pairs_are_watched_along_the_run(redi, one_rank, tmp_path, toy_data, capsys):
+    (tmp_path / "run").mkdir()
+    train(replace(redi, watch=str(toy_data / "watch.jsonl"), watch_every=2, max_steps=3), one_rank)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [("watch_chosen_logp" in row) for row in rows] == [False, True, True]
+    model = Qwen2.from_pretrained(tmp_path / "run" / "final", dtype=torch.float64)
+    data = load(replace(redi, data=str(toy_data / "watch.jsonl")))
+    for place, side in enumerate(("chosen", "rejected")):
+        means = []
+        for i in range(len(data)):
+            tokens, learned = (torch.from_numpy(np.array(x)) for x in data.row(i)[place][:2])
+            n = len(tokens) - 1
+            hidden = model(tokens[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+            lp = (hidden @ model.lm_head_weight.T).log_softmax(-1).gather(1, tokens[1:, None].long()).squeeze(1)
+            means.append(lp[learned[1:]].mean().item())
+        assert rows[-1][f"watch_{side}_logp"] == pytest.approx(np.mean(means), rel=1e-4)
+    assert "watched pairs after step 2: chosen -" in capsys.readouterr().out
 
 
 def test_a_run_s_files(redi, one_rank, tmp_path, capsys):
@@ -354,8 +383,8 @@ def test_the_start_s_files_are_not_touched_by_training(redi, one_rank, toy_data,
 
 @pytest.mark.parametrize("ranks, shard_size", [(2, 0), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_gradients_of_many_ranks_are_those_of_one(ranks, shard_size, run, toy_data, tmp_path):
-    """16 pairs in several micro-batches, and 1 pair whose two sequences leave ranks with nothing to do; the weights shared
-    by all ranks, and in several copies."""
+    """16 pairs in several micro-batches, and 1 pair whose two sequences leave ranks with nothing to do; with the
+    weights shared by all ranks, and in several copies."""
     for number, size in ((0, 0), (ranks, shard_size)):
         done = run("tests/rank_gradients.py", toy_data, tmp_path / f"{number}", size, ranks=number)
         assert done.returncode == 0, done.stderr
@@ -366,8 +395,8 @@ def test_gradients_of_many_ranks_are_those_of_one(ranks, shard_size, run, toy_da
 
 @pytest.mark.parametrize("others", [["2"], pytest.param(["2", "4", "agents"], marks=pytest.mark.slow)])
 def test_the_loss_curve_depends_on_neither_ranks_nor_machines(others, run, toy_data, tmp_path):
-    """20 steps on 1 rank and on 2, 4, and two torchrun agents of 2 ranks that each hold a copy of the weights; 5 pairs a
-    step leave some ranks with less to do."""
+    """20 steps on 1 rank and on 2, 4, and two torchrun agents of 2 ranks that each hold a copy of the weights; 5 pairs
+    a step leave some ranks with less to do."""
     words = "--recipe toy --epochs 2 --batch_size 5 --max_steps 20 --evaluate false --dtype float32".split()
     flags = ["train_redi.py", *words, "--model", toy_data / "model", "--data", toy_data / "pairs.jsonl"]
     with socket.socket() as free:

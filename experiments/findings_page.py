@@ -1,4 +1,4 @@
-"""The page and the figure that bench/findings.py makes of its runs. Every result and every verdict comes from them."""
+"""The page and the figure that experiments/findings.py makes of its runs; every result and verdict comes from them."""
 
 import json
 import math
@@ -217,7 +217,7 @@ def write_page(
     broken_off = f", in {starts} starts of the program" if starts > 1 else ""
     text = f"""# The paper's findings on the toy
 
-Made by `python bench/findings.py`, as is the figure: every result and every verdict below comes from its runs.
+Made by `python experiments/findings.py`, as is the figure: every result and every verdict below comes from its runs.
 
 The toy (`nanoredi/toy.py`) was built to show how REDI works, and alpha 0.8 and DPO's beta were found good on it while
 it was built. What holds here is a demonstration, and what does not hold here says as little about the paper, whose

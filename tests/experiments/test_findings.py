@@ -1,15 +1,12 @@
 """The findings' page, from runs that are made up: its verdicts follow the numbers."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
-
-from findings import METHODS, arms  # noqa: E402
-from findings_page import STAGE_1, Results, claims, near, verdict, write_page  # noqa: E402
+from experiments.findings import METHODS, arms
+from experiments.findings_page import STAGE_1, Results, claims, near, verdict, write_page
 
 TUNED = {name: {1e-4: 0.3, 2e-4: 0.4, 3e-4: 0.5, 1e-3: 0.1} for name in METHODS}
 ARMS = arms(TUNED)

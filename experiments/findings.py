@@ -1,11 +1,12 @@
 """The paper's findings, put to the test on the toy: REDI and its rivals, each at the learning rate that suits it.
 
-    python bench/findings.py               everything, in half an hour on 2 cores; what is finished is kept and skipped
-    python bench/findings.py --page        only the page and its figure, from the runs that are there
+    python experiments/findings.py               everything, in a quarter of an hour on 2 cores; finished runs are kept
+    python experiments/findings.py --page        only the page and its figure, from the runs that are there
 
 Stage 1 is trained once a seed. On a seed of its own every method is trained at every rate of one grid, and the rate
-with the highest pass@1 is taken. With these rates the methods are trained on the other seeds, evaluated along the way
-and at the end, some at their second-best rate as well, and docs/findings.md and docs/findings.png are written from that.
+with the highest pass@1 is taken. With these rates the methods are trained on the other seeds, some of them at their
+second-best rate as well, and evaluated along the way and at the end. docs/findings.md and docs/findings.png are written
+from these runs.
 """
 
 import argparse
@@ -21,14 +22,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from findings_page import HIGH, Arm, ranked, run_name, write_page  # noqa: E402
-
+from experiments.findings_page import HIGH, Arm, ranked, run_name, write_page  # noqa: E402
 from nanoredi import toy  # noqa: E402
 from nanoredi.common.errors import Stopped, UserError  # noqa: E402
 from nanoredi.common.flags import read_recipe, resolve  # noqa: E402
 from nanoredi.common.runs import open_run  # noqa: E402
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig  # noqa: E402
-from nanoredi.data import benchmarks
+from nanoredi.data import benchmarks  # noqa: E402
 from nanoredi.evaluation.evaluate import evaluate  # noqa: E402
 from nanoredi.trainer.distributed import World, world  # noqa: E402
 from nanoredi.trainer.loop import train  # noqa: E402

@@ -1,11 +1,12 @@
 """Does the watch for collapse trip in time, and only then? On the toy, over seeds.
 
-    python bench/collapse.py                       10 seeds; stage 1 of each takes a minute or more
-    python bench/collapse.py --seeds 42            one
+    python experiments/collapse.py                       10 seeds; stage 1 of each takes a minute or more
+    python experiments/collapse.py --seeds 42            one seed
 
-Of each seed stage 1 is trained once, then stage 2 at alpha 1.0 and the high learning rate, which collapses, and at alpha
-0.8 and the toy's own. Accuracies are pass@1 in %, of 4 samples a problem: of stage 1; of the model that the watch names
-as the last good one when it trips, of the last one saved before that, and of the one 10 steps later; of the end.
+For each seed stage 1 is trained once. Stage 2 is trained from it twice: with alpha 1.0 at the high learning rate, which
+collapses, and with alpha 0.8 at the toy's own. The table has pass@1 in %, of 4 samples a problem, for five models:
+stage 1's, the one that the watch names as the last good one when it trips, the last one saved before it trips, the one
+saved 10 steps later, and the final one.
 """
 
 import argparse

@@ -1,0 +1,56 @@
+"""The log-probabilities of a file's traces under a model, worked out by all ranks and without a gradient: DPO's reference,
+and pairs that are watched.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from nanoredi.common.progress import progress
+from nanoredi.data.batch import divide, pack
+from nanoredi.data.sequences import TokenData
+from nanoredi.model.qwen2 import Qwen2
+from nanoredi.objectives import sequence_logps
+from nanoredi.trainer.distributed import World
+
+_CHUNK = 128  # rows that are dealt to the ranks at once
+
+
+@torch.no_grad()
+def trace_logps(model: Qwen2, data: TokenData, max_tokens: int, world: World, what: str = "") -> Tensor:
+    """log p(y|x) of every trace: (rows, sides) fp32, the same on every rank.
+
+    Args:
+        model: sharded over the ranks, or whole on each.
+        max_tokens: of a forward pass; a longer row goes alone.
+        what: shown beside the progress; empty: no progress is shown.
+    """
+    logps = torch.zeros(len(data), len(data.sides), device=world.device)
+    done = progress(None, what, len(data), "rows", disable=world.rank > 0 or not what)
+    for start in range(0, len(data), _CHUNK):
+        rows = [data.row(i) for i in range(start, min(start + _CHUNK, len(data)))]
+        lengths = [sum(s.num_inputs for s in row) for row in rows]
+        costs = [sum(model.config.flops(s.num_inputs, s.num_learned) for s in row) for row in rows]
+        for indices in divide(lengths, costs, world.size, max_tokens)[world.rank]:
+            # A rank with nothing to do takes part in the collectives all the same.
+            sequences = [s for j in indices or [0] for s in rows[j]]
+            batch = pack(sequences, model.config.vocab_size).to(world.device)
+            token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments)
+            if indices:
+                sums = torch.stack(sequence_logps(sequences, token_logps))
+                logps[[start + j for j in indices]] = sums.view(-1, len(data.sides))
+        done.update(len(rows))
+    done.close()
+    # Some weights stay whole after a forward, until the backward that does not come; the optimiser wants the shards.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    dist.all_reduce(logps)
+    return logps
+
+
+def means_a_token(model: Qwen2, data: TokenData, max_tokens: int, world: World) -> Tensor:
+    """The mean over rows of log p(y|x) / |y|, of each side: (sides,) fp32."""
+    lengths = torch.tensor([[s.num_learned for s in data.row(i)] for i in range(len(data))])
+    return (trace_logps(model, data, max_tokens, world) / lengths.to(world.device)).mean(0)
