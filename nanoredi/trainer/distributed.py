@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from nanoredi.common.errors import UserError
-from nanoredi.cpu.masters import make_masters
-from nanoredi.kernels.products import product
+from nanoredi.kernels.dispatch import prepare_for_training
+from nanoredi.kernels.layers import product
 from nanoredi.model.qwen2 import Block, Qwen2
 
 Result = TypeVar("Result")
@@ -152,9 +152,8 @@ def shard(
         # they are the file's own memory.
         for p in model.parameters():
             p.data = p.data.to(world.device, torch.float32, copy=True)
+            prepare_for_training(p)
         model.compute_dtype = dtype
-        if world.device.type == "cpu":
-            make_masters(model.parameters())
         return model
     mesh = shard_mesh(world, shard_size)
     # Inputs are not cast: the loss's weights must stay fp32.
