@@ -117,11 +117,24 @@ class Scheduler:
         entered: (B,) int64, a number for each entering of a row, ever rising; 0 where the place is free.
     """
 
-    def __init__(self, num_pages: int, page_size: int, batch_size: int, max_tokens: int, context: int, budget: int):
-        """budget: tokens that are put into the cache between two decode steps."""
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        batch_size: int,
+        max_tokens: int,
+        context: int,
+        budget: int,
+        begins_again: bool = False,
+    ):
+        """
+        Args:
+            budget: tokens that are put into the cache between two decode steps.
+            begins_again: whether a row that was put back makes its tokens again, and not only what the cache held of them.
+        """
         self.pages = Pages(num_pages, page_size)
         self.num_pages, self.page_size = num_pages, page_size
-        self.max_tokens, self.context, self.budget = max_tokens, context, budget
+        self.max_tokens, self.context, self.budget, self.begins_again = max_tokens, context, budget, begins_again
         self.waiting: deque[Request] = deque()
         self.rows: list[Row | None] = [None] * batch_size
         self.entering: Row | None = None  # its prompt is not wholly in the cache yet
@@ -179,7 +192,7 @@ class Scheduler:
             self.entering = None
             self.lengths[row.place] = row.to_cache
             self.rooms[row.place] = len(row.pages) * self.page_size
-            self.left[row.place] = self.limit(row.request) - len(row.request.tokens)
+            self.left[row.place] = self.limit(row.request) - (len(row.tokens) - len(row.request.prompt))
             entry.rows.append(row)
         for source, _ in entry.copies:
             self.pages.release(source)
@@ -225,7 +238,7 @@ class Scheduler:
         if not self.waiting or None not in self.rows:
             return False
         request = self.waiting[0]
-        tokens = request.prompt + request.tokens
+        tokens = request.prompt + ([] if self.begins_again else request.tokens)
         to_cache, size = len(tokens) - 1, self.page_size
         known, begun = self.pages.find(tokens[:to_cache])
         num_pages = -(-to_cache // size)
