@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from nanoredi.common.errors import UserError
 from nanoredi.cpu.masters import make_masters
+from nanoredi.kernels.dispatch import triton
 from nanoredi.kernels.products import product
 from nanoredi.model.qwen2 import Block, Qwen2
 
@@ -66,21 +67,21 @@ class World:
 
 @contextlib.contextmanager
 def world() -> Iterator[World]:
-    """Join the process group that torchrun describes, or be one process alone; leave it at the end."""
+    """Join the process group that torchrun describes, or be one process alone; leave it at the end.
+
+    Raises:
+        UserError: when ranks would share a GPU.
+    """
     rank, size, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
+    store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device, backend = _gpu(store, rank, size, local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device = torch.device("cpu")
-        backend = "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    bound = device if device.type == "cuda" and size > 1 else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=bound)
     try:
         yield World(rank, size, device)
     finally:
@@ -88,6 +89,19 @@ def world() -> Iterator[World]:
         # Gloo's threads need the interpreter's lock to let go of their last tensors; one that still waits for it when the
         # interpreter ends aborts the process. Asleep, this thread leaves the lock to them.
         time.sleep(0.2)
+
+
+def _gpu(store: dist.Store, rank: int, size: int, local_rank: int) -> torch.device:
+    """The rank's own GPU. Some launchers show each rank its own alone, which is then number 0 to all of them."""
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    store.set(f"gpu {rank}", str(torch.cuda.get_device_properties(device).uuid))
+    num_gpus = len({store.get(f"gpu {other}") for other in range(size)})
+    if num_gpus < size:
+        raise UserError(
+            f"there are {size} ranks for {num_gpus} GPU{'s' if num_gpus > 1 else ''}: start one a GPU, as torchrun's "
+            "--nproc_per_node counts them on each machine, or all without: CUDA_VISIBLE_DEVICES= torchrun ..."
+        )
+    return device
 
 
 class Queue:
@@ -202,11 +216,26 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     faster one.
 
     On a CPU that is measured (a fifth of a second): with AMX or AVX512-bf16 it is far ahead, without them far behind.
+
+    Raises:
+        UserError: for a GPU without Triton, and for bfloat16 on a GPU that has none.
     """
+    if device.type == "cuda":
+        able = torch.cuda.get_device_capability(device) >= (8, 0)
+        if triton is None:
+            raise UserError(
+                "a GPU's kernels are written in Triton, which is not installed: pip install triton, or leave the GPU "
+                "alone with CUDA_VISIBLE_DEVICES="
+            )
+        if name == "bfloat16" and not able:
+            raise UserError(
+                f"{torch.cuda.get_device_name(device)} does not multiply in bfloat16 (compute capability 8.0 and later "
+                "do): give --dtype float32, or auto"
+            )
+        if name == "auto":
+            return torch.bfloat16 if able else torch.float32
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     return torch.bfloat16 if _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32) else torch.float32
 
 
