@@ -1,2 +1,9 @@
 """Reinforcement Distillation (REDI, arXiv 2505.24850) from scratch: see README.md for the recipe and where to start
 reading."""
+
+import os
+
+# Micro-batches differ in size, and a GPU's memory cut into pieces for some of them has no room for others: let its pieces
+# grow. torch reads this when it first takes memory of a GPU; what the user has set stays.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

@@ -1,5 +1,7 @@
 """Which GPU a rank takes, and what is said where a GPU cannot do what is asked of it; with GPUs that are only told of."""
 
+import importlib
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import nanoredi
 from nanoredi.common.errors import UserError
 from nanoredi.trainer import distributed
 from nanoredi.trainer.distributed import compute_dtype, world
@@ -101,3 +104,21 @@ def test_a_gpu_without_triton_is_refused(card, name):
     card((9, 0), triton=False)
     with pytest.raises(UserError, match="Triton, which is not installed: pip install triton"):
         compute_dtype(name, GPU)
+
+
+@pytest.mark.parametrize("theirs", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_grows_in_place_unless_the_user_says_otherwise(theirs, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if theirs:
+        monkeypatch.setenv(theirs, "max_split_size_mb:512")
+    importlib.reload(nanoredi)
+    ours = (
+        "max_split_size_mb:512"
+        if theirs == "PYTORCH_CUDA_ALLOC_CONF"
+        else None
+        if theirs
+        else "expandable_segments:True"
+    )
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == ours
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is put back
