@@ -35,7 +35,8 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are no braces
 _INTRODUCED = re.compile(r"(?:[:=]|\bis|\n)[\s$*\\(\[]*$")
 # Between the boxes of one list: at least a comma or a word, and no end of a sentence.
 _JOINT = re.compile(
-    r"(?=[^A-Za-z,;]*(?:,|;|and\b|or\b|\\))(?:[\s$,;&()]|\\[()\[\],;:! ]|\\q?quad|(?:\\text\s*\{\s*)?\b(?:and|or)\b(?:\s*\})?)+"
+    r"(?=[^A-Za-z,;]*(?:,|;|and\b|or\b|\\))"
+    r"(?:[\s$,;&()]|\\[()\[\],;:! ]|\\q?quad|(?:\\text\s*\{\s*)?\b(?:and|or)\b(?:\s*\})?)+"
 )
 
 

@@ -15,7 +15,8 @@ _INDEX = r"(?:_\{[^{}]*\})?"
 LETTER = rf"(?:\\(?:{'|'.join(LETTERS)}) ?|[A-Za-z]){_INDEX}"
 _ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{4,}})"
 NAME = (
-    rf"(?:(?:m ?)?\\(?:angle|triangle|odot) ?)?(?:{LETTER}|[A-Z]{{2,}}{_INDEX}|(?!arc|sqrt|sinh|cosh|tanh)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
+    rf"(?:(?:m ?)?\\(?:angle|triangle|odot) ?)?"
+    rf"(?:{LETTER}|[A-Z]{{2,}}{_INDEX}|(?!arc|sqrt|sinh|cosh|tanh)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
     rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\(?:overline|bar)\{{[A-Z]{{2,}}\}}"
 )
 

@@ -23,18 +23,19 @@ from nanoredi.grader.expression import MAX_DEPTH, Budget, Unreadable
 
 _UNITS = "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard liter".split()
 # What a macro looks like; some are for layout and leave nothing, of any other its name stays.
-_MACROS = dict(
-    zip(
-        "cdot times cap le leq ge geq neq pm circ in lt gt % , ; : quad \\ setminus approx lfloor rfloor lceil rceil".split(),
-        "*,*,∩,≤,≤,≥,≥,≠,±,∘,∈,<,>,%, , , , ,\n,∖,≈,⌊,⌋,⌈,⌉".split(","),
-    )
-) | {" ": " ", "infty": "inf", "cup": "U", "emptyset": "∅", "varnothing": "∅", "pmod": "mod", "bmod": "mod"}
-_LAYOUT = set(
-    "left right big Big bigg Bigg displaystyle mathrm mathbf mathit mathcal boldsymbol bf rm it limits boxed phantom underline ! ( ) [ ] { } $".split()
-)
+_SIGNS = (
+    "cdot * times * cap ∩ le ≤ leq ≤ ge ≥ geq ≥ neq ≠ pm ± circ ∘ in ∈ lt < gt > % % setminus ∖ approx ≈ lfloor ⌊ "
+    "rfloor ⌋ lceil ⌈ rceil ⌉ infty inf cup U emptyset ∅ varnothing ∅ pmod mod bmod mod epsilon ϵ "
+    "varepsilon ε phi ϕ varphi φ"
+).split()
+_LAYOUT = (
+    "left right big Big bigg Bigg displaystyle mathrm mathbf mathit mathcal boldsymbol bf rm it limits boxed phantom "
+    "underline ! ( ) [ ] { } $"
+).split()
 _GREEK = "alpha beta gamma delta zeta eta theta kappa lambda mu nu xi rho sigma tau chi psi omega".split()
+_MACROS = dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
 _MACROS |= {name: unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('lambda', 'lamda')}") for name in _GREEK}
-_MACROS |= {"epsilon": "ϵ", "varepsilon": "ε", "phi": "ϕ", "varphi": "φ"} | dict.fromkeys(_LAYOUT, "")
+_MACROS |= dict.fromkeys(_LAYOUT, "")
 
 
 def equal(answer: str, gold: str) -> bool:

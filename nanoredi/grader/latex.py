@@ -23,9 +23,9 @@ _SIGNS = r"""
 """.split()
 _SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
 _LAYOUT = (
-    "! $ % ( ) [ ] left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle "
-    "limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline vec overrightarrow boldsymbol pmb "
-    "widehat overset strut protect normalfont pounds euro textdollar"
+    "! $ % ( ) [ ] left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
+    "textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline vec overrightarrow "
+    "boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar"
 ).split()
 _MACROS = dict.fromkeys(_LAYOUT, "") | dict.fromkeys(_SPACES, " ") | dict(zip(_SIGNS[::2], _SIGNS[1::2]))
 # NFKC would turn the first of these into other signs; of a letter's forms (φ, ϕ) it leaves one.
@@ -35,38 +35,26 @@ _BEFORE = str.maketrans(
 _GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
 )
-_CHARACTERS = str.maketrans(
-    {
-        char: new
-        for chars, new in zip(["×·⋅∙•", "÷∕⁄", "~", "∣", "〈⟨", "〉⟩", "∨、", "。"], "*/ |(),.")
-        for char in chars
-    }
-    | {
-        "√": "\\sqrt",
-        "∛": "\\cbrt",
-        "∜": "\\sqrt[4]",
-        "′": "'",
-        "’": "'",
-        "−": "-",
-        "$": "",
-        "%": "",
-        "≦": "≤",
-        "⩽": "≤",
-        "≧": "≥",
-        "⩾": "≥",
-    }
-    | {"∑": "\\sum", "∏": "\\prod", "∫": "\\int", "∠": "\\angle ", "∀": "\\forall ", "≡": "\\equiv ", "∆": "\\Delta "}
-    | {unicodedata.lookup(f"GREEK SMALL LETTER {n.replace('lambda', 'lamda')}"): f"\\{n} " for n in _GREEK.split()}
-    | {
-        unicodedata.lookup(f"GREEK CAPITAL LETTER {n.replace('lambda', 'lamda')}"): f"\\{n.title()} "
-        for n in _GREEK.split()
-    }
-)
+_CHARACTER_SIGNS = r"""
+    × * · * ⋅ * ∙ * • * ÷ / ∕ / ⁄ / ∣ | 〈 ( ⟨ ( 〉 ) ⟩ ) ∨ , 、 , 。 . ′ ' ’ ' − - ≦ ≤ ⩽ ≤ ≧ ≥ ⩾ ≥ √ \sqrt ∛ \cbrt
+    ∜ \sqrt[4] ∑ \sum ∏ \prod ∫ \int ∠ \angle ∀ \forall ≡ \equiv ∆ \Delta
+""".split()
+_BY_CHARACTER = {"~": " ", "$": "", "%": ""}
+for _char, _sign in zip(_CHARACTER_SIGNS[::2], _CHARACTER_SIGNS[1::2]):
+    _BY_CHARACTER[_char] = f"{_sign} " if _sign[0] == "\\" else _sign
+for _letter in _GREEK.split():
+    _name = _letter.replace("lambda", "lamda")  # as Unicode spells it
+    _BY_CHARACTER[unicodedata.lookup(f"GREEK SMALL LETTER {_name}")] = f"\\{_letter} "
+    _BY_CHARACTER[unicodedata.lookup(f"GREEK CAPITAL LETTER {_name}")] = f"\\{_letter.title()} "
+_CHARACTERS = str.maketrans(_BY_CHARACTER)
 _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 _FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|bb|cal)|bm)\s*"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.} and 2\text{ if }x>0 have no unit.
-_NO_UNIT = r"(?!\s*(?:[,;:)]|(?:[ie]|[AaPp]\.?\s*[Mm]\.?)\s*\}|(?:to|if|for|when|where|since|because|mod|base|in base|choose)\b|\([^{}()]*\}))"
+_NO_UNIT = (
+    r"(?!\s*(?:[,;:)]|(?:[ie]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}"
+    r"|(?:to|if|for|when|where|since|because|mod|base|in base|choose)\b))"
+)
 _UNIT = _FONT + r"\{" + _NO_UNIT + r"[^{}0-9](?:[^{}]|\{[^{}]*\})*\}" + _POWER
 _MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
 _DERIVATIVE = (
@@ -144,7 +132,8 @@ _BARE_UNITS = re.compile(
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 # After an answer: a remark in brackets, or from a word to the end.
 _BRACKETED = re.compile(
-    r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}]))\(\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*",
+    r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}]))\("
+    r"\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*",
     re.DOTALL,
 )
 _TAIL = re.compile(

@@ -7,17 +7,19 @@ a Fraction for as long as it can be. A part of a sum that cancels to rounding is
 A Fraction and an mpmath number must meet only in the functions below: Python's own operators would turn both to floats.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import TypeAlias
 
 import mpmath
 
 CONTEXT = mpmath.MPContext()  # our own, so that nobody else's precision changes
 CONTEXT.dps = 60
 _REAL, _COMPLEX = CONTEXT.mpf, CONTEXT.mpc
-Inexact = _REAL | _COMPLEX
-Number = Fraction | Inexact
+Inexact: TypeAlias = mpmath.mpf | mpmath.mpc
+Number: TypeAlias = Fraction | Inexact
 
 _CLOSE = _REAL("1e-40")  # relative: what a few hundred operations leave of 60 digits
 _NOISE = _REAL("1e-50")
@@ -93,6 +95,10 @@ def cos(z: Inexact) -> Inexact:
     return _tidy(CONTEXT.cos(_bounded(z)), max(1, abs(z)))
 
 
+def _apply(name: str, z: Inexact) -> Inexact:
+    return getattr(CONTEXT, name)(_bounded(z))
+
+
 FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {
     "sin": sin,
     "cos": cos,
@@ -109,7 +115,7 @@ FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {
 }
 for _name in "sin cos tan sinh cosh tanh".split():
     FUNCTIONS |= dict.fromkeys([f"{arc}{_name}" for arc in ("arc", "ar", "a")], getattr(CONTEXT, "a" + _name))
-    FUNCTIONS.setdefault(_name, lambda z, name=_name: getattr(CONTEXT, name)(_bounded(z)))
+    FUNCTIONS.setdefault(_name, functools.partial(_apply, _name))
 
 
 def factorial(z: Inexact) -> Inexact:

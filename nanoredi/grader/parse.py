@@ -20,7 +20,8 @@ _NODE_WORK = 50
 _NAME = re.compile(NAME)
 # More that a value may be of: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), P(X=2), E[X], Var(X); \\frac{m}{n}.
 _QUANTITY = (
-    rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|overline|Delta) ?\{{?(?:{NAME})\}}?|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)"
+    rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|overline|Delta) ?\{{?(?:{NAME})\}}?"
+    rf"|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)"
     r"|[A-Z]\([^()]*[=<>≤≥][^()]*\)|[A-Z]\[\w+\]|\\?[A-Z][a-z]+ ?\(\w\))"
 )
 _STANDS_FOR = re.compile(rf"{_QUANTITY}|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}")
@@ -219,7 +220,7 @@ class _Reader:
             sides, parts = sides[::-1], parts[::-1]
         node.name = sides[0] if is_name(sides[0]) else ""
         rest = parts[1:] if stands_for(sides[0]) else parts
-        values = [part for side, part in zip(sides[-len(rest) :], rest) if not is_computed(side, part)]
+        values = [part for side, part in zip(sides[-len(rest) :], rest) if not is_uncomputed(side, part)]
         if rest[-1] in values and all(same(x, y) for x, y in itertools.pairwise(values)):
             if len(rest) == len(parts) == len(values):
                 return rest[-1] if rest[-1].kind != "text" else node
@@ -248,14 +249,14 @@ def is_name(text: str) -> bool:
 
 
 def stands_for(text: str) -> bool:
-    """A name, or what else a bare answer may leave out with the = : a sum, ratio, union or tuple of names, a quantity."""
+    """A name, or what else a bare answer may leave out with the =: a sum, ratio, union or tuple of names."""
     pieces = split(text, "+-:/∪∩∖")
     alike = len(set(pieces[1::2])) < 2 or set(pieces[1::2]) == {"+", "-"}
     return alike and all(map(_STANDS_FOR.fullmatch, pieces[::2])) or bool(_NAMES_TUPLE.fullmatch(text))
 
 
-def is_computed(side: str, part: Reading) -> bool:
-    """A limit, a sum and the like, which we do not compute; alone, so that it is what the other side is the value of."""
+def is_uncomputed(side: str, part: Reading) -> bool:
+    """Is it a limit, a sum or the like that we do not compute, alone, so that the other side is its value?"""
     alone = len(split(side.lstrip("-"), "+-")) == 1 or re.search(r"\\(?:i+|oi)nt(?![A-Za-z]).*d ?\\?[a-z]+$", side)
     return part.kind == "text" and bool(_COMPUTED.search(side)) and bool(alone)
 
