@@ -75,7 +75,7 @@ def show_results(config: RediConfig, evaluation: EvaluateConfig, ranks: World) -
 
 
 def _benchmarks(evaluation: EvaluateConfig) -> list[benchmarks.Benchmark]:
-    return [benchmarks.load(name, evaluation.data, evaluation.limit) for name in evaluation.benchmarks]
+    return benchmarks.load_all(evaluation.benchmarks, evaluation.data, evaluation.limit, evaluation.template)
 
 
 if __name__ == "__main__":

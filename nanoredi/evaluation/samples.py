@@ -48,6 +48,9 @@ class Samples:
         }
         if self.about.exists():
             before = read_json(self.about)
+            # An evaluation that was begun before there was a setting has that one's default.
+            defaults = {f.name: f.default for f in fields(EvaluateConfig) if f.name in about["setting"]}
+            before["setting"] = {**defaults, **before.get("setting", {})}
             for kind, values in about.items():
                 _refuse_others(self.path, kind, before.get(kind, {}), values)
         elif self.path.exists():
