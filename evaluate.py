@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
 
     with world() as ranks:
         out = Path(ranks.first(lambda: _folder(config.out)))
-        ranks.first(lambda: Samples(out).claim({folder: folder for folder in folders}, tests, config))
+        config.dtype = ranks.first(lambda: Samples(out).claim({folder: folder for folder in folders}, tests, config))
         rows = ranks.first(lambda: _finished(out, len(folders) * config.n * sum(len(b.problems) for b in tests)))
         if not rows:
             _say_frames(config, ranks)

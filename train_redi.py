@@ -16,13 +16,13 @@ from nanoredi import toy
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import write_json
 from nanoredi.common.flags import read_flags, resolve
-from nanoredi.common.runs import open_run
+from nanoredi.common.runs import dtype_of_run, open_run
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
 from nanoredi.data import benchmarks
 from nanoredi.evaluation.evaluate import evaluate
 from nanoredi.evaluation.samples import Samples
 from nanoredi.report.tables import read_results, table
-from nanoredi.trainer.distributed import World, world
+from nanoredi.trainer.distributed import World, settled_dtype, world
 from nanoredi.trainer.loop import train
 
 
@@ -33,6 +33,8 @@ def main(argv: list[str]) -> None:
         resolve(kind, name, tables, flags)
         for name, kind in (("redi", RediConfig), ("evaluate", EvaluateConfig), ("sft", SftConfig), ("toy", ToyConfig))
     )
+    for stage, name in ((config, "redi"), (stage_1, "sft")):
+        stage.dtype = settled_dtype(stage.dtype, dtype_of_run(config.out, name))
     out = Path(config.out)
     folder, is_toy = out / "data", not config.model
     configs: dict[str, Any] = {"redi": config, "evaluate": evaluation}
@@ -65,7 +67,7 @@ def show_results(config: RediConfig, evaluation: EvaluateConfig, ranks: World) -
         tests = _benchmarks(evaluation)
         final = "SFT continued" if config.objective == "sft" else config.objective.upper()
         models = {"SFT": Path(config.model), final: out / "final"}
-        ranks.first(lambda: Samples(out).claim(models, tests, evaluation))
+        evaluation.dtype = ranks.first(lambda: Samples(out).claim(models, tests, evaluation))
         rows = []
         for name, folder in models.items():
             rows += evaluate(name, folder, tests, evaluation, out, ranks, pairs=config)

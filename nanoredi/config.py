@@ -150,6 +150,10 @@ class SamplingConfig:
     dtype: str = option(
         "auto", "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it)", choices=DTYPES
     )
+    batch_invariant: bool = option(
+        True,
+        "make a sample the same, bit for bit, whatever else is in its batch; on a GPU every step then has its full size",
+    )
     template: str = option(
         "",
         "what asks a problem: paper (its evaluation's words), plain (nothing but the problem), or a text with {problem} in its "

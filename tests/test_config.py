@@ -1,6 +1,7 @@
 """Recipes and flags: what wins, what is refused and in which words, and what a run's folder allows."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.flags import _builtin_recipes, read_flags, read_recipe, resolve, write_recipe
-from nanoredi.common.runs import check_model, open_run, recipe_of
+from nanoredi.common.runs import check_model, dtype_of_run, open_run, recipe_of
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
 
 
@@ -307,3 +308,16 @@ def test_what_is_no_model_s_folder_is_named(given, files, words, tmp_path, monke
 def test_a_model_s_folder_is_taken(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert check_model(str(tmp_path)) == str(tmp_path)
+
+
+def test_a_run_goes_on_in_its_dtype(tmp_path):
+    out = str(tmp_path / "run")
+    assert dtype_of_run(out, "redi") == "auto"
+    for began in ("auto", "bfloat16"):  # former runs did not write what auto came to
+        shutil.rmtree(out, ignore_errors=True)
+        open_run(out, {"redi": RediConfig(dtype=began)})
+        (tmp_path / "run" / "metrics.jsonl").touch()
+        assert dtype_of_run(out, "redi") == began and dtype_of_run(out, "sft") == "auto"
+        assert not open_run(out, {"redi": RediConfig(dtype="bfloat16")})
+    with pytest.raises(UserError, match="redi.dtype is 'bfloat16' there and 'float32' here"):
+        open_run(out, {"redi": RediConfig(dtype="float32")})

@@ -127,6 +127,7 @@ def read_flags(
     main_type: type,
     others: tuple[str, ...] = (),
     takes_recipe: bool = True,
+    positional: str = "",
 ) -> tuple[str | None, Tables]:
     """Read a script's flags.
 
@@ -136,6 +137,7 @@ def read_flags(
         main: the table whose fields are plain flags; main_type is its dataclass, or a subclass with more flags.
         others: the tables whose fields are flags with the table's name in front.
         takes_recipe: whether there is a flag --recipe.
+        positional: the field that one word without a flag is for, if any.
 
     Returns:
         The recipe that was named, if any, and {table: {field: value}} of what was given.
@@ -167,6 +169,8 @@ def read_flags(
     # argparse takes -1e-6 for a flag, but never a word with a space in it.
     argv = [f" {word}" if re.fullmatch(r"-[\d.]+e[-+]?\d+", word, re.IGNORECASE) else word for word in argv]
     known, unknown = parser.parse_known_args(argv)
+    if positional and len(unknown) == 1 and not unknown[0].startswith("--") and f"--{positional}" not in known:
+        setattr(known, f"--{positional}", unknown.pop())
     for word in unknown:
         name = word.split("=")[0]
         if name.startswith("--"):

@@ -113,12 +113,13 @@ def _chosen(names: list[str], fields: tuple[str, ...] | None) -> list[str]:
     return [name for name in names if fields is None or name in fields]
 
 
-def parse_json(where: str, text: str, max_chars: int = MAX_CHARS) -> Any:
+def parse_json(where: str, text: str, max_chars: int | None = None) -> Any:
     """JSON from outside: of bounded size and depth, all its numbers finite.
 
     Raises:
         UserError: naming `where`, when it is anything else.
     """
+    max_chars = max_chars or MAX_CHARS
     if len(text) > max_chars:
         raise UserError(f"{where} is longer than {max_chars:,} characters")
     try:

@@ -62,11 +62,18 @@ def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
         then = resolve(type(config), table, before)
         for f in dataclasses.fields(config):
             old, new = getattr(then, f.name), getattr(config, f.name)
-            if old != new and not f.metadata["free"]:
+            undecided = f.name == "dtype" and old == "auto"  # a run of former times; its state knows
+            if old != new and not f.metadata["free"] and not undecided:
                 raise UserError(
                     f"{path.parent} holds another run: {table}.{f.name} is {old!r} there and {new!r} here; "
                     "give another --out"
                 )
+
+
+def dtype_of_run(out: str, table: str) -> str:
+    """The compute dtype that the run in a folder began with; auto where none did."""
+    path = Path(out) / "config.toml"
+    return read_recipe(path).get(table, {}).get("dtype", "auto") if path.exists() else "auto"
 
 
 def recipe_of(model: str | Path) -> Tables:

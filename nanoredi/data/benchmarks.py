@@ -32,15 +32,15 @@ PAPER_TEMPLATE = (
 )
 
 
-def frame(problem: str, template: str = "plain", system: str = "") -> list[dict[str, str]]:
+def frame(problem: str, template: str = "", system: str = "") -> list[dict[str, str]]:
     """The messages that ask a problem.
 
     Args:
-        template: what the user's message says: paper (PAPER_TEMPLATE), plain (the problem alone), or a text in which {problem}
+        template: what the user's message says: paper (PAPER_TEMPLATE), plain or empty (the problem alone), or a text in which {problem}
             stands for it; its other braces are its own.
         system: the system message; empty: none, and the chat template may put its default one.
     """
-    text = {"paper": PAPER_TEMPLATE, "plain": "{problem}"}.get(template, template)
+    text = {"paper": PAPER_TEMPLATE, "plain": "{problem}", "": "{problem}"}.get(template, template)
     return with_system(user_message(text.replace("{problem}", problem)), system)
 
 

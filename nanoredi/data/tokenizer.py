@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -128,9 +128,9 @@ class Tokenizer(Chat):
         """The text of token ids, special tokens left out."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def stream(self) -> "Stream":
-        """Decodes a completion as its tokens come."""
-        return Stream(self.backend)
+    def stream(self, stops: Sequence[str] = ()) -> "Stream":
+        """Decodes a completion as its tokens come, up to where one of these texts begins."""
+        return Stream(self.backend, stops)
 
     def _encode_batch_of_rows(self, batch: list[tuple[str, list[str], Any]]) -> list[tokenizers.Encoding]:
         try:
@@ -184,14 +184,33 @@ class Tokenizer(Chat):
 
 
 class Stream:
-    """Text as its tokens come: each push gives what can be shown now; half a character waits for its other half."""
+    """Text as its tokens come.
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self.backend = backend
+    Attributes:
+        text: what can be shown so far: half a character waits for its other half, and what may begin a stop text for more.
+        stopped: whether a stop text has come. It is not in the text, nor is what followed it.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, stops: Sequence[str] = ()):
+        self.backend, self.stops = backend, stops
         self.decoder = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
+        self.text, self.stopped, self._waiting = "", False, ""
 
-    def push(self, token: int) -> str:
-        return self.decoder.step(self.backend, token) or ""
+    def push(self, token: int) -> None:
+        text = self._waiting + (self.decoder.step(self.backend, token) or "")
+        first = min((text.find(stop) for stop in self.stops if stop in text), default=-1)
+        self.stopped = self.stopped or first >= 0
+        end = first if first >= 0 else len(text) - may_begin(text, self.stops)
+        self.text, self._waiting = self.text + text[:end], text[end:]
+
+    def finish(self) -> None:
+        """The completion has ended: nothing waits any more."""
+        self.text, self._waiting = self.text + self._waiting * (not self.stopped), ""
+
+
+def may_begin(text: str, marks: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a mark."""
+    return max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
 
 
 def _taken(batch: list[tuple[str, list[str], T]], job: Future) -> Iterator[tuple[T, list[tokenizers.Encoding]]]:

@@ -44,7 +44,7 @@ def evaluate(
         A row a benchmark (summarise has its keys), the same on every rank.
     """
     tokenizer = Tokenizer(folder)
-    dtype = world.first(lambda: compute_dtype(config.dtype, world.device))  # measured, so one rank decides
+    dtype = compute_dtype(config.dtype, world.device)
     model = Qwen2.from_pretrained(folder, dtype=dtype, device=world.device).pack()
     logps = {}
     if pairs is not None and pairs.watch:
@@ -166,6 +166,8 @@ def _problems(tokenizer: Tokenizer, benchmarks: list[Benchmark], config: Evaluat
             # Where the prompt opens <think>, that belongs to the response all the same.
             opened = "<think>\n" if text.rstrip().endswith("<think>") else ""
             own = requests[number * config.n : (number + 1) * config.n]
+            for sample, request in enumerate(own):  # a problem that stands twice has two rows of n
+                request.sample = sample
             problems.append(_Problem(benchmark, number, own, opened))
     return problems
 

@@ -20,6 +20,7 @@ from nanoredi.common.files import check, parse_json, read_json, read_rows, write
 from nanoredi.config import EvaluateConfig
 from nanoredi.data.benchmarks import Benchmark
 from nanoredi.evaluation.scores import Row
+from nanoredi.trainer.distributed import settled_dtype
 
 _PARTS = ("*.json", "*.jinja", "*.safetensors")  # of a model's folder that a sample depends on
 _KEY = ("model", "benchmark", "problem", "sample")
@@ -38,6 +39,7 @@ _ROW = {
     "waits": _COUNT,
     "response": str,
 }
+_DEFAULTS = {f.name: f.default for f in fields(EvaluateConfig)}
 
 
 class Samples:
@@ -47,11 +49,14 @@ class Samples:
         self.path = folder / "samples.jsonl"
         self.about = folder / "evaluation.json"
 
-    def claim(self, models: dict[str, str | Path], benchmarks: list[Benchmark], config: EvaluateConfig) -> None:
+    def claim(self, models: dict[str, str | Path], benchmarks: list[Benchmark], config: EvaluateConfig) -> str:
         """Take the folder for samples of these models on these benchmarks, or go on with them. Call on one rank.
 
         Args:
             models: {name in the table: Hugging Face folder}.
+
+        Returns:
+            The dtype that they are made in.
 
         Raises:
             UserError: when the folder's samples depend on anything else.
@@ -59,27 +64,15 @@ class Samples:
         settings = {f.name: getattr(config, f.name) for f in fields(EvaluateConfig) if not f.metadata["free"]}
         about = {
             "setting": {name: value for name, value in settings.items() if name not in ("benchmarks", "data", "limit")},
-            "model": {name: _digest_of_files(Path(folder)) for name, folder in models.items()},
+            "model": {name: digest_of_files(Path(folder)) for name, folder in models.items()},
             "benchmark": {b.name: digest(json.dumps([b.questions, b.golds]).encode()) for b in benchmarks},
         }
         lock(self.path.parent)
         remove_leftovers(self.path.parent, locked=True)
-        has_samples = self.path.exists() and self.path.stat().st_size > 0
-        if self.about.exists() and (has_samples or self.about.stat().st_size):
-            before = check(str(self.about), read_json(self.about), {f"{kind}?": dict for kind in about})
-            # An evaluation that was begun before there was a setting has that one's default.
-            defaults = {f.name: f.default for f in fields(EvaluateConfig) if f.name in about["setting"]}
-            before["setting"] = {**defaults, **before.get("setting", {})}
-            for kind, values in about.items():
-                _refuse_others(self.path, kind, before.get(kind, {}), values)
-        elif has_samples:
-            raise UserError(
-                f"{self.path} is there, and no {self.about.name} that says of what: move it away, or give another --out"
-            )
-        else:
-            write_json(self.about, about)
-        if has_samples:
+        dtype = claim(self.path, self.about, about)
+        if self.path.exists():
             self._drop_damaged_rows(models, {b.name: range(len(b.questions)) for b in benchmarks}, range(config.n))
+        return dtype
 
     def append(self, row: Row) -> None:
         """Add a sample, as one whole line; several ranks may do so at once, on several machines, too."""
@@ -122,21 +115,63 @@ class Samples:
             yield from file
 
 
+def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]]) -> str:
+    """Take a file for samples, or go on with it.
+
+    Args:
+        about: {kind: {name: value}} of what they depend on, which about_path keeps; one is the setting dtype. Where that is
+            auto, it becomes the dtype of the samples that are there, or the one that this device is good at.
+
+    Returns:
+        That dtype.
+
+    Raises:
+        UserError: when the samples that are there depend on anything else.
+    """
+    setting = about["setting"]
+    has_samples = path.exists() and path.stat().st_size > 0
+    # Empty, both were left by a full disk, or by a kill before the first sample.
+    if about_path.exists() and (has_samples or about_path.stat().st_size):
+        before = check(str(about_path), read_json(about_path), {f"{kind}?": dict for kind in about})
+        # One written before a setting existed has its default.
+        defaults = {name: _DEFAULTS[name] for name in setting if name in _DEFAULTS}
+        before["setting"] = {**defaults, **before.get("setting", {})}
+        setting["dtype"] = settled_dtype(setting["dtype"], before["setting"]["dtype"])
+        if before["setting"]["dtype"] == "auto":
+            before["setting"]["dtype"] = setting["dtype"]
+        for kind, values in about.items():
+            _refuse_others(path, kind, before.get(kind, {}), values)
+    elif has_samples:
+        raise UserError(
+            f"{path} is there, and no {about_path.name} that says of what: move it away, or give another --out"
+        )
+    else:
+        setting["dtype"] = settled_dtype(setting["dtype"])
+        write_json(about_path, about)
+    return setting["dtype"]
+
+
+def cut_torn_line(path: Path) -> None:
+    """Drop the half line that a kill leaves at the end of a file."""
+    with open(path, "rb+") as file:
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+
+
 def _refuse_others(path: Path, kind: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     for name in {**before, **now}:
         if name not in before or name not in now:
             was, is_now = ("is", "is not") if name in before else ("is not", "is")
             raise UserError(
-                f"{path} holds another evaluation: the {kind} {name} {was} part of it and {is_now} asked for; "
+                f"{path} holds other samples: the {kind} {name} {was} part of it and {is_now} asked for; "
                 "give another --out"
             )
         if before[name] != now[name]:
             difference = (
                 f"is {before[name]!r} there and {now[name]!r} here" if kind == "setting" else "has changed since"
             )
-            raise UserError(f"{path} holds another evaluation: the {kind} {name} {difference}; give another --out")
+            raise UserError(f"{path} holds other samples: the {kind} {name} {difference}; give another --out")
 
 
-def _digest_of_files(folder: Path) -> str:
+def digest_of_files(folder: Path) -> str:
     paths = sorted(path for pattern in _PARTS for path in folder.glob(pattern))
     return digest(*(part for path in paths for part in (path.name.encode(), path)))

@@ -200,32 +200,44 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that "float32", "bfloat16" or "auto" stands for on a device; auto takes bfloat16 where it is the
-    faster one.
-
-    On a CPU that is measured (a fifth of a second): with units for it, it is far ahead, without them far behind.
-    """
+    """The dtype that "float32", "bfloat16" or "auto" stands for on a device; auto takes bfloat16 where the device has
+    units for it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    return torch.bfloat16 if _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32) else torch.float32
+        has_units = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        can = torch.cpu.get_capabilities()
+        has_units = can.get("amx_bf16") or can.get("avx512_bf16")
+    return torch.bfloat16 if has_units else torch.float32
 
 
-def _product_seconds(dtype: torch.dtype, size: int = 512, device: torch.device | str = "cpu") -> float:
-    """The shortest of many products: others may be at work on the device, too."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    times: list[float] = []
-    while len(times) < 4 or sum(times) < 0.1:
-        start = time.perf_counter()
-        product(a, a)
-        if a.is_cuda:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+def settled_dtype(name: str, before: str = "auto") -> str:
+    """The dtype that some work is done in, "float32" or "bfloat16": the one asked for; or, for "auto", the one that the work
+    began with, so that it can go on elsewhere; or compute_dtype's."""
+    if name == before == "auto":
+        return str(compute_dtype(name, torch.device("cuda" if torch.cuda.is_available() else "cpu")))[6:]
+    return before if name == "auto" else name
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second that the device reaches in a large matrix product, measured (a tenth of a second)."""
-    size = 8192 if device.type == "cuda" else 512
-    return 2 * size**3 / _product_seconds(dtype, size, device)
+    """Operations a second that the device reaches in a large matrix product, measured (a tenth of a second).
+
+    Others may be at work on the device, too. On a GPU the shortest of many products counts. On a CPU one thread's own time
+    does, times the threads: it stands still while another process has the core, and no thread waits for another.
+    """
+    on_gpu, num_threads = device.type == "cuda", torch.get_num_threads()
+    size, clock = (8192, time.perf_counter) if on_gpu else (512, time.thread_time)
+    a = torch.randn(size, size, device=device).to(dtype)
+    times: list[float] = []
+    torch.set_num_threads(1)
+    try:
+        while len(times) < 4 or sum(times) < 0.1:
+            start = clock()
+            product(a, a)
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            times.append(clock() - start)
+    finally:
+        torch.set_num_threads(num_threads)
+    return 2 * size**3 / min(times) * (1 if on_gpu else num_threads)

@@ -89,11 +89,13 @@ class Log:
         now = time.perf_counter()
         seconds = now - self.last
         tokens_per_s = sum(step.tokens for step in self.waiting) / seconds
-        share = sum(step.flops for step in self.waiting) / seconds / (self.matrix_rate * self.world.size)
+        rate = sum(step.flops for step in self.waiting) / seconds / self.world.size
+        # Where steps are faster than the product that was measured, the device reaches at least their rate.
+        self.matrix_rate = max(self.matrix_rate, rate)
         common = {
             "tokens_per_s": round(tokens_per_s, 1),
             "peak_memory_gb": round(peak_memory_gb(self.world.device), 3),
-            "matrix_share": round(share, 4),
+            "matrix_share": round(rate / self.matrix_rate, 4),
         }
         pairs = [(step, {**self._row(step, v), **common}) for step, v in zip(self.waiting, values)]
         self.waiting, self.last = [], now

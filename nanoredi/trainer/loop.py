@@ -80,7 +80,7 @@ class _Run:
 
     Attributes:
         dtype: of the compute, and of the saved models.
-        began_with: digests of what the run depends on beside its config.
+        began_with: what the run depends on beside its config: digests, and the dtype where that says auto.
         first, total: the steps that are done already, and those in all.
         watch: pairs whose log-probs are looked at along the run; None without any.
     """
@@ -109,7 +109,7 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
     # Measured, so one rank decides.
     dtype, rate = world.first(lambda: _dtype_and_rate(config.dtype, world.device))
     set_up(model, config, dtype, world)
-    began_with = {"data": data.digest}
+    began_with = {"data": data.digest, "dtype": str(dtype)[6:]}
     if isinstance(config, RediConfig) and config.objective == "dpo":
         data.reference, began_with["reference"] = reference_logps(config, model, data, dtype, world)
     optimizer = AdamW(model, config.lr, config.weight_decay)
@@ -183,8 +183,13 @@ def _resume(
     if notes is None:
         return 0
     for what, digest in began_with.items():
-        if notes["began_with"].get(what) != digest:
-            other = {"data": "other data, or another tokenizer", "reference": "another model as DPO's reference"}[what]
+        before = notes["began_with"].get(what, digest)  # former states have no dtype
+        if before != digest:
+            other = {
+                "data": "other data, or another tokenizer",
+                "dtype": f"--dtype {before}, not {digest}",
+                "reference": "another model as DPO's reference",
+            }[what]
             raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
     guards.restore(notes)
     for count in optimizer.num_steps:

@@ -39,6 +39,7 @@ def test_json_within_its_bounds():
 
 def test_a_line_without_an_end(tmp_path, monkeypatch):
     monkeypatch.setattr("nanoredi.common.files.MAX_CHARS", 1000)
+    monkeypatch.setattr("nanoredi.common.formats.MAX_CHARS", 1000)
     (tmp_path / "f.jsonl").write_text('"' + "a" * 5000)
     with pytest.raises(UserError, match="line 1 is longer than 1,000 characters"):
         list(read_rows(str(tmp_path / "f.jsonl")))

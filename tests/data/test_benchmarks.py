@@ -117,7 +117,7 @@ def test_the_one_frame_of_a_problem():
         role == "user" and text.startswith("Solve the following") and text.endswith(f"before answering.\n\n{problem}")
     )
     assert "$\\boxed{ANSWER}$" in text
-    assert frame(problem) == frame(problem, "plain") == [{"role": "user", "content": problem}]
+    assert frame(problem) == frame(problem, "") == frame(problem, "plain") == [{"role": "user", "content": problem}]
     assert frame("1+1", "In \\boxed{}: {problem}?")[0]["content"] == "In \\boxed{}: 1+1?"
     system = {"role": "system", "content": "Be brief."}
     assert frame("1+1", system="Be brief.") == [system, {"role": "user", "content": "1+1"}]

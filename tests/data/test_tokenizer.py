@@ -89,7 +89,10 @@ def test_real_ids_are_pinned(real):
 def test_real_streaming_holds_half_characters_back(real):
     ids = real.encode("∑ 😀 ü")
     stream = real.stream()
-    pieces = [stream.push(i) for i in ids]
+    pieces = []
+    for i in ids:
+        stream.push(i)
+        pieces.append(stream.text[len("".join(pieces)) :])
     assert "".join(pieces) == "∑ 😀 ü" and "\ufffd" not in "".join(pieces)
 
 
@@ -165,3 +168,27 @@ def test_broken_files(tmp_path):
 def test_what_is_no_message(value):
     with pytest.raises(UserError, match="here must be text, or a list of messages"):
         check_messages("here", value)
+
+
+@pytest.mark.parametrize(
+    "stops, text, stopped",
+    [
+        (["b+2"], "a=1", True),  # a stop text of several tokens
+        (["+2c", "b+"], "a=1", True),  # the one that is whole first
+        (["2d"], "a=1b+2c*3", False),
+        (["3d"], "a=1b+2c*3", False),  # what may begin a stop text is shown at the end
+    ],
+)
+def test_streaming_ends_before_a_stop_text(toy_data, stops, text, stopped):
+    tokenizer = Tokenizer(toy_data / "tokenizer")
+    stream = tokenizer.stream(stops)
+    shown = []
+    for token in tokenizer.encode("a=1b+2c*3"):
+        stream.push(token)
+        shown.append(stream.text)
+        if stream.stopped:
+            break
+    stream.finish()
+    assert (stream.text, stream.stopped) == (text, stopped)
+    assert all(text.startswith(piece) for piece in shown)
+    assert stops != ["3d"] or shown[-1] == "a=1b+2c*"

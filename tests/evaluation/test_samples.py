@@ -50,6 +50,29 @@ def test_a_torn_last_line_is_cut_off(claimed, toy_data, capsys):
     assert len(list(claimed.rows())) == 1
 
 
+@pytest.fixture
+def again(claimed, toy_data):
+    tests = [load(str(toy_data / "toy.jsonl"), "", 4)]
+    return lambda **change: claimed.claim({"SFT": toy_data / "model"}, tests, replace(CONFIG, **change))
+
+
+def test_they_go_on_in_their_dtype_and_former_ones_with_defaults(claimed, again):
+    dtype = json.loads(claimed.about.read_text())["setting"]["dtype"]
+    assert dtype in ("float32", "bfloat16") and again() == again(dtype=dtype) == dtype
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    with pytest.raises(UserError, match=f"the setting dtype is '{dtype}' there and '{other}' here"):
+        again(dtype=other)
+    claimed.about.write_text(claimed.about.read_text().replace(f'"{dtype}"', f'"{other}"'))
+    assert again() == other  # though this machine would take another
+    about = json.loads(claimed.about.read_text())
+    about["setting"]["dtype"] = "auto"
+    del about["setting"]["template"], about["setting"]["system"]
+    claimed.about.write_text(json.dumps(about))
+    assert again() == dtype
+    with pytest.raises(UserError, match="the setting template is '' there and 'plain' here"):
+        again(template="plain")
+
+
 @pytest.mark.parametrize(
     "bad, words",
     [
