@@ -14,7 +14,7 @@ from typing import Any
 
 from nanoredi.common.errors import UserError, nearest
 from nanoredi.common.files import read_rows
-from nanoredi.data.tokenizer import user_message
+from nanoredi.data.messages import user_message
 from nanoredi.grader import extract_answer
 
 # Name: number of problems.

@@ -1,9 +1,7 @@
 """Token sequences on disk, keyed by the data's content, the tokenizer and the rules, so that a second start only maps
 them into memory."""
 
-import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nanoredi.common.disk import digest, remove, remove_leftovers, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import read_rows
 from nanoredi.common.formats import num_rows
@@ -38,19 +37,16 @@ def cached(
     folder = Path(cache) / _key(path, tokenizer, rules)
     damaged = folder.exists() and not _is_whole(folder)
     if damaged or not folder.exists():
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        # Written beside and renamed: what a killed run leaves is never taken for a cache.
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=cache) as beside:
-            made = Path(beside, "data")
-            made.mkdir()
-            _fill(made, path, tokenizer, texts, arrays)
-            try:
-                if damaged and not _is_whole(folder):
-                    folder.rename(Path(beside, "damaged"))
-                made.rename(folder)
-            except OSError:  # another run has been quicker
-                if not _is_whole(folder):
-                    raise
+        remove_leftovers(Path(cache))
+        if damaged:
+            remove(folder)
+        try:
+            with writing(folder) as made:
+                made.mkdir()
+                _fill(made, path, tokenizer, texts, arrays)
+        except UserError:  # another run may have been quicker
+            if not _is_whole(folder):
+                raise
     notes = [f"{path}: {note}" for note in json.loads((folder / "whole.json").read_text())["notes"]]
     if damaged:
         notes.append(f"{path}: its token cache {folder} was damaged, and has been made again")
@@ -81,7 +77,7 @@ def _fill(folder: Path, path: str, tokenizer: Tokenizer, texts: Callable, arrays
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {name: _digest(folder / name).hexdigest() for name in _ARRAYS}
+    return {name: digest(folder / name) for name in _ARRAYS}
 
 
 def _is_whole(folder: Path) -> bool:
@@ -93,16 +89,8 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _digest(file: Path) -> Any:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "blake2b")
-
-
 def _key(path: str, tokenizer: Tokenizer, rules: tuple) -> str:
-    key = hashlib.blake2b(repr(rules).encode(), digest_size=12)
     try:
-        for file in (Path(path), *tokenizer.files):
-            key.update(_digest(file).digest())
+        return digest(repr(rules).encode(), Path(path), *tokenizer.files)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
-    return key.hexdigest()

@@ -16,7 +16,7 @@ from typing import Any
 from nanoredi.common.errors import UserError
 from nanoredi.data.benchmarks import golds_of
 from nanoredi.data.filters import say_dropped
-from nanoredi.data.messages import check_messages
+from nanoredi.data.messages import THINKING_NAMES, check_messages, folded
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.grader import grade
@@ -79,7 +79,9 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
         number, first, known = problems.setdefault(json.dumps(prompt), (len(problems), where, answer))
         if answer != known:
             unclear.setdefault(number, f"{first} and {where}")
-        response = tokenizer.opened(prompt, row["completion"])
+        thinking = {name: row[name] for name in THINKING_NAMES if isinstance(row.get(name), str)}
+        [said] = check_messages(where, [{"role": "assistant", "content": row["completion"], **thinking}])
+        response = tokenizer.opened(prompt, folded(said)["content"])
         if grading:
             # A response that was cut off never stopped at its answer: it is nothing to learn from, whatever it boxed.
             correct = answer and row.get("finish_reason") != "length" and grade(response, answer)

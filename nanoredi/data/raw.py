@@ -6,11 +6,12 @@ from typing import Any
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import read_rows
+from nanoredi.data.messages import THINKING_NAMES
 
 # A table's other columns are not read.
 _FIELDS = (
     *("problem_is_valid", "source", "problem", "generations", "correctness"),
-    *("prompt", "messages", "completion", "finish_reason", "sample", "answer", "correct"),
+    *("prompt", "messages", "completion", "finish_reason", "sample", "answer", "correct", *THINKING_NAMES),
 )
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 

@@ -108,7 +108,7 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
     Raises:
         UserError: naming file and line of a malformed row; when no row is left.
     """
-    masked = tokenizer.pad_id if tokenizer.pad_id == tokenizer.eos_id and len(tokenizer.stop_ids) > 1 else None
+    masked = tokenizer.pad_id if tokenizer.pad_id == tokenizer.eos_id and len(tokenizer.stop_ids) > 1 else -1
 
     def texts(where: str, row: Any, counts: Counter[str]) -> tuple[list[str], tuple[int, str, float]] | None:
         *prompt, answer = conversation(where, row)
@@ -119,7 +119,9 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
     def arrays(encodings: list[Encoding], kept: tuple[int, str, float], counts: Counter[str]) -> Iterator[Arrays]:
         (num_chars, text, weight), (before, ids) = kept, (encoding.ids for encoding in encodings)
         # Where the whole starts with the prompt's own tokens, the rest is the completion's; elsewhere a token straddles
-        # the border, and belongs to the prompt.
+        # the border, and belongs to the prompt: as in the original, but not where sampling goes on from a <think>.
+        if ids[: len(before)] != before and text[:num_chars].rstrip().endswith("<think>"):
+            ids = before + tokenizer.encode(text[num_chars:])
         first = len(before) if ids[: len(before)] == before else tokenizer.num_before(text, num_chars)
         ids = tokenizer.ended(ids)
         counts[f"conversations cut to {max_tokens} tokens"] += len(ids) > max_tokens

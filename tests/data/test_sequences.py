@@ -130,6 +130,11 @@ def test_whole_conversations_of_other_families_are_pinned(shared, write, cache, 
     ):
         assert tokens.tolist() == [*prompt, *completion]
         assert learned.tolist() == [False] * len(prompt) + [True] * len(completion)
+    # Tokenised at once, the line break after an opened <think> would be one token with the answer's.
+    if tokenizer.prompt(user_message("1+1?")).endswith("<think>\n"):
+        for answer in ("<think>\n\nA</think>2", "\nA</think>2"):
+            tokens, learned = sequence(load_sft(write(conversation("1+1?", answer)), tokenizer, 100, cache), 0)
+            assert tokens[~learned].tolist() == prompt and tokenizer.decode(tokens[learned].tolist()).startswith("\nA")
 
 
 def test_rows_that_are_nothing_to_learn_from_are_counted(tokenizer, write, cache):
