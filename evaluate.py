@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanoredi.common.disk import lock
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_rows
 from nanoredi.common.flags import option, read_flags, read_recipe, resolve
@@ -141,12 +142,11 @@ def _folder(out: str) -> str:
 def _new_folder(out: str) -> str:
     """A new folder for the results: the one that was asked for, or one named by the time."""
     path = Path(out or f"runs/evaluate/{time.strftime('%Y-%m-%d-%H%M%S')}")
-    try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} is not empty: give another --out")
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}; give another --out") from None
+    if path.exists() and (
+        not path.is_dir() or any(p.name != ".lock" and p.suffix != ".writing" for p in path.iterdir())
+    ):
+        raise UserError(f"{path} is not empty: give another --out")
+    lock(path)
     return str(path)
 
 

@@ -6,14 +6,17 @@ Parquet and Arrow ask for pyarrow.
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanoredi.common.errors import UserError
 
+MAX_CHARS, MAX_DEPTH = 1 << 28, 100  # of a JSON file, or of a line of a JSONL file
 _TABLES = (".parquet", ".arrow")
 _ROWS_AT_ONCE = 64
 
@@ -55,7 +58,7 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
             zipped = file.read(2) == b"\x1f\x8b"
         with gzip.open(path) if zipped else open(path, "rb") as file:
             first = True
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(partial(file.readline, MAX_CHARS + 1), b""), 1):
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if not line.strip():
                     continue
@@ -70,9 +73,9 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _list(path: Path, text: bytes) -> list[Any]:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} begins as a JSON list and is none: {error}") from None
+        return parse_json(f"{path}, which begins as a list,", text.decode(), max_chars=1 << 34)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
 @contextmanager
@@ -108,3 +111,38 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _chosen(names: list[str], fields: tuple[str, ...] | None) -> list[str]:
     return [name for name in names if fields is None or name in fields]
+
+
+def parse_json(where: str, text: str, max_chars: int | None = None) -> Any:
+    """JSON from outside: of bounded size and depth, all its numbers finite.
+
+    Raises:
+        UserError: naming `where`, when it is anything else.
+    """
+    max_chars = max_chars or MAX_CHARS
+    if len(text) > max_chars:
+        raise UserError(f"{where} is longer than {max_chars:,} characters")
+    try:
+        value = _JSON.decode(text)
+        deep = text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH
+    except RecursionError:
+        deep = True
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    if deep:
+        raise UserError(f"{where} is nested more than {MAX_DEPTH} levels deep")
+    return value
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)

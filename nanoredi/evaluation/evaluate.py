@@ -7,8 +7,9 @@ from pathlib import Path
 from nanoredi.common.progress import progress
 from nanoredi.config import EvaluateConfig, RediConfig
 from nanoredi.data.benchmarks import Benchmark, with_system
+from nanoredi.data.messages import user_message
 from nanoredi.data.sequences import load_pairs
-from nanoredi.data.tokenizer import Tokenizer, user_message
+from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.evaluation.samples import Samples
 from nanoredi.evaluation.scores import Row, graded, summarise
 from nanoredi.model.hf_folder import stop_ids

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from nanoredi.common.errors import UserError
+from nanoredi.common.errors import UserError, sentence
 from nanoredi.kernels.dispatch import prepare_for_training
 from nanoredi.kernels.layers import product
 from nanoredi.model.qwen2 import Block, Qwen2
@@ -38,13 +38,16 @@ class World:
     device: torch.device
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """Do some work on rank 0 and give its result to every rank; a UserError of it is raised on every rank."""
+        """Do some work on rank 0 and give its result to every rank; a UserError of it, or a disk's error, is raised on
+        every rank."""
         outcome: list = [None, None]
         if self.rank == 0:
             try:
                 outcome[0] = work()
-            except UserError as error:
-                outcome[1] = str(error)
+            except Exception as error:
+                if (text := sentence(error)) is None:
+                    raise
+                outcome[1] = text
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise UserError(outcome[1])

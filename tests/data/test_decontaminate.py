@@ -8,7 +8,7 @@ from nanoredi import prepare
 from nanoredi.common.errors import UserError
 from nanoredi.data.decontaminate import Overlap
 from nanoredi.data.filters import Traces
-from nanoredi.data.tokenizer import user_message
+from nanoredi.data.messages import user_message
 
 EIGHT = "one two three four five six seven eight"
 

@@ -387,7 +387,7 @@ def test_evaluate_grades_completions(run, tmp_path, benchmark):
     done = run("evaluate.py", *flags)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
-    assert {p.name for p in out.iterdir()} == {
+    assert {p.name for p in out.iterdir()} - {".lock"} == {
         "samples.jsonl",
         "results.json",
         "differences.json",
