@@ -100,6 +100,8 @@ def read(where: str, row: Any) -> Answers:
     if isinstance(row.get("problem"), int) and isinstance(row.get("benchmark"), str):
         found.benchmark, found.problem, found.sample = row["benchmark"], row["problem"], row.get("sample")
         found.model = str(row.get("model"))
+        if type(found.sample) is not int:
+            raise UserError(f"{where}: its 'sample' is {str(found.sample)[:60]!r}; it must be a whole number")
     there = [path for path in LAYOUTS if _may_hold_completions(row, path)]
     path = next((path for path in there if _get(row, path) is not None), None)
     found.error = _error(row, path)

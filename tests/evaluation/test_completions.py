@@ -324,6 +324,7 @@ def test_finish_reasons(tmp_path, benchmark, reason, kept):
         ({"tokens": -1}, "its number of tokens is '-1'"),
         ({"finish_reason": 3}, "its finish_reason is '3'; it must be a text"),
         ({"finish_reason": ["stop"]}, "its finish_reason is"),
+        ({"benchmark": "b", "problem": 0, "sample": []}, r"its 'sample' is '\[\]'; it must be a whole number"),
         ({"completion": {"a": 1}}, "no text where its completion should be"),
         ({"completion": []}, "its 'completion' holds no completion"),
     ],
