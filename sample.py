@@ -23,7 +23,8 @@ from nanoredi.common.progress import progress
 from nanoredi.common.runs import newest_model, recipe_of
 from nanoredi.config import EvaluateConfig, SamplingConfig
 from nanoredi.data import benchmarks
-from nanoredi.data.tokenizer import Tokenizer, check_messages
+from nanoredi.data.messages import check_messages
+from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.model.hf_folder import stop_ids
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.sampler import Sampler

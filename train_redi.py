@@ -81,7 +81,7 @@ def _has_results(out: Path) -> bool:
 
 
 def _benchmarks(evaluation: EvaluateConfig) -> list[benchmarks.Benchmark]:
-    return [benchmarks.load(name, evaluation.data, evaluation.limit) for name in evaluation.benchmarks]
+    return benchmarks.load_all(evaluation.benchmarks, evaluation.data, evaluation.limit, evaluation.template)
 
 
 if __name__ == "__main__":

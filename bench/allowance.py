@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from nanoredi.kernels import linear, packed
+from nanoredi.kernels import linear
+from nanoredi.kernels.dispatch import prepare_for_sampling
 from nanoredi.model.config import Qwen2Config
 from nanoredi.sampler.scheduler import Request
 
@@ -51,7 +52,7 @@ def _product_seconds(rows: int, matrices: list[list[torch.Tensor]], head: torch.
         ways = [
             (weights, lambda x, w: x @ w.T),
             (weights, lambda x, w: w @ x.T),
-            ([packed(w) for w in weights], linear),
+            ([prepare_for_sampling(w, True) for w in weights], linear),
         ]
         with torch.no_grad():
             return min(best(lambda: [way(inputs[w.shape[1]], w) for w in ws]) for ws, way in ways)

@@ -28,8 +28,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from nanoredi.kernels import chunks, linear_logprob, weighted_cross_entropy  # noqa: E402
-from nanoredi.kernels.products import add_product, product, put_product  # noqa: E402
+from nanoredi.kernels import linear_logprob, weighted_cross_entropy  # noqa: E402
+from nanoredi.kernels import logits as head  # noqa: E402
+from nanoredi.kernels.layers import add_product, product, put_product  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Tokens, hidden size, vocabulary, dtype: a pair of the paper's longest traces, then one of its mean length; and a model
@@ -121,7 +122,7 @@ def products(size: tuple[int, int, int, str], times: int) -> dict[int, float]:
 
     def multiply(number: int) -> None:
         grad_head = torch.zeros_like(lm_head, dtype=torch.float32)
-        for _, x, logits in chunks.logits_by_chunks(hidden, lm_head, case.rows):
+        for _, x, logits in head.logits_by_chunks(hidden, lm_head, case.rows):
             for _ in range(number - 3):
                 put_product(logits, x, lm_head.T)
             product(logits, lm_head)
@@ -289,7 +290,7 @@ def main() -> None:
     flags = parser.parse_args()
     if flags.one:
         if flags.elements:
-            chunks.MAX_CPU_ELEMENTS = chunks.MAX_GPU_ELEMENTS = int(flags.elements)
+            head.MAX_CPU_ELEMENTS = head.MAX_GPU_ELEMENTS = int(flags.elements)
         n, d, v = map(int, flags.size[:3])
         print(json.dumps(measure(flags.one, (n, d, v, flags.size[3]), flags.times, flags.turn == "0")))
         return

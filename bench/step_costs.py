@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from nanoredi.kernels.chunks import MAX_GPU_ELEMENTS
+from nanoredi.kernels.logits import MAX_GPU_ELEMENTS
 from nanoredi.model.config import Qwen2Config
 
 

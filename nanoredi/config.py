@@ -150,6 +150,18 @@ class SamplingConfig:
     dtype: str = option(
         "auto", "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it)", choices=DTYPES
     )
+    template: str = option(
+        "",
+        "what asks a problem: paper (its evaluation's words), plain (nothing but the problem), or a text with {problem} in its "
+        "place; empty: paper for the paper's benchmarks, plain for all else",
+    )
+    system: str = option("", "system message; empty: the chat template's own")
+
+    def __post_init__(self):
+        if self.template not in ("", "paper", "plain") and "{problem}" not in self.template:
+            raise UserError(
+                f"--template takes paper, plain, or a text that says {{problem}} where that goes, not {self.template!r}"
+            )
 
 
 @table("evaluate")

@@ -16,9 +16,11 @@ if not torch.cuda.is_available():
 
 from nanoredi import toy  # noqa: E402
 from nanoredi.config import ToyConfig  # noqa: E402
+from nanoredi.kernels import dispatch  # noqa: E402
 from nanoredi.trainer.distributed import World, world  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +39,29 @@ def skip_without_gcc(source: str) -> None:
         about = subprocess.run(["cc", "--version"], capture_output=True, text=True).stdout
         assert "Free Software Foundation" not in about, f"gcc cannot compile {source}, or torch not run it"
     pytest.skip("no gcc (as cc)")
+
+
+@pytest.fixture
+def plain(monkeypatch) -> None:
+    """Every operation by its plain version."""
+    monkeypatch.setattr(dispatch.operation, "__call__", lambda self, *args, **kwargs: self.plain(*args, **kwargs))
+
+
+@pytest.fixture(params=["plain", "fastest"])
+def version(request) -> str:
+    """Every operation by its plain version, then by what the machine's device has; the same where that is nothing."""
+    if request.param == "plain":
+        request.getfixturevalue("plain")
+    return request.param
+
+
+def use_triton(monkeypatch: pytest.MonkeyPatch, *operations: dispatch.operation) -> None:
+    """On the CPU, too, where Triton's interpreter runs."""
+    if dispatch.triton is None:
+        pytest.skip("Triton is not installed")
+    dispatch._import_package(DEVICE.type)  # it registers its own once
+    for operation in operations:
+        monkeypatch.setitem(operation.faster, DEVICE.type, operation.faster["cuda"])
 
 
 @pytest.fixture(scope="session")

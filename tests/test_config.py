@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.flags import _builtin_recipes, read_flags, read_recipe, resolve, write_recipe
-from nanoredi.common.runs import open_run, recipe_of
+from nanoredi.common.runs import check_model, open_run, recipe_of
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
 
 
@@ -74,6 +74,7 @@ def test_the_paper_s_recipe():
         (["--lr", "inf"], "--lr takes a number, not inf"),
         (["--epochs", "1.5"], "--epochs takes a whole number, not '1.5'"),
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
+        (["--lr", "-1e-6"], "--lr is -1e-06; it must be at least 0"),
         (["--clip", "0"], "--clip is 0.0; it must be above 0"),
         (["--warmup", "2"], "--warmup is 2.0; it must be at most 1"),
         (["--evaluate", "yes"], "--evaluate takes true or false, not 'yes'"),
@@ -262,3 +263,47 @@ def test_a_run_s_folder(tmp_path):
         open_run(str(tmp_path / "mine"), {"redi": config})
     with pytest.raises(UserError, match="--out"):
         open_run("", {"redi": config})
+
+
+def test_a_template_says_where_the_problem_goes():
+    for template in ("", "paper", "plain", "Solve {problem}!"):
+        assert resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": template}}).template == template
+    with pytest.raises(
+        UserError, match=r"--template takes paper, plain, or a text that says \{problem\}.* not 'papre'"
+    ):
+        resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": "papre"}})
+
+
+@pytest.mark.parametrize(
+    "given, files, words",
+    [
+        ("Qwen/Qwen2.5-Math-1.5B", [], "--local-dir Qwen2.5-Math-1.5B; then give Qwen2.5-Math-1.5B"),
+        ("https://huggingface.co/Qwen/Qwen2-7B", [], "hf download Qwen/Qwen2-7B --local-dir Qwen2-7B"),
+        ("runs/nowhere", ["runs/a/config.json"], "there is no folder runs/nowhere; give the one that holds"),
+        ("nowhere", [], "there is no folder nowhere; give the one that holds the model's config.json"),
+        ("m/x.gguf", ["m/x.gguf"], "m/x.gguf is a file; give the folder"),
+        ("run", ["run/config.toml", "run/final/config.json", "run/step-000002/config.json"], "run's.*give run/final,"),
+        ("run", ["run/config.toml", "run/step-000002/config.json"], "a run's folder .*give run/step-000002$"),
+        (
+            "hub/models--a--b",
+            ["hub/models--a--b/snapshots/c0/config.json"],
+            "cache .*give hub/models--a--b/snapshots/c0",
+        ),
+        ("hub", ["hub/models--a--b/snapshots/c0/config.json"], "the hub's cache .*give hub/models--a--b/snapshots/c0"),
+        ("runs", ["runs/a/final/config.json"], "a folder of models and no model's: give runs/a/final"),
+        ("m", ["m/adapter_config.json"], "an adapter and no whole model"),
+        ("m", ["m/model.safetensors"], "m has no config.json, so it is no model's folder"),
+    ],
+)
+def test_what_is_no_model_s_folder_is_named(given, files, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError, match=words):
+        check_model(given)
+
+
+def test_a_model_s_folder_is_taken(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert check_model(str(tmp_path)) == str(tmp_path)

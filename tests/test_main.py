@@ -1,5 +1,6 @@
 """The scripts as a user runs them: the main job on a shrunken toy, sampling and evaluation after it, and bad input."""
 
+import importlib
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+import nanoredi
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -277,3 +280,9 @@ def test_ctrl_c_leaves_whole_rows(tmp_path, toy_data):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert 5 <= len(rows) < 3000 and path.read_text().endswith("\n")
     assert said.splitlines()[-1] == f"samples.jsonl: {len(rows)} of 3000 completions, then stopped"
+
+
+def test_an_older_python_is_told_so(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 14))
+    with pytest.raises(SystemExit, match="error: nanoredi runs on Python 3.11 and newer; this is Python "):
+        importlib.reload(nanoredi)

@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench import scaling, step_costs
 from bench.step_costs import MACHINE, MODELS, Device, Layout
-from nanoredi.kernels import chunks, pointwise, products
-from nanoredi.kernels import rows as kernel_rows
+from nanoredi.kernels import logits
 from nanoredi.model import qwen2 as model_module
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer import distributed
@@ -146,17 +145,13 @@ class Peak(TorchDispatchMode):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tensors without contents: CUDA_VISIBLE_DEVICES= pytest")
 @pytest.mark.parametrize("kept", ["attention", "products"])
-def test_memory_is_what_a_step_keeps(kept, one_rank, monkeypatch):
+def test_memory_is_what_a_step_keeps(kept, one_rank, plain, monkeypatch):
     """Four blocks of the two models, two micro-batches of 38,000 tokens, in tensors without contents."""
     monkeypatch.setattr(model_module, "PackedAttention", lambda *_: lambda layer, q, k, v: attention(q, k, v)[0])
-    monkeypatch.setattr(model_module, "ATTENTION", ["nanoredi_tests::attention"])
+    monkeypatch.setattr(model_module, "ATTENTION", {"nanoredi_tests::attention"})
     monkeypatch.setattr(model_module.RMSNorm, "forward", lambda self, x: Norm.apply(x, self.weight))
     monkeypatch.setattr(nn.Module, "float", lambda self: self)  # it is fp32, and such tensors cannot be swapped
-    monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", chunks.MAX_GPU_ELEMENTS)
-    monkeypatch.setattr(kernel_rows, "_CPU_ELEMENTS", chunks.MAX_GPU_ELEMENTS)  # a GPU takes its rows all at once
-    monkeypatch.setattr(products, "_PIECE", 1 << 26)
-    for module in (products, pointwise, kernel_rows):
-        monkeypatch.setattr(module, "compiled", lambda *_, **__: None)  # C is a CPU's alone
+    monkeypatch.setattr(logits, "MAX_CPU_ELEMENTS", logits.MAX_GPU_ELEMENTS)
     monkeypatch.setattr(step_costs, "SEQUENCES", 4)
     mesh = distributed.shard_mesh(one_rank, 0)
     monkeypatch.setattr(distributed, "shard_mesh", lambda *_: mesh)  # a mesh cannot be made of such tensors

@@ -5,13 +5,13 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
-from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from nanoredi.common.disk import may_crash, writing
 from nanoredi.common.errors import UserError
+from nanoredi.common.formats import file_rows
 
 MAX_CHARS, MAX_DEPTH = 1 << 28, 100  # of a JSON file, or of a line of a JSONL file
 _KINDS = {
@@ -52,23 +52,23 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
-def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSONL file, each with where it stands ("file, line n") for messages about it. Empty lines are
-    skipped.
+def read_rows(path: str, fields: tuple[str, ...] | None = None) -> Iterator[tuple[str, Any]]:
+    """The rows of a file in any of the formats, each with where it stands ("file, line n") for messages about it.
+    Empty lines are skipped.
+
+    Args:
+        fields: of a Parquet or Arrow file, the columns that are wanted; all without it.
 
     Raises:
         UserError: when the file cannot be read or a line is not JSON.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(iter(partial(file.readline, MAX_CHARS + 1), ""), 1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, parse_json(where, line)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    for where, row in file_rows(Path(path), fields):
+        if isinstance(row, bytes):
+            try:
+                row = parse_json(where, row.decode())
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where} is not UTF-8 text: {error}") from None
+        yield where, row
 
 
 def parse_json(where: str, text: str) -> Any:

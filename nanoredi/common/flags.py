@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import math
 import operator
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,8 @@ def read_flags(
                 default=argparse.SUPPRESS,
                 help=f"{f.metadata['help']} [{default}]".replace("%", "%%"),
             )
+    # argparse takes -1e-6 for a flag, but never a word with a space in it.
+    argv = [f" {word}" if re.fullmatch(r"-[\d.]+e[-+]?\d+", word, re.IGNORECASE) else word for word in argv]
     known, unknown = parser.parse_known_args(argv)
     for word in unknown:
         name = word.split("=")[0]

@@ -5,6 +5,8 @@ final/, and results.json where the run was evaluated.
 """
 
 import dataclasses
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from nanoredi.common.files import check, parse_json, read_json
 from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
 
 INDEX = "model.safetensors.index.json"
+_PATHS = {"model", "data", "watch", "cache", "benchmarks"}  # options that hold paths (a benchmark's name has no dot)
 
 
 def open_run(out: str, configs: dict[str, Any]) -> bool:
@@ -67,10 +70,61 @@ def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
 
 
 def recipe_of(model: str | Path) -> Tables:
-    """The recipe of the run that a model's folder lies in; empty where it lies in none."""
+    """The recipe of the run that a model's folder lies in; empty where it lies in none. Its relative paths, which were
+    given where the run was started, lead from here to the same places, if they are still where they were beside the run."""
     folder = Path(model).parent
     is_run = (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists()
-    return read_recipe(folder / "config.toml") if is_run else {}
+    tables = read_recipe(folder / "config.toml") if is_run else {}
+    out = next((tables[name]["out"] for name in ("redi", "sft") if tables.get(name, {}).get("out")), "")
+
+    def moved(path: str) -> str:
+        here = os.path.relpath(folder / os.path.relpath(path, out))
+        return path if os.path.isabs(path) or not os.path.exists(here) else here
+
+    if out and not Path(out).is_absolute():
+        for values in tables.values():
+            for name in _PATHS & values.keys():
+                value = values[name]
+                values[name] = (
+                    [moved(one) if "." in one else one for one in value]
+                    if isinstance(value, list)
+                    else value and moved(value)
+                )
+    return tables
+
+
+def check_model(folder: str) -> str:
+    """The folder of a model, as it was given.
+
+    Raises:
+        UserError: where it holds none: what it is instead, and what would help.
+    """
+    path = Path(folder)
+    if (path / "config.json").exists():
+        return folder
+    if path.is_file():
+        raise UserError(f"{folder} is a file; give the folder that holds it beside the model's config.json")
+    if not path.exists():
+        help = "give the one that holds the model's config.json"
+        name = re.search(r"^(?:https?://[\w.]+/)?(\w[\w.-]*/\w[\w.-]*)/?$", folder)
+        if name and not path.parent.is_dir():
+            own = name[1].split("/")[1]
+            help = f"if it is a model's name on the hub: hf download {name[1]} --local-dir {own}; then give {own}"
+        raise UserError(f"there is no folder {folder}; {help}")
+    if (path / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter and no whole model: merge it into its base model, and give that one"
+        )
+    # A run's final/, the hub's models--*/snapshots/*/, and either a few folders further down.
+    found = [c for depth in range(1, 5) for c in path.glob("*/" * depth + "config.json")]
+    found.sort(key=lambda c: (c == path / "final" / "config.json", c.stat().st_mtime), reverse=True)
+    if not found:
+        raise UserError(f"{folder} has no config.json, so it is no model's folder")
+    kind = "a run's folder" if (path / "config.toml").exists() else "a folder of models"
+    if (path / "snapshots").is_dir() or next(path.glob("models--*"), None):
+        kind = "the hub's cache"
+    more = f", or another of the {len(found)} in it" if len(found) > 1 else ""
+    raise UserError(f"{folder} is {kind} and no model's: give {found[0].parent}{more}")
 
 
 def holds_model(folder: Path) -> bool:

@@ -13,18 +13,18 @@ fp32. Where a CPU multiplies pairs of bf16 numbers, P and dS are rounded to bf16
 on a GPU; elsewhere all factors are fp32. What is read and written is in the tensors' dtype.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from nanoredi.cpu.native import call, compiled
+from nanoredi.cpu.native import call, library
+from nanoredi.model.attention import ATTENTION, PackedAttention, causal_attention
 
 
-def runs_causal(q: Tensor) -> bool:
-    """Whether there is C for queries (N, H, E) like these."""
-    fits = q.is_cpu and q.shape[2] % 64 == 0 and q.dtype in (torch.float32, torch.bfloat16)
-    return fits and _library(q) is not None
+@causal_attention.on("cpu")
+def _(q: Tensor, k: Tensor, v: Tensor, sequences: PackedAttention) -> Tensor:
+    if library("causal", q.dtype, q.shape[2]) is None:
+        return NotImplemented
+    return CausalAttention.apply(q, k, v, sequences.lengths)
 
 
 class CausalAttention(torch.autograd.Function):
@@ -55,7 +55,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> tuple[Tensor
     return out, tops, shares
 
 
-# An operation of its own, so that activation checkpointing can keep its results (attention.ATTENTION).
+# An operation of its own, so that activation checkpointing can keep its results.
+ATTENTION.add("nanoredi::causal_attention")
 _operations = torch.library.Library("nanoredi", "DEF")
 _operations.define("causal_attention(Tensor q, Tensor k, Tensor v, int[] lengths) -> (Tensor, Tensor, Tensor)")
 _operations.impl("causal_attention", _attend, "CPU")
@@ -63,8 +64,5 @@ _operations.impl("causal_attention", _attend, "CPU")
 
 def _call(name: str, q: Tensor, k: Tensor, *others: Tensor) -> None:
     kinds = "tt" + "t" * len(others) + "iiif"
-    call(_library(q), name, kinds, q, k, *others, *q.shape[:2], k.shape[1], q.shape[2] ** -0.5)
-
-
-def _library(q: Tensor) -> ctypes.CDLL | None:
-    return compiled("causal", SIZE=q.shape[2], IN_BF16=int(q.dtype == torch.bfloat16))
+    c = library("causal", q.dtype, q.shape[2])
+    call(c, name, kinds, q, k, *others, *q.shape[:2], k.shape[1], q.shape[2] ** -0.5)

@@ -7,16 +7,18 @@ keeps both: its `grad`, zeroed after a step and not dropped, to which the operat
 nothing to do; and, where products are of another dtype, a copy of it, renewed when the master has changed.
 """
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from nanoredi.kernels.dispatch import drop_gradient, prepare_for_training
 
 
-def make_masters(parameters: Iterable[nn.Parameter]) -> None:
-    """Of fp32 leaves. Their gradients must not be asked of torch.autograd.grad any more."""
-    for p in parameters:
-        p.grad, p.is_master, p.copies = torch.zeros_like(p), True, {}
+@prepare_for_training.on("cpu")
+def make_master(parameter: Any) -> None:
+    """The parameter must be an fp32 leaf, whose gradient nobody asks torch.autograd.grad for any more."""
+    parameter.grad, parameter.is_master, parameter.copies = torch.zeros_like(parameter), True, {}
 
 
 def kept_sum(parameter: Tensor) -> Tensor | None:
@@ -24,7 +26,7 @@ def kept_sum(parameter: Tensor) -> Tensor | None:
     return parameter.grad if getattr(parameter, "is_master", False) else None
 
 
-def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(parameter: Any, dtype: torch.dtype) -> Tensor:
     """The parameter in this dtype; of another one without its history. Not to be changed."""
     if parameter.dtype == dtype:
         return parameter
@@ -37,10 +39,9 @@ def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return copy
 
 
-def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Make ready for the next step's: kept sums are zeroed, other gradients let go of."""
-    for p in parameters:
-        if (total := kept_sum(p)) is None:
-            p.grad = None
-        else:
-            total.zero_()
+@drop_gradient.on("cpu")
+def _(parameter: Tensor) -> None:
+    total = kept_sum(parameter)
+    if total is None:
+        return NotImplemented
+    total.zero_()

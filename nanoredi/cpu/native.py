@@ -13,16 +13,39 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 _COMPILER = "cc"
 _KINDS = {"t": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-Wno-psabi"]
 
+# What the size that a file works on must be a multiple of.
+_MULTIPLES = {"causal": 64, "decode": 4, "pointwise": 16, "products": 1, "rows": 1}
+# Whether the CPU has units for pairs of bf16 numbers, and none for tiles, with which oneDNN is faster.
+HAS_PAIRS = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+
+
+def library(name: str, dtype: torch.dtype, size: int = 0, **constants: int) -> ctypes.CDLL | None:
+    """The C file of this name, compiled for tensors like the caller's; None where PyTorch must do the work.
+
+    Args:
+        dtype: the tensors'.
+        size: of a head, or of a row.
+        constants: what else the file wants defined.
+    """
+    if dtype not in (torch.float32, torch.bfloat16) or size % _MULTIPLES[name]:
+        return None
+    if name == "products":  # all others know fp32, too
+        return compiled(name) if dtype == torch.bfloat16 and HAS_PAIRS else None
+    if size:
+        constants["SIZE"] = 16 if name == "pointwise" else size
+    return compiled(name, IN_BF16=int(dtype == torch.bfloat16), **constants)
+
 
 @functools.cache
 def compiled(name: str, **constants: int) -> ctypes.CDLL | None:
-    """The library of the C file of this name beside this one. None, once it was said why, where it cannot be had.
+    """The library of the C file of this name beside this one. None if it could not be compiled (the reason has been printed).
 
     Args:
         constants: what the file wants defined.

@@ -67,6 +67,9 @@ class Samples:
         has_samples = self.path.exists() and self.path.stat().st_size > 0
         if self.about.exists() and (has_samples or self.about.stat().st_size):
             before = check(str(self.about), read_json(self.about), {f"{kind}?": dict for kind in about})
+            # An evaluation that was begun before there was a setting has that one's default.
+            defaults = {f.name: f.default for f in fields(EvaluateConfig) if f.name in about["setting"]}
+            before["setting"] = {**defaults, **before.get("setting", {})}
             for kind, values in about.items():
                 _refuse_others(self.path, kind, before.get(kind, {}), values)
         elif has_samples:

@@ -9,7 +9,7 @@ is:
 
     d loss / d z_t = w_t * (onehot(y_t) - softmax(z_t))
 
-Hence forward walks over chunks of rows, makes a chunk's logits, overwrites them with their own gradient (rows.py),
+Hence forward walks over chunks of rows, makes a chunk's logits, overwrites them with their own gradient (logits.py),
 multiplies that into the gradients of hidden and lm_head, and forgets it. Backward only hands the two finished
 gradients over.
 """
@@ -17,12 +17,14 @@ gradients over.
 import torch
 from torch import Tensor
 
-from nanoredi.cpu.masters import cast, kept_sum
-from nanoredi.kernels.chunks import logits_by_chunks
-from nanoredi.kernels.products import add_product, product
-from nanoredi.kernels.rows import logprobs_
+from nanoredi.kernels.dispatch import operation
+from nanoredi.kernels.layers import add_product, product
+from nanoredi.kernels.logits import logits_by_chunks, logprobs_
+
+Gradients = tuple[Tensor | None, Tensor | None]
 
 
+@operation
 def weighted_cross_entropy(
     hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -30,8 +32,7 @@ def weighted_cross_entropy(
 
     The gradient of lm_head adds up in fp32, whatever its dtype, and leaves backward so: an fp32 master takes it as it is,
     a bf16 lm_head unrounded where its grad_dtype is float32 (distributed.shard sets it), and rounds it once otherwise. A
-    frozen lm_head costs no gradient. Of a master (masters.py) forward adds it to the kept sum at once, as if the loss's own
-    gradient were 1; backward raises a RuntimeError if it is not.
+    frozen lm_head costs no gradient.
 
     Args:
         hidden: (N, D) final hidden states, fp32 or bf16.
@@ -54,24 +55,12 @@ def weighted_cross_entropy(
 class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, weights, rows, grad_enabled):
-        grad_hidden = torch.zeros_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
+        wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
+        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
         # Chunks add up in fp32: in bf16 a small term added to a large sum is lost.
-        grad_head = ctx.sum = None
-        if grad_enabled and ctx.needs_input_grad[1]:
-            ctx.sum = kept_sum(lm_head)
-            grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if ctx.sum is None else ctx.sum
-        wants_gradient = grad_hidden is not None or grad_head is not None
-        logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
-
-        head = cast(lm_head, hidden.dtype)
-        for chunk, x, logits in logits_by_chunks(hidden, head, rows):
-            logps[chunk], *_ = logprobs_(logits, targets[chunk], weights[chunk] if wants_gradient else None)
-            if grad_hidden is not None:
-                grad_hidden[chunk] = product(logits, head)
-            if grad_head is not None:
-                add_product(grad_head, logits.T, x)
-
+        grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if wanted[1] else None
         ctx.grads = grad_hidden, grad_head
+        logps = logps_and_gradients(hidden, lm_head.to(hidden.dtype), targets, weights, rows, ctx.grads)
         ctx.mark_non_differentiable(logps)
         return (weights * logps).sum(), logps
 
@@ -81,13 +70,25 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "weighted_cross_entropy hands its gradients over once; a second backward needs a second forward"
             )
-        grad_hidden, grad_head = ctx.grads
-        ctx.grads = None
-        if ctx.sum is not None:
-            if grad_loss != 1:
-                raise RuntimeError("of a master, lm_head's gradient is in its sum already: the loss's own must be 1")
-            return grad_hidden, None, None, None, None, None
-        for grad in (grad_hidden, grad_head):
-            if grad is not None:
-                grad.mul_(grad_loss)
-        return grad_hidden, grad_head, None, None, None, None
+        grads, ctx.grads = ctx.grads, None
+        return *(grad if grad is None else grad.mul_(grad_loss) for grad in grads), None, None, None, None
+
+
+def logps_and_gradients(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor, grads: Gradients
+) -> Tensor:
+    """The log-probabilities (N,) of these rows, 0 elsewhere.
+
+    Args:
+        grads: where they are wanted, the gradient of hidden (N, D) is written to, that of lm_head (V, D) fp32 added to.
+    """
+    grad_hidden, grad_head = grads
+    wanted = grad_hidden is not None or grad_head is not None
+    logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+    for chunk, x, logits in logits_by_chunks(hidden, head, rows):
+        logps[chunk], *_ = logprobs_(logits, targets[chunk], weights[chunk] if wanted else None)
+        if grad_hidden is not None:
+            grad_hidden[chunk] = product(logits, head)
+        if grad_head is not None:
+            add_product(grad_head, logits.T, x)
+    return logps

@@ -1,23 +1,93 @@
-"""Triton, where its kernels have something to run on: a GPU, or for tests its interpreter (TRITON_INTERPRET=1).
+"""Which version of an operation runs: the plain PyTorch one, which says what is computed, or one that is faster on a device.
 
-Elsewhere the plain versions run, and 76 MB of Triton stay out of memory.
+    @operation
+    def rotate(x, cos, sin): ...        the plain version, also to be had as rotate.plain
+
+    @rotate.on("cuda")
+    def _(x, cos, sin): ...             for tensors of this device type; NotImplemented means: take the plain one
+
+The first argument's device decides. Triton's versions stand below the plain ones. Another device type has a package of its
+own, nanoredi/<type>, which registers what is in it; it is imported with the first tensor of that type, and where it was
+deleted the plain versions run. The hooks below are for what such a package needs beside its operations.
 """
 
+import functools
+import importlib
+import importlib.util
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["runs_triton", "tl", "triton"]
+__all__ = ["after_step", "drop_gradient", "operation", "prepare_for_sampling", "prepare_for_training", "tl", "triton"]
 
-triton = tl = None
-if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
+P = ParamSpec("P")
+R = TypeVar("R")
+Version = TypeVar("Version", bound=Callable[..., Any])
+
+# Triton takes 76 MB, so it is imported only where it has something to run on: a GPU, or for tests its interpreter.
+if TYPE_CHECKING or torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
     try:
         import triton
         import triton.language as tl
     except ImportError:  # there is one for Linux alone
-        pass
+        triton = tl = None
+else:
+    triton = tl = None
 
 
-def runs_triton(tensor: Tensor) -> bool:
-    return triton is not None and tensor.is_cuda
+class operation(Generic[P, R]):  # noqa: N801  it is used as a decorator
+    """A plain version, and faster ones by device type."""
+
+    def __init__(self, plain: Callable[P, R]):
+        functools.update_wrapper(self, plain)
+        self.plain = plain
+        self.faster: dict[str, Callable[P, R]] = {}
+
+    def on(self, device_type: str) -> Callable[[Version], Version]:
+        def register(version: Version) -> Version:
+            self.faster[device_type] = version
+            return version
+
+        return register
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0] if args else next(iter(kwargs.values()))
+        device_type = first.device.type
+        _import_package(device_type)
+        if device_type in self.faster:
+            result = self.faster[device_type](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return self.plain(*args, **kwargs)
+
+
+@functools.cache
+def _import_package(device_type: str) -> None:
+    if importlib.util.find_spec(f"nanoredi.{device_type}"):
+        importlib.import_module(f"nanoredi.{device_type}")
+
+
+@operation
+def prepare_for_training(parameter: Tensor) -> None:
+    """Called once for each fp32 parameter that one process trains alone, before the first step."""
+
+
+@operation
+def prepare_for_sampling(weight: Tensor, is_factor: bool) -> Tensor:
+    """What replaces a weight that is only sampled from: is_factor says that nothing but `linear` will see it."""
+    return weight
+
+
+@operation
+def drop_gradient(parameter: Tensor) -> None:
+    """Make a parameter ready for the next step's gradient."""
+    parameter.grad = None
+
+
+@operation
+def after_step(num_steps: Tensor, num_micro_batches: int, num_parameters: int, compute_dtype: torch.dtype) -> None:
+    """Called after each training step with the number of steps so far () on the parameters' device, the step's
+    micro-batches, and what was trained."""

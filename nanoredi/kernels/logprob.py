@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanoredi.cpu.masters import cast, kept_sum
-from nanoredi.kernels.chunks import logits_by_chunks
-from nanoredi.kernels.products import add_product, product
-from nanoredi.kernels.rows import gradient_, logprobs_
+from nanoredi.kernels.dispatch import operation
+from nanoredi.kernels.layers import add_product, product
+from nanoredi.kernels.logits import gradient_, logits_by_chunks, logprobs_
 
 
+@operation
 def linear_logprob(hidden: Tensor, lm_head: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
     """The log-probability of each row's target under softmax(lm_head @ hidden).
 
@@ -36,33 +36,37 @@ def linear_logprob(hidden: Tensor, lm_head: Tensor, targets: Tensor, rows: Tenso
     """
     if rows is None:
         rows = torch.arange(len(hidden), device=hidden.device)
-    return _LinearLogprob.apply(hidden, lm_head, targets, rows)
+    return LinearLogprob.apply(hidden, lm_head, targets, rows)
 
 
-class _LinearLogprob(torch.autograd.Function):
+class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, rows):
         # Three tensors and no views of one: FSDP2 hangs its hook on what leaves the model, and a view may lose it.
-        logps, lse, missing = (torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3))
-        head = cast(lm_head, hidden.dtype)
+        logps, lse, one_minus_p = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
+        head = lm_head.to(hidden.dtype)
         for chunk, _, logits in logits_by_chunks(hidden, head, rows):
-            logps[chunk], lse[chunk], missing[chunk] = logprobs_(logits, targets[chunk])
-        ctx.save_for_backward(hidden, head, targets, rows, lse, missing)
-        ctx.sum = kept_sum(lm_head)
+            logps[chunk], lse[chunk], one_minus_p[chunk] = logprobs_(logits, targets[chunk])
+        ctx.save_for_backward(hidden, head, targets, rows, lse, one_minus_p)
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps):
-        hidden, head, targets, rows, lse, missing = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_head = ctx.sum
-        if grad_head is None and ctx.needs_input_grad[1]:
-            grad_head = torch.zeros_like(head, dtype=torch.float32)
-        for chunk, x, logits in logits_by_chunks(hidden, head, rows):
-            gradient_(logits, targets[chunk], grad_logps[chunk], lse[chunk], missing[chunk])
-            if grad_hidden is not None:
-                grad_hidden[chunk] = product(logits, head)
-            if grad_head is not None:
-                add_product(grad_head, logits.T, x)
-        return grad_hidden, grad_head if ctx.sum is None else None, None, None
+        grad_head = (
+            torch.zeros(ctx.saved_tensors[1].shape, device=grad_logps.device) if ctx.needs_input_grad[1] else None
+        )
+        return gradient_of_hidden(ctx, grad_logps, grad_head), grad_head, None, None
+
+
+def gradient_of_hidden(ctx, grad_logps: Tensor, grad_head: Tensor | None) -> Tensor | None:
+    """(N, D), if it is wanted; the gradient of lm_head is added to grad_head (V, D) fp32, if that is."""
+    hidden, head, targets, rows, lse, one_minus_p = ctx.saved_tensors
+    grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+    for chunk, x, logits in logits_by_chunks(hidden, head, rows):
+        gradient_(logits, targets[chunk], grad_logps[chunk], lse[chunk], one_minus_p[chunk])
+        if grad_hidden is not None:
+            grad_hidden[chunk] = product(logits, head)
+        if grad_head is not None:
+            add_product(grad_head, logits.T, x)
+    return grad_hidden

@@ -1,35 +1,77 @@
 """Causal attention with grouped queries over packed sequences (training, scoring).
 
-It is an object that a forward pass is given and that every block calls with its queries, keys and values. paged.py
+It is an object that a forward pass is given and that every block calls with its queries, keys and values. kv_cache.py
 has the others, over a key-value cache, so the model is the same code in training and in sampling. The letters for
-shapes are those of model.py.
+shapes are those of qwen2.py.
 """
 
 import inspect
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoredi.cpu.causal import CausalAttention, runs_causal
+from nanoredi.kernels.dispatch import operation
 
 # attend(layer, q (N, H, E), k (N, K, E), v (N, K, E)) -> (N, H, E)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 # The operations below, by name, whose results activation checkpointing keeps: they are no larger than a block's input,
-# and of all products attention's are the dearest to make again.
-ATTENTION = (
+# and of all products attention's are the most expensive to make again.
+ATTENTION = {
     "torch_attn::_varlen_attn",
-    "nanoredi::causal_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
-)
+}
+
+
+class PackedAttention:
+    """Each token attends to itself and to the earlier tokens of its own sequence."""
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int | None = None):
+        """cu_seqlens (S+1,) int32 says where each sequence begins; without max_seqlen the device is asked for it."""
+        self.cu_seqlens = cu_seqlens
+        self._max_seqlen = max_seqlen
+
+    @cached_property
+    def max_seqlen(self) -> int:
+        return self._max_seqlen or max(self.lengths)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return self.cu_seqlens.diff().tolist()
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention(q, k, v, self)
+
+
+@operation
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, sequences: PackedAttention) -> Tensor:
+    """q (N, H, E), k (N, K, E), v (N, K, E) -> (N, H, E), the sequences one after the other."""
+    # Heads first: (1, H or K, n, E).
+    parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(sequences.lengths, dim=2) for x in (q, k, v)))
+    grouped = q.shape[1] != k.shape[1]
+    outs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in parts]
+    return torch.cat(outs, dim=2).squeeze(0).transpose(0, 1)
+
+
+@causal_attention.on("cuda")
+def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: PackedAttention) -> Tensor:
+    """In half precision one variable-length kernel takes all sequences, of heads whose size is a multiple of 8, as all but
+    a toy's are."""
+    if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
+        cu, longest = sequences.cu_seqlens, sequences.max_seqlen
+        return _varlen_attn()(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
+    # In fp32 the one kernel with memory linear in n knows no grouped queries.
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return causal_attention.plain(q, k, v, sequences)
 
 
 @cache
-def _varlen_attn() -> Callable[..., Tensor]:
+def _varlen_attn() -> Callable[..., Any]:
     """torch's variable-length flash attention, of grouped queries. Its module takes over a second to import, which a
     CPU need not wait for."""
     from torch.nn.attention.varlen import varlen_attn
@@ -37,35 +79,3 @@ def _varlen_attn() -> Callable[..., Tensor]:
     # torch 2.11 takes grouped queries as they are; later releases want to be told.
     told = "enable_gqa" in inspect.signature(varlen_attn).parameters
     return partial(varlen_attn, enable_gqa=True) if told else varlen_attn
-
-
-class PackedAttention:
-    """Each token attends to itself and to the earlier tokens of its own sequence.
-
-    On a GPU in half precision one variable-length flash kernel takes all sequences; elsewhere they go one after the
-    other.
-    """
-
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int | None = None):
-        """cu_seqlens (S+1,) int32 says where each sequence begins; without max_seqlen the device is asked for it."""
-        self.cu_seqlens = cu_seqlens
-        self.max_seqlen = max_seqlen
-        self._lengths: list[int] = []
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # The kernel takes heads of sizes that are a multiple of 8, as all but a toy's are.
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
-            if self.max_seqlen is None:
-                self.max_seqlen = int(self.cu_seqlens.diff().max())
-            cu, longest = self.cu_seqlens, self.max_seqlen
-            return _varlen_attn()(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
-        if not self._lengths:
-            self._lengths = self.cu_seqlens.diff().tolist()
-        if runs_causal(q):
-            return CausalAttention.apply(q, k, v, self._lengths)
-        if q.is_cuda:  # in fp32 the one kernel with memory linear in n knows no grouped queries
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        # Heads first, and a sequence at a time: (1, H or K, n, E).
-        parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(self._lengths, dim=2) for x in (q, k, v)))
-        out = [F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=not q.is_cuda) for qkv in parts]
-        return torch.cat(out, dim=2).squeeze(0).transpose(0, 1)

@@ -7,7 +7,7 @@ The letters for shapes, here and everywhere:
 
 A block is attention and a gated MLP, each behind an RMSNorm and added to the stream:  x + attn(norm(x)), x +
 mlp(norm(x)). How tokens attend is not the model's business: each block calls an `attend`, from attention.py or
-paged.py.
+kv_cache.py.
 """
 
 from pathlib import Path
@@ -16,17 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanoredi.kernels import (
-    PRODUCTS,
-    embedding,
-    gated_linear,
-    linear,
-    linear_logprob,
-    packed,
-    rms_norm,
-    rotate,
-    weighted_cross_entropy,
-)
+from nanoredi.kernels import embedding, gated_linear, linear, linear_logprob, rms_norm, rotate, weighted_cross_entropy
+from nanoredi.kernels.dispatch import prepare_for_sampling
+from nanoredi.kernels.layers import PRODUCTS
 from nanoredi.model.attention import ATTENTION, Attend, PackedAttention
 from nanoredi.model.config import Qwen2Config
 from nanoredi.model.hf_folder import Companions, load_weights, save_folder
@@ -91,31 +83,14 @@ class Block(nn.Module):
         self.activation_checkpointing = "off"  # or what is kept for backward: "attention" or "products"
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        if self.activation_checkpointing != "off" and torch.is_grad_enabled():
-            return recomputed(self._compute, self._keeps, x, rope, attend)
-        return self._compute(x, rope, attend)
+        if self.activation_checkpointing == "off" or not torch.is_grad_enabled():
+            return self._compute(x, rope, attend)
+        kept = ATTENTION | PRODUCTS if self.activation_checkpointing == "products" else ATTENTION
+        return recomputed(self._compute, kept, x, rope, attend)
 
     def _compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-    def _keeps(self, name: str, *args: Any) -> bool | None:
-        if self._is_down_proj(name, *args):
-            return None  # what it gives is only added to the stream
-        return name in ATTENTION or (self.activation_checkpointing == "products" and name in PRODUCTS)
-
-    def _is_down_proj(self, name: str, *args: Any) -> bool:
-        """By its sizes, which no other product without a bias has, unless all have the same."""
-        sizes = self.mlp.down_proj.in_features, self.mlp.down_proj.out_features
-        if sizes[0] == sizes[1]:
-            return False
-        if name == "aten::mm":
-            return (args[0].shape[1], args[1].shape[1]) == sizes
-        return (
-            name in ("mkldnn::_linear_pointwise", "nanoredi::linear")
-            and args[1].shape[::-1] == sizes
-            and args[2] is None
-        )
 
 
 class Decoder(nn.Module):
@@ -206,16 +181,12 @@ class Qwen2(nn.Module):
         return self
 
     def pack(self) -> "Qwen2":
-        """Lay the blocks' weights out as a CPU multiplies by them fastest, in place of what they were. From then on the
-        model can sample and score, but not be trained or saved. On a GPU nothing is changed."""
-        if not self.lm_head_weight.is_cpu:
-            return self
-        for module in self.model.layers.modules():
-            if isinstance(module, Linear):
-                module.weight = nn.Parameter(packed(module.weight), requires_grad=False)
-        for p in self.requires_grad_(False).parameters():
-            if not p.is_mkldnn:  # a single one that is still mapped would hold the whole file in memory
-                p.data = p.data.clone()
+        """Lay the weights out as the device multiplies by them fastest, in place of what they were. From then on the
+        model can sample and score, but not be trained or saved."""
+        for module in self.modules():
+            for name, p in module.named_parameters(recurse=False):
+                weight = prepare_for_sampling(p, name == "weight" and isinstance(module, Linear))
+                setattr(module, name, nn.Parameter(weight, requires_grad=False))
         return self
 
     @property

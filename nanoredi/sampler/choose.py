@@ -1,6 +1,6 @@
 """From logits to tokens: temperature, top-k and top-p, and one uniform number for each row and position.
 
-Exact, in fp32, without a sort of the vocabulary and without waiting for the device (kernels/likeliest.py).
+Exact, in fp32, without a sort of the vocabulary and without waiting for the device (kernels/top_p.py).
 """
 
 import torch
@@ -35,8 +35,6 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, t
     for z, u in zip(logits.split(rows), uniforms.split(rows)):
         probs = (z.float() / temperature).softmax(-1)
         lost = probs[:, 0].isnan()  # then all of the row are
-        if lost.is_cpu and lost.any():  # on a GPU nothing below minds them
-            probs[lost] = 1.0
         tokens.append(_draw(_kept(probs, top_p, top_k), u).masked_fill(lost, -1))
     return torch.cat(tokens)
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from nanoredi.common.errors import UserError
 from nanoredi.config import SamplingConfig
-from nanoredi.kernels import linear, packed
+from nanoredi.kernels import linear
+from nanoredi.kernels.dispatch import prepare_for_sampling
 from nanoredi.model.attention import Attend
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.choose import choose, uniform
@@ -60,7 +61,7 @@ class Sampler:
         self.model, self.config = model, config
         self.stop_ids = np.array(stop_ids, dtype=np.int64)
         self.device = model.lm_head_weight.device
-        self.head = packed(model.lm_head_weight)
+        self.head = prepare_for_sampling(model.lm_head_weight, True)
         self.cache = _cache(model, config, self.device)
         context, page_size, batch_size = model.config.max_position_embeddings, config.page_size, config.batch_size
         self.scheduler = Scheduler(
@@ -280,7 +281,7 @@ class Sampler:
 
 
 def _rounded_to(num_tokens: int) -> int:
-    """A CPU takes a multiple of this many tokens at once: each other number costs oneDNN a kernel for every product, half a
+    """A CPU takes a multiple of this many tokens at once: each new number may cost a kernel for every product, half a
     megabyte and a millisecond or two."""
     return 1 if num_tokens <= 4 else 8 if num_tokens <= 128 else 64
 

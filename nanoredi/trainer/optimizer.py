@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from nanoredi.cpu.masters import drop_gradients
-from nanoredi.kernels.pointwise import call_pointwise, runs_pointwise
+from nanoredi.kernels.adamw import update_square
+from nanoredi.kernels.dispatch import drop_gradient
 from nanoredi.trainer.distributed import local
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # the paper's
-# Of a parameter, worked on at once on a CPU: they stay in its cache.
-_CPU_ELEMENTS = 1 << 18
-_PIECE = 1 << 14  # and whose squares C sums up
 
 
 class AdamW:
@@ -47,9 +44,12 @@ class AdamW:
             skip: () fp32; where it is 1 nothing changes, the count of steps included.
         """
         scale = (longest / (norm + 1e-6)).clamp(max=1.0)
-        grads = [local(p.grad).mul_(scale) for p in self.parameters]
+        parameters, means, squares = ([local(x) for x in xs] for xs in (self.parameters, self.exp_avg, self.exp_avg_sq))
         adamw(
-            *([local(x) for x in xs] for xs in (self.parameters, grads, self.exp_avg, self.exp_avg_sq)),
+            parameters,
+            [local(p.grad).mul_(scale) for p in self.parameters],
+            means,
+            squares,
             [],
             self.num_steps,
             fused=True,
@@ -62,39 +62,19 @@ class AdamW:
             eps=EPS,
             maximize=False,
         )
-        drop_gradients(self.parameters)
+        for p in self.parameters:
+            drop_gradient(p)
 
     @torch.no_grad()
     def update_square(self) -> Tensor:
-        """The squared length of the last step, over this rank's shards: () fp32.
-
-        Worked out again from the moments, so that no copy of the weights is kept:
-        old - new = lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * old).
-        """
-        squares, decayed = [], self.lr * self.weight_decay
+        """The squared length of the last step, over this rank's shards: () fp32."""
+        squares = []
         for p, m, v, t in zip(self.parameters, self.exp_avg, self.exp_avg_sq, self.num_steps):
-            tensors = [local(x) for x in (p, m, v)]
             rate, correction = self.lr / (1 - BETAS[0] ** t), 1 - BETAS[1] ** t
-            if runs_pointwise(tensors[0]) and all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors):
-                squares.append(_square_in_c(*tensors, rate, correction, decayed))
-                continue
-            tensors = [x.flatten() for x in tensors]
-            size = _CPU_ELEMENTS if p.is_cpu else max(1, len(tensors[0]))
-            for new, mean, mean_square in zip(*(x.split(size) for x in tensors)):
-                step = (mean_square / correction).sqrt_().add_(EPS).reciprocal_().mul_(mean).mul_(rate)
-                # new = (1 - decayed) * old - step, hence old - new = (step + decayed * new) / (1 - decayed).
-                step.add_(new, alpha=decayed)
-                squares.append(step.div_(1 - decayed).square_().sum())
+            squares.append(
+                update_square(local(p), local(m), local(v), rate, correction, EPS, self.lr * self.weight_decay)
+            )
         return torch.stack(squares).sum()
-
-
-def _square_in_c(
-    new: Tensor, mean: Tensor, mean_square: Tensor, rate: Tensor, correction: Tensor, decayed: float
-) -> Tensor:
-    squares = torch.empty(-(-new.numel() // _PIECE))
-    factors = rate.item(), correction.item(), EPS, decayed
-    call_pointwise("update_square", new, mean, mean_square, squares, new.numel(), _PIECE, *factors)
-    return squares.sum()
 
 
 def gradient_square(model: nn.Module) -> Tensor:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanoredi.config import RediConfig, SftConfig
-from nanoredi.cpu.heap import give_back
 from nanoredi.data.batch import divide, pack
+from nanoredi.kernels.dispatch import after_step
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.objectives import Unit, pair_losses, wants_pairs
 from nanoredi.trainer.distributed import World, exchange_gradients
@@ -45,8 +45,8 @@ def train_step(
     chosen, rejected, loss, norm = *sums[:3], sums[3].sqrt()
     skip = (~sums.isfinite().all()).float()
     optimizer.step(norm, config.clip, skip)
-    if world.device.type == "cpu":
-        give_back(model, int(optimizer.num_steps[0]), len(micro_batches))
+    num_parameters = sum(p.numel() for p in optimizer.parameters)
+    after_step(optimizer.num_steps[0], len(micro_batches), num_parameters, model.compute_dtype)
     update = optimizer.update_square() / copies
     dist.all_reduce(update)
     update = torch.where(skip.bool(), 0.0, update.sqrt())

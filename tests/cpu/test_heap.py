@@ -3,9 +3,10 @@
 import ctypes
 
 import pytest
-import tiny
+import torch
 
 from nanoredi.cpu import heap
+from nanoredi.kernels.dispatch import after_step
 
 
 @pytest.mark.parametrize(
@@ -25,15 +26,12 @@ def test_it_is_given_back_for_a_large_model(large, in_c, num_steps, num_micro_ba
     class Library:
         malloc_trim = staticmethod(pads.append)
 
-    model = tiny.tiny_model(tied=True)
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Library)
-    monkeypatch.setattr(heap, "made_in_c", lambda dtype: in_c)
-    monkeypatch.setattr(heap, "_SMALL", sum(p.numel() for p in model.parameters()) - large)
-    heap.give_back(model, num_steps, num_micro_batches)
+    monkeypatch.setattr(heap, "library", lambda name, dtype: object() if in_c else None)
+    after_step(torch.tensor(num_steps), num_micro_batches, heap._SMALL + large, torch.bfloat16)
     assert pads == ([0] if is_given else [])
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
-    monkeypatch.setattr(heap, "_SMALL", 0)
-    heap.give_back(tiny.tiny_model(tied=True), 1, 1)
+    heap.give_back(torch.tensor(1), 1, heap._SMALL + 1, torch.float32)

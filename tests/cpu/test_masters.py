@@ -5,8 +5,9 @@ import tiny
 import torch
 from torch import nn
 
-from nanoredi.cpu.masters import cast, drop_gradients, kept_sum, make_masters
+from nanoredi.cpu.masters import cast, kept_sum, make_master
 from nanoredi.kernels import embedding, linear, rms_norm, weighted_cross_entropy
+from nanoredi.kernels.dispatch import drop_gradient
 
 
 def two_losses(model, dtype, level="off"):
@@ -27,14 +28,16 @@ def two_losses(model, dtype, level="off"):
 def test_sums_are_the_gradients_that_autograd_adds_up(tied, dtype, level):
     want = two_losses(tiny.tiny_model(tied), dtype)
     model = tiny.tiny_model(tied)
-    make_masters(model.parameters())
+    for p in model.parameters():
+        make_master(p)
     sums = {name: p.grad for name, p in model.named_parameters()}
     got = two_losses(model, dtype, level)
     for name, p in model.named_parameters():
         assert got[name] is sums[name] and p.grad.dtype == torch.float32
         # In bf16 the embedding's gradient is the same but for the order of its sum.
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4 * want[name].abs().max().item())
-    drop_gradients(model.parameters())
+    for p in model.parameters():
+        drop_gradient(p)
     assert all(p.grad is sums[name] and not p.grad.any() for name, p in model.named_parameters())
 
 
@@ -42,7 +45,7 @@ def test_what_is_no_master_loses_its_gradient():
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     assert kept_sum(p) is None
-    drop_gradients([p])
+    drop_gradient(p)
     assert p.grad is None
 
 
@@ -50,7 +53,7 @@ def test_a_copy_lasts_until_the_master_changes():
     p = nn.Parameter(torch.rand(5))
     assert cast(p, torch.float32) is p
     assert cast(p, torch.bfloat16) is not cast(p, torch.bfloat16)
-    make_masters([p])
+    make_master(p)
     copy = cast(p, torch.bfloat16)
     assert cast(p, torch.bfloat16) is copy
     with torch.no_grad():
@@ -60,7 +63,7 @@ def test_a_copy_lasts_until_the_master_changes():
 
 def test_the_loss_of_a_master_has_a_gradient_of_1():
     hidden, head = torch.rand(4, 3), nn.Parameter(torch.rand(7, 3))
-    make_masters([head])
+    make_master(head)
     loss, _ = weighted_cross_entropy(hidden, head, torch.arange(4), torch.ones(4))
     with pytest.raises(RuntimeError, match="must be 1"):
         (2 * loss).backward()
@@ -68,14 +71,15 @@ def test_the_loss_of_a_master_has_a_gradient_of_1():
 
 def test_a_repeated_token_adds_up():
     weight = nn.Parameter(torch.rand(4, 2))
-    make_masters([weight])
+    make_master(weight)
     embedding(torch.tensor([3, 1, 3]), weight).sum().backward()
     assert weight.grad.tolist() == [[0, 0], [1, 1], [0, 0], [2, 2]]
 
 
 def test_under_no_grad_nothing_is_added():
     weight, norm = nn.Parameter(torch.rand(4, 4)), nn.Parameter(torch.rand(4))
-    make_masters([weight, norm])
+    make_master(weight)
+    make_master(norm)
     with torch.no_grad():
         x = rms_norm(embedding(torch.tensor([3, 1]), weight), norm, 1e-6)
         weighted_cross_entropy(linear(x, weight), weight, torch.tensor([0, 1]), torch.ones(2))

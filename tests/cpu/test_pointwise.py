@@ -5,7 +5,7 @@ import torch
 from conftest import skip_without_gcc
 
 from nanoredi.cpu import native
-from nanoredi.kernels import pointwise, rotate
+from nanoredi.kernels import rotate
 from nanoredi.model.config import Qwen2Config
 from nanoredi.model.qwen2 import rotary_angles
 
@@ -15,8 +15,8 @@ PLACES = torch.tensor([0, 1, 2, 700, 31])
 @pytest.fixture(params=["torch", "c"])
 def way(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(pointwise, "compiled", lambda *_, **__: None)
-    elif not pointwise.runs_pointwise(torch.empty(1, 16)):
+        monkeypatch.setattr(native, "compiled", lambda *_, **__: None)
+    elif native.library("pointwise", torch.float32, 16) is None:
         skip_without_gcc("pointwise.c")
 
 
@@ -38,11 +38,3 @@ def test_pairs_turn_by_their_angles_and_their_gradients_back(dtype, bound, way):
     for got, want in ((out, turned(x, turn)), (grad, turned(upstream, turn.conj()))):
         assert got.dtype == dtype
         assert ((got.double() - want).norm() / want.norm()).item() < bound
-
-
-def test_without_a_compiler_it_is_torch_s(monkeypatch, capsys):
-    native.compiled.cache_clear()
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    assert not pointwise.runs_pointwise(torch.empty(1, 16))
-    assert "pointwise.c was not compiled (there is no C compiler, cc)" in capsys.readouterr().err
-    native.compiled.cache_clear()

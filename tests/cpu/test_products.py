@@ -3,9 +3,12 @@
 import pytest
 import torch
 from conftest import skip_without_gcc
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoredi.kernels import products
-from nanoredi.kernels.products import add_product, gated_linear, linear, packed, product, put_product
+from nanoredi.cpu import native, products
+from nanoredi.cpu.products import multiply, packed
+from nanoredi.kernels.layers import PRODUCTS, add_product, gated_linear, linear, product, put_product
+from nanoredi.model.recompute import recomputed
 
 # A small shape; one large enough for oneDNN to be asked; one row more than a piece that is made at once; and for
 # products.c several blocks of panels, an inner dimension in parts, and no whole tile.
@@ -30,15 +33,15 @@ def library(request, monkeypatch):
     if request.param == "c":
         request.getfixturevalue("in_c")
     else:
-        monkeypatch.setattr(products, "_HAS_PAIRS", False)
+        monkeypatch.setattr(native, "HAS_PAIRS", False)
 
 
 @pytest.fixture
 def in_c(monkeypatch):
     if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("this CPU multiplies no pairs of bf16 numbers")
-    monkeypatch.setattr(products, "_HAS_PAIRS", True)
-    if not products.made_in_c(torch.bfloat16):
+    monkeypatch.setattr(native, "HAS_PAIRS", True)
+    if native.library("products", torch.bfloat16) is None:
         skip_without_gcc("products.c")
 
 
@@ -51,7 +54,7 @@ def test_products_equal_float64(shape, dtype, library):
     for left in (a, a.T.contiguous().T):
         for right in (b, b.T.contiguous().T, torch.cat((b, b), dim=1)[:, :n], torch.cat((b.T, b.T), dim=1)[:, :k].T):
             close(product(left, right), want, dtype)
-    exact = product(a, b, torch.float32)
+    exact = multiply(a, b, torch.float32)
     assert exact.dtype == torch.float32
     close(exact, want, dtype)
     out = torch.empty(m, n, dtype=dtype)
@@ -69,14 +72,14 @@ def test_in_c_sums_are_fp32_and_nothing_else_is_written(shape, in_c):
     want = a.double() @ b.double()
     around = torch.ones(m + 2, n)
     for left in (a, a.T.contiguous().T):
-        close(product(left, b, torch.float32), want, torch.float32)
+        close(multiply(left, b, torch.float32), want, torch.float32)
         add_product(around[1:-1], left, b)
     close(around[1:-1] - 1, 2 * want, torch.float32)
     assert around[0].eq(1).all() and around[-1].eq(1).all()
     turned = torch.ones(n, m).T
     add_product(turned, a, b)
     close(turned - 1, want, torch.float32)
-    assert product(a, b, torch.float64).dtype == torch.float64
+    assert multiply(a, b, torch.float64).dtype == torch.float64
     around = torch.ones(m + 2, n + 8, dtype=torch.bfloat16)
     put_product(around[1:-1, 4:-4], a, b)
     assert around[0].eq(1).all() and around[-1].eq(1).all() and around[:, :4].eq(1).all() and around[:, -4:].eq(1).all()
@@ -138,7 +141,7 @@ def test_a_gated_layer_and_its_gradients(master, size, dtype, bound, library):
 @pytest.mark.parametrize("biased", [True, False])
 def test_a_packed_layer(biased, dtype):
     weight, bias = matrix(301, 400, dtype=dtype), matrix(301, dtype=dtype) if biased else None
-    layer = packed(weight)
+    layer = packed(weight, True)
     assert layer.is_mkldnn or not torch.backends.mkldnn.is_available() or dtype == torch.bfloat16
     for rows in (1, 2, 9, 300):
         x = matrix(rows, 400, dtype=dtype)
@@ -152,9 +155,36 @@ def test_a_packed_layer(biased, dtype):
 def test_nothing_is_packed_where_there_is_no_onednn(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     weight = matrix(3, 4)
-    assert packed(weight) is weight
+    assert not packed(weight, True).is_mkldnn
 
 
 def test_a_dtype_that_onednn_lacks_is_not_packed():
     weight = matrix(3, 4, dtype=torch.float64)
-    assert packed(weight) is weight
+    assert torch.equal(packed(weight, True), weight)
+
+
+def test_what_is_no_factor_is_copied_and_not_packed():
+    weight = matrix(3, 4)
+    copy = packed(weight, False)
+    assert torch.equal(copy, weight) and copy.data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gated_layer_is_not_made_again_when_it_comes_last(dtype):
+    if native.library("pointwise", dtype, 48) is None:
+        skip_without_gcc("pointwise.c")
+
+    class Products(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.number += op.name() in PRODUCTS
+            return op(*args, **(kwargs or {}))
+
+    def number(layer):
+        inputs = [matrix(*shape, dtype=dtype).requires_grad_() for shape in ((30, 48), (30, 48), (7, 48))]
+        with Products() as seen:
+            layer(*inputs).sum().backward()
+        return seen.number
+
+    assert number(lambda *inputs: recomputed(gated_linear, (), *inputs)) == number(gated_linear) > 0

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.benchmarks import PAPER, golds_of, load
+from nanoredi.data.benchmarks import PAPER, frame, golds_of, load, with_system
 from nanoredi.grader import grade
 
 
@@ -108,3 +108,17 @@ def test_a_named_benchmark_may_be_jsonl(tmp_path):
 )
 def test_answers_as_files_have_them(answer, golds):
     assert golds_of("here", answer) == golds
+
+
+def test_the_one_frame_of_a_problem():
+    problem = "What is {problem} in $\\frac{1}{2}$?"
+    ((role, text),) = (m.values() for m in frame(problem, "paper"))
+    assert (
+        role == "user" and text.startswith("Solve the following") and text.endswith(f"before answering.\n\n{problem}")
+    )
+    assert "$\\boxed{ANSWER}$" in text
+    assert frame(problem) == frame(problem, "plain") == [{"role": "user", "content": problem}]
+    assert frame("1+1", "In \\boxed{}: {problem}?")[0]["content"] == "In \\boxed{}: 1+1?"
+    system = {"role": "system", "content": "Be brief."}
+    assert frame("1+1", system="Be brief.") == [system, {"role": "user", "content": "1+1"}]
+    assert with_system([system], "Be long.") == [system]

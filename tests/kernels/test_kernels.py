@@ -3,27 +3,25 @@ kernels, in Triton's interpreter or on the GPU where there is one."""
 
 import pytest
 import torch
-from conftest import skip_without_gcc
+from conftest import DEVICE, use_triton
 
-from nanoredi.kernels import chunks, linear_logprob, rows, weighted_cross_entropy
+from nanoredi.kernels import linear_logprob, logits, weighted_cross_entropy
+from nanoredi.kernels.logits import gradient_, logprobs_
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-
-@pytest.fixture(params=["plain", "c", "triton"], autouse=True)
-def backend(request, monkeypatch):
-    if request.param == "triton" and rows.triton is None:
-        pytest.skip("Triton is not installed")
-    if request.param == "c" and not rows.runs_c(torch.empty(1, 1)):
-        skip_without_gcc("rows.c")
-    if request.param != "c":
-        monkeypatch.setattr(rows, "runs_c", lambda logits: False)
-    monkeypatch.setattr(rows, "runs_triton", lambda logits: request.param == "triton")
+@pytest.fixture(params=["plain", "fastest", "triton"], autouse=True)
+def version(request, monkeypatch):
+    """The plain versions, those for the machine's device, and Triton's."""
+    if request.param == "plain":
+        request.getfixturevalue("plain")
+    elif request.param == "triton":
+        use_triton(monkeypatch, logprobs_, gradient_)
+    return request.param
 
 
 def set_chunk(monkeypatch, elements):
     for name in ("MAX_CPU_ELEMENTS", "MAX_GPU_ELEMENTS"):
-        monkeypatch.setattr(chunks, name, elements)
+        monkeypatch.setattr(logits, name, elements)
 
 
 def case(n, v, d=16, dtype=torch.float32, scale=1.0, seed=0):
@@ -82,7 +80,7 @@ def test_equals_float64(way, n, v, chunk_elements, monkeypatch):
 
 @BOTH
 @pytest.mark.parametrize("n, v", [(50, 123), (100, 4099)])
-def test_bfloat16_is_no_worse_than_the_plain_way(way, n, v, monkeypatch):
+def test_bfloat16_is_no_worse_than_the_plain_way(way, n, v, version, monkeypatch):
     set_chunk(monkeypatch, 20 * v)
     hidden, lm_head, targets, weights = case(n, v, d=64, dtype=torch.bfloat16)
     _, want_logps, want_hidden, want_head = reference(hidden, lm_head, targets, weights)
@@ -91,7 +89,7 @@ def test_bfloat16_is_no_worse_than_the_plain_way(way, n, v, monkeypatch):
     (plain * weights).sum().backward()
     _, logps, grad_hidden, grad_head = way(hidden, lm_head, targets, weights)
     # Triton's interpreter cuts bf16 off where a device rounds: up to twice the error.
-    slack = 2 if rows.runs_triton(hidden) and DEVICE.type == "cpu" else 1.05
+    slack = 2 if version == "triton" and DEVICE.type == "cpu" else 1.05
     assert relative(logps, want_logps) <= 1.05 * relative(plain.detach(), want_logps)
     assert relative(grad_hidden, want_hidden) <= slack * relative(h.grad, want_hidden)
     assert relative(grad_head, want_head) <= slack * relative(m.grad, want_head)
@@ -192,13 +190,13 @@ def test_frozen_head_and_no_grad():
         assert not logps.requires_grad and relative(logps * (weights != 0), want_logps) < 1e-5
 
 
-def test_the_kernel_stays_inside_its_rows():
+def test_the_kernel_stays_inside_its_rows(version):
     """A target outside the vocabulary is refused with the batch; should one come, only its own row is touched."""
-    if not rows.runs_triton(None) and not rows.runs_c(torch.empty(1, 1)):
+    if version == "plain" or DEVICE.type not in logprobs_.faster:
         pytest.skip("the plain version raises")
     around = torch.randn(5, 40, device=DEVICE)
-    logits, before = around[1:4, :33], around.clone()
-    logps, lse, _ = rows.logprobs_(logits, torch.tensor([33, -1, 40], device=DEVICE), torch.ones(3, device=DEVICE))
+    inside, before = around[1:4, :33], around.clone()
+    logps, *_ = logprobs_(inside, torch.tensor([33, -1, 40], device=DEVICE), torch.ones(3, device=DEVICE))
     assert logps.isnan().all()
     outside = torch.ones_like(around, dtype=torch.bool)
     outside[1:4, :33] = False

@@ -169,7 +169,7 @@ def test_a_results_folder_needs_no_run(make, capsys, tmp_path):
     "words, message",
     [
         (["redi", "--out", "figure.pdf"], "give --out a name that ends in .png, not figure.pdf"),
-        (["redi", "--out"], "--out needs a value"),
+        (["redi", "--out"], "--out: expected one argument"),
         (["redi", "--out", "nowhere/figure.png"], "there is no folder nowhere"),
         (["redi", "--out", "mine.png"], "mine.png exists and is no figure of nanoredi's"),
         (["redi", "--out", "folder.png"], "folder.png exists and is no figure"),

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICE, use_triton
 
-from nanoredi.kernels import top_p
+from nanoredi.kernels import dispatch, top_p
 from nanoredi.sampler.choose import _draw, choose, uniform
 
 
@@ -36,23 +37,21 @@ def rows(size):
     "enough, by_mass", [(0.95, True), (0.5, True), (1e-9, True), (0.999999, True), (1, False), (7, False)]
 )
 @pytest.mark.parametrize("size", [41, 300, 20_000])
-def test_the_kept_tokens_are_those_of_a_full_sort(size, enough, by_mass, monkeypatch):
+def test_the_kept_tokens_are_those_of_a_full_sort(size, enough, by_mass, version, monkeypatch):
     probs = rows(size)
     want = torch.where(by_sorting(probs, enough, by_mass), probs, 0.0)
     assert torch.equal(top_p.keep_likeliest(probs, enough, by_mass), want)
-    monkeypatch.setattr(top_p, "_FEW", 0)
-    assert torch.equal(top_p.keep_likeliest(probs, enough, by_mass), want)
-    if size <= 300:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        monkeypatch.setattr(top_p, "runs_triton", lambda _: True)
+    if size <= 300 and version == "fastest":
+        use_triton(monkeypatch, top_p.keep)
         monkeypatch.setattr(top_p, "_BLOCK", 256)
-        assert torch.equal(top_p.keep_likeliest(probs.to(device), enough, by_mass).cpu(), want)
+        assert torch.equal(top_p.keep_likeliest(probs.to(DEVICE), enough, by_mass).cpu(), want)
 
 
 @pytest.mark.parametrize("size, triton", [(300, False), (300, True), (20_000, False)])
 def test_fewer_likely_tokens_than_are_asked_for(size, triton, monkeypatch):
-    monkeypatch.setattr(top_p, "runs_triton", lambda _: triton)
-    probs = torch.zeros(1, size, device="cuda" if triton and torch.cuda.is_available() else "cpu")
+    if triton:
+        use_triton(monkeypatch, top_p.keep)
+    probs = torch.zeros(1, size, device=DEVICE if triton else "cpu")
     probs[0, [3, 7]] = 0.5
     assert torch.equal(top_p.keep_likeliest(probs, 50, by_mass=False), probs)
 
@@ -132,7 +131,9 @@ def test_a_row_that_is_no_distribution_has_no_token(size, temperature, top_p, to
 def test_the_device_s_way_of_drawing_survives_a_row_that_is_no_distribution():
     """There it would end in an assertion that no program survives."""
     probs = torch.full((2, 300), torch.nan)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kept = top_p.triton_keep(probs.to(device), torch.full((2, 1), torch.nan, dtype=torch.float64, device=device), True)
-    _draw(kept, torch.tensor([0.0, 0.9], dtype=torch.float64, device=device))
+    if dispatch.triton is None:
+        pytest.skip("Triton is not installed")
+    needed = torch.full((2, 1), torch.nan, dtype=torch.float64, device=DEVICE)
+    kept = top_p.keep.faster["cuda"](probs.to(DEVICE), needed, True)
+    _draw(kept, torch.tensor([0.0, 0.9], dtype=torch.float64, device=DEVICE))
     _draw(probs, torch.tensor([0.0, 0.9], dtype=torch.float64))

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from conftest import use_triton
 
 from nanoredi.common.errors import UserError
 from nanoredi.config import SamplingConfig
-from nanoredi.kernels import paged_attention, top_p
+from nanoredi.kernels.paged_attention import paged_decode
+from nanoredi.kernels.top_p import keep
 from nanoredi.sampler import sampler
 from nanoredi.sampler.pages import Pages
 from nanoredi.sampler.sampler import Sampler
@@ -167,8 +169,7 @@ def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, monkeypa
         return sampler._Drawn(places, self.scheduler.entered[places], tokens[: len(places)], None)
 
     monkeypatch.setattr(Sampler, "_launch", launch)
-    monkeypatch.setattr(paged_attention, "runs_triton", lambda _: True)
-    monkeypatch.setattr(top_p, "runs_triton", lambda _: True)
+    use_triton(monkeypatch, paged_decode, keep)
     for key, (tokens, reason) in samples(n=1, batch_size=6, page_size=16, max_tokens=4).items():
         whole, _ = plain_samples[key]
         assert tokens == whole[:4] and (reason == "stop") == (len(whole) < 4)

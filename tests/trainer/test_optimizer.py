@@ -10,15 +10,10 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from nanoredi.trainer import optimizer as optimizer_module
 from nanoredi.trainer.optimizer import AdamW, gradient_square, schedule
 
 
-@pytest.mark.parametrize("in_c", [True, False])
-def test_adamw_is_torch_s_bit_for_bit_with_clipping_and_a_skipped_step(in_c, monkeypatch):
-    """The size of an update alone is made in C, where there is a compiler."""
-    if not in_c:
-        monkeypatch.setattr(optimizer_module, "runs_pointwise", lambda like: False)
+def test_adamw_is_torch_s_bit_for_bit_with_clipping_and_a_skipped_step(version):
     ours = tiny_model(tied=True)
     theirs = copy.deepcopy(ours)
     optimizer = AdamW(ours, 1e-2, 0.1)

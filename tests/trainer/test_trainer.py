@@ -18,7 +18,8 @@ from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.batch import step_rows
 from nanoredi.data.sequences import load_pairs, load_sft
 from nanoredi.data.tokenizer import Tokenizer
-from nanoredi.kernels import chunks
+from nanoredi.kernels import logits
+from nanoredi.kernels.dispatch import after_step
 from nanoredi.model.qwen2 import Block, Qwen2
 from nanoredi.trainer.distributed import compute_dtype, local, shard
 from nanoredi.trainer.loop import train
@@ -156,11 +157,11 @@ def test_gradients_are_the_formula_s(stage, request, one_rank):
     assert figures[2].item() == pytest.approx(torch.stack([g.norm() for g in want.values()]).norm().item(), rel=1e-4)
 
 
-def test_memory_is_given_back_after_a_step(redi, one_rank, monkeypatch):
-    given = []
-    monkeypatch.setattr("nanoredi.trainer.step.give_back", lambda *told: given.append(told))
+def test_the_device_s_package_is_told_of_a_step(redi, one_rank, monkeypatch):
+    told = []
+    monkeypatch.setitem(after_step.faster, one_rank.device.type, lambda *args: told.append(args))
     *_, model = one_step(redi, one_rank)
-    assert given == [(model, 1, 1)]
+    assert told == [(1, 1, sum(p.numel() for p in model.parameters()), torch.float32)]
 
 
 def test_all_objectives_tell_the_same_log_probs(request, one_rank):
@@ -225,7 +226,7 @@ def test_update_norm_is_what_the_weights_moved(redi, one_rank):
 @pytest.mark.parametrize("stage", ["redi", "dpo"])
 def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(stage, request, one_rank, monkeypatch):
     config = request.getfixturevalue(stage)
-    monkeypatch.setattr(chunks, "MAX_CPU_ELEMENTS", 41 * 50)  # several chunks, whose sum is fp32
+    monkeypatch.setattr(logits, "MAX_CPU_ELEMENTS", 41 * 50)  # several chunks, whose sum is fp32
     _, grads, _, _ = one_step(config, one_rank)
     model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), one_rank, torch.bfloat16)
     optimizer = KeepingAdamW(model)

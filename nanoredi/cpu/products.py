@@ -8,17 +8,18 @@ In bf16 torch takes oneDNN. Where a CPU multiplies pairs of bf16 numbers (AVX512
 (AMX), products.c reaches more of its rate, and adds to an fp32 sum in place.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanoredi.cpu.masters import cast, kept_sum
-from nanoredi.cpu.native import call, compiled
-from nanoredi.kernels.pointwise import runs_pointwise, swiglu, swiglu_backward
-
-# The operations that linear layers come down to, by name.
-PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "nanoredi::linear")
+from nanoredi.cpu.native import call, library
+from nanoredi.cpu.pointwise import swiglu, swiglu_backward
+from nanoredi.kernels.dispatch import prepare_for_sampling
+from nanoredi.kernels.layers import PRODUCTS, add_product, gated_linear, linear, product, put_product
 
 # Multiplications that are worth a kernel of their own.
 _LARGE = 1 << 25
@@ -27,14 +28,13 @@ _LARGE = 1 << 25
 _PIECE = 1 << 22
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+@product.on("cpu")
+def multiply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """a (M, K) @ b (K, N), of one dtype.
 
     Args:
         dtype: of the result (M, N), if it is to be another one: fp32, for sums to come.
     """
-    if a.is_cuda and dtype not in (None, a.dtype):
-        return torch.mm(a, b, out_dtype=dtype)
     if _prefers_c(a):
         made = torch.float32 if dtype not in (None, a.dtype) else a.dtype
         return _c(a.new_empty(a.shape[0], b.shape[1], dtype=made), a, b).to(dtype or a.dtype)
@@ -43,38 +43,31 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return (a @ b).to(dtype or a.dtype)
 
 
-def put_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) @ b (K, N), of one dtype, written to out (M, N)."""
+@put_product.on("cpu")
+def _(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if _prefers_c(a):
         return _c(out, a, b)
     if not _prefers_onednn(a):
-        return torch.mm(a, b, out=out)
+        return NotImplemented
     columns = max(1, _PIECE // len(out))
     for part, factor in zip(out.split(columns, dim=1), b.split(columns, dim=1)):
-        part.copy_(product(a, factor))
+        part.copy_(multiply(a, factor))
     return out
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's fp32 whatever the dtype of a and b."""
-    if total.is_cuda:
-        wider = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
-        torch.addmm(total, a, b, **wider, out=total)
-        return
+@add_product.on("cpu")
+def _add(total: Tensor, a: Tensor, b: Tensor) -> None:
     if _prefers_c(a):
         _c(total, a, b, add=True)
         return
     rows = max(1, _PIECE // total.shape[1])
     for part, factor in zip(total.split(rows), a.split(rows)):
-        part += product(factor, b, total.dtype)
+        part += multiply(factor, b, total.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, in) @ weight.T + bias -> (N, out), in x's dtype.
-
-    The weight (out, in) and bias (out,) may be fp32 masters: they are cast to x's dtype, and get their gradients in fp32.
-    Or the weight is one that packed gave; then there are no gradients.
-    """
+@linear.on("cpu")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Or the weight is one that prepare_for_sampling gave; then there are no gradients."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     if torch.is_grad_enabled():
@@ -82,24 +75,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _linear(x, _for_product(weight, x), None if bias is None else cast(bias, x.dtype))
 
 
-def gated_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    """(silu(gate) * up) @ weight.T: (N, in) twice -> (N, out); the rest as for `linear`. In C backward makes the product
-    of the two again, which takes less time than to keep it and silu(gate)."""
-    if torch.is_grad_enabled() and not weight.is_mkldnn and runs_pointwise(gate):
-        return _GatedLinear.apply(gate, up, weight)
-    return linear(swiglu(gate, up), weight)
+@gated_linear.on("cpu")
+def _(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """In C backward makes the product of the two again, which takes less time than to keep it and silu(gate)."""
+    if library("pointwise", gate.dtype, gate.shape[-1]) is None:
+        return NotImplemented
+    if not torch.is_grad_enabled() or weight.is_mkldnn:
+        return linear(swiglu(gate, up), weight)
+    return _Made.apply(_GatedLinear.apply(gate, up, weight), gate, up, weight)
 
 
-def packed(weight: Tensor) -> Tensor:
-    """A weight (out, in) of a linear layer in oneDNN's own order, which spares it doing so at every product: a few rows,
-    such as are decoded at once, are multiplied in 0.4 to 0.9 of the time. For `linear` alone; where that does not exist,
-    the weight as it is."""
-    if not (weight.is_cpu and torch.backends.mkldnn.is_available()):
-        return weight
+@prepare_for_sampling.on("cpu")
+def packed(weight: Tensor, is_factor: bool) -> Tensor:
+    """A linear layer's weight (out, in) in oneDNN's own order, which spares it doing so at every product: a few rows, such
+    as are decoded at once, are multiplied in 0.4 to 0.9 of the time. Where that does not exist, and of other weights, a
+    copy: a single one that is still mapped would hold the whole file in memory."""
     in_bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if weight.dtype != torch.float32 and not in_bf16:
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    if is_factor and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or in_bf16):
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    return weight.detach().clone()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,26 +117,38 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
-        grad_x = product(grad, weight) if ctx.needs_input_grad[0] else None
+        grad_x = multiply(grad, weight) if ctx.needs_input_grad[0] else None
         grad_weight = weight_gradient(ctx.sum, weight_dtype, grad, x) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(0, dtype=bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias
 
 
 class _GatedLinear(torch.autograd.Function):
+    """The gradients alone. What they need is saved here, before _Made makes the product: activation checkpointing, which
+    runs a block again as far as the last tensor that was saved, then need not make a block's last product again."""
+
     @staticmethod
     def forward(ctx, gate, up, weight):
         ctx.sum, ctx.dtype = kept_sum(weight), weight.dtype
-        weight = _for_product(weight, gate)
-        ctx.save_for_backward(gate, up, weight)
-        return _linear(swiglu(gate, up), weight, None)
+        ctx.save_for_backward(gate, up, _for_product(weight, gate))
+        return gate.new_zeros(()).expand(len(gate), len(weight))  # stands in for the result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         gate, up, weight = ctx.saved_tensors
-        x, *grads = swiglu_backward(gate, up, product(grad, weight))
+        x, *grads = swiglu_backward(gate, up, multiply(grad, weight))
         return *grads, weight_gradient(ctx.sum, ctx.dtype, grad, x) if ctx.needs_input_grad[2] else None
+
+
+class _Made(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, stand_in, gate, up, weight):
+        return _linear(swiglu(gate, up), _for_product(weight, gate), None)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None, None
 
 
 def _for_product(weight: Tensor, x: Tensor) -> Tensor:
@@ -152,15 +158,16 @@ def _for_product(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def weight_gradient(total: Tensor | None, dtype: torch.dtype, grad: Tensor, x: Tensor) -> Tensor | None:
-    """Of a linear layer with inputs x (N, in) and gradients (N, out): added to the total, or made in this dtype."""
+    """The weight's gradient in a linear layer with inputs x (N, in) and gradients (N, out): added to the total, or made in
+    this dtype."""
     if total is None:
-        return product(grad.T, x, dtype)
-    add_product(total, grad.T, x)
+        return multiply(grad.T, x, dtype)
+    _add(total, grad.T, x)
     return None
 
 
 def _prefers_onednn(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype == torch.float32 and _HAS_AVX512
+    return x.dtype == torch.float32 and _HAS_AVX512
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -170,12 +177,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _prefers_c(x: Tensor) -> bool:
-    return x.is_cpu and made_in_c(x.dtype) and x.numel() > 0
-
-
-def made_in_c(dtype: torch.dtype | None) -> bool:
-    """Whether a CPU's products of this dtype are products.c's."""
-    return dtype == torch.bfloat16 and _HAS_PAIRS and compiled("products") is not None
+    return library("products", x.dtype) is not None and x.numel() > 0
 
 
 def _c(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, add: bool = False) -> Tensor:
@@ -186,9 +188,9 @@ def _c(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, add: bool 
         return out.add_(made) if add else out.copy_(made)
     (a, *a_layout), (b, *b_layout) = _readable(a), _readable(b.T)
     bias = None if bias is None else bias.contiguous()
-    left, right = (a, *a_layout), (b, b.dtype == torch.float32, *b_layout)
-    result = bias, out, out.stride(0), out.dtype == torch.float32, add
-    call(compiled("products"), "product", "tiitiiittiiiiii", *left, *right, *result, *out.shape, a.shape[1])
+    left, right = [a, *a_layout], [b, b.dtype == torch.float32, *b_layout]
+    factors: list[Any] = [*left, *right, bias, out, out.stride(0), out.dtype == torch.float32, add]
+    call(library("products", a.dtype), "product", "tiitiiittiiiiii", *factors, *out.shape, a.shape[1])
     return out
 
 
@@ -207,10 +209,9 @@ def _linear_c(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 # An operation of its own, so that activation checkpointing can keep its result.
+PRODUCTS |= {"mkldnn::_linear_pointwise", "nanoredi::linear"}
 _operations = torch.library.Library("nanoredi", "FRAGMENT")
 _operations.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _operations.impl("linear", _linear_c, "CPU")
 
-# Whether there are units for pairs of bf16 numbers, and none for tiles, with which oneDNN is faster.
-_HAS_PAIRS = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 _HAS_AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -5,13 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoredi.cpu.masters import kept_sum
+from nanoredi.kernels.layers import embedding
 
 
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """weight[ids]: (N,) int64 and (V, D) -> (N, D)."""
-    if torch.is_grad_enabled() and kept_sum(weight) is not None:
-        return _Embedding.apply(ids, weight)
-    return F.embedding(ids, weight)
+@embedding.on("cpu")
+def _(ids: Tensor, weight: Tensor) -> Tensor:
+    if not torch.is_grad_enabled() or kept_sum(weight) is None:
+        return NotImplemented
+    return _Embedding.apply(ids, weight)
 
 
 class _Embedding(torch.autograd.Function):

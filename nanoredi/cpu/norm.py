@@ -1,6 +1,6 @@
 """RMSNorm (arXiv 1910.07467, eq. 4): y = x * r * weight, r = 1 / sqrt(mean(x^2) + eps).
 
-torch has one kernel for it on a GPU. On a CPU it makes each step of the formula, and of its derivative, a pass over all
+On a CPU torch makes each step of the formula, and of its derivative, a pass over all
 of x; in C it is one (pointwise.c), and without a compiler there are fewer. With D elements a row and upstream gradient g,
 the derivatives are
 
@@ -8,24 +8,25 @@ the derivatives are
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanoredi.cpu.masters import cast, kept_sum
-from nanoredi.kernels.pointwise import call_pointwise, runs_pointwise
+from nanoredi.cpu.native import library
+from nanoredi.cpu.pointwise import call_pointwise
+from nanoredi.kernels.layers import rms_norm
 
-# Of the rows, whose sums of the weight's gradient C makes apart: in one order, whatever the number of threads.
+# Parts of the rows, for each of which C adds up the weight's gradient: in one order, whatever the number of threads.
 _PARTS = 8
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (N, D), weight (D,) of x's dtype or an fp32 master -> (N, D), in x's dtype."""
-    if runs_pointwise(x):
+@rms_norm.on("cpu")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if library("pointwise", x.dtype, x.shape[-1]):
         return _InC.apply(x, weight, eps)
-    if x.is_cpu and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    return NotImplemented
 
 
 class _RMSNorm(torch.autograd.Function):

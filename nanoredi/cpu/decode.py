@@ -1,0 +1,63 @@
+"""One new token a row attends to the pages of its row: in C (decode.c), and without a compiler in PyTorch.
+
+C does what the Triton kernel does (kernels/paged_attention.py), a split at a time. PyTorch must copy a page, so it takes few
+pages at a time, each with its row's queries as a member of a batch of matrix products.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from nanoredi.cpu.native import call, library
+from nanoredi.kernels.paged_attention import paged_decode, put_together, splits_for
+
+# Keys' elements that PyTorch copies at once, and that stay in a CPU's cache.
+_AT_ONCE = 1 << 20
+
+
+@paged_decode.on("cpu")
+def _(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:
+    group, page_size = q.shape[1] // keys.shape[1], keys.shape[2]
+    c = library("decode", q.dtype, q.shape[2], GROUP=group, PAGE=page_size)
+    if c is None:
+        return by_pages(q, keys, values, page_table, lengths)
+    # keys and values are contiguous, and so are the rows of page_table.
+    num_splits, *partial = splits_for(q, keys, torch.get_num_threads())
+    tensors = q.float().contiguous(), keys, values, page_table, lengths.contiguous(), *partial
+    sizes = page_table.stride(0), len(q), keys.shape[1], num_splits
+    call(c, "decode", "ttttttttiiiif", *tensors, *sizes, q.shape[2] ** -0.5)
+    return put_together(*partial).to(q.dtype)
+
+
+def by_pages(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:
+    """X counts the pages of all rows, one row after the other."""
+    (num_rows, _, size), (_, num_kv_heads, page_size, _) = q.shape, keys.shape
+    num_pages = -(-lengths // page_size)  # (B,)
+    row = torch.arange(num_rows, device=q.device).repeat_interleave(num_pages)  # (X,)
+    starts = num_pages.cumsum(0) - num_pages  # (B,) of the rows among the X
+    number = torch.arange(len(row), device=q.device) - starts[row]  # (X,) of a page among its row's
+    unused = torch.arange(page_size, device=q.device) >= (lengths[row] - number * page_size)[:, None]  # (X, page)
+    at_once = max(1, _AT_ONCE // keys[0].numel())
+    parts = list(zip(row.split(at_once), page_table[row, number].split(at_once)))
+    # Memory that is used again: new memory must be provided by the system first, which takes as long as the products.
+    copied = keys.new_empty(at_once, *keys.shape[1:])
+    wide = copied if keys.dtype == torch.float32 else copied.float()
+
+    def fp32(pool: Tensor, pages: Tensor) -> Tensor:
+        """Pages (X',) of the pool: (X', K, page, E)."""
+        some = torch.index_select(pool, 0, pages, out=copied[: len(pages)])
+        return some if wide is copied else wide[: len(pages)].copy_(some)
+
+    # exp2 of scores / log 2: torch's exp takes four times as long, and where it gives next to nothing twenty times.
+    queries = q.float().view(num_rows, num_kv_heads, -1, size) * (size**-0.5 / math.log(2))  # (B, K, G, E)
+    scores, outs = (queries.new_empty(len(row), *queries.shape[1:3], last) for last in (page_size, size))
+    for (rows, pages), part in zip(parts, scores.split(at_once)):
+        torch.matmul(queries[rows], fp32(keys, pages).mT, out=part)
+    scores.masked_fill_(unused[:, None, None], -torch.inf)
+    tops = torch.segment_reduce(scores.amax(-1), "max", lengths=num_pages)  # (B, K, G)
+    weights = scores.sub_(tops[row][..., None]).exp2_()
+    for (_, pages), part, weight in zip(parts, outs.split(at_once), weights.split(at_once)):
+        torch.matmul(weight, fp32(values, pages), out=part)
+    sums = torch.segment_reduce(weights.sum(-1), "sum", lengths=num_pages)
+    return (torch.segment_reduce(outs, "sum", lengths=num_pages) / sums[..., None]).view(q.shape).to(q.dtype)

@@ -1,0 +1,71 @@
+"""What a model's layers compute, and the matrix products that the loss over the vocabulary consists of.
+
+A weight may be an fp32 master: it is cast to the dtype of the activations that it meets.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoredi.kernels.dispatch import operation
+
+# The torch operations that linear layers come down to, by name.
+PRODUCTS = {"aten::mm", "aten::addmm"}
+
+
+@operation
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """weight[ids]: (N,) int64 and (V, D) -> (N, D)."""
+    return F.embedding(ids, weight)
+
+
+@operation
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm (arXiv 1910.07467, eq. 4), x / sqrt(mean(x^2) + eps) * weight: (N, D) and (D,) -> (N, D)."""
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+@operation
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (N, in) @ weight.T + bias: weight (out, in), bias (out,) -> (N, out), in x's dtype."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+@operation
+def gated_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    """(silu(gate) * up) @ weight.T (SwiGLU, arXiv 2002.05202, eq. 5): (N, in) twice, (out, in) -> (N, out)."""
+    return linear(F.silu(gate) * up, weight)
+
+
+@operation
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (a, b) of x (N, H, E) by its angle: (a cos - b sin, b cos + a sin).
+
+    A pair is (x_i, x_{i+E/2}); cos and sin (N, 1, E) are of x's dtype, and the sines of the first halves are negative.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+@operation
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) @ b (K, N), of one dtype. Like the two below it has no gradient."""
+    return a @ b
+
+
+@operation
+def put_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) @ b (K, N), of one dtype, written to out (M, N)."""
+    return torch.mm(a, b, out=out)
+
+
+@operation
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's fp32 whatever the dtype of a and b."""
+    total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+@add_product.on("cuda")
+def _add_half_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == total.dtype:
+        return NotImplemented
+    torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

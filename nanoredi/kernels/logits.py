@@ -1,0 +1,156 @@
+"""Logits, a chunk of rows at a time, and what is done to a row: log-probabilities and gradients, in plain PyTorch and in
+two Triton kernels.
+
+A row z (V,) has a target y. With o the log-sum-exp of all columns but y, and d = o - z[y],
+
+    logp = z[y] - logsumexp(z) = -softplus(d)          1 - p(y) = sigmoid(d)
+
+Both keep their digits where the model is sure: z[y] - logsumexp(z) and softmax - 1 would cancel to 0 there. The
+gradient of w * logp with respect to z is
+
+    w * (onehot(y) - softmax(z))  =  w * (1 - p(y)) in column y,  -w * exp(z_v - logsumexp(z)) in every other column v
+
+The kernels give a row to one program, which reads it once for o and, where the gradient is wanted, once more to overwrite
+it, all in fp32 with one rounding at the end. Nothing outside the row is ever read or written, whatever the target says.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoredi.kernels.dispatch import operation, tl, triton
+from nanoredi.kernels.layers import put_product
+
+# A chunk's logits have at most this many elements, whatever the vocabulary. Smaller chunks read and write the gradient
+# of lm_head more often, and their matrix products are slimmer; bench/kernels.py --chunks measures it.
+MAX_CPU_ELEMENTS = 1 << 24  # 64 MiB in fp32
+MAX_GPU_ELEMENTS = 192 << 20  # 384 MiB in bf16
+
+
+def logits_by_chunks(hidden: Tensor, lm_head: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (chunk of rows (C,), hidden of these rows (C, D), their logits (C, V)); the next logits overwrite the last."""
+    if not len(rows):
+        return
+    num_rows = (MAX_GPU_ELEMENTS if hidden.is_cuda else MAX_CPU_ELEMENTS) // lm_head.shape[0]
+    chunks = rows.tensor_split(-(-len(rows) // max(1, num_rows)))  # as even as can be, the first the largest
+    buffer = hidden.new_empty(len(chunks[0]), lm_head.shape[0])
+    for chunk in chunks:
+        x = hidden[chunk]
+        yield chunk, x, put_product(buffer[: len(chunk)], x, lm_head.T)
+
+
+@operation
+def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The targets' log-probabilities; with weights, the logits are overwritten by the gradient.
+
+    Args:
+        logits: (C, V) fp32 or bf16. Without weights they are scratch: what they hold afterwards means nothing.
+        targets: (C,) int64.
+        weights: (C,) fp32, w of each row.
+
+    Returns:
+        (C,) fp32 each: logp; and what gradient_ needs, logsumexp(z) and 1 - p(y).
+    """
+    z, y = logits.float(), targets[:, None]
+    target = z.gather(1, y)
+    gap = z.scatter(1, y, float("-inf")).logsumexp(1, keepdim=True) - target
+    logp, one_minus_p = -F.softplus(gap).squeeze(1), gap.sigmoid().squeeze(1)
+    lse = target.squeeze(1) - logp
+    if weights is not None:
+        gradient_.plain(logits, targets, weights, lse, one_minus_p)
+    return logp, lse, one_minus_p
+
+
+@operation
+def gradient_(logits: Tensor, targets: Tensor, weights: Tensor, lse: Tensor, one_minus_p: Tensor) -> None:
+    """Overwrite logits (C, V) by the gradient of the sum of weights * logps; lse and one_minus_p are logprobs_'s."""
+    gradient = (logits.float() - lse[:, None]).exp() * -weights[:, None]
+    logits.copy_(gradient.scatter(1, targets[:, None], (weights * one_minus_p)[:, None]))
+
+
+if triton is not None:
+
+    @logprobs_.on("cuda")
+    def _launch_logprobs(logits, targets, weights=None):
+        out = logits.new_empty(3, len(logits), dtype=torch.float32)
+        sizes = {"WRITE_GRADIENT": weights is not None, "BLOCK": _block(logits), "num_warps": 8}
+        _logprobs_kernel[(len(logits),)](logits, logits.stride(0), targets, weights, *out, logits.shape[1], **sizes)
+        return tuple(out)
+
+    @gradient_.on("cuda")
+    def _launch_gradient(logits, targets, weights, lse, one_minus_p):
+        row = logits, logits.stride(0), targets, weights, lse, one_minus_p, logits.shape[1]
+        _gradient_kernel[(len(logits),)](*row, BLOCK=_block(logits), num_warps=8)
+
+    def _block(logits: Tensor) -> int:
+        """Columns that a program holds at once."""
+        return min(8192, triton.next_power_of_2(logits.shape[1]))
+
+    @triton.jit
+    def _logprobs_kernel(
+        logits,
+        stride,
+        targets,
+        weights,
+        logps,
+        lses,
+        ones_minus_p,
+        V,
+        WRITE_GRADIENT: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        c = tl.program_id(0).to(tl.int64)
+        row = logits + c * stride
+        y = tl.load(targets + c)
+        target = tl.load(row + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)
+
+        # Each lane keeps the largest logit it has met and the sum of exp(z - largest) over its columns. Of the two
+        # terms, the old sum and the new 1, only one is to be scaled: one exponential a column.
+        largest = tl.full((BLOCK,), -3.0e38, tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            z = tl.load(row + v, mask=v < V, other=float("-inf")).to(tl.float32)
+            z = tl.where(v == y, float("-inf"), z)
+            scale = tl.exp(-tl.abs(z - largest))
+            total = tl.where(z > largest, total * scale + 1.0, total + scale)
+            largest = tl.maximum(largest, z)
+        top = tl.max(largest, 0)
+        gap = top + tl.log(tl.sum(total * tl.exp(largest - top), 0)) - target
+
+        tail = tl.exp(-tl.abs(gap))
+        one_minus_p = tl.where(gap > 0, 1.0, tail) / (1.0 + tail)  # sigmoid(gap)
+        logp = -tl.maximum(gap, 0.0) - _log1p(tail)  # -softplus(gap)
+        lse = target - logp
+        tl.store(logps + c, logp)
+        tl.store(lses + c, lse)
+        tl.store(ones_minus_p + c, one_minus_p)
+        if WRITE_GRADIENT:
+            _write_gradient(row, y, tl.load(weights + c), lse, one_minus_p, V, BLOCK)
+
+    @triton.jit
+    def _gradient_kernel(logits, stride, targets, weights, lses, ones_minus_p, V, BLOCK: tl.constexpr):
+        c = tl.program_id(0).to(tl.int64)
+        y, w = tl.load(targets + c), tl.load(weights + c)
+        _write_gradient(logits + c * stride, y, w, tl.load(lses + c), tl.load(ones_minus_p + c), V, BLOCK)
+
+    @triton.jit
+    def _write_gradient(row, y, w, lse, one_minus_p, V, BLOCK: tl.constexpr):
+        """Overwrite a row of logits by w * (onehot(y) - softmax)."""
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            z = tl.load(row + v, mask=v < V, other=0.0).to(tl.float32)
+            gradient = tl.where(v == y, w * one_minus_p, -w * tl.exp(z - lse))
+            tl.store(row + v, gradient.to(row.dtype.element_ty), mask=v < V)
+
+    @triton.jit
+    def _log1p(t):
+        """log(1 + t) for t in 0..1, to fp32's last digits: 2 artanh(s) with s = t / (2 + t) <= 1/3, by its series."""
+        s = t / (2.0 + t)
+        q = s * s
+        series = 1.0 / 13 + q * (1.0 / 15)
+        series = 1.0 / 9 + q * (1.0 / 11 + q * series)
+        series = 1.0 / 5 + q * (1.0 / 7 + q * series)
+        return 2.0 * s * (1.0 + q * (1.0 / 3 + q * series))

@@ -1,0 +1,40 @@
+"""Without a compiler, or with one that fails, PyTorch does the work."""
+
+import pytest
+import torch
+
+from nanoredi.cpu import native
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    native.compiled.cache_clear()
+    yield
+    native.compiled.cache_clear()
+
+
+def test_no_compiler_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert native.library("pointwise", torch.float32, 16) is None
+    assert "pointwise.c was not compiled (there is no C compiler, cc); PyTorch does" in capsys.readouterr().err
+
+
+def test_a_size_or_dtype_that_a_file_does_not_know_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(native, "compiled", lambda *_, **__: pytest.fail("compiled"))
+    for name, dtype, size in [
+        ("causal", torch.float32, 48),
+        ("decode", torch.bfloat16, 30),
+        ("rows", torch.float64, 0),
+    ]:
+        assert native.library(name, dtype, size) is None
+
+
+@pytest.mark.parametrize("words, why", [("echo no -fopenmp >&2; exit 1", "no -fopenmp"), ("exit 0", "library.so")])
+def test_a_compiler_that_fails_is_done_without(words, why, tmp_path, monkeypatch, capsys):
+    """It says that it failed, or makes no library."""
+    (tmp_path / "cc").write_text(f"#!/bin/sh\n{words}\n")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert native.compiled("decode", SIZE=16, GROUP=1, PAGE=16, IN_BF16=0) is None
+    note = capsys.readouterr().err
+    assert note.startswith("note: decode.c was not compiled (") and why in note
