@@ -142,11 +142,14 @@ def _folder(out: str) -> str:
 def _new_folder(out: str) -> str:
     """A new folder for the results: the one that was asked for, or one named by the time."""
     path = Path(out or f"runs/evaluate/{time.strftime('%Y-%m-%d-%H%M%S')}")
-    if path.exists() and (
-        not path.is_dir() or any(p.name != ".lock" and p.suffix != ".writing" for p in path.iterdir())
-    ):
-        raise UserError(f"{path} is not empty: give another --out")
-    lock(path)
+    try:
+        if path.exists() and (
+            not path.is_dir() or any(p.name != ".lock" and p.suffix != ".writing" for p in path.iterdir())
+        ):
+            raise UserError(f"{path} is not empty: give another --out")
+        lock(path)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}; give another --out") from None
     return str(path)
 
 

@@ -131,10 +131,9 @@ def lock(folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        time.sleep(0.2)  # whoever has just taken it writes its name now
-        owner = os.pread(file, 200, 0).decode(errors="replace")
-        os.close(file)
-        if owner != me:
+        if os.pread(file, 200, 0) != me.encode():
+            time.sleep(0.2)  # whoever has just taken it writes its name now
+            owner = os.pread(file, 200, 0).decode(errors="replace")
             raise UserError(f"{folder} is in use by {owner or 'another process'}: give another --out") from None
     except OSError as error:
         print(f"warning: {folder} cannot be locked ({error.strerror}): start nothing else on it", flush=True)
