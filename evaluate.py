@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     tests = benchmarks.load_all(config.benchmarks, config.data, config.limit, config.template)
     pairs = resolve(RediConfig, "redi", tables)
 
-    with world() as ranks:
+    with world(config.timeout_minutes) as ranks:
         out = Path(ranks.first(lambda: _folder(config.out)))
         config.dtype = ranks.first(lambda: Samples(out).claim({folder: folder for folder in folders}, tests, config))
         rows = ranks.first(lambda: _finished(out, len(folders) * config.n * sum(len(b.problems) for b in tests)))

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     elif config.evaluate:
         _benchmarks(evaluation)  # for what is wrong with them, before hours of training
 
-    with world() as ranks:
+    with world(config.timeout_minutes) as ranks:
         if ranks.first(lambda: open_run(config.out, configs)):
             ranks.say(f"{out} holds this run, finished")
         else:

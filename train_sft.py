@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
         config, evaluation = toy.with_files(folder, replace(config, model=str(folder / "model")), evaluation)
     configs = {"sft": config, "evaluate": evaluation, **({"toy": toy_config} if is_toy else {})}
 
-    with world() as ranks:
+    with world(config.timeout_minutes) as ranks:
         if ranks.first(lambda: open_run(config.out, configs)):
             return ranks.say(f"{config.out} holds this run, finished")
         if is_toy:

@@ -1,13 +1,12 @@
 """Results as tables: for a terminal of 80 columns, in Markdown, beside the paper's."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanoredi.common.errors import UserError
-from nanoredi.common.files import read_json
+from nanoredi.common.files import read_json, write_json, write_text
 from nanoredi.data.benchmarks import PAPER
 from nanoredi.evaluation.scores import Row, average
 
@@ -202,13 +201,13 @@ def show(shown: list[Table], wide: bool) -> str:
 
 def write(out: Path, rows: list[Row], compared: list[Row], paper: bool, wide: bool = False) -> str:
     """Write results.json (differences.json for two models), results.txt and, with all columns, results.md; the text."""
-    (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "results.json", rows)
     if compared:
-        (out / "differences.json").write_text(json.dumps(compared, indent=2) + "\n", encoding="utf-8")
+        write_json(out / "differences.json", compared)
     shown = tables(rows, compared, paper)
     text = show(shown, wide)
-    (out / "results.txt").write_text(text + "\n", encoding="utf-8")
-    (out / "results.md").write_text("\n\n".join(map(as_markdown, shown)) + "\n", encoding="utf-8")
+    write_text(out / "results.txt", text + "\n")
+    write_text(out / "results.md", "\n\n".join(map(as_markdown, shown)) + "\n")
     return text
 
 

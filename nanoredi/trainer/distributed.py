@@ -23,6 +23,7 @@ from nanoredi.common.errors import UserError, sentence
 from nanoredi.kernels.dispatch import prepare_for_training, triton
 from nanoredi.kernels.layers import product
 from nanoredi.model.qwen2 import Block, Qwen2
+from nanoredi.trainer.heartbeat import Heartbeat
 
 Result = TypeVar("Result")
 
@@ -68,8 +69,9 @@ class World:
 
 
 @contextlib.contextmanager
-def world() -> Iterator[World]:
-    """Join the process group that torchrun describes, or be one process alone; leave it at the end.
+def world(timeout_minutes: float = 10.0) -> Iterator[World]:
+    """Join the process group that torchrun describes, or be one process alone; leave it at the end. A rank that does not
+    answer for timeout_minutes ends the job.
 
     Raises:
         UserError: when ranks would share a GPU.
@@ -84,9 +86,12 @@ def world() -> Iterator[World]:
         torch.cuda.set_device(device)
     bound = device if device.type == "cuda" and size > 1 else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=bound)
+    heartbeat = Heartbeat(rank, size, timeout_minutes) if size > 1 else None
     try:
         yield World(rank, size, device)
     finally:
+        if heartbeat:
+            heartbeat.stop()
         dist.destroy_process_group()
         # Gloo's threads need the interpreter's lock to let go of their last tensors; one that still waits for it when the
         # interpreter ends aborts the process. Asleep, this thread leaves the lock to them.

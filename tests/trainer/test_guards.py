@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -153,6 +154,34 @@ def test_collapse_stops_the_run_where_it_is_told_to(config, one_rank):
     wild = replace(config, max_steps=0, epochs=6, alpha=3.0, lr=0.02, log_every=1, save_every=10)
     with pytest.raises(UserError, match=r"COLLAPSE at step \d+: .* all was well; the last model saved by then is .*"):
         train(replace(wild, on_collapse="stop"), one_rank)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks cannot share a GPU: CUDA_VISIBLE_DEVICES= pytest")
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_is_stopped_ends_the_job_with_its_number(which, toy_data, tmp_path):
+    flags = "--recipe toy --epochs 4000 --batch_size 8 --evaluate false --log_every 5 --dtype float32 --out run".split()
+    command = [sys.executable, str(ROOT / "train_redi.py"), *flags, "--model", str(toy_data / "model")]
+    command += ["--data", str(toy_data / "pairs.jsonl"), "--timeout_minutes", "0.05"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **world}
+    pipes = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [
+        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
+        for rank in (0, 1)
+    ]
+    try:
+        while not ranks[0].stdout.readline().startswith("step  "):
+            assert ranks[0].poll() is None
+        ranks[which].send_signal(signal.SIGSTOP)
+        _, err = ranks[1 - which].communicate(timeout=30)
+        assert ranks[1 - which].returncode == 2
+        assert f"error: rank {which} has not answered for 0.05 minutes" in err
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks cannot share a GPU: CUDA_VISIBLE_DEVICES= pytest")
