@@ -63,16 +63,14 @@ def test_only_the_second_of_two_models_was_broken_off(models, capsys):
 
 
 def test_two_ranks_with_nothing_missing(models):
-    """Two forks of one process that has everything imported."""
-    flags = [*FLAGS, "--benchmarks", "toy.jsonl", "--model", "a", "--out", "out"]
-    evaluate.main(flags)
-    (models / "out/results.json").unlink()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    command = [*launcher, str(ROOT / "evaluate.py"), *flags]
+    words = [str(ROOT / "evaluate.py"), *FLAGS, "--benchmarks", "toy.jsonl", "--model", "a", "--out", "out"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert "6 samples are there, 0 are missing" in done.stdout and (models / "out/results.json").exists()
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]):
+        command = [sys.executable, *launcher, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        (models / "out/results.json").unlink()
+    assert "6 samples are there, 0 are missing" in done.stdout
 
 
 @pytest.mark.parametrize(
