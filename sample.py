@@ -29,8 +29,9 @@ from nanoredi.common.progress import progress
 from nanoredi.common.runs import check_model, newest_model, recipe_of
 from nanoredi.config import EvaluateConfig, SamplingConfig
 from nanoredi.data import benchmarks
-from nanoredi.data.tokenizer import Tokenizer, check_messages
-from nanoredi.evaluation.samples import claim, digest_of_files
+from nanoredi.data.messages import check_messages
+from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.evaluation.samples import claim, cut_torn_line, digest_of_files
 from nanoredi.model.hf_folder import stop_ids
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.chat import chat, ending
@@ -189,6 +190,7 @@ def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: Sa
         except OSError:
             raise UserError(f"another process writes to {path}: wait for it, or give another --out") from None
         config.dtype = _claim(path, folder, config)
+        cut_torn_line(path)
         missing = {_key({**sample.row, "sample": sample.request.sample}): sample for sample in samples}
         for where, row in read_rows(str(path)):
             if missing.pop(_key(row), None) is None:

@@ -1,2 +1,13 @@
 """Reinforcement Distillation (REDI, arXiv 2505.24850) from scratch: see README.md for the recipe and where to start
 reading."""
+
+import os
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  whoever has an older one starts it all the same
+    sys.exit(f"error: nanoredi runs on Python 3.11 and newer; this is Python {sys.version.split()[0]}")
+
+# Micro-batches differ in size, and a GPU's memory cut into pieces for some of them has no room for others: let its pieces
+# grow. torch reads this when it first takes memory of a GPU; what the user has set stays.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

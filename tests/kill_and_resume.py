@@ -13,7 +13,9 @@ import signal
 import sys
 import time
 
-import train_redi
+# A process that has asked for a GPU cannot have it in its forks, and importing asks: they run on the CPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+import train_redi  # noqa: E402
 
 kills, out, *flags = sys.argv[1:]
 rng = random.Random(0)

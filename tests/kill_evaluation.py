@@ -13,7 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-import evaluate
+# A process that has asked for a GPU cannot have it in its forks, and importing asks: they run on the CPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+import evaluate  # noqa: E402
 
 out, *flags = sys.argv[1:]
 

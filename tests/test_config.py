@@ -4,6 +4,8 @@ import dataclasses
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.flags import _builtin_recipes, read_flags, read_recipe, resolve, write_recipe
@@ -73,6 +75,7 @@ def test_the_paper_s_recipe():
         (["--lr", "inf"], "--lr takes a number, not inf"),
         (["--epochs", "1.5"], "--epochs takes a whole number, not '1.5'"),
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
+        (["--lr", "-1e-6"], "--lr is -1e-06; it must be at least 0"),
         (["--clip", "0"], "--clip is 0.0; it must be above 0"),
         (["--warmup", "2"], "--warmup is 2.0; it must be at most 1"),
         (["--evaluate", "yes"], "--evaluate takes true or false, not 'yes'"),
@@ -83,6 +86,14 @@ def test_the_paper_s_recipe():
         (["--objective", "ppo"], "--objective takes redi or sft or dpo or simpo, not 'ppo'"),
         (["--beta", "0"], "--beta is 0.0; it must be above 0"),
         (["--alpha"], "--alpha: expected one argument"),
+        (["--recipe", ""], "--recipe is empty: give it a value, or leave it out"),
+        (["--model="], "--model is empty"),
+        (["--evaluate.benchmarks", "a", ""], "--evaluate.benchmarks is empty"),
+        (["--evaluate.batch_size", "2000000000"], "--evaluate.batch_size is 2000000000; it must be at most 65536"),
+        (["--evaluate.cache_gb", "1e300"], r"cache_gb is 1e\+300; it must be at most 1000000.0"),
+        (["--seed", "1" + "0" * 30], "--seed is 10*; it must be at most 2147483647"),
+        (["--seed", "1" + "0" * 5000], "--seed takes a whole number, not '10"),
+        (["--lr", "1" + "0" * 400], "--lr takes a number, not inf"),
     ],
 )
 def test_flags_that_cannot_be(argv, words):
@@ -105,6 +116,9 @@ def test_flags_that_cannot_be(argv, words):
         ("[evaluate]\nbenchmarks = 'math500'\n", "evaluate.benchmarks takes a list of strings"),
         ("[evaluate]\nbenchmarks = [1]\n", "evaluate.benchmarks takes a list of strings"),
         ("[redi\n", "is not TOML"),
+        ("[redi]\nmodel = " + "[" * 10**5, "is not TOML"),
+        ('[redi]\nmodel = "a\\u0000"\n', "redi.model takes a string, not "),
+        ("[redi]\nlr = 1" + "0" * 400 + "\n", "redi.lr takes a number, not 10"),
     ],
 )
 def test_recipes_that_cannot_be(tmp_path, text, words):
@@ -198,7 +212,7 @@ def test_the_recipes_of_the_paper_s_comparison(name, epochs, stage_2):
 
 
 def test_a_missing_recipe_names_the_nearest():
-    with pytest.raises(UserError, match=r"cannot read the recipe toi: .* \(did you mean 'toy'\?\)"):
+    with pytest.raises(UserError, match=r"there is no recipe toi \(did you mean 'toy'\?\)"):
         read_recipe("toi")
 
 
@@ -233,9 +247,17 @@ def test_a_run_s_folder(tmp_path):
     assert (tmp_path / "run" / "state" / "step-000010").exists()
     # Killed when the final model had its name and the states were still there: they go.
     (tmp_path / "run" / "final").mkdir()
+    assert open_run(out, {"redi": config}) is False  # an empty folder is no model
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="final is no whole model .*: move it away"):
+        open_run(out, {"redi": config})
+    save_file({"w": torch.zeros(9)}, tmp_path / "run" / "final" / "model.safetensors")
     assert open_run(out, {"redi": config}) is True
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.toml", "final", "metrics.jsonl"]
+    names = [".lock", "config.toml", "final", "metrics.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
+    (tmp_path / "run" / "final" / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="final is no whole model .*: move it away"):
+        open_run(out, {"redi": config})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     with pytest.raises(UserError, match="not empty and holds no nanoredi run"):

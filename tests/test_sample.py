@@ -6,8 +6,8 @@ import json
 import sys
 
 import pytest
-import sample
 
+import sample
 from nanoredi.common.errors import UserError
 
 

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from nanoredi.common.errors import UserError
-from nanoredi.kernels.dispatch import prepare_for_training
+from nanoredi.common.errors import UserError, sentence
+from nanoredi.kernels.dispatch import prepare_for_training, triton
 from nanoredi.kernels.layers import product
 from nanoredi.model.qwen2 import Block, Qwen2
 
@@ -38,13 +38,16 @@ class World:
     device: torch.device
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """Do some work on rank 0 and give its result to every rank; a UserError of it is raised on every rank."""
+        """Do some work on rank 0 and give its result to every rank; a UserError of it, or a disk's error, is raised on
+        every rank."""
         outcome: list = [None, None]
         if self.rank == 0:
             try:
                 outcome[0] = work()
-            except UserError as error:
-                outcome[1] = str(error)
+            except Exception as error:
+                if (text := sentence(error)) is None:
+                    raise
+                outcome[1] = text
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise UserError(outcome[1])
@@ -66,21 +69,21 @@ class World:
 
 @contextlib.contextmanager
 def world() -> Iterator[World]:
-    """Join the process group that torchrun describes, or be one process alone; leave it at the end."""
+    """Join the process group that torchrun describes, or be one process alone; leave it at the end.
+
+    Raises:
+        UserError: when ranks would share a GPU.
+    """
     rank, size, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
+    store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device, backend = _gpu(store, rank, size, local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device = torch.device("cpu")
-        backend = "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    bound = device if device.type == "cuda" and size > 1 else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=bound)
     try:
         yield World(rank, size, device)
     finally:
@@ -88,6 +91,19 @@ def world() -> Iterator[World]:
         # Gloo's threads need the interpreter's lock to let go of their last tensors; one that still waits for it when the
         # interpreter ends aborts the process. Asleep, this thread leaves the lock to them.
         time.sleep(0.2)
+
+
+def _gpu(store: dist.Store, rank: int, size: int, local_rank: int) -> torch.device:
+    """The rank's own GPU. Some launchers show each rank its own alone, which is then number 0 to all of them."""
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    store.set(f"gpu {rank}", str(torch.cuda.get_device_properties(device).uuid))
+    num_gpus = len({store.get(f"gpu {other}") for other in range(size)})
+    if num_gpus < size:
+        raise UserError(
+            f"there are {size} ranks for {num_gpus} GPU{'s' if num_gpus > 1 else ''}: start one a GPU, as torchrun's "
+            "--nproc_per_node counts them on each machine, or all without: CUDA_VISIBLE_DEVICES= torchrun ..."
+        )
+    return device
 
 
 class Queue:
@@ -198,14 +214,28 @@ def local(tensor: Tensor) -> Tensor:
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype that "float32", "bfloat16" or "auto" stands for on a device; auto takes bfloat16 where the device has
-    units for it."""
-    if name != "auto":
-        return getattr(torch, name)
+    units for it.
+
+    Raises:
+        UserError: for a GPU without Triton, and for bfloat16 on a GPU that has none.
+    """
     if device.type == "cuda":
         has_units = torch.cuda.get_device_capability(device) >= (8, 0)
+        if triton is None:
+            raise UserError(
+                "a GPU's kernels are written in Triton, which is not installed: pip install triton, or leave the GPU "
+                "alone with CUDA_VISIBLE_DEVICES="
+            )
+        if name == "bfloat16" and not has_units:
+            raise UserError(
+                f"{torch.cuda.get_device_name(device)} does not multiply in bfloat16 (compute capability 8.0 and later "
+                "do): give --dtype float32, or auto"
+            )
     else:
         can = torch.cpu.get_capabilities()
         has_units = can.get("amx_bf16") or can.get("avx512_bf16")
+    if name != "auto":
+        return getattr(torch, name)
     return torch.bfloat16 if has_units else torch.float32
 
 

@@ -3,7 +3,6 @@
 A step's figures wait on the device until a line is due; that is the only time the loop waits for it.
 """
 
-import json
 import math
 import resource
 import sys
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from nanoredi.common.errors import UserError
+from nanoredi.common.files import write_row, write_text
+from nanoredi.common.runs import metrics_row
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.trainer.distributed import World
 
@@ -99,8 +100,9 @@ class Log:
         pairs = [(step, {**self._row(step, v), **common}) for step, v in zip(self.waiting, values)]
         self.waiting, self.last = [], now
         if self.world.rank == 0:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for _, row in pairs)
+            with open(self.path, "ab", buffering=0) as file:
+                for _, row in pairs:
+                    write_row(file, row)
             self.line = self._line(pairs[-1][1], now)
             print(self.line, flush=True)
             for row in (row for _, row in pairs if WATCHED[0] in row):
@@ -160,18 +162,16 @@ def drop_steps_after(path: Path, step: int) -> None:
     """Keep the rows of metrics.jsonl up to a step: those after it are about to be made again."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept, lines = {}, path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # the torn end of a killed run
-            break
-        if row["step"] > step:
-            break
-        kept.append(line + "\n")
-    beside = path.with_suffix(".writing")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+            row = metrics_row(f"{path}, line {number}", line)
+        except UserError as error:
+            if number < len(lines):  # the last one is what a kill leaves: nothing, or half a row
+                print(f"warning: {error}; this row is left out", flush=True)
+        else:
+            kept |= {row["step"]: line + "\n"} if row["step"] <= step else {}
+    write_text(path, "".join(kept.values()))
 
 
 def _tensorboard(folder: Path, first: int) -> Any:

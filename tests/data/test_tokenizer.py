@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.tokenizer import Tokenizer, check_messages, user_message
+from nanoredi.data.messages import check_messages, user_message
+from nanoredi.data.tokenizer import Tokenizer
 
 CONVERSATION = [
     {"role": "user", "content": "What is 1+1?"},
@@ -112,7 +113,7 @@ def test_toy_round_trip(toy_data):
 def test_a_template_that_drops_thinking_loses_none_of_it(toy_data, tmp_path):
     tokenizer = edited(toy_data, tmp_path, chat_template=R1_TEMPLATE)
     conversation = [*user_message("a=1"), {"role": "assistant", "content": "<think>b+1=2;</think>2"}]
-    assert tokenizer.split(conversation) == ("<user>a=1<assistant>", "<think>b+1=2;</think>2<eos>")
+    assert tokenizer.split(conversation) == ("<user>a=1<assistant><think>", "b+1=2;</think>2<eos>")
     assert (
         tokenizer.prompt(conversation[:1])
         == tokenizer.prompt(conversation[:1], think=True)
@@ -148,6 +149,14 @@ def test_templates_and_tokens_that_cannot_serve(toy_data, tmp_path, changes, wor
 def test_the_template_may_refuse(toy_data):
     with pytest.raises(UserError, match="the toy knows the roles user and assistant"):
         Tokenizer(toy_data / "model").prompt([{"role": "system", "content": "a"}])
+
+
+def test_a_folder_that_holds_a_tokenizer_further_down_is_told_apart_from_a_hub_name(toy_data, tmp_path):
+    shutil.copytree(toy_data / "model", tmp_path / "models--org--name" / "snapshots" / "1a2b")
+    with pytest.raises(UserError, match="cannot read .*; give .*/snapshots/1a2b$"):
+        Tokenizer(tmp_path / "models--org--name")
+    with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B, then give"):
+        Tokenizer("Qwen/Qwen2.5-Math-1.5B")
 
 
 def test_broken_files(tmp_path):

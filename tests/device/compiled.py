@@ -1,0 +1,73 @@
+"""Triton's kernels compiled for GPUs that are not there, as they were launched: with the dtypes, sizes and alignments of a
+run."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = (80, 90, 100)  # A100, H100, B200
+
+
+def compiled(launches: list[tuple[JITFunction, tuple, dict]]) -> dict[str, dict[str, dict[str, int]]]:
+    """[kernel][sm_...] -> registers a thread, bytes of shared memory, and of stack, which is where registers spill to."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for target in TARGETS:
+        driver.set_active(_Device(target))
+        for kernel, args, kwargs in launches:
+            args = tuple(_Pointer(x) if isinstance(x, Tensor) else x for x in args)
+            binary = kernel._compile(*args, grid=(1,), warmup=True, **kwargs)
+            found.setdefault(_name(kernel, args, kwargs), {}).setdefault(f"sm_{target}", _resources(binary))
+    return found
+
+
+class _Device:
+    def __init__(self, target: int):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.target, 32)
+
+    def get_current_device(self) -> int:
+        return self.target
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Pointer:
+    """A tensor as Triton sees it. Its allocation begins at a multiple of 512 bytes, as CUDA's do."""
+
+    def __init__(self, tensor: Tensor):
+        self.dtype = tensor.dtype
+        self.at = 512 + tensor.storage_offset() * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self.at
+
+    def ptr_range(self) -> int:
+        return 1 << 62
+
+
+def _name(kernel: JITFunction, args: tuple, kwargs: dict) -> str:
+    """With what makes it a kernel of its own: the first tensor's dtype and the constants."""
+    constants = {k: v for k, v in kwargs.items() if k in kernel.arg_names and isinstance(v, (int, bool))}
+    dtype = next(str(x.dtype).removeprefix("torch.") for x in args if isinstance(x, _Pointer))
+    return " ".join([kernel.__name__.strip("_"), dtype, *(f"{k}={v}" for k, v in constants.items())])
+
+
+def _resources(binary: Any) -> dict[str, int]:
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        said = subprocess.run([program, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK"))
+    return {"registers": registers, "shared": binary.metadata.shared, "stack": stack}

@@ -1,0 +1,108 @@
+"""What whole steps do to a GPU, and what Triton makes of the kernels for it: counted without one (watched.py).
+
+The tables hold what was counted on this code with torch 2.13 and Triton 3.7. A step may do less, and then the smaller
+number belongs here; it must not do more unnoticed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if torch.version.cuda or torch.version.hip:
+    pytest.skip("it stands in for CUDA in a PyTorch that was built without", allow_module_level=True)
+
+NO_COMPILER = 3  # watched.py's exit code where the device cannot be built
+
+# Kernels that a case starts, at two layers where nothing else is said.
+STEPS = {
+    "8 ranks, REDI, tied": 1300,
+    "8 ranks, DPO, untied": 1559,
+    "1 rank, REDI, tied": 1481,
+    "2 groups of 4 ranks, REDI, tied": 1303,
+    "decode": 135,
+    "decode, top-k": 137,
+    "decode, all layers": 915,
+    "prefill": 73,
+}
+# A block forward and backward, by what activation checkpointing keeps: its kernels beside products and attention, and
+# the kB a token that they read and write.
+BLOCKS = {"off": (37, 411), "attention": (49, 551), "products": (49, 551)}
+# Registers a thread and bytes of shared memory, at most, over A100, H100 and B200.
+KERNELS = {
+    "logprobs_kernel bfloat16 WRITE_GRADIENT=True BLOCK=8192": (128, 32),
+    "logprobs_kernel bfloat16 WRITE_GRADIENT=False BLOCK=8192": (128, 32),
+    "gradient_kernel bfloat16 BLOCK=8192": (53, 0),
+    "decode_kernel bfloat16 GROUP=6 SIZE=128 PAGE=32 GROUP_BLOCK=16 SIZE_BLOCK=128 BLOCK=64": (116, 39_424),
+    "keep_kernel float32 BY_MASS=True BLOCK=2048": (92, 128),
+    "keep_kernel float32 BY_MASS=False BLOCK=2048": (94, 128),
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(ROOT / "tests/device/watched.py")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode == NO_COMPILER:
+        pytest.skip(f"the CUDA device without contents could not be built: {run.stderr[-500:]}")
+    assert run.returncode == 0, run.stderr[-5000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step_waits_for_nothing_and_starts_as_few_kernels(found, case):
+    step = found["steps"][case]
+    assert not step.get("wrong")
+    kernels = step["kernels"]
+    total = kernels if isinstance(kernels, int) else sum(kernels.values())
+    assert 0.9 * STEPS[case] < total <= STEPS[case], kernels
+
+
+@pytest.mark.parametrize("kept", BLOCKS)
+def test_what_a_block_moves_beside_its_products(found, kept):
+    step = found["steps"][f"block, {kept}"]
+    assert not step["wrong"]
+    for counted, most in zip((step["others"], step["kB a token"]), BLOCKS[kept]):
+        assert 0.9 * most < counted <= most, step["kernels"]
+
+
+def test_gradients_are_summed_in_fp32_and_figures_stay_on_the_device(found):
+    steps = [step for step in found["steps"].values() if "gradients" in step]
+    assert len(steps) == 4
+    assert all(step["gradients"] == ["torch.float32"] and step["result"] == ["cuda:0", [5]] for step in steps)
+
+
+def test_ranks_exchange_once_a_step(found):
+    """Beside the sums of the log and the update's size: a reduce-scatter a unit, two blocks and what is around them, and
+    where there are copies of the weights as many sums over the copies."""
+    for case, expected in (("8 ranks, REDI, tied", (3, 2)), ("2 groups of 4 ranks, REDI, tied", (3, 5))):
+        kernels = found["steps"][case]["kernels"]
+        assert (kernels["c10d::_reduce_scatter_base_"], kernels["c10d::allreduce_"]) == expected
+
+
+def test_the_watch_notices_what_it_is_for(found):
+    assert found["steps"]["mistakes"]["wrong"] == [
+        "a number from the device",
+        "a size that the device knows",
+        "a tensor from the device",
+        "a copy from memory that is not pinned",
+        "a copy that is waited for",
+        "a CPU tensor beside a CUDA one",
+        "synchronize",
+    ]
+
+
+def test_every_kernel_compiles_for_every_gpu_without_spilling(found):
+    assert found["compiled"].keys() == KERNELS.keys()
+    for name, targets in found["compiled"].items():
+        assert targets.keys() == {"sm_80", "sm_90", "sm_100"}
+        for target, uses in targets.items():
+            assert not uses["stack"], f"{name} spills registers on {target}"
+            assert uses["registers"] <= KERNELS[name][0] and uses["shared"] <= KERNELS[name][1], f"{name} on {target}"

@@ -1,0 +1,210 @@
+"""Whole steps of training and sampling on a CUDA device that is not there, and what they do to it, as JSON on stdout.
+
+PYTHONPATH=. python tests/device/watched.py
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from compiled import compiled
+from fake_cuda import Watch, fake, launches
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+
+torch.cuda.is_available = lambda: True  # Triton is imported where there is a GPU
+from nanoredi import objectives  # noqa: E402
+from nanoredi.config import RediConfig, SamplingConfig  # noqa: E402
+from nanoredi.data.sequences import Sequence  # noqa: E402
+from nanoredi.model.attention import PackedAttention  # noqa: E402
+from nanoredi.model.config import Qwen2Config  # noqa: E402
+from nanoredi.model.qwen2 import Block, Qwen2, rotary_angles  # noqa: E402
+from nanoredi.sampler import kv_cache  # noqa: E402
+from nanoredi.sampler.sampler import Sampler  # noqa: E402
+from nanoredi.trainer import distributed, loop  # noqa: E402
+from nanoredi.trainer import step as trainer_step  # noqa: E402
+from nanoredi.trainer.optimizer import AdamW  # noqa: E402
+
+# Qwen2.5-Math-1.5B's sizes but for the number of layers.
+SIZES = Qwen2Config(
+    vocab_size=151_936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=2,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    max_position_embeddings=32_768,
+    tie_word_embeddings=True,
+)
+KINDS = {"redi": RediConfig(objective="redi"), "dpo": RediConfig(objective="dpo")}
+FINAL_LAYERS = 28  # the model's own number
+TOKENS = 38_000  # of a micro-batch of one pair of the longest sequences
+shard_mesh, gradient_square = distributed.shard_mesh, trainer_step.gradient_square
+
+
+def pairs(number: int) -> list[tuple[Sequence, Sequence]]:
+    """Of lengths like the paper's, their first 200 tokens the prompt."""
+    rng = np.random.default_rng(0)
+
+    def trace(side: str, n: int) -> Sequence:
+        return Sequence(rng.integers(0, 1000, n).astype(np.int32), np.arange(n) >= 200, side=side)
+
+    return [(trace("chosen", n), trace("rejected", m)) for n, m in rng.integers(3000, 19_000, (number, 2)).tolist()]
+
+
+def train(ranks: int, tied: bool, objective: str, shard_size: int = 0) -> dict:
+    """An optimiser step of one of so many ranks, in bf16 with activation checkpointing."""
+    config = replace(KINDS[objective], max_tokens_per_micro_batch=40_000, shard_size=shard_size)
+    world = distributed.World(0, ranks, torch.device("cuda:0"))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    mesh = shard_mesh(world, shard_size)  # it cannot be made among fake tensors
+    distributed.shard_mesh = lambda *_: mesh
+    dtypes = set()
+
+    def seen(model: Qwen2) -> torch.Tensor:
+        dtypes.update(str(p.grad.dtype) for p in model.parameters())
+        return gradient_square(model)
+
+    trainer_step.gradient_square = seen
+    units = objectives.units(config, pairs(2 * ranks))
+    with fake:
+        with torch.device("cuda"):
+            model = Qwen2(replace(SIZES, tie_word_embeddings=tied))
+        loop.set_up(model, config, torch.bfloat16, world)
+        optimizer = AdamW(model, config.lr, config.weight_decay)
+        with Watch() as watch:
+            figures, *_ = trainer_step.train_step(model, optimizer, units, config, world)
+    dist.destroy_process_group()
+    return {**watched(watch), "result": [str(figures.device), list(figures.shape)], "gradients": sorted(dtypes)}
+
+
+def watched(watch: Watch) -> dict:
+    return {"kernels": dict(watch.kernels), "wrong": watch.wrong}
+
+
+def in_bf16(make: Callable) -> Any:
+    """What belongs to a model on the device, in bf16."""
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        made = make()
+    torch.set_default_dtype(torch.float32)
+    return made
+
+
+def block(kept: str) -> dict:
+    """A block forward and backward: beside products and attention, its kernels and the bytes a token they move."""
+    watch = Watch()
+    with fake:
+        one = in_bf16(lambda: Block(SIZES, 0))
+        one.activation_checkpointing = kept
+        x = in_bf16(lambda: torch.empty(TOKENS, SIZES.hidden_size)).requires_grad_()
+        positions = torch.zeros(TOKENS, dtype=torch.int64, device="cuda")
+        rope = rotary_angles(positions, SIZES, torch.bfloat16)
+        attend = PackedAttention(torch.zeros(3, dtype=torch.int32, device="cuda"), TOKENS // 2)
+        with watch:
+            out = one(x, rope, attend)
+            out.backward(torch.empty_like(out))
+    others = [name for name in watch.kernels if not re.search("mm|attn", name)]
+    moved = sum(watch.bytes[name] for name in others) / TOKENS
+    return {**watched(watch), "others": sum(watch.kernels[name] for name in others), "kB a token": round(moved / 1e3)}
+
+
+def sampler(layers: int, **settings: float) -> Sampler:
+    model = in_bf16(lambda: Qwen2(replace(SIZES, num_hidden_layers=layers))).requires_grad_(False)
+    return Sampler(model, [1], SamplingConfig(batch_size=256, cache_gb=1.0, **settings))
+
+
+def decode(layers: int, **settings: float) -> dict:
+    """A decode step, as its CUDA graph is captured."""
+    with fake:
+        sampling = sampler(layers, **settings)
+        places = torch.full((64,), 256, device="cuda")
+        with torch.inference_mode(), Watch() as watch:
+            tokens = sampling._advance(places)
+    return {**watched(watch), "result": [str(tokens.device), list(tokens.shape)]}
+
+
+def whole_decode() -> dict:
+    """The kernels of the whole model's decode step, reckoned from those of two and of three layers."""
+    two, three = (sum(decode(layers)["kernels"].values()) for layers in (2, 3))
+    return {"kernels": two + (FINAL_LAYERS - 2) * (three - two)}
+
+
+def prefill() -> dict:
+    """The beginning of one prompt and the end of another."""
+    pieces = [(list(range(5)), 0, 150), (list(range(5, 70)), 1024, 1724)]
+    with fake:
+        sampling = sampler(2)
+        ids = torch.zeros(850, dtype=torch.int64, device="cuda")
+        with torch.inference_mode(), Watch() as watch:
+            attend, positions = sampling.cache.prefill(pieces)
+            hidden = sampling._hidden_states(ids, positions, attend)
+    return {**watched(watch), "result": [str(hidden.device), list(hidden.shape)]}
+
+
+def mistakes() -> dict:
+    """What a step must not do, and one thing that it may: "wrong" names all that the watch or the device notices."""
+    there, here, late = (lambda: torch.ones(3, device="cuda")), (lambda: torch.ones(3)), {"non_blocking": True}
+    tries: dict[str, Callable] = {
+        "a number from the device": lambda: there().sum().item(),
+        "a size that the device knows": lambda: there()[there() > 0],
+        "a tensor from the device": lambda: there().to("cpu"),
+        "a copy from memory that is not pinned": lambda: there().copy_(here(), **late),
+        "a copy that is waited for": lambda: here().pin_memory().to("cuda"),
+        "a CPU tensor beside a CUDA one": lambda: there() + torch.ones(()),
+        "synchronize": torch.cuda.synchronize,
+        "an upload": lambda: here().pin_memory().to("cuda", **late),
+    }
+    wrong = []
+    for name, action in tries.items():
+        watch = Watch()
+        try:
+            with fake, watch:
+                action()
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            watch.wrong.append(name)
+        if watch.wrong:
+            wrong.append(name)
+    return {"kernels": {}, "wrong": wrong}
+
+
+CASES: dict[str, Callable[[], dict]] = {
+    "8 ranks, REDI, tied": lambda: train(8, True, "redi"),
+    "8 ranks, DPO, untied": lambda: train(8, False, "dpo"),
+    "1 rank, REDI, tied": lambda: train(1, True, "redi"),
+    "2 groups of 4 ranks, REDI, tied": lambda: train(8, True, "redi", 4),
+    "decode": lambda: decode(2),
+    "decode, top-k": lambda: decode(2, top_k=20),
+    "decode, all layers": whole_decode,
+    "prefill": prefill,
+    "block, off": lambda: block("off"),
+    "block, attention": lambda: block("attention"),
+    "block, products": lambda: block("products"),
+    "mistakes": mistakes,
+}
+
+
+def real(make: Callable) -> Callable:
+    """What belongs to the host has contents."""
+
+    def made(*args: Any) -> Any:
+        with _disable_current_modes():
+            return make(*args)
+
+    return made
+
+
+trainer_step.pack = real(trainer_step.pack)
+kv_cache._mask = real(kv_cache._mask)
+F.scaled_dot_product_attention = lambda q, *_, **__: q.clone()  # which kernel it is the device's libraries decide
+if __name__ == "__main__":
+    found = {name: case() for name, case in CASES.items()}
+    json.dump({"steps": found, "compiled": compiled(launches)}, sys.stdout)
