@@ -7,9 +7,8 @@
 
 Every sample goes to samples.jsonl in the out folder when it is done, and a second start with the same --out makes those
 that are missing; the table goes to results.json, results.txt and results.md; two models are compared problem by problem
-(differences.json). --completions grades what another engine wrote (the layouts: python -m
-nanoredi.evaluation.completions). Where a flag is not given, the model's run or the recipe decides ([evaluate]), then
-the default, which is the paper's.
+(differences.json). --completions grades what another engine wrote (its layouts: docs/layouts.md). Where a flag is not
+given, the model's run or the recipe decides ([evaluate]), then the default, which is the paper's.
 """
 
 import json
@@ -17,18 +16,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanoredi.common.disk import lock
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_rows
 from nanoredi.common.flags import option, read_flags, read_recipe, resolve
-from nanoredi.common.runs import newest_model, recipe_of
+from nanoredi.common.runs import check_model, newest_model, recipe_of
 from nanoredi.config import EvaluateConfig, RediConfig
 from nanoredi.data import benchmarks
 from nanoredi.evaluation.completions import grade_file
 from nanoredi.evaluation.evaluate import evaluate
 from nanoredi.evaluation.samples import Samples
-from nanoredi.evaluation.scores import Row, compare, summarise
-from nanoredi.report.tables import write
-from nanoredi.trainer.distributed import world
+from nanoredi.evaluation.scores import Row, compare, summarise, unended
+from nanoredi.report.tables import read_results, write
+from nanoredi.trainer.distributed import World, world
 
 
 @dataclass
@@ -37,7 +37,8 @@ class EvaluateFlags(EvaluateConfig):
 
     model: list[str] = option([], "Hugging Face folders; none: the newest model under runs/")
     completions: list[str] = option([], "JSONL files that another engine wrote, graded instead of a model")
-    paper: bool = option(False, "show the rows of the paper's table 1 beside")
+    paper: bool = option(False, "show the rows of the paper's tables 1 to 4 beside")
+    wide: bool = option(False, "show all columns of the table, however wide; results.md has them in any case")
     out: str = option("", "folder for samples and results; empty: a new one under runs/evaluate/")
 
 
@@ -48,53 +49,89 @@ def main(argv: list[str]) -> None:
         idle = [
             name
             for name in given
-            if name not in ("completions", "benchmarks", "data", "limit", "think", "paper", "out")
+            if name not in ("completions", "benchmarks", "data", "limit", "think", "paper", "wide", "out")
         ]
         if idle:
             raise UserError(f"--{idle[0]} says nothing about --completions: give one or the other")
         config = resolve(EvaluateFlags, "evaluate", read_recipe(recipe) if recipe else {}, flags)
         _grade(config, named="benchmarks" in given)
         return
-    folders = given.get("model") or [newest_model()]
+    folders = [check_model(folder) for folder in given.get("model") or [newest_model()]]
+    _refuse_twice("--model", folders)
     tables = read_recipe(recipe) if recipe else recipe_of(folders[0])
     config = resolve(EvaluateFlags, "evaluate", tables, flags)
-    tests = [benchmarks.load(name, config.data, config.limit) for name in config.benchmarks]
+    tests = benchmarks.load_all(config.benchmarks, config.data, config.limit, config.template)
     pairs = resolve(RediConfig, "redi", tables)
 
     with world() as ranks:
         out = Path(ranks.first(lambda: _folder(config.out)))
-        ranks.first(lambda: Samples(out).claim({folder: folder for folder in folders}, tests, config))
-        ranks.say(f"samples go to {out}; broken off, the same command with --out {out} goes on")
-        rows = []
-        for folder in folders:
-            rows += evaluate(folder, folder, tests, config, out, ranks, pairs=pairs)
-        ranks.say(ranks.first(lambda: _write(out, rows, config.paper)))
+        config.dtype = ranks.first(lambda: Samples(out).claim({folder: folder for folder in folders}, tests, config))
+        rows = ranks.first(lambda: _finished(out, len(folders) * config.n * sum(len(b.problems) for b in tests)))
+        if not rows:
+            _say_frames(config, ranks)
+            ranks.say(f"samples go to {out}; broken off, the same command with --out {out} goes on")
+            for folder in folders:
+                rows += evaluate(folder, folder, tests, config, out, ranks, pairs=pairs)
+        ranks.say(ranks.first(lambda: _write(out, rows, config)))
+
+
+def _refuse_twice(flag: str, paths: list[str]) -> None:
+    for path in paths:
+        if [Path(other).resolve() for other in paths].count(Path(path).resolve()) > 1:
+            raise UserError(f"{flag} names {path} twice")
+
+
+def _finished(out: Path, num_samples: int) -> list[Row]:
+    """The results of a folder that lacks nothing; empty where there is something to do."""
+    keys = ("model", "benchmark", "problem", "sample")
+    if len({tuple(row.get(key) for key in keys) for row in Samples(out).rows()}) < num_samples:
+        return []
+    try:
+        return read_results(out)
+    except UserError:  # the last start did not come so far
+        return []
+
+
+def _say_frames(config: EvaluateFlags, ranks: World) -> None:
+    paths = [name for name in config.benchmarks if name not in benchmarks.NAMED]
+    if paths and not config.template:
+        ranks.say(f"{', '.join(paths)}: asked without a frame; --template paper puts the paper's around each problem")
 
 
 def _grade(config: EvaluateFlags, named: bool) -> None:
     """Completions to a table; without named benchmarks, by the gold answers that the files themselves hold."""
-    tests = [benchmarks.load(name, config.data, config.limit) for name in config.benchmarks] if named else []
-    stems = [Path(file).stem for file in config.completions]
+    _refuse_twice("--completions", config.completions)
+    tests = benchmarks.load_all(config.benchmarks, config.data) if named else []
     rows: list[Row] = []
     samples: list[Row] = []
-    for file, stem in zip(config.completions, stems):
-        name = stem if stems.count(stem) == 1 else file
-        for graded in grade_file(file, name, tests, thinking=config.think == "forced"):
+    for file, name in zip(config.completions, benchmarks.unique_names([Path(f).resolve() for f in config.completions])):
+        for graded in grade_file(file, name, tests, thinking=config.think == "forced", limit=config.limit):
             n = 1 + max(s["sample"] for s in graded)
-            rows.append({"model": name, "benchmark": graded[0]["benchmark"], **summarise(graded, n)})
+            rows.append({"model": graded[0]["model"], "benchmark": graded[0]["benchmark"], **summarise(graded, n)})
             samples += graded
     out = Path(_new_folder(config.out))
     # Anybody's text may hold half a surrogate pair, which UTF-8 cannot.
     with open(out / "samples.jsonl", "x", encoding="utf-8", errors="replace") as file:
         file.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
-    print(_write(out, rows, config.paper))
+    print(_write(out, rows, config))
 
 
-def _write(out: Path, rows: list[Row], paper: bool) -> str:
+def _write(out: Path, rows: list[Row], config: EvaluateFlags) -> str:
+    """Write the results; the table and what the reader should know of it."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    samples = (row for _, row in read_rows(str(out / "samples.jsonl")))
-    compared = compare(samples, *models) if len(models) == 2 else []
-    return f"{write(out, rows, compared, paper)}\n\nwritten to {out}"
+
+    def samples():
+        return (row for _, row in read_rows(str(out / "samples.jsonl")))
+
+    compared = compare(samples(), *models) if len(models) == 2 else []
+    parts = [write(out, rows, compared, config.paper, config.wide)]
+    if config.think == "forced":
+        parts += [
+            f"{model}: over half of the responses have a boxed answer and no </think>, and count as wrong; for a model "
+            "that does not think give --think own"
+            for model in unended(samples())
+        ]
+    return "\n\n".join([*parts, f"written to {out}"])
 
 
 def _folder(out: str) -> str:
@@ -105,9 +142,14 @@ def _folder(out: str) -> str:
 def _new_folder(out: str) -> str:
     """A new folder for the results: the one that was asked for, or one named by the time."""
     path = Path(out or f"runs/evaluate/{time.strftime('%Y-%m-%d-%H%M%S')}")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is not empty: give another --out")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.exists() and (
+            not path.is_dir() or any(p.name != ".lock" and p.suffix != ".writing" for p in path.iterdir())
+        ):
+            raise UserError(f"{path} is not empty: give another --out")
+        lock(path)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}; give another --out") from None
     return str(path)
 
 

@@ -1,36 +1,46 @@
 """Prompt to text: sample completions from a model.
 
     python sample.py                                      the newest model under runs/, on problems of its own benchmark
-    python sample.py --model DIR --prompt "What is 7 * 8?" --n 4
+    python sample.py "What is 7 * 8?" --model DIR --n 4
+    python sample.py --model DIR --chat                   turns in the terminal; /reset begins anew, Ctrl-C ends an answer
     python sample.py --model DIR --prompts prompts.jsonl --n 16 --out samples.jsonl
 
-Rows of prompts are {"prompt": TEXT} or {"messages": [...]}; rows of out repeat them and add completion,
-finish_reason, tokens, sample, each when it is done; Ctrl-C leaves those that are. Where a flag is not given, the
-model's run or the recipe decides ([evaluate]), then the default.
+Prompts are rows of JSONL with a text in "prompt", "problem" or "question", or a conversation in "messages"; or a plain text,
+a prompt a line; - reads them from standard input. Rows of out repeat them and add completion, finish_reason, tokens, sample,
+each when it is done; broken off, the same command goes on. Where a flag is not given, the model's run or the recipe decides
+([evaluate]), then the default.
 """
 
 import dataclasses
+import fcntl
+import json
+import sys
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanoredi.common.errors import UserError, run_script
-from nanoredi.common.files import read_rows, write_row
+from nanoredi.common.files import parse_json, read_rows, write_row
 from nanoredi.common.flags import Tables, option, read_flags, read_recipe, resolve
 from nanoredi.common.progress import progress
-from nanoredi.common.runs import newest_model, recipe_of
+from nanoredi.common.runs import check_model, newest_model, recipe_of
 from nanoredi.config import EvaluateConfig, SamplingConfig
 from nanoredi.data import benchmarks
-from nanoredi.data.tokenizer import Tokenizer, check_messages
+from nanoredi.data.messages import check_messages
+from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.evaluation.samples import claim, cut_torn_line, digest_of_files
 from nanoredi.model.hf_folder import stop_ids
 from nanoredi.model.qwen2 import Qwen2
+from nanoredi.sampler.chat import chat, ending
 from nanoredi.sampler.sampler import Sampler
 from nanoredi.sampler.scheduler import Request, requests_for
 from nanoredi.trainer.distributed import compute_dtype
 
 _PROBLEMS_TO_SHOW = 3
+_ADDED = ("completion", "finish_reason", "tokens", "sample")  # to a prompt's row
 
 
 @dataclass
@@ -39,39 +49,50 @@ class SampleFlags(SamplingConfig):
 
     n: int = option(1, "samples a prompt", low=1)
     model: str = option("", "Hugging Face folder; empty: the newest model under runs/")
-    prompt: str = option("", "text of the user's message")
-    prompts: str = option("", "JSONL file of prompts")
-    out: str = option("", "JSONL file to write the completions to; it must not exist")
+    prompt: str = option("", "text of the user's message; the flag's name may be left out")
+    prompts: str = option("", "file of prompts, JSONL or a plain text with a prompt a line; -: standard input")
+    chat: bool = option(False, "take turns in the terminal")
+    stop: list[str] = option([], "texts that end a completion and are no part of it")
+    out: str = option("", "JSONL file to write the completions to, or to go on with")
+
+
+@dataclass
+class _Sample:
+    """A sample to be made.
+
+    Attributes:
+        row: the prompt's, as it was given.
+        question: the last message, for the terminal.
+    """
+
+    request: Request
+    row: dict[str, Any]
+    question: str
 
 
 def main(argv: list[str]) -> None:
-    recipe, flags = read_flags(__doc__, argv, "evaluate", SampleFlags)
-    folder = flags.get("evaluate", {}).get("model") or newest_model()
+    recipe, flags = read_flags(__doc__, argv, "evaluate", SampleFlags, positional="prompt")
+    given = flags.get("evaluate", {})
+    for one, other in [("prompt", "prompts"), *(("chat", other) for other in ("prompt", "prompts", "n", "out"))]:
+        if given.get(one) and given.get(other):
+            raise UserError(f"give --{one} or --{other}, not both")
+    folder = check_model(given.get("model") or newest_model())
     tables = read_recipe(recipe) if recipe else recipe_of(folder)
     config = resolve(SampleFlags, "evaluate", _sampling_only(tables), flags)
-    if config.prompt and config.prompts:
-        raise UserError("give --prompt or --prompts, not both")
-    if config.out and Path(config.out).exists():
-        raise UserError(f"{config.out} exists; give another --out")
-    rows = _rows(config, tables)
-
     tokenizer = Tokenizer(folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Qwen2.from_pretrained(folder, dtype=compute_dtype(config.dtype, device), device=device).pack()
-    prompts = [tokenizer.encode(tokenizer.prompt(_messages(where, row))) for where, row in rows]
-    requests = requests_for(prompts, config.n, config.seed, [where for where, _ in rows])
-    owners = {id(request): rows[i // config.n][1] for i, request in enumerate(requests)}
-    sampler = Sampler(model, stop_ids(tokenizer), config)
-    sampler.add(requests)
+    if config.chat:
+        sampler = _sampler(folder, tokenizer, dataclasses.replace(config, batch_size=1))
+        print(f"{folder}: a line is a turn, /reset begins anew, Ctrl-C ends an answer, Ctrl-D the conversation")
+        return chat(sampler, tokenizer, config.stop, config.template, config.system)
+
+    samples = _samples(_rows(config, tables), tokenizer, config)
     if config.out:
-        _write(sampler, owners, tokenizer, Path(config.out))
-    else:
-        plural = "s" if len(requests) > 1 else ""
-        print(
-            f"{folder}: {len(requests)} sample{plural} at temperature {config.temperature}, top-p {config.top_p}",
-            flush=True,
-        )
-        _show(sampler, requests, owners, tokenizer)
+        return _write(samples, folder, tokenizer, config)
+    sampler = _sampler(folder, tokenizer, config)
+    sampler.add(sample.request for sample in samples)
+    what = f"{len(samples)} sample{'s' if len(samples) > 1 else ''}"
+    print(f"{folder}: {what} at temperature {config.temperature}, top-p {config.top_p}", flush=True)
+    _show(sampler, samples)
 
 
 def _sampling_only(tables: Tables) -> Tables:
@@ -80,69 +101,144 @@ def _sampling_only(tables: Tables) -> Tables:
     return {"evaluate": {k: v for k, v in tables.get("evaluate", {}).items() if k in names}}
 
 
+def _sampler(folder: str, tokenizer: Tokenizer, config: SampleFlags) -> Sampler:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = Qwen2.from_pretrained(folder, dtype=compute_dtype(config.dtype, device), device=device).pack()
+    return Sampler(model, stop_ids(tokenizer), config)
+
+
 def _rows(config: SampleFlags, tables: Tables) -> list[tuple[str, Any]]:
     """The prompts as rows, each with where it stands."""
     if config.prompt:
         return [("--prompt", {"prompt": config.prompt})]
     if config.prompts:
-        rows = list(read_rows(config.prompts))
+        rows = _read_prompts(config.prompts)
         if not rows:
             raise UserError(f"{config.prompts} holds no rows")
         return rows
     known = resolve(EvaluateConfig, "evaluate", tables).benchmarks[0]
     if known in benchmarks.PAPER:
-        raise UserError('give --prompt "TEXT" or --prompts FILE.jsonl')
-    return [(known, {"prompt": question}) for question in benchmarks.load(known, "", _PROBLEMS_TO_SHOW).questions]
+        raise UserError("give a prompt, --prompts FILE or --chat")
+    return [(known, {"prompt": problem}) for problem in benchmarks.load(known, "", _PROBLEMS_TO_SHOW).problems]
 
 
-def _messages(where: str, row: Any) -> list[dict[str, str]]:
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-        return check_messages(f"{where}: 'prompt'", row["prompt"])
-    if isinstance(row, dict) and isinstance(row.get("messages"), list):
-        return check_messages(f"{where}: 'messages'", row["messages"])
-    raise UserError(f"{where} must hold 'prompt', a text, or 'messages', a list")
+def _read_prompts(path: str) -> list[tuple[str, Any]]:
+    """The rows of a file by its name; or of a text, or standard input, whose lines are prompts unless they begin as JSON."""
+    if Path(path).suffix in (".jsonl", ".json", ".gz", ".parquet", ".arrow"):
+        return list(read_rows(path))
+    name = "standard input" if path == "-" else path
+    try:
+        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text: {error}") from None
+    lines = [(f"{name}, line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if Path(path).suffix == ".txt" or lines and not lines[0][1].startswith("{"):
+        return [(where, {"prompt": line}) for where, line in lines]
+    return [(where, parse_json(where, line)) for where, line in lines]
 
 
-def _show(sampler: Sampler, requests: list[Request], owners: dict[int, Any], tokenizer: Tokenizer) -> None:
+def _samples(rows: list[tuple[str, Any]], tokenizer: Tokenizer, config: SampleFlags) -> list[_Sample]:
+    conversations = [_messages(where, row, config) for where, row in rows]
+    prompts = [tokenizer.encode(tokenizer.prompt(messages)) for messages in conversations]
+    requests = requests_for(prompts, config.n, config.seed, [where for where, _ in rows])
+    samples = []
+    for i, request in enumerate(requests):
+        if config.stop or not config.out:
+            request.stream = tokenizer.stream(config.stop)
+        samples.append(_Sample(request, rows[i // config.n][1], conversations[i // config.n][-1]["content"]))
+    return samples
+
+
+def _messages(where: str, row: Any, config: SampleFlags) -> list[dict[str, str]]:
+    """What a row asks: its conversation as it is, or its text in the template."""
+    fields = {name.lower(): value for name, value in row.items()} if isinstance(row, dict) else {}
+    for name in ("messages", "prompt", "problem", "question"):
+        value = fields.get(name)
+        if isinstance(value, list):
+            return benchmarks.with_system(check_messages(f"{where}: {name!r}", value), config.system)
+        if isinstance(value, str) and value.strip() and name != "messages":
+            return benchmarks.frame(value, config.template, config.system)
+    raise UserError(
+        f"{where} must hold 'prompt', 'problem' or 'question', a text, or 'messages', a list; "
+        f"it holds {', '.join(map(repr, fields)) or 'no fields'}"
+    )
+
+
+def _show(sampler: Sampler, samples: list[_Sample]) -> None:
     """Print completions as they come: one at a time, the others are made meanwhile and shown in their turn."""
-    for request in requests:
-        row = owners[id(request)]
-        question = row["prompt"] if "prompt" in row else row["messages"][-1]["content"]
-        print(f"\n--- {question}{f'  [sample {request.sample}]' if request.sample else ''}\n", flush=True)
-        text, shown = tokenizer.stream(), 0
+    for sample in samples:
+        request, shown = sample.request, 0
+        print(f"\n--- {sample.question}{f'  [sample {request.sample}]' if request.sample else ''}\n", flush=True)
         while True:
-            tokens = sampler.so_far(request)
-            for token in tokens[shown:]:
-                print(text.push(token), end="", flush=True)
-            shown = len(tokens)
+            print(request.stream.text[shown:], end="", flush=True)
+            shown = len(request.stream.text)
             if request.finish_reason:
                 break
             sampler.step()
-        cut = ", cut off" if request.finish_reason == "length" else ""
-        print(f"\n\n({len(request.tokens):,} tokens{cut})", flush=True)
+        print(f"\n\n{ending(request)}", flush=True)
 
 
-def _write(sampler: Sampler, owners: dict[int, Any], tokenizer: Tokenizer, path: Path) -> None:
-    """Write each completion when it ends, as a whole line."""
+def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: SampleFlags) -> None:
+    """Write each completion when it ends, as a whole line; those that the file has already are not made again."""
+    path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = progress(None, "sampling", len(owners), "samples")
-    with open(path, "xb", buffering=0) as file, done:
+    with open(path, "ab", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process writes to {path}: wait for it, or give another --out") from None
+        config.dtype = _claim(path, folder, config)
+        cut_torn_line(path)
+        missing = {_key({**sample.row, "sample": sample.request.sample}): sample for sample in samples}
+        for where, row in read_rows(str(path)):
+            if missing.pop(_key(row), None) is None:
+                raise UserError(f"{where} is no completion of these prompts: give another --out")
+        if len(missing) < len(samples):
+            print(
+                f"{path}: {len(samples) - len(missing)} completions are there, {len(missing)} are missing", flush=True
+            )
+        if missing:
+            _complete(missing, _sampler(folder, tokenizer, config), tokenizer, file)
+    print(f"{path}: {len(samples)} completions")
+
+
+def _claim(path: Path, folder: str, config: SampleFlags) -> str:
+    """Take out for completions by these settings, or go on with it. Returns their dtype."""
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(SamplingConfig) if not f.metadata["free"]}
+    about = {"setting": {**settings, "stop": config.stop}, "model": {folder: digest_of_files(Path(folder))}}
+    beside = Path(f"{path}.settings.json")
+    if not path.stat().st_size:
+        beside.unlink(missing_ok=True)
+    return claim(path, beside, about)
+
+
+def _key(row: Any) -> str:
+    """What tells a sample's row from all others: the prompt's own fields, and which sample of it this is."""
+    given = {name: value for name, value in row.items() if name not in _ADDED} if isinstance(row, dict) else {}
+    text = json.dumps([given, row["sample"] if "sample" in row else None], sort_keys=True, ensure_ascii=False)
+    return text.encode(errors="replace").decode()  # as write_row does
+
+
+def _complete(missing: dict[str, _Sample], sampler: Sampler, tokenizer: Tokenizer, file: FileIO) -> None:
+    rows = {id(sample.request): sample.row for sample in missing.values()}
+    sampler.add(sample.request for sample in missing.values())
+    done = progress(None, "sampling", len(rows), "samples")
+    with done:
         try:
             while sampler.busy:
                 for request in sampler.step():
-                    row = {
-                        "completion": tokenizer.decode(request.tokens),
-                        "finish_reason": request.finish_reason,
-                        "tokens": len(request.tokens),
-                        "sample": request.sample,
-                    }
-                    write_row(file, {**owners[id(request)], **row})
+                    text = request.stream.text if request.stream else tokenizer.decode(request.tokens)
+                    added = (text, request.finish_reason, len(request.tokens), request.sample)
+                    write_row(file, {**rows[id(request)], **dict(zip(_ADDED, added))})
                     done.update()
         except KeyboardInterrupt:
             done.close()
-            print(f"{path}: {done.n} of {len(owners)} completions, then stopped", flush=True)
+            print(
+                f"{file.name}: {done.n} of {len(rows)} completions, then stopped; the same command goes on", flush=True
+            )
             raise
-    print(f"{path}: {len(owners)} completions")
 
 
 if __name__ == "__main__":

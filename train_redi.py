@@ -8,21 +8,21 @@
 Rows of the data are {"prompt", "chosen", "rejected"}, each a text or a list of messages.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nanoredi import toy
-from nanoredi.common.errors import run_script
+from nanoredi.common.errors import UserError, run_script
+from nanoredi.common.files import write_json
 from nanoredi.common.flags import read_flags, resolve
-from nanoredi.common.runs import open_run
+from nanoredi.common.runs import dtype_of_run, open_run
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
 from nanoredi.data import benchmarks
 from nanoredi.evaluation.evaluate import evaluate
 from nanoredi.evaluation.samples import Samples
 from nanoredi.report.tables import read_results, table
-from nanoredi.trainer.distributed import World, world
+from nanoredi.trainer.distributed import World, settled_dtype, world
 from nanoredi.trainer.loop import train
 
 
@@ -33,6 +33,8 @@ def main(argv: list[str]) -> None:
         resolve(kind, name, tables, flags)
         for name, kind in (("redi", RediConfig), ("evaluate", EvaluateConfig), ("sft", SftConfig), ("toy", ToyConfig))
     )
+    for stage, name in ((config, "redi"), (stage_1, "sft")):
+        stage.dtype = settled_dtype(stage.dtype, dtype_of_run(config.out, name))
     out = Path(config.out)
     folder, is_toy = out / "data", not config.model
     configs: dict[str, Any] = {"redi": config, "evaluate": evaluation}
@@ -61,21 +63,27 @@ def main(argv: list[str]) -> None:
 def show_results(config: RediConfig, evaluation: EvaluateConfig, ranks: World) -> None:
     """Evaluate the start's model and the final one, unless that is done; write results.json and print its table."""
     out = Path(config.out)
-    if not ranks.first(lambda: (out / "results.json").exists()):
+    if not ranks.first(lambda: _has_results(out)):
         tests = _benchmarks(evaluation)
         final = "SFT continued" if config.objective == "sft" else config.objective.upper()
         models = {"SFT": Path(config.model), final: out / "final"}
-        ranks.first(lambda: Samples(out).claim(models, tests, evaluation))
+        evaluation.dtype = ranks.first(lambda: Samples(out).claim(models, tests, evaluation))
         rows = []
         for name, folder in models.items():
             rows += evaluate(name, folder, tests, evaluation, out, ranks, pairs=config)
-        if ranks.rank == 0:
-            (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n")
+        ranks.first(lambda: write_json(out / "results.json", rows))
     ranks.say("\n" + ranks.first(lambda: table(read_results(out))))
 
 
+def _has_results(out: Path) -> bool:
+    try:
+        return bool(read_results(out))
+    except UserError:  # there are none, or what a full disk left of them
+        return False
+
+
 def _benchmarks(evaluation: EvaluateConfig) -> list[benchmarks.Benchmark]:
-    return [benchmarks.load(name, evaluation.data, evaluation.limit) for name in evaluation.benchmarks]
+    return benchmarks.load_all(evaluation.benchmarks, evaluation.data, evaluation.limit, evaluation.template)
 
 
 if __name__ == "__main__":

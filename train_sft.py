@@ -13,9 +13,9 @@ from pathlib import Path
 from nanoredi import toy
 from nanoredi.common.errors import run_script
 from nanoredi.common.flags import read_flags, resolve
-from nanoredi.common.runs import open_run
+from nanoredi.common.runs import dtype_of_run, open_run
 from nanoredi.config import EvaluateConfig, SftConfig, ToyConfig
-from nanoredi.trainer.distributed import world
+from nanoredi.trainer.distributed import settled_dtype, world
 from nanoredi.trainer.loop import train
 
 
@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
     recipe, flags = read_flags(__doc__, argv, "sft", SftConfig, others=("evaluate", "toy"))
     tables = toy.tables_for(recipe, flags, "sft")
     config = resolve(SftConfig, "sft", tables, flags)
+    config.dtype = settled_dtype(config.dtype, dtype_of_run(config.out, "sft"))
     evaluation = resolve(EvaluateConfig, "evaluate", tables, flags)
     toy_config = resolve(ToyConfig, "toy", tables, flags)
     folder, is_toy = Path(config.out) / "data", not config.model

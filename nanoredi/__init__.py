@@ -2,6 +2,10 @@
 reading."""
 
 import os
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  whoever has an older one starts it all the same
+    sys.exit(f"error: nanoredi runs on Python 3.11 and newer; this is Python {sys.version.split()[0]}")
 
 # Micro-batches differ in size, and a GPU's memory cut into pieces for some of them has no room for others: let its pieces
 # grow. torch reads this when it first takes memory of a GPU; what the user has set stays.

@@ -59,6 +59,7 @@ class TrainConfig:
     max_bad_steps: int = option(
         5, "stop after this many steps in a row whose loss or gradient is not finite; each is skipped", low=1, free=True
     )
+    timeout_minutes: float = option(10.0, "end the job when a rank has not answered for so long", above=0, free=True)
     seed: int = option(42, "of the data's order, and of everything the toy makes", low=0)
     rope_theta: float = option(0.0, "rotary base to train with; 0: the checkpoint's", low=0)
     max_position_embeddings: int = option(0, "context to train with; 0: the checkpoint's", low=0)
@@ -126,7 +127,7 @@ class RediConfig(TrainConfig):
 class SamplingConfig:
     """How completions are drawn. The defaults are those of the paper's evaluation."""
 
-    n: int = option(16, "samples a prompt", low=1)
+    n: int = option(16, "samples a prompt", low=1, high=2**16)
     temperature: float = option(0.6, "0: always the likeliest token", low=0)
     top_p: float = option(
         0.95,
@@ -137,17 +138,34 @@ class SamplingConfig:
     top_k: int = option(0, "sample among the k likeliest tokens; 0: among all", low=0)
     max_tokens: int = option(32_768, "longest completion; the end of the context comes first", low=1)
     seed: int = option(42, "of the samples", low=0)
-    batch_size: int = option(64, "rows decoded at once on a rank", low=1, free=True)
+    batch_size: int = option(64, "rows decoded at once on a rank", low=1, high=2**16, free=True)
     cache_gb: float = option(
         0.0,
         "memory of the key-value cache on a rank, in GB; 0: measured from what the device has free",
         low=0,
+        high=1e6,
         free=True,
     )
-    page_size: int = option(32, "tokens of a page of the key-value cache", low=1, free=True)
+    page_size: int = option(32, "tokens of a page of the key-value cache", low=1, high=2**16, free=True)
     dtype: str = option(
         "auto", "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it)", choices=DTYPES
     )
+    batch_invariant: bool = option(
+        True,
+        "make a sample the same, bit for bit, whatever else is in its batch; on a GPU every step then has its full size",
+    )
+    template: str = option(
+        "",
+        "what asks a problem: paper (its evaluation's words), plain (nothing but the problem), or a text with {problem} in its "
+        "place; empty: paper for the paper's benchmarks, plain for all else",
+    )
+    system: str = option("", "system message; empty: the chat template's own")
+
+    def __post_init__(self):
+        if self.template not in ("", "paper", "plain") and "{problem}" not in self.template:
+            raise UserError(
+                f"--template takes paper, plain, or a text that says {{problem}} where that goes, not {self.template!r}"
+            )
 
 
 @table("evaluate")
@@ -161,6 +179,7 @@ class EvaluateConfig(SamplingConfig):
     )
     data: str = option("", "folder of the named benchmarks' files")
     limit: int = option(0, "problems a benchmark, from its start; 0: all", low=0)
+    timeout_minutes: float = option(10.0, "end the job when a rank has not answered for so long", above=0, free=True)
     think: str = option(
         "forced",
         "forced: the prompt opens <think> for the model, as in the paper; own: the chat template as it is",
@@ -173,9 +192,9 @@ class EvaluateConfig(SamplingConfig):
 class ToyConfig:
     """The embedded task (toy.py). Sizes and model were found by experiment."""
 
-    sft_rows: int = option(4000, "problems with a correct trace, for stage 1", low=1)
+    sft_rows: int = option(4000, "problems with a correct trace, for stage 1", low=1, high=10**6)
     pairs: int = option(2000, "pairs for stage 2; their correct traces are among stage 1's", low=1)
     watch_pairs: int = option(64, "pairs kept out of stage 2, to watch log-probs on", low=1)
-    heldout: int = option(200, "unseen problems to evaluate on", low=1)
-    num_layers: int = option(3, "blocks of the model", low=1)
-    hidden_size: int = option(96, "the model's width; 4 heads share it, the MLP is 3 times as wide", low=8)
+    heldout: int = option(200, "unseen problems to evaluate on", low=1, high=10**6)
+    num_layers: int = option(3, "blocks of the model", low=1, high=1000)
+    hidden_size: int = option(96, "the model's width; 4 heads share it, the MLP is 3 times as wide", low=8, high=2**14)

@@ -4,8 +4,8 @@
     python -m nanoredi.prepare --raw PATH ... --tokenizer DIR --out DIR --decontaminate benchmarks/*.json [--drop]
     python -m nanoredi.prepare --raw samples.jsonl --tokenizer DIR --out DIR --grade
 
-PATH is a JSONL or a Parquet file, or a folder of one kind (its files are taken in the order of their names; Parquet
-asks for pyarrow). Its rows are those of OpenR1-Math-Raw, or one's own (own.py), which --grade labels with nanoredi's
+PATH is a file of rows in any of the formats (JSONL, gzip, Parquet, Arrow), or a folder of one kind, whose files are
+taken in the order of their names. Its rows are those of OpenR1-Math-Raw, or one's own (own_responses.py), which --grade labels with nanoredi's
 grader. Numbering, shuffle, gates and lengths are the original's, so that its counts and its order come out.
 
 The raw rows are more than fit in memory, and the shuffle wants them in another order. So they are read once in theirs
@@ -13,6 +13,8 @@ The raw rows are more than fit in memory, and the shuffle wants them in another 
 order: memory holds the rows at hand and a few numbers for each, the disk holds the kept rows twice for a moment.
 """
 
+import json
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -25,11 +27,12 @@ import numpy as np
 
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.flags import option, read_flags, resolve
+from nanoredi.common.formats import num_rows
 from nanoredi.common.progress import progress
 from nanoredi.data import own_responses as own
 from nanoredi.data.decontaminate import Overlap
-from nanoredi.data.filters import SFT_GATE, Gates, Traces
-from nanoredi.data.raw import find_files, num_rows, raw_rows
+from nanoredi.data.filters import SFT_GATE, Gates, Traces, say_dropped
+from nanoredi.data.raw import find_files, raw_rows
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 
@@ -46,61 +49,40 @@ def prepare(
     seed: int = 42,
     grading: bool = False,
     overlap: Overlap | None = None,
+    swap: float = 0.0,
+    strict_negatives: bool = False,
 ) -> dict[str, int]:
-    """Write out/sft.jsonl and out/pairs.jsonl from raw files; beside them too_long.jsonl, the lengths of the pairs
-    beyond the limits, and with benchmarks to compare with overlaps.jsonl.
+    """Write sft.jsonl and pairs.jsonl, too_long.jsonl (lengths of pairs beyond the limits) and maybe overlaps.jsonl.
 
     Args:
-        files: of raw rows.
+        files, out: of raw rows, and for what is written.
         tokenizer: whose tokens are counted.
-        out: folder for what is written.
         max_prompt_tokens, max_response_tokens: a pair's limits.
-        seed: of the shuffle.
+        seed: of the shuffle, and of which pairs are swapped.
         grading: label the responses with the grader.
         overlap: the benchmarks to compare with; it keeps what was found.
+        swap: the share of pairs whose chosen and rejected change places.
+        strict_negatives: reject only what all verdicts call incorrect.
 
     Returns:
         {gate: rows that passed it and all before it}, rows dropped for an overlap included.
 
     Raises:
-        UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files
-        already.
+        UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files.
     """
-    for name in _FILES:
-        if (out / name).exists():
-            raise UserError(f"{out / name} is there already: move it away or give another --out")
-    total = sum(map(num_rows, files))
-    if not total:
-        raise UserError(f"there are no rows in {', '.join(map(str, files))}")
-    gates = Gates(max_prompt_tokens, max_response_tokens)
+    total = _count_rows(files, out)
+    gates = Gates(max_prompt_tokens, max_response_tokens, strict_negatives)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # Written beside and renamed: an output that is there is whole.
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=out) as beside, ExitStack() as stack:
-            own_rows, sft, pairs, too_long = (
-                stack.enter_context(Spool(Path(beside, f"{name}.spool"))) for name in ("own", *_FILES[:3])
-            )
+            own_rows, *spools = (stack.enter_context(Spool(Path(beside, f"{n}.spool"))) for n in ("own", *_FILES[:3]))
             total, rows = _raw_rows(files, total, own_rows, tokenizer, grading)
-            # Shuffled row k is raw row permutation[k], so a raw row's place is the inverse. Each gate looks at one row:
-            # dropping rows before they move leaves the same rows in the same order as dropping them after.
-            place = np.argsort(np.random.default_rng(seed).permutation(total))
-            candidates = _candidates(progress(rows, "reading", total, "rows", delay=1), gates, tokenizer)
-            for traces, encodings in tokenizer.encode_rows(candidates):
-                lengths = [len(encoding) + 1 for encoding in encodings]  # plus 1 as in the original
-                fits = gates.fits(lengths)
-                if overlap and overlap.check(traces, fits) and overlap.drop:
-                    continue
-                at = int(place[traces.index])
-                sft.add(at, traces.sft_row(lengths))
-                if fits:
-                    pairs.add(at, traces.pair(lengths))
-                elif traces.rejected is not None:
-                    too_long.add(at, traces.pair_facts(lengths))
-            if not len(sft):
-                raise UserError(f"no row is left: {_summary(gates.counts)}")
-            for name, spool in zip(_FILES, (sft, pairs, too_long)):
+            _sift(progress(rows, "reading", total, "rows", delay=1), total, seed, gates, tokenizer, overlap, spools)
+            for name, spool in zip(_FILES, spools):
+                lines = _swapped(spool, swap, seed) if name == "pairs.jsonl" and swap else spool.lines()
                 with open(Path(beside, name), "wb") as file:
-                    file.writelines(progress(spool.lines(), f"writing {name}", len(spool), "rows", delay=1))
+                    file.writelines(progress(lines, f"writing {name}", len(spool), "rows", delay=1))
             if overlap:
                 overlap.write(Path(beside, _FILES[3]))
             for path in Path(beside).glob("*.jsonl"):
@@ -108,6 +90,17 @@ def prepare(
     except OSError as error:  # of writing: reading has its own words
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
     return gates.counts
+
+
+def _count_rows(files: list[Path], out: Path) -> int:
+    """How many rows the files have, once it is clear that there are some, and that nothing is written over."""
+    for name in _FILES:
+        if (out / name).exists():
+            raise UserError(f"{out / name} is there already: move it away or give another --out")
+    total = sum(map(num_rows, files))
+    if not total:
+        raise UserError(f"there are no rows in {', '.join(map(str, files))}")
+    return total
 
 
 def _raw_rows(
@@ -122,18 +115,63 @@ def _raw_rows(
         total = own.gather(progress(rows, "gathering", total, "rows", delay=1), spool, tokenizer, grading)
         return total, own.gathered(spool)
     if grading or "correct" in first[1]:
-        return total, ((where, own.labelled(where, row, grading)) for where, row in rows)
+        return total, ((where, own.labelled(where, row, tokenizer, grading)) for where, row in rows)
     return total, rows
+
+
+def _sift(
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    total: int,
+    seed: int,
+    gates: Gates,
+    tokenizer: Tokenizer,
+    overlap: Overlap | None,
+    spools: list[Spool],
+) -> None:
+    """Put what the gates let through on the spools of SFT rows, pairs and pairs that are too long."""
+    sft, pairs, too_long = spools
+    # Shuffled row k is raw row permutation[k], so a raw row's place is the inverse. Each gate looks at one row:
+    # dropping rows before they move leaves the same rows in the same order as dropping them after.
+    place = np.argsort(np.random.default_rng(seed).permutation(total))
+    for (traces, as_trained), encodings in tokenizer.encode_rows(_candidates(rows, gates, tokenizer)):
+        lengths = tokenizer.lengths(encodings, as_trained)
+        fits = gates.fits(lengths)
+        if overlap and overlap.check(traces, fits) and overlap.drop:
+            continue
+        at = int(place[traces.index])
+        sft.add(at, traces.sft_row(lengths))
+        if fits:
+            pairs.add(at, traces.pair(lengths))
+        elif traces.rejected is not None:
+            too_long.add(at, traces.pair_facts(lengths))
+    print("".join(f"{count:,} {what}.\n" for what, count in gates.remarks.items() if count), end="", file=sys.stderr)
+    say_dropped("rows", "text holds half a surrogate pair, which is no character", gates.unreadable, total)
+    if not len(sft):
+        raise UserError(f"no row is left: {_summary(gates.counts)}")
+
+
+def _swapped(spool: Spool, share: float, seed: int) -> Iterator[bytes]:
+    """The spool's pairs, with chosen and rejected exchanged in a share of them (the paper's ablation of the verifier)."""
+    swapped = set(np.random.default_rng((seed, 1)).permutation(len(spool))[: round(share * len(spool))].tolist())
+    for number, line in enumerate(spool.lines()):
+        if number in swapped:
+            row = json.loads(line)
+            for end in ("", "_index", "_tokens"):
+                chosen, rejected = f"chosen{end}", f"rejected{end}"
+                row[chosen], row[rejected] = row[rejected], row[chosen]
+            line = json.dumps(row | {"swapped": True}).encode() + b"\n"
+        yield line
 
 
 def _candidates(
     rows: Iterable[tuple[str, dict[str, Any]]], gates: Gates, tokenizer: Tokenizer
-) -> Iterator[tuple[str, list[str], Traces]]:
+) -> Iterator[tuple[str, list[str], tuple[Traces, bool]]]:
     """The rows that stage 1 learns from, with the texts to be measured."""
     for index, (where, row) in enumerate(rows):
         traces = gates.sift(where, row, index)
         if traces is not None:
-            yield where, traces.texts(tokenizer), traces
+            texts, as_trained = traces.texts(tokenizer)
+            yield where, texts, (traces, as_trained)
 
 
 def _summary(counts: dict[str, int]) -> str:
@@ -162,7 +200,7 @@ def table(counts: dict[str, int]) -> str:
 class PrepareFlags:
     """The command's flags."""
 
-    raw: list[str] = option([], "raw rows: JSONL or Parquet files, or folders of them")
+    raw: list[str] = option([], "raw rows: JSONL, Parquet or Arrow files, or folders of them")
     tokenizer: str = option("", "Hugging Face folder whose tokenizer and chat template measure lengths")
     out: str = option("", "folder for sft.jsonl and pairs.jsonl")
     max_prompt_tokens: int = option(800, "longest prompt of a pair", low=1)
@@ -171,6 +209,8 @@ class PrepareFlags:
     grade: bool = option(False, "label the responses with the grader, by the rows' gold answers")
     decontaminate: list[str] = option([], "benchmarks to look for in the rows kept: JSON or JSONL files with `problem`")
     drop: bool = option(False, "leave out the rows that overlap with a benchmark")
+    swap: float = option(0.0, "share of pairs whose chosen and rejected change places", low=0, high=1)
+    strict_negatives: bool = option(False, "reject only what both verifiers call incorrect")
 
 
 def main(argv: list[str]) -> None:
@@ -192,6 +232,8 @@ def main(argv: list[str]) -> None:
         flags.seed,
         flags.grade,
         overlap,
+        flags.swap,
+        flags.strict_negatives,
     )
     print(table(counts))
     if overlap:

@@ -23,6 +23,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
+from nanoredi.common.disk import writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.flags import Tables, read_recipe
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
@@ -135,12 +136,12 @@ def _wrong(digit: int, rng: random.Random) -> int:
 def make(folder: Path, config: ToyConfig, seed: int) -> None:
     """Write the task into a folder: sft.jsonl, pairs.jsonl, watch.jsonl (pairs), prompts.jsonl (stage 1's problems with
     their answers, for samples of one's own), toy.jsonl (the held-out problems), and model/, a random Qwen2 with the toy's
-    tokenizer. A folder that is there already is left as it is.
+    tokenizer. A folder that is there already, and not empty, is left as it is: it took its name when it was whole.
 
     Raises:
         UserError: when the sizes ask for more pairs than the problems give.
     """
-    if folder.exists():
+    if folder.is_dir() and any(folder.iterdir()):
         return
     rng = random.Random(seed)
     seen: set[Problem] = set()
@@ -164,18 +165,15 @@ def make(folder: Path, config: ToyConfig, seed: int) -> None:
         )
     heldout = [_unseen(seen, rng) for _ in range(config.heldout)]
 
-    beside = folder.with_name(folder.name + ".writing")
-    beside.mkdir(parents=True, exist_ok=True)
-    _write_rows(beside / "sft.jsonl", sft)
-    _write_rows(beside / "pairs.jsonl", pairs[: config.pairs])
-    _write_rows(beside / "watch.jsonl", pairs[config.pairs : wanted])
-    _write_rows(beside / "prompts.jsonl", prompts)
-    _write_rows(beside / "toy.jsonl", [{"problem": p.text(), "answer": str(p.answer)} for p in heldout])
-    write_tokenizer(beside / "tokenizer")
-    Qwen2(_model_config(config), tokenizer_folder=beside / "tokenizer").init_weights(seed).save_pretrained(
-        beside / "model"
-    )
-    beside.rename(folder)
+    with writing(folder) as beside:
+        write_tokenizer(beside / "tokenizer")
+        _write_rows(beside / "sft.jsonl", sft)
+        _write_rows(beside / "pairs.jsonl", pairs[: config.pairs])
+        _write_rows(beside / "watch.jsonl", pairs[config.pairs : wanted])
+        _write_rows(beside / "prompts.jsonl", prompts)
+        _write_rows(beside / "toy.jsonl", [{"problem": p.text(), "answer": str(p.answer)} for p in heldout])
+        model = Qwen2(_model_config(config), tokenizer_folder=beside / "tokenizer")
+        model.init_weights(seed).save_pretrained(beside / "model")
 
 
 def _model_config(config: ToyConfig) -> Qwen2Config:

@@ -1,12 +1,15 @@
 """Recipes and flags: what wins, what is refused and in which words, and what a run's folder allows."""
 
 import dataclasses
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.flags import _builtin_recipes, read_flags, read_recipe, resolve, write_recipe
-from nanoredi.common.runs import open_run, recipe_of
+from nanoredi.common.runs import check_model, dtype_of_run, open_run, recipe_of
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
 
 
@@ -72,6 +75,7 @@ def test_the_paper_s_recipe():
         (["--lr", "inf"], "--lr takes a number, not inf"),
         (["--epochs", "1.5"], "--epochs takes a whole number, not '1.5'"),
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
+        (["--lr", "-1e-6"], "--lr is -1e-06; it must be at least 0"),
         (["--clip", "0"], "--clip is 0.0; it must be above 0"),
         (["--warmup", "2"], "--warmup is 2.0; it must be at most 1"),
         (["--evaluate", "yes"], "--evaluate takes true or false, not 'yes'"),
@@ -82,6 +86,14 @@ def test_the_paper_s_recipe():
         (["--objective", "ppo"], "--objective takes redi or sft or dpo or simpo, not 'ppo'"),
         (["--beta", "0"], "--beta is 0.0; it must be above 0"),
         (["--alpha"], "--alpha: expected one argument"),
+        (["--recipe", ""], "--recipe is empty: give it a value, or leave it out"),
+        (["--model="], "--model is empty"),
+        (["--evaluate.benchmarks", "a", ""], "--evaluate.benchmarks is empty"),
+        (["--evaluate.batch_size", "2000000000"], "--evaluate.batch_size is 2000000000; it must be at most 65536"),
+        (["--evaluate.cache_gb", "1e300"], r"cache_gb is 1e\+300; it must be at most 1000000.0"),
+        (["--seed", "1" + "0" * 30], "--seed is 10*; it must be at most 2147483647"),
+        (["--seed", "1" + "0" * 5000], "--seed takes a whole number, not '10"),
+        (["--lr", "1" + "0" * 400], "--lr takes a number, not inf"),
     ],
 )
 def test_flags_that_cannot_be(argv, words):
@@ -104,6 +116,9 @@ def test_flags_that_cannot_be(argv, words):
         ("[evaluate]\nbenchmarks = 'math500'\n", "evaluate.benchmarks takes a list of strings"),
         ("[evaluate]\nbenchmarks = [1]\n", "evaluate.benchmarks takes a list of strings"),
         ("[redi\n", "is not TOML"),
+        ("[redi]\nmodel = " + "[" * 10**5, "is not TOML"),
+        ('[redi]\nmodel = "a\\u0000"\n', "redi.model takes a string, not "),
+        ("[redi]\nlr = 1" + "0" * 400 + "\n", "redi.lr takes a number, not 10"),
     ],
 )
 def test_recipes_that_cannot_be(tmp_path, text, words):
@@ -197,7 +212,7 @@ def test_the_recipes_of_the_paper_s_comparison(name, epochs, stage_2):
 
 
 def test_a_missing_recipe_names_the_nearest():
-    with pytest.raises(UserError, match=r"cannot read the recipe toi: .* \(did you mean 'toy'\?\)"):
+    with pytest.raises(UserError, match=r"there is no recipe toi \(did you mean 'toy'\?\)"):
         read_recipe("toi")
 
 
@@ -232,12 +247,77 @@ def test_a_run_s_folder(tmp_path):
     assert (tmp_path / "run" / "state" / "step-000010").exists()
     # Killed when the final model had its name and the states were still there: they go.
     (tmp_path / "run" / "final").mkdir()
+    assert open_run(out, {"redi": config}) is False  # an empty folder is no model
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="final is no whole model .*: move it away"):
+        open_run(out, {"redi": config})
+    save_file({"w": torch.zeros(9)}, tmp_path / "run" / "final" / "model.safetensors")
     assert open_run(out, {"redi": config}) is True
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.toml", "final", "metrics.jsonl"]
+    names = [".lock", "config.toml", "final", "metrics.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
+    (tmp_path / "run" / "final" / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="final is no whole model .*: move it away"):
+        open_run(out, {"redi": config})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     with pytest.raises(UserError, match="not empty and holds no nanoredi run"):
         open_run(str(tmp_path / "mine"), {"redi": config})
     with pytest.raises(UserError, match="--out"):
         open_run("", {"redi": config})
+
+
+def test_a_template_says_where_the_problem_goes():
+    for template in ("", "paper", "plain", "Solve {problem}!"):
+        assert resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": template}}).template == template
+    with pytest.raises(
+        UserError, match=r"--template takes paper, plain, or a text that says \{problem\}.* not 'papre'"
+    ):
+        resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": "papre"}})
+
+
+@pytest.mark.parametrize(
+    "given, files, words",
+    [
+        ("Qwen/Qwen2.5-Math-1.5B", [], "--local-dir Qwen2.5-Math-1.5B; then give Qwen2.5-Math-1.5B"),
+        ("https://huggingface.co/Qwen/Qwen2-7B", [], "hf download Qwen/Qwen2-7B --local-dir Qwen2-7B"),
+        ("runs/nowhere", ["runs/a/config.json"], "there is no folder runs/nowhere; give the one that holds"),
+        ("nowhere", [], "there is no folder nowhere; give the one that holds the model's config.json"),
+        ("m/x.gguf", ["m/x.gguf"], "m/x.gguf is a file; give the folder"),
+        ("run", ["run/config.toml", "run/final/config.json", "run/step-000002/config.json"], "run's.*give run/final,"),
+        ("run", ["run/config.toml", "run/step-000002/config.json"], "a run's folder .*give run/step-000002$"),
+        (
+            "hub/models--a--b",
+            ["hub/models--a--b/snapshots/c0/config.json"],
+            "cache .*give hub/models--a--b/snapshots/c0",
+        ),
+        ("hub", ["hub/models--a--b/snapshots/c0/config.json"], "the hub's cache .*give hub/models--a--b/snapshots/c0"),
+        ("runs", ["runs/a/final/config.json"], "a folder of models and no model's: give runs/a/final"),
+        ("m", ["m/adapter_config.json"], "an adapter and no whole model"),
+        ("m", ["m/model.safetensors"], "m has no config.json, so it is no model's folder"),
+    ],
+)
+def test_what_is_no_model_s_folder_is_named(given, files, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError, match=words):
+        check_model(given)
+
+
+def test_a_model_s_folder_is_taken(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert check_model(str(tmp_path)) == str(tmp_path)
+
+
+def test_a_run_goes_on_in_its_dtype(tmp_path):
+    out = str(tmp_path / "run")
+    assert dtype_of_run(out, "redi") == "auto"
+    for began in ("auto", "bfloat16"):  # former runs did not write what auto came to
+        shutil.rmtree(out, ignore_errors=True)
+        open_run(out, {"redi": RediConfig(dtype=began)})
+        (tmp_path / "run" / "metrics.jsonl").touch()
+        assert dtype_of_run(out, "redi") == began and dtype_of_run(out, "sft") == "auto"
+        assert not open_run(out, {"redi": RediConfig(dtype="bfloat16")})
+    with pytest.raises(UserError, match="redi.dtype is 'bfloat16' there and 'float32' here"):
+        open_run(out, {"redi": RediConfig(dtype="float32")})

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from templates import DEEPSEEK, small_folder
 
 from nanoredi import prepare, toy
 from nanoredi.common.errors import UserError
+from nanoredi.data.sequences import load_pairs
 from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.report.lengths import read_lengths
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SYSTEM = "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
@@ -159,6 +162,87 @@ def test_every_kind_of_row(tmp_path, tokenizer):
     assert read(tmp_path / "out" / "pairs.jsonl") == pairs
     assert read(tmp_path / "out" / "too_long.jsonl") == too_long
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["pairs.jsonl", "sft.jsonl", "too_long.jsonl"]
+
+
+def test_lengths_are_those_of_training_where_the_template_strips(tmp_path):
+    """DeepSeek's way drops the thinking; two long traces of it are too long all the same."""
+    tokenizer = Tokenizer(small_folder(tmp_path / "t", DEEPSEEK))
+    traces = [f"<think>\n{'long' * n}\n</think>\n\n{n}" for n in (20, 30)]
+    file = write(tmp_path / "raw.jsonl", [raw(generations=traces), raw(generations=("short", "1"))])
+    prepare.prepare([file], tokenizer, tmp_path / "out")
+    pairs = load_pairs(str(tmp_path / "out" / "pairs.jsonl"), tokenizer, 800, 19_000, str(tmp_path))
+    assert len(pairs) == 2
+    for i, row in enumerate(read(tmp_path / "out" / "pairs.jsonl")):
+        lengths = [int(sequence.learned.sum()) for sequence in pairs.row(i)]
+        assert [row["chosen_tokens"], row["rejected_tokens"]] == lengths
+        assert row["prompt_tokens"] == int((~pairs.row(i)[0].learned).sum())
+    found = read_lengths(tmp_path / "out" / "pairs.jsonl", tokenizer)
+    longest = int(found["rejected"].max())
+    assert longest > 120 and found["rejected"].tolist() == [
+        r["rejected_tokens"] for r in read(tmp_path / "out" / "pairs.jsonl")
+    ]
+    for limit, kept in ((longest, 2), (longest - 1, 1)):
+        counts = prepare.prepare([file], tokenizer, tmp_path / f"out-{limit}", max_response_tokens=limit)
+        assert [*counts.values()][-1] == kept
+
+
+def test_a_share_of_pairs_is_swapped(tmp_path, tokenizer):
+    file = write(tmp_path / "raw.jsonl", [raw(f"a={i}", (f"b={i}", f"c={i}1")) for i in range(40)])
+    prepare.prepare([file], tokenizer, tmp_path / "plain")
+    plain = read(tmp_path / "plain" / "pairs.jsonl")
+    for share, number in ((0.25, 10), (1.0, 40)):
+        out = tmp_path / str(share)
+        prepare.prepare([file], tokenizer, out, swap=share)
+        rows = read(out / "pairs.jsonl")
+        assert [row.pop("swapped", False) for row in rows].count(True) == number
+        back = [(row if row["chosen_index"] == 0 else exchanged(row)) for row in rows]
+        assert back == plain and sum(row["chosen_index"] for row in rows) == number
+        assert (out / "sft.jsonl").read_bytes() == (tmp_path / "plain" / "sft.jsonl").read_bytes()
+    prepare.prepare([file], tokenizer, tmp_path / "again", swap=0.25)
+    assert (tmp_path / "again" / "pairs.jsonl").read_bytes() == (tmp_path / "0.25" / "pairs.jsonl").read_bytes()
+
+
+def exchanged(row: dict) -> dict:
+    names = {f"chosen{end}": f"rejected{end}" for end in ("", "_index", "_tokens")}
+    names |= {other: name for name, other in names.items()}
+    return {name: row[names.get(name, name)] for name in row}
+
+
+def test_strict_negatives_are_false_for_both_verifiers(tmp_path, tokenizer):
+    rows = [
+        raw("a=1", ("a", "b", "c"), (True, True, False), (True, False, False)),
+        raw("a=2", ("a", "b"), (True, True), (True, False)),
+        raw("a=3", ("a", "b", "c"), (True, None, False), (True, False, False)),
+    ]
+    for strict, found in ((False, [1, 1, 1]), (True, [2, 2])):
+        out = tmp_path / str(strict)
+        prepare.prepare([write(tmp_path / "raw.jsonl", rows)], tokenizer, out, strict_negatives=strict)
+        assert [row["rejected_index"] for row in read(out / "pairs.jsonl")] == found
+
+
+def test_generations_that_teach_nothing_are_passed_over_and_counted(tmp_path, tokenizer, capsys):
+    rows = [
+        raw("a=1", (" \n", "b", "", "c"), (True, True, False, False), (True,) * 4),
+        raw("a=2", ("b", "b", "c"), (True, False, False), (True,) * 3),
+        raw("a=3", ("b", "b")),
+    ]
+    prepare.prepare([write(tmp_path / "raw.jsonl", rows)], tokenizer, tmp_path / "out")
+    pairs = read(tmp_path / "out" / "pairs.jsonl")
+    assert sorted((row["original_index"], row["chosen_index"], row["rejected_index"]) for row in pairs) == [
+        (0, 1, 3),
+        (1, 0, 2),
+    ]
+    said = capsys.readouterr().err
+    assert "2 generations are empty or white space: neither correct nor incorrect." in said
+    assert "2 generations are incorrect, and the very text of the correct one: passed over." in said
+
+
+def test_a_row_that_no_tokenizer_can_write_is_dropped_and_named(tmp_path, tokenizer, capsys):
+    file = write(tmp_path / "raw.jsonl", [raw(), raw("a=\ud83d"), raw(generations=("b", "\ude00")), raw("a=2")])
+    assert [*prepare.prepare([file], tokenizer, tmp_path / "out").values()][::9] == [4, 2]
+    said = capsys.readouterr().err
+    assert "Dropped 2 of 4 rows, whose text holds half a surrogate pair" in said
+    assert "raw.jsonl, line 2; " in said and "raw.jsonl, line 3." in said
 
 
 def original(rows: list[dict]) -> tuple[list, list]:

@@ -25,7 +25,7 @@ ROOMS = [
     "evaluation",
     "report",
 ]
-ALLOWED = {"torch", "safetensors", "tokenizers", "numpy", "triton", "jinja2", "tqdm"}
+ALLOWED = {"torch", "safetensors", "tokenizers", "numpy", "triton", "jinja2", "mpmath", "tqdm"}
 OPTIONAL = {"pyarrow", "matplotlib"}
 
 

@@ -1,8 +1,8 @@
 """How nanoredi says that something given to it is wrong: one sentence for a person, and exit code 2."""
 
 import difflib
-import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -17,13 +17,14 @@ class Stopped(Exception):
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main on its flags; bad input and a full disk end with one sentence and exit code 2, Ctrl-C with
-    130."""
+    """Run a script's main on its flags; what the user or the machine brought about ends with one sentence and exit code
+    2, Ctrl-C with 130. Control characters in what is printed, whoever wrote them, are shown escaped."""
+    write = sys.stdout.write
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    sys.stdout.write = lambda text: write(visible(text))
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        _say(f"error: {error}")
-        sys.exit(2)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(stopped)
@@ -33,11 +34,35 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         # Who read the output has seen enough (`| head`); nothing is left to be flushed into the pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        if (text := sentence(error)) is None:
             raise
-        _say(f"error: cannot write {error.filename or 'to the disk'}: {error.strerror}")
+        _say(visible(f"error: {text}"))
         sys.exit(2)
+
+
+def sentence(error: BaseException) -> str | None:
+    """What an error says to the user, or None for one that only a fault in the program explains."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the disk'}: {error.strerror or error}"
+    # torch has a RuntimeError for memory on a CPU, and an OutOfMemoryError on a GPU.
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(_NO_MEMORY, str(error)):
+        return f"there is not enough memory: {str(error).splitlines()[0] if str(error) else 'it is all in use'}"
+    if isinstance(error, (RecursionError, OverflowError, UnicodeError)):
+        return f"something given is nested too deep, too large, or no text: {error}"
+    return None
+
+
+_NO_MEMORY = "out of memory|can't allocate memory|not enough memory"
+_CONTROLS = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {ord("\n"), ord("\t")}
+_ESCAPED = {c: ascii(chr(c))[1:-1] for c in _CONTROLS}
+
+
+def visible(text: str) -> str:
+    """The text with the characters escaped that a terminal would obey, and not show."""
+    return text.translate(_ESCAPED)
 
 
 def _say(text: str) -> None:

@@ -1,12 +1,26 @@
-"""JSON and JSONL files in, with a sentence for whatever is wrong with them; whole lines of JSONL out."""
+"""JSON and JSONL, in with bounds and a declared shape, and a sentence for whatever is wrong with them; out by whole files
+(disk.py) and whole lines."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from nanoredi.common.disk import may_crash, writing
 from nanoredi.common.errors import UserError
+from nanoredi.common.formats import MAX_CHARS, file_rows, parse_json
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+    None: "null",
+}
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -15,37 +29,87 @@ def read_json(path: Path, kind: type = dict) -> Any:
     Raises:
         UserError: when it is missing, broken, or holds something else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    value = parse_json(str(path), read_text(path))
     if not isinstance(value, kind):
         raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}")
     return value
 
 
-def read_rows(path: str) -> Iterator[tuple[str, Any]]:
-    """The rows of a JSONL file, each with where it stands ("file, line n") for messages about it. Empty lines are
-    skipped.
+def read_text(path: Path) -> str:
+    """A text file, or one character more of it than JSON may have.
 
     Raises:
-        UserError: when the file cannot be read or a line is not JSON.
+        UserError: when it cannot be read or is not UTF-8.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    try:
-                        yield where, json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"{where} is not JSON: {error}") from None
+            return file.read(MAX_CHARS + 1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def read_rows(path: str, fields: tuple[str, ...] | None = None) -> Iterator[tuple[str, Any]]:
+    """The rows of a file in any of the formats, each with where it stands ("file, line n") for messages about it.
+    Empty lines are skipped.
+
+    Args:
+        fields: of a Parquet or Arrow file, the columns that are wanted; all without it.
+
+    Raises:
+        UserError: when the file cannot be read or a line is not JSON.
+    """
+    for where, row in file_rows(Path(path), fields):
+        if isinstance(row, bytes):
+            try:
+                row = parse_json(where, row.decode())
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where} is not UTF-8 text: {error}") from None
+        yield where, row
+
+
+def check(where: str, value: Any, shape: Any, name: str = "") -> Any:
+    """A value from outside, when it has the shape that is declared for it.
+
+    Args:
+        where: the file, and the line, for messages.
+        shape: a type; None; range(low, end) for whole numbers; [shape] for a list of such; {name: shape} for an object with
+            these fields, where a name that ends in "?" may be missing, and {str: shape} for one of any names; a tuple of
+            shapes for any one of them.
+
+    Raises:
+        UserError: naming where, the field, what it is and what it must be.
+    """
+    if isinstance(shape, tuple):
+        for one in shape:
+            with contextlib.suppress(UserError):
+                return check(where, value, one, name)
+    elif isinstance(shape, dict) and type(value) is dict:
+        for key, inner in shape.items():
+            for found in value if key is str else [key.removesuffix("?")]:
+                if found in value:
+                    check(where, value[found], inner, f"{name}.{found}" if name else found)
+                elif not key.endswith("?"):
+                    raise UserError(f"{where}: {name or 'the object'} has no field {found!r}")
+        return value
+    elif isinstance(shape, list) and type(value) is list:
+        for i, inner in enumerate(value):
+            check(where, inner, shape[0], f"{name}[{i}]")
+        return value
+    elif isinstance(shape, range) and type(value) is int and value in shape:
+        return value
+    elif shape in (type(value), value) or shape is float and type(value) is int and abs(value) < 1e300:
+        return value
+    raise UserError(f"{where}: {name or 'it'} is {repr(value)[:80]}; it must be {_words(shape)}")
+
+
+def _words(shape: Any) -> str:
+    if isinstance(shape, tuple):
+        return " or ".join(map(_words, shape))
+    if isinstance(shape, range):
+        return f"a whole number from {shape.start:,} to {shape.stop - 1:,}"
+    return _KINDS[type(shape) if isinstance(shape, (list, dict)) else shape]
 
 
 def write_row(file: FileIO, row: Any) -> None:
@@ -53,4 +117,17 @@ def write_row(file: FileIO, row: Any) -> None:
     # Anybody's text may hold half a surrogate pair, which UTF-8 cannot.
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="replace")
     while line:
+        may_crash()
         line = line[file.write(line) :]
+    may_crash()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as `writing` does."""
+    with writing(path) as beside:
+        beside.write_text(text, encoding="utf-8", errors="replace")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file as `writing` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

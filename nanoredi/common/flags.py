@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import math
 import operator
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from nanoredi.common.errors import UserError, nearest
+from nanoredi.common.files import read_text, write_text
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ARMS = RECIPES / "arms" / "qwen2.5-math-1.5b.toml"  # recipes that differ from this one in stage 2, a line each
@@ -79,22 +81,22 @@ def from_text(kind: type, text: str | list[str]) -> Any:
 
 def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
     """The value, if its field can take it; else a UserError that says what it takes."""
-    kind = kind_of(f)
-    if kind is float and type(value) is int:
+    kind, m, shown = kind_of(f), f.metadata, repr(value)[:80]
+    if kind is float and type(value) is int and abs(value) < _LARGEST[float]:
         value = float(value)
-    m = f.metadata
     if m["choices"] and value not in m["choices"]:
-        raise UserError(f"{where} takes {' or '.join(m['choices'])}, not {value!r}{nearest(str(value), m['choices'])}")
-    wrong_items = type(value) is kind is list and not all(isinstance(v, str) for v in value)
+        raise UserError(f"{where} takes {' or '.join(m['choices'])}, not {shown}{nearest(str(value), m['choices'])}")
+    texts = value if kind is list and type(value) is list else [value] if kind is str else []
+    wrong_items = any(type(text) is not str or "\0" in text for text in texts)
     if type(value) is not kind or wrong_items or kind is float and not math.isfinite(value):
-        raise UserError(f"{where} takes {_KINDS[kind]}, not {value!r}")
+        raise UserError(f"{where} takes {_KINDS[kind]}, not {shown}")
     for words, bound, holds in (
         ("at least", m["low"], operator.ge),
         ("above", m["above"], operator.gt),
-        ("at most", m["high"], operator.le),
+        ("at most", _LARGEST.get(kind) if m["high"] is None else m["high"], operator.le),
     ):
         if bound is not None and not holds(value, bound):
-            raise UserError(f"{where} is {value!r}; it must be {words} {bound}")
+            raise UserError(f"{where} is {shown}; it must be {words} {bound}")
     return value
 
 
@@ -114,6 +116,7 @@ def to_toml(value: Any) -> str:
     return repr(value)
 
 
+_LARGEST = {int: 2**31 - 1, float: 1e12}  # where a field says nothing else
 _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}
 
 
@@ -124,6 +127,7 @@ def read_flags(
     main_type: type,
     others: tuple[str, ...] = (),
     takes_recipe: bool = True,
+    positional: str = "",
 ) -> tuple[str | None, Tables]:
     """Read a script's flags.
 
@@ -133,6 +137,7 @@ def read_flags(
         main: the table whose fields are plain flags; main_type is its dataclass, or a subclass with more flags.
         others: the tables whose fields are flags with the table's name in front.
         takes_recipe: whether there is a flag --recipe.
+        positional: the field that one word without a flag is for, if any.
 
     Returns:
         The recipe that was named, if any, and {table: {field: value}} of what was given.
@@ -161,7 +166,11 @@ def read_flags(
                 default=argparse.SUPPRESS,
                 help=f"{f.metadata['help']} [{default}]".replace("%", "%%"),
             )
+    # argparse takes -1e-6 for a flag, but never a word with a space in it.
+    argv = [f" {word}" if re.fullmatch(r"-[\d.]+e[-+]?\d+", word, re.IGNORECASE) else word for word in argv]
     known, unknown = parser.parse_known_args(argv)
+    if positional and len(unknown) == 1 and not unknown[0].startswith("--") and f"--{positional}" not in known:
+        setattr(known, f"--{positional}", unknown.pop())
     for word in unknown:
         name = word.split("=")[0]
         if name.startswith("--"):
@@ -173,6 +182,10 @@ def read_flags(
         if flag != "recipe":
             table, f = flags[flag]
             given.setdefault(table, {})[f.name] = checked(flag, f, from_text(kind_of(f), text))
+        if "" in (
+            text if isinstance(text, list) else [text]
+        ):  # a shell's variable that was never set must not mean the default
+            raise UserError(f"{'--' * (flag == 'recipe')}{flag} is empty: give it a value, or leave it out")
     return getattr(known, "recipe", None), given
 
 
@@ -184,13 +197,12 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
         take, and for a base that has a base.
     """
     path = RECIPES / f"{recipe}.toml" if recipe in _builtin_recipes() else Path(recipe)
+    arm = _arms().get(str(recipe))
+    if arm is None and not path.exists():
+        raise UserError(f"there is no recipe {recipe}{nearest(str(recipe), _builtin_recipes())}")
     try:
-        tables = _arms().get(str(recipe)) or tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read the recipe {recipe}: {error.strerror}{nearest(str(recipe), _builtin_recipes())}"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = arm or tomllib.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
     base = tables.pop("base", None)
     if base is not None and (is_base or not isinstance(base, str)):
@@ -234,7 +246,7 @@ def write_recipe(path: Path, configs: dict[str, Any]) -> None:
     for table, config in configs.items():
         values = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
         lines += [f"[{table}]", *(f"{key} = {to_toml(value)}" for key, value in values.items()), ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write_text(path, "\n".join(lines))
 
 
 class _Parser(argparse.ArgumentParser):

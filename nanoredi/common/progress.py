@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nanoredi.common.errors import visible
+
 # Seconds between two states of the line: on a terminal it is replaced, in a log file each one stays.
 _ON_A_TERMINAL, _IN_A_FILE = 0.1, 60.0
 
@@ -15,4 +17,4 @@ def progress(rows: Iterable[Any] | None, what: str, total: int | None, unit: str
     interval = _ON_A_TERMINAL if sys.stderr.isatty() else _IN_A_FILE
     unit = f" {unit}"
     often = {"mininterval": interval, "maxinterval": max(10.0, interval)}
-    return tqdm(rows, what, total, unit=unit, file=sys.stderr, leave=False, **often, **options)
+    return tqdm(rows, visible(what), total, unit=unit, file=sys.stderr, leave=False, **often, **options)

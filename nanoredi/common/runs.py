@@ -1,44 +1,59 @@
-"""The folder of a run: taken for a new one, known again, found.
+"""The folder of a run: taken for a new one, known again, found; and whether a model in it is whole.
 
 It holds config.toml (everything that was resolved), metrics.jsonl (a row a step), Hugging Face folders step-000200/ ... and
 final/, and results.json where the run was evaluated.
 """
 
 import dataclasses
-import shutil
+import os
+import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from nanoredi.common.disk import lock, remove, remove_leftovers
 from nanoredi.common.errors import UserError
+from nanoredi.common.files import check, parse_json, read_json
 from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
+
+_PATHS = {"model", "data", "watch", "cache", "benchmarks"}  # options that hold paths (a benchmark's name has no dot)
+INDEX = "model.safetensors.index.json"
 
 
 def open_run(out: str, configs: dict[str, Any]) -> bool:
-    """Take the folder `out` for a run of {table: dataclass}. Call on one rank.
+    """Take the folder `out` for a run of {table: dataclass}, and keep other processes out of it. Call on one rank.
 
     Returns:
         True when the folder holds this very run, finished; False when the training may begin, or go on.
 
     Raises:
-        UserError: when no folder is named, or it holds anything else. Nothing is overwritten; of a finished run the states
-            go that a kill left there.
+        UserError: when no folder is named, when it holds anything else, and when another process has it. Nothing is
+            overwritten; what a kill left half-written goes, and of a finished run the states.
     """
     if not out:
         raise UserError("the run needs a folder: give --out DIR")
     folder = Path(out)
     path = folder / "config.toml"
-    # A run that stopped at bad input has left its config.toml and nothing else: the next one may be another.
-    if path.exists() and len(list(folder.iterdir())) > 1:
-        _refuse_another_run(path, configs)
-        finished = (folder / "final" / "config.json").exists()
-        if finished:
-            shutil.rmtree(folder / "state", ignore_errors=True)
-        return finished
-    if folder.exists() and (not folder.is_dir() or any(file != path for file in folder.iterdir())):
+    if folder.exists() and not path.exists() and (folder.is_file() or _contents(folder)):
         raise UserError(f"{out} is not empty and holds no nanoredi run: give another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_recipe(path, configs)
+    lock(folder)
+    remove_leftovers(folder, locked=True)
+    remove_leftovers(folder / "state", locked=True)
+    # A run that stopped at bad input has left its config.toml and nothing else: the next one may be another.
+    if path.exists() and _contents(folder):
+        _refuse_another_run(path, configs)
+        if holds_model(folder / "final"):
+            remove(folder / "state")
+            return True
+    else:
+        write_recipe(path, configs)
     return False
+
+
+def _contents(folder: Path) -> list[Path]:
+    """What a folder holds besides the files that every run begins with."""
+    return [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("config.toml")]
 
 
 def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
@@ -47,18 +62,131 @@ def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
         then = resolve(type(config), table, before)
         for f in dataclasses.fields(config):
             old, new = getattr(then, f.name), getattr(config, f.name)
-            if old != new and not f.metadata["free"]:
+            undecided = f.name == "dtype" and old == "auto"  # a run of former times; its state knows
+            if old != new and not f.metadata["free"] and not undecided:
                 raise UserError(
                     f"{path.parent} holds another run: {table}.{f.name} is {old!r} there and {new!r} here; "
                     "give another --out"
                 )
 
 
+def dtype_of_run(out: str, table: str) -> str:
+    """The compute dtype that the run in a folder began with; auto where none did."""
+    path = Path(out) / "config.toml"
+    return read_recipe(path).get(table, {}).get("dtype", "auto") if path.exists() else "auto"
+
+
 def recipe_of(model: str | Path) -> Tables:
-    """The recipe of the run that a model's folder lies in; empty where it lies in none."""
+    """The recipe of the run that a model's folder lies in; empty where it lies in none. Its relative paths, which were
+    given where the run was started, lead from here to the same places, if they are still where they were beside the run."""
     folder = Path(model).parent
     is_run = (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists()
-    return read_recipe(folder / "config.toml") if is_run else {}
+    tables = read_recipe(folder / "config.toml") if is_run else {}
+    out = next((tables[name]["out"] for name in ("redi", "sft") if tables.get(name, {}).get("out")), "")
+
+    def moved(path: str) -> str:
+        here = os.path.relpath(folder / os.path.relpath(path, out))
+        return path if os.path.isabs(path) or not os.path.exists(here) else here
+
+    if out and not Path(out).is_absolute():
+        for values in tables.values():
+            for name in _PATHS & values.keys():
+                value = values[name]
+                values[name] = (
+                    [moved(one) if "." in one else one for one in value]
+                    if isinstance(value, list)
+                    else value and moved(value)
+                )
+    return tables
+
+
+def check_model(folder: str) -> str:
+    """The folder of a model, as it was given.
+
+    Raises:
+        UserError: where it holds none: what it is instead, and what would help.
+    """
+    path = Path(folder)
+    if (path / "config.json").exists():
+        return folder
+    if path.is_file():
+        raise UserError(f"{folder} is a file; give the folder that holds it beside the model's config.json")
+    if not path.exists():
+        help = "give the one that holds the model's config.json"
+        name = re.search(r"^(?:https?://[\w.]+/)?(\w[\w.-]*/\w[\w.-]*)/?$", folder)
+        if name and not path.parent.is_dir():
+            own = name[1].split("/")[1]
+            help = f"if it is a model's name on the hub: hf download {name[1]} --local-dir {own}; then give {own}"
+        raise UserError(f"there is no folder {folder}; {help}")
+    if (path / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter and no whole model: merge it into its base model, and give that one"
+        )
+    # A run's final/, the hub's models--*/snapshots/*/, and either a few folders further down.
+    found = [c for depth in range(1, 5) for c in path.glob("*/" * depth + "config.json")]
+    found.sort(key=lambda c: (c == path / "final" / "config.json", c.stat().st_mtime), reverse=True)
+    if not found:
+        raise UserError(f"{folder} has no config.json, so it is no model's folder")
+    kind = "a run's folder" if (path / "config.toml").exists() else "a folder of models"
+    if (path / "snapshots").is_dir() or next(path.glob("models--*"), None):
+        kind = "the hub's cache"
+    more = f", or another of the {len(found)} in it" if len(found) > 1 else ""
+    raise UserError(f"{folder} is {kind} and no model's: give {found[0].parent}{more}")
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a whole model is there; an empty folder is none.
+
+    Raises:
+        UserError: when something else is there.
+    """
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return False
+    try:
+        read_json(folder / "config.json")
+        open_weights(folder)
+    except UserError as error:
+        raise UserError(f"{folder} is no whole model ({error}): move it away, and the same command goes on") from None
+    return True
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a model's weights are in."""
+    if (folder / INDEX).exists():
+        weight_map = check(str(folder / INDEX), read_json(folder / INDEX), {"weight_map": {str: str}})["weight_map"]
+        # Only names inside the folder: an index is data from elsewhere.
+        return [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+    if not (folder / "model.safetensors").exists():
+        raise UserError(f"{folder} holds no model.safetensors and no {INDEX}")
+    return [folder / "model.safetensors"]
+
+
+def open_weights(folder: Path) -> dict[str, Any]:
+    """{name: the open safetensors file that it is in}. A file that was cut short is found here: its length is checked.
+
+    Raises:
+        UserError: naming the file that is missing or broken.
+    """
+    files: dict[str, Any] = {}
+    for path in weight_files(folder):
+        try:
+            handle = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read the weights {path}: {error}") from None
+        files.update((name, handle) for name in handle.keys())
+    return files
+
+
+_ROW = {"step": range(1, 2**31), str: (float, bool, None)}
+
+
+def metrics_row(where: str, line: str) -> dict[str, Any]:
+    """A line of metrics.jsonl.
+
+    Raises:
+        UserError: naming `where`, for anything else.
+    """
+    return check(where, parse_json(where, line), _ROW)
 
 
 def newest_model(root: str = "runs") -> str:

@@ -16,16 +16,16 @@ static inline void ask_for(const Stored *token) {
 }
 
 /* q (B, H, E) fp32, keys and values (P, K, page, E), page_table (B, ...) with its rows table_stride apart, lengths (B,)
--> outs (B, H, splits, E), tops and sums (B, H, splits). */
+-> outs (B, H, splits, E), tops and sums (B, H, splits). A split has span pages, those at a row's end fewer or none. */
 void decode(const float *q, const Stored *keys, const Stored *values, const int64_t *page_table, const int64_t *lengths,
             float *outs, float *tops, float *sums, int64_t table_stride, int64_t num_rows, int64_t num_kv_heads,
-            int64_t num_splits, float scale) {
+            int64_t num_splits, int64_t span, float scale) {
 #pragma omp parallel for schedule(dynamic)
     for (int64_t program = 0; program < num_rows * num_kv_heads * num_splits; program++) {
         int64_t split = program % num_splits, k = program / num_splits % num_kv_heads;
         int64_t b = program / num_splits / num_kv_heads;
         int64_t num_pages = (lengths[b] + PAGE - 1) / PAGE;
-        int64_t start = num_pages * split / num_splits, end = num_pages * (split + 1) / num_splits;
+        int64_t start = split * span, end = start + span < num_pages ? start + span : num_pages;
         int64_t head = (b * num_kv_heads + k) * GROUP; /* of all rows' heads */
 
         Floats queries[VECTORS][GROUP], out[VECTORS][GROUP];

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from nanoredi.cpu.native import call, library
-from nanoredi.kernels.paged_attention import paged_decode, put_together, splits_for
+from nanoredi.kernels.paged_attention import memory_for, paged_decode, put_together
 
 # Keys' elements that PyTorch copies at once, and that stay in a CPU's cache.
 _AT_ONCE = 1 << 20
+# Tokens of a split. It does not depend on the batch, so that a row's sums do not either; a multiple of the page's.
+_SPAN = 2048
 
 
 @paged_decode.on("cpu")
@@ -23,10 +25,12 @@ def _(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tens
     if c is None:
         return by_pages(q, keys, values, page_table, lengths)
     # keys and values are contiguous, and so are the rows of page_table.
-    num_splits, *partial = splits_for(q, keys, torch.get_num_threads())
+    span = max(1, _SPAN // page_size)  # in pages
+    num_splits = -(-int(lengths.max()) // (span * page_size))
+    partial = memory_for(q, num_splits)
     tensors = q.float().contiguous(), keys, values, page_table, lengths.contiguous(), *partial
-    sizes = page_table.stride(0), len(q), keys.shape[1], num_splits
-    call(c, "decode", "ttttttttiiiif", *tensors, *sizes, q.shape[2] ** -0.5)
+    sizes = page_table.stride(0), len(q), keys.shape[1], num_splits, span
+    call(c, "decode", "ttttttttiiiiif", *tensors, *sizes, q.shape[2] ** -0.5)
     return put_together(*partial).to(q.dtype)
 
 

@@ -1,28 +1,54 @@
 """Benchmarks: problems with their gold answers.
 
-The five of the paper by name, in the files its evaluation reads or in those of Hugging Face, and any JSON or JSONL file
-of rows with `problem` and `answer` (or `Problem` and `Answer`); what else a row has does not matter.
+The five of the paper and AIME25 by name, and any file of rows with `problem` or `question` and with `answer` or, for its
+last box, `solution`, in whatever case; what else a row has does not matter.
 """
 
 import ast
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from nanoredi.common.errors import UserError, nearest
-from nanoredi.common.files import read_json, read_rows
+from nanoredi.common.files import read_rows
+from nanoredi.data.messages import user_message
+from nanoredi.grader import extract_answer
 
 # Name: number of problems.
 PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_bench": 675}
+NAMED = {**PAPER, "aime25": 30}
+SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".gz")
+IDS = ("id", "unique_id", "problem_id", "question_id", "doc_id", "idx", "index", "uid")  # fields that name a row
 
-# The question's frame in the paper's evaluation.
+# The question's frame in the paper's evaluation, with the two spaces that both of its programs have after "clearly."
 PAPER_TEMPLATE = (
-    "Solve the following math problem efficiently and clearly. The last line of your response should be of the "
-    "following format: 'Therefore, the final answer is: $\\boxed{{ANSWER}}$. I hope it is correct' (without quotes) "
+    "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
+    "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) "
     "where ANSWER is just the final number or expression that solves the problem. Think step by step before answering."
     "\n\n{problem}"
 )
+
+
+def frame(problem: str, template: str = "", system: str = "") -> list[dict[str, str]]:
+    """The messages that ask a problem.
+
+    Args:
+        template: what the user's message says: paper (PAPER_TEMPLATE), plain or empty (the problem alone), or a text in which {problem}
+            stands for it; its other braces are its own.
+        system: the system message; empty: none, and the chat template may put its default one.
+    """
+    text = {"paper": PAPER_TEMPLATE, "plain": "{problem}", "": "{problem}"}.get(template, template)
+    return with_system(user_message(text.replace("{problem}", problem)), system)
+
+
+def with_system(messages: list[dict[str, str]], system: str) -> list[dict[str, str]]:
+    """Messages behind a system message, unless it is empty or they begin with one of their own."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 @dataclass(frozen=True)
@@ -32,64 +58,117 @@ class Benchmark:
     Attributes:
         name: of the table's row.
         problems: their texts.
-        questions: what the user's message says: the problem, in the paper's frame where it is one of the five.
+        questions: what the user's message says: the problem in its frame.
         golds: for each question the answers that count as right.
+        ids: {one of IDS: the problems' values of it, as texts}, where every problem has another one.
     """
 
     name: str
     problems: list[str]
     questions: list[str]
     golds: list[list[str]]
+    ids: dict[str, list[str]] = field(default_factory=dict)
 
 
-def load(name: str, folder: str, limit: int = 0) -> Benchmark:
+def load_all(names: list[str], folder: str, limit: int = 0, template: str = "") -> list[Benchmark]:
+    """Load several benchmarks. A benchmark is its file; where two files have one name, so much of their folders is put in
+    front that the names differ.
+
+    Raises:
+        UserError: as load does, and for a file that is named twice.
+    """
+    paths = [find(name, folder).resolve() for name in names]
+    for name, path in zip(names, paths):
+        if paths.count(path) > 1:
+            raise UserError(f"--benchmarks names {name} twice")
+    shown = unique_names([Path(name) if name in NAMED else path for name, path in zip(names, paths)])
+    return [replace(load(name, folder, limit, template), name=unique) for name, unique in zip(names, shown)]
+
+
+def unique_names(paths: list[Path]) -> list[str]:
+    """A file's stem, with as many of its folders in front as tell it from the others."""
+    names = [path.stem for path in paths]
+    for depth in range(2, 1 + max((len(path.parts) for path in paths), default=0)):
+        again = [names.count(name) > 1 for name in names]
+        names = [
+            "/".join((*path.parts[-depth:-1], path.stem)) if twice else name
+            for path, name, twice in zip(paths, names, again)
+        ]
+    return [path.name if names.count(name) > 1 else name for path, name in zip(paths, names)]
+
+
+def find(name: str, folder: str) -> Path:
+    """The file of a benchmark: of one in NAMED, name.json or the like in the folder; else the path that the name is.
+
+    Raises:
+        UserError: for an unknown name, and when the folder has no such file.
+    """
+    path = Path(name)
+    if name in NAMED:
+        if not folder:
+            raise UserError(f"the benchmark {name} needs its file: give --data DIR, the folder that holds {name}.json")
+        files = [Path(folder, name + suffix) for suffix in SUFFIXES]
+        if not any(file.exists() for file in files):
+            raise UserError(f"{folder} holds neither {name}.json nor {name}.jsonl, {name}.parquet, {name}.arrow")
+        return next(file for file in files if file.exists())
+    if path.suffix not in SUFFIXES:
+        raise UserError(
+            f"there is no benchmark {name!r}{nearest(name, NAMED)}; it is one of {', '.join(NAMED)}, or a file that ends "
+            f"in {', '.join(SUFFIXES)}"
+        )
+    return path
+
+
+def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmark:
     """Load a benchmark.
 
     Args:
-        name: one of PAPER, or the path of a JSON or JSONL file.
-        folder: where the paper's five lie, as name.json or name.jsonl.
+        name: one of NAMED, or the path of a file.
+        folder: where those of NAMED lie.
         limit: take only so many problems from the start; 0 takes all.
+        template: the frame (`frame` has them); empty: the paper's for those of NAMED, none for a file.
 
     Raises:
         UserError: for an unknown name, a missing or broken file, a malformed row, and a file of another length than
-        the paper's.
+        that of NAMED.
     """
-    path = Path(name)
-    if name in PAPER:
-        if not folder:
-            raise UserError(f"the benchmark {name} needs its file: give --data DIR, the folder that holds {name}.json")
-        path = next((p for p in (Path(folder) / f"{name}.json", Path(folder) / f"{name}.jsonl") if p.exists()), None)
-        if path is None:
-            raise UserError(f"{folder} holds neither {name}.json nor {name}.jsonl")
-    elif path.suffix not in (".json", ".jsonl"):
-        raise UserError(
-            f"there is no benchmark {name!r}{nearest(name, PAPER)}; it is one of {', '.join(PAPER)}, or a .json or "
-            ".jsonl file"
-        )
-    problems, golds = [], []
-    for where, row in read_problems(path):
-        problems.append(row["problem"])
-        golds.append(golds_of(where, row.get("answer")))
-    if not problems:
+    path = find(name, folder)
+    rows = [(golds_of(where, row["answer"]), row) for where, row in read_problems(path)]
+    if not rows:
         raise UserError(f"{path} holds no problems")
-    if name in PAPER and len(problems) != PAPER[name]:
-        raise UserError(f"{path} holds {len(problems)} problems; {name} has {PAPER[name]}")
-    problems = problems[: limit or None]
-    questions = [PAPER_TEMPLATE.format(problem=p) for p in problems] if name in PAPER else problems
-    return Benchmark(path.stem, problems, questions, golds[: len(problems)])
+    if name in NAMED and len(rows) != NAMED[name]:
+        raise UserError(
+            f"{path} holds {len(rows)} problems; {name} has {NAMED[name]}, and another set goes by its path: "
+            f"--benchmarks {path}"
+        )
+    golds, rows = zip(*rows[: limit or None])
+    problems = [row["problem"] for row in rows]
+    template = template or ("paper" if name in NAMED else "plain")
+    questions = [frame(problem, template)[-1]["content"] for problem in problems]
+    ids = {key: [str(row[key]) for row in rows] for key in IDS if all(row.get(key) is not None for row in rows)}
+    return Benchmark(
+        path.stem,
+        problems,
+        questions,
+        list(golds),
+        {key: values for key, values in ids.items() if len(set(values)) == len(rows)},
+    )
 
 
 def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a benchmark's file, their keys in lower case, each with where it stands and a text in `problem`."""
-    if path.suffix == ".jsonl":
-        rows = read_rows(str(path))
-    else:
-        rows = ((f"{path}, problem {i}", row) for i, row in enumerate(read_json(path, list), 1))
-    for where, row in rows:
+    """The rows of a benchmark's file, their keys in lower case, each with where it stands, a text in `problem`, and in
+    `answer` what golds_of takes, if there is one."""
+    for where, row in read_rows(str(path)):
         row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
-        if not isinstance(row.get("problem"), str) or not row["problem"].strip():
-            raise UserError(f"{where} has no text in 'problem'")
-        yield where, row
+        problem = row.get("problem") or row.get("question")
+        if not isinstance(problem, str) or not problem.strip():
+            raise UserError(f"{where} has no text in 'problem' or 'question'")
+        if "problem" not in row and isinstance(row.get("context"), str):  # OlympiadBench: what several questions share
+            problem = f"{row['context']}\n{problem}".strip()
+        answer = next((row[key] for key in ("answer", "final_answer") if row.get(key) is not None), None)
+        if answer is None and isinstance(row.get("solution"), str):
+            answer = extract_answer(row["solution"])
+        yield where, {**row, "problem": problem, "answer": answer}
 
 
 def golds_of(where: str, answer: Any) -> list[str]:
@@ -98,7 +177,7 @@ def golds_of(where: str, answer: Any) -> list[str]:
     Args:
         where: "file, line n", for messages.
         answer: as a file has it: text, a number (142.0 for 142), a list of these, or a Python list written as text
-            ("['9.6\\n', '9.60']").
+            ("['9.6\\n', '9.60']"). Of a whole solution what follows its last #### (GSM8K), or else its last box.
 
     Raises:
         UserError: when it is nothing of that.
@@ -109,11 +188,19 @@ def golds_of(where: str, answer: Any) -> list[str]:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             pass  # not a list after all: LaTeX may begin so too
     answers = answer if isinstance(answer, list) else [answer]
-    golds = [
-        f"{a:g}" if isinstance(a, float) and a.is_integer() and abs(a) < 1e15 else str(a).strip()
-        for a in answers
-        if isinstance(a, (str, int, float)) and not isinstance(a, bool)
-    ]
-    if not golds or len(golds) != len(answers) or not all(golds):
+    golds = [_gold(one) for one in answers]
+    if not golds or not all(golds):
         raise UserError(f"{where} has no 'answer', which is text, a number, or a list of these")
     return golds
+
+
+def _gold(answer: Any) -> str:
+    """One answer as text; empty where it is none."""
+    if isinstance(answer, float) and math.isfinite(answer):
+        return f"{Decimal(repr(answer)):f}".removesuffix(".0")  # every digit, and no exponent
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return str(answer)
+    if not isinstance(answer, str):
+        return ""
+    box = extract_answer(answer) if "####" not in answer else None
+    return (box or answer.rpartition("####")[2]).strip()

@@ -5,14 +5,19 @@ say so. Stage 1 learns the first correct generation of a problem, at any length;
 first incorrect, where prompt and both responses are within the limits. Each gate looks at one row alone.
 """
 
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.tokenizer import Tokenizer, user_message
+from nanoredi.data.messages import user_message
+from nanoredi.data.tokenizer import Tokenizer, half_pair
 
 SFT_GATE = "SFT: has a correct generation"
+_EMPTY = "generations are empty or white space: neither correct nor incorrect"
+_SAME = "generations are incorrect, and the very text of the correct one: passed over"
 _LABELS = ("llama_verification", "math_verify_reparsed_answer")
 
 
@@ -44,11 +49,11 @@ class Traces:
         answers = (i for i in (self.chosen, self.rejected) if i is not None)
         return [self.prompt, *([{"role": "assistant", "content": self.generations[i]}] for i in answers)]
 
-    def texts(self, tokenizer: Tokenizer) -> list[str]:
-        """The sides as the original measured them: each templated alone without a generation prompt, so that a
-        response has the default system prompt in front. The trainer sees other lengths; these decide who is in."""
+    def texts(self, tokenizer: Tokenizer) -> tuple[list[str], bool]:
+        """The sides as text to be measured, and whether that is what training will see (Chat.measured)."""
+        prompt, *answers = self.sides()
         try:
-            return [tokenizer.render(side) for side in self.sides()]
+            return tokenizer.measured(prompt, [answer for [answer] in answers])
         except UserError as error:
             raise UserError(f"{self.where}: {error}") from None
 
@@ -84,13 +89,22 @@ class Traces:
 class Gates:
     """The gates, and how many rows have passed each.
 
+    Args:
+        max_prompt_tokens, max_response_tokens: a pair's limits.
+        strict_negatives: an incorrect generation is one that all verdicts call so, not one.
+
     Attributes:
         counts: {gate: rows that passed it and all before it}. A pair's correct generation is its SFT row's, so the
             pairs' gates follow on.
+        unreadable: where the rows stand that no tokenizer can write; they pass no gate.
+        remarks: counts what was passed over within rows, in words for the user.
     """
 
-    def __init__(self, max_prompt_tokens: int, max_response_tokens: int):
+    def __init__(self, max_prompt_tokens: int, max_response_tokens: int, strict_negatives: bool = False):
         self.limits = max_prompt_tokens, max_response_tokens
+        self.strict_negatives = strict_negatives
+        self.unreadable: list[str] = []
+        self.remarks = Counter[str]()
         self.names = (
             "rows read",
             "problem_is_valid is yes",
@@ -121,6 +135,10 @@ class Gates:
         else:
             correctness = _take(where, row, "correctness", dict) or {}
             labels = [_take(f"{where}: 'correctness'", correctness, name, list, bool) for name in _LABELS]
+        if any(map(half_pair, (problem or "", *filter(None, generations)))):
+            self.unreadable.append(where)
+            self._count(0, [True])
+            return None
         labelled = all(verdicts is not None and len(verdicts) == len(generations) for verdicts in labels)
         passed = [
             True,
@@ -134,11 +152,16 @@ class Gates:
             self._count(0, passed)
             return None
         correct = [all(verdicts) for verdicts in zip(*labels)]  # a null verdict is not true
-        # differs from the original: an empty generation, which the trainer would refuse, is neither
-        chosen, rejected = (
-            next((i for i, text in enumerate(generations) if text and correct[i] is wanted), None)
-            for wanted in (True, False)
-        )
+        incorrect = [not right for right in correct]
+        if self.strict_negatives:
+            incorrect = [all(verdict is False for verdict in verdicts) for verdicts in zip(*labels)]
+        # differs from the original: an empty generation, of which nothing can be learned, is neither
+        full = [i for i, text in enumerate(generations) if text and text.strip()]
+        chosen = next((i for i in full if correct[i]), None)
+        same = [i for i in full if incorrect[i] and chosen is not None and generations[i] == generations[chosen]]
+        self.remarks[_EMPTY] += len(generations) - len(full)
+        self.remarks[_SAME] += len(same)
+        rejected = next((i for i in full if incorrect[i] and i not in same), None)
         self._count(0, [*passed, chosen is not None, rejected is not None])
         if chosen is None:
             return None
@@ -175,3 +198,11 @@ def _take(where: str, row: dict[str, Any], name: str, kind: type, item: type | N
     ):
         raise UserError(f"{where}: {name!r} must be {_KINDS[kind, item]}, not {str(value)[:60]!r}")
     return value
+
+
+def say_dropped(what: str, why: str, places: list[str], total: int) -> None:
+    """Count and name on stderr what was dropped, if anything was."""
+    if places:
+        more = f"; and {len(places) - 5:,} more" if len(places) > 5 else ""
+        line = f"Dropped {len(places):,} of {total:,} {what}, whose {why}: {'; '.join(places[:5])}{more}."
+        print(line, file=sys.stderr)

@@ -15,19 +15,22 @@ from typing import Any
 
 from nanoredi.common.errors import UserError
 from nanoredi.data.benchmarks import golds_of
+from nanoredi.data.filters import say_dropped
+from nanoredi.data.messages import THINKING_NAMES, check_messages, folded
 from nanoredi.data.spool import Spool
-from nanoredi.data.tokenizer import Tokenizer, check_messages
+from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.grader import grade
 
 Row = dict[str, Any]
 
 
-def labelled(where: str, row: Row, grading: bool) -> Row:
+def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
     """A row a problem as a raw row; OpenR1's own rows may be graded anew as well.
 
     Args:
         where: file and line, for messages about it.
         row: of the first layout.
+        tokenizer: its template may open <think> for the model, which then belongs to the responses.
         grading: label with the grader, whatever labels the row has.
 
     Raises:
@@ -36,20 +39,23 @@ def labelled(where: str, row: Row, grading: bool) -> Row:
     generations = row.get("generations")
     if generations is not None and not isinstance(generations, list):
         raise UserError(f"{where}: 'generations' must be a list of texts, not {str(generations)[:60]!r}")
+    # A problem that is null or empty ends at its gate, as in the raw set.
+    prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else _prompt(where, row)
+    if generations and prompt:
+        generations = [tokenizer.opened(prompt, g) if isinstance(g, str) else g for g in generations]
     correct = row.get("correct")
     if grading:
         golds = _golds(where, row)
         # Without an answer there are no labels, and the row ends at their gate.
-        correct = golds and [isinstance(text, str) and grade(text, golds) for text in generations or []]
+        correct = [isinstance(text, str) and grade(text, golds) for text in generations or []] if golds else None
     elif not isinstance(correct, list) or not all(isinstance(one, bool) for one in correct):
         raise UserError(f"{where}: 'correct' must be a list of true and false; or let --grade label the row")
-    # A problem that is null or empty ends at its gate, as in the raw set.
-    prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else _prompt(where, row)
     return _raw_row(row, prompt, generations, correct)
 
 
 def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, grading: bool) -> int:
-    """Label rows a response and put them on the spool, by problem and sample.
+    """Label rows a response and put them on the spool, by problem and sample. A problem whose rows give more than one
+    answer is dropped, and named to the user.
 
     Args:
         rows: of the second layout, each with where it stands.
@@ -61,45 +67,44 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
         The number of problems.
 
     Raises:
-        UserError: naming file and line of a malformed row, and of one whose answer is not the one given before.
+        UserError: naming file and line of a malformed row.
     """
     problems: dict[str, tuple[int, str, Any]] = {}  # {prompt: (number, where, answer) of its first row}
+    unclear: dict[int, str] = {}
     for where, row in rows:
         if not isinstance(row.get("completion"), str):
             raise UserError(f"{where} must hold 'completion', a text, like the rows before it")
-        prompt = _prompt(where, row)
-        number, first, answer = problems.setdefault(json.dumps(prompt), (len(problems), where, row.get("answer")))
-        if row.get("answer") != answer:
-            raise UserError(f"{where}: 'answer' is {row.get('answer')!r}; it was {answer!r} in {first}")
-        response, correct = row["completion"], row.get("correct")
-        if response and tokenizer.prompt(prompt).rstrip().endswith("<think>"):
-            response = "<think>\n" + response
+        prompt, correct = _prompt(where, row), row.get("correct")
+        answer = _golds(where, row) if grading else row.get("answer")
+        number, first, known = problems.setdefault(json.dumps(prompt), (len(problems), where, answer))
+        if answer != known:
+            unclear.setdefault(number, f"{first} and {where}")
+        thinking = {name: row[name] for name in THINKING_NAMES if isinstance(row.get(name), str)}
+        [said] = check_messages(where, [{"role": "assistant", "content": row["completion"], **thinking}])
+        response = tokenizer.opened(prompt, folded(said)["content"])
         if grading:
-            golds = _golds(where, row)
             # A response that was cut off never stopped at its answer: it is nothing to learn from, whatever it boxed.
-            correct = golds and row.get("finish_reason") != "length" and grade(response, golds)
+            correct = answer and row.get("finish_reason") != "length" and grade(response, answer)
         elif not isinstance(correct, bool):
             raise UserError(f"{where}: 'correct' must be true or false; or let --grade label the row")
         sample = row.get("sample") if isinstance(row.get("sample"), int) else 0
-        facts = {name: row[name] for name in ("problem_is_valid", "source") if name in row}
+        facts: Row = {name: row[name] for name in ("problem_is_valid", "source") if name in row}
         spool.add(
             (number, sample),
             {"where": where, "number": number, "prompt": prompt, "response": response, "correct": correct, **facts},
         )
-    return len(problems)
+    say_dropped("problems", "rows give more than one answer", list(unclear.values()), len(problems))
+    spool.rows = [(place, offset) for place, offset in spool.rows if place[0] not in unclear]
+    return len(problems) - len(unclear)
 
 
 def gathered(spool: Spool) -> Iterator[tuple[str, Row]]:
     """The spool's problems as raw rows, in the order of their first responses, each with where its first one stands."""
     for _, group in groupby(map(json.loads, spool.lines()), key=lambda row: row["number"]):
         rows = list(group)
-        correct = [row["correct"] for row in rows]
-        yield (
-            rows[0]["where"],
-            _raw_row(
-                rows[0], rows[0]["prompt"], [row["response"] for row in rows], None if None in correct else correct
-            ),
-        )
+        responses, correct = ([row[name] for row in rows] for name in ("response", "correct"))
+        row = _raw_row(rows[0], rows[0]["prompt"], responses, None if None in correct else correct)
+        yield rows[0]["where"], row
 
 
 def _raw_row(row: Row, prompt: list[dict[str, str]], generations: Any, correct: list[bool] | None) -> Row:

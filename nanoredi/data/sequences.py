@@ -1,42 +1,31 @@
-"""JSONL rows to token sequences, each token marked as learned or not; kept on disk, keyed by the data and the
-tokenizer, so that a second start only maps them into memory.
+"""Rows to token sequences, each token marked as learned or not.
 
-Stage 1 rows are {"messages": [...]}, stage 2 rows {"prompt", "chosen", "rejected"}; each of these three is text (the
-user's message, the assistant's message) or a list of messages. Both stages follow the original's token rules, which
-differ:
+messages.py says what rows there are. Both stages follow the original's token rules, which differ:
 
-    stage 1   the whole templated conversation is tokenised at once; eos is appended unless there; cut on the right;
-              learned is what follows the last assistant header, except the padding token, which is eos in Qwen2.5's
-              base models
-    stage 2   prompt and completion are tokenised apart; eos is appended to the completion unless there; of a long
-              prompt the last tokens are kept, a long completion is cut on the right; learned is the completion, eos
-              included
+    stage 1   the whole templated conversation is tokenised at once, and cut on the right; learned is what follows the
+              prompt, except the padding token where that is eos and the template has another end of its own, as with
+              Qwen2.5's base models
+    stage 2   prompt and completion are tokenised apart; of a long prompt the last tokens are kept, a long completion is
+              cut on the right; learned is the completion, eos included
+
+Both append eos to a completion, unless the template's end has it.
 """
 
-import hashlib
-import json
-import os
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding
 
 from nanoredi.common.errors import UserError
-from nanoredi.common.files import read_rows
-from nanoredi.common.progress import progress
-from nanoredi.data.raw import num_rows
-from nanoredi.data.tokenizer import Tokenizer, check_messages
+from nanoredi.data.cache import Arrays, cached
+from nanoredi.data.messages import Messages, conversation, pair
+from nanoredi.data.tokenizer import Tokenizer
 
 # Part of the cache's key: raise it when the rules above change.
-_RULES = 2
-_ARRAYS = (("tokens", np.int32), ("learned", np.bool_))
-Tokens = tuple[np.ndarray, np.ndarray]  # tokens (n,) int32 and learned (n,) bool
+_RULES = 3
 
 
 class Sequence(NamedTuple):
@@ -80,6 +69,7 @@ class TokenData:
         sides: of a row's sequences: chosen alone, or chosen and rejected.
         tokens: (total,) int32, one sequence after the other.
         learned: (total,) bool, the tokens the loss is taken on.
+        row_weights: (M,) fp32, what each sequence's row gives it to count.
         offsets: (M+1,) int64; sequence j is tokens[offsets[j]:offsets[j+1]].
         notes: what was cut or dropped, as sentences for the user.
         digest: of all that they depend on: the file's content, the tokenizer's files, the limits.
@@ -90,6 +80,7 @@ class TokenData:
     sides: tuple[str, ...]
     tokens: np.ndarray
     learned: np.ndarray
+    row_weights: np.ndarray
     offsets: np.ndarray
     notes: list[str]
     digest: str
@@ -117,29 +108,32 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
     Raises:
         UserError: naming file and line of a malformed row; when no row is left.
     """
+    masked = tokenizer.pad_id if tokenizer.pad_id == tokenizer.eos_id and len(tokenizer.stop_ids) > 1 else -1
 
-    def texts(where: str, row: Any) -> tuple[list[str], tuple[str, str]]:
-        prompt, completion = _split(where, tokenizer, conversation(where, row))
-        return [prompt, prompt + completion], (prompt, prompt + completion)
+    def texts(where: str, row: Any, counts: Counter[str]) -> tuple[list[str], tuple[int, str, float]] | None:
+        *prompt, answer = conversation(where, row)
+        parts = _texts(where, tokenizer, prompt, [answer], counts)
+        whole = "".join(parts or [])
+        return ([parts[0], whole], (len(parts[0]), whole, _weight(where, row, "weight", -1))) if parts else None
 
-    def sequences(encodings: list[Encoding], kept: tuple[str, str], counts: Counter[str]) -> Iterator[Tokens]:
-        (prompt, text), (before, ids) = kept, (encoding.ids for encoding in encodings)
+    def arrays(encodings: list[Encoding], kept: tuple[int, str, float], counts: Counter[str]) -> Iterator[Arrays]:
+        (num_chars, text, weight), (before, ids) = kept, (encoding.ids for encoding in encodings)
         # Where the whole starts with the prompt's own tokens, the rest is the completion's; elsewhere a token straddles
-        # the border, and belongs to the prompt.
-        first = len(before) if ids[: len(before)] == before else tokenizer.num_before(text, len(prompt))
-        if ids[-1] != tokenizer.eos_id:
-            ids.append(tokenizer.eos_id)
+        # the border, and belongs to the prompt: as in the original, but not where sampling goes on from a <think>.
+        if ids[: len(before)] != before and text[:num_chars].rstrip().endswith("<think>"):
+            ids = before + tokenizer.encode(text[num_chars:])
+        first = len(before) if ids[: len(before)] == before else tokenizer.num_before(text, num_chars)
+        ids = tokenizer.ended(ids)
         counts[f"conversations cut to {max_tokens} tokens"] += len(ids) > max_tokens
         tokens = np.array(ids[:max_tokens], dtype=np.int32)
-        learned = np.arange(len(tokens)) >= first
-        if tokenizer.pad_id == tokenizer.eos_id:
-            learned &= tokens != tokenizer.pad_id
+        learned = (np.arange(len(tokens)) >= first) & (tokens != masked)
         if learned[1:].any():
-            yield tokens, learned
+            yield tokens, learned, weight
         else:
             counts["rows dropped: the prompt alone fills max_tokens"] += 1
 
-    return _cached(path, ("chosen",), tokenizer, cache, ("sft", max_tokens), texts, sequences)
+    loaded = cached(path, tokenizer, cache, (_RULES, "sft", max_tokens), texts, arrays)
+    return TokenData(path, ("chosen",), *loaded)
 
 
 def load_pairs(
@@ -148,143 +142,49 @@ def load_pairs(
     """Stage 2's sequences, two a row: chosen, rejected. Call on one rank first: it fills the cache.
 
     Raises:
-        UserError: naming file and line of a malformed row; when the file holds none.
+        UserError: naming file and line of a malformed row; when no row is left.
     """
 
-    def texts(where: str, row: Any) -> tuple[list[str], None]:
-        prompt = check_messages(f"{where}: 'prompt'", _field(where, row, "prompt"))
-        answers = [answer_message(f"{where}: {key!r}", _field(where, row, key)) for key in ("chosen", "rejected")]
-        (head, chosen), (_, rejected) = (_split(where, tokenizer, [*prompt, answer]) for answer in answers)
-        return [head, chosen, rejected], None
+    def texts(where: str, row: Any, counts: Counter[str]) -> tuple[list[str], tuple[float, float]] | None:
+        parts = _texts(where, tokenizer, *pair(where, row), counts)
+        return (parts, (_weight(where, row, "chosen_weight", 0), 1.0)) if parts else None
 
-    def sequences(encodings: list[Encoding], _: None, counts: Counter[str]) -> Iterator[Tokens]:
+    def arrays(encodings: list[Encoding], weights: tuple[float, float], counts: Counter[str]) -> Iterator[Arrays]:
         prompt, *completions = (encoding.ids for encoding in encodings)
         counts[f"prompts cut to their last {max_prompt_tokens} tokens"] += len(prompt) > max_prompt_tokens
         prompt = prompt[-max_prompt_tokens:]
-        for completion in completions:
-            if completion[-1] != tokenizer.eos_id:
-                completion.append(tokenizer.eos_id)
+        for completion, weight in zip(map(tokenizer.ended, completions), weights):
             counts[f"responses cut to {max_response_tokens} tokens"] += len(completion) > max_response_tokens
             tokens = np.array(prompt + completion[:max_response_tokens], dtype=np.int32)
-            yield tokens, np.arange(len(tokens)) >= len(prompt)
+            yield tokens, np.arange(len(tokens)) >= len(prompt), weight
 
-    rules = ("pairs", max_prompt_tokens, max_response_tokens)
-    return _cached(path, ("chosen", "rejected"), tokenizer, cache, rules, texts, sequences)
+    rules = (_RULES, "pairs", max_prompt_tokens, max_response_tokens)
+    return TokenData(path, ("chosen", "rejected"), *cached(path, tokenizer, cache, rules, texts, arrays))
 
 
-def _split(where: str, tokenizer: Tokenizer, messages: list[dict[str, str]]) -> tuple[str, str]:
+def _texts(
+    where: str, tokenizer: Tokenizer, prompt: Messages, answers: Messages, counts: Counter[str]
+) -> list[str] | None:
+    """The prompt and the completions as text; None for a row that is nothing to learn from, which is counted."""
+    if any(map(tokenizer.is_blank, answers)):
+        counts["rows dropped: an answer is nothing but white space"] += 1
+        return None
+    remarks: set[str] = set()
     try:
-        return tokenizer.split(messages)
+        parts = [tokenizer.split([*prompt, answer], remarks) for answer in answers]
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    completions = [completion for _, completion in parts]
+    if len(set(completions)) < len(completions):
+        counts["rows dropped: chosen and rejected are the same"] += 1
+        return None
+    counts.update(remarks)
+    return [parts[0][0], *completions]
 
 
-def _field(where: str, row: Any, key: str) -> Any:
-    if not isinstance(row, dict) or key not in row:
-        raise UserError(f"{where} has no field {key!r}")
-    return row[key]
-
-
-def conversation(where: str, row: Any) -> list[dict[str, str]]:
-    """The messages of a stage 1 row, whose last one is the assistant's."""
-    messages = _field(where, row, "messages")
-    if not isinstance(messages, list):
-        raise UserError(f"{where}: 'messages' must be a list of messages with role and content")
-    check_messages(f"{where}: 'messages'", messages)
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
-        raise UserError(f"{where}: the last message must be the assistant's, and not empty")
-    return messages
-
-
-def answer_message(where: str, value: Any) -> dict[str, str]:
-    """A completion, text or a list of one message, as the assistant's message."""
-    if isinstance(value, str):
-        value = [{"role": "assistant", "content": value}]
-    check_messages(where, value)
-    if len(value) != 1 or value[0]["role"] != "assistant" or not value[0]["content"]:
-        raise UserError(f"{where} must be one message of the assistant, and not empty")
-    return value[0]
-
-
-def _cached(
-    path: str,
-    sides: tuple[str, ...],
-    tokenizer: Tokenizer,
-    cache: str,
-    rules: tuple,
-    texts: Callable,
-    sequences: Callable,
-) -> TokenData:
-    """The file's rows as sequences, from the cache where they have been made before.
-
-    Args:
-        texts: (where, row) to the texts to be encoded, and whatever else sequences needs.
-        sequences: (encodings, what texts gave beside them, counts of what was cut or dropped) to a row's sequences.
-    """
-    folder = Path(cache) / _key(path, tokenizer, cache, rules)
-    if not folder.exists():
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        # Written beside and renamed: a cache that is there is whole.
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=cache) as beside:
-            made = Path(beside, "data")
-            made.mkdir()
-            _fill(made, path, tokenizer, texts, sequences)
-            made.rename(folder)
-    tokens, learned = (np.memmap(folder / name, dtype, "r") for name, dtype in _ARRAYS)
-    offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
-    notes = json.loads((folder / "notes.json").read_text())
-    return TokenData(path, sides, tokens, learned, offsets, [f"{path}: {note}" for note in notes], folder.name)
-
-
-def _fill(folder: Path, path: str, tokenizer: Tokenizer, texts: Callable, sequences: Callable) -> None:
-    """Write tokens, learned, offsets and notes; the sequences go to disk as they come."""
-    total = num_rows(Path(path))
-    if not total:
-        raise UserError(f"{path} holds no rows")
-    lengths, counts = [0], Counter()
-    read = progress(None, f"tokenising {Path(path).name}", total, "rows", delay=1)
-    rows = ((where, *texts(where, row)) for where, row in read_rows(path))
-    with read, open(folder / "tokens", "wb") as all_tokens, open(folder / "learned", "wb") as all_learned:
-        for kept, encodings in tokenizer.encode_rows(rows):
-            for tokens, learned in sequences(encodings, kept, counts):
-                all_tokens.write(tokens)
-                all_learned.write(learned)
-                lengths.append(len(tokens))
-            read.update()
-    notes = [f"{count:,} of {total:,} {what}" for what, count in counts.items() if count]
-    if len(lengths) == 1:
-        raise UserError(f"no row of {path} is left: {'; '.join(notes)}")
-    np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
-    (folder / "notes.json").write_text(json.dumps(notes))
-
-
-def _key(path: str, tokenizer: Tokenizer, cache: str, rules: tuple) -> str:
-    digest = hashlib.blake2b(repr((_RULES, *rules)).encode(), digest_size=12)
-    try:
-        digest.update(_digest_of(Path(path), Path(cache, "digests")))
-        for file in tokenizer.files:
-            digest.update(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
-    return digest.hexdigest()
-
-
-def _digest_of(path: Path, known: Path) -> bytes:
-    """The digest of a file's content. Gigabytes take seconds to read, so it is kept, in the folder `known`, with the
-    file's size and time, and holds while these are the same."""
-    entry = known / hashlib.blake2b(str(path.resolve()).encode(), digest_size=12).hexdigest()
-    stat = path.stat()
-    state = f"{stat.st_size} {stat.st_mtime_ns}"
-    if entry.exists():
-        state_then, digest = entry.read_text().split("\n")
-        if state_then == state:
-            return bytes.fromhex(digest)
-    with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "blake2b").hexdigest()
-    # A file written a moment ago may be written again within the same tick of its clock.
-    if time.time() - stat.st_mtime > 2:
-        known.mkdir(parents=True, exist_ok=True)
-        beside = entry.with_suffix(f".{os.getpid()}")
-        beside.write_text(f"{state}\n{digest}")
-        beside.rename(entry)
-    return bytes.fromhex(digest)
+def _weight(where: str, row: dict[str, Any], name: str, low: int) -> float:
+    """What a row's sequence is to count in the loss, 1 when it does not say."""
+    weight = 1 if row.get(name) is None else row[name]
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not low <= weight <= 1:
+        raise UserError(f"{where}: {name!r} must be a number from {low} to 1, not {str(weight)[:60]!r}")
+    return float(weight)

@@ -1,179 +1,250 @@
-"""Completions that another engine wrote, in its own layout, as samples to grade.
+"""Completions that another engine wrote, in its own layout (layouts.py), as samples to grade.
 
-Accepted are JSONL files of rows as
-
-    vLLM's RequestOutput      {"prompt": TEXT, "outputs": [{"text", "finish_reason", "token_ids"}, ...]}
-    vLLM's run-batch          {"response": {"body": {"choices": [{"message": {"content"}, "finish_reason"}, ...]}}}
-    rllm's and verl's         {"prompt": [MESSAGES], "responses": [TEXT, ...], "reward_model": {"ground_truth"}}
-    lighteval's details       {"doc": {"query", "choices", "gold_index"}, "model_response": {"text": [TEXT, ...]}}
-    lighteval's older ones    {"full_prompt": TEXT, "predictions": [TEXT, ...], "gold": [TEXT, ...]}
-    sample.py's               {"prompt" or "messages", "completion": TEXT, "finish_reason", "tokens"}
-
-(Parquet to JSONL: `pandas.read_parquet(FILE).to_json(OUT, orient="records", lines=True)`.) A row belongs to the problem
-whose text its prompt holds; without a prompt, to the problem at its place in the file. Several rows of one problem are
-its samples in turn. The gold answers are the benchmark's, or the file's own where no benchmark is named.
+A row belongs to the problem that its prompt asks: of all whose text stands in it the last, for what comes before may be
+examples. Without a prompt it belongs to the problem that an id names, a benchmark's own or a number; and to the one at
+its place in the file, which is then said, where there is neither. Several rows of one problem are its samples in turn.
+The gold answers are the benchmark's, or the file's own where no benchmark is named.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import read_rows
 from nanoredi.data.benchmarks import Benchmark, golds_of
+from nanoredi.evaluation.layouts import LAYOUTS, Answers, Completion, read
 from nanoredi.evaluation.scores import Row, graded
 
-
-@dataclass
-class _Answers:
-    """A row of the file.
-
-    Attributes:
-        where: "file, line n".
-        prompt: its text; None where the layout has none.
-        texts: the completions.
-        tokens: of each, or None.
-        reasons: why each ended, or None.
-        golds: the row's own gold answers, if it has any.
-    """
-
-    where: str
-    prompt: str | None
-    texts: list[str]
-    tokens: list[int | None] = field(default_factory=list)
-    reasons: list[str | None] = field(default_factory=list)
-    golds: list[str] | None = None
+Problem = tuple[int, int]  # (which benchmark, which of its problems)
 
 
-def grade_file(path: str, name: str, benchmarks: list[Benchmark], thinking: bool) -> list[list[Row]]:
+def grade_file(
+    path: str,
+    name: str,
+    benchmarks: list[Benchmark],
+    thinking: bool,
+    limit: int = 0,
+    say: Callable[[str], None] = print,
+) -> list[list[Row]]:
     """Grade a file of completions.
 
     Args:
-        path: JSONL, in one of the layouts above.
-        name: the model's, in the table.
+        path: rows in one of the layouts.
+        name: the model's, in the table; with samples.jsonl it stands before the names that are there.
         benchmarks: whose problems they answer; none: the file's own prompts and gold answers make one.
         thinking: whether the prompts opened <think>, which then is no part of the completions.
+        limit: grade only so many problems from each benchmark's start; 0: all.
+        say: takes what the reader should know of the file.
 
     Returns:
-        For each benchmark that the file answers its samples (graded has the keys), as many for every problem.
+        For each model and benchmark that the file answers its samples (graded has the keys), as many for every problem.
 
     Raises:
         UserError: for an unknown layout, a row of no problem, and a problem that has another number of completions.
     """
-    answers = [_read(where, row) for where, row in read_rows(path)]
+    answers = _read(path, say)
+    if benchmarks:
+        problems = _assigned(path, answers, benchmarks, limit, say)
+    else:
+        benchmarks, problems = _own_benchmarks(path, answers)
+    models = list(dict.fromkeys(row.model for row in answers))
+    samples = []
+    for model in models:
+        found: dict[Problem, dict[int, tuple[Completion, bool]]] = {}
+        for row, problem in zip(answers, problems):
+            if row.model == model:
+                own = found.setdefault(problem, {})
+                for one in row.completions:
+                    opened = row.sample is None and (thinking or row.opens)
+                    own[len(own) if row.sample is None else row.sample] = one, opened
+        shown = name if model is None else f"{name}: {model}"
+        samples += _graded(path, shown, benchmarks, _shared(benchmarks, found), limit)
+    return samples
+
+
+def _read(path: str, say: Callable[[str], None]) -> list[Answers]:
+    """The rows of the file. A request that failed has as many empty completions as the others have real ones."""
+    answers, metrics = [], None
+    for where, row in read_rows(path):
+        if isinstance(row, dict) and "resps" in row:  # lm-eval writes every row again for each of its filters
+            metrics = metrics or row.get("filter")
+            if row.get("filter") != metrics:
+                continue
+        answers.append(read(where, row))
     if not answers:
         raise UserError(f"{path} holds no rows")
-    if not benchmarks:
-        benchmarks = [_benchmark_of(path, answers)]
-    samples: list[dict[int, list[Row]]] = [{} for _ in benchmarks]
-    for which, problem, row in _assigned(path, answers, benchmarks):
-        own = samples[which].setdefault(problem, [])
-        opened = thinking or (row.prompt or "").rstrip().endswith("<think>")
-        for i, text in enumerate(row.texts):
-            response = f"<think>\n{text}" if opened and "<think>" not in text else text
-            tokens, reason = (values[i] if i < len(values) else None for values in (row.tokens, row.reasons))
-            own.append(graded(name, benchmarks[which], problem, len(own), response, tokens, reason))
-    for benchmark, problems in zip(benchmarks, samples):
-        counts = [len(problems.get(i, [])) for i in range(len(benchmark.questions))]
-        odd = next((i for i, count in enumerate(counts) if count != max(counts)), None)
-        if problems and odd is not None:
+    failed = [row for row in answers if row.error is not None]
+    width = max(1, *(len(row.completions) for row in answers))
+    for row in failed:
+        row.completions = [Completion("", reason="error")] * width
+    if failed:
+        words = "; ".join(
+            f"{count} x {words[:200]!r}" for words, count in Counter(r.error for r in failed).most_common(3)
+        )
+        say(
+            f"{path}: {len(failed)} of {len(answers)} requests failed and count as wrong, the first in {failed[0].where}: {words}"
+        )
+    return answers
+
+
+def _own_benchmarks(path: str, answers: list[Answers]) -> tuple[list[Benchmark], list[Problem]]:
+    """The prompts of a file as benchmarks, by the file's own gold answers, and each row's problem."""
+    golds: dict[str, dict[str | int, list[str]]] = {}
+    keys = []
+    for row in answers:
+        key = row.prompt or next(iter(row.ids.values()), None) if row.problem is None else row.problem
+        benchmark = row.benchmark or Path(path).stem
+        if key is None or row.golds is None and key not in golds.get(benchmark, {}):
+            raise UserError(f"{row.where} has no gold answer of its own: name the benchmark with --benchmarks")
+        if row.golds is not None:
+            golds.setdefault(benchmark, {}).setdefault(key, golds_of(row.where, row.golds))
+        keys.append((benchmark, key))
+    names = list(golds)
+    # The problems of samples.jsonl are numbers, and its rows in the order in which they ended.
+    ordered = {b: sorted(own) if all(isinstance(key, int) for key in own) else list(own) for b, own in golds.items()}
+    places = {(b, key): (names.index(b), i) for b, own in ordered.items() for i, key in enumerate(own)}
+    texts = {b: [str(key) for key in own] for b, own in ordered.items()}
+    benchmarks = [Benchmark(b, texts[b], texts[b], [golds[b][key] for key in own]) for b, own in ordered.items()]
+    return benchmarks, [places[key] for key in keys]
+
+
+def _assigned(
+    path: str, answers: list[Answers], benchmarks: list[Benchmark], limit: int, say: Callable[[str], None]
+) -> list[Problem]:
+    """For each row the problem that it answers."""
+    texts: dict[str, Problem] = {}  # of several problems with the same words the first
+    for which, benchmark in enumerate(benchmarks):
+        for i, text in enumerate(benchmark.problems):
+            texts.setdefault(_words(text), (which, i))
+    known: dict[str, Problem | None] = {}
+    found: list[Problem | None] = []
+    for row in answers:
+        asked = row.prompt or row.ids.get("custom_id", "")
+        if row.problem is None and asked not in known:
+            prompt = _words(asked)
+            # The one that ends last; of those that end there the longest, for a problem may stand within another.
+            held = [(at + len(text), len(text), text) for text in texts if (at := prompt.rfind(text)) >= 0]
+            known[asked] = texts[max(held)[2]] if held else None
+            if row.prompt and not held:
+                names = ", ".join(b.name for b in benchmarks)
+                raise UserError(f"{row.where}: its prompt holds no problem of {names}")
+        found.append(known[asked] if row.problem is None else _numbered(row, benchmarks))
+    left = [row for row, problem in zip(answers, found) if problem is None]
+    if not left:
+        return found
+    named = _by_id(answers, benchmarks, limit)
+    if named is None:
+        if len(benchmarks) > 1 or len(answers) not in (len(benchmarks[0].problems), limit):
             raise UserError(
-                f"{path} has {counts[odd]} completions for problem {odd + 1} of {benchmark.name} and {max(counts)} for "
-                "others; every problem needs as many"
+                f"{left[0].where} has no prompt, and no id that names its problem; then the file must have a row for each "
+                "problem of one benchmark"
             )
-    return [[s for i in sorted(problems) for s in problems[i]] for problems in samples if problems]
+        say(f"{path}: rows without a prompt or an id of a problem are taken in the order of {benchmarks[0].name}")
+        return [problem or (0, place) for place, problem in enumerate(found)]
+    return [problem or by_id for problem, by_id in zip(found, named)]
 
 
-def _read(where: str, row: Any) -> _Answers:
-    """A row in whichever layout it has."""
-    if not isinstance(row, dict):
-        raise UserError(f"{where} holds no JSON object")
-    prompt = _text_of(row.get("prompt", row.get("messages")))
-    try:
-        if "outputs" in row:
-            outputs = row["outputs"]
-            tokens = [len(o["token_ids"]) if o.get("token_ids") else None for o in outputs]
-            found = _Answers(
-                where, prompt, [o["text"] for o in outputs], tokens, [o.get("finish_reason") for o in outputs]
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _numbered(row: Answers, benchmarks: list[Benchmark]) -> Problem:
+    """The problem of a row of samples.jsonl."""
+    which = next((i for i, b in enumerate(benchmarks) if b.name == row.benchmark), None)
+    if which is None or not 0 <= row.problem < len(benchmarks[which].problems):
+        raise UserError(f"{row.where} is of problem {row.problem} of {row.benchmark}, which is not among those named")
+    return which, row.problem
+
+
+def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list[Problem] | None:
+    """The problems of rows by the first of their ids that names all of them; None where none does.
+
+    Raises:
+        UserError: when they have a custom_id, for engines then promise no order, and it names no problem.
+    """
+    for name in rows[0].ids:
+        ids = [row.ids.get(name, "") for row in rows]
+        # With several benchmarks an id begins with one's name.
+        whose = [[i for i, b in enumerate(benchmarks) if len(benchmarks) == 1 or id.startswith(b.name)] for id in ids]
+        problems = {}
+        for which, benchmark in enumerate(benchmarks):
+            own = [id for id, those in zip(ids, whose) if those and those[-1] == which]
+            problems |= {(id, which): (which, i) for id, i in _numbers(own, benchmark, limit).items()}
+        if all(those and (id, those[-1]) in problems for id, those in zip(ids, whose)):
+            return [problems[id, those[-1]] for id, those in zip(ids, whose)]
+        if name == "custom_id":
+            raise UserError(
+                f"{rows[0].where}: its custom_id {ids[0]!r} names no problem of {', '.join(b.name for b in benchmarks)}, "
+                "neither by an id that stands there nor by its number; give the rows their prompts"
             )
-        elif "response" in row:
-            body = row["response"]["body"]
-            choices = body["choices"]
-            # Of several choices the usage counts all together.
-            tokens = [(body.get("usage") or {}).get("completion_tokens")] if len(choices) == 1 else []
-            texts = [_with_reasoning(choice["message"]) for choice in choices]
-            found = _Answers(where, prompt, texts, tokens, [choice.get("finish_reason") for choice in choices])
-        elif "responses" in row:
-            truth = (row.get("reward_model") or {}).get("ground_truth")
-            found = _Answers(where, prompt, row["responses"], golds=truth and golds_of(where, truth))
-        elif "model_response" in row or "__model_response__" in row:
-            response = row.get("model_response") or row["__model_response__"]
-            doc = row.get("doc") or row["__doc__"]
-            index = doc["gold_index"]
-            golds = [doc["choices"][i] for i in (index if isinstance(index, list) else [index])]
-            tokens = [len(t) for t in response.get("output_tokens") or []]
-            found = _Answers(where, doc["query"], response["text"], tokens, golds=golds_of(where, golds))
-        elif "predictions" in row:
-            prompt = _text_of(row.get("full_prompt", row.get("example")))
-            golds = row.get("gold")
-            found = _Answers(where, prompt, row["predictions"], golds=golds and golds_of(where, golds))
-        else:
-            found = _Answers(where, prompt, [row["completion"]], [row.get("tokens")], [row.get("finish_reason")])
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(
-            f"{where} is in no layout that is known here, or lacks a part of it ({error}); python -m "
-            "nanoredi.evaluation.completions lists them"
-        ) from None
-    if not isinstance(found.texts, list) or not found.texts or not all(isinstance(t, str) for t in found.texts):
-        raise UserError(f"{where} has no list of texts where its completions should be")
+    return None
+
+
+def _numbers(ids: list[str], benchmark: Benchmark, limit: int) -> dict[str, int]:
+    """{id: its problem's place}: the benchmark's own ids, or ids with a number that runs over all problems, from 0 or 1.
+    Empty where they are neither, or more than one number does."""
+    if len(benchmark.problems) == 1:
+        return dict.fromkeys(ids, 0)
+    for own in benchmark.ids.values():
+        if set(ids) <= set(own):
+            return {id: own.index(id) for id in set(ids)}
+    numbers = [[int(digits) for digits in re.findall(r"[0-9]{1,9}", id.removeprefix(benchmark.name))] for id in ids]
+    found = []
+    for column in zip(*numbers) if len(set(map(len, numbers))) == 1 else ():
+        start, size = min(column), len(set(column))
+        if start in (0, 1) and max(column) == start + size - 1 and size in (len(benchmark.problems), limit):
+            found.append({id: number - start for id, number in zip(ids, column)})
+    return found[0] if len(found) == 1 else {}
+
+
+def _shared(
+    benchmarks: list[Benchmark], found: dict[Problem, dict[int, tuple[Completion, bool]]]
+) -> dict[Problem, dict[int, tuple[Completion, bool]]]:
+    """The completions of a problem that stands several times, dealt to each in turn; all to each where there are no more
+    than for another."""
+    same: dict[str, list[Problem]] = {}
+    for which, benchmark in enumerate(benchmarks):
+        for i, text in enumerate(benchmark.problems):
+            same.setdefault(_words(text), []).append((which, i))
+    n = max((len(found[one]) for (one, *more) in same.values() if not more and one in found), default=0)
+    for one, *more in same.values():
+        own = list(found.get(one, {}).values())
+        if more and own and not any(other in found for other in more):
+            share = len(own) // (1 + len(more)) if len(own) != n else 0
+            for k, copy in enumerate([one, *more]):
+                found[copy] = dict(enumerate(own[k * share : (k + 1) * share] if share else own))
     return found
 
 
-def _text_of(prompt: Any) -> str | None:
-    """A text, or the contents of messages."""
-    if isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
-        return "\n".join(m["content"] for m in prompt)
-    return prompt if isinstance(prompt, str) else None
-
-
-def _with_reasoning(message: dict[str, Any]) -> str:
-    """The content; where the server has split the thinking off, that in front of it."""
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
-    return f"<think>\n{reasoning}</think>{message['content'] or ''}" if reasoning else message["content"]
-
-
-def _benchmark_of(path: str, answers: list[_Answers]) -> Benchmark:
-    """The prompts of a file as a benchmark, by the file's own gold answers."""
-    golds: dict[str, list[str]] = {}
-    for row in answers:
-        if row.golds is None or row.prompt is None:
-            raise UserError(f"{row.where} has no gold answer of its own: name the benchmark with --benchmarks")
-        golds.setdefault(row.prompt, row.golds)
-    return Benchmark(Path(path).stem, list(golds), list(golds), list(golds.values()))
-
-
-def _assigned(path: str, answers: list[_Answers], benchmarks: list[Benchmark]) -> Iterator[tuple[int, int, _Answers]]:
-    """For each row the benchmark and the problem that it answers."""
-    problems = [(which, i, text) for which, b in enumerate(benchmarks) for i, text in enumerate(b.problems)]
-    problems.sort(key=lambda one: -len(one[2]))  # a problem may stand in a longer one
-    known: dict[str, tuple[int, int]] = {}
-    for place, row in enumerate(answers):
-        if row.prompt is None:
-            if len(benchmarks) > 1 or len(answers) != len(benchmarks[0].problems):
-                raise UserError(
-                    f"{row.where} has no prompt; then the file must have a row for each problem of one benchmark"
-                )
-            yield 0, place, row
+def _graded(
+    path: str,
+    name: str,
+    benchmarks: list[Benchmark],
+    found: dict[Problem, dict[int, tuple[Completion, bool]]],
+    limit: int,
+) -> list[list[Row]]:
+    """A model's completions graded, by benchmark."""
+    samples = []
+    for which, benchmark in enumerate(benchmarks):
+        problems = [found.get((which, i), {}) for i in range(len(benchmark.problems))][: limit or None]
+        if not any(problems):
             continue
-        if row.prompt not in known:
-            found = next(((which, i) for which, i, text in problems if text.strip() in row.prompt), None)
-            if found is None:
-                names = ", ".join(b.name for b in benchmarks)
-                raise UserError(f"{row.where}: its prompt holds no problem of {names}")
-            known[row.prompt] = found
-        yield *known[row.prompt], row
+        n = max(map(len, problems))
+        for i, own in enumerate(problems):
+            if sorted(own) != list(range(n)):
+                raise UserError(
+                    f"{path} has {len(own)} completions for problem {i + 1} of {benchmark.name} and {n} for others; every "
+                    "problem needs as many"
+                )
+        samples.append([])
+        for i, own in enumerate(problems):
+            for number, (one, opened) in sorted(own.items()):
+                response = f"<think>\n{one.text}" if opened and "<think>" not in one.text else one.text
+                samples[-1].append(graded(name, benchmark, i, number, response, one.tokens, one.reason))
+    return samples
 
 
 if __name__ == "__main__":
-    print(__doc__.strip())
+    print("\n".join(f"{path:24}{who}" for path, who in LAYOUTS.items()))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from nanoredi.common.progress import progress
 from nanoredi.config import EvaluateConfig, RediConfig
-from nanoredi.data.benchmarks import Benchmark
+from nanoredi.data.benchmarks import Benchmark, with_system
+from nanoredi.data.messages import user_message
 from nanoredi.data.sequences import load_pairs
-from nanoredi.data.tokenizer import Tokenizer, user_message
+from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.evaluation.samples import Samples
 from nanoredi.evaluation.scores import Row, graded, summarise
 from nanoredi.model.hf_folder import stop_ids
@@ -43,7 +44,7 @@ def evaluate(
         A row a benchmark (summarise has its keys), the same on every rank.
     """
     tokenizer = Tokenizer(folder)
-    dtype = world.first(lambda: compute_dtype(config.dtype, world.device))  # measured, so one rank decides
+    dtype = compute_dtype(config.dtype, world.device)
     model = Qwen2.from_pretrained(folder, dtype=dtype, device=world.device).pack()
     logps = {}
     if pairs is not None and pairs.watch:
@@ -69,20 +70,13 @@ def _sample(
 ) -> None:
     """Sample and grade what the benchmarks' samples lack. Each rank takes a problem whenever it has room for one, those
     first that are expected to take longest, so that all ranks end together."""
-    problems = _problems(tokenizer, benchmarks, config)
-    sampler = Sampler(model, stop_ids(tokenizer), config)
-    for problem in problems:
-        sampler.check(problem.requests)
-    done, length = world.first(lambda: _so_far(samples, name))
-    for problem in problems:
-        key = problem.benchmark.name, problem.number
-        problem.requests = [r for r in problem.requests if (*key, r.sample) not in done]
-        problem.expected = length.get(key, sum(length.values()) / max(1, len(length)))
-    missing = [problem for problem in problems if problem.requests]
-    missing.sort(key=lambda problem: (problem.expected, len(problem.requests[0].prompt)), reverse=True)
+    missing = _missing(name, model, tokenizer, benchmarks, config, samples, world)
+    if not missing:
+        return
     num_missing = sum(len(problem.requests) for problem in missing)
-    if done:
-        world.say(f"{name}: {len(done)} samples are there, {num_missing} are missing")
+    sampler = Sampler(model, stop_ids(tokenizer), config)
+    for problem in missing:
+        sampler.check(problem.requests)
     # Not more than a rank's share at once: where there are few problems, every rank gets some.
     room = min(config.batch_size, -(-num_missing // world.size))
     queue, whose, more = Queue(world, len(missing)), {}, True
@@ -105,7 +99,35 @@ def _sample(
     queue.wait()
 
 
-@dataclass
+def _missing(
+    name: str,
+    model: Qwen2,
+    tokenizer: Tokenizer,
+    benchmarks: list[Benchmark],
+    config: EvaluateConfig,
+    samples: Samples,
+    world: World,
+) -> list["_Problem"]:
+    """The problems with the requests that are still to be made, the longest first. Those that are too long for the context
+    are counted as cut off here."""
+    problems = _problems(tokenizer, benchmarks, config)
+    context = model.config.max_position_embeddings
+    too_long = [problem for problem in problems if len(problem.requests[0].prompt) >= context]
+    done, length = world.first(lambda: _so_far(samples, name))
+    for problem in problems:
+        key = problem.benchmark.name, problem.number
+        problem.requests = [r for r in problem.requests if (*key, r.sample) not in done]
+        problem.expected = length.get(key, sum(length.values()) / max(1, len(length)))
+    world.first(lambda: _cut_off([problem for problem in too_long if problem.requests], context, name, samples))
+    missing = [problem for problem in problems if problem.requests and problem not in too_long]
+    missing.sort(key=lambda problem: (problem.expected, len(problem.requests[0].prompt)), reverse=True)
+    if done:
+        num_missing = sum(len(problem.requests) for problem in missing)
+        world.say(f"{name}: {len(done)} samples are there, {num_missing} are missing")
+    return missing
+
+
+@dataclass(eq=False)
 class _Problem:
     """A problem of a benchmark, with its samples; opened is what of the response the prompt holds already."""
 
@@ -116,10 +138,27 @@ class _Problem:
     expected: float = 0.0  # mean tokens of its samples, as far as these are known
 
 
+def _cut_off(problems: list[_Problem], context: int, name: str, samples: Samples) -> None:
+    """Count problems that leave no room for an answer as cut off, and say so."""
+    if problems:
+        first, length = problems[0], len(problems[0].requests[0].prompt)
+        print(
+            f"{name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} with no room in the context of {context:,} "
+            f"tokens counted as cut off; the first: problem {first.number + 1} of {first.benchmark.name}, {length:,} tokens "
+            "with its template",
+            flush=True,
+        )
+    for problem in problems:
+        for request in problem.requests:
+            figures = request.sample, problem.opened, 0, "length"
+            samples.append(graded(name, problem.benchmark, problem.number, *figures))
+
+
 def _problems(tokenizer: Tokenizer, benchmarks: list[Benchmark], config: EvaluateConfig) -> list[_Problem]:
     problems = []
     for benchmark in benchmarks:
-        texts = [tokenizer.prompt(user_message(q), think=config.think == "forced") for q in benchmark.questions]
+        asked = [with_system(user_message(question), config.system) for question in benchmark.questions]
+        texts = [tokenizer.prompt(messages, think=config.think == "forced") for messages in asked]
         prompts = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
         names = [f"{benchmark.name}: problem {number}" for number in range(1, len(prompts) + 1)]
         requests = requests_for(prompts, config.n, config.seed, names)
@@ -127,6 +166,8 @@ def _problems(tokenizer: Tokenizer, benchmarks: list[Benchmark], config: Evaluat
             # Where the prompt opens <think>, that belongs to the response all the same.
             opened = "<think>\n" if text.rstrip().endswith("<think>") else ""
             own = requests[number * config.n : (number + 1) * config.n]
+            for sample, request in enumerate(own):  # a problem that stands twice has two rows of n
+                request.sample = sample
             problems.append(_Problem(benchmark, number, own, opened))
     return problems
 

@@ -3,25 +3,43 @@
     samples.jsonl       a row a sample, in the order in which they ended, by whichever rank
     evaluation.json     what they depend on: settings, and digests of the models and benchmarks
 
-A start that was killed leaves at most half a line, which the next one cuts off.
+A start that was killed leaves at most half a line, which the next one drops, as it does any other damaged row. One job at
+a time has the folder.
 """
 
 import fcntl
-import hashlib
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from nanoredi.common.disk import digest, lock, remove_leftovers, writing
 from nanoredi.common.errors import UserError
-from nanoredi.common.files import read_json, read_rows, write_row
+from nanoredi.common.files import check, parse_json, read_json, read_rows, write_json, write_row
 from nanoredi.config import EvaluateConfig
 from nanoredi.data.benchmarks import Benchmark
 from nanoredi.evaluation.scores import Row
+from nanoredi.trainer.distributed import settled_dtype
 
 _PARTS = ("*.json", "*.jinja", "*.safetensors")  # of a model's folder that a sample depends on
+_KEY = ("model", "benchmark", "problem", "sample")
+_COUNT = range(2**31)
+_ROW = {
+    "model": str,
+    "benchmark": str,
+    "problem": _COUNT,
+    "sample": _COUNT,
+    "correct": bool,
+    "correct_deepscaler": bool,
+    "answer": (str, None),
+    "gold": [str],
+    "tokens": (_COUNT, None),
+    "finish_reason": (str, None),
+    "waits": _COUNT,
+    "response": str,
+}
+_DEFAULTS = {f.name: f.default for f in fields(EvaluateConfig)}
 
 
 class Samples:
@@ -31,11 +49,14 @@ class Samples:
         self.path = folder / "samples.jsonl"
         self.about = folder / "evaluation.json"
 
-    def claim(self, models: dict[str, str | Path], benchmarks: list[Benchmark], config: EvaluateConfig) -> None:
+    def claim(self, models: dict[str, str | Path], benchmarks: list[Benchmark], config: EvaluateConfig) -> str:
         """Take the folder for samples of these models on these benchmarks, or go on with them. Call on one rank.
 
         Args:
             models: {name in the table: Hugging Face folder}.
+
+        Returns:
+            The dtype that they are made in.
 
         Raises:
             UserError: when the folder's samples depend on anything else.
@@ -43,21 +64,15 @@ class Samples:
         settings = {f.name: getattr(config, f.name) for f in fields(EvaluateConfig) if not f.metadata["free"]}
         about = {
             "setting": {name: value for name, value in settings.items() if name not in ("benchmarks", "data", "limit")},
-            "model": {name: _digest_of_files(Path(folder)) for name, folder in models.items()},
-            "benchmark": {b.name: _digest(json.dumps([b.questions, b.golds]).encode()) for b in benchmarks},
+            "model": {name: digest_of_files(Path(folder)) for name, folder in models.items()},
+            "benchmark": {b.name: digest(json.dumps([b.questions, b.golds]).encode()) for b in benchmarks},
         }
-        if self.about.exists():
-            before = read_json(self.about)
-            for kind, values in about.items():
-                _refuse_others(self.path, kind, before.get(kind, {}), values)
-        elif self.path.exists():
-            raise UserError(
-                f"{self.path} is there, and no {self.about.name} that says of what: move it away, or give another --out"
-            )
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.about.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        self._cut_torn_line()
+        lock(self.path.parent)
+        remove_leftovers(self.path.parent, locked=True)
+        dtype = claim(self.path, self.about, about)
+        if self.path.exists():
+            self._drop_damaged_rows(models, {b.name: range(len(b.questions)) for b in benchmarks}, range(config.n))
+        return dtype
 
     def append(self, row: Row) -> None:
         """Add a sample, as one whole line; several ranks may do so at once, on several machines, too."""
@@ -72,20 +87,74 @@ class Samples:
                 row.pop("response")
                 yield row
 
-    def _cut_torn_line(self) -> None:
-        if not self.path.exists():
-            return
-        with open(self.path, "rb+") as file:
-            end = file.seek(0, os.SEEK_END)
-            while end:
-                start = max(0, end - (1 << 16))
-                file.seek(start)
-                newline = file.read(end - start).rfind(b"\n")
-                if newline >= 0:
-                    end = start + newline + 1
-                    break
-                end = start
-            file.truncate(end)
+    def _drop_damaged_rows(self, models: Container[str], problems: dict[str, range], numbers: range) -> None:
+        """Keep the whole rows of this evaluation, each sample once; what is missing then is made again."""
+        seen: set[tuple] = set()
+        damaged: set[int] = set()
+        for number, line in enumerate(self._lines(), 1):
+            where = f"{self.path}, line {number}"
+            try:
+                row = check(where, parse_json(where, line.decode(errors="replace")), _ROW)
+                model, benchmark, problem, sample = key = tuple(row[name] for name in _KEY)
+                is_wanted = model in models and problem in problems.get(benchmark, ()) and sample in numbers
+                if key in seen or not is_wanted:
+                    raise UserError(
+                        f"{where} holds {'a second sample' if key in seen else 'no sample'} of this evaluation"
+                    )
+                seen.add(key)
+            except UserError as error:
+                damaged.add(number)
+                if line.endswith(b"\n"):  # else it is the half line that a kill leaves
+                    print(f"warning: {error}; it is dropped, what is missing then is made again", flush=True)
+        if damaged:
+            with writing(self.path) as beside, open(beside, "wb") as kept:
+                kept.writelines(line for number, line in enumerate(self._lines(), 1) if number not in damaged)
+
+    def _lines(self) -> Iterator[bytes]:
+        with open(self.path, "rb") as file:
+            yield from file
+
+
+def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]]) -> str:
+    """Take a file for samples, or go on with it.
+
+    Args:
+        about: {kind: {name: value}} of what they depend on, which about_path keeps; one is the setting dtype. Where that is
+            auto, it becomes the dtype of the samples that are there, or the one that this device is good at.
+
+    Returns:
+        That dtype.
+
+    Raises:
+        UserError: when the samples that are there depend on anything else.
+    """
+    setting = about["setting"]
+    has_samples = path.exists() and path.stat().st_size > 0
+    # Empty, both were left by a full disk, or by a kill before the first sample.
+    if about_path.exists() and (has_samples or about_path.stat().st_size):
+        before = check(str(about_path), read_json(about_path), {f"{kind}?": dict for kind in about})
+        # One written before a setting existed has its default.
+        defaults = {name: _DEFAULTS[name] for name in setting if name in _DEFAULTS}
+        before["setting"] = {**defaults, **before.get("setting", {})}
+        setting["dtype"] = settled_dtype(setting["dtype"], before["setting"]["dtype"])
+        if before["setting"]["dtype"] == "auto":
+            before["setting"]["dtype"] = setting["dtype"]
+        for kind, values in about.items():
+            _refuse_others(path, kind, before.get(kind, {}), values)
+    elif has_samples:
+        raise UserError(
+            f"{path} is there, and no {about_path.name} that says of what: move it away, or give another --out"
+        )
+    else:
+        setting["dtype"] = settled_dtype(setting["dtype"])
+        write_json(about_path, about)
+    return setting["dtype"]
+
+
+def cut_torn_line(path: Path) -> None:
+    """Drop the half line that a kill leaves at the end of a file."""
+    with open(path, "rb+") as file:
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 def _refuse_others(path: Path, kind: str, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -93,23 +162,16 @@ def _refuse_others(path: Path, kind: str, before: dict[str, Any], now: dict[str,
         if name not in before or name not in now:
             was, is_now = ("is", "is not") if name in before else ("is not", "is")
             raise UserError(
-                f"{path} holds another evaluation: the {kind} {name} {was} part of it and {is_now} asked for; "
+                f"{path} holds other samples: the {kind} {name} {was} part of it and {is_now} asked for; "
                 "give another --out"
             )
         if before[name] != now[name]:
             difference = (
                 f"is {before[name]!r} there and {now[name]!r} here" if kind == "setting" else "has changed since"
             )
-            raise UserError(f"{path} holds another evaluation: the {kind} {name} {difference}; give another --out")
+            raise UserError(f"{path} holds other samples: the {kind} {name} {difference}; give another --out")
 
 
-def _digest_of_files(folder: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(path for pattern in _PARTS for path in folder.glob(pattern)):
-        with open(path, "rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def digest_of_files(folder: Path) -> str:
+    paths = sorted(path for pattern in _PARTS for path in folder.glob(pattern))
+    return digest(*(part for path in paths for part in (path.name.encode(), path)))

@@ -4,6 +4,7 @@ table, and two models' rows into their paired difference.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -83,6 +84,16 @@ def summarise(samples: list[Row], n: int) -> Row:
         "waits_per_response": waits / len(samples),
         "waits_per_1000_tokens": 1000 * waits / sum(tokens) if len(tokens) == len(samples) and sum(tokens) else None,
     }
+
+
+def unended(samples: Iterable[Row]) -> list[str]:
+    """The models of whose responses over half have a box and think to the end."""
+    all_of, boxed = Counter(), Counter()
+    for s in samples:
+        all_of[s["model"]] += 1
+        response = s["response"]
+        boxed[s["model"]] += "\\boxed" in response and "<think>" in response and "</think>" not in response
+    return [model for model, count in all_of.items() if 2 * boxed[model] > count]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -3,20 +3,22 @@ r"""The grader: the last boxed answer, normalised and compared with the gold ans
 Benchmarks are scored on what stands in the last \boxed{...} after the thinking, and one value has many spellings:
 \frac12, 0.5, 1/2 and x=\tfrac{1}{2} are the same answer, 0.33 and 1/3 are not. An answer goes through three steps:
 
-    clean   LaTeX to a plain string (plain.py)
-    read    the string to a small tree: a list or set, a tuple or interval, a matrix, an equation, an inequality,
-        a number in a base, a time of day, a value, else a text
-    same    two trees compared node by node
+    clean   LaTeX to a plain string (latex.py)
+    read    the string to a small tree (parse.py): a list or set, a tuple or interval, a matrix, an equation, an
+            inequality, a number in a base, a time of day, a value, else a text
+    same    two trees compared node by node (compare.py)
 
 A value is known by its values at fixed points (expression.py), so expanded and factored forms agree.
 
 Responses are untrusted: nothing in them is executed, every size, depth and amount of work is bounded, no input raises,
-and what cannot be read is compared as a string. Left out on purpose: sums, integrals and limits (compared as strings),
-conversion of units and of number bases, solving (an inequality is what it says, not its solutions).
+and what cannot be read is compared as a string. Left out on purpose: integrals, limits and infinite sums (compared as
+strings), conversion of units and of number bases, solving (an inequality is what it says, not its solutions).
+docs/grading.md lists what is policy.
 """
 
 import itertools
 import re
+from collections import deque
 
 from nanoredi.grader import deepscaler
 from nanoredi.grader.compare import same
@@ -24,11 +26,18 @@ from nanoredi.grader.parse import read
 
 MAX_BOX = 10_000  # characters looked through for a box's closing brace
 MAX_LENGTH = 1_000  # a longer answer is compared as a string
+MAX_BOXES = 20  # joined to one list
 
-_BOX = re.compile(
-    r"\\(?:boxed|fbox)\s*(?:\{|(-?[0-9][0-9.,/]*))"
-)  # \boxed{5} or \boxed 5; a mere mention of \boxed is no box
+# \boxed{5} or \boxed 5; a mere mention of \boxed is no box.
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox(?:\s*\[[^\]]*\]){0,2})\s*(?:\{(\s*\})?|(-?[0-9][0-9.,/]*))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are no braces
+# Before an empty box that is the answer; any other after a full one is a mention: "in a \boxed{}".
+_INTRODUCED = re.compile(r"(?:[:=]|\bis|\n)[\s$*\\(\[]*$")
+# Between the boxes of one list: at least a comma or a word, and no end of a sentence.
+_JOINT = re.compile(
+    r"(?=[^A-Za-z,;]*(?:,|;|and\b|or\b|\\))"
+    r"(?:[\s$,;&()]|\\[()\[\],;:! ]|\\q?quad|(?:\\text\s*\{\s*)?\b(?:and|or)\b(?:\s*\})?)+"
+)
 
 
 def grade(response: str, gold: str | list[str], style: str = "nanoredi") -> bool:
@@ -37,32 +46,52 @@ def grade(response: str, gold: str | list[str], style: str = "nanoredi") -> bool
     Args:
         response: the model's text.
         gold: the answer or answers that count as right.
-        style: "nanoredi" compares by value; "deepscaler" is the stricter reading of the paper's evaluation.
+        style: "nanoredi" compares by value, and tries boxes joined by commas or "and" as one list after the last box
+            alone; "deepscaler" is the stricter reading of the paper's evaluation.
     """
-    same = {"nanoredi": equal, "deepscaler": strictly_equal}[style]
-    answer = extract_answer(response)
-    if style == "deepscaler" and f"boxed{{{answer}}}" not in response:
-        return False  # it knows no \boxed {5} and no \boxed 5
     golds = [gold] if isinstance(gold, str) else gold
-    return bool(answer and answer.strip()) and any(same(answer, one) for one in golds)
+    answers = _answers(response)
+    if style == "deepscaler":
+        # It knows no \boxed {5} and no \boxed 5.
+        answers = [one for one in answers[:1] if one.strip() and f"boxed{{{one}}}" in response]
+        return any(strictly_equal(answer, one) for answer in answers for one in golds)
+    joined = [", ".join(reversed(answers))] if len(answers) > 1 else []
+    return any(equal(answer, one) for answer in [*answers[:1], *joined] if answer.strip() for one in golds)
 
 
 def extract_answer(response: str) -> str | None:
     """What the last box after the thinking holds. None: still thinking, no box, or the last box never closes."""
+    return next(iter(_answers(response)), None)
+
+
+def _answers(response: str) -> list[str]:
+    """The last box's content, and before it in the list those of the boxes that are joined to it, last first."""
     thinking, closed, text = response.partition("</think>")
     if not closed:
         text = "" if "<think>" in thinking else thinking
-    box = None
-    for box in _BOX.finditer(text):  # to the last; a list of 100,000 would take its time
-        pass
-    if box is None or box[1]:
-        return box and box[1]
-    start, depth = box.end(), 1
+    boxes: deque[re.Match] = deque(maxlen=MAX_BOXES)
+    for box in _BOX.finditer(text):
+        if not box[1] or not boxes or _INTRODUCED.search(text, max(0, box.start() - 20), box.start()):
+            boxes.append(box)
+    answers: list[str] = []
+    start = len(text)
+    for box in reversed(boxes):
+        content, end = (box[2], box.end()) if box[2] else _content(text, box.end() - len(box[1] or ""))
+        if content is None or answers and not _JOINT.fullmatch(text, end, start):
+            break
+        answers.append(content)
+        start = box.start()
+    return answers
+
+
+def _content(text: str, start: int) -> tuple[str | None, int]:
+    """What stands before the brace that closes a box, and where the box ends."""
+    depth = 1
     for token in _BRACE.finditer(text, start, start + MAX_BOX):
         depth += (token[0] == "{") - (token[0] == "}")
         if depth == 0:
-            return text[start : token.start()]
-    return None
+            return text[start : token.start()], token.end()
+    return None, start
 
 
 def equal(answer: str, gold: str) -> bool:
@@ -72,7 +101,10 @@ def equal(answer: str, gold: str) -> bool:
         return True
     if max(len(answer), len(gold)) > MAX_LENGTH:
         return False
-    return any(same(x, y) for x, y in itertools.product(read(answer), read(gold)))
+    return any(
+        same(x, y) and (not left_out or not also or left_out == also)
+        for (x, left_out), (y, also) in itertools.product(read(answer), read(gold))
+    )
 
 
 def strictly_equal(answer: str, gold: str) -> bool:

@@ -4,11 +4,21 @@ A leaf that has a value is compared by its values at fixed points (expression.py
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nanoredi.grader import numbers as precise
-from nanoredi.grader.expression import GENERAL, NEGATIVE, WHOLE, Budget, Unreadable, evaluate, tokens_of
-from nanoredi.grader.numbers import Number
+from nanoredi.grader.expression import GENERAL, LETTERS, NEGATIVE, WHOLE, Budget, Unreadable, evaluate, tokens_of
+from nanoredi.grader.numbers import Number, add, close, divide, is_real
+
+# A single name: x, S_{10}, \\theta, AB, \\angle ABC, [ABC], \\overline{AB}, f(x), P(A|B), The area.
+_INDEX = r"(?:_\{[^{}]*\})?"
+LETTER = rf"(?:\\(?:{'|'.join(LETTERS)}) ?|[A-Za-z]){_INDEX}"
+_ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{4,}})"
+NAME = (
+    rf"(?:(?:m ?)?\\(?:angle|triangle|odot) ?)?"
+    rf"(?:{LETTER}|[A-Z]{{2,}}{_INDEX}|(?!arc|sqrt|sinh|cosh|tanh)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
+    rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\(?:overline|bar)\{{[A-Z]{{2,}}\}}"
+)
 
 
 class Expression:
@@ -51,7 +61,7 @@ def agree(a: Expression, b: Expression) -> bool:
     """Have they the same value at every point?"""
     for point in points_for(a, b) if a.letters or b.letters else GENERAL[:1]:
         x, y = a.at(point), b.at(point)
-        if x is None or y is None or not precise.close(x, y):
+        if x is None or y is None or not close(x, y):
             return False
     return True
 
@@ -61,13 +71,14 @@ class Reading:
     """A node of the tree.
 
     Attributes:
-        kind: "value", "text", "list", "system" (named values), "cases", "matrix", "row", "base", "time", a relation
-            ("=", "<", "≤", "≤<", ...), "≠", or a tuple's two brackets such as "[)".
+        kind: "value", "text", "list", "system" (named values), "cases", "matrix", "row", "base", "time", "ratio", a
+            relation ("=", "<", "≤", "≤<", ...), "≠", or a tuple's two brackets such as "[)".
         text: the plain string.
         parts: the nodes below.
         expression: of a value.
-        bare: of an equation: what it says when the name on one side is dropped.
+        bare: of a relation: what it says when the names on one side are dropped, 5 or an interval.
         name: of an equation x = 5: x; of a time: am, pm or nothing.
+        braces: whether it stood in braces, as a set does.
     """
 
     kind: str
@@ -76,19 +87,22 @@ class Reading:
     expression: Expression | None = None
     bare: "Reading | None" = None
     name: str = ""
+    braces: bool = False
 
 
 def same(a: Reading, b: Reading) -> bool:
+    if a.text == b.text and a.kind == b.kind and a.kind != "time":
+        return True
+    if a.kind == b.kind == "=":
+        return match(a.parts, b.parts) or proportional(a, b) or same_definition(a, b)
+    if a.kind == b.kind in ("<", "≤") and proportional(a, b):
+        return True
+    if (a.bare or b.bare) and (a.kind != b.kind or a.bare and b.bare):
+        return same(a.bare or a, b.bare or b)
     if "time" in (a.kind, b.kind):
         if a.kind == b.kind:
             return a.text == b.text and (a.name == b.name or not a.name or not b.name)
         return bool(a.expression and b.expression) and agree(a.expression, b.expression)
-    if a.text == b.text:
-        return True
-    if a.kind == b.kind == "=" and (match(a.parts, b.parts) or proportional(a, b)):
-        return True
-    if a.bare or b.bare:
-        return same(a.bare or a, b.bare or b)
     if "system" in (a.kind, b.kind):
         return same_system(a, b)
     if a.kind != b.kind:
@@ -96,18 +110,41 @@ def same(a: Reading, b: Reading) -> bool:
     if a.kind == "value" and agree(a.expression, b.expression):
         return True
     if a.kind == "text" or re.fullmatch("[A-Za-z ]{2,}", a.text):
-        # The case of words does not matter; a short word reads as a product.
-        return word(a.text) == word(b.text)
+        return word(a.text) == word(b.text)  # a short word reads as a product
     if a.kind in ("list", "cases", "≠"):
         return match(a.parts, b.parts)
-    if a.kind in ("<", "≤") and proportional(a, b):
-        return True
     return len(a.parts) == len(b.parts) > 0 and all(map(same, a.parts, b.parts))
 
 
 def word(text: str) -> str:
-    """A text without what does not matter in it: spaces, case, braces around one letter or macro."""
-    return re.sub(r"\{(\w|\\[A-Za-z]+)\}", r"\1", re.sub(r"[ °]", "", text)).casefold()
+    """A text without what does not matter in it: spaces, the case of words, braces around one letter or macro."""
+    if re.fullmatch(r"[A-Za-z ,.'-]+", text) and re.search("[A-Za-z]{4}", text):  # a phrase; "team B wins" too
+        text = text.lower()
+    text = re.sub(_WORD, lambda found: found[0].lower(), text)
+    return re.sub(r"\{(\w|\\[A-Za-z]+)\}", r"\1", re.sub(r"[ °]", "", text))
+
+
+_WORD = r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|N[Oo])(?![A-Za-z])"
+
+
+def distinct(nodes: Iterable[Reading]) -> list[Reading]:
+    """The nodes without those that are the same as an earlier one."""
+    kept: list[Reading] = []
+    for node in nodes:
+        if not any(same(node, other) for other in kept):
+            kept.append(node)
+    return kept
+
+
+def same_definition(a: Reading, b: Reading) -> bool:
+    """y = 2x and f(x) = 2x, whose left sides are names. p = q and r = q are equations between names."""
+    if not (a.name and b.name and a.bare and b.bare):
+        return False
+    if a.name != b.name and "(" in a.name and a.name.partition("(")[0] == b.name.partition("(")[0]:
+        # f(2) = 5 is not f(3) = 5; f(x) = 5 is f(n) = 5, but f(x) = n is not f(n) = n.
+        if re.search(r"\([^)]*[0-9]", a.name + b.name) or not (a.bare.expression and not a.bare.expression.letters):
+            return False
+    return ("(" in a.name + b.name or not re.fullmatch(NAME, a.bare.text)) and same(a.bare, b.bare)
 
 
 def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
@@ -124,18 +161,20 @@ def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
 
 
 def same_system(a: Reading, b: Reading) -> bool:
-    """x = 1, y = 2 against the same names in any order, against other names or (1, 2) in this order, or a list."""
-    if a.kind == b.kind:
-        names = [{part.name for part in system.parts} for system in (a, b)]
-        if names[0] == names[1]:
-            a, b = (Reading("()", "", tuple(sorted(s.parts, key=lambda part: part.name))) for s in (a, b))
-        elif names[0] & names[1]:
-            return False
-    elif {a.kind, b.kind} == {"system", "list"}:
+    """x = 1, y = 2 against the same names, other names or (1, 2), each in the order of its names, or against a list."""
+    if {a.kind, b.kind} == {"system", "list"}:
         return match(a.parts, b.parts)
-    elif {a.kind, b.kind} != {"system", "()"}:
+    if not {a.kind, b.kind} <= {"system", "()"} or len(a.parts) != len(b.parts):
         return False
-    return len(a.parts) == len(b.parts) and all(map(same, a.parts, b.parts))
+    names = [{part.name for part in one.parts} for one in (a, b) if one.kind == "system"]
+    if len(names) == 2 and names[0] != names[1] and names[0] & names[1]:
+        return False
+    return all(map(same, *(sorted(one.parts, key=order) if one.kind == "system" else one.parts for one in (a, b))))
+
+
+def order(part: Reading) -> list[tuple[int, str]]:
+    """x_2 comes before x_10."""
+    return [(int(digits or -1), text) for digits, text in re.findall("([0-9]{1,9})|([^0-9]+)", part.name)]
 
 
 def proportional(a: Reading, b: Reading) -> bool:
@@ -145,16 +184,15 @@ def proportional(a: Reading, b: Reading) -> bool:
     if len(sides) != 4 or None in sides or not any(side.letters for side in sides):
         return False
     ratios = []
-    for point in GENERAL:
+    for point in points_for(*sides):
         values = [side.at(point) for side in sides]
         if None in values:
             return False
         try:
-            ratios.append((values[0] - values[1]) / (values[2] - values[3]))
+            ratios.append(divide(add(values[0], -values[1]), add(values[2], -values[3])))
         except ArithmeticError:
             return False
-    factor = precise.precise(ratios[0])
-    if not factor.re and not factor.im or a.kind != "=" and (factor.im or factor.re < 0):
+    if not ratios[0] or a.kind != "=" and not (is_real(ratios[0]) and ratios[0] > 0):
         return False
-    varies = any(not precise.close(side.at(GENERAL[0]), side.at(point)) for side in sides for point in GENERAL[1:])
-    return varies and all(precise.close(ratio, ratios[0]) for ratio in ratios)
+    varies = any(not close(side.at(GENERAL[0]), side.at(point)) for side in sides for point in GENERAL[1:])
+    return varies and all(close(ratio, ratios[0]) for ratio in ratios)

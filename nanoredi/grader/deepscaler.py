@@ -20,36 +20,22 @@ import unicodedata
 
 from nanoredi.grader.compare import Expression, agree
 from nanoredi.grader.expression import MAX_DEPTH, Budget, Unreadable
-from nanoredi.grader.numbers import FUNCTIONS
 
 _UNITS = "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard liter".split()
-_MACROS = {  # what a macro looks like; every other leaves nothing
-    "cdot": "*",
-    "times": "*",
-    "infty": "∞",
-    "pi": "pi",
-    "cup": "∪",
-    "cap": "∩",
-    "le": "≤",
-    "leq": "≤",
-    "ge": "≥",
-    "geq": "≥",
-    "neq": "≠",
-    "pm": "±",
-    "circ": "∘",
-    "in": "∈",
-    "lt": "<",
-    "gt": ">",
-    "%": "%",
-    ",": " ",
-    ";": " ",
-    ":": " ",
-    " ": " ",
-    "quad": " ",
-    "\\": "\n",
-} | {name: name for name in FUNCTIONS}
-_GREEK = "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega".split()
+# What a macro looks like; some are for layout and leave nothing, of any other its name stays.
+_SIGNS = (
+    "cdot * times * cap ∩ le ≤ leq ≤ ge ≥ geq ≥ neq ≠ pm ± circ ∘ in ∈ lt < gt > % % setminus ∖ approx ≈ lfloor ⌊ "
+    "rfloor ⌋ lceil ⌈ rceil ⌉ infty inf cup U emptyset ∅ varnothing ∅ pmod mod bmod mod epsilon ϵ "
+    "varepsilon ε phi ϕ varphi φ"
+).split()
+_LAYOUT = (
+    "left right big Big bigg Bigg displaystyle mathrm mathbf mathit mathcal boldsymbol bf rm it limits boxed phantom "
+    "underline ! ( ) [ ] { } $"
+).split()
+_GREEK = "alpha beta gamma delta zeta eta theta kappa lambda mu nu xi rho sigma tau chi psi omega".split()
+_MACROS = dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
 _MACROS |= {name: unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('lambda', 'lamda')}") for name in _GREEK}
+_MACROS |= dict.fromkeys(_LAYOUT, "")
 
 
 def equal(answer: str, gold: str) -> bool:
@@ -66,7 +52,8 @@ def _repaired(text: str) -> str:
     if wrapped := re.fullmatch(r"\\text\{(.+?)\}", text):
         text = wrapped[1].strip()
     text = re.sub(r"\n|\\!|\\left|\\right|\^\{\\circ\}|\^\\circ|\\\$|\\?%", "", text.replace("\\\\", "\\"))
-    text = re.sub(r"(?<=[0-9}])\s*\\text\{ (?!or |and )[^{}]*\}.*", "", text)  # a unit
+    if text.count("\\text{ ") == 1:
+        text = re.sub(r"(?<=[0-9}])\s*\\text\{ (?!or |and )[^{}]*\}.*", "", text)  # a unit
     text = re.sub(r"[td]frac", "frac", text)
     text = re.sub(r"(^|[ {])\.", r"\g<1>0.", text)
     sides = text.split("=")
@@ -138,7 +125,7 @@ def _without_latex(text: str) -> str:
         text = re.sub(r"\\frac\s*\{([^{}\\]*)\}\s*\{([^{}\\]*)\}", r"\1/\2", text)
         text = re.sub(r"\\sqrt\s*\[([0-9]+)\]\s*\{([^{}]*)\}", r"(\2)^(1/\1)", text)
         text = re.sub(r"\\sqrt\s*(?:\{([^{}]*)\}|([0-9]))", r"sqrt(\1\2)", text)
-        text = re.sub(r"\\([A-Za-z]+|.)", lambda m: _MACROS.get(m[1], m[0] if m[1] in ("frac", "sqrt") else ""), text)
+        text = re.sub(r"\\([A-Za-z]+|.)", lambda m: m[0] if m[1] in ("frac", "sqrt") else _MACROS.get(m[1], m[1]), text)
         text = re.sub(r"(?<![}\w\]])\{([^{}]*)\}", r"\1", text) if text == before else text
         if text == before:
             break
@@ -175,8 +162,12 @@ def _same_part(answer: str, gold: str) -> bool:
         return False
     if "=" in answer + gold or len(set(re.sub("sqrt|frac", "", f"{answer}{gold}")) & set(_LETTERS)) > 2:
         return False
-    if re.search(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]", f"{answer} {gold}"):
+    if re.search(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]|l[ng](?!\()|[a-z)]!|[⌊⌈|]", f"{answer} {gold}"):
         return False
+    # To it e and i are letters like others.
+    answer, gold = (
+        re.sub("[ei]", lambda m: m[0].upper(), one.replace("pi", "π")).replace("I", "J") for one in (answer, gold)
+    )
     budget = Budget()
     try:
         return agree(Expression(answer, budget), Expression(gold, budget))

@@ -1,24 +1,23 @@
 """The value of a mathematical expression at fixed points, for the grader.
 
-A value is exact (a Fraction) until a root, pi or a function makes it a complex number of 60 digits (precise.py).
+A value is exact (a Fraction) until a root, pi or a function makes it a complex number of 60 digits (numbers.py).
 Letters stand for fixed pseudo-random numbers, so that an expression with letters has a value too, and two expressions
-are equal when they agree at every point (answer.py). What the grader cannot know, such as the derivative x', is a fixed
-pseudo-random function of what it stands on.
+are equal when they agree at every point (compare.py). What the grader cannot compute, such as the derivative x' or a
+power of millions of digits, is a fixed pseudo-random function of what it stands on.
 
 Nothing is executed: the parser below is all there is. Depth, sizes and the work on one answer are bounded.
-What it reads is the grader's plain string (plain.py), not LaTeX as it comes.
+What it reads is the grader's plain string (latex.py), not LaTeX as it comes.
 """
 
+import functools
 import math
 import random
 import re
 from collections.abc import Callable
-from decimal import ROUND_FLOOR, Context
 from fractions import Fraction
-from functools import lru_cache
 
-from nanoredi.grader import numbers as precise
-from nanoredi.grader.numbers import FUNCTIONS, Number, Precise
+from nanoredi.grader import numbers
+from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, add, divide, inexact, multiply
 
 MAX_DEPTH = 20  # brackets, or powers and functions without brackets, inside each other
 MAX_BITS = 10_000  # of an exact value
@@ -59,14 +58,15 @@ def evaluate(tokens: list[str], point: int, budget: Budget) -> tuple[Number, boo
     return evaluator.value(), evaluator.letters
 
 
-_LETTERS = set(
+LETTERS = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi "
     "chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega hbar ell".split()
 )
 _MARKS = set("dot ddot bar hat tilde overline".split())  # over a letter
 _SEVERAL = {"max", "min", "gcd", "lcm"}
-_CONSTANTS = {"pi": precise.PI, "π": precise.PI, "e": precise.E, "i": precise.I}
-_NAMES = sorted([*FUNCTIONS, *_SEVERAL, "sqrt", "cbrt", "pi"], key=len, reverse=True)
+_CONSTANTS = {"pi": numbers.PI, "π": numbers.PI, "e": numbers.E, "i": numbers.IMAGINARY}
+_OPERATORS = {"over", "choose", "mod"}  # between two whole expressions
+_NAMES = sorted([*FUNCTIONS, *_SEVERAL, "sqrt", "cbrt", "pi", "mod"], key=len, reverse=True)
 _BRACKETS = {"(": ")", "[": "]", "{": "}", "abs": "|", "⌊": "⌋", "⌈": "⌉"}
 NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
 _TOKEN = re.compile(NUMBER.pattern + r"|\\?[A-Za-z]+|[^ ]")
@@ -111,6 +111,7 @@ class _Evaluator:
         self.tokens, self.point, self.budget = tokens, point, budget
         self.position = self.depth = self.angles = 0  # angles: how many functions are open, where ° counts
         self.letters = False
+        self.bound: dict[str, Number] = {}  # the letters that sums run over
 
     def value(self) -> Number:
         result = self.expression()
@@ -153,10 +154,11 @@ class _Evaluator:
     def expression(self) -> Number:
         result = self.sign() * self.term()
         while self.peek() in ("+", "-"):
-            result = self.bounded(result + self.sign() * self.term())
-        if self.accept("over"):
-            return self.bounded(result / self.nested(self.expression))
-        return self.binomial(result, self.nested(self.expression)) if self.accept("choose") else result
+            result = self.bounded(add(result, self.sign() * self.term()))
+        if self.peek() not in _OPERATORS:
+            return result
+        operation = {"over": divide, "choose": self.binomial, "mod": self.residue}[self.next()]
+        return self.bounded(operation(result, self.nested(self.expression)))
 
     def sign(self) -> int:
         sign = 1
@@ -168,11 +170,11 @@ class _Evaluator:
         result = self.factor()
         while True:
             if self.accept("*"):
-                result = self.bounded(result * (self.sign() * self.factor()))
+                result = self.bounded(multiply(result, self.sign() * self.factor()))
             elif self.accept("/"):
-                result = self.bounded(result / (self.sign() * self.factor()))
+                result = self.bounded(divide(result, self.sign() * self.factor()))
             elif self.at_factor():
-                result = self.bounded(result * self.factor())
+                result = self.bounded(multiply(result, self.factor()))
             else:
                 return result
 
@@ -181,7 +183,7 @@ class _Evaluator:
         token = self.peek()
         return (
             token.isalpha()
-            and token not in ("over", "choose")
+            and token not in _OPERATORS
             or token in _BRACKETS
             or (token[:1].isdigit() and self.tokens[self.position - 1] in ")]}!")
         )
@@ -193,7 +195,7 @@ class _Evaluator:
         if self.accept("^"):
             result = self.power(result, self.exponent())
         if self.accept("°") and self.angles:  # elsewhere a unit like any other
-            result = result * precise.PI / Fraction(180)
+            result = multiply(result, numbers.PI / 180)
         return result
 
     def exponent(self) -> Number:
@@ -204,58 +206,102 @@ class _Evaluator:
         token = self.next()
         number = NUMBER.fullmatch(token)
         if number:
-            return Fraction(number[1]) * self.power(Fraction(10), Fraction(number[2] or 0))
+            return multiply(Fraction(number[1]), self.power(Fraction(10), Fraction(number[2] or 0)))
         if token in _BRACKETS:
             result = self.nested(self.expression)
             self.expect(_BRACKETS[token])
             return abs(result) if token == "abs" else _floor(token, result) if token in "⌊⌈" else result
         if token == "frac":
-            return self.bounded(self.nested(self.atom) / self.nested(self.atom))
+            return self.bounded(divide(self.nested(self.atom), self.nested(self.atom)))
         if token == "binom":
             return self.binomial(self.nested(self.atom), self.nested(self.atom))
         if token in ("sqrt", "cbrt"):
             index = self.nested(self.atom) if self.peek() == "[" else Fraction(2 if token == "sqrt" else 3)
             return self.power(self.nested(self.atom), 1 / index)
         if token in _MARKS:
-            return _opaque(token, self.nested(self.atom))
+            return _opaque(token, _digits(self.nested(self.atom)))
         if token in _SEVERAL:
             return self.several(token)
+        if token in ("sum", "prod"):
+            return self.repeated(add if token == "sum" else multiply)
         return self.function(token) if token in FUNCTIONS else self.symbol(token)
 
     def several(self, name: str) -> Number:
-        """max(a, b): all that is known of it is that the order does not matter."""
-        self.expect("(")
+        """max(a, b); all that is known of it with letters is that the order does not matter."""
+        letters, self.letters = self.letters, False
+        bracket = self.next()
+        if bracket not in ("(", "⦃"):
+            raise Unreadable
         values = [self.nested(self.expression)]
         while self.accept(","):
             values.append(self.nested(self.expression))
-        self.expect(")")
-        return _opaque(name, *sorted(values, key=_digits))
+        self.expect(")" if bracket == "(" else "⦄")
+        variable, self.letters = self.letters, self.letters or letters
+        if not variable and name in ("max", "min") and all(map(numbers.is_real, values)):
+            return (max if name == "max" else min)(values, key=inexact)
+        if not variable and all(isinstance(value, Fraction) and value.denominator == 1 for value in values):
+            return self.bounded(Fraction((math.gcd if name == "gcd" else math.lcm)(*map(int, values))))
+        return _opaque(name, *sorted(map(_digits, values)))
+
+    def repeated(self, operation: Callable[[Number, Number], Number]) -> Number:
+        """The sum or product of a term from k = a to b, two whole numbers."""
+        self.expect("_")
+        self.expect("{")
+        letter = self.next()
+        self.expect("=")
+        first = self.nested(self.expression)
+        self.expect("}")
+        self.expect("^")
+        last, start, outer = self.exponent(), self.position, self.bound
+        if not (isinstance(first, Fraction) and isinstance(last, Fraction)) or first > last or not letter.isalpha():
+            raise Unreadable
+        if first.denominator > 1 or last.denominator > 1 or self.letters:
+            raise Unreadable
+        result = Fraction(0 if operation is add else 1)
+        for k in range(int(first), int(last) + 1):
+            self.position, self.bound = start, {**outer, letter: Fraction(k)}
+            result = self.bounded(operation(result, self.sign() * self.nested(self.term)))
+        self.bound = outer
+        return result
+
+    def residue(self, x: Number, modulus: Number) -> Number:
+        """17 mod 5; where nothing is computed, 2 mod 5, it is a class of numbers and no value."""
+        if self.letters or not (isinstance(x, Fraction) and isinstance(modulus, Fraction)):
+            raise Unreadable
+        if x.denominator > 1 or modulus.denominator > 1 or 0 <= x < modulus or modulus <= 0:
+            raise Unreadable
+        return x % modulus
 
     def function(self, name: str) -> Number:
-        base = precise.precise(self.nested(self.atom)) if self.accept("_") else None
+        base = inexact(self.nested(self.atom)) if self.accept("_") else None
         exponent = self.exponent() if self.accept("^") else Fraction(1)
         self.angles += 1
-        argument = precise.precise(self.nested(self.atom if self.peek() in ("(", "{") else self.product))
+        argument = inexact(self.nested(self.atom if self.peek() in ("(", "{") else self.product))
         self.angles -= 1
         self.budget.spend(_FUNCTION_WORK)
         if exponent == -1 and "arc" + name in FUNCTIONS:
-            return FUNCTIONS["arc" + name](argument)
-        result = FUNCTIONS[name](argument)
-        return self.power(result / precise.log(base) if base else result, exponent)
+            return numbers.evaluate("arc" + name, argument)
+        result = numbers.evaluate(name, argument)
+        return self.power(divide(result, numbers.log(base)) if base else result, exponent)
 
     def product(self) -> Number:
         """What a function without brackets takes: factors side by side, up to an operator or another function."""
         result = self.factor()
         while self.at_factor() and self.peek() not in FUNCTIONS:
-            result = self.bounded(result * self.factor())
+            result = self.bounded(multiply(result, self.factor()))
         return result
 
     def symbol(self, name: str) -> Number:
-        if not (name.isalpha() and len(name) == 1 or name in _LETTERS or name in _CONSTANTS):
+        if name in self.bound:
+            return self.bound[name]
+        if not (name.isalpha() and len(name) == 1 or name in LETTERS or name in _CONSTANTS):
             raise Unreadable
-        if self.accept("_"):  # plain.py has put every subscript in braces
-            while self.peek() and name[-1] != "}":
-                name += self.next()
+        if self.accept("_"):  # latex.py has put every subscript in braces
+            index = self.tokens[self.position : self.tokens.index("}", self.position) + 1]
+            self.position += len(index)
+            if len(index) > 3 and not self.bound.keys().isdisjoint(index):
+                raise Unreadable  # a_{k+1} in a sum over k
+            name += "_" + "".join(str(self.bound.get(token, token)) for token in index)
         if name in _CONSTANTS:
             return _CONSTANTS[name]
         while self.accept("'"):
@@ -273,11 +319,11 @@ class _Evaluator:
             if isinstance(base, Fraction) and max(1, _bits_of(base)) * abs(exponent) <= MAX_BITS:
                 return self.bounded(base ** int(exponent))
             if isinstance(base, Fraction) and base.denominator == 1:  # rounded, it would equal its neighbours
-                raise Unreadable
-            if isinstance(base, Precise) and 1 <= exponent <= 10:
-                return self.bounded(math.prod([base] * (int(exponent) - 1), start=base))
+                return _opaque("^", str(base), str(exponent))
+            if not isinstance(base, Fraction) and 1 <= exponent <= 10:
+                return self.bounded(functools.reduce(multiply, [base] * int(exponent)))
         self.budget.spend(_FUNCTION_WORK)
-        return precise.power(precise.precise(base), precise.precise(exponent))
+        return numbers.power(inexact(base), inexact(exponent))
 
     def root(self, x: Number, n: int) -> Number:
         """The real root where there is one, exact where it is rational."""
@@ -285,29 +331,22 @@ class _Evaluator:
             return x
         self.budget.spend(_ROOT_WORK if n == 2 else _FUNCTION_WORK)
         if isinstance(x, Fraction) and x >= 0:
-            parts = [precise.whole_root(part, n) for part in (x.numerator, x.denominator)]
+            parts = [numbers.whole_root(part, n) for part in (x.numerator, x.denominator)]
             if None not in parts:
                 return Fraction(*parts)
-        return precise.root(precise.precise(x), n)
+        return numbers.root(inexact(x), n)
 
     def factorial(self, x: Number) -> Number:
-        """n! of a whole number; elsewhere some function with n! = n (n-1)!, which is all that rewriting one uses."""
-        if not isinstance(x, Fraction) or abs(x) > MAX_FACTORIAL:
-            return _opaque("!", x)
-        if x.denominator == 1:
+        if isinstance(x, Fraction) and x.denominator == 1 and 0 <= x <= MAX_FACTORIAL:
             return self.bounded(Fraction(math.factorial(int(x))))
-        rest = x - math.floor(x)
-        result = _opaque("!", rest)
-        for k in range(1, math.floor(x) + 1):
-            result = self.bounded(result * (rest + k))
-        for k in range(0, math.floor(x), -1):
-            result = self.bounded(result / (rest + k))
-        return result
+        self.budget.spend(_FUNCTION_WORK)
+        return numbers.factorial(inexact(x)) if abs(inexact(x)) <= MAX_FACTORIAL else _opaque("!", _digits(x))
 
     def binomial(self, n: Number, k: Number) -> Number:
         if isinstance(n, Fraction) and n.denominator == 1 and isinstance(k, Fraction) and not 0 <= k <= n:
             raise Unreadable
-        return self.bounded(self.factorial(n) / (self.factorial(k) * self.factorial(n - k)))
+        rest = self.factorial(add(n, -k))
+        return self.bounded(divide(self.factorial(n), multiply(self.factorial(k), rest)))
 
 
 def _bits_of(x: Number) -> int:
@@ -315,19 +354,15 @@ def _bits_of(x: Number) -> int:
 
 
 def _floor(bracket: str, x: Number) -> Fraction:
-    if isinstance(x, Precise):
-        if x.im:  # of a root of n - 1 at a small n, say; what counts are the whole points
-            return _opaque(bracket, x)
-        nearest = Fraction(int(x.re.to_integral_value()))
-        x = (
-            nearest
-            if precise.close(x, nearest)
-            else Fraction(int(x.re.to_integral_value(ROUND_FLOOR))) + Fraction(1, 2)
-        )
+    if not numbers.is_real(x):  # of a root of n - 1 at a small n, say; what counts are the whole points
+        return _opaque(bracket, _digits(x))
+    if not isinstance(x, Fraction):
+        nearest = Fraction(int(CONTEXT.nint(x)))
+        x = nearest if numbers.close(x, nearest) else Fraction(int(CONTEXT.floor(x))) + Fraction(1, 2)
     return Fraction(math.floor(x) if bracket == "⌊" else math.ceil(x))
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def _letter(name: str, point: int) -> Fraction:
     """What a letter stands for at a point."""
     rng = random.Random(f"{name} {point}")
@@ -336,15 +371,12 @@ def _letter(name: str, point: int) -> Fraction:
     return Fraction(rng.randrange(1_000, 5_000), _SCALES[point])
 
 
-_SHORT = Context(prec=25)
-
-
 def _digits(x: Number) -> str:
     """The same text for numbers that are close."""
-    z = precise.precise(x)
-    return f"{_SHORT.normalize(z.re) + 0} {_SHORT.normalize(z.im) + 0}"  # + 0 takes the sign from a zero
+    z = inexact(x)
+    return CONTEXT.nstr(z.real, 25) + " " + CONTEXT.nstr(z.imag, 25)
 
 
-def _opaque(name: str, *values: Number) -> Fraction:
+def _opaque(*names: str) -> Fraction:
     """A fixed pseudo-random function."""
-    return Fraction(random.Random(f"{name} {[_digits(v) for v in values]}").randrange(1_000_000, 5_000_000), 1_000_000)
+    return Fraction(random.Random(" ".join(names)).randrange(2**40, 2**43), 2**40)

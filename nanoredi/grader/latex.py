@@ -5,96 +5,56 @@ Every rule is one regular expression on a string of bounded length. A rule may b
 written for; where it often would be (is 12,345 one number or two? is 5 km a product?), readings tries both.
 """
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator
 
 from nanoredi.grader.numbers import FUNCTIONS
 
-_MACROS = {
-    macro: new
-    for macros, new in [
-        (", ; : > space quad qquad enspace thinspace", " "),
-        ("! $ % ( ) [ ] left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr", ""),
-        ("displaystyle textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox underline", ""),
-        ("vec overrightarrow boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar", ""),
-        ("dfrac tfrac cfrac", "\\frac"),
-        ("dbinom tbinom", "\\binom"),
-        ("cdot times ast", "*"),
-        ("div", "/"),
-        ("colon ratio", ":"),
-        ("pm", "±"),
-        ("mp", "∓"),
-        ("cup bigcup", "∪"),
-        ("cap", "∩"),
-        ("setminus backslash smallsetminus", "∖"),
-        ("in", "∈"),
-        ("infty infin", "∞"),
-        ("emptyset varnothing", "∅"),
-        ("pi", "π"),
-        ("circ degree textdegree", "°"),
-        ("prime", "'"),
-        ("lvert rvert vert mid", "|"),
-        ("lfloor", "⌊"),
-        ("rfloor", "⌋"),
-        ("lceil", "⌈"),
-        ("rceil", "⌉"),
-        ("{ lbrace", "⦃"),
-        ("} rbrace", "⦄"),
-        ("langle", "("),
-        ("rangle", ")"),
-        ("lt", "<"),
-        ("gt", ">"),
-        ("leq le leqslant leqq", "≤"),
-        ("geq ge geqslant geqq", "≥"),
-        ("neq ne", "≠"),
-        ("approx simeq", "≈"),
-        ("lor vee", " , "),
-        ("ldots dots cdots", "…"),
-    ]
-    for macro in macros.split()
-} | {" ": " ", "\n": " "}
-_CHARACTERS = str.maketrans(
-    {
-        "~": " ",
-        "×": "*",
-        "·": "*",
-        "⋅": "*",
-        "∙": "*",
-        "÷": "/",
-        "∕": "/",
-        "⁄": "/",
-        "−": "-",
-        "–": "-",
-        "—": "-",
-        "√": "\\sqrt",
-        "∛": "\\cbrt",
-        "′": "'",
-        "’": "'",
-        "″": "''",
-        "∣": "|",
-        "〈": "(",
-        "〉": ")",
-        "⟨": "(",
-        "⟩": ")",
-        "∨": ",",
-        "，": ",",
-        "£": "",
-        "€": "",
-        "¥": "",
-        "$": "",
-        "%": "",
-        "\u200b": "",
-        "\u2062": "",
-        "\xa0": " ",
-    }
+# Macros and the signs that they are, in turn; the grader's own brackets ⦃ ⦄ are those of a set.
+_SIGNS = r"""
+    cdot * times * ast * div / colon : ratio : pm ± mp ∓ cup ∪ bigcup ∪ cap ∩ bigcap ∩ setminus ∖ backslash ∖
+    smallsetminus ∖ in ∈ infty ∞ infin ∞ emptyset ∅ varnothing ∅ pi π circ ° degree ° textdegree ° prime ' lvert |
+    rvert | vert | mid | lfloor ⌊ rfloor ⌋ lceil ⌈ rceil ⌉ { ⦃ lbrace ⦃ } ⦄ rbrace ⦄ langle ( rangle ) lbrack [ rbrack ]
+    lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor , vee ,
+    ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac dbinom \binom tbinom \binom
+    varepsilon \epsilon varphi \phi vartheta \theta varrho \rho
+""".split()
+_SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
+_LAYOUT = (
+    "! $ % ( ) [ ] left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
+    "textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline vec overrightarrow "
+    "boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar"
+).split()
+_MACROS = dict.fromkeys(_LAYOUT, "") | dict.fromkeys(_SPACES, " ") | dict(zip(_SIGNS[::2], _SIGNS[1::2]))
+# NFKC would turn the first of these into other signs; of a letter's forms (φ, ϕ) it leaves one.
+_BEFORE = str.maketrans(
+    {"º": "°", "ℓ": "\\ell ", "ℏ": "\\hbar "} | {c: f"\\mathbb{{{n}}}" for c, n in zip("ℝℤℕℚℂ", "RZNQC")}
 )
-_SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"
-_SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉"
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
+)
+_CHARACTER_SIGNS = r"""
+    × * · * ⋅ * ∙ * • * ÷ / ∕ / ⁄ / ∣ | 〈 ( ⟨ ( 〉 ) ⟩ ) ∨ , 、 , 。 . ′ ' ’ ' − - ≦ ≤ ⩽ ≤ ≧ ≥ ⩾ ≥ √ \sqrt ∛ \cbrt
+    ∜ \sqrt[4] ∑ \sum ∏ \prod ∫ \int ∠ \angle ∀ \forall ≡ \equiv ∆ \Delta
+""".split()
+_BY_CHARACTER = {"~": " ", "$": "", "%": ""}
+for _char, _sign in zip(_CHARACTER_SIGNS[::2], _CHARACTER_SIGNS[1::2]):
+    _BY_CHARACTER[_char] = f"{_sign} " if _sign[0] == "\\" else _sign
+for _letter in _GREEK.split():
+    _name = _letter.replace("lambda", "lamda")  # as Unicode spells it
+    _BY_CHARACTER[unicodedata.lookup(f"GREEK SMALL LETTER {_name}")] = f"\\{_letter} "
+    _BY_CHARACTER[unicodedata.lookup(f"GREEK CAPITAL LETTER {_name}")] = f"\\{_letter.title()} "
+_CHARACTERS = str.maketrans(_BY_CHARACTER)
+_FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 _FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|bb|cal)|bm)\s*"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.} and 2\text{ if }x>0 have no unit.
-_NO_UNIT = r"(?!\s*(?:[,;:]|(?:[ie]|[AaPp]\.?\s*[Mm]\.?)\s*\}|(?:to|if|for|when|where|mod|base|in base|choose)\b))"
+_NO_UNIT = (
+    r"(?!\s*(?:[,;:)]|(?:[ie]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}"
+    r"|(?:to|if|for|when|where|since|because|mod|base|in base|choose)\b))"
+)
 _UNIT = _FONT + r"\{" + _NO_UNIT + r"[^{}0-9](?:[^{}]|\{[^{}]*\})*\}" + _POWER
 _MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
 _DERIVATIVE = (
@@ -117,18 +77,23 @@ _REWRITES = [
         (r"\\textcolor\s*\{[^{}]*\}", ""),
         (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
         (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
-        (r"\s*\\[pb]?mod\b\s*(?:\{([^{}]*)\}|(\w+))", r" (mod \1\2)"),
+        (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
+        (r"\s*\\pmod\s*(?:\{([^{}]*)\}|(\w+))", r" (mod \1\2)"),
+        (r"\\b?mod\b", " mod "),
         (r"\\(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R)", "ℝ"),
         (_FONT + r"\{\s*(?:base|in base)?\s*([0-9]+)\s*\}", r"\1"),
         (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
         (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
         (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
         (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}", r"\\\1 "),
-        (r"\s(?:or|and)\s|" + _FONT + r"\{\s*,?\s*(?:or|and)\s*\}", " , "),
+        (r"(?<![\\A-Za-z{])(?:or|and)(?![A-Za-z}])|(?<=[0-9)\]}⦄])(?:or|and)(?=[A-Za-z]\b)", " , "),
+        (_FONT + r"\{\s*,?\s*(?:or|and|,)\s*\}", " , "),
         (r"(?<=[0-9)}π°'])\s*(?:" + _MANY_UNITS + r"[\s/*]*)+", " "),
         (_FONT + r"\{([^{}]*)\}", r" \1 "),
         (_FONT + r"\{([^{}]*)\}", r" \1 "),  # twice, for a font in a font
         (_FONT + r"(?=[A-Za-z0-9\\])", " "),
+        (r"(?:\\|\b)ceil\s*\(([^()]*)\)", r"⌈\1⌉"),
+        (r"(?:\\|\b)floor\s*\(([^()]*)\)", r"⌊\1⌋"),
         (r"\\frac\s*([0-9])", r"\\frac{\1}"),
         (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
         (r"\\binom\s*([0-9])\s*([0-9])", r"\\binom{\1}{\2}"),
@@ -137,8 +102,11 @@ _REWRITES = [
         (r"(?:^|(?<=∪))\s*\]", "("),  # ]1,2[ is the open interval
         (r"\[\s*(?=$|∪)", ")"),
         (_DERIVATIVE, r"ð_{\3\1}\2"),  # one letter, so that its d is not cancelled
+        *[(r"(\\[A-Za-z]+\s*\{|[_^}\]]\s*\{)|\{\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w+\})?)\s*\}(?!\s*\\over)", r"\1\2")]
+        * 2,  # {{g}_{k}}
         (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # brackets like others
         (r"\\end\s*\{\w+\*?\}", "⟧"),
+        (r"⦃\s*⟦array¦([^⟦⟧]*)⟧\s*\.", r"⟦cases¦\1⟧"),
     ]
 ]
 # A mixed number is a sum.
@@ -151,7 +119,7 @@ _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]
 # Bare units, by what may stand around them. One letter is a unit only over another: 3 m/s, but not 3 m.
 _SHORT_UNITS = (
     "cm|mm|km|nm|kg|mg|lbs?|oz|ft|in|yd|mi|hrs?|min|secs?|ms|k?Hz|MHz|GHz|[kMG]?eV|kJ|kW|MW|mV|kV|k?Pa|atm|mol|mL|ml|"
-    "rad|deg|mph|kph|k?cal|yrs?|USD|units?"
+    "rad|deg|mph|kph|k?cal|yrs?|USD|pct|sq|cu|units?"
 )
 _SMALL_UNITS = (
     r"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L)" + _POWER + r"\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b" + _POWER
@@ -162,16 +130,31 @@ _BARE_UNITS = re.compile(
     r"\.?\s*(?=$|,)"
 )
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
+# After an answer: a remark in brackets, or from a word to the end.
+_BRACKETED = re.compile(
+    r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}]))\("
+    r"\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*",
+    re.DOTALL,
+)
+_TAIL = re.compile(
+    r"(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)", re.DOTALL
+)
+_REASONS = "≈ approx approximately about since because".split()
+# In a remark: what changes the answer, or begins another.
+_NO_REMARK = re.compile(
+    rf"⟦|\b(?:exclu|except|(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
+)
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
 
 
 def clean(text: str) -> str:
     """The plain string of an answer."""
-    text = re.sub(f"[{_SUPERSCRIPTS}]+", lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", text)
-    text = re.sub(f"[{_SUBSCRIPTS}]+", lambda found: f"_{{{unicodedata.normalize('NFKC', found[0])}}}", text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda found: f" {unicodedata.normalize('NFKC', found[0])} ", text)
-    text = re.sub(r"(?:\{,\}|,\s*\\!)\s*(?=[0-9]{3})", "", text)  # these commas group digits, wherever they stand
+    if not text.isascii():
+        text = _compatible(text.translate(_BEFORE))
+    text = re.sub(r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", "", text)  # these commas group digits, wherever they stand
     text = re.sub(r"(?<=[0-9])\{,\}(?=[0-9])", ".", text)  # elsewhere it is a decimal comma
+    text = re.sub(r"(?<=[0-9.])\\?[%$](?=[0-9.])", "§", text)  # 17%6 is not 176
+    text = re.sub(r"\\q?quad", " ", text)  # also where a letter is glued to it
     text = _REPEATING.sub(_repeating, text)
     text = re.sub(r"\\([A-Za-z]+|[^A-Za-z])", _macro, text).translate(_CHARACTERS)
     for pattern, new in _REWRITES:
@@ -182,18 +165,46 @@ def clean(text: str) -> str:
     return str(_NUMBERS.index(word)) if word in _NUMBERS else text.rstrip(" \\")
 
 
-def readings(text: str) -> Iterator[str]:
-    """What an answer may mean: a bare 12,345 one number or two, 12 345 one number, 5 km a number with its unit or a
-    product, (C) 12 the letter of a choice or the choice."""
-    text = clean(text)
-    choice = _CHOICE.fullmatch(text)
-    texts = [text, *(choice.groups() if choice else ())]
-    texts += [_BARE_UNITS.sub("", one) for one in texts]
-    if not re.search(r"[(\[⦃]", text):
-        texts += [_GROUPED.sub(lambda number: re.sub("[ ,]", "", number[0]), one) for one in texts]
+def readings(text: str) -> Iterator[tuple[str, str]]:
+    """What an answer may mean, and the restriction that each leaves out: a bare 12,345 one number or two, 12 345 one
+    number, 5 km a number with its unit or a product, (C) 12 the letter of a choice or the choice, a line a part of a
+    list, 2x for x > 0 also 2x."""
+    raw = [text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text)]
+    if "\\begin" not in text:
+        raw.append(re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip()))
+    texts = {clean(one): "" for one in dict.fromkeys(raw)}
+    for one in list(texts):
+        if choice := _CHOICE.fullmatch(one):
+            texts |= dict.fromkeys(choice.groups(), "")
+        if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one):
+            head, word, tail = remark.groups()
+            several = "," in tail and (word == "for" or "=" in tail)
+            if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
+                harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
+                texts.setdefault(head, "" if harmless else re.sub(r"\s", "", tail))
+    for change in (_without_units, _without_grouping):
+        texts = {change(one): restriction for one, restriction in reversed(texts.items())} | texts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
-    texts = [re.sub(r"\s+", " ", one.strip()) for one in texts]
-    yield from dict.fromkeys(re.sub(r"\s+(?=\W)|(?<=\W)\s+", "", one) for one in texts)
+    for one, restriction in texts.items():
+        one = re.sub(r"\s+", " ", one.strip())
+        yield re.sub(r"\s+(?=\W)|(?<=\W)\s+", "", one), restriction
+
+
+def _without_units(text: str) -> str:
+    return _BARE_UNITS.sub("", text)
+
+
+def _without_grouping(text: str) -> str:
+    return text if re.search(r"[(\[⦃]", text) else _GROUPED.sub(lambda number: re.sub("[ ,]", "", number[0]), text)
+
+
+def _compatible(text: str) -> str:
+    """Full-width and mathematical letters as plain ones, x² as x^{2}, ½ apart; without what cannot be seen."""
+    pieces = []
+    for form, chars in itertools.groupby(text, key=lambda char: unicodedata.decomposition(char).partition(" ")[0]):
+        pieces.append(_FORMS.get(form, "%s") % unicodedata.normalize("NFKC", "".join(chars)))
+    kinds = {"Cf": "", "Sc": "", "Pd": "-", "Zs": " "}  # format, currency, dash, space
+    return "".join(kinds.get(unicodedata.category(char), char) for char in "".join(pieces))
 
 
 def _macro(found: re.Match) -> str:

@@ -1,4 +1,4 @@
-"""An answer's plain string (plain.py) to the tree of its parts (answer.py).
+"""An answer's plain string (latex.py) to the tree of its parts (compare.py).
 
 A part is a list or set, a tuple or interval, a matrix, an equation, an inequality, a number in a base, a time of day, a
 value, else a text.
@@ -10,27 +10,24 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from nanoredi.grader import latex as plain
-from nanoredi.grader import numbers as precise
-from nanoredi.grader.compare import Expression, Reading, same
+from nanoredi.grader import latex, matrices, sets
+from nanoredi.grader.compare import LETTER, NAME, Expression, Reading, distinct, same
 from nanoredi.grader.expression import MAX_DEPTH, Budget, Unreadable
-from nanoredi.grader.numbers import Precise
 
 MAX_PARTS = 100  # of a list; cells of a matrix
 _NODE_WORK = 50
 
-_INDEX = r"(?:_\{[^{}]*\})?"
-_LETTER = rf"(?:\\(?!frac|sqrt|begin|text)[A-Za-z]+ ?|[A-Za-z]){_INDEX}"
-# Of what stands before an = : x, S_{10}, f(x), f'(x), \theta, \angle ABC, Area, xy, P(A|B); \overline{AB}, \frac{m}{n},
-# |S|, [ABC], (x,y).
-_NAME = re.compile(
-    r"(?:\\(?!frac|sqrt|begin)[A-Za-z]+ ?)?"
-    rf"(?:[A-Z]+|[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}}|(?:{_LETTER}){{1,3}}|(?<=[a-z]))"
-    rf"{_INDEX}(?:\^\{{?-?[0-9n]\}}?)?'*(?:\([\w,=|']*\))?"
-    rf"|\\(?:overline|bar|hat)\{{\w+\}}|\\frac\{{{_LETTER}\}}\{{{_LETTER}\}}|\|\w+\||\[[A-Z]+\]|\(\w(?:,\w)+\)"
+_NAME = re.compile(NAME)
+# More that a value may be of: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), P(X=2), E[X], Var(X); \\frac{m}{n}.
+_QUANTITY = (
+    rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|overline|Delta) ?\{{?(?:{NAME})\}}?"
+    rf"|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)"
+    r"|[A-Z]\([^()]*[=<>≤≥][^()]*\)|[A-Z]\[\w+\]|\\?[A-Z][a-z]+ ?\(\w\))"
 )
-_ONE_NAME = re.compile(rf"(?:{_LETTER}|[A-Z]{{2,}}|[A-Za-z]{{4,}})'*(?:\([\w,]*\))?")  # no product
-_MATRIX = re.compile(r"([^⟦]{0,100})⟦([pbB]?matrix|smallmatrix|array|cases|aligned|align|gathered)¦([^⟦]*)⟧", re.DOTALL)
+_STANDS_FOR = re.compile(rf"{_QUANTITY}|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}")
+_NAMES_TUPLE = re.compile(rf"\({LETTER}(?:,{LETTER})+\)")
+_COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i+nt|oint|det|sup|inf) ?(?![A-Za-z])|\bmod\b|⟦vmatrix")
+_STACKED = re.compile(r"[^⟦]*⟦(cases|aligned|align|gathered)¦([^⟦]*)⟧", re.DOTALL)
 _BASE = re.compile(r"\(?([0-9A-Z]+)\)?(?:_\{(?:base ?)?| (?:in )?base )([0-9]{1,2})\}?")
 _TIME = re.compile(r"([0-9]{1,2}):([0-5][0-9])(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _ALL_REALS = re.compile(r"(?:the )?(?:set of )?all real(?: number)?s|ℝ", re.IGNORECASE)
@@ -39,10 +36,10 @@ _FLIP = {">": "<", "≥": "≤"}
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
 
-def read(text: str) -> list[Reading]:
-    """All that an answer may mean; its readings share one budget of work."""
+def read(text: str) -> list[tuple[Reading, str]]:
+    """All that an answer may mean, and the restriction that each leaves out; the readings share one budget of work."""
     reader = _Reader(Budget())
-    return [reader.read(one) for one in plain.readings(text) if one]
+    return [(reader.read(one), restriction) for one, restriction in latex.readings(text) if one]
 
 
 class _Reader:
@@ -65,56 +62,85 @@ class _Reader:
         return Reading("text", text.strip(" .,;").removeprefix("+"))
 
     def several(self, text: str) -> Reading:
-        text = text.strip(" ,;").removesuffix(".").removeprefix("=")
+        text, braces = text.strip(" ,;").removesuffix(".").removeprefix("="), False
         while (inner := inside(text)) is not None and (
-            text[0] in "{⦃" or text[0] in "([" and len(split(inner, ",")) == 1
+            text[0] in "{⦃" or text[0] in "([" and len(split(inner, ",;")) == 1
         ):  # brackets that only group
             if text[0] + text[-1] in ("(]", "[)"):
                 raise Unreadable
             if not inner.strip():
                 return self.as_text("∅")
             such_that = _SUCH_THAT.fullmatch(inner) if text[0] == "⦃" else None
-            text = such_that[2] if such_that and is_name(such_that[1]) else inner
-        pieces = split(text, ",;∪")
-        unequal = [piece for piece in pieces[::2] if "≠" in piece]
-        if unequal and pieces[0] == unequal[0]:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
+            such_that = such_that if such_that and is_name(such_that[1]) else None
+            braces |= text[0] in "{⦃" and not such_that
+            text = such_that[2] if such_that else inner
+        groups = [split(group, ",")[::2] for group in split(text, ";")[::2]]
+        if len(groups) > 1 and len(groups[0]) > 1 and len({*map(len, groups)}) == 1:  # 1,2;3,4 are pairs
+            nodes = [self.group(group) for group in groups]
+        else:
+            nodes = self.members([piece for group in groups for piece in group])
+        if len(nodes) == 1:
+            node = nodes[0]
+        else:
+            node = Reading("system" if is_system(nodes) else "list", text, tuple(nodes))
+        solutions = node.kind == "list" and all(n.kind in ("system", "()") for n in node.parts)
+        if node.kind == "list" and (braces or solutions):  # where what is written twice is one
+            nodes = distinct(node.parts)
+            node = Reading("list", text, tuple(nodes)) if len(nodes) > 1 else nodes[0]
+        node.braces |= braces
+        return node
+
+    def group(self, pieces: list[str]) -> Reading:
+        nodes = tuple(map(self.read, pieces))
+        return Reading("system" if is_system(nodes) else "()", ",".join(pieces), nodes)
+
+    def members(self, pieces: list[str]) -> list[Reading]:
+        """The members of a list; x=1,y=2,x=3,y=4 are two systems."""
+        if "≠" in pieces[0]:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
             name = pieces[0].partition("≠")[0]
-            pieces = [piece if i % 2 or "≠" in piece else f"{name}≠{piece}" for i, piece in enumerate(pieces)]
-        parts = [one for piece in pieces[::2] for one in signs(piece.strip()) if one]
-        if len(parts) > MAX_PARTS:
+            pieces = [piece if "≠" in piece else f"{name}≠{piece}" for piece in pieces]
+        parts = [one for piece in pieces for one in signs(piece.strip()) if one]
+        if not 0 < len(parts) <= MAX_PARTS:
             raise Unreadable
         if len(parts) == 1:
-            return self.one(parts[0])
-        nodes = tuple(map(self.read, parts))
-        names = {node.name for node in nodes}
-        system = len(names) == len(nodes) and "" not in names and "∪" not in pieces
-        return Reading("system" if system else "list", text, nodes)
+            return [self.one(parts[0])]
+        nodes = []
+        for part in parts:
+            node = self.read(part)
+            nodes += node.parts if node.kind == "list" and len(split(part, "∪∈")) > 1 else [node]
+        names = [node.name for node in nodes]
+        size = names.index(names[0], 1) if names[0] in names[1:] else 0
+        if size > 1 and names == names[:size] * (len(names) // size) and is_system(nodes[:size]):
+            chunks = [tuple(nodes[i : i + size]) for i in range(0, len(nodes), size)]
+            return [Reading("system", ",".join(node.text for node in chunk), chunk) for chunk in chunks]
+        return nodes
 
     def one(self, text: str) -> Reading:
-        """Not a list: a relation, a matrix, a tuple, a base, a time, a ratio or a value."""
+        """Not a list: a relation, a set, a matrix, a tuple, a base, a time, a ratio or a value."""
         members = split(text, "∈")
         if len(members) == 3 and is_name(members[0]):
             return self.read(members[2])
         if _ALL_REALS.fullmatch(text):
             return self.read("(-∞,∞)")
-        removed = split(text, "∖")
-        if len(removed) == 3 and _ALL_REALS.fullmatch(removed[0]):
-            return self.without(split(inside(removed[2]) or removed[2], ",")[::2], text)
         exact = split(text, "≈")[::2]  # x ≈ 3.2 says 3.2, √2 ≈ 1.4 says √2
         if len(exact) > 1:
             return self.read(exact[1] if not exact[0] or is_name(exact[0]) else exact[0])
+        pieces = split(text, "∪∩∖")
         sides = split(text, "=<>≤≥≠")
-        if len(sides) > MAX_PARTS:
+        if len(sides) > MAX_PARTS or len(pieces) > MAX_PARTS:
             raise Unreadable
+        if len(pieces) > 1 and (len(sides) == 1 or all(re.search("[=<>≤≥≠∈]", piece) for piece in pieces[::2])):
+            return self.union(text, pieces)
         if len(sides) > 1:
             return self.relation(text, sides[::2], sides[1::2])
-        if matrix := _MATRIX.fullmatch(text):
-            return self.matrix(text, *matrix.groups())
+        if "⟦" in text:
+            return self.matrix(text)
         if base := _BASE.fullmatch(text):
             return Reading("base", f"{base[1].lstrip('0')}_{base[2]}")
         if time := _TIME.fullmatch(text.replace(" ", "")):
             return self.time(time, text)
-        parts = split(inside(text) or "", ",")[::2]
+        inner = inside(text) or ""
+        parts = split(inner, ";" if ";" in inner and "," not in inner else ",")[::2]
         if len(parts) > 1 and text[0] in "([":
             return Reading(text[0] + text[-1], text, tuple(map(self.read, parts)))
         ratio = split(text, ":")[::2]
@@ -122,6 +148,12 @@ class _Reader:
             return Reading("ratio", text, tuple(map(self.read, ratio)))
         quotient = "/".join(f"({part})" for part in ratio) if len(ratio) == 2 else text
         return Reading("value", text, expression=Expression(quotient, self.budget))
+
+    def union(self, text: str, pieces: list[str]) -> Reading:
+        parts = sets.combine([self.read(piece) for piece in pieces[::2]], pieces[1::2])
+        if len(parts) > MAX_PARTS:
+            raise Unreadable
+        return Reading("list", text, tuple(parts)) if len(parts) > 1 else parts[0] if parts else self.as_text("∅")
 
     def time(self, time: re.Match, text: str) -> Reading:
         """Of day, as seconds from midnight or noon; the name is the half of the day, where it is known. 10:30 may also
@@ -131,65 +163,102 @@ class _Reader:
         ratio = None if time[3] or time[4] else Expression(text.replace(":", "/"), self.budget)
         return Reading("time", str((hour % 12 * 60 + minute) * 60 + second), expression=ratio, name=half)
 
-    def without(self, points: list[str], text: str) -> Reading:
-        """The real line without points, in one shape however it is written: x ≠ 3 or (-∞,3) ∪ (3,∞)."""
-        nodes = tuple(map(self.read, points))
-        values = [node.expression.at(0) if node.expression and not node.expression.letters else None for node in nodes]
-        if any(v is None or isinstance(v, Precise) and v.im for v in values):
-            return Reading("≠", text, nodes)
-        ends = [
-            "-∞",
-            *(points[i] for i in sorted(range(len(points)), key=lambda i: precise.precise(values[i]).re)),
-            "∞",
-        ]
-        return self.several(",".join(f"({a},{b})" for a, b in itertools.pairwise(ends)))
-
-    def matrix(self, text: str, factor: str, kind: str, body: str) -> Reading:
-        rows = [row for row in body.split("\\\\") if row.strip()]
-        if len(rows) + body.count("&") > MAX_PARTS:
+    def matrix(self, text: str) -> Reading:
+        if len(text.split("\\\\")) + text.count("&") > MAX_PARTS:
             raise Unreadable
-        if kind in ("aligned", "align", "gathered"):
+        if stacked := _STACKED.fullmatch(text):
+            return self.stacked(*stacked.groups())
+        text = matrices.without_determinants(text)
+        if "⟦" not in text:
+            return self.one(text)
+        grid = matrices.evaluate(split(text, "+-"))
+        rows = tuple(Reading("row", "&".join(row), tuple(map(self.read, row))) for row in grid)
+        return Reading("matrix", text, rows)
+
+    def stacked(self, kind: str, body: str) -> Reading:
+        rows = [row for row in body.split("\\\\") if row.strip()]
+        if kind != "cases" or not re.search(r"&|\b(?:if|for|when)\b", body):
             return self.several(",".join(row.replace("&", "").strip(" ,") for row in rows))
-        if factor.strip("([{⦃"):  # a number before a matrix multiplies each of its cells
-            rows = ["&".join(f"({factor})*({cell})" for cell in row.split("&")) for row in rows]
-        if kind == "cases":
-            rows = [re.sub(r",?\s*&|,\s*(?:if|for|when)\b", "&", row) for row in rows]
-            rows = [re.sub(r"\b(?:if|for|when)\s*|,\s*$", "", row) for row in rows]
+        rows = [re.sub(r",?\s*&|,\s*(?:if|for|when)\b", "&", row) for row in rows]
+        rows = [re.sub(r"\b(?:if|for|when)\s*|,\s*$", "", row) for row in rows]
         nodes = tuple(Reading("row", row, tuple(self.read(cell.strip()) for cell in row.split("&"))) for row in rows)
-        return Reading("cases" if kind == "cases" else "matrix", text, nodes)
+        return Reading("cases", body, nodes)
 
     def relation(self, text: str, sides: list[str], signs: list[str]) -> Reading:
-        """An equation, or an inequality: as the interval of a name where it is one, otherwise from the smallest side
-        up."""
+        """An equation, or an inequality from the smallest side up, with its interval where it is one of a name."""
         if set(signs) == {"="}:
-            parts = tuple(map(self.read, sides))
-            name = sides[0] if len(sides) == 2 and is_name(sides[0]) else ""
-            return Reading("=", text, parts, bare=without_name(sides, parts), name=name)
+            return self.equation(text, sides)
         if signs == ["≠"] and is_name(sides[0]):
-            return self.without(sides[1:], text)
+            point = self.read(sides[1])
+            try:
+                return self.union(text, ["ℝ", "∖", sides[1]])
+            except Unreadable:
+                return Reading("≠", text, (point,))
         if set(signs) <= {">", "≥"}:
             sides, signs = sides[::-1], [_FLIP[sign] for sign in signs[::-1]]
+        node = Reading("".join(signs), text, tuple(map(self.read, sides)))
         if set(signs) <= {"<", "≤"}:
             if len(sides) == 2 and is_name(sides[0]) != is_name(sides[1]):
                 sides, signs = (["-∞", *sides], ["<", *signs]) if is_name(sides[0]) else ([*sides, "∞"], [*signs, "<"])
-            if len(sides) == 3 and is_name(sides[1]):
+            if len(sides) == 3 and is_name(sides[1]) and not any(mentions(part, sides[1]) for part in node.parts):
                 brackets = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
-                return self.read(f"{brackets[0]}{sides[0]},{sides[2]}{brackets[1]}")
-        return Reading("".join(signs), text, tuple(map(self.read, sides)))
+                node.name, node.bare = sides[1], self.read(f"{brackets[0]}{sides[0]},{sides[2]}{brackets[1]}")
+        return node
+
+    def equation(self, text: str, sides: list[str]) -> Reading:
+        """x = 5 and 5 = x say 5 of a name, and so does x = 10/2 = 5; of m + n = 5, a:b = 5 and of a limit or the like
+        that equals 5 no name is known; 0.5 = 1/2 is a value; 2x + y = 5 is only itself."""
+        parts = tuple(map(self.read, sides))
+        if _NAMES_TUPLE.fullmatch(sides[0]) and len(sides) == 2 and parts[1].kind == "()":
+            pairs = list(zip(sides[0][1:-1].split(","), parts[1].parts))
+            if len(pairs) == len(parts[0].parts) == len(parts[1].parts):
+                return self.group([f"{name}={value.text}" for name, value in pairs])
+        node = Reading("=", text, parts)
+        if re.fullmatch("[A-Z]{2,}", sides[-1]) and is_name(sides[0]):  # MR = SRMC has no value
+            return node
+        if len(sides) == 2 and is_name(sides[1]) and not stands_for(sides[0]) and is_constant(parts[0]):
+            sides, parts = sides[::-1], parts[::-1]
+        node.name = sides[0] if is_name(sides[0]) else ""
+        rest = parts[1:] if stands_for(sides[0]) else parts
+        values = [part for side, part in zip(sides[-len(rest) :], rest) if not is_uncomputed(side, part)]
+        if rest[-1] in values and all(same(x, y) for x, y in itertools.pairwise(values)):
+            if len(rest) == len(parts) == len(values):
+                return rest[-1] if rest[-1].kind != "text" else node
+            node.bare = None if mentions(rest[-1], sides[0]) else rest[-1]
+        return node
 
 
-def without_name(sides: list[str], parts: tuple[Reading, ...]) -> Reading | None:
-    """x = 5 and 5 = x say 5, and so do m + n = 5 and x = 10/2 = 5; 2x + y = 5 does not."""
-    names = len(list(itertools.takewhile(is_name, sides[:-1])))
-    rest = parts[names:]
-    if all(map(same, rest, rest[1:])) and (names or rest[-1].kind == "value"):
-        return rest[-1]
-    return parts[0] if len(sides) == 2 and _ONE_NAME.fullmatch(sides[1]) else None
+def is_system(nodes: list[Reading] | tuple[Reading, ...]) -> bool:
+    """Does each say something of a name, x = 1 or x > 1, and each of another?"""
+    names = {node.name for node in nodes if node.kind != "time"}
+    return len(names) == len(nodes) > 1 and "" not in names
+
+
+def mentions(part: Reading, name: str) -> bool:
+    """Does the name stand in the value too, and without an index? x = 2x does not say 2x."""
+    tokens = part.expression.tokens if part.expression and part.text != name else []
+    return any(token == name.strip("\\ ") and after != "_" for token, after in itertools.pairwise(tokens))
+
+
+def is_constant(part: Reading) -> bool:
+    return all(map(is_constant, part.parts)) if part.parts else bool(part.expression and not part.expression.letters)
 
 
 def is_name(text: str) -> bool:
-    """A name, or a sum of names."""
-    return all(_NAME.fullmatch(part.strip()) for part in re.split(r"[+-]", text))
+    return bool(_NAME.fullmatch(text.strip()))
+
+
+def stands_for(text: str) -> bool:
+    """A name, or what else a bare answer may leave out with the =: a sum, ratio, union or tuple of names."""
+    pieces = split(text, "+-:/∪∩∖")
+    alike = len(set(pieces[1::2])) < 2 or set(pieces[1::2]) == {"+", "-"}
+    return alike and all(map(_STANDS_FOR.fullmatch, pieces[::2])) or bool(_NAMES_TUPLE.fullmatch(text))
+
+
+def is_uncomputed(side: str, part: Reading) -> bool:
+    """Is it a limit, a sum or the like that we do not compute, alone, so that the other side is its value?"""
+    alone = len(split(side.lstrip("-"), "+-")) == 1 or re.search(r"\\(?:i+|oi)nt(?![A-Za-z]).*d ?\\?[a-z]+$", side)
+    return part.kind == "text" and bool(_COMPUTED.search(side)) and bool(alone)
 
 
 def inside(text: str) -> str | None:
@@ -215,7 +284,7 @@ def split(text: str, separators: str) -> list[str]:
 
 def signs(text: str) -> Iterator[str]:
     """Each ± stands for two answers; with a ∓ in it, all signs change together."""
-    pieces = re.split("([±∓])", text)
+    pieces = re.split("([±∓])", text) if re.search("[±∓]", re.sub("⦃[^⦃⦄]*⦄", "", text)) else [text]
     if len(pieces) > 9:
         raise Unreadable
     marks = pieces[1::2]

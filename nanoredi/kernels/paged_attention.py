@@ -41,18 +41,18 @@ def paged_decode(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, le
     return torch.cat(outs).squeeze(2).to(q.dtype)  # of (1, H, 1, E) each
 
 
-def splits_for(q: Tensor, keys: Tensor, processors: int) -> tuple[int, Tensor, Tensor, Tensor]:
-    """How many splits a row has, and memory for their a (B, H, splits, E), m and l (B, H, splits), fp32."""
-    num_splits = max(1, min(64, _WAVES * processors // (len(q) * keys.shape[1])))
+def memory_for(q: Tensor, num_splits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For the splits' a (B, H, splits, E), m and l (B, H, splits), fp32."""
     shape = *q.shape[:2], num_splits
     outs, tops, sums = (q.new_empty(shape + more, dtype=torch.float32) for more in (q.shape[2:], (), ()))
-    return num_splits, outs, tops, sums
+    return outs, tops, sums
 
 
 def put_together(outs: Tensor, tops: Tensor, sums: Tensor) -> Tensor:
     """(B, H, E), of all splits."""
     weights = (tops - tops.amax(-1, keepdim=True)).exp_()
-    return (weights[..., None] * outs).sum(2) / (weights * sums).sum(2, keepdim=True)
+    # One after the other, so that empty splits at the end change nothing.
+    return (weights[..., None] * outs).sum(2) / (weights * sums).cumsum(2)[..., -1:]
 
 
 if triton is not None:
@@ -62,7 +62,8 @@ if triton is not None:
         """It asks the device for nothing, so a graph can hold it."""
         size, group = q.shape[2], q.shape[1] // keys.shape[1]
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
-        num_splits, *partial = splits_for(q, keys, processors)
+        num_splits = max(1, min(64, _WAVES * processors // (len(q) * keys.shape[1])))
+        partial = memory_for(q, num_splits)
         tensors = q.contiguous(), keys, values, page_table.contiguous(), lengths, *partial
         _decode_kernel[(len(q), keys.shape[1], num_splits)](
             *tensors,

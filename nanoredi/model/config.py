@@ -1,29 +1,30 @@
 """What config.json says of a Qwen2, and what it may say that this Qwen2 would compute wrongly."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from nanoredi.common.errors import UserError, nearest
-from nanoredi.common.files import read_json
+from nanoredi.common.files import check, read_json
+from nanoredi.common.flags import checked, option
 
 
 @dataclass(frozen=True)
 class Qwen2Config:
     """What config.json says of the architecture, by its own names."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    max_position_embeddings: int
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
+    vocab_size: int = option(MISSING, "tokens that the embedding knows", low=1, high=2**24)
+    hidden_size: int = option(MISSING, "width", low=2, high=2**20)
+    intermediate_size: int = option(MISSING, "width within an MLP", low=1, high=2**22)
+    num_hidden_layers: int = option(MISSING, "blocks", low=1, high=1000)
+    num_attention_heads: int = option(MISSING, "query heads", low=1, high=2**14)
+    num_key_value_heads: int = option(MISSING, "key-value heads", low=1, high=2**14)
+    max_position_embeddings: int = option(MISSING, "context", low=1)
+    rope_theta: float = option(10_000.0, "rotary base", above=0)
+    rms_norm_eps: float = option(1e-6, "added to a mean square", above=0, high=1)
+    tie_word_embeddings: bool = option(False, "one matrix is embedding and head")
+    initializer_range: float = option(0.02, "standard deviation of new weights", low=0, high=100)
 
     def __post_init__(self):
         if (
@@ -56,29 +57,27 @@ class Qwen2Config:
             UserError: when it is missing or broken, or describes anything but a plain Qwen2.
         """
         path = Path(folder) / "config.json"
-        config = read_json(path)
+        config = check(str(path), read_json(path), _SHAPE)
         _refuse_other_models(path, config)
-        names = [f.name for f in dataclasses.fields(cls)]
+        fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in overrides:
-            if name not in names:
-                raise UserError(f"Qwen2 has no setting {name!r} to override{nearest(name, names)}")
+            if name not in fields:
+                raise UserError(f"Qwen2 has no setting {name!r} to override{nearest(name, fields)}")
         # transformers 5 writes rope_theta into rope_parameters, earlier ones beside the other fields.
-        rope = {"rope_theta": (config.get("rope_parameters") or {}).get("rope_theta")}
-        given = {
-            k: v
-            for k, v in {**config, **{k: v for k, v in rope.items() if v is not None}, **overrides}.items()
-            if k in names
-        }
-        given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
-        missing = [
-            f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and given.get(f.name) is None
-        ]
+        rope = {k: v for k, v in (config.get("rope_parameters") or {}).items() if k == "rope_theta"}
+        given = {**config, **rope, **overrides}
+        if given.get("num_key_value_heads") is None:
+            given["num_key_value_heads"] = given.get("num_attention_heads")
+        missing = [name for name, f in fields.items() if f.default is MISSING and given.get(name) is None]
         if missing:
             raise UserError(f"{path} says nothing of {', '.join(missing)}")
         try:
-            return cls(**given)
+            made = cls(**{k: checked(f"its {k}", f, given[k]) for k, f in fields.items() if k in given})
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+        if config.get("head_dim") not in (None, made.head_dim):
+            raise UserError(f"{path}: head_dim is {config['head_dim']}; Qwen2's is hidden_size / num_attention_heads")
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """config.json's content, such as transformers and vLLM read."""
@@ -93,30 +92,40 @@ class Qwen2Config:
         }
 
 
+# What else is looked at in config.json.
+_COUNT = (range(2**31), None)
+_SHAPE = {
+    "num_hidden_layers?": range(1, 1001),
+    "max_window_layers?": _COUNT,
+    "layer_types?": ([str], None),
+    "use_sliding_window?": (bool, None),
+    "sliding_window?": _COUNT,
+    "rope_scaling?": (dict, None),
+    "rope_parameters?": (dict, None),
+    "attention_dropout?": (float, None),
+    "head_dim?": _COUNT,
+}
+
+
 def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
     """Name what this Qwen2 would compute wrongly."""
-    layers = config.get("num_hidden_layers", 0)
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    slides = config.get("max_window_layers", layers) < layers
-    if "layer_types" in config:
+    layers, window = config.get("num_hidden_layers", 0), config.get("sliding_window")
+    slides = (config.get("max_window_layers") or layers) < layers
+    if config.get("layer_types"):
         slides = "sliding_attention" in config["layer_types"]
     if config.get("model_type") != "qwen2":
         raise UserError(f"{path}: model_type is {config.get('model_type')!r}; nanoredi knows qwen2")
-    if config.get("use_sliding_window") and config.get("sliding_window") and slides:
-        raise UserError(
-            f"{path}: some layers use a sliding window of {config['sliding_window']} tokens; nanoredi knows full attention"
-        )
-    if kind != "default":
-        raise UserError(f"{path}: rope scaling of the kind {kind!r}; nanoredi knows the default one, with rope_theta")
+    if config.get("use_sliding_window") and window and slides:
+        raise UserError(f"{path}: some layers use a sliding window of {window} tokens; nanoredi knows full attention")
+    for rope in (config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        other = sorted(rope.keys() - {"rope_type", "type", "rope_theta"})
+        if kind != "default" or other:
+            what = f"of the kind {kind!r}" if kind != "default" else f"with {other[0]}"
+            raise UserError(f"{path}: rope scaling {what}; nanoredi knows the default one, with rope_theta")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; Qwen2's is silu")
     if config.get("attention_dropout"):
         raise UserError(f"{path}: attention_dropout is {config['attention_dropout']}; nanoredi has none")
-    if config.get("head_dim") not in (
-        None,
-        config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1)),
-    ):
-        raise UserError(f"{path}: head_dim is {config['head_dim']}; Qwen2's is hidden_size / num_attention_heads")
     if "quantization_config" in config:
         raise UserError(f"{path}: the weights are quantized; nanoredi reads float32, float16 and bfloat16")

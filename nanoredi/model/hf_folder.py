@@ -5,25 +5,24 @@ folder that is there is whole.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from nanoredi.common.disk import writing
 from nanoredi.common.errors import UserError
-from nanoredi.common.files import read_json
+from nanoredi.common.files import check, read_json
+from nanoredi.common.runs import INDEX, open_weights
 from nanoredi.data.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
-_INDEX = "model.safetensors.index.json"
+_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 
 
 def load_weights(
@@ -41,14 +40,7 @@ def load_weights(
             checked before the first weight is given.
     """
     folder = Path(folder)
-    files: dict[str, Any] = {}
-    for path in weight_files(folder):
-        try:
-            handle = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read the weights {path}: {error}") from None
-        files.update((name, handle) for name in handle.keys())
-
+    files = open_weights(folder)
     missing = sorted(shapes.keys() - files.keys())
     # Old checkpoints also store the rotary frequencies, which follow from the config.
     unexpected = sorted(
@@ -59,23 +51,54 @@ def load_weights(
     if unexpected:
         raise UserError(f"{folder} holds weights that its config.json has no place for: {_some(unexpected)}")
     for name, shape in shapes.items():
-        found = files[name].get_slice(name).get_shape()
-        if list(found) != list(shape):
-            raise UserError(f"{folder}: {name} has the shape {tuple(found)}; its config.json asks for {tuple(shape)}")
+        found = files[name].get_slice(name)
+        if found.get_dtype() not in _DTYPES:
+            raise UserError(f"{folder}: {name} is of dtype {found.get_dtype()}; nanoredi reads {', '.join(_DTYPES)}")
+        if found.get_shape() != list(shape):
+            shapes_are = f"{tuple(found.get_shape())}; its config.json asks for {tuple(shape)}"
+            raise UserError(f"{folder}: {name} has the shape {shapes_are}")
     for name, other in tied.items():
         if name in files and not torch.equal(files[name].get_tensor(name), files[other].get_tensor(other)):
             raise UserError(
                 f"{folder}: config.json ties {name} to {other}, but the file holds another {name}: "
                 "set tie_word_embeddings to false"
             )
-    return ((name, files[name].get_tensor(name)) for name in shapes)
+    return ((name, _finite(folder, name, files[name].get_tensor(name))) for name in shapes)
+
+
+def _finite(folder: Path, name: str, weight: Tensor) -> Tensor:
+    # A sum of finite numbers is finite unless it overflows; only then is every one looked at.
+    if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+        raise UserError(f"{folder}: {name} holds numbers that are not finite")
+    return weight
+
+
+class Companions:
+    """What goes beside the weights of a saved model: the tokenizer's files and a generation config. All of it is read, and
+    found to be whole, when the model is loaded; a fault is not met after hours of training.
+
+    Attributes:
+        files: {name: content}.
+        eos_id: the tokenizer's.
+    """
+
+    def __init__(self, folder: str | Path):
+        tokenizer = Tokenizer(folder)
+        self.eos_id = tokenizer.eos_id
+        self.files = {path.name: path.read_bytes() for path in tokenizer.files}
+        generation = _read_generation_config(tokenizer)
+        # differs from the original: Qwen2.5's base models end on <|endoftext|> alone, which stage 1 never learns, and at
+        # 2,048 tokens.
+        generation.pop("max_new_tokens", None)
+        generation |= {"eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_id}
+        self.files["generation_config.json"] = _json(generation)
 
 
 def save_folder(
     folder: str | Path,
     config: dict[str, Any],
     weights: Mapping[str, Tensor],
-    tokenizer_folder: str | Path | None,
+    companions: Companions | None,
     dtype: torch.dtype | None,
 ) -> None:
     """Write config, weights, tokenizer files and generation config. Every rank calls it; rank 0 writes.
@@ -84,98 +107,65 @@ def save_folder(
         folder: must not exist, or be empty.
         config: config.json's content, without the dtype.
         weights: by Hugging Face's names; sharded ones (DTensor) are made whole one after the other.
-        tokenizer_folder: whose tokenizer files are copied; None writes none.
+        companions: None writes none.
         dtype: of the saved weights; None keeps theirs.
 
     Raises:
-        UserError: when the folder holds anything.
+        UserError: on rank 0, when the folder holds anything, or the disk refuses it; the other ranks come to the end.
     """
     folder = Path(folder)
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    if writes and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty; nothing was overwritten")
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.writing")
-    if writes:
-        beside.mkdir(parents=True)
-    try:
-        _write_folder(folder, beside if writes else None, config, weights, tokenizer_folder, dtype)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _write_folder(
-    folder: Path,
-    beside: Path | None,
-    config: dict[str, Any],
-    weights: Mapping[str, Tensor],
-    tokenizer_folder: str | Path | None,
-    dtype: torch.dtype | None,
-) -> None:
-    """save_folder's work; beside is where rank 0 writes, None on the other ranks."""
     dtypes = {name: dtype or w.dtype for name, w in weights.items()}
-    shards = _plan_shards({name: w.numel() * dtypes[name].itemsize for name, w in weights.items()})
-    for file, names in shards.items():
-        whole = {}
-        for name in names:
-            weight = weights[name].detach()
-            if isinstance(weight, DTensor):
-                weight = weight.full_tensor()  # a collective: on every rank
-            if beside:
-                whole[name] = weight.to(device="cpu", dtype=dtypes[name]).contiguous()
-        if beside:
-            save_file(whole, beside / file, metadata={"format": "pt"})
-    if not beside:
-        return
-    if len(shards) > 1:
-        total = sum(w.numel() * dtypes[name].itemsize for name, w in weights.items())
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {name: file for file, names in shards.items() for name in names},
-        }
-        _write_json(beside / _INDEX, index)
-    config = {**config, "torch_dtype": str(next(iter(dtypes.values()))).removeprefix("torch.")}
-    if tokenizer_folder is not None:
-        tokenizer = Tokenizer(tokenizer_folder)
-        for file in tokenizer.files:
-            shutil.copyfile(file, beside / file.name)
-        config["eos_token_id"] = tokenizer.eos_id
-        _write_json(beside / "generation_config.json", _generation_config(tokenizer))
-    _write_json(beside / "config.json", config)
-    if folder.exists():
-        folder.rmdir()
-    beside.rename(folder)
+    sizes = {name: w.numel() * dtypes[name].itemsize for name, w in weights.items()}
+    shards = _plan_shards(sizes)
+    # Making a weight whole is a collective: every rank does it, whatever befalls rank 0's disk.
+    whole = ((file, _whole({name: weights[name] for name in names}, dtypes)) for file, names in shards.items())
+    try:
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is not empty; nothing was overwritten")
+        with writing(folder) as beside:
+            beside.mkdir()
+            for file, tensors in whole:
+                save_file(tensors, beside / file, metadata={"format": "pt"})
+            if len(shards) > 1:
+                weight_map = {name: file for file, names in shards.items() for name in names}
+                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+                (beside / INDEX).write_bytes(_json(index))
+            config = {**config, "torch_dtype": str(next(iter(dtypes.values()))).removeprefix("torch.")}
+            if companions:
+                config["eos_token_id"] = companions.eos_id
+                for name, content in companions.files.items():
+                    (beside / name).write_bytes(content)
+            (beside / "config.json").write_bytes(_json(config))
+    finally:
+        for _ in whole:
+            pass
+
+
+def _whole(weights: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+    """The weights as rank 0 writes them; nothing on the other ranks."""
+    whole = {}
+    for name, weight in weights.items():
+        weight = weight.detach()
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            whole[name] = weight.to(device="cpu", dtype=dtypes[name]).contiguous()
+    return whole
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a completion of this folder's model: the tokenizer's, and those its generation config
     names."""
-    path = tokenizer.folder / "generation_config.json"
-    named = read_json(path).get("eos_token_id") if path.exists() else None
+    named = _read_generation_config(tokenizer).get("eos_token_id")
     return sorted({*tokenizer.stop_ids, *(named if isinstance(named, list) else [] if named is None else [named])})
 
 
-def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The folder's generation config, ending where nanoredi's sampler ends."""
+def _read_generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     path = tokenizer.folder / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
-    # differs from the original: Qwen2.5's base models end on <|endoftext|> alone, which stage 1 never learns, and at
-    # 2,048 tokens.
-    generation.pop("max_new_tokens", None)
-    return {**generation, "eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_id}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a folder's weights are in."""
-    if (folder / _INDEX).exists():
-        weight_map = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{folder / _INDEX} has no weight_map")
-        # Only names inside the folder: an index is data from elsewhere.
-        return [folder / Path(str(name)).name for name in sorted(set(weight_map.values()))]
-    if not (folder / "model.safetensors").exists():
-        raise UserError(f"{folder} holds no model.safetensors and no {_INDEX}")
-    return [folder / "model.safetensors"]
+    ids = range(tokenizer.backend.get_vocab_size() + 2**16)  # an embedding may have rows to spare
+    return check(str(path), read_json(path), {"eos_token_id?": (ids, [ids], None)}) if path.exists() else {}
 
 
 def _plan_shards(sizes: Mapping[str, int]) -> dict[str, list[str]]:
@@ -197,5 +187,5 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")

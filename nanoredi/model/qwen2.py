@@ -21,7 +21,7 @@ from nanoredi.kernels.dispatch import prepare_for_sampling
 from nanoredi.kernels.layers import PRODUCTS
 from nanoredi.model.attention import ATTENTION, Attend, PackedAttention
 from nanoredi.model.config import Qwen2Config
-from nanoredi.model.hf_folder import load_weights, save_folder
+from nanoredi.model.hf_folder import Companions, load_weights, save_folder
 from nanoredi.model.recompute import recomputed
 
 
@@ -109,8 +109,8 @@ class Qwen2(nn.Module):
 
     Attributes:
         config: the architecture.
-        tokenizer_folder: where the tokenizer's files lie that save_pretrained puts beside the weights; None if there
-            are none.
+        companions: what save_pretrained puts beside the weights: the files of the folder that holds the tokenizer; None if
+            there are none.
         compute_dtype: of activations and products where the weights are fp32 masters; None is the weights' own.
     """
 
@@ -119,7 +119,7 @@ class Qwen2(nn.Module):
     def __init__(self, config: Qwen2Config, tokenizer_folder: str | Path | None = None):
         super().__init__()
         self.config = config
-        self.tokenizer_folder = tokenizer_folder
+        self.companions = Companions(tokenizer_folder) if tokenizer_folder else None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -167,7 +167,7 @@ class Qwen2(nn.Module):
         Raises:
             UserError: when the folder holds anything.
         """
-        save_folder(folder, self.config.to_dict(), dict(self.named_parameters()), self.tokenizer_folder, dtype)
+        save_folder(folder, self.config.to_dict(), dict(self.named_parameters()), self.companions, dtype)
 
     def init_weights(self, seed: int) -> "Qwen2":
         """Random weights: normal with the config's initializer_range, biases 0, norms 1."""

@@ -44,7 +44,8 @@ def _kind(row: Row) -> str:
 
 def _paragraph(kind: str, row: Row) -> str:
     head = f"--- {row['model']}, {row['benchmark']}, problem {row['problem'] + 1}, sample {row['sample']}: "
-    tokens = "" if row["tokens"] is None else f" after {row['tokens']:,} tokens"
+    count = row["tokens"]
+    tokens = "" if count is None else f" after {count:,} token{'' if count == 1 else 's'}"
     answer = "none" if row["answer"] is None else row["answer"]
     tail = row["response"][-_TAIL:].strip()
     cut = "..." if len(row["response"]) > _TAIL else ""

@@ -5,17 +5,17 @@ parameter update, all by optimiser step. Together they tell a healthy run from a
 while the update's size surges. Nothing is smoothed. report.py is the command.
 """
 
-import io
 import itertools
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanoredi.common.disk import writing
 from nanoredi.common.errors import UserError
-from nanoredi.common.files import read_json
+from nanoredi.common.files import check, read_json, read_text
+from nanoredi.common.runs import metrics_row
 
 # (key of metrics.jsonl, heading, format)
 SERIES = [
@@ -147,12 +147,8 @@ def draw(runs: list[Run], path: str) -> None:
     if len(benchmarks) > 1:
         shapes = [Line2D([], [], color="0.3", marker=markers[b], linestyle="", label=b) for b in benchmarks]
         figure.legend(handles=shapes, loc="outside upper center", ncols=5)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150, metadata={"Software": DRAWN_BY})
-    try:
-        Path(path).write_bytes(image.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    with writing(Path(path)) as beside:
+        figure.savefig(beside, format="png", dpi=150, metadata={"Software": DRAWN_BY})
 
 
 def _draw_run(run: Run, panels: Any, markers: dict[str, str], look: dict[str, Any]) -> None:
@@ -194,26 +190,13 @@ def _label(axes: Any, title: str, unit: str, nothing: str) -> None:
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl. A last line that was broken off in the writing is left out."""
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    rows = []
+    lines, rows = read_text(path).split("\n"), []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines) and not line.endswith(b"\n"):
-                break
-            raise UserError(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            raise UserError(f"{path}, line {number} is no row of a run: it has no step")
-        for key, *_ in SERIES:
-            if type(row.get(key)) not in (int, float, type(None)):
-                raise UserError(f"{path}, line {number}: {key} is {row[key]!r}; it must be a number or null")
-        rows.append(row)
+            rows += [metrics_row(f"{path}, line {number}", line)] if line.strip() else []
+        except UserError:
+            if number < len(lines):
+                raise
     return rows
 
 
@@ -226,12 +209,10 @@ def _accuracy(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[in
     if not rows or not path.exists():
         return {}
     benchmarks: dict[str, dict[int, tuple[float, float]]] = {}
-    for row in read_json(path, list):
-        try:
-            model, points = row["model"], benchmarks.setdefault(row["benchmark"], {})
-            numbered = re.search(r"step-(\d+)$", model)
-            step = int(numbered[1]) if numbered else 0 if model == "SFT" and 0 not in points else rows[-1]["step"]
-            points[step] = float(row["pass@1"]), float(row["sem"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path} holds a row that is no model's result on a benchmark: {row!r}") from None
+    shape = [{"model": str, "benchmark": str, "pass@1": float, "sem": float}]
+    for row in check(str(path), read_json(path, list), shape):
+        model, points = row["model"], benchmarks.setdefault(row["benchmark"], {})
+        numbered = re.search(r"step-(\d{1,9})$", model)
+        step = int(numbered[1]) if numbered else 0 if model == "SFT" and 0 not in points else rows[-1]["step"]
+        points[step] = row["pass@1"], row["sem"]
     return {name: [(step, *points[step]) for step in sorted(points)] for name, points in benchmarks.items()}

@@ -19,8 +19,8 @@ import numpy as np
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import read_rows
 from nanoredi.common.flags import option, read_flags, resolve
-from nanoredi.data.sequences import answer_message, conversation
-from nanoredi.data.tokenizer import Tokenizer, check_messages
+from nanoredi.data.messages import conversation, pair
+from nanoredi.data.tokenizer import Tokenizer
 
 Lengths = dict[str, np.ndarray]  # {part: tokens (rows,)}, the parts being those of a pair or of an SFT row
 _PAIR, _SFT = ("prompt", "chosen", "rejected"), ("prompt", "response")
@@ -63,7 +63,7 @@ def read_lengths(file: Path, tokenizer: Tokenizer | None = None) -> Lengths:
     """
     if tokenizer:
         rows = tokenizer.encode_rows(_texts(file, tokenizer))
-        found = [(names, [len(encoding) + 1 for encoding in encodings]) for names, encodings in rows]
+        found = [(names, tokenizer.lengths(encodings, exact)) for (names, exact), encodings in rows]
     else:
         too_long = file.with_name("too_long.jsonl")
         files = [file, too_long] if file.name == "pairs.jsonl" and too_long.exists() else [file]
@@ -85,17 +85,19 @@ def _known(where: str, row: Any) -> tuple[tuple[str, ...], list[int]]:
     raise UserError(f"{where} holds no lengths; --tokenizer DIR measures them")
 
 
-def _texts(file: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, list[str], tuple[str, ...]]]:
-    """Each row's place, templated parts, and their names."""
+def _texts(file: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, list[str], tuple[tuple[str, ...], bool]]]:
+    """Each row's place, its parts as text, and their names and whether the text is training's."""
     for where, row in read_rows(str(file)):
         if isinstance(row, dict) and "chosen" in row:
-            prompt = check_messages(f"{where}: 'prompt'", row.get("prompt"))
-            answers = [[answer_message(f"{where}: {name!r}", row.get(name))] for name in _PAIR[1:]]
-            names, parts = _PAIR, [prompt, *answers]
+            names, (prompt, answers) = _PAIR, pair(where, row)
         else:
-            messages = conversation(where, row)
-            names, parts = _SFT, [messages[:-1], messages[-1:]]
-        yield where, [tokenizer.render(part) for part in parts], names
+            *prompt, answer = conversation(where, row)
+            names, answers = _SFT, [answer]
+        try:
+            texts, as_trained = tokenizer.measured(prompt, answers)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        yield where, texts, (names, as_trained)
 
 
 def show(name: str, parts: Lengths, limits: dict[str, int]) -> str:

@@ -1,7 +1,8 @@
-"""Results as tables: for the terminal, in Markdown, beside the paper's."""
+"""Results as tables: for a terminal of 80 columns, in Markdown, beside the paper's."""
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,129 +11,204 @@ from nanoredi.common.files import read_json
 from nanoredi.data.benchmarks import PAPER
 from nanoredi.evaluation.scores import Row, average
 
-# pass@1 in percent, in the order of PAPER: table 1 of arXiv 2505.24850, as the authors' repository prints it
-# (github.com/Tim-Siu/reinforcement-distillation). The base model's row is EMPO's, the Instruct model's Qwen's own.
-PAPER_ROWS = {
-    "Qwen2.5-Math-1.5B (paper)": (52.2, 10.0, 42.5, 10.7, 25.2),
-    "Qwen2.5-Math-1.5B-Instruct (paper)": (75.8, 10.0, 60.0, 29.4, 38.1),
-    "DeepSeek-R1-Distill-Qwen-1.5B (paper)": (83.2, 28.3, 62.1, 26.0, 43.1),
-    "SFT, 5 epochs (paper)": (80.4, 21.9, 57.5, 27.5, 41.5),
-    "REDI (paper)": (83.1, 28.1, 62.4, 28.8, 45.2),
+# The figures of arXiv 2505.24850 in percent, in the order of PAPER and, where the paper gives it with an error, then the
+# mean: (model, the recipe that claims the row, figures). In table 1 the base model's row is EMPO's, the Instruct one's
+# Qwen's own.
+_BASE = "qwen2.5-math-1.5b"
+_PAPER = {
+    "pass@1": {
+        "table 1": [
+            ("Qwen2.5-Math-1.5B", "", "52.2 10.0 42.5 10.7 25.2"),
+            ("Qwen2.5-Math-1.5B-Instruct", "", "75.8 10.0 60.0 29.4 38.1"),
+            ("DeepSeek-R1-Distill-Qwen-1.5B", "", "83.2 28.3 62.1 26.0 43.1"),
+            ("SFT, 5 epochs", _BASE, "80.4 21.9 57.5 27.5 41.5"),
+            ("REDI", _BASE, "83.1 28.1 62.4 28.8 45.2"),
+        ],
+        "table 2, from SFT of 3 epochs": [
+            ("SFT, 3 epochs", f"{_BASE}-3-epochs", "76.7±0.3 18.1±1.1 52.8±0.6 24.6±0.5 37.5±0.3 41.9±0.3"),
+            ("DPO 0.001, 2e-7", f"{_BASE}-dpo", "81.3±0.2 24.6±1.7 58.5±0.6 28.7±0.4 43.1±0.3 47.2±0.4"),
+            ("SimPO 2, 1, 5e-7", f"{_BASE}-simpo", "81.1±0.3 24.8±1.9 58.8±0.6 29.1±0.2 42.2±0.3 47.2±0.4"),
+            ("symmetric, 2e-7", f"{_BASE}-symmetric", "81.7±0.2 25.8±1.3 59.5±1.1 29.3±0.4 42.1±0.2 47.7±0.4"),
+            ("REDI 0.8, 1e-6", f"{_BASE}-3-epochs", "81.7±0.2 27.3±1.4 58.8±0.8 30.4±0.5 43.4±0.3 48.3±0.3"),
+        ],
+    },
+    "pass@16": {
+        "table 3, from SFT of 3 epochs": [
+            ("SFT, 3 epochs", f"{_BASE}-3-epochs", "94.6 53.3 86.7 57.7 63.1"),
+            ("DPO 0.001, 2e-7", f"{_BASE}-dpo", "94.6 63.3 86.7 58.8 64.7"),
+            ("SimPO 2, 1, 5e-7", f"{_BASE}-simpo", "94.8 60.0 89.2 58.5 63.3"),
+            ("symmetric, 2e-7", f"{_BASE}-symmetric", "95.0 63.3 90.4 58.8 62.5"),
+            ("REDI 0.8, 1e-6", f"{_BASE}-3-epochs", "95.0 66.7 81.9 59.9 63.9"),
+        ],
+        "table 4": [
+            ("DeepSeek-R1-Distill-Qwen-1.5B", "", "95.6 63.3 92.8 56.6 65.8"),
+            ("SFT, 5 epochs", _BASE, "95.6 56.7 86.7 56.3 64.3"),
+            ("REDI, from 5 epochs", _BASE, "95.0 66.7 90.4 57.0 65.8"),
+        ],
+    },
 }
 
-# (key, heading, format); shares are shown in percent. pass@k stands for those that the rows have.
+# (key, heading, format), what people compare first in front; shares are shown in percent. pass@k stands for those that the
+# rows have, the largest k in the first place.
 _COLUMNS = [
     ("model", "model", "{}"),
     ("benchmark", "benchmark", "{}"),
     ("pass@1", "pass@1 %", "{:.1%}"),
     ("sem", "SEM", "{:.1%}"),
+    ("pass@K", "pass@k %", "{:.1%}"),
+    ("mean_tokens", "tokens", "{:,.1f}"),
+    ("cut_off", "cut off %", "{:.1%}"),
+    ("chosen_logp", "chosen", "{:.3f}"),
+    ("rejected_logp", "rejected", "{:.3f}"),
+    ("no_answer", "no answer %", "{:.1%}"),
     ("pass@k", "pass@k %", "{:.1%}"),
     ("pass@1_deepscaler", "DeepScaleR's %", "{:.1%}"),
-    ("mean_tokens", "mean tokens", "{:,.1f}"),
-    ("no_answer", "no answer %", "{:.1%}"),
-    ("cut_off", "cut off %", "{:.1%}"),
     ("waits_per_response", "Wait/response", "{:.2f}"),
     ("waits_per_1000_tokens", "Wait/1000 tokens", "{:.2f}"),
-    ("chosen_logp", "logp chosen", "{:.3f}"),
-    ("rejected_logp", "logp rejected", "{:.3f}"),
 ]
+_LEAST = 7  # columns that are compared first
+_WIDTH = 80  # of a terminal
 
-Lines = list[list[str]]  # of a table's cells, the headings first
+Lines = list[list[str]]  # of a table's cells, the headings first; a line of one cell goes through all columns
+
+
+@dataclass
+class Table:
+    """Lines; how many of their columns stand to the left; and how many a narrow terminal gets at least, 0 for all: before
+    there are fewer, the first column's cells stand above their lines."""
+
+    lines: Lines
+    left: int = 1
+    least: int = 0
 
 
 def table(rows: list[Row]) -> str:
-    """Rows of results.json as text (details has the columns)."""
-    return as_text(details(rows))
+    """Rows of results.json as text for a terminal (details has the columns)."""
+    return as_text(details(rows), _WIDTH)
 
 
-def details(rows: list[Row]) -> Lines:
+def details(rows: list[Row]) -> Table:
     """A line a model and benchmark: shares in percent, log-probs in nats a token, columns that no row fills left out;
     an average under a model's several benchmarks."""
     rows = [line for model in dict.fromkeys(row["model"] for row in rows) for line in _with_average(rows, model)]
     ks = sorted({int(key[5:]) for row in rows for key in row if re.fullmatch("pass@[0-9]+", key)} - {1})
     columns = []
     for key, heading, form in _COLUMNS:
-        keys = [f"pass@{k}" for k in ks] if key == "pass@k" else [key]
+        some = {"pass@K": ks[-1:], "pass@k": ks[:-1]}.get(key)
+        keys = [key] if some is None else [f"pass@{k}" for k in some]
         columns += [(key, heading.replace("pass@k", key), form) for key in keys]
     columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
-    return [
-        [heading for _, heading, _ in columns],
-        *([_cell(form, row.get(key)) for key, _, form in columns] for row in rows),
-    ]
+    lines = [[_cell(form, row.get(key)) for key, _, form in columns] for row in rows]
+    return Table([[heading for _, heading, _ in columns], *lines], 2, _LEAST)
 
 
-def scores(rows: list[Row], paper: bool = False) -> Lines:
-    """A line a model: pass@1 with its standard error on each benchmark, in percent, and their average; the paper's rows
-    below on request, and - for a benchmark that is not the paper's."""
+def scores(rows: list[Row], metric: str = "pass@1", paper: bool = False) -> Table:
+    """A line a model: a metric on each benchmark, in percent, pass@1 with its standard error, and the mean; the paper's
+    rows below on request, each with its recipe, and - for a benchmark that is not the paper's."""
     names = list(dict.fromkeys(row["benchmark"] for row in rows))
-    models = dict.fromkeys(row["model"] for row in rows)
-    lines = [["pass@1 %", *names, *(["average"] if len(names) > 1 else [])]]
-    for model in models:
+    columns = [*names, "average"] if len(names) > 1 else names
+    lines = [[f"{metric} %", *("mean" if name == "average" else name.removesuffix("_bench") for name in columns)]]
+    for model in dict.fromkeys(row["model"] for row in rows):
         own = {row["benchmark"]: row for row in _with_average(rows, model)}
-        complete = all(name in own for name in names)
-        cells = [f"{own[n]['pass@1']:.1%} ± {own[n]['sem']:.1%}" if n in own else "-" for n in lines[0][1:]]
-        lines.append([model, *(cell.replace("%", "") for cell in (cells if complete else [*cells[: len(names)], "-"]))])
-    for model, figures in PAPER_ROWS.items() if paper else ():
-        known = [dict(zip(PAPER, figures)).get(name) for name in names]
-        mean = [None if None in known else sum(known) / len(known)] if len(names) > 1 else []
-        lines.append([model, *(_cell("{:.1f}", value) for value in [*known, *mean])])
-    return lines
+        if not all(name in own for name in names):
+            own.pop("average", None)
+        cells = [own.get(name, {}) for name in columns]
+        lines.append(
+            [model, *(_with_error(c.get(metric), c.get("sem") if metric == "pass@1" else None) for c in cells)]
+        )
+    for title, known in _PAPER[metric].items() if paper else ():
+        lines.append([f"the paper's {title} (*: {_BASE})"])
+        for model, recipe, figures in known:
+            of = dict(zip([*PAPER, "average"], figures.split()))
+            if set(names) != set(PAPER) or "average" not in of:
+                values = [float(of[name].split("±")[0]) for name in names if name in of]
+                of["average"] = f"{sum(values) / len(values):.1f}" if len(values) == len(names) else "-"
+            label = f"{model} ({recipe.replace(_BASE, '*')})" if recipe else model
+            lines.append([label, *(of.get(name, "-").replace("±", " ± ") for name in columns)])
+    return Table(lines)
 
 
-def differences(compared: list[Row]) -> Lines:
+def differences(compared: list[Row]) -> Table:
     """A line a benchmark: by how many points the second model's pass@1 is above the first's, with its interval."""
-    heading = f"{compared[0]['second']} less {compared[0]['first']}"
-    return [
-        [heading, "points", "95 % interval"],
-        *(
-            [
-                row["benchmark"],
-                f"{100 * row['difference']:+.1f}",
-                f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
-            ]
-            for row in compared
-        ),
-    ]
+    lines, models = [["pass@1", "points", "95 % interval"]], None
+    for row in compared:
+        if models != (row["second"], row["first"]):
+            models = row["second"], row["first"]
+            lines.append([" less ".join(models)])
+        points, low, high = (f"{100 * row[key]:+.1f}" for key in ("difference", "low", "high"))
+        lines.append([row["benchmark"], points, f"{low} to {high}"])
+    return Table(lines)
 
 
-def as_text(lines: Lines, left: int = 2) -> str:
-    """Columns in step, the first so many to the left."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
+def as_text(table: Table, width: int = 0) -> str:
+    """Columns in step, in at most so many characters; 0: however wide they are."""
+    lines, left = table.lines, table.left
+    shown = len(lines[0])
+    ways = [(lines, k) for k in range(shown, min(table.least or shown, shown) - 1, -1)]
+    ways += [(_stacked(lines), k) for k in range(shown, 1, -1)]
+    lines, k = next((way for way in ways if not width or sum(_widths(*way)) + 2 * (way[1] - 1) <= width), ways[-1])
+    widths = _widths(lines, k)
     text = [
-        "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+        _short(line[0], width)
+        if len(line) == 1
+        else "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
         for line in lines
     ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    more = [f"{shown - k} more columns: python -m nanoredi.report RUN --wide"] if k < shown else []
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], *more])
 
 
-def as_markdown(lines: Lines, left: int = 2) -> str:
+def _widths(lines: Lines, k: int) -> list[int]:
+    """Of the first k columns."""
+    return [max(map(len, column)) for column in zip(*(line[:k] for line in lines if len(line) > 1))]
+
+
+def _stacked(lines: Lines) -> Lines:
+    """With the first column's cells above their lines."""
+    stacked, above = lines[:1], None
+    for first, *rest in lines[1:]:
+        stacked = [*stacked, *([[first]] if first != above else []), *([["", *rest]] if rest else [])]
+        above = first
+    return stacked
+
+
+def _short(text: str, width: int) -> str:
+    return f"{text[: width // 2 - 2]}...{text[len(text) - width // 2 + 1 :]}" if 0 < width < len(text) else text
+
+
+def as_markdown(table: Table) -> str:
     """The same as a Markdown table."""
-    rule = ["---" if i < left else "---:" for i in range(len(lines[0]))]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in [lines[0], rule, *lines[1:]]
-    )
+    columns = len(table.lines[0])
+    rule = ["---" if i < table.left else "---:" for i in range(columns)]
+    lines = [line + [""] * (columns - len(line)) for line in [table.lines[0], rule, *table.lines[1:]]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def tables(rows: list[Row], compared: list[Row], paper: bool) -> list[tuple[Lines, int]]:
+def tables(rows: list[Row], compared: list[Row], paper: bool) -> list[Table]:
     """All there is to show of results: the details; scores where there are several benchmarks, or the paper's rows to
-    show; differences of two models. With each, how many of its columns stand to the left."""
-    shown = [(details(rows), 2)]
+    show; differences of two models."""
+    shown = [details(rows)]
     if paper or len({row["benchmark"] for row in rows}) > 1:
-        shown.append((scores(rows, paper), 1))
-    if compared:
-        shown.append((differences(compared), 1))
-    return shown
+        shown.append(scores(rows, paper=paper))
+    if paper:
+        shown.append(scores(rows, "pass@16", paper))
+    return [*shown, differences(compared)] if compared else shown
 
 
-def write(out: Path, rows: list[Row], compared: list[Row], paper: bool) -> str:
-    """Write results.json (differences.json for two models), results.txt and results.md; the text."""
+def show(shown: list[Table], wide: bool) -> str:
+    """Tables for the terminal."""
+    return "\n\n".join(as_text(one, 0 if wide else _WIDTH) for one in shown)
+
+
+def write(out: Path, rows: list[Row], compared: list[Row], paper: bool, wide: bool = False) -> str:
+    """Write results.json (differences.json for two models), results.txt and, with all columns, results.md; the text."""
     (out / "results.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     if compared:
         (out / "differences.json").write_text(json.dumps(compared, indent=2) + "\n", encoding="utf-8")
     shown = tables(rows, compared, paper)
-    text = "\n\n".join(as_text(*one) for one in shown)
+    text = show(shown, wide)
     (out / "results.txt").write_text(text + "\n", encoding="utf-8")
-    (out / "results.md").write_text("\n\n".join(as_markdown(*one) for one in shown) + "\n", encoding="utf-8")
+    (out / "results.md").write_text("\n\n".join(map(as_markdown, shown)) + "\n", encoding="utf-8")
     return text
 
 
@@ -156,3 +232,7 @@ def _with_average(rows: list[Row], model: str) -> list[Row]:
 
 def _cell(form: str, value: Any) -> str:
     return "-" if value is None else form.format(value).rstrip("%")
+
+
+def _with_error(share: float | None, error: float | None) -> str:
+    return _cell("{:.1%}", share) + (f" ± {100 * error:.1f}" if error is not None else "")

@@ -2,8 +2,10 @@
 
 Every sample has a key of its own, made from the seed, the prompt and the sample's number (scheduler.requests_for), and
 draws one uniform number a token from a counter-based generator. So a sample depends neither on what else is in the
-batch nor on the order of the work, nor on being put back in between; but for rounding, where products of another size
-are added up in another order.
+batch nor on the order of the work, nor on being put back in between. Nor does its rounding, if numbers are added up in an order
+that does not depend on the batch. On a CPU they are: in products from two rows on, in attention row by row. On a GPU the order
+follows from a step's size; so with batch_invariant each step has the full size, nobody's rows included, and a row that was put
+back begins again.
 
 What a decode step reads and writes stays on the device: each row's newest token, its length, its pages. The tokens of a
 step are looked at while the next one is under way, so a row that drew a stop token takes one step more, which is thrown
@@ -64,8 +66,9 @@ class Sampler:
         self.head = prepare_for_sampling(model.lm_head_weight, True)
         self.cache = _cache(model, config, self.device)
         context, page_size, batch_size = model.config.max_position_embeddings, config.page_size, config.batch_size
+        self.full_size = config.batch_invariant and self.device.type == "cuda"
         self.scheduler = Scheduler(
-            self.cache.num_pages, page_size, batch_size, config.max_tokens, context, _PREFILL_TOKENS
+            self.cache.num_pages, page_size, batch_size, config.max_tokens, context, _PREFILL_TOKENS, self.full_size
         )
         # The rows' state on the device; the last place is nobody's, for filling a batch up.
         self.newest, self.lengths, self.num_drawn, self.keys = torch.zeros(
@@ -96,6 +99,13 @@ class Sampler:
         Raises:
             UserError: naming a prompt that can never be completed.
         """
+        requests, vocabulary = list(requests), self.model.config.vocab_size
+        for request in requests:
+            if max(request.prompt, default=0) >= vocabulary:
+                raise UserError(
+                    f"{request.name} has the token {max(request.prompt)}, outside the model's vocabulary of {vocabulary}; "
+                    "the tokenizer is not this model's"
+                )
         self.scheduler.check(requests)
 
     def add(self, requests: Iterable[Request]) -> None:
@@ -133,19 +143,18 @@ class Sampler:
         self.drawn = drawn
         return ended
 
-    def so_far(self, request: Request) -> list[int]:
-        """The tokens of a request's completion, whether or not it has ended."""
+    def end(self, request: Request) -> None:
+        """End a request that is being completed, with the tokens that it has."""
         for row in self.scheduler.rows:
             if row and row.request is request:
-                return self._tokens(row)
-        return request.tokens
+                self._end(row, "stop")
 
     def _enter(self) -> None:
         entry = self.scheduler.enter()
         if entry.pieces:
             attend, positions = self.cache.prefill([(row.pages, start, end) for row, start, end in entry.pieces])
             ids = np.concatenate([row.tokens[start:end] for row, start, end in entry.pieces])
-            self._hidden_states(upload(ids, self.device), positions, attend)
+            self._hidden_states(upload(ids, self.device), positions, attend, _PREFILL_TOKENS)
         if entry.copies:
             self.cache.copy(*zip(*entry.copies))
         if not entry.rows:
@@ -154,13 +163,13 @@ class Sampler:
         pages = np.full((len(rows), self.page_table.shape[1]), self.cache.num_pages)
         for row, line in zip(rows, pages):
             line[: len(row.pages)] = row.pages
-            done = row.request.tokens
+            done = row.tokens[len(row.request.prompt) :]
             self._make_room(len(done))
             self.tokens[row.place, : len(done)] = done
             self.num_tokens[row.place] = len(done)
             self.limits[row.place] = self.scheduler.limit(row.request)
         places = upload(np.array([row.place for row in rows]), self.device)
-        state = [(row.tokens[-1], row.to_cache, len(row.request.tokens), row.request.key) for row in rows]
+        state = [(row.tokens[-1], row.to_cache, self.num_tokens[row.place], row.request.key) for row in rows]
         state = upload(np.array(state), self.device).T
         for tensor, values in zip((self.newest, self.lengths, self.num_drawn, self.keys), state):
             tensor[places] = values
@@ -174,7 +183,7 @@ class Sampler:
                 ended += self._look()
             else:
                 row = self.scheduler.youngest()
-                row.request.tokens = self._tokens(row)
+                row.request.tokens = max(row.request.tokens, self._tokens(row), key=len)
                 self.scheduler.put_back(row)
         if new:
             places, numbers, pages = upload(np.array(new), self.device).T
@@ -197,18 +206,20 @@ class Sampler:
         """Put the newest tokens of the rows in these places through the model, and draw the next ones: (B,) int64."""
         lengths, num_drawn = self.lengths[places], self.num_drawn[places]
         attend = self.cache.decode(self.page_table[places], lengths)
-        logits = linear(self._hidden_states(self.newest[places], lengths, attend), self.head)[: len(places)]
         c = self.config
+        logits = linear(self._hidden_states(self.newest[places], lengths, attend, c.batch_size), self.head)[
+            : len(places)
+        ]
         tokens = choose(logits, uniform(self.keys[places], num_drawn), c.temperature, c.top_p, c.top_k)
         self.newest[places] = tokens.clamp(min=0)
         self.lengths[places] = (lengths + 1) * (places < c.batch_size)  # nobody's row stays empty
         self.num_drawn[places] = num_drawn + 1
         return tokens
 
-    def _hidden_states(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def _hidden_states(self, ids: Tensor, positions: Tensor, attend: Attend, full_size: int) -> Tensor:
         """Of tokens (N,): (N or more, D)."""
-        if self.device.type == "cpu":
-            filling = -len(ids) % _rounded_to(len(ids))
+        filling = full_size - len(ids) if self.full_size else _filling(len(ids)) if self.device.type == "cpu" else 0
+        if filling:
             ids, positions = F.pad(ids, (0, filling)), F.pad(positions, (0, filling))
         return self.model.hidden_states(ids, positions, attend)
 
@@ -224,9 +235,10 @@ class Sampler:
         return tokens
 
     def _filled_up(self, places: np.ndarray) -> np.ndarray:
-        """With nobody's place up to the next size that there are graphs for: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ..."""
-        size = 1 << (len(places) - 1).bit_length()
-        if size >= 32 and len(places) <= size * 3 // 4:
+        """With nobody's place up to the next size that there are graphs for: batch_size alone, or 1, 2, 4, 8, 16, 24, 32, 48, 64,
+        96, ..."""
+        size = self.config.batch_size if self.full_size else 1 << (len(places) - 1).bit_length()
+        if not self.full_size and size >= 32 and len(places) <= size * 3 // 4:
             size = size * 3 // 4
         return np.pad(places, (0, size - len(places)), constant_values=self.config.batch_size)
 
@@ -258,15 +270,25 @@ class Sampler:
         self._make_room(int(self.num_tokens[going].max(initial=0)) + 1)
         self.tokens[going, self.num_tokens[going]] = tokens[~stopped]
         self.num_tokens[going] += 1
-        full = self.num_tokens[going] >= self.limits[going]
-        ended = []
-        for reason, done in (("stop", places[stopped]), ("length", going[full])):
-            for place in done.tolist():
-                row = self.scheduler.rows[place]
-                row.request.tokens, row.request.finish_reason = self._tokens(row), reason
-                self.scheduler.release(row)
-                ended.append(row.request)
+        fulls = self.num_tokens[going] >= self.limits[going]
+        ended = [self._end(self.scheduler.rows[place], "stop") for place in places[stopped].tolist()]
+        for place, token, full in zip(going.tolist(), tokens[~stopped].tolist(), fulls):
+            row = self.scheduler.rows[place]
+            stream = row.request.stream
+            if stream and self.num_tokens[place] > len(
+                row.request.tokens
+            ):  # else it had the token before it was put back
+                stream.push(token)
+            if full or stream and stream.stopped:
+                ended.append(self._end(row, "stop" if stream and stream.stopped else "length"))
         return ended
+
+    def _end(self, row: Row, reason: str) -> Request:
+        row.request.tokens, row.request.finish_reason = self._tokens(row), reason
+        if row.request.stream:
+            row.request.stream.finish()
+        self.scheduler.release(row)
+        return row.request
 
     def _tokens(self, row: Row) -> list[int]:
         if row is self.scheduler.entering:  # its place still has the last row's
@@ -280,10 +302,10 @@ class Sampler:
             self.tokens = np.pad(self.tokens, ((0, 0), (0, max(room, num_tokens - room))))
 
 
-def _rounded_to(num_tokens: int) -> int:
-    """A CPU takes a multiple of this many tokens at once: each new number may cost a kernel for every product, half a
-    megabyte and a millisecond or two."""
-    return 1 if num_tokens <= 4 else 8 if num_tokens <= 128 else 64
+def _filling(num_tokens: int) -> int:
+    """How many tokens a CPU takes beside so many: each new number may cost a kernel for every product, half a megabyte and a
+    millisecond or two; and a single token is multiplied by other code, which adds up in another order."""
+    return max(2 - num_tokens, -num_tokens % (1 if num_tokens <= 4 else 8 if num_tokens <= 128 else 64))
 
 
 def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> PagedCache:

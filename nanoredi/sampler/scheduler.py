@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanoredi.common.errors import UserError
+from nanoredi.data.tokenizer import Stream
 from nanoredi.sampler.pages import Pages
 
 
@@ -30,7 +31,8 @@ class Request:
         key: what the sample's random numbers depend on (requests_for).
         name: of the prompt, in messages.
         max_tokens: longest completion; None: the sampler's.
-        tokens: the completion, without the stop token; there when it has ended.
+        stream: gets the completion's tokens as they come, and ends it when it has stopped.
+        tokens: the completion, without the stop token but with a stop text; there when it has ended.
         finish_reason: "stop", or "length" when max_tokens or the end of the context came first; None until it ends.
     """
 
@@ -39,12 +41,13 @@ class Request:
     key: int = 0
     name: str = "a prompt"
     max_tokens: int | None = None
+    stream: Stream | None = None
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
 
 def requests_for(prompts: list[list[int]], n: int, seed: int, names: Iterable[str] | None = None) -> list[Request]:
-    """n samples of each prompt, in order. A prompt that comes again gets further samples, not the same ones.
+    """n samples of each prompt, in order. A prompt that comes again gets further samples, numbered on, not the same ones.
 
     Args:
         names: of the prompts, for messages.
@@ -52,9 +55,10 @@ def requests_for(prompts: list[list[int]], n: int, seed: int, names: Iterable[st
     requests = []
     before: Counter[tuple[int, ...]] = Counter()
     for prompt, name in zip(prompts, names or [Request.name] * len(prompts), strict=True):
-        for sample in range(n):
-            requests.append(Request(prompt, sample, _key(seed, prompt, sample + n * before[tuple(prompt)]), name))
-        before[tuple(prompt)] += 1
+        first = before[tuple(prompt)]
+        for sample in range(first, first + n):
+            requests.append(Request(prompt, sample, _key(seed, prompt, sample), name))
+        before[tuple(prompt)] += n
     return requests
 
 
@@ -113,11 +117,24 @@ class Scheduler:
         entered: (B,) int64, a number for each entering of a row, ever rising; 0 where the place is free.
     """
 
-    def __init__(self, num_pages: int, page_size: int, batch_size: int, max_tokens: int, context: int, budget: int):
-        """budget: tokens that are put into the cache between two decode steps."""
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        batch_size: int,
+        max_tokens: int,
+        context: int,
+        budget: int,
+        begins_again: bool = False,
+    ):
+        """
+        Args:
+            budget: tokens that are put into the cache between two decode steps.
+            begins_again: whether a row that was put back makes its tokens again, and not only what the cache held of them.
+        """
         self.pages = Pages(num_pages, page_size)
         self.num_pages, self.page_size = num_pages, page_size
-        self.max_tokens, self.context, self.budget = max_tokens, context, budget
+        self.max_tokens, self.context, self.budget, self.begins_again = max_tokens, context, budget, begins_again
         self.waiting: deque[Request] = deque()
         self.rows: list[Row | None] = [None] * batch_size
         self.entering: Row | None = None  # its prompt is not wholly in the cache yet
@@ -175,7 +192,7 @@ class Scheduler:
             self.entering = None
             self.lengths[row.place] = row.to_cache
             self.rooms[row.place] = len(row.pages) * self.page_size
-            self.left[row.place] = self.limit(row.request) - len(row.request.tokens)
+            self.left[row.place] = self.limit(row.request) - (len(row.tokens) - len(row.request.prompt))
             entry.rows.append(row)
         for source, _ in entry.copies:
             self.pages.release(source)
@@ -221,7 +238,7 @@ class Scheduler:
         if not self.waiting or None not in self.rows:
             return False
         request = self.waiting[0]
-        tokens = request.prompt + request.tokens
+        tokens = request.prompt + ([] if self.begins_again else request.tokens)
         to_cache, size = len(tokens) - 1, self.page_size
         known, begun = self.pages.find(tokens[:to_cache])
         num_pages = -(-to_cache // size)

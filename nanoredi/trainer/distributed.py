@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from nanoredi.common.errors import UserError
+from nanoredi.common.errors import UserError, sentence
 from nanoredi.kernels.dispatch import prepare_for_training, triton
 from nanoredi.kernels.layers import product
 from nanoredi.model.qwen2 import Block, Qwen2
@@ -38,13 +38,16 @@ class World:
     device: torch.device
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """Do some work on rank 0 and give its result to every rank; a UserError of it is raised on every rank."""
+        """Do some work on rank 0 and give its result to every rank; a UserError of it, or a disk's error, is raised on
+        every rank."""
         outcome: list = [None, None]
         if self.rank == 0:
             try:
                 outcome[0] = work()
-            except UserError as error:
-                outcome[1] = str(error)
+            except Exception as error:
+                if (text := sentence(error)) is None:
+                    raise
+                outcome[1] = text
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise UserError(outcome[1])
@@ -210,47 +213,58 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that "float32", "bfloat16" or "auto" stands for on a device; auto takes bfloat16 where it is the
-    faster one.
-
-    On a CPU that is measured (a fifth of a second): with units for it, it is far ahead, without them far behind.
+    """The dtype that "float32", "bfloat16" or "auto" stands for on a device; auto takes bfloat16 where the device has
+    units for it.
 
     Raises:
         UserError: for a GPU without Triton, and for bfloat16 on a GPU that has none.
     """
     if device.type == "cuda":
-        able = torch.cuda.get_device_capability(device) >= (8, 0)
+        has_units = torch.cuda.get_device_capability(device) >= (8, 0)
         if triton is None:
             raise UserError(
                 "a GPU's kernels are written in Triton, which is not installed: pip install triton, or leave the GPU "
                 "alone with CUDA_VISIBLE_DEVICES="
             )
-        if name == "bfloat16" and not able:
+        if name == "bfloat16" and not has_units:
             raise UserError(
                 f"{torch.cuda.get_device_name(device)} does not multiply in bfloat16 (compute capability 8.0 and later "
                 "do): give --dtype float32, or auto"
             )
-        if name == "auto":
-            return torch.bfloat16 if able else torch.float32
+    else:
+        can = torch.cpu.get_capabilities()
+        has_units = can.get("amx_bf16") or can.get("avx512_bf16")
     if name != "auto":
         return getattr(torch, name)
-    return torch.bfloat16 if _product_seconds(torch.bfloat16) < 0.8 * _product_seconds(torch.float32) else torch.float32
+    return torch.bfloat16 if has_units else torch.float32
 
 
-def _product_seconds(dtype: torch.dtype, size: int = 512, device: torch.device | str = "cpu") -> float:
-    """The shortest of many products: others may be at work on the device, too."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    times: list[float] = []
-    while len(times) < 4 or sum(times) < 0.1:
-        start = time.perf_counter()
-        product(a, a)
-        if a.is_cuda:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+def settled_dtype(name: str, before: str = "auto") -> str:
+    """The dtype that some work is done in, "float32" or "bfloat16": the one asked for; or, for "auto", the one that the work
+    began with, so that it can go on elsewhere; or compute_dtype's."""
+    if name == before == "auto":
+        return str(compute_dtype(name, torch.device("cuda" if torch.cuda.is_available() else "cpu")))[6:]
+    return before if name == "auto" else name
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second that the device reaches in a large matrix product, measured (a tenth of a second)."""
-    size = 8192 if device.type == "cuda" else 512
-    return 2 * size**3 / _product_seconds(dtype, size, device)
+    """Operations a second that the device reaches in a large matrix product, measured (a tenth of a second).
+
+    Others may be at work on the device, too. On a GPU the shortest of many products counts. On a CPU one thread's own time
+    does, times the threads: it stands still while another process has the core, and no thread waits for another.
+    """
+    on_gpu, num_threads = device.type == "cuda", torch.get_num_threads()
+    size, clock = (8192, time.perf_counter) if on_gpu else (512, time.thread_time)
+    a = torch.randn(size, size, device=device).to(dtype)
+    times: list[float] = []
+    torch.set_num_threads(1)
+    try:
+        while len(times) < 4 or sum(times) < 0.1:
+            start = clock()
+            product(a, a)
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            times.append(clock() - start)
+    finally:
+        torch.set_num_threads(num_threads)
+    return 2 * size**3 / min(times) * (1 if on_gpu else num_threads)

@@ -3,7 +3,6 @@
 A step's figures wait on the device until a line is due; that is the only time the loop waits for it.
 """
 
-import json
 import math
 import resource
 import sys
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from nanoredi.common.errors import UserError
+from nanoredi.common.files import write_row, write_text
+from nanoredi.common.runs import metrics_row
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.trainer.distributed import World
 
@@ -88,17 +89,20 @@ class Log:
         now = time.perf_counter()
         seconds = now - self.last
         tokens_per_s = sum(step.tokens for step in self.waiting) / seconds
-        share = sum(step.flops for step in self.waiting) / seconds / (self.matrix_rate * self.world.size)
+        rate = sum(step.flops for step in self.waiting) / seconds / self.world.size
+        # Where steps are faster than the product that was measured, the device reaches at least their rate.
+        self.matrix_rate = max(self.matrix_rate, rate)
         common = {
             "tokens_per_s": round(tokens_per_s, 1),
             "peak_memory_gb": round(peak_memory_gb(self.world.device), 3),
-            "matrix_share": round(share, 4),
+            "matrix_share": round(rate / self.matrix_rate, 4),
         }
         pairs = [(step, {**self._row(step, v), **common}) for step, v in zip(self.waiting, values)]
         self.waiting, self.last = [], now
         if self.world.rank == 0:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for _, row in pairs)
+            with open(self.path, "ab", buffering=0) as file:
+                for _, row in pairs:
+                    write_row(file, row)
             self.line = self._line(pairs[-1][1], now)
             print(self.line, flush=True)
             for row in (row for _, row in pairs if WATCHED[0] in row):
@@ -158,18 +162,16 @@ def drop_steps_after(path: Path, step: int) -> None:
     """Keep the rows of metrics.jsonl up to a step: those after it are about to be made again."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept, lines = {}, path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # the torn end of a killed run
-            break
-        if row["step"] > step:
-            break
-        kept.append(line + "\n")
-    beside = path.with_suffix(".writing")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)
+            row = metrics_row(f"{path}, line {number}", line)
+        except UserError as error:
+            if number < len(lines):  # the last one is what a kill leaves: nothing, or half a row
+                print(f"warning: {error}; this row is left out", flush=True)
+        else:
+            kept |= {row["step"]: line + "\n"} if row["step"] <= step else {}
+    write_text(path, "".join(kept.values()))
 
 
 def _tensorboard(folder: Path, first: int) -> Any:

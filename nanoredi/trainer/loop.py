@@ -7,17 +7,16 @@ state (state.py).
 """
 
 import os
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from nanoredi import objectives
 from nanoredi.common.errors import Stopped, UserError
+from nanoredi.common.runs import holds_model
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.batch import num_steps, step_rows
 from nanoredi.data.sequences import TokenData, load_pairs, load_sft
@@ -63,15 +62,14 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
                 continue
             run.guards.look(run.log.flush())
             if saves:
-                save_model(run.model, out / f"step-{number:06d}", run.dtype, world)
-            notes = {**run.guards.state(), "began_with": run.began_with}
-            run.states.save(number, training_tensors(run.model, run.optimizer), notes)
+                save_model(run, out / f"step-{number:06d}", number, world)
+            save_state(run, number)
             if stops:
                 run.states.wait()
                 what = f"{_stage(config)} was asked to stop: step {number} is saved"
                 raise Stopped(f"{what}, the same command goes on from there")
         run.guards.look(run.log.flush())
-    save_model(run.model, out / "final", run.dtype, world)
+    save_model(run, out / "final", run.total, world)
     run.states.drop()
     world.say(f"{_stage(config)}: saved {out / 'final'}")
 
@@ -82,7 +80,7 @@ class _Run:
 
     Attributes:
         dtype: of the compute, and of the saved models.
-        began_with: digests of what the run depends on beside its config.
+        began_with: what the run depends on beside its config: digests, and the dtype where that says auto.
         first, total: the steps that are done already, and those in all.
         watch: pairs whose log-probs are looked at along the run; None without any.
     """
@@ -111,7 +109,7 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
     # Measured, so one rank decides.
     dtype, rate = world.first(lambda: _dtype_and_rate(config.dtype, world.device))
     set_up(model, config, dtype, world)
-    began_with = {"data": data.digest}
+    began_with = {"data": data.digest, "dtype": str(dtype)[6:]}
     if isinstance(config, RediConfig) and config.objective == "dpo":
         data.reference, began_with["reference"] = reference_logps(config, model, data, dtype, world)
     optimizer = AdamW(model, config.lr, config.weight_decay)
@@ -125,7 +123,6 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
     states, guards = States(Path(config.out) / "state", world), Guards(config, world)
     first = _resume(states, model, optimizer, guards, began_with, world)
     log = Log(config, first, total, rate, world, _stage(config))
-    world.first(lambda: _drop_unfinished(Path(config.out)))
     return _Run(model, data, dtype, optimizer, began_with, states, guards, log, first, total, watch)
 
 
@@ -140,11 +137,27 @@ def set_up(model: Qwen2, config: SftConfig | RediConfig, dtype: torch.dtype, wor
     shard(model, world, dtype, config.reshard_after_forward, config.shard_size)
 
 
-def save_model(model: Qwen2, folder: Path, dtype: torch.dtype, world: World) -> None:
-    """Save the model, unless this run has done so before it was broken off."""
-    if not world.first(folder.exists):
-        model.save_pretrained(folder, dtype)
-        dist.barrier()
+def save_state(run: _Run, step: int) -> None:
+    notes = {**run.guards.state(), "began_with": run.began_with}
+    run.states.save(step, training_tensors(run.model, run.optimizer), notes)
+
+
+def save_model(run: _Run, folder: Path, step: int, world: World) -> None:
+    """Save the model of a step, unless this run has done so before it was broken off.
+
+    Raises:
+        UserError: when it cannot be saved; then the step's state is, and the same command tries again from there.
+    """
+    failure = None
+    try:
+        if not world.first(lambda: holds_model(folder)):
+            run.model.save_pretrained(folder, run.dtype)
+    except UserError as error:
+        failure = str(error)
+    if failure := world.first(lambda: failure):
+        save_state(run, step)
+        run.states.wait()
+        raise UserError(f"{failure}; the state of step {step} is saved, the same command goes on from there")
 
 
 def _dtype_and_rate(name: str, device: torch.device) -> tuple[torch.dtype, float]:
@@ -170,20 +183,19 @@ def _resume(
     if notes is None:
         return 0
     for what, digest in began_with.items():
-        if notes["began_with"].get(what) != digest:
-            other = {"data": "other data, or another tokenizer", "reference": "another model as DPO's reference"}[what]
+        before = notes["began_with"].get(what, digest)  # former states have no dtype
+        if before != digest:
+            other = {
+                "data": "other data, or another tokenizer",
+                "dtype": f"--dtype {before}, not {digest}",
+                "reference": "another model as DPO's reference",
+            }[what]
             raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
     guards.restore(notes)
     for count in optimizer.num_steps:
         count.fill_(notes["step"] - notes["skipped"])
     world.say(f"going on after step {notes['step']}")
     return notes["step"]
-
-
-def _drop_unfinished(out: Path) -> None:
-    """Remove the models that a killed run was writing."""
-    for folder in (*out.glob("step-*.writing"), *out.glob("final.*.writing")):
-        shutil.rmtree(folder)
 
 
 def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World) -> TokenData:

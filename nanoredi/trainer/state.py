@@ -1,19 +1,20 @@
 """The training state, for an exact resume: weights, AdamW's moments, and where the run was.
 
-    out/state/step-000200/    one safetensors file a rank, and state.json: the notes, and every file's size and digest
+    out/state/step-000200/    one safetensors file a rank, and state.json: the notes, every file's size and digest, and a
+                              digest of all that
 
 torch.distributed.checkpoint writes and reads the tensors, so another number of ranks can go on. Its own format keeps a
-pickle beside the data; its safetensors one does not. A state is written beside (step-000200.writing) while the training
-goes on, and gets its name when all of it is on the disk and digested; then the oldest goes, so that two remain. A state
-that has its name but not its digests is told to the user and the one before it is taken.
+pickle beside the data; its safetensors one does not. A state is written beside its place while the training goes on, and
+gets its name when all of it is on the disk and digested; then the oldest goes, so that two remain. A state that is not as
+it was written is told to the user and set aside (step-000200.damaged-1), and the one before it is taken.
 
 No random number is drawn while training: which rows a step has follows from the seed and the step's number (batch.py),
 so the step is all that a resume needs to know of the data's order.
 """
 
-import hashlib
+import contextlib
+import itertools
 import json
-import shutil
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,13 +24,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
+from nanoredi.common.disk import digest, file_digest, move_into_place, path_beside, remove, remove_leftovers
 from nanoredi.common.errors import UserError
+from nanoredi.common.files import check, read_json
 from nanoredi.trainer.distributed import World
 from nanoredi.trainer.optimizer import AdamW
 
 KEEP = 2
 _NOTES = "state.json"
+_SHAPE = {"step": range(1, 10**9), "notes": dict, "files": {str: [(int, str)]}, "digest?": str}
 
 
 def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
@@ -41,7 +46,7 @@ def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
 
 
 class States:
-    """The states of a run. Every rank has one and calls its methods together."""
+    """The states of a run whose folder this job has locked. Every rank has one and calls its methods together."""
 
     def __init__(self, folder: Path, world: World):
         self.folder, self.world = folder, world
@@ -59,8 +64,10 @@ class States:
             UserError: when the state before this one could not be written.
         """
         self.wait()
-        beside = self.folder / f"step-{step:06d}.writing"
-        self.world.first(lambda: (shutil.rmtree(beside, ignore_errors=True), beside.mkdir(parents=True)) and None)
+        if step == self.newest:
+            return
+        beside = path_beside(self.folder / f"step-{step:06d}")
+        beside = self.world.first(lambda: (beside.mkdir(parents=True), beside)[1])
         self.named.clear()
         copies = (
             {name: t.detach().clone() for name, t in tensors.items()} if self.world.device.type == "cpu" else tensors
@@ -104,55 +111,71 @@ class States:
         if found is None:
             return None
         path, notes = found
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), process_group=self.group)
+        try:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), process_group=self.group)
+        except CheckpointException as error:
+            raise UserError(f"the training state {path} is not this model's: {_cause(error)}") from None
         self.newest = notes["step"]
         return notes
 
     def drop(self) -> None:
         """Remove all states: the run has ended and needs none."""
         self.wait()
-        self.world.first(lambda: shutil.rmtree(self.folder, ignore_errors=True))
+        self.world.first(lambda: remove(self.folder))
 
     def _name(self, beside: Path, step: int, notes: dict[str, Any], future: Future) -> None:
         """On rank 0, in the writer's thread: digest what was written, give it its name, and let the oldest go."""
         try:
             future.result()
-            files = _digests(sorted(beside.iterdir()))
-            text = json.dumps({"step": step, "notes": notes, "files": files}, indent=1)
+            kept = {"step": step, "notes": notes, "files": _digests(sorted(beside.iterdir()))}
+            text = json.dumps({**kept, "digest": _digest_of(kept)}, indent=1)
             (beside / _NOTES).write_text(text, encoding="utf-8")
-            beside.rename(beside.with_suffix(""))
+            move_into_place(beside, self.folder / f"step-{step:06d}")
             self.newest = step
             for old in self._steps()[:-KEEP]:
-                shutil.rmtree(old)
+                remove(old)
         except BaseException as error:  # dcp's own is no Exception; wait() raises it in the loop
             self.failure = _cause(error)
-            shutil.rmtree(beside, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(beside)
         finally:
             self.named.set()
 
     def _steps(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".writing")
+        return sorted(path for path in self.folder.glob("step-*") if path.name[5:].isdigit())
 
     def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
-        for torn in self.folder.glob("*.writing"):
-            shutil.rmtree(torn)
+        remove_leftovers(self.folder, locked=True)
         for path in reversed(self._steps()):
             try:
-                kept = json.loads((path / _NOTES).read_text(encoding="utf-8"))
-                files, notes = kept["files"], {"step": kept["step"], **kept["notes"]}
-                found = _digests([path / name for name in files])
-                torn = [name for name, digest in files.items() if found[name] != digest]
-            except OSError as error:
-                torn = [Path(error.filename or _NOTES).name]
-            except (ValueError, KeyError, TypeError):
-                torn = [_NOTES]
-            if not torn:
-                return path, notes
-            print(
-                f"warning: the training state {path} is damaged ({', '.join(torn)}); the one before it is tried",
-                flush=True,
-            )
+                return path, _notes_of(path)
+            except UserError as error:
+                # Its name is wanted again; what it holds is kept.
+                aside = next(p for i in itertools.count(1) if not (p := path.with_suffix(f".damaged-{i}")).exists())
+                path.rename(aside)
+                print(f"warning: {error}; it is kept as {aside.name}, the one before it is tried", flush=True)
         return None
+
+
+def _notes_of(path: Path) -> dict[str, Any]:
+    """The notes of a state.
+
+    Raises:
+        UserError: when it is not whole: as it was written, and with nothing added.
+    """
+    kept = check(str(path / _NOTES), read_json(path / _NOTES), _SHAPE)
+    # States of earlier versions have no digest of their notes.
+    if kept.pop("digest", None) not in (None, _digest_of(kept)):
+        raise UserError(f"the training state {path} is damaged ({_NOTES})")
+    names = {file.name for file in path.iterdir()} - {_NOTES}
+    try:
+        found = _digests([path / name for name in sorted(names)])
+    except OSError as error:
+        raise UserError(f"the training state {path} cannot be read ({error.strerror})") from None
+    wrong = [name for name in sorted({*names, *kept["files"]}) if found.get(name) != kept["files"].get(name)]
+    if wrong:
+        raise UserError(f"the training state {path} is damaged ({', '.join(wrong)})")
+    return {"step": kept["step"], **kept["notes"]}
 
 
 def _digests(paths: list[Path]) -> dict[str, list]:
@@ -163,8 +186,11 @@ def _digests(paths: list[Path]) -> dict[str, list]:
 
 def _digest(path: Path) -> list:
     """A file's size and blake2b."""
-    with open(path, "rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
+    return [path.stat().st_size, file_digest(path, 16).hex()]
+
+
+def _digest_of(kept: dict[str, Any]) -> str:
+    return digest(json.dumps([kept[key] for key in ("step", "notes", "files")], sort_keys=True).encode())
 
 
 def _cause(error: BaseException) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.benchmarks import PAPER, golds_of, load
+from nanoredi.data.benchmarks import PAPER, PAPER_TEMPLATE, frame, golds_of, load, load_all, with_system
 from nanoredi.grader import grade
 
 
@@ -40,7 +40,7 @@ def test_one_s_own_rows(tmp_path):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ('{"answer": 2}\n', "line 1 has no text in 'problem'"),
+        ('{"answer": 2}\n', "line 1 has no text in 'problem' or 'question'"),
         ('{"problem": "x", "answer": null}\n', "line 1 has no 'answer'"),
         ('{"problem": "x", "answer": []}\n', "line 1 has no 'answer'"),
         ('{"problem": "x", "answer": true}\n', "line 1 has no 'answer'"),
@@ -99,6 +99,16 @@ def test_a_named_benchmark_may_be_jsonl(tmp_path):
     [
         ("142.0", ["142.0"]),
         (142.0, ["142"]),
+        (12345678.0, ["12345678"]),
+        (1234567.25, ["1234567.25"]),
+        (1e23, ["1" + "0" * 23]),
+        (1e-7, ["0.0000001"]),
+        (-3.0, ["-3"]),
+        (0.1 + 0.2, ["0.30000000000000004"]),
+        (123456789012345678901, ["123456789012345678901"]),
+        ("48/2 = <<48/2=24>>24\n#### 72", ["72"]),
+        ("#### 1,234 ", ["1,234"]),
+        ("So \\boxed{1} or rather \\boxed{\\frac{1}{2}}.", ["\\frac{1}{2}"]),
         ("['9.6\\n']", ["9.6"]),
         ("['0.01\\n', \"0.02\"]", ["0.01", "0.02"]),
         (["a ", "b\n"], ["a", "b"]),
@@ -108,3 +118,98 @@ def test_a_named_benchmark_may_be_jsonl(tmp_path):
 )
 def test_answers_as_files_have_them(answer, golds):
     assert golds_of("here", answer) == golds
+
+
+def test_the_one_frame_of_a_problem():
+    problem = "What is {problem} in $\\frac{1}{2}$?"
+    ((role, text),) = (m.values() for m in frame(problem, "paper"))
+    assert (
+        role == "user" and text.startswith("Solve the following") and text.endswith(f"before answering.\n\n{problem}")
+    )
+    assert "$\\boxed{ANSWER}$" in text
+    assert frame(problem) == frame(problem, "") == frame(problem, "plain") == [{"role": "user", "content": problem}]
+    assert frame("1+1", "In \\boxed{}: {problem}?")[0]["content"] == "In \\boxed{}: 1+1?"
+    system = {"role": "system", "content": "Be brief."}
+    assert frame("1+1", system="Be brief.") == [system, {"role": "user", "content": "1+1"}]
+    assert with_system([system], "Be long.") == [system]
+
+
+def test_the_paper_s_frame():
+    """As both programs that the original evaluates with have it: two spaces after "clearly."."""
+    assert PAPER_TEMPLATE == (
+        "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
+        "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) where "
+        "ANSWER is just the final number or expression that solves the problem. Think step by step before answering.\n\n"
+        "{problem}"
+    )
+
+
+PUBLISHED = {  # a row as its publisher has it, and its gold answer
+    "aime24": ({"id": 60, "problem": "p", "solution": "\\boxed{204}", "url": "u"}, ["204"]),
+    "aime25": ({"problem": "p", "answer": "70", "id": "0"}, ["70"]),
+    "amc23": ({"id": 0, "answer": "27.0", "url": "u", "question": "p"}, ["27.0"]),
+    "minervamath": ({"question": "p", "answer": "4.5e33"}, ["4.5e33"]),
+    "gsm8k": ({"question": "p", "answer": "48/2 = <<48/2=24>>24\n#### 72"}, ["72"]),
+    "AIME2025": ({"question": "p", "answer": "588"}, ["588"]),
+    "OlympiadBench": (
+        {"id": 1, "question": "p", "solution": ["long"], "final_answer": ["$2$"], "context": None, "error": None},
+        ["$2$"],
+    ),
+    "math": ({"problem": "p", "level": "Level 5", "solution": "so \\boxed{\\frac{1}{2}}"}, ["\\frac{1}{2}"]),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files(tmp_path, name, suffix):
+    row, golds = PUBLISHED[name]
+    path = tmp_path / f"test{suffix}"
+    if suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps([row] if suffix == ".json" else row), encoding="utf-8-sig")
+    benchmark = load(str(path), "")
+    assert (benchmark.problems, benchmark.golds) == (["p"], [golds])
+    assert grade(f"\\boxed{{{golds[0]}}}", benchmark.golds[0])
+
+
+def test_a_solution_without_a_box_is_no_answer(tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"problem": "p", "solution": "It is 5."}\n')
+    with pytest.raises(UserError, match="line 1 has no 'answer'"):
+        load(str(tmp_path / "b.jsonl"), "")
+
+
+def test_not_a_number_is_no_answer(tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"problem": "p", "answer": NaN}\n')
+    with pytest.raises(UserError, match="line 1"):
+        load(str(tmp_path / "b.jsonl"), "")
+
+
+def test_aime25_by_name(tmp_path):
+    (tmp_path / "aime25.jsonl").write_text('{"problem": "p", "answer": "1"}\n' * 30)
+    benchmark = load("aime25", str(tmp_path))
+    assert (benchmark.name, len(benchmark.problems)) == ("aime25", 30) and benchmark.questions[0].startswith("Solve")
+    (tmp_path / "amc23.jsonl").write_text('{"question": "p", "answer": "1"}\n' * 40)
+    with pytest.raises(UserError, match="holds 40 problems; amc23 has 83, and another set goes by its path"):
+        load("amc23", str(tmp_path))
+
+
+def test_a_frame_of_one_s_own(tmp_path):
+    path = tmp_path / "b.jsonl"
+    path.write_text('{"problem": "1+1", "answer": 2}\n')
+    questions = [load(str(path), "", template=t).questions for t in ("", "plain", "paper", "{problem}={}")]
+    assert questions[:2] == [["1+1"], ["1+1"]] and questions[2][0].startswith("Solve") and questions[3] == ["1+1={}"]
+
+
+def test_files_of_one_name(tmp_path):
+    files = ["a/x/t.jsonl", "b/x/t.jsonl", "b/y/t.jsonl", "b/y/t.json", "u.jsonl", "math500.jsonl", "d/math500.json"]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text('{"problem": "p", "answer": 1}\n')
+    (tmp_path / "d/math500.json").write_text(json.dumps([{"problem": "p", "answer": 1}] * 500))
+    names = [*(str(tmp_path / file) for file in files[:-1]), "math500"]
+    loaded = [benchmark.name for benchmark in load_all(names, str(tmp_path / "d"))]
+    assert loaded == ["a/x/t", "b/x/t", "t.jsonl", "t.json", "u", f"{tmp_path.name}/math500", "math500"]
+    with pytest.raises(UserError, match="--benchmarks names .*/d/../u.jsonl twice|--benchmarks names .*u.jsonl twice"):
+        load_all([names[4], str(tmp_path / "d" / ".." / "u.jsonl")], "")

@@ -8,7 +8,7 @@ from nanoredi import prepare
 from nanoredi.common.errors import UserError
 from nanoredi.data.decontaminate import Overlap
 from nanoredi.data.filters import Traces
-from nanoredi.data.tokenizer import user_message
+from nanoredi.data.messages import user_message
 
 EIGHT = "one two three four five six seven eight"
 
@@ -102,7 +102,7 @@ def test_reported_by_default_and_dropped_on_demand(run, tmp_path, toy_data, benc
 
 
 def test_bad_benchmarks(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"problem": "1"}\n{"question": "1"}\n')
+    (tmp_path / "a.jsonl").write_text('{"problem": "1"}\n{"text": "1"}\n')
     with pytest.raises(UserError, match="a.jsonl, line 2 has no text in 'problem'"):
         Overlap([str(tmp_path / "a.jsonl")])
     with pytest.raises(UserError, match="cannot read .*b.json: No such file"):

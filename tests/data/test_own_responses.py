@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from templates import DEEPSEEK, small_folder
 
 from nanoredi import prepare, toy
 from nanoredi.common.errors import UserError
@@ -75,6 +76,37 @@ def test_a_row_a_problem(prepared):
     assert sft == {"a=1b+2": RIGHT, "a=2b+2": "\\boxed{4}"} and pairs == {"a=1b+2": (RIGHT, WRONG)}
 
 
+def test_a_problem_with_two_answers_is_dropped_counted_and_named(prepared, capsys):
+    sft, pairs = prepared(
+        response(RIGHT, 0),
+        response(RIGHT, 0, "a=2b+1", "3"),
+        response(WRONG, 1, "a=2b+1", "4"),
+        response(WRONG, 2, "a=2b+1", "3"),
+        response(WRONG, 1, answer=3.0),
+    )
+    assert pairs == {"a=1b+2": (RIGHT, WRONG)} and len(sft) == 1
+    said = capsys.readouterr().err
+    assert "Dropped 1 of 2 problems, whose rows give more than one answer" in said
+    assert "rows.jsonl, line 2 and " in said and "rows.jsonl, line 3." in said
+
+
+def test_thinking_that_the_template_opened_is_opened_once_in_either_layout(tmp_path, tokenizer):
+    deepseek = Tokenizer(small_folder(tmp_path, DEEPSEEK))
+    texts = ["A</think>\\boxed{3}", "<think>\nA</think>\\boxed{3}", "\\boxed{3}"]
+    rows = [(f"line {i}", response(text, i, "Q")) for i, text in enumerate(texts)]
+    with Spool(tmp_path / "spool") as spool:
+        own.gather(rows, spool, deepseek, grading=True)
+        ((_, row),) = own.gathered(spool)
+    assert row["generations"] == ["<think>\nA</think>\\boxed{3}"] * 2 + ["<think>\n\\boxed{3}"]
+    other = own.labelled("here", {"problem": "Q", "generations": texts, "answer": "3"}, deepseek, grading=True)
+    rows = [("here", response("\\boxed{3}", i, "Q", reasoning_content=thinking)) for i, thinking in enumerate("AB")]
+    with Spool(tmp_path / "spool-2") as spool:
+        own.gather(rows, spool, deepseek, grading=True)
+        ((_, beside),) = own.gathered(spool)
+    assert beside["generations"] == [f"<think>\n{thinking}\n</think>\n\n\\boxed{{3}}" for thinking in "AB"]
+    assert other["generations"] == row["generations"] and other["correct"] == row["correct"] == [True, True, False]
+
+
 def test_labels_that_come_with_the_rows(prepared, tmp_path):
     rows = [response(WRONG, 0, correct=True), response(RIGHT, 1, correct=False)]
     assert prepared(*rows, grading=False)[1] == {"a=1b+2": (WRONG, RIGHT)}
@@ -97,15 +129,14 @@ def test_thinking_that_the_template_opened_belongs_to_the_response(tmp_path, tok
         assert own.gather(rows, spool, Tokenizer(tmp_path), grading=True) == 1
         ((where, row),) = own.gathered(spool)
     assert where == "line 0" and row["correct"] == [True, False, False]
-    assert row["generations"] == [f"<think>\n{texts[0]}", f"<think>\n{texts[1]}", ""]
+    assert row["generations"] == [f"<think>{texts[0]}", f"<think>{texts[1]}", ""]
 
 
 @pytest.mark.parametrize(
     "row, grading, words",
     [
-        ({"prompt": "a=1", "completion": "1"}, True, "line 2: 'answer' is None; it was '3' in .*line 1"),
+        ({"prompt": "a=1", "completion": "1"}, True, "line 2 has no field 'answer'"),
         ({"prompt": "a=2", "completion": "1"}, True, "line 2 has no field 'answer'"),
-        (response("1", answer="4"), True, "line 2: 'answer' is '4'; it was '3' in .*rows.jsonl, line 1"),
         (response("1", prompt="a=2", answer=True), True, "line 2 has no 'answer'"),
         (response(1), True, "line 2 must hold 'completion'"),
         ({"generations": ["1"], "answer": "1"}, True, "line 2 must hold 'completion'"),
@@ -115,7 +146,7 @@ def test_thinking_that_the_template_opened_belongs_to_the_response(tmp_path, tok
     ],
 )
 def test_bad_rows_are_named(prepared, row, grading, words):
-    first = response(RIGHT, prompt=row.get("prompt", "a=1") if words.startswith("line 2: 'answer'") else "a=1b+2")
+    first = response(RIGHT)
     with pytest.raises(UserError, match=words):
         prepared(first, row, grading=grading)
 

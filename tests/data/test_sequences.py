@@ -1,6 +1,5 @@
 """Rows to tokens: the two stages' rules, golden ids, limits, the cache, malformed rows."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -8,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from templates import real_folder
 
 from nanoredi.common.errors import UserError
+from nanoredi.data.messages import user_message
 from nanoredi.data.sequences import load_pairs, load_sft
 from nanoredi.data.tokenizer import Tokenizer
 
@@ -93,6 +94,85 @@ def test_real_ids_of_both_stages_are_pinned(shared, write, cache):
     assert sequence(pairs, 1)[0].tolist() == [*head, 18, 151645, 198, 151643]
 
 
+# By the published templates, as transformers renders and tokenises them.
+INSTRUCT = [151644, 8948, 198, 2610, 525, 1207, 16948, 11, 3465, 553, 54364, 14817, 13, 1446, 525, 264, 10950, 17847]
+INSTRUCT += [13, 151645, 198, 151644, 872, 198, 16, 10, 16, 30, 151645, 198, 151644, 77091, 198]
+QWEN3 = [151644, 872, 198, 16, 10, 16, 30, 151645, 198, 151644, 77091, 198]
+DEEPSEEK = [151646, 151644, 16, 10, 16, 30, 151645, 151648, 198]
+
+
+@pytest.mark.parametrize(
+    "family, prompt, trace, plain",
+    [
+        (
+            "qwen2.5-instruct",
+            INSTRUCT,
+            [13708, 766, 397, 2212, 624, 522, 26865, 1339, 17, 151645, 198],
+            [32313, 151645, 198],
+        ),
+        (
+            "qwen3",
+            QWEN3,
+            [151667, 198, 2212, 624, 151668, 271, 17, 151645, 198],
+            [151667, 271, 151668, 271, 32313, 151645, 198],
+        ),
+        ("deepseek-r1-distill-qwen", DEEPSEEK, [2212, 624, 151649, 271, 17, 151643], [32313, 151643]),
+    ],
+)
+def test_whole_conversations_of_other_families_are_pinned(shared, write, cache, tmp_path, family, prompt, trace, plain):
+    tokenizer = Tokenizer(real_folder(tmp_path, shared, family))
+    answer = "<think>\nAdd.\n</think>\n\n2"
+    assert tokenizer.encode(tokenizer.prompt(user_message("1+1?"))) == prompt
+    stage_1 = load_sft(write(conversation("1+1?", answer)), tokenizer, 100, cache)
+    stage_2 = load_pairs(write({"prompt": "1+1?", "chosen": answer, "rejected": "Okay"}), tokenizer, 100, 100, cache)
+    for (tokens, learned), completion in zip(
+        (sequence(stage_1, 0), sequence(stage_2, 0), sequence(stage_2, 1)), (trace, trace, plain)
+    ):
+        assert tokens.tolist() == [*prompt, *completion]
+        assert learned.tolist() == [False] * len(prompt) + [True] * len(completion)
+    # Tokenised at once, the line break after an opened <think> would be one token with the answer's.
+    if tokenizer.prompt(user_message("1+1?")).endswith("<think>\n"):
+        for answer in ("<think>\n\nA</think>2", "\nA</think>2"):
+            tokens, learned = sequence(load_sft(write(conversation("1+1?", answer)), tokenizer, 100, cache), 0)
+            assert tokens[~learned].tolist() == prompt and tokenizer.decode(tokens[learned].tolist()).startswith("\nA")
+
+
+def test_rows_that_are_nothing_to_learn_from_are_counted(tokenizer, write, cache):
+    data = load_sft(
+        write(conversation(), conversation("a=1", " \n"), conversation("a=1", "<eos>")), tokenizer, 50, cache
+    )
+    assert len(data) == 1
+    assert [note.split(": ", 1)[1] for note in data.notes] == [
+        "2 of 3 rows dropped: an answer is nothing but white space"
+    ]
+    rows = PAIR, {**PAIR, "rejected": "  "}, {**PAIR, "rejected": PAIR["chosen"]}, {**PAIR, "chosen": "1<eos>"}
+    data = load_pairs(write(*rows), tokenizer, 50, 50, cache)
+    assert len(data) == 2
+    assert [note.split(": ", 1)[1] for note in data.notes] == [
+        "1 of 4 rows dropped: an answer is nothing but white space",
+        "1 of 4 rows dropped: chosen and rejected are the same",
+        "1 of 4 rows have the template's end on an answer: it is taken once",
+    ]
+
+
+def test_the_weight_of_a_row(tokenizer, write, cache):
+    rows = [{**conversation(), "weight": weight} for weight in (None, 0.25, -1, 0)]
+    assert load_sft(write(*rows), tokenizer, 50, cache).row_weights.tolist() == [1.0, 0.25, -1.0, 0.0]
+    pairs = load_pairs(write(PAIR, {**PAIR, "chosen_weight": 0.5}), tokenizer, 50, 50, cache)
+    assert pairs.row_weights.tolist() == [1.0, 1.0, 0.5, 1.0]
+    for weight in (1.5, -2, "1", True):
+        with pytest.raises(UserError, match="line 1: 'weight' must be a number from -1 to 1, not "):
+            load_sft(write({**conversation(), "weight": weight}), tokenizer, 50, cache)
+    with pytest.raises(UserError, match="line 1: 'chosen_weight' must be a number from 0 to 1, not '-1'"):
+        load_pairs(write({**PAIR, "chosen_weight": -1}), tokenizer, 50, 50, cache)
+
+
+def test_half_a_surrogate_pair_is_named(shared, write, cache):
+    tokenizer = Tokenizer(shared / "qwen2.5-tokenizer")
+    with pytest.raises(UserError, match=r"line 2: half a surrogate pair, .*user\\nx=\\ud83d'"):
+        load_sft(write(conversation(), conversation("x=\ud83d 1")), tokenizer, 50, cache)
+
+
 def test_toy_rows(tokenizer, write, cache):
     data = load_sft(write(conversation()), tokenizer, 100, cache)
     tokens, learned = sequence(data, 0)
@@ -154,19 +234,44 @@ def test_the_cache_is_used_and_follows_data_limits_and_tokenizer(tokenizer, writ
     assert len(list(Path(cache).iterdir())) == 4
 
 
-def test_a_second_start_does_not_read_the_data(tokenizer, write, cache, monkeypatch):
-    path = write(PAIR, PAIR)
-    os.utime(path, (10**9, 10**9))
-    first = load_pairs(path, tokenizer, 50, 50, cache)
-    with monkeypatch.context() as m:
-        m.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
-        assert np.array_equal(load_pairs(path, tokenizer, 50, 50, cache).tokens, first.tokens)
-    # Another size, or the same size at another time, is looked at again, and so is what has just been written.
-    assert len(load_pairs(write(PAIR), tokenizer, 50, 50, cache)) == 1
+def test_data_that_changes_behind_its_size_and_time_is_noticed(tokenizer, write, cache):
     for rejected in ("\\boxed{5}", "\\boxed{6}"):
-        now = load_pairs(write(PAIR, {**PAIR, "rejected": rejected}), tokenizer, 50, 50, cache)
+        path = write(PAIR, {**PAIR, "rejected": rejected})
+        os.utime(path, (10**9, 10**9))
+        now = load_pairs(path, tokenizer, 50, 50, cache)
         assert tokenizer.decode(sequence(now, 3)[0].tolist()).endswith(rejected)
-    assert not [path for path in Path(cache).iterdir() if path.name.startswith(".")]  # nothing half done is left
+    assert len(list(Path(cache).iterdir())) == 2  # nothing half done is left
+
+
+@pytest.mark.parametrize("name", ["tokens", "learned", "weights", "offsets", "whole.json"])
+def test_a_damaged_cache_is_made_again(tokenizer, write, cache, name):
+    path = write(PAIR, PAIR)
+    first = load_pairs(path, tokenizer, 50, 50, cache)
+    tokens = first.tokens.copy()
+    file = next(Path(cache).iterdir()) / name
+    for content in (file.read_bytes()[:-1], b"\7" + file.read_bytes()[1:], b""):
+        file.write_bytes(content)
+        again = load_pairs(path, tokenizer, 50, 50, cache)
+        assert np.array_equal(again.tokens, tokens)
+        assert again.notes[-1].endswith("was damaged, and has been made again")
+    assert load_pairs(path, tokenizer, 50, 50, cache).notes == first.notes
+
+
+def test_two_runs_fill_one_cache(tokenizer, write, cache, monkeypatch):
+    """The second comes when the first has begun; it takes what the first has made."""
+    path = write(PAIR)
+    encode_rows = Tokenizer.encode_rows
+
+    def slow(self, rows):
+        with monkeypatch.context() as m:
+            m.setattr(Tokenizer, "encode_rows", encode_rows)
+            load_pairs(path, tokenizer, 50, 50, cache)
+        return encode_rows(self, rows)
+
+    with monkeypatch.context() as m:
+        m.setattr(Tokenizer, "encode_rows", slow)
+        assert len(load_pairs(path, tokenizer, 50, 50, cache)) == 1
+    assert len(list(Path(cache).iterdir())) == 1
 
 
 def test_what_stands_beside_a_cache_that_failed(tokenizer, write, cache):
@@ -194,7 +299,8 @@ def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path
     if header:
         (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
         config = json.loads((folder / "tokenizer_config.json").read_text())
-        config["chat_template"] = "{% for m in messages %}" + header + "{{ m['content'] }}{% endfor %}"
+        opened = "{% if add_generation_prompt %}assistant:  {% endif %}"
+        config["chat_template"] = "{% for m in messages %}" + header + "{{ m['content'] }}{% endfor %}" + opened
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         folder = tmp_path
     tokenizer = Tokenizer(folder)
@@ -207,7 +313,7 @@ def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path
         encoding = tokenizer.backend.encode(prompt + completion, add_special_tokens=False)
         tokens, learned = sequence(data, i)
         assert tokens.tolist() == [*encoding.ids, tokenizer.eos_id]
-        assert learned.tolist() == [start >= len(prompt) for start, _ in encoding.offsets] + [False]
+        assert learned.tolist() == [start >= len(prompt) for start, _ in encoding.offsets] + [bool(header)]
 
 
 @pytest.mark.parametrize(

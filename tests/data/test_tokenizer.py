@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.tokenizer import Tokenizer, check_messages, user_message
+from nanoredi.data.messages import check_messages, user_message
+from nanoredi.data.tokenizer import Tokenizer
 
 CONVERSATION = [
     {"role": "user", "content": "What is 1+1?"},
@@ -88,7 +89,10 @@ def test_real_ids_are_pinned(real):
 def test_real_streaming_holds_half_characters_back(real):
     ids = real.encode("∑ 😀 ü")
     stream = real.stream()
-    pieces = [stream.push(i) for i in ids]
+    pieces = []
+    for i in ids:
+        stream.push(i)
+        pieces.append(stream.text[len("".join(pieces)) :])
     assert "".join(pieces) == "∑ 😀 ü" and "\ufffd" not in "".join(pieces)
 
 
@@ -109,7 +113,7 @@ def test_toy_round_trip(toy_data):
 def test_a_template_that_drops_thinking_loses_none_of_it(toy_data, tmp_path):
     tokenizer = edited(toy_data, tmp_path, chat_template=R1_TEMPLATE)
     conversation = [*user_message("a=1"), {"role": "assistant", "content": "<think>b+1=2;</think>2"}]
-    assert tokenizer.split(conversation) == ("<user>a=1<assistant>", "<think>b+1=2;</think>2<eos>")
+    assert tokenizer.split(conversation) == ("<user>a=1<assistant><think>", "b+1=2;</think>2<eos>")
     assert (
         tokenizer.prompt(conversation[:1])
         == tokenizer.prompt(conversation[:1], think=True)
@@ -147,6 +151,14 @@ def test_the_template_may_refuse(toy_data):
         Tokenizer(toy_data / "model").prompt([{"role": "system", "content": "a"}])
 
 
+def test_a_folder_that_holds_a_tokenizer_further_down_is_told_apart_from_a_hub_name(toy_data, tmp_path):
+    shutil.copytree(toy_data / "model", tmp_path / "models--org--name" / "snapshots" / "1a2b")
+    with pytest.raises(UserError, match="cannot read .*; give .*/snapshots/1a2b$"):
+        Tokenizer(tmp_path / "models--org--name")
+    with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B, then give"):
+        Tokenizer("Qwen/Qwen2.5-Math-1.5B")
+
+
 def test_broken_files(tmp_path):
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         Tokenizer(tmp_path)
@@ -156,3 +168,27 @@ def test_broken_files(tmp_path):
 def test_what_is_no_message(value):
     with pytest.raises(UserError, match="here must be text, or a list of messages"):
         check_messages("here", value)
+
+
+@pytest.mark.parametrize(
+    "stops, text, stopped",
+    [
+        (["b+2"], "a=1", True),  # a stop text of several tokens
+        (["+2c", "b+"], "a=1", True),  # the one that is whole first
+        (["2d"], "a=1b+2c*3", False),
+        (["3d"], "a=1b+2c*3", False),  # what may begin a stop text is shown at the end
+    ],
+)
+def test_streaming_ends_before_a_stop_text(toy_data, stops, text, stopped):
+    tokenizer = Tokenizer(toy_data / "tokenizer")
+    stream = tokenizer.stream(stops)
+    shown = []
+    for token in tokenizer.encode("a=1b+2c*3"):
+        stream.push(token)
+        shown.append(stream.text)
+        if stream.stopped:
+            break
+    stream.finish()
+    assert (stream.text, stream.stopped) == (text, stopped)
+    assert all(text.startswith(piece) for piece in shown)
+    assert stops != ["3d"] or shown[-1] == "a=1b+2c*"

@@ -24,18 +24,83 @@ def claimed(tmp_path, toy_data):
     return samples
 
 
-def test_a_torn_last_line_is_cut_off(claimed, toy_data):
-    whole = "".join(json.dumps({"n": n, "response": "é" * 50_000}) + "\n" for n in range(3))
+def row(sample: int, **more) -> dict:
+    return (
+        {"model": "SFT", "benchmark": "toy", "problem": 0, "sample": sample, "correct": False}
+        | {"correct_deepscaler": False, "answer": None, "gold": ["1"], "tokens": 3, "finish_reason": "stop", "waits": 0}
+        | {"response": "é" * 50_000, **more}
+    )
+
+
+def claim_again(claimed, toy_data):
+    claimed.claim({"SFT": toy_data / "model"}, [load(str(toy_data / "toy.jsonl"), "", 4)], CONFIG)
+
+
+def test_a_torn_last_line_is_cut_off(claimed, toy_data, capsys):
+    whole = "".join(json.dumps(row(n)) + "\n" for n in range(3))
     for torn in ("", '{"n": 3', '{"n": 3, "response": "' + "é" * 80_000):
         claimed.path.write_bytes((whole + torn).encode()[: -1 if torn.endswith("é") else None])
-        claimed.claim({"SFT": toy_data / "model"}, [load(str(toy_data / "toy.jsonl"), "", 4)], CONFIG)
+        claim_again(claimed, toy_data)
         assert claimed.path.read_text() == whole
-        assert list(claimed.rows()) == [{"n": 0}, {"n": 1}, {"n": 2}]
+        assert [r["sample"] for r in claimed.rows()] == [0, 1, 2]
     claimed.path.write_text('{"n"')
-    claimed.claim({"SFT": toy_data / "model"}, [load(str(toy_data / "toy.jsonl"), "", 4)], CONFIG)
-    assert claimed.path.read_text() == ""
-    claimed.append({"response": "half a pair \ud83d"})
+    claim_again(claimed, toy_data)
+    assert claimed.path.read_text() == "" and not capsys.readouterr().out
+    claimed.append(row(0, response="half a pair \ud83d"))
     assert len(list(claimed.rows())) == 1
+
+
+@pytest.fixture
+def again(claimed, toy_data):
+    tests = [load(str(toy_data / "toy.jsonl"), "", 4)]
+    return lambda **change: claimed.claim({"SFT": toy_data / "model"}, tests, replace(CONFIG, **change))
+
+
+def test_they_go_on_in_their_dtype_and_former_ones_with_defaults(claimed, again):
+    dtype = json.loads(claimed.about.read_text())["setting"]["dtype"]
+    assert dtype in ("float32", "bfloat16") and again() == again(dtype=dtype) == dtype
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    with pytest.raises(UserError, match=f"the setting dtype is '{dtype}' there and '{other}' here"):
+        again(dtype=other)
+    claimed.about.write_text(claimed.about.read_text().replace(f'"{dtype}"', f'"{other}"'))
+    assert again() == other  # though this machine would take another
+    about = json.loads(claimed.about.read_text())
+    about["setting"]["dtype"] = "auto"
+    del about["setting"]["template"], about["setting"]["system"]
+    claimed.about.write_text(json.dumps(about))
+    assert again() == dtype
+    with pytest.raises(UserError, match="the setting template is '' there and 'plain' here"):
+        again(template="plain")
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ("{}", "line 2: the object has no field 'model'"),
+        ("\0\0\0", "line 2 is not JSON"),
+        (json.dumps(row(1, tokens="3")), "line 2: tokens is '3'"),
+        (json.dumps(row(0)), "line 2 holds a second sample of this evaluation"),
+        (json.dumps(row(3)), "line 2 holds no sample of this evaluation"),
+        (json.dumps(row(1, model="other")), "line 2 holds no sample of this evaluation"),
+        (json.dumps(row(1, problem=4)), "line 2 holds no sample of this evaluation"),
+    ],
+)
+def test_a_damaged_row_is_said_and_dropped(claimed, toy_data, bad, words, capsys):
+    claimed.path.write_text(json.dumps(row(0)) + "\n" + bad + "\n" + json.dumps(row(2)) + "\n")
+    claim_again(claimed, toy_data)
+    assert [r["sample"] for r in claimed.rows()] == [0, 2]
+    assert words in capsys.readouterr().out
+
+
+def test_an_empty_description_is_made_again_unless_there_are_samples(claimed, toy_data):
+    whole = claimed.about.read_text()
+    claimed.about.write_text("")
+    claim_again(claimed, toy_data)
+    assert claimed.about.read_text() == whole
+    claimed.about.write_text("")
+    claimed.path.write_text(json.dumps(row(0)) + "\n")
+    with pytest.raises(UserError, match="evaluation.json is not JSON"):
+        claim_again(claimed, toy_data)
 
 
 @pytest.mark.parametrize(

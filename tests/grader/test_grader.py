@@ -30,6 +30,11 @@ EXTRACTIONS = [
     (r"\boxed{x = \boxed{3}}", "3"),
     (r"\boxed{4}, as asked in \boxed form", "4"),
     (r"\boxed{}", ""),
+    (r"\boxed{4}. The answer stands in a \boxed{}.", "4"),  # an empty box that is only mentioned
+    (r"\boxed{4}. I use \boxed{ } as asked; thus $\boxed{}$ it is.", "4"),
+    (r"\boxed{4}. In the required format: \boxed{}", ""),  # one that is given as the answer
+    (r"\framebox{7}", "7"),
+    (r"\framebox[2cm][c]{7}", "7"),
     (r"<think>\boxed{1}</think>\boxed{2}", "2"),
     (r"no opening tag \boxed{1}</think>\boxed{2}", "2"),
     (r"<think>a</think>\boxed{2}</think>none here", "2"),
@@ -281,6 +286,33 @@ def test_grade_takes_any_gold_of_a_list() -> None:
     assert not grade(r"\boxed{ }", "")  # an empty box is no answer
 
 
+@pytest.mark.parametrize(
+    "response, gold, right",
+    [
+        (r"$\boxed{1}$ or $x=\boxed{2}$", "1, 2", False),
+        (r"The roots are $\boxed{1}$ and $\boxed{2}$.", "1, 2", True),
+        (r"The roots are $\boxed{1}$, $\boxed{2}$, and $\boxed{3}$.", "3, 2, 1", True),
+        (r"\(\boxed{1}\) \text{ or } \(\boxed{2}\)", r"\{1, 2\}", True),
+        (r"$\boxed{1},\quad\boxed{2}$", "1, 2", True),
+        (r"The roots are $\boxed{1}$ and $\boxed{2}$.", "2", True),  # the last box alone comes first
+        (r"The roots are $\boxed{1}$ and $\boxed{2}$.", "1", False),
+        (r"First $\boxed{1}$. Then $\boxed{2}$.", "1, 2", False),
+        (r"$\boxed{1}$ and so $\boxed{2}$.", "1, 2", False),
+        (r"$\boxed{1}$ $\boxed{2}$", "1, 2", False),
+    ],
+)
+def test_boxes_joined_in_a_sentence_are_one_list(response: str, gold: str, right: bool) -> None:
+    assert grade(response, gold) == right
+    if right and gold != "2":
+        assert not grade(response, gold, style="deepscaler")
+
+
+def test_a_line_may_be_a_part_of_a_list() -> None:
+    assert equal("1\n2\n\n3", "1,2,3") and equal("x=1\ny=2", "(1,2)") and equal("x+\n1", "x+1")
+    assert not equal("1\n2", "12") and not equal("1\n2", "1")
+    assert equal("\ufeff5", "5")
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_answers_are_wrong_in_no_time(text: str) -> None:
     for response, gold in [
@@ -319,12 +351,12 @@ PIECES = [
 ]
 
 
-def took(work: Callable[[], object]) -> float:
+def took(work: Callable, *args: object, **options: str) -> float:
     """Seconds of the processor: the best of three where the first seems slow, since collecting garbage counts too."""
     times = []
     while not times or min(times) >= LIMIT_S and len(times) < 3:
         start = time.process_time()
-        work()
+        work(*args, **options)
         times.append(time.process_time() - start)
     return min(times)
 
@@ -355,10 +387,10 @@ def test_mutated_answers(count: int) -> None:
     for _ in range(count):
         one = mutated(rng, answers)
         other = rng.choice([one + rng.choice(PIECES), one.replace("{", ""), one[::-1], f"({one})", rng.choice(answers)])
-        assert took(lambda: equal(one, other)) < LIMIT_S, (one, other)
+        assert took(equal, one, other) < LIMIT_S, (one, other)
         assert equal(one, other) == equal(other, one), (one, other)
         assert equal(one, one), one
-        assert took(lambda: grade(f"\\boxed{{{one}}}", other, style="deepscaler")) < LIMIT_S, (one, other)
+        assert took(grade, f"\\boxed{{{one}}}", other, style="deepscaler") < LIMIT_S, (one, other)
 
 
 @pytest.mark.parametrize(
@@ -383,6 +415,11 @@ def test_mutated_answers(count: int) -> None:
         (r"\sqrt[3]{2}", r"\sqrt{2}", False),  # the three faults that are not copied
         ("81809", "8180_9", False),
         (r"5 \text{ or } 6", "5", False),
+        (r"\lfloor n/2 \rfloor", "n/2", False),  # a macro that is not known does not vanish
+        (r"\max(a,b)", r"\min(a,b)", False),
+        (r"\dot x", "x", False),
+        ("2i", r"\sqrt{-4}", False),  # a letter like others
+        (r"2\text{ hours } 30\text{ minutes}", "2", False),
     ],
 )
 def test_deepscaler_s_reading(answer: str, gold: str, right: bool) -> None:

@@ -76,9 +76,9 @@ def test_a_whole_last_line_needs_no_end(make):
     "line, words",
     [
         ('{"step": 3, "chos\n', "line 2 is not JSON"),
-        ("[3]\n", "line 2 is no row of a run: it has no step"),
-        ('{"step": "3"}\n', "line 2 is no row"),
-        ('{"step": 3, "loss": "low"}\n', "line 2: loss is 'low'; it must be a number or null"),
+        ("[3]\n", r"line 2: it is \[3\]; it must be an object"),
+        ('{"step": "3"}\n', "line 2: step is '3'; it must be a whole number"),
+        ('{"step": 3, "loss": "low"}\n', "line 2: loss is 'low'; it must be a number"),
     ],
 )
 def test_a_broken_line_is_named(make, line, words):
@@ -113,12 +113,12 @@ def test_a_second_sft_is_the_end(make):
 
 def test_results_that_are_none_are_refused(make):
     make("run", [metrics(1)], results=[{"model": "SFT", "benchmark": "toy"}])
-    with pytest.raises(UserError, match="results.json holds a row that is no model's result"):
+    with pytest.raises(UserError, match=r"results.json: \[0\] has no field 'pass@1'"):
         figures.read_runs(["run"])
 
 
 def test_summary(make):
-    make("run", [metrics(1, loss=2.0), metrics(2, loss=float("nan")), metrics(3, loss=0.5), metrics(4, loss=1.0)])
+    make("run", [metrics(1, loss=2.0), metrics(2, loss=None), metrics(3, loss=0.5), metrics(4, loss=1.0)])
     make("new", [])
     run, new = figures.read_runs(["run", "new"])
     loss = next(line for line in figures.summary(run).splitlines() if "loss" in line)
@@ -169,7 +169,7 @@ def test_a_results_folder_needs_no_run(make, capsys, tmp_path):
     "words, message",
     [
         (["redi", "--out", "figure.pdf"], "give --out a name that ends in .png, not figure.pdf"),
-        (["redi", "--out"], "--out needs a value"),
+        (["redi", "--out"], "--out: expected one argument"),
         (["redi", "--out", "nowhere/figure.png"], "there is no folder nowhere"),
         (["redi", "--out", "mine.png"], "mine.png exists and is no figure of nanoredi's"),
         (["redi", "--out", "folder.png"], "folder.png exists and is no figure"),

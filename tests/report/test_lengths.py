@@ -108,7 +108,7 @@ def test_without_matplotlib(folder, tmp_path, monkeypatch):
     "rows, words",
     [
         ([], "rows.jsonl holds no rows"),
-        ([[1]], "line 1 holds no lengths"),
+        ([[1]], "row 1 holds no lengths"),
         ([sizes(1, 2, 3), sizes(1, 2)], "line 2 holds no lengths"),
         ([sizes(1, 0, 3)], "line 1 holds no lengths"),
         ([sizes(1, 2, 3), {"prompt_tokens": 1, "response_tokens": 2}], "holds both pairs and rows with messages"),

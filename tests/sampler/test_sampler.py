@@ -95,9 +95,9 @@ def test_a_sample_does_not_depend_on_its_batch_or_the_order(settings):
 def test_seeds_samples_and_repeated_prompts_differ():
     keys = [r.key for seed in (1, 2) for r in requests_for([[1, 2], [1, 2], [1, 3]], n=2, seed=seed)]
     assert len(set(keys)) == 12
-    assert [r.key for r in requests_for([[1, 2]], n=4, seed=1)] == [
-        r.key for r in requests_for([[1, 2], [1, 2]], n=2, seed=1)
-    ]
+    once, twice = requests_for([[1, 2]], n=4, seed=1), requests_for([[1, 2], [1, 2]], n=2, seed=1)
+    assert [(r.key, r.sample) for r in once] == [(r.key, r.sample) for r in twice]
+    assert [r.sample for r in twice] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -187,16 +187,47 @@ def test_graphs_on_a_gpu_equal_decoding_without_a_cache(batch_size):
         assert request.tokens == greedy_without_cache(request.prompt, request.max_tokens)
 
 
-def test_a_row_can_be_watched_as_it_grows():
-    requests = [Request(PROMPTS[0]), Request(PROMPTS[1])]
-    one = Sampler(tiny.tiny_model(tied=True), [], SamplingConfig(max_tokens=5, temperature=0.0))
+class Watched(list):
+    """A stream that keeps its tokens, and stops at one of them."""
+
+    def __init__(self, stop=None):
+        super().__init__()
+        self.stop, self.stopped, self.finished = stop, False, False
+
+    def __bool__(self):
+        return True
+
+    def push(self, token):
+        self.append(token)
+        self.stopped = token == self.stop
+
+    def finish(self):
+        self.finished = True
+
+
+def test_a_row_can_be_watched_as_it_grows_stopped_by_its_stream_and_ended():
+    free = greedy_without_cache(PROMPTS[0], 9)
+    assert free[2] not in free[:2]
+    streams = [Watched(), Watched(stop=free[2]), Watched(), None]
+    requests = [Request(PROMPTS[0], stream=stream) for stream in streams]
+    one = Sampler(tiny.tiny_model(tied=True), [], SamplingConfig(max_tokens=9, temperature=0.0, dtype="float32"))
     one.add(requests)
-    seen = []
+    seen, ended = [], []
     while one.busy:
-        one.step()
-        seen.append(one.so_far(requests[0]))
-    assert [len(tokens) for tokens in seen] == [0, 1, 2, 3, 4, 5]
-    assert all(requests[0].tokens[: len(tokens)] == tokens for tokens in seen)
+        ended += one.step()
+        seen.append(len(streams[0]))
+        if len(streams[2]) == 5 and requests[2].finish_reason is None:
+            one.end(requests[2])
+    assert seen == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert [r.tokens for r in requests] == [free, free[:3], free[:5], free]
+    assert streams[:3] == [free, free[:3], free[:5]] and all(stream.finished for stream in streams[:3])
+    assert [r.finish_reason for r in requests] == ["length", "stop", "stop", "length"]
+    assert list(map(id, ended)) == [id(requests[i]) for i in (1, 0, 3)]  # who ends a request knows it
+
+
+def test_a_token_above_the_vocabulary_is_named():
+    with pytest.raises(UserError, match="the 2nd has the token 97, outside the model's vocabulary of 97"):
+        complete([Request([1]), Request([3, 97, 2], name="the 2nd")])
 
 
 def test_memory_is_the_users_or_measured():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from nanoredi.common.errors import UserError
 from nanoredi.config import RediConfig
@@ -79,7 +80,7 @@ def test_they_are_computed_once_for_a_model_and_its_data(config, logps, toy_data
     first, digest = logps()
     assert "the reference's log-probs of 60 pairs: computed once" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "_compute", None)
+        patch.setattr(reference, "trace_logps", None)
         again, same = logps()
         shutil.copytree(config.model, tmp_path / "copy")
         copied, also_same = logps(tmp_path / "copy")  # it is what is in the folder that counts
@@ -90,16 +91,35 @@ def test_they_are_computed_once_for_a_model_and_its_data(config, logps, toy_data
     assert len(list((tmp_path / "cache").glob("reference-*"))) == 3
 
 
-def test_a_file_of_another_model_is_refused(logps, toy_data, tmp_path):
-    _, digest = logps()
+def spoil_a_byte(file, other_file):
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file, other_file: shutil.copyfile(other_file, file),
+        lambda file, other_file: file.write_bytes(file.read_bytes()[:100]),
+        lambda file, other_file: file.write_bytes(b""),
+        lambda file, other_file: save_file({"logps": np.full((60, 2), np.nan, np.float32)}, file),
+        lambda file, other_file: save_file(
+            {"logps": np.zeros((60, 2), np.float32)}, file, {"belongs_to": file.stem[10:]}
+        ),
+        spoil_a_byte,
+    ],
+)
+def test_a_damaged_file_is_said_and_made_again(damage, logps, toy_data, tmp_path, capsys):
+    want, digest = logps()
     _, other = logps(another_model(tmp_path / "other", toy_data))
     file, other_file = (tmp_path / "cache" / f"reference-{d}.safetensors" for d in (digest, other))
-    shutil.copyfile(other_file, file)
-    with pytest.raises(UserError, match=f"{file} holds .* for another model or other data; remove it"):
-        logps()
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match=f"cannot read the reference's log-probs {file}: .* remove it"):
-        logps()
+    damage(file, other_file)
+    capsys.readouterr()
+    assert (logps()[0] == want).all()
+    said = capsys.readouterr().out
+    assert f"warning: {file} is damaged" in said and "made again" in said
+    assert (logps()[0] == want).all() and not capsys.readouterr().out
 
 
 class Broken(Exception):

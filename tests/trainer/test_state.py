@@ -59,7 +59,7 @@ def test_killed_20_times_at_random_moments_it_ends_with_the_same_weights(flags, 
     assert [row["step"] for row in steps_of(first)] == list(range(1, 25))
     assert others and all(same_run(first, other) for other in others)
     names = sorted(path.name for path in first.iterdir())
-    assert names == ["config.toml", "final", "metrics.jsonl", *(f"step-{i:06d}" for i in (5, 10, 15, 20))]
+    assert names == [".lock", "config.toml", "final", "metrics.jsonl", *(f"step-{i:06d}" for i in (5, 10, 15, 20))]
     assert all(sorted(path.name for path in other.iterdir()) == names for other in others)
 
 
@@ -153,6 +153,11 @@ def cut(folder):
         lambda folder: (folder / "state.json").write_text("{"),
         lambda folder: (folder / "state.json").unlink(),
         lambda folder: folder.rename(folder.with_suffix(".writing")),
+        lambda folder: edit_notes(folder, step=99),
+        lambda folder: edit_notes(folder, notes={"skipped": "many"}),
+        lambda folder: edit_notes(folder, files=[]),
+        lambda folder: shutil.copy(next(folder.glob("*.safetensors")), folder / "shard-9.safetensors"),
+        lambda folder: (folder / "state.json").write_text("[" * 10**5),
     ],
 )
 def test_a_damaged_state_is_said_and_the_one_before_it_used(states, damage, capsys):
@@ -162,8 +167,34 @@ def test_a_damaged_state_is_said_and_the_one_before_it_used(states, damage, caps
     assert all((local(t) == 10).all() for t in tensors.values())
     said = capsys.readouterr().out
     assert "step-000015 is damaged" in said or not (folder / "step-000015").exists()
+    # The run comes to step 15 again, and saves it.
+    again = States(folder, world)
+    again.save(15, tensors, {"skipped": 0})
+    again.wait()
+    assert States(folder, world).load(tensors)["step"] == 15
+    if said:
+        assert "it is kept as step-000015.damaged-1" in said and (folder / "step-000015.damaged-1").exists()
     damage(folder / "step-000010")
+    damage(folder / "step-000015")
     assert States(folder, world).load(tensors) is None
+
+
+def edit_notes(folder, **changes):
+    path = folder / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_state_of_an_earlier_version_is_read(states):
+    tensors, folder, world = states
+    path = folder / "step-000015" / "state.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "digest"}))
+    assert States(folder, world).load(tensors)["step"] == 15
+
+
+def test_a_state_of_another_model_is_refused(states):
+    tensors, folder, world = states
+    with pytest.raises(UserError, match="the training state .*step-000015 is not this model's"):
+        States(folder, world).load({**tensors, "weight.other": next(iter(tensors.values()))})
 
 
 def test_a_full_disk_ends_with_a_word_and_the_last_state_whole(states):
@@ -187,12 +218,15 @@ def test_a_full_disk_ends_with_a_word_and_the_last_state_whole(states):
     assert States(folder, world).load(tensors)["step"] == 15
 
 
-def test_metrics_lose_the_steps_that_come_again(tmp_path):
+def test_metrics_lose_the_steps_that_come_again(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     drop_steps_after(path, 3)
     assert not path.exists()
     path.write_text("".join(f'{{"step": {i}}}\n' for i in range(1, 6)) + '{"ste')
     drop_steps_after(path, 5)
     assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3, 4, 5]
+    path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n{"step": "4"}\n{"step": 5}\n')
     drop_steps_after(path, 3)
-    assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3]
+    assert [row["step"] for row in steps_of(tmp_path)] == [1, 3]
+    said = capsys.readouterr().out
+    assert "line 2 is not JSON" in said and "line 4: step is '4'" in said and said.count("this row is left out") == 2

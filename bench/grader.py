@@ -1,0 +1,52 @@
+"""False positives of the grader, looked for on purpose among the gold answers of the paper's five benchmarks.
+
+    python bench/grader.py ../shared/data/benchmarks
+
+Two lists, to be read by a person: pairs of different golds that count as equal, and golds that still count as right
+with one character changed, by what makes them equal. A seed fixes the mutations.
+"""
+
+import itertools
+import random
+import sys
+from collections import defaultdict
+
+from nanoredi.data.benchmarks import PAPER, load
+from nanoredi.grader import equal
+from nanoredi.grader.compare import same
+from nanoredi.grader.latex import readings
+from nanoredi.grader.parse import read
+
+MUTATIONS = 5_000
+
+
+def main(folder: str) -> None:
+    benchmarks = [load(name, folder) for name in PAPER]
+    golds = sorted({gold for one in benchmarks for several in one.golds for gold in several})
+    trees = [(gold, read(gold)) for gold in golds]
+    pairs = itertools.combinations(trees, 2)
+    twins = [(a, b) for (a, x), (b, y) in pairs if any(same(p, q) for p, _ in x for q, _ in y) and equal(a, b)]
+    print(f"{len(golds)} golds, {len(twins)} pairs are equal:")
+    for a, b in twins:
+        print(f"    {a}  ==  {b}")
+
+    rng = random.Random(0)
+    characters = sorted(set("".join(golds)))
+    accepted = defaultdict(list)
+    for _ in range(MUTATIONS):
+        gold = rng.choice(golds)
+        at = rng.randrange(len(gold))
+        new = gold[:at] + rng.choice(["", rng.choice(characters)]) + gold[at + rng.randrange(2) :]
+        if new != gold and equal(new, gold):
+            plain = [{text.replace(" ", "") for text, _ in readings(text)} for text in (new, gold)]
+            kinds = {tree.kind for tree, _ in read(new)} | {tree.kind for tree, _ in read(gold)}
+            accepted["the same plain string" if plain[0] & plain[1] else " or ".join(sorted(kinds))].append((new, gold))
+    print(f"{MUTATIONS} mutations, {sum(map(len, accepted.values()))} still count as right:")
+    for reason, cases in accepted.items():
+        print(f"  {reason}: {len(cases)}")
+        for new, gold in cases:
+            print(f"    {new}  ==  {gold}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,96 @@
+"""Token sequences on disk, keyed by the data's content, the tokenizer and the rules, so that a second start only maps
+them into memory."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanoredi.common.disk import digest, remove, remove_leftovers, writing
+from nanoredi.common.errors import UserError
+from nanoredi.common.files import read_rows
+from nanoredi.common.formats import num_rows
+from nanoredi.common.progress import progress
+from nanoredi.data.tokenizer import Tokenizer
+
+Arrays = tuple[np.ndarray, np.ndarray, float]  # of a sequence: tokens (n,) int32, learned (n,) bool, its weight
+_ARRAYS = {"tokens": np.int32, "learned": np.bool_, "weights": np.float32, "offsets": np.int64}
+
+
+def cached(
+    path: str, tokenizer: Tokenizer, cache: str, rules: tuple, texts: Callable, arrays: Callable
+) -> tuple[Any, ...]:
+    """A file's rows as sequences, from the cache where they have been made before.
+
+    Args:
+        rules: all else that the sequences depend on.
+        texts: (where, row, counts of what was cut or dropped) to the texts to be encoded and whatever else arrays needs,
+            or to None for a row that is dropped.
+        arrays: (encodings, what texts gave beside them, counts) to a row's sequences.
+
+    Returns:
+        tokens (total,), learned (total,), weights (M,), offsets (M+1,), notes for the user, and the key.
+    """
+    folder = Path(cache) / _key(path, tokenizer, rules)
+    damaged = folder.exists() and not _is_whole(folder)
+    if damaged or not folder.exists():
+        remove_leftovers(Path(cache))
+        if damaged:
+            remove(folder)
+        try:
+            with writing(folder) as made:
+                made.mkdir()
+                _fill(made, path, tokenizer, texts, arrays)
+        except UserError:  # another run may have been quicker
+            if not _is_whole(folder):
+                raise
+    notes = [f"{path}: {note}" for note in json.loads((folder / "whole.json").read_text())["notes"]]
+    if damaged:
+        notes.append(f"{path}: its token cache {folder} was damaged, and has been made again")
+    return *(np.memmap(folder / name, dtype, "r") for name, dtype in _ARRAYS.items()), notes, folder.name
+
+
+def _fill(folder: Path, path: str, tokenizer: Tokenizer, texts: Callable, arrays: Callable) -> None:
+    """Write the arrays and whole.json; the sequences go to disk as they come."""
+    total = num_rows(Path(path))
+    if not total:
+        raise UserError(f"{path} holds no rows")
+    lengths, weights, counts = [0], [], Counter[str]()
+    rows = progress(read_rows(path), f"tokenising {Path(path).name}", total, "rows", delay=1)
+    made = ((where, *parts) for where, row in rows if (parts := texts(where, row, counts)))
+    with open(folder / "tokens", "wb") as all_tokens, open(folder / "learned", "wb") as all_learned:
+        for kept, encodings in tokenizer.encode_rows(made):
+            for tokens, learned, weight in arrays(encodings, kept, counts):
+                all_tokens.write(tokens)
+                all_learned.write(learned)
+                lengths.append(len(tokens))
+                weights.append(weight)
+    notes = [f"{count:,} of {total:,} {what}" for what, count in counts.items() if count]
+    if not weights:
+        raise UserError(f"no row of {path} is left: {'; '.join(notes)}")
+    np.array(weights, dtype=np.float32).tofile(folder / "weights")
+    np.cumsum(lengths, dtype=np.int64).tofile(folder / "offsets")
+    (folder / "whole.json").write_text(json.dumps({"notes": notes, "digests": _digests(folder)}))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {name: digest(folder / name) for name in _ARRAYS}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache holds what was written: the arrays are hashed, at a gigabyte a second or so."""
+    try:
+        whole = json.loads((folder / "whole.json").read_text())
+        return isinstance(whole["notes"], list) and whole["digests"] == _digests(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _key(path: str, tokenizer: Tokenizer, rules: tuple) -> str:
+    try:
+        return digest(repr(rules).encode(), Path(path), *tokenizer.files)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None

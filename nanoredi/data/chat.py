@@ -1,0 +1,217 @@
+"""Messages to text, as a checkpoint's chat template writes them: what a model is asked, and what it is to answer.
+
+Two rules hold whatever the template does. The prompt that training sees is the text that sampling starts from. And no
+part of an answer is lost: many templates drop the thinking of an answer, since they are written for chatting, where it
+is of no more use; whoever trains wants it learned.
+"""
+
+from typing import Any
+
+from nanoredi.common.errors import UserError
+from nanoredi.data.messages import THINKING_NAMES, Messages, folded, user_message
+from nanoredi.data.template import Template
+
+# Stand where an answer and its thinking go, to find out what a template makes of them.
+_ANSWER, _THOUGHTS = "\ue000answer\ue001", "\ue000thoughts\ue001"
+_THINK, _THOUGHT = "<think>", "</think>"
+# What split remarks, of rows.
+_ENDED = "rows have the template's end on an answer: it is taken once"
+_TEMPLATED = "rows have a prompt that is templated already: it is taken as it is"
+_REWRITTEN = "rows have an answer that the chat template writes in another way: its way is learned"
+_WHOLE = "rows have an answer that the chat template cuts, or puts after another prompt than sampling's: all is learned"
+
+
+class Chat:
+    """A chat template, and what it does with answers.
+
+    Args:
+        source: the template's text.
+        name: of its checkpoint, for messages.
+        special: {"bos_token": ...}, the tokens that it may write.
+        marks: the vocabulary's tokens that ordinary text does not hold (<|im_end|>).
+
+    Attributes:
+        end: what the template writes after an answer.
+
+    Raises:
+        UserError: from the constructor, for a template that is broken or does not show an answer once.
+    """
+
+    def __init__(self, source: str, name: str, special: dict[str, str], marks: list[str]):
+        self.name, self._special, self._marks = name, special, marks
+        self._template = Template(source, name)
+        self._takes_thinking = True
+        question, answer = user_message("1"), {"role": "assistant", "content": _ANSWER}
+        parts = self._template.render(self._variables([*question, answer]))[0].split(_ANSWER)
+        if len(parts) != 2:
+            raise UserError(
+                f"the chat template of {name} shows the last answer {len(parts) - 1} times; it must show it once"
+            )
+        self.end = parts[1]
+        thinking = {**answer, "reasoning_content": _THOUGHTS}
+        self._takes_thinking = _THOUGHTS in self._tried([*question, thinking])
+        self._shows_all = (text := folded(thinking)["content"]) in self._tried([{**answer, "content": text}])
+        head, _, self._tail = self._tried(user_message(_ANSWER), True).partition(_ANSWER)
+        bos = special.get("bos_token", "")
+        self._bos = bos if head.startswith(bos) else ""
+        self._header = max((mark for mark in marks if mark in head), key=head.rfind, default="")
+        eos = special.get("eos_token", "")
+        self._ends = {mark for mark in marks if mark in self.end or mark == eos}
+
+    def prompt(self, messages: Messages, think: bool = False) -> str:
+        """The conversation as text, up to where the model is to answer. What is templated already stays as it is.
+
+        Args:
+            messages: [{"role", "content"}], the user's the last.
+            think: open <think> for the model as the paper's evaluation does: right after the role, with no newline
+                between.
+
+        Raises:
+            UserError: when the template refuses the messages, or does not show one of them.
+        """
+        text = self._templated(messages) or self.render(messages, add_generation_prompt=True)
+        if think and not text.rstrip().endswith(_THINK):
+            text = text.rstrip("\n") + f"{_THINK}\n"
+        return text
+
+    def split(self, messages: Messages, remarks: set[str] | None = None) -> tuple[str, str]:
+        """The conversation as text, cut before the last message, which is the assistant's: (prompt, completion).
+
+        The completion is what the template writes after the prompt, if that holds the whole answer. If it does not, or
+        if the template writes another prompt before an answer than before sampling, it is the answer as given with the
+        template's end; a <think> that the prompt has opened is not opened again.
+
+        Args:
+            remarks: takes what was done to the messages, in words for the user.
+
+        Raises:
+            UserError: as prompt does; when the template has the model answer without thinking, and the answer thinks.
+        """
+        remarks = set() if remarks is None else remarks
+        *before, answer = messages
+        content = self._unended(answer["content"])
+        if content != answer["content"]:
+            remarks.add(_ENDED)
+            answer = {**answer, "content": content}
+        if prompt := self._templated(before):
+            remarks.add(_TEMPLATED)
+            return prompt, self._continued(prompt, answer) + self.end
+        prompt, whole = self._template.render(self._variables(before, True), self._variables([*before, answer]))
+        self._check(before, prompt)
+        given = self._continued(prompt, answer)
+        if prompt + given + self.end == whole:
+            return prompt, given + self.end
+        written = whole.removeprefix(prompt)
+        parts = (content, answer.get("reasoning_content", "")) if self._takes_thinking else (given,)
+        lost = written == whole or any(_bare(part) not in _bare(written) for part in parts)
+        # A trace that opens its thinking and never closes it is no answer without thinking.
+        doubled = _THINK in content and whole.count(_THINK) > (prompt + given).count(_THINK)
+        if lost or doubled:
+            remarks.add(_WHOLE)
+            return prompt, given + self.end
+        if "reasoning_content" not in answer:
+            remarks.add(_REWRITTEN)
+        return prompt, written
+
+    def opened(self, prompt: Messages, response: str) -> str:
+        """A response as sampled from a prompt, with the <think> that the template may have opened for it."""
+        _, mark, space = self.prompt(prompt).rpartition(_THINK)
+        opens = mark and not space.strip() and response.strip() and not response.lstrip().startswith(_THINK)
+        return mark + space + response if opens else response
+
+    def is_blank(self, answer: dict[str, Any]) -> bool:
+        """Whether an answer says nothing but the template's end."""
+        return not (self._unended(answer["content"]).strip() or "reasoning_content" in answer)
+
+    def measured(self, prompt: Messages, answers: Messages) -> tuple[list[str], bool]:
+        """A prompt and the answers to it, as text to be measured, and whether it is the text that training tokenises.
+
+        The original measured each part templated by itself, which puts the default system prompt before an answer and
+        no generation prompt after a prompt. Where the template drops nothing, this does the same, so that its counts
+        come out.
+        """
+        if self._shows_all:
+            texts = self._template.render(*(self._variables(part) for part in (prompt, *([a] for a in answers))))
+            if all(folded(answer)["content"] in text for answer, text in zip(answers, texts[1:])):
+                return texts, False
+        return [self.prompt(prompt), *(self.split([*prompt, answer])[1] for answer in answers)], True
+
+    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        """The conversation as the chat template writes it.
+
+        Raises:
+            UserError: when the template refuses the messages, or does not show one of them.
+        """
+        text = self._template.render(self._variables(messages, add_generation_prompt))[0]
+        self._check(messages, text)
+        return text
+
+    def _tried(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        """As render does, or nothing where the template refuses."""
+        try:
+            return self._template.render(self._variables(messages, add_generation_prompt))[0]
+        except UserError:
+            return ""
+
+    def _variables(self, messages: Messages, add_generation_prompt: bool = False) -> dict[str, Any]:
+        shown = [self._own_way(m) if self._takes_thinking else folded(m) for m in messages]
+        none = dict.fromkeys(("tools", "documents"))  # transformers passes these always
+        return {"messages": shown, "add_generation_prompt": add_generation_prompt, **none, **self._special}
+
+    @staticmethod
+    def _own_way(message: dict[str, Any]) -> dict[str, Any]:
+        thinking = message.get("reasoning_content")
+        return message if thinking is None else {**message, **dict.fromkeys(THINKING_NAMES, thinking)}
+
+    def _check(self, messages: Messages, text: str) -> None:
+        """That each message is seen: a template passes over a role that it does not know."""
+        for number, message in enumerate(messages, 1):
+            role, content = message["role"], message["content"]
+            known = role in ("user", "assistant") or role in self._template.source or role in text.replace(content, "")
+            marked = [*messages[: number - 1], {**message, "content": _ANSWER}, *messages[number:]]
+            # A template may trim what it shows, or change it; a mark tells whether it shows anything.
+            seen = role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)
+            if not (known and seen):
+                roles = [name for name in ("system", "user", "assistant", "tool") if name in self._template.source]
+                hint = f"; it knows the roles {', '.join(roles)}" if roles else ""
+                raise UserError(
+                    f"the chat template of {self.name} does not show message {number}, whose role is {role!r}{hint}"
+                )
+
+    def _templated(self, messages: Messages) -> str | None:
+        """A prompt whose text has been through the template, ended as sampling's prompts end; None for any other."""
+        text = messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else ""
+        if self._header not in text:
+            return None
+        bare, tail = text.rstrip(), self._tail.strip()
+        forced = bare.endswith(_THINK) and _THINK not in tail
+        if forced:
+            bare = bare.removesuffix(_THINK).rstrip()
+        for length in range(len(tail), 0, -1):
+            begun = tail[:length]
+            if bare.endswith(begun) and (begun == tail or any(mark in begun for mark in self._marks)):
+                text = text if forced else bare + tail[length:] + self._tail[len(self._tail.rstrip()) :]
+                return self._bos + text.removeprefix(self._bos)
+        return None
+
+    def _unended(self, text: str) -> str:
+        """An answer without the template's end."""
+        while end := next((end for end in self._ends if text.rstrip().endswith(end)), None):
+            text = text.rstrip().removesuffix(end)
+        return text
+
+    def _continued(self, prompt: str, answer: dict[str, Any]) -> str:
+        """The answer as it goes on from the prompt, with its thinking."""
+        text, open_to = folded(answer)["content"], prompt.rstrip()
+        if open_to.endswith(_THOUGHT) and (_THINK in text or _THOUGHT in text):
+            raise UserError(
+                f"the chat template of {self.name} has the model answer without thinking; this answer thinks"
+            )
+        if open_to.endswith(_THINK) and text.lstrip().startswith(_THINK):
+            text = text.lstrip().removeprefix(_THINK).removeprefix(prompt[len(open_to) :])
+        return text
+
+
+def _bare(text: str) -> str:
+    """Text without its white space, which templates trim in many ways."""
+    return "".join(text.split())

@@ -1,0 +1,133 @@
+"""Rows as people have them, to messages: [{"role", "content"}], with "reasoning_content" where a row keeps the thinking
+apart.
+
+    stage 1   {"messages"} or ShareGPT's {"conversations"}: a conversation that ends with the assistant's answer
+              {"prompt", "completion"}
+    stage 2   {"prompt", "chosen", "rejected"}; the prompt may stand inside chosen and rejected instead, as
+              whole conversations
+
+A prompt is text (the user's) or a list of messages, an answer is text (the assistant's), a message or a list of one. A
+message may be written as ShareGPT does, {"from", "value"}, and its content as a list of parts of text.
+"""
+
+from typing import Any
+
+from nanoredi.common.errors import UserError
+
+Messages = list[dict[str, Any]]
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
+# What servers call the thinking that they give beside the content.
+THINKING_NAMES = ("reasoning_content", "reasoning", "thinking")
+_SIDES = ("chosen", "rejected")
+
+
+def user_message(text: str) -> Messages:
+    return [{"role": "user", "content": text}]
+
+
+def check_messages(where: str, value: Any) -> Messages:
+    """A row's message list, or its text as one message of the user's.
+
+    Raises:
+        UserError: when it is neither, naming `where` and the message.
+    """
+    if isinstance(value, str) and value.strip():
+        return user_message(value)
+    problem = f"{where} must be text, or a list of messages with role and content, and not empty"
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise UserError(problem)
+    return [_message(f"{problem}; message {number}", message) for number, message in enumerate(value, 1)]
+
+
+def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
+    message = {name: value for name, value in given.items() if value is not None}
+    if "role" not in message and "from" in message:
+        role = message.pop("from")
+        message = {"role": _SHAREGPT.get(str(role), role), "content": message.pop("value", None)} | message
+    if not isinstance(message.get("role"), str):
+        raise UserError(f"{problem} has no role")
+    if message.get("tool_calls") or message.get("function_call"):
+        raise UserError(f"{problem} ({message['role']}) has tool_calls, which are not learned")
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = message["content"] = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        kind = "null" if "content" in given and content is None else "no text"
+        raise UserError(f"{problem} ({message['role']}): its content is {kind}")
+    thinking = next((value for name in THINKING_NAMES if (value := message.pop(name, None))), "")
+    if not isinstance(thinking, str):
+        raise UserError(f"{problem} ({message['role']}): its thinking is no text")
+    return message | ({"reasoning_content": thinking} if thinking.strip() else {})
+
+
+def conversation(where: str, row: Any) -> Messages:
+    """The messages of a stage 1 row, whose last one is the assistant's."""
+    given = [name for name, value in row.items() if value is not None] if isinstance(row, dict) else []
+    if "messages" not in given and "completion" in given:
+        _field(where, row, "prompt")
+        return [*_prompt(where, row), *_answer(f"{where}: 'completion'", row["completion"])]
+    name = "conversations" if "messages" not in given and "conversations" in given else "messages"
+    if name not in given:
+        raise UserError(f"{where} has no field 'messages' (nor 'conversations', nor 'prompt' with 'completion')")
+    messages = row[name]
+    if not isinstance(messages, list):
+        raise UserError(f"{where}: {name!r} must be a list of messages with role and content")
+    messages = check_messages(f"{where}: {name!r}", messages)
+    if messages[-1]["role"] != "assistant" or not _says(messages[-1]):
+        raise UserError(f"{where}: the last message must be the assistant's, and not empty")
+    return messages
+
+
+def pair(where: str, row: Any) -> tuple[Messages, Messages]:
+    """The prompt of a stage 2 row, and its chosen and rejected answers."""
+    prompt = _prompt(where, row)
+    if not prompt and not (isinstance(row, dict) and isinstance(row.get("chosen"), list)):
+        raise UserError(f"{where} has no field 'prompt'")
+    (*before, chosen), (*others, rejected) = (
+        _answer(f"{where}: {name!r}", _field(where, row, name)) for name in _SIDES
+    )
+    if before != others:
+        raise UserError(f"{where}: 'chosen' and 'rejected' must differ in their last message alone")
+    if prompt and before and prompt not in (before, [m for m in before if m["role"] == "user"][:1]):
+        raise UserError(f"{where}: 'prompt' must be what stands in 'chosen' before the answer")
+    if not (before or prompt):
+        raise UserError(f"{where} has no field 'prompt'")
+    return before or prompt, [chosen, rejected]
+
+
+def _prompt(where: str, row: Any) -> Messages:
+    """A row's prompt; empty where it has none."""
+    row = row if isinstance(row, dict) else {}
+    name = next((name for name in ("prompt", "conversations") if row.get(name) is not None), None)
+    return check_messages(f"{where}: {name!r}", row[name]) if name else []
+
+
+def _answer(where: str, value: Any) -> Messages:
+    """A completion as messages: the assistant's, alone or behind the prompt."""
+    if isinstance(value, str):
+        messages = [{"role": "assistant", "content": value}]
+    else:
+        messages = check_messages(where, [value] if isinstance(value, dict) else value)
+    *before, last = messages
+    behind_a_prompt = not before or any(message["role"] == "user" for message in before)
+    if last["role"] != "assistant" or not _says(last) or not behind_a_prompt:
+        raise UserError(f"{where} must be one message of the assistant, and not empty")
+    return messages
+
+
+def _says(message: dict[str, Any]) -> bool:
+    return bool(message["content"] or message.get("reasoning_content"))
+
+
+def folded(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its thinking in its content."""
+    content, thinking = message["content"], message.get("reasoning_content", "").strip()
+    if thinking and thinking not in content:
+        content = f"<think>\n{thinking}\n</think>\n\n{content.lstrip()}"
+    return {name: value for name, value in message.items() if name != "reasoning_content"} | {"content": content}
+
+
+def _field(where: str, row: Any, key: str) -> Any:
+    if not isinstance(row, dict) or key not in row:
+        raise UserError(f"{where} has no field {key!r}")
+    return row[key]

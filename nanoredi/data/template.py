@@ -1,0 +1,77 @@
+"""A checkpoint's chat template, run by template_worker.py under limits of time and memory."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from nanoredi.common.errors import UserError
+
+_lock = threading.Lock()
+
+
+class Template:
+    """A Jinja template.
+
+    Args:
+        source: its text.
+        name: of its checkpoint, for messages.
+
+    Raises:
+        UserError: when it is no template, or needs too much time or memory to be read.
+    """
+
+    def __init__(self, source: str, name: str):
+        self.source, self.name = source, name
+        with _lock:
+            _, answer = _worker(source, os.getpid())
+        if isinstance(answer, str):
+            raise UserError(f"the chat template of {name} is broken: {_sentence(answer)}")
+
+    def render(self, *jobs: dict[str, Any]) -> list[str]:
+        """The texts that it writes, one for each dict of variables.
+
+        Raises:
+            UserError: when the template refuses them, fails, or needs too much time or memory.
+        """
+        with _lock:
+            process, _ = _worker(self.source, os.getpid())
+            answer = _ask(process, jobs)
+        if isinstance(answer, str):
+            raise UserError(f"the chat template of {self.name} refuses the messages: {_sentence(answer)}")
+        return answer
+
+
+# A worker costs a tenth of a second, so those of the templates in use stay; a forked process needs its own.
+@lru_cache(maxsize=4)
+def _worker(source: str, _pid: int) -> tuple[subprocess.Popen, Any]:
+    """A worker that has read the template, and what it said to that."""
+    # -P: the modules beside the program must not stand for those of the library.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return process, _ask(process, source)
+
+
+def _ask(process: subprocess.Popen, request: Any) -> Any:
+    try:
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+    except OSError:  # it ended before it had read all
+        answer = b""
+    if not answer.endswith(b"\n"):
+        _worker.cache_clear()
+        process.kill()
+        with contextlib.suppress(OSError):  # of what it has not read
+            process.stdin.close()
+        return "it took too long, or ended the process that ran it"
+    return json.loads(answer)
+
+
+def _sentence(words: str) -> str:
+    return " ".join(words.split())[:300]

@@ -1,0 +1,76 @@
+"""Sums and products of matrices, and determinants, as texts: a cell of A B is the text (a)*(b)+(c)*(d), which is read
+like any other value."""
+
+import re
+
+from nanoredi.grader.expression import Unreadable
+
+MAX_CELL = 1_000  # characters
+_GRID = r"⟦(?:[pbB]?matrix|smallmatrix|array)¦([^⟦⟧]*)⟧"
+_DETERMINANT = re.compile(rf"⟦vmatrix¦([^⟦⟧]*)⟧|(?:\\det ?\(?|\|){_GRID}[)|]?")
+
+Grid = list[list[str]]
+
+
+def rows_of(body: str) -> Grid:
+    return [[cell.strip() for cell in row.split("&")] for row in body.split("\\\\") if row.strip()]
+
+
+def without_determinants(text: str) -> str:
+    """Each determinant as the sum that it is."""
+    return _DETERMINANT.sub(lambda found: f"({_determinant(rows_of(found[1] or found[2] or ''))})", text)
+
+
+def _determinant(grid: Grid) -> str:
+    if not grid or len(grid) > 4 or any(len(row) != len(grid) for row in grid):
+        raise Unreadable
+    if len(grid) == 1:
+        return grid[0][0]
+    minors = [_determinant([row[:i] + row[i + 1 :] for row in grid[1:]]) for i in range(len(grid))]
+    return "".join(f"{'+-'[i % 2]}({grid[0][i]})*({minor})" for i, minor in enumerate(minors))
+
+
+def evaluate(pieces: list[str]) -> Grid:
+    """The matrix that terms and the signs between them, in turn, add up to.
+
+    Raises:
+        Unreadable: the sizes do not fit, or something is no number and no matrix.
+    """
+    total: Grid = []
+    for sign, term in zip(["+", *pieces[1::2]], pieces[::2]):
+        if not term.strip() and not total:  # before a leading sign
+            continue
+        grid = _product(term)
+        if sign == "-":
+            grid = [[f"-({cell})" for cell in row] for row in grid]
+        if total and [*map(len, total)] != [*map(len, grid)]:
+            raise Unreadable
+        total = [[f"({a})+({b})" for a, b in zip(x, y)] for x, y in zip(total, grid)] if total else grid
+    return total
+
+
+def _product(term: str) -> Grid:
+    term = re.sub(rf"[(\[](?={_GRID}[)\]])|(?<=⟧)[)\]]", "", term)
+    pieces = re.split(_GRID + r"(?:\^\{?([2-9T])\}?)?", term)  # scalar, grid, exponent, scalar, ...
+    result: Grid = []
+    for body, exponent in zip(pieces[1::3], pieces[2::3]):
+        right = rows_of(body)
+        if len({*map(len, right)}) != 1:
+            raise Unreadable
+        right = [list(column) for column in zip(*right)] if exponent == "T" else right
+        for _ in range(1 if exponent in (None, "T") else int(exponent)):
+            result = _times(result, right) if result else right
+    for scalar in filter(None, (text.strip("* ") for text in pieces[::3])):
+        if not result or scalar[0] in "^_'!/":
+            raise Unreadable
+        result = [[f"({scalar})*({cell})" for cell in row] for row in result]
+    return result
+
+
+def _times(left: Grid, right: Grid) -> Grid:
+    if any(len(row) != len(right) for row in left):
+        raise Unreadable
+    cells = [["+".join(f"({a})*({b})" for a, b in zip(row, column)) for column in zip(*right)] for row in left]
+    if max(len(cell) for row in cells for cell in row) > MAX_CELL:
+        raise Unreadable
+    return cells

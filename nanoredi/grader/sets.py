@@ -1,0 +1,89 @@
+"""Union, intersection and difference of sets: of intervals and numbers exactly, of other things member by member.
+
+The ends of all intervals cut the line into cells: end 0, the gap after it, end 1, the gap after it, ... A set is a
+Python set of cells' numbers (an end's is even), and its intervals are the runs of cells in it.
+"""
+
+import itertools
+import operator
+from collections.abc import Iterable
+
+from nanoredi.grader.compare import Reading, distinct, same
+from nanoredi.grader.expression import Unreadable
+from nanoredi.grader.numbers import CONTEXT, Inexact, close, inexact, is_real
+
+_OPERATIONS = {"∪": operator.or_, "∩": operator.and_, "∖": operator.sub}
+EMPTY = Reading("text", "∅")
+
+
+def combine(operands: list[Reading], operators: list[str]) -> list[Reading]:
+    """The members of A ∪ B ∖ C, from left to right: disjoint intervals and numbers, or anything if that is finite.
+
+    Raises:
+        Unreadable: they are neither.
+    """
+    sets = [_members(one) for one in operands]
+    if "∩" in operators and len(set(operators)) > 1:
+        raise Unreadable
+    places = [_place(end) for members in sets for one in members for end in _ends(one)]
+    if None not in places and not any(one.braces and any(map(_is_interval, _members(one))) for one in operands):
+        return _intervals(sets, operators)
+    result = sets[0]
+    for sign, other in zip(operators, sets[1:]):
+        if sign == "∪":
+            result = [*result, *other]
+        elif all(one.braces for one in operands):
+            result = [one for one in result if any(same(one, twin) for twin in other) == (sign == "∩")]
+        else:
+            raise Unreadable
+    return distinct(result)
+
+
+def _members(one: Reading) -> list[Reading]:
+    one = one.bare if one.bare and one.kind != "=" else one
+    return [] if one.text == EMPTY.text else list(one.parts) if one.kind == "list" else [one]
+
+
+def _is_interval(one: Reading) -> bool:
+    return one.kind in ("()", "(]", "[)", "[]") and len(one.parts) == 2
+
+
+def _ends(one: Reading) -> tuple[Reading, ...]:
+    return one.parts if _is_interval(one) else (one,)
+
+
+def _place(end: Reading) -> Inexact | None:
+    """Where on the line an end is; None: not on it, or not known."""
+    if end.text in ("∞", "-∞"):
+        return CONTEXT.ninf if end.text[0] == "-" else CONTEXT.inf
+    value = end.expression.at(0) if end.kind == "value" and not end.expression.letters else None
+    return inexact(value) if value is not None and is_real(value) else None
+
+
+def _at_one(x: Inexact, y: Inexact) -> bool:
+    return x == y or CONTEXT.isfinite(x) and CONTEXT.isfinite(y) and close(x, y)
+
+
+def _intervals(sets: list[list[Reading]], operators: list[str]) -> list[Reading]:
+    ends: list[Reading] = []
+    cell = {}  # of each end, by its id
+    for end in sorted((end for members in sets for one in members for end in _ends(one)), key=_place):
+        if not ends or not _at_one(_place(end), _place(ends[-1])):
+            ends.append(end)
+        cell[id(end)] = 2 * len(ends) - 2
+
+    def cells(one: Reading) -> Iterable[int]:
+        low, high = cell[id(_ends(one)[0])], cell[id(_ends(one)[-1])]
+        return range(low + (one.kind[0] == "("), high + (one.kind[-1] != ")"))
+
+    result, *others = [{c for one in members for c in cells(one)} for members in sets]
+    for sign, other in zip(operators, others):
+        result = _OPERATIONS[sign](result, other)
+    parts = []
+    for _, run in itertools.groupby(enumerate(sorted(result)), key=lambda pair: pair[1] - pair[0]):
+        first, *_, last = [cell for _, cell in run] * 2
+        low, high = ends[first // 2], ends[(last + 1) // 2]
+        kind = "[("[first % 2] + "])"[last % 2]
+        interval = Reading(kind, f"{kind[0]}{low.text},{high.text}{kind[1]}", (low, high))
+        parts.append(low if low is high else interval)
+    return parts

@@ -1,0 +1,89 @@
+"""A conversation in the terminal: a line is a turn, the answer is shown as it comes, its thinking dimmed."""
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+from nanoredi.common.errors import UserError
+from nanoredi.data.benchmarks import frame, with_system
+from nanoredi.data.tokenizer import Tokenizer, may_begin
+from nanoredi.sampler.sampler import Sampler
+from nanoredi.sampler.scheduler import Request, requests_for
+
+_MARKS = {"<think>": "\033[2m<think>", "</think>": "</think>\033[0m"}  # dimmed, and as usual
+
+
+def chat(sampler: Sampler, tokenizer: Tokenizer, stops: list[str], template: str, system: str) -> None:
+    """Take turns until the input ends. Ctrl-C ends an answer; the conversation goes on with what there is of it."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (from here on input() knows arrow keys and earlier lines)
+    history: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D ends)")
+            continue
+        if line == "/reset":
+            history = []
+            print("(a new conversation)")
+        if line in ("", "/reset"):
+            continue
+        messages = [*history, *frame(line, template)]
+        try:
+            prompt = tokenizer.prompt(with_system(messages, system))
+            (request,) = requests_for([tokenizer.encode(prompt)], 1, sampler.config.seed, ["the conversation"])
+            request.stream = tokenizer.stream(stops)
+            sampler.add([request])
+        except UserError as error:
+            print(f"({error}; /reset begins anew)")
+            continue
+        thinking = prompt.rstrip().endswith("<think>")
+        _answer(sampler, request, thinking)
+        # A model is shown what it answered, not what it thought on the way.
+        _, end, answer = request.stream.text.rpartition("</think>")
+        if not end and (thinking or answer.lstrip().startswith("<think>")):
+            answer = ""
+        history = [*messages, {"role": "assistant", "content": answer.strip()}]
+
+
+def _answer(sampler: Sampler, request: Request, thinking: bool) -> None:
+    """Show an answer as it comes, and after it its length and speed."""
+    start, shown, text = time.perf_counter(), 0, request.stream
+    on_terminal = sys.stdout.isatty()
+    print(_MARKS["<think>"].removesuffix("<think>") if thinking and on_terminal else "", end="")
+    with _interrupts() as asked:
+        while not request.finish_reason:
+            sampler.step()
+            if asked and not request.finish_reason:
+                sampler.end(request)
+            end = len(text.text) - (0 if request.finish_reason else may_begin(text.text[-16:], [*_MARKS]))
+            piece, shown = text.text[shown:end], max(shown, end)
+            for mark, styled in _MARKS.items() if on_terminal else ():
+                piece = piece.replace(mark, styled)
+            print(piece, end="", flush=True)
+    speed = len(request.tokens) / (time.perf_counter() - start)
+    print("\033[0m" * on_terminal + f"\n{ending(request, bool(asked), f', {speed:,.1f} tokens/s')}", flush=True)
+
+
+def ending(request: Request, interrupted: bool = False, more: str = "") -> str:
+    """How a completion ended, for the line under it."""
+    num = len(request.tokens)
+    how = ", stopped" if interrupted else ", cut off" if request.finish_reason == "length" else ""
+    return f"({num:,} token{'' if num == 1 else 's'}{how}{more})"
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Inside, Ctrl-C adds to a list and interrupts nothing: a step that is broken off would leave the sampler torn."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,110 @@
+"""Onto the disk whole, by one process at a time."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanoredi.common.disk import digest, lock, move_into_place, path_beside, remove, remove_leftovers, writing
+from nanoredi.common.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "f"
+    for text in ("one", "two"):
+        with writing(path) as beside:
+            beside.write_text(text)
+            assert not path.exists() or path.read_text() == "one"
+    with pytest.raises(ZeroDivisionError), writing(path) as beside:
+        beside.write_text("three")
+        raise ZeroDivisionError
+    assert path.read_text() == "two" and os.listdir(path.parent) == ["f"]
+
+
+def test_a_folder_takes_the_place_of_nothing_or_of_an_empty_one(tmp_path):
+    path = tmp_path / "f"
+    for _ in range(2):
+        with writing(path) as beside:
+            (beside / "deeper").mkdir(parents=True)
+            (beside / "deeper" / "file").write_text("x")
+        assert (path / "deeper" / "file").read_text() == "x"
+        remove(path)
+        path.mkdir()
+    (path / "mine").write_text("dear")
+    with pytest.raises(UserError, match=r"cannot write .*/f: Directory not empty"), writing(path) as beside:
+        beside.mkdir()
+    assert os.listdir(tmp_path) == ["f"] and os.listdir(path) == ["mine"]
+    with pytest.raises(UserError, match=r"cannot write .*/mine/f: File exists"), writing(path / "mine" / "f"):
+        pass
+
+
+def test_what_is_written_has_the_permissions_of_its_neighbours(tmp_path):
+    (tmp_path / "plain").write_text("x")
+    with writing(tmp_path / "f") as beside:
+        beside.touch(0o600)
+    assert (tmp_path / "f").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("place, is_whole", [(1, False), (2, False), (3, True)])
+def test_killed_at_any_place(place, is_whole, tmp_path):
+    code = f"import nanoredi.common.disk as d, pathlib\nwith d.writing(pathlib.Path({str(tmp_path)!r}, 'f')) as b: b.mkdir()"
+    process = python(code, NANOREDI_CRASH_AT=str(place))
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert (tmp_path / "f").exists() == is_whole and len(os.listdir(tmp_path)) == 1
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == (["f"] if is_whole else [])
+
+
+def test_only_leftovers_go(tmp_path):
+    mine = path_beside(tmp_path / "f")
+    elsewhere = tmp_path / "f.another-host.1.writing"
+    for path in (mine, elsewhere, tmp_path / "f"):
+        path.touch()
+    remove_leftovers(tmp_path)
+    assert len(os.listdir(tmp_path)) == 3
+    remove_leftovers(tmp_path, locked=True)
+    assert os.listdir(tmp_path) == ["f"]
+    mine.touch()
+    move_into_place(mine, tmp_path / "g")
+    assert sorted(os.listdir(tmp_path)) == ["f", "g"]
+
+
+def test_one_process_has_a_folder_and_its_end_frees_it(tmp_path):
+    folder = tmp_path / "run"
+    code = f"import nanoredi.common.disk as d, pathlib, time\nd.lock(pathlib.Path({str(folder)!r})); print('has it', flush=True); time.sleep(60)"
+    owner = python(code)
+    assert owner.stdout.readline() == "has it\n"
+    with pytest.raises(UserError, match=f"run is in use by process {owner.pid} on {os.uname().nodename}, started 2"):
+        lock(folder)
+    owner.kill()
+    owner.communicate()
+    lock(folder)
+    lock(folder)  # its own lock is no hindrance
+    second = python(code)
+    assert f"process {os.getpid()} on" in second.communicate()[1]
+
+
+def test_digests(tmp_path):
+    (tmp_path / "f").write_text("text")
+    assert digest(b"a", tmp_path / "f") == digest(b"a", tmp_path / "f") != digest(b"b", tmp_path / "f")
+    before = digest(tmp_path / "f")
+    time.sleep(0)
+    (tmp_path / "f").write_text("test")
+    assert digest(tmp_path / "f") != before

@@ -1,0 +1,77 @@
+"""Every format gives the rows that JSONL gives, and a damaged file is named."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanoredi.common.errors import UserError
+from nanoredi.common.files import read_rows
+from nanoredi.common.formats import num_rows
+
+ROWS = [{"prompt": "é", "n": i, "messages": [{"role": "user", "content": "x" * i}]} for i in range(150)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+TEXTS = {
+    "plain.jsonl": LINES,
+    "mark.jsonl": b"\xef\xbb\xbf" + LINES,
+    "windows.jsonl": LINES.replace(b"\n", b"\r\n\r\n"),
+    "zipped.jsonl.gz": gzip.compress(LINES),
+    "zipped-without-its-name.jsonl": gzip.compress(LINES[:1000]) + gzip.compress(LINES[1000:]),
+    "list.json": json.dumps(ROWS).encode(),
+    "list.jsonl": b"\xef\xbb\xbf\n " + json.dumps(ROWS, indent=1).encode(),
+    "list.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(TEXTS[name])
+    assert [row for _, row in read_rows(str(path))] == ROWS
+    assert num_rows(path) == len(ROWS)
+
+
+def test_tables(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_pylist(ROWS)
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70)
+    for name, new in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
+        with new(tmp_path / name, table.schema) as writer:
+            writer.write_table(table, max_chunksize=100)
+    for path in tmp_path.iterdir():
+        assert [row for _, row in read_rows(str(path))] == ROWS
+        assert list(read_rows(str(path), ("n", "none")))[149] == (f"{path}, row 150", {"n": 149})
+        assert num_rows(path) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.jsonl", None, "cannot read .*a.jsonl: No such file"),
+        ("a.jsonl.gz", TEXTS["zipped.jsonl.gz"][:-50], "cannot read .*a.jsonl.gz: "),
+        ("a.jsonl.gz", TEXTS["zipped.jsonl.gz"][:40] + b"\0" * 60, "cannot read .*a.jsonl.gz: "),
+        ("a.json", b'[{"a": 1},', "a.json, which begins as a list, is n"),
+        ("a.json", b"[" * 10**5, "a.json, which begins as a list, is n"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', "a.jsonl, line 2 is not UTF-8 text"),
+        ("a.jsonl", b'{"a": 1}\n\n[}\n', "a.jsonl, line 3 is not JSON"),
+        ("a.parquet", b"PAR1", "cannot read .*a.parquet: "),
+        ("a.arrow", b"ARROW1\0\0\0\0", "cannot read .*a.arrow: "),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, words):
+    if name.endswith(("parquet", "arrow")):
+        pytest.importorskip("pyarrow")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        list(read_rows(str(tmp_path / name)))
+
+
+def test_tables_without_pyarrow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for name, kind in (("a.parquet", "Parquet"), ("a.arrow", "Arrow")):
+        with pytest.raises(UserError, match=f"is a {kind} file, which takes pyarrow to read: pip install pyarrow"):
+            num_rows(Path(name))

@@ -1,0 +1,303 @@
+"""Messages to text: the prompt is sampling's, the end is learned, nothing of an answer is lost, and what is odd is said."""
+
+import json
+
+import pytest
+from templates import (
+    CHATML,
+    DEEPSEEK,
+    QWEN3,
+    QWEN3_NOT_THINKING,
+    QWEN3_THINKING,
+    small_folder,
+)
+
+from nanoredi.common.errors import UserError
+from nanoredi.data.messages import check_messages, conversation, pair, user_message
+from nanoredi.data.sequences import load_pairs, load_sft
+from nanoredi.data.tokenizer import Tokenizer
+
+IM, EOS = "<|im_end|>\n", "<｜end▁of▁sentence｜>"
+TRACE = "<think>\nA\n</think>\n\nB"
+TEMPLATES = {
+    "chatml": CHATML,
+    "deepseek": DEEPSEEK,
+    "qwen3": QWEN3,
+    "qwen3-thinking": QWEN3_THINKING,
+    "qwen3-not": QWEN3_NOT_THINKING,
+}
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> dict[str, Tokenizer]:
+    root = tmp_path_factory.mktemp("chats")
+    return {name: Tokenizer(small_folder(root / name, template)) for name, template in TEMPLATES.items()}
+
+
+def answered(answer: str | dict, *before: dict) -> list[dict]:
+    answer = {"role": "assistant", **(answer if isinstance(answer, dict) else {"content": answer})}
+    return [*(before or user_message("Q")), answer]
+
+
+@pytest.mark.parametrize(
+    "name, answer, completion",
+    [
+        ("chatml", TRACE, TRACE + IM),
+        ("chatml", "B", "B" + IM),
+        # DeepSeek's prompt opens the thinking: it is opened once, whatever the answer begins with.
+        ("deepseek", TRACE, "A\n</think>\n\nB" + EOS),
+        ("deepseek", "<think>A</think>B", "A</think>B" + EOS),
+        ("deepseek", "A\n</think>\n\nB", "A\n</think>\n\nB" + EOS),
+        ("deepseek", "Okay", "Okay" + EOS),
+        ("qwen3", TRACE, TRACE + IM),
+        ("qwen3", "B", "<think>\n\n</think>\n\nB" + IM),
+        ("qwen3", "<think>A</think>B", TRACE + IM),
+        ("qwen3", "A</think>B", TRACE + IM),
+        ("qwen3", "<think>\nnever closed", "<think>\nnever closed" + IM),
+        ("qwen3", "<think>A</think>B<think>C</think>D", "<think>A</think>B<think>C</think>D" + IM),
+        ("qwen3-thinking", TRACE, "A\n</think>\n\nB" + IM),
+        ("qwen3-thinking", "A\n</think>\n\nB", "A\n</think>\n\nB" + IM),
+        ("qwen3-thinking", "B", "\n</think>\n\nB" + IM),
+        ("qwen3-thinking", "<think>\nnever closed", "never closed" + IM),
+        ("qwen3-not", "B", "B" + IM),
+    ],
+)
+def test_the_prompt_is_samplings_and_the_answer_is_whole(chats, name, answer, completion):
+    tokenizer = chats[name]
+    prompt, text = tokenizer.split(answered(answer))
+    assert prompt == tokenizer.prompt(user_message("Q"))
+    assert text == completion
+
+
+def test_an_answer_that_thinks_where_the_prompt_has_closed_the_thinking_is_refused(chats):
+    for answer in (TRACE, "A\n</think>\n\nB", "<think>\nA"):
+        with pytest.raises(UserError, match="has the model answer without thinking; this answer thinks"):
+            chats["qwen3-not"].split(answered(answer))
+
+
+@pytest.mark.parametrize("name", ["chatml", "deepseek", "qwen3", "qwen3-thinking"])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_thinking_beside_the_content_is_thinking(chats, name, field):
+    def completion(message):
+        return chats[name].split(conversation("here", {"messages": answered(message)}))
+
+    assert completion({"content": "B", field: "A"}) == completion(TRACE)
+    assert completion({"content": "B", field: "C"}) != completion(TRACE)
+    assert completion({"content": "B", field: None}) == completion("B")
+    assert completion({"content": TRACE, field: "A"}) == completion(TRACE)
+
+
+def test_a_template_writes_the_thinking_in_its_own_way(tmp_path):
+    own = CHATML.replace("{{ m.content }}", "{% if m.thinking %}[{{ m.thinking }}]{% endif %}{{ m.content }}")
+    message = {"role": "assistant", "content": "B", "reasoning_content": "A"}
+    assert Tokenizer(small_folder(tmp_path, own)).split(answered(message))[1] == "[A]B" + IM
+
+
+def test_an_answer_that_looks_changed_is_said(chats):
+    def remarks(name, messages):
+        found = set()
+        chats[name].split(messages, found)
+        return [remark.split(":")[0] for remark in found]
+
+    assert remarks("chatml", answered("B")) == remarks("qwen3", answered(TRACE)) == []
+    assert remarks("qwen3", answered("B")) == ["rows have an answer that the chat template writes in another way"]
+    assert "cuts" in remarks("deepseek", answered(TRACE))[0]
+    assert remarks("chatml", answered("B" + IM)) == ["rows have the template's end on an answer"]
+    templated = user_message(chats["chatml"].prompt(user_message("Q")))
+    assert remarks("chatml", answered("B", *templated)) == ["rows have a prompt that is templated already"]
+
+
+@pytest.mark.parametrize(
+    "name, ends", [("chatml", [IM, "<|im_end|>", IM + "<|im_end|>"]), ("deepseek", [EOS, EOS + "\n"])]
+)
+def test_the_templates_end_is_taken_once(chats, name, ends):
+    for end in ends:
+        assert chats[name].split(answered("B" + end)) == chats[name].split(answered("B"))
+
+
+@pytest.mark.parametrize("name", ["chatml", "deepseek", "qwen3", "qwen3-thinking"])
+def test_a_prompt_that_is_templated_already_stays_as_it_is(chats, name):
+    prompt = chats[name].prompt(user_message("Q"))
+    begun = prompt.removesuffix("<think>\n")
+    cut = prompt[: prompt.rindex("Q") + 1]
+    for text in (prompt, prompt.rstrip(), begun, *([cut + "<|im_end|>"] if name != "deepseek" else [])):
+        assert chats[name].prompt(user_message(text)) == prompt
+        assert chats[name].split(answered(TRACE, *user_message(text))) == chats[name].split(answered(TRACE))
+    no_start = prompt.removeprefix("<｜begin▁of▁sentence｜>")
+    assert chats[name].prompt(user_message(no_start)) == prompt
+    forced = chats[name].prompt(user_message("Q"), think=True)
+    assert chats[name].prompt(user_message(forced)) == forced
+    assert chats[name].prompt(user_message("What is <|im_end|>?")).count("What") == 1
+
+
+@pytest.mark.parametrize(
+    "name, before, words",
+    [
+        (
+            "chatml",
+            [{"role": "human", "content": "Q"}],
+            "does not show message 1, whose role is 'human'; .*system, user",
+        ),
+        ("chatml", [{"role": "developer", "content": "S"}, *user_message("Q")], "message 1, whose role is 'developer'"),
+        ("deepseek", [{"role": "system", "content": s} for s in "XY"] + user_message("Q"), "message 1, .* 'system'"),
+    ],
+)
+def test_a_message_that_the_template_passes_over_is_refused(chats, name, before, words):
+    with pytest.raises(UserError, match=words):
+        chats[name].split(answered("B", *before))
+    with pytest.raises(UserError, match=words):
+        chats[name].prompt(before)
+
+
+def test_a_role_that_the_template_takes_for_another_is_refused(tmp_path):
+    template = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% else %}<|im_end|>{% endif %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="message 1, whose role is 'developer'"):
+        Tokenizer(small_folder(tmp_path, template)).prompt([{"role": "developer", "content": "S"}, *user_message("Q")])
+
+
+@pytest.mark.parametrize(
+    "pad, template, learned",
+    [
+        ("<｜end▁of▁sentence｜>", DEEPSEEK, True),
+        (None, DEEPSEEK, True),
+        ("<|im_end|>", CHATML, True),
+        ("<|endoftext|>", CHATML, True),
+    ],
+)
+def test_what_ends_a_turn_is_learned_in_both_stages(tmp_path, pad, template, learned):
+    tokenizer = Tokenizer(small_folder(tmp_path / "t", template, pad_token=pad))
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": answered(TRACE), "prompt": "Q", "chosen": TRACE, "rejected": "C"}))
+    for data in (
+        load_sft(str(file), tokenizer, 500, str(tmp_path)),
+        load_pairs(str(file), tokenizer, 500, 500, str(tmp_path)),
+    ):
+        sequence = data.row(0)[0]
+        ends = (sequence.tokens == tokenizer.eos_id) & sequence.learned
+        assert ends.sum() == learned and ends[-2:].any()
+        assert tokenizer.encode(tokenizer.prompt(user_message("Q"))) == sequence.tokens[~sequence.learned].tolist()
+
+
+def test_the_originals_quirk_where_the_template_has_another_end(tmp_path):
+    tokenizer = Tokenizer(small_folder(tmp_path / "t", CHATML, eos_token="<|endoftext|>"))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": answered(TRACE)}))
+    data = load_sft(str(tmp_path / "rows.jsonl"), tokenizer, 500, str(tmp_path))
+    assert data.row(0)[0].tokens[-1] == tokenizer.eos_id and data.row(0)[0].learned[-3:].tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "refuses .* too long"),
+        ("{{ messages[0].content * 10**10 }}", "refuses the messages: it needs too much memory"),
+        ("{{ 1 // 0 }}", "refuses the messages: ZeroDivisionError: integer division or modulo by zero$"),
+        ("{{ raise_exception('not\n  so') }}", "refuses the messages: not so$"),
+        ("{{" + "(" * 3000 + "1" + ")" * 3000 + "}}", "is broken: RecursionError"),
+        ("{{ messages | nope }}", "is broken: No filter named 'nope'"),
+        ("{% include 'a' %}", "refuses the messages"),
+        ("{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}", "refuses the messages: RecursionError"),
+    ],
+)
+def test_a_templates_own_fault_is_a_sentence(tmp_path, template, words):
+    with pytest.raises(UserError, match=words):
+        Tokenizer(small_folder(tmp_path, template))
+
+
+def test_a_template_that_fails_later_and_then_works(chats):
+    bomb = CHATML.replace("{{ m.content }}", "{% if m.content == 'bomb' %}{{ 'a' * 10**10 }}{% endif %}{{ m.content }}")
+    tokenizer = Tokenizer(small_folder(chats["chatml"].folder.parent / "bomb", bomb))
+    with pytest.raises(UserError, match="too much memory"):
+        tokenizer.prompt(user_message("bomb"))
+    assert tokenizer.prompt(user_message("Q")) == chats["chatml"].prompt(user_message("Q"))
+
+
+def test_what_transformers_gives_its_templates(tmp_path):
+    extras = (
+        "{% if tools is not none or documents is not none or pad_token is none %}{{ 1 // 0 }}{% endif %}{{ mask_token }}"
+        "{{ strftime_now('%%') }}{{ ['é<', {'b': 1, 'a': 2}] | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}"
+        "{% generation %}{% set m = 1 %}g{% endgeneration %}{% for i in [1, 2] %}{% break %}{% endfor %}|{{ m }}"
+    )
+    tokenizer = Tokenizer(small_folder(tmp_path, extras + CHATML, mask_token=None, add_bos_token=True))
+    prompt = tokenizer.prompt(user_message("Q"))
+    assert prompt.startswith('%["\\u00e9<",{"a":2,"b":1}]g|<|im_start|>system')
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_as_transformers_renders_it(chats, name):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    config = json.loads((chats[name].folder / "tokenizer_config.json").read_text())
+    special = {key: value for key, value in config.items() if key.endswith("_token")}
+    for messages in (user_message("Q"), [{"role": "system", "content": "S"}, *answered(TRACE), *user_message("R")]):
+        rendered, _ = utils.render_jinja_template(
+            [messages], chat_template=config["chat_template"], add_generation_prompt=True, **special
+        )
+        assert chats[name].prompt(messages) == rendered[0]
+
+
+TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}]
+SHAREGPT = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "B"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TURNS},
+        {"conversations": SHAREGPT},
+        {"conversations": TURNS},
+        {"messages": SHAREGPT},
+        {"messages": PARTS},
+        {"messages": [{**turn, "tool_calls": None, "name": None} for turn in TURNS]},
+        {"prompt": "Q", "completion": "B"},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    ],
+)
+def test_stage_1_rows(row):
+    assert conversation("here", row) == TURNS
+
+
+WHOLE = {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "C"}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "chosen": "B", "rejected": "C"},
+        {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": WHOLE["rejected"][1:]},
+        {"prompt": "Q", **WHOLE},  # UltraFeedback's
+        WHOLE,
+        {"prompt": TURNS[:1], **WHOLE},
+        {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "C"}},
+    ],
+)
+def test_stage_2_rows(row):
+    assert pair("here", row) == (TURNS[:1], [TURNS[1], WHOLE["rejected"][1]])
+
+
+@pytest.mark.parametrize(
+    "messages, words",
+    [
+        ([*TURNS[:1], {"role": "assistant", "content": None}], r"message 2 \(assistant\): its content is null"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], r"message 1 \(assistant\) has tool_calls"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"message 1 \(user\): its content is no text"),
+        ([{"content": "Q"}], "message 1 has no role"),
+        ([{"role": "assistant", "content": "B", "reasoning": ["A"]}], "its thinking is no text"),
+    ],
+)
+def test_messages_that_cannot_be_learned_are_named(messages, words):
+    with pytest.raises(UserError, match=words):
+        check_messages("here", messages)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({**WHOLE, "prompt": "other"}, "here: 'prompt' must be what stands in 'chosen' before the answer"),
+        ({**WHOLE, "rejected": [*user_message("R"), TURNS[1]]}, "must differ in their last message alone"),
+        ({**WHOLE, "rejected": "C"}, "must differ in their last message alone"),
+        ({"chosen": TURNS[1:], "rejected": TURNS[1:]}, "here has no field 'prompt'"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_named(row, words):
+    with pytest.raises(UserError, match=words):
+        pair("here", row)

@@ -1,0 +1,183 @@
+"""Evaluations that end: with nothing missing, with a problem that is too long, in the frame and with the paths asked for."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import evaluate
+from nanoredi.common.errors import UserError
+from nanoredi.common.flags import write_recipe
+from nanoredi.common.runs import recipe_of
+from nanoredi.config import EvaluateConfig, RediConfig
+
+FLAGS = "--n 2 --max_tokens 8 --dtype float32 --think own --limit 3".split()
+
+
+@pytest.fixture
+def models(tmp_path, toy_data, monkeypatch):
+    """Two models that are the same, and a benchmark, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(toy_data / "model", tmp_path / name)
+    shutil.copy(toy_data / "toy.jsonl", tmp_path)
+    return tmp_path
+
+
+def start(capsys, *flags):
+    evaluate.main([*FLAGS, "--benchmarks", "toy.jsonl", *flags])
+    return capsys.readouterr().out
+
+
+def test_nothing_missing_ends_at_once_with_the_same_table(models, capsys, monkeypatch):
+    first = start(capsys, "--model", "a", "b", "--out", "out")
+    samples = (models / "out/samples.jsonl").read_bytes()
+    monkeypatch.setattr(evaluate, "evaluate", None)  # no model is loaded
+    again = start(capsys, "--model", "a", "b", "--out", "out")
+    assert again.strip() == first[first.index("model  benchmark") :].strip()
+    assert (models / "out/samples.jsonl").read_bytes() == samples
+
+
+def test_a_killed_table_is_made_again(models, capsys):
+    first = start(capsys, "--model", "a", "--out", "out")
+    for left in (None, "", "[{"):
+        (models / "out/results.json").unlink()
+        if left is not None:
+            (models / "out/results.json").write_text(left)
+        again = start(capsys, "--model", "a", "--out", "out")
+        assert "a: 6 samples are there, 0 are missing" in again and first.splitlines()[-3:] == again.splitlines()[-3:]
+
+
+def test_only_the_second_of_two_models_was_broken_off(models, capsys):
+    start(capsys, "--model", "a", "b", "--out", "out")
+    path = models / "out/samples.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-2]))
+    out = start(capsys, "--model", "a", "b", "--out", "out")
+    assert "a: 6 samples are there, 0 are missing" in out and "b: 4 samples are there, 2 are missing" in out
+    assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_two_ranks_with_nothing_missing(models):
+    """Two forks of one process that has everything imported."""
+    flags = [*FLAGS, "--benchmarks", "toy.jsonl", "--model", "a", "--out", "out"]
+    evaluate.main(flags)
+    (models / "out/results.json").unlink()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    command = [*launcher, str(ROOT / "evaluate.py"), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "6 samples are there, 0 are missing" in done.stdout and (models / "out/results.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--model", "a", "b", "./a/"], "--model names a twice"),
+        (["--model", "a", "--benchmarks", "toy.jsonl", "./toy.jsonl"], "--benchmarks names toy.jsonl twice"),
+        (["--model", "a", "--out", "toy.jsonl/x"], "toy.jsonl/x"),
+        (["--model", "Qwen/Qwen2.5-Math-1.5B"], "hf download Qwen/Qwen2.5-Math-1.5B"),
+        (["--model", "."], "a folder of models and no model's: give "),
+        (["--model", "a", "--template", "Solve it"], "--template takes paper, plain, or a text that says {problem}"),
+    ],
+)
+def test_what_is_refused(models, flags, words):
+    with pytest.raises(UserError) as error:
+        evaluate.main([*FLAGS, "--benchmarks", "toy.jsonl", *flags])
+    assert words in str(error.value)
+
+
+def test_a_problem_that_is_too_long_counts_as_cut_off(models, capsys):
+    rows = [json.loads(line) for line in (models / "toy.jsonl").read_text().splitlines()]
+    rows[1]["problem"] = "1+" * 200
+    (models / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for again in (False, True):  # said once, counted always
+        out = start(capsys, "--model", "a", "--out", "out")
+        samples = [json.loads(line) for line in (models / "out/samples.jsonl").read_text().splitlines()]
+        assert [(s["tokens"], s["finish_reason"], s["correct"]) for s in samples if s["problem"] == 1] == [
+            (0, "length", False)
+        ] * 2
+        assert len(samples) == 6
+        said = "1 problem with no room in the context of 256 tokens counted as cut off; the first: problem 2 of toy"
+        assert (said in out) == (not again)
+
+
+def test_template_and_system(models, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "nanoredi.evaluation.evaluate.Tokenizer.prompt", lambda self, messages, think: asked.append(messages) or "1"
+    )
+    out = start(capsys, "--model", "a")
+    assert "toy.jsonl: asked without a frame; --template paper" in out and len(asked[0]) == 1
+    out = start(capsys, "--model", "a", "--template", "In \\boxed{}: {problem}?", "--system", "Be brief.", "--out", "x")
+    assert "asked without" not in out
+    assert asked[-1][0] == {"role": "system", "content": "Be brief."}
+    assert asked[-1][1]["content"] == f"In \\boxed{{}}: {asked[2][0]['content']}?"
+    with pytest.raises(UserError, match="the setting system is 'Be brief.' there and '' here"):
+        start(capsys, "--model", "a", "--template", "In \\boxed{}: {problem}?", "--out", "x")
+
+
+def test_two_files_of_one_stem(models, capsys):
+    problem = json.loads((models / "toy.jsonl").read_text().splitlines()[0])
+    for name in ("one", "two"):
+        (models / name).mkdir()
+        (models / name / "test.jsonl").write_text(json.dumps({**problem, "answer": name}) + "\n")
+    out = start(capsys, "--model", "a", "--benchmarks", "one/test.jsonl", "two/test.jsonl", "--out", "out")
+    assert "one/test" in out and "two/test" in out
+    samples = [json.loads(line) for line in (models / "out/samples.jsonl").read_text().splitlines()]
+    assert {(s["benchmark"], *s["gold"]) for s in samples} == {("one/test", "one"), ("two/test", "two")}
+
+
+def test_a_model_that_does_not_think(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"What is {i}+0?", "answer": i, "output": f"\\boxed{{{i}}}"} for i in range(3)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.main(["--completions", "c.jsonl", "--out", "forced"])
+    assert "c: over half of the responses have a boxed answer and no </think>" in (out := capsys.readouterr().out)
+    assert "give --think own" in out
+    evaluate.main(["--completions", "c.jsonl", "--out", "own", "--think", "own"])
+    assert "no </think>" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="--completions names ./c.jsonl twice|--completions names c.jsonl twice"):
+        evaluate.main(["--completions", "c.jsonl", "./c.jsonl"])
+
+
+def test_settings_that_an_older_evaluation_did_not_have(models, capsys):
+    start(capsys, "--model", "a", "--out", "out")
+    path = models / "out/evaluation.json"
+    about = json.loads(path.read_text())
+    del about["setting"]["system"], about["setting"]["template"]
+    path.write_text(json.dumps(about))
+    start(capsys, "--model", "a", "--out", "out")
+    with pytest.raises(UserError, match="the setting system is '' there"):
+        start(capsys, "--model", "a", "--out", "out", "--system", "x")
+
+
+def test_a_run_s_own_paths_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, elsewhere = tmp_path / "work/runs/r", tmp_path / "elsewhere"
+    for folder in (run / "data", tmp_path / "work/files", elsewhere):
+        folder.mkdir(parents=True)
+    for file in (run / "data/toy.jsonl", run / "metrics.jsonl", tmp_path / "work/files/watch.jsonl"):
+        file.write_text("")
+    configs = {
+        "redi": RediConfig(out="runs/r", watch="files/watch.jsonl", data="gone.jsonl"),
+        "evaluate": EvaluateConfig(benchmarks=["runs/r/data/toy.jsonl", "math500", str(elsewhere / "x.jsonl")]),
+    }
+    write_recipe(run / "config.toml", configs)
+    for here, above in ((tmp_path, "work/"), (tmp_path / "work", ""), (elsewhere, "../work/")):
+        monkeypatch.chdir(here)
+        tables = recipe_of(f"{above}runs/r/final")
+        assert tables["evaluate"]["benchmarks"] == [
+            f"{above}runs/r/data/toy.jsonl",
+            "math500",
+            str(elsewhere / "x.jsonl"),
+        ]
+        assert (tables["redi"]["watch"], tables["redi"]["data"]) == (f"{above}files/watch.jsonl", "gone.jsonl")
+    # A run that was moved takes its own data along.
+    shutil.copytree(run, elsewhere / "moved")
+    assert recipe_of("moved/final")["evaluate"]["benchmarks"][0] == "moved/data/toy.jsonl"
