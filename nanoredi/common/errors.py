@@ -49,13 +49,17 @@ def sentence(error: BaseException) -> str | None:
         return f"{error.filename or 'the disk'}: {error.strerror or error}"
     # torch has a RuntimeError for memory on a CPU, and an OutOfMemoryError on a GPU.
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(_NO_MEMORY, str(error)):
-        return f"there is not enough memory: {str(error).splitlines()[0] if str(error) else 'it is all in use'}"
+        return f"there is not enough memory ({(str(error) or 'it is all in use').splitlines()[0]}); {_LESS_MEMORY}"
     if isinstance(error, (RecursionError, OverflowError, UnicodeError)):
         return f"something given is nested too deep, too large, or no text: {error}"
     return None
 
 
 _NO_MEMORY = "out of memory|can't allocate memory|not enough memory"
+_LESS_MEMORY = (
+    "training takes less with a smaller --max_tokens_per_micro_batch, --activation_checkpointing attention or more GPUs, "
+    "sampling with a smaller --cache_gb or --batch_size"
+)
 _CONTROLS = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {ord("\n"), ord("\t")}
 _ESCAPED = {c: ascii(chr(c))[1:-1] for c in _CONTROLS}
 

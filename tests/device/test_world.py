@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import nanoredi
-from nanoredi.common.errors import UserError
+from nanoredi.common.errors import UserError, sentence
 from nanoredi.trainer import distributed
 from nanoredi.trainer.distributed import compute_dtype, world
 
@@ -122,3 +122,21 @@ def test_memory_grows_in_place_unless_the_user_says_otherwise(theirs, monkeypatc
     )
     assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == ours
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is put back
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.99 GiB"
+        ),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 2684354560 bytes."),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_said_with_sizes_and_with_what_helps(error):
+    said = sentence(error)
+    assert said.startswith("there is not enough memory (") and str(error) in said
+    for flag in ("max_tokens_per_micro_batch", "activation_checkpointing", "cache_gb", "batch_size"):
+        assert f"--{flag}" in said
+    assert "more GPUs" in said and "\n" not in said
