@@ -35,8 +35,7 @@ from fresh import figures  # noqa: E402
 
 from nanoredi import objectives  # noqa: E402
 from nanoredi.config import RediConfig  # noqa: E402
-from nanoredi.data.batch import SIDES  # noqa: E402
-from nanoredi.data.sequences import Sequence  # noqa: E402
+from nanoredi.data.sequences import SIDES, Sequence  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.trainer.distributed import compute_dtype, matrix_rate, world  # noqa: E402

@@ -15,23 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoredi.common.errors import UserError
 from nanoredi.config import RediConfig, SftConfig
-from nanoredi.data.sequences import Sequence
+from nanoredi.data.sequences import SIDES, Sequence
 
 # What must share a micro-batch: a pair where the objective wants pairs, else a sequence alone.
 Unit = tuple[Sequence, ...]
 
 
-def sft(num_learned: list[int]) -> list[float]:
+def sft(num_learned: list[int], row_weights: list[float] | None = None) -> list[float]:
     """SFT, the mean of -log p over all learned tokens of the optimiser step:  w_t = -1 / sum_i |y_i|.
 
     Args:
         num_learned: |y_i|, the number of learned tokens of each sequence of the step.
+        row_weights: c_i, where rows have weights of their own: w_t = -c_i / sum_i |y_i|, so that a trace of a negative
+            weight is unlearned.
 
     Returns:
         The weight of every learned token of each sequence.
     """
-    return [-1.0 / sum(num_learned)] * len(num_learned)
+    total = sum(num_learned)
+    return [-weight / total for weight in row_weights or [1.0] * len(num_learned)]
 
 
 def redi(
@@ -128,22 +132,30 @@ def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> l
         config: the objective and its parameters.
         rows: of the whole step, as TokenData.row gives them.
 
+    Raises:
+        UserError: naming a row with a chosen_weight, which DPO and SimPO do not have.
+
     Returns:
         Pairs where the objective wants them. Else sequences, first the chosen and then the rejected ones. Rejected ones of
         weight 0 teach nothing and are left out; chosen ones stay, since their log-probability tells of a collapse.
     """
     if isinstance(config, SftConfig) or config.objective == "sft":
         traces = [row[0] for row in rows]
-        weights = sft([s.num_learned for s in traces])
-        return [(s._replace(weight=w, share=-w),) for s, w in zip(traces, weights)]
+        counts = [s.num_learned for s in traces]
+        weights = sft(counts, [s.row_weight for s in traces])
+        tokens = {side: sum(n for n, s in zip(counts, traces) if s.side == side) for side in SIDES}
+        units = [(s._replace(weight=w, share=1 / tokens[s.side]),) for s, w in zip(traces, weights)]
+        return [unit for unit in units if unit[0].weight] or units[:1]
     chosen, rejected = ([s._replace(share=1 / (len(rows) * s.num_learned)) for s in side] for side in zip(*rows))
     if wants_pairs(config):
+        for s in chosen:
+            if s.row_weight != 1 and config.objective != "redi":
+                raise UserError(f"{s.name}: {config.objective} knows no chosen_weight; take it out, or use redi or sft")
         return list(zip(chosen, rejected))
     counts = [[s.num_learned for s in side] for side in (chosen, rejected)]
     weights = redi(*counts, config.alpha, config.chosen_weight)
-    return [
-        (s._replace(weight=w),) for s, w in zip(chosen + rejected, weights[0] + weights[1]) if w or s.side == "chosen"
-    ]
+    weighed = [(s, w * s.row_weight) for s, w in zip(chosen + rejected, weights[0] + weights[1])]
+    return [(s._replace(weight=w),) for s, w in weighed if w or s.side == "chosen"]
 
 
 def sequence_logps(sequences: list[Sequence], token_logps: Tensor) -> list[Tensor]:
@@ -168,7 +180,9 @@ def pair_losses(config: RediConfig, pairs: list[Unit], token_logps: Tensor) -> T
     if config.objective == "dpo":
         ratios = [logp - s.reference for logp, s in zip(logps, sequences)]
         return dpo(*torch.stack(ratios).view(-1, 2).unbind(1), config.beta)
-    means = torch.stack([logp / s.num_learned for logp, s in zip(logps, sequences)]).view(-1, 2).unbind(1)
+    # A row's weight is 1 but where REDI's correct traces have another.
+    means = [logp / s.num_learned * s.row_weight for logp, s in zip(logps, sequences)]
+    means = torch.stack(means).view(-1, 2).unbind(1)
     if config.objective == "simpo":
         return simpo(*means, config.beta, config.gamma)
     return weighted_redi(*means, config.alpha, config.neg_weight_gamma, config.chosen_weight)

@@ -10,6 +10,7 @@ from nanoredi.objectives import dpo, redi, sft, simpo, weighted_redi
 
 def test_sft_is_the_mean_over_tokens():
     assert sft([2, 6]) == [-1 / 8, -1 / 8]
+    assert sft([2, 6], [1.0, -0.5]) == [-1 / 8, 0.5 / 8]
 
 
 def test_redi_divides_by_length_and_pairs():

@@ -1,6 +1,7 @@
 """How nanoredi says that something given to it is wrong: one sentence for a person, and exit code 2."""
 
 import difflib
+import io
 import os
 import re
 import sys
@@ -21,8 +22,9 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     2, Ctrl-C with 130. Control characters in what is printed, whoever wrote them, are shown escaped."""
     write = sys.stdout.write
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    sys.stdout.write = lambda text: write(visible(text))
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout.write = lambda text: write(visible(text))  # type: ignore[method-assign]
     try:
         main(sys.argv[1:])
     except Stopped as stopped:
@@ -65,8 +67,9 @@ _ESCAPED = {c: ascii(chr(c))[1:-1] for c in _CONTROLS}
 
 
 def visible(text: str) -> str:
-    """The text with the characters escaped that a terminal would obey, and not show."""
-    return text.translate(_ESCAPED)
+    """The text with the characters escaped that a terminal would obey, and not show; all but what dims text and what ends
+    that, which chat uses and which do no harm."""
+    return re.sub(r"\\x1b\[([02])m", "\x1b[\\1m", text.translate(_ESCAPED))
 
 
 def _say(text: str) -> None:

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.sequences import Sequence
-
-SIDES = ("chosen", "rejected")
+from nanoredi.data.sequences import SIDES, Sequence
 
 
 class PackedBatch(NamedTuple):

@@ -26,6 +26,7 @@ from nanoredi.data.tokenizer import Tokenizer
 
 # Part of the cache's key: raise it when the rules above change.
 _RULES = 3
+SIDES = ("chosen", "rejected")
 
 
 class Sequence(NamedTuple):
@@ -35,10 +36,11 @@ class Sequence(NamedTuple):
         tokens: (n,) integers, at least 2.
         learned: (n,) bool, the tokens the loss is taken on.
         name: what to call it before the user.
-        side: "chosen" or "rejected"; all of stage 1's are chosen.
+        side: "chosen" or "rejected"; stage 1's are chosen, but for those of a weight below 0.
         weight: of each learned token's log-probability in the loss, where that is linear in them (objectives.py).
         share: of each learned token's log-probability in the step's mean over its side's.
         reference: the trace's log-probability under DPO's reference model.
+        row_weight: what its row gives it to count, 1 where it says nothing; below 0 the trace is one to avoid.
     """
 
     tokens: np.ndarray
@@ -48,6 +50,7 @@ class Sequence(NamedTuple):
     weight: float = 0.0
     share: float = 0.0
     reference: float = 0.0
+    row_weight: float = 1.0
 
     @property
     def num_inputs(self) -> int:
@@ -98,7 +101,9 @@ class TokenData:
             part = slice(self.offsets[j], self.offsets[j + 1])
             name = f"row {i + 1} of {self.path}" + (f", {side}" if len(self.sides) > 1 else "")
             reference = 0.0 if self.reference is None else float(self.reference[i, place])
-            sequences.append(Sequence(self.tokens[part], self.learned[part], name, side, reference=reference))
+            weight = float(self.row_weights[j])
+            side = "rejected" if weight < 0 else side
+            sequences.append(Sequence(self.tokens[part], self.learned[part], name, side, 0.0, 0.0, reference, weight))
         return tuple(sequences)
 
 
@@ -159,7 +164,7 @@ def load_pairs(
             yield tokens, np.arange(len(tokens)) >= len(prompt), weight
 
     rules = (_RULES, "pairs", max_prompt_tokens, max_response_tokens)
-    return TokenData(path, ("chosen", "rejected"), *cached(path, tokenizer, cache, rules, texts, arrays))
+    return TokenData(path, SIDES, *cached(path, tokenizer, cache, rules, texts, arrays))
 
 
 def _texts(

@@ -162,7 +162,8 @@ def _draw_run(run: Run, panels: Any, markers: dict[str, str], look: dict[str, An
         axes.plot(*run.series(key), marker="." if len(run.rows) < 50 else None, **look)
     for axes, key in zip((chosen, rejected), WATCHED):
         steps, values = run.series(key)
-        axes.plot(steps, values, color=look["color"], linestyle="", marker="x")
+        if any(map(math.isfinite, values)):
+            axes.plot(steps, values, color=look["color"], linestyle="", marker="x")
 
 
 def _label_panels(panels: Any, where: str) -> None:

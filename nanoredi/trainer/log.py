@@ -54,17 +54,25 @@ class Log:
     """Every rank has one and gives it the same; rank 0's writes."""
 
     def __init__(
-        self, config: SftConfig | RediConfig, first: int, total: int, matrix_rate: float, world: World, label: str
+        self,
+        config: SftConfig | RediConfig,
+        first: int,
+        total: int,
+        matrix_rate: float,
+        world: World,
+        label: str,
+        has_negatives: bool = False,
     ):
         """Begin after step number `first` of `total`: what the files hold of later steps is dropped.
 
         Args:
             matrix_rate: operations a second that this rank's device reaches in a large matrix product.
             label: what the run is called when somebody asks where it is.
+            has_negatives: whether stage 1's rows have weights below 0, so that there are rejected traces.
         """
         self.config, self.total, self.matrix_rate, self.world, self.label = config, total, matrix_rate, world, label
         self.path = Path(config.out) / "metrics.jsonl"
-        self.has_rejected = getattr(config, "objective", "sft") != "sft" and config.alpha != 0
+        self.has_rejected = has_negatives or getattr(config, "objective", "sft") != "sft" and config.alpha != 0
         self.waiting: list[Step] = []
         self.first, self.start = first, time.perf_counter()
         self.last = self.start

@@ -122,7 +122,8 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
     )
     states, guards = States(Path(config.out) / "state", world), Guards(config, world)
     first = _resume(states, model, optimizer, guards, began_with, world)
-    log = Log(config, first, total, rate, world, _stage(config))
+    has_negatives = isinstance(config, SftConfig) and bool((data.row_weights < 0).any())
+    log = Log(config, first, total, rate, world, _stage(config), has_negatives)
     return _Run(model, data, dtype, optimizer, began_with, states, guards, log, first, total, watch)
 
 

@@ -78,7 +78,29 @@ def half(redi):
     return replace(redi, chosen_weight=0.5, neg_weight_gamma=0.2)
 
 
-EVERY = pytest.mark.parametrize("stage", ["sft", "redi", "dpo", "simpo", "weighted", "negatives", "half"])
+@pytest.fixture
+def signed(sft, toy_data, tmp_path):
+    """Stage 1 on rows with weights of their own."""
+    rows = [json.loads(line) for line in (toy_data / "sft.jsonl").read_text().splitlines()][:40]
+    for i, row in enumerate(rows):
+        row["weight"] = (1, -0.5, 0.25, None)[i % 4]
+    (tmp_path / "signed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return replace(sft, data=str(tmp_path / "signed.jsonl"))
+
+
+@pytest.fixture
+def row_weights(half, toy_data, tmp_path):
+    """Stage 2 on pairs whose correct traces count differently."""
+    rows = [json.loads(line) for line in (toy_data / "pairs.jsonl").read_text().splitlines()][:40]
+    for i, row in enumerate(rows):
+        row["chosen_weight"] = (1, 0.5, 0)[i % 3]
+    (tmp_path / "weights.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return replace(half, data=str(tmp_path / "weights.jsonl"))
+
+
+EVERY = pytest.mark.parametrize(
+    "stage", ["sft", "redi", "dpo", "simpo", "weighted", "negatives", "half", "signed", "row_weights"]
+)
 
 
 def reference_of(config, data):
@@ -132,14 +154,16 @@ def reference(config):
         chosen, rejected = map(logps, data.row(i))
         if config.objective == "redi":
             weight = torch.exp(config.neg_weight_gamma * rejected.mean())
-            return -config.chosen_weight * chosen.mean() + config.alpha * weight * rejected.mean()
+            c = config.chosen_weight * data.row(i)[0].row_weight
+            return -c * chosen.mean() + config.alpha * weight * rejected.mean()
         if config.objective == "simpo":
             return torch.log1p(torch.exp(config.gamma - config.beta * (chosen.mean() - rejected.mean())))
         ref = reference_of(config, data)[i].astype(float)
         return torch.log1p(torch.exp(-config.beta * (chosen.sum() - ref[0] - rejected.sum() + ref[1])))
 
     if stage_1(config):
-        loss = -torch.cat([logps(data.row(i)[0]) for i in rows]).mean()
+        traces = [data.row(i)[0] for i in rows]
+        loss = -torch.cat([s.row_weight * logps(s) for s in traces]).sum() / sum(s.num_learned for s in traces)
     else:
         loss = torch.stack([loss_of(i) for i in rows]).mean()
     loss.backward()
