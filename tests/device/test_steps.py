@@ -25,9 +25,9 @@ STEPS = {
     "8 ranks, DPO, untied": 1559,
     "1 rank, REDI, tied": 1481,
     "2 groups of 4 ranks, REDI, tied": 1303,
-    "decode": 135,
-    "decode, top-k": 137,
-    "decode, all layers": 915,
+    "decode": 139,
+    "decode, top-k": 141,
+    "decode, all layers": 945,
     "prefill": 73,
 }
 # A block forward and backward, by what activation checkpointing keeps: its kernels beside products and attention, and

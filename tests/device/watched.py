@@ -146,7 +146,7 @@ def prefill() -> dict:
         ids = torch.zeros(850, dtype=torch.int64, device="cuda")
         with torch.inference_mode(), Watch() as watch:
             attend, positions = sampling.cache.prefill(pieces)
-            hidden = sampling._hidden_states(ids, positions, attend)
+            hidden = sampling._hidden_states(ids, positions, attend, len(ids))
     return {**watched(watch), "result": [str(hidden.device), list(hidden.shape)]}
 
 
