@@ -180,7 +180,7 @@ def test_stage_1_alone(run, tmp_path):
 
 BAD_INPUT = [
     ("train_redi.py", ["--alhpa", "1"], ["there is no flag --alhpa", "--alpha"]),
-    ("train_redi.py", ["--recipe", "nowhere.toml"], ["cannot read the recipe nowhere.toml"]),
+    ("train_redi.py", ["--recipe", "nowhere.toml"], ["there is no recipe nowhere.toml"]),
     ("train_redi.py", ["--data", "pairs.jsonl"], ["--data needs a model"]),
     (
         "train_redi.py",
@@ -216,7 +216,7 @@ BAD_INPUT = [
     (
         "nanoredi/report/__main__.py",
         ["--failures", "full", "--only", "wrnog"],
-        ["--only takes wrong, cut_off, no_answer"],
+        ["--only takes wrong or cut_off or no_answer"],
     ),
 ]
 

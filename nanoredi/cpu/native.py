@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_COMPILER = "cc"
+_COMPILER, _SECONDS = "cc", 60  # a file takes tenths of one
 _KINDS = {"t": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-Wno-psabi"]
 
@@ -54,17 +54,24 @@ def compiled(name: str, **constants: int) -> ctypes.CDLL | None:
     definitions = [f"-D{constant}={value}" for constant, value in constants.items()]
     if not shutil.which(_COMPILER):
         return _without(source, f"there is no C compiler, {_COMPILER}")
-    with tempfile.TemporaryDirectory() as folder:
-        # In two steps, so that no second OpenMP is linked in: its functions are found in torch's, and so are its threads.
-        part, library = f"{folder}/part.o", f"{folder}/library.so"
-        try:
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            # In two steps, so that no second OpenMP is linked in: its functions are found in torch's, and so are its
+            # threads.
+            part, library = f"{folder}/part.o", f"{folder}/library.so"
             for words in ([*_FLAGS, *definitions, "-c", source, "-o", part], ["-shared", part, "-lm", "-o", library]):
-                subprocess.run([_COMPILER, *words], check=True, capture_output=True, text=True)
+                _compile(words)
             return ctypes.CDLL(library)
-        except subprocess.CalledProcessError as error:
-            return _without(source, (error.stderr.strip().splitlines() or [f"it gave {error.returncode}"])[0])
-        except OSError as error:
-            return _without(source, str(error))
+    except subprocess.CalledProcessError as error:
+        return _without(source, (error.stderr.strip().splitlines() or [f"it gave {error.returncode}"])[0])
+    except subprocess.TimeoutExpired:
+        return _without(source, f"{_COMPILER} took over {_SECONDS} seconds")
+    except OSError as error:
+        return _without(source, str(error))
+
+
+def _compile(words: list[str]) -> None:
+    subprocess.run([_COMPILER, *words], check=True, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
 
 
 def call(library: ctypes.CDLL, name: str, kinds: str, *arguments: Tensor | int | float | None) -> None:

@@ -29,9 +29,19 @@ def test_a_size_or_dtype_that_a_file_does_not_know_is_not_compiled(monkeypatch):
         assert native.library(name, dtype, size) is None
 
 
-@pytest.mark.parametrize("words, why", [("echo no -fopenmp >&2; exit 1", "no -fopenmp"), ("exit 0", "library.so")])
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ("echo no -fopenmp >&2; exit 1", "no -fopenmp"),
+        ("exit 0", "library.so"),
+        (r"printf 'caf\351\n' >&2; exit 1", "caf"),
+        ("exec sleep 60", "cc took over 1 seconds"),
+        ('rm -r "$(dirname "$(echo "$*" | grep -o "[^ ]*part.o")")"', "library.so"),
+    ],
+)
 def test_a_compiler_that_fails_is_done_without(words, why, tmp_path, monkeypatch, capsys):
-    """It says that it failed, or makes no library."""
+    """It says that it failed, or makes no library, hangs, writes what is no text, or its folder has vanished."""
+    monkeypatch.setattr(native, "_SECONDS", 1)
     (tmp_path / "cc").write_text(f"#!/bin/sh\n{words}\n")
     (tmp_path / "cc").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
