@@ -36,7 +36,7 @@ def test_a_size_or_dtype_that_a_file_does_not_know_is_not_compiled(monkeypatch):
         ("exit 0", "library.so"),
         (r"printf 'caf\351\n' >&2; exit 1", "caf"),
         ("exec sleep 60", "cc took over 1 seconds"),
-        ('rm -r "$(dirname "$(echo "$*" | grep -o "[^ ]*part.o")")"', "library.so"),
+        ('rm -rf "$(dirname "$(echo "$*" | grep -o "[^ ]*part.o")")"', "library.so"),
     ],
 )
 def test_a_compiler_that_fails_is_done_without(words, why, tmp_path, monkeypatch, capsys):
