@@ -33,6 +33,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --slow"))
 
 
+_COMPILE_ONCE = """#!/bin/sh
+[ "$1" = --version ] && exec COMPILER "$@"
+for made; do :; done
+key=$(for word; do case $word in
+    "$made") ;;
+    *.c) cat "$word" "$(dirname "$word")"/*.h ;;
+    *.o) cat "$word" ;;
+    *) echo "$word" ;;
+esac; done | sha1sum | cut -c1-40)
+if [ ! -e "KEPT/$key" ]; then
+    COMPILER "$@" || exit
+    cp "$made" "KEPT/$key.$$" && mv "KEPT/$key.$$" "KEPT/$key"
+fi
+cp "KEPT/$key" "$made"
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """The tests start some hundred processes; what the C compiler makes of the same input is kept for the next one."""
+    compiler = shutil.which("cc")
+    if compiler is None or not shutil.which("sha1sum"):
+        return
+    folder = tmp_path_factory.mktemp("cc")
+    (folder / "kept").mkdir()
+    (folder / "cc").write_text(_COMPILE_ONCE.replace("COMPILER", compiler).replace("KEPT", str(folder / "kept")))
+    (folder / "cc").chmod(0o755)
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
 def skip_without_gcc(source: str) -> None:
     """For a test of C that could not be compiled: where gcc is, on Linux, it can be."""
     if sys.platform == "linux" and shutil.which("cc"):

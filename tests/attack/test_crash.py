@@ -31,7 +31,7 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_write_a_run_ends_with_the_same_bytes(stride, tmp_path):
     """Stage 1, stage 2 and the evaluation of the toy."""
     command = [sys.executable, str(ROOT / "tests/attack/crash.py"), "train_redi", ".", str(stride), "--out", "OUT"]

@@ -157,7 +157,7 @@ def test_collapse_stops_the_run_where_it_is_told_to(config, one_rank):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks cannot share a GPU: CUDA_VISIBLE_DEVICES= pytest")
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_rank_that_is_stopped_ends_the_job_with_its_number(which, toy_data, tmp_path):
     flags = "--recipe toy --epochs 4000 --batch_size 8 --evaluate false --log_every 5 --dtype float32 --out run".split()
     command = [sys.executable, str(ROOT / "train_redi.py"), *flags, "--model", str(toy_data / "model")]

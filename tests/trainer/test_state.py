@@ -50,8 +50,9 @@ def same_run(a: Path, b: Path) -> bool:
     return rows[0] == rows[1] and weights[0] == weights[1]
 
 
-def test_killed_20_times_at_random_moments_it_ends_with_the_same_weights(flags, tmp_path):
-    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), "20", str(tmp_path / "run"), *flags]
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_the_same_weights(kills, flags, tmp_path):
+    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), str(kills), str(tmp_path / "run"), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr

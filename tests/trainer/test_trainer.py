@@ -406,7 +406,10 @@ def test_the_start_s_files_are_not_touched_by_training(redi, one_rank, toy_data,
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("ranks, shard_size", [(2, 0), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ranks, shard_size",
+    [(2, 0), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_gradients_of_many_ranks_are_those_of_one(ranks, shard_size, run, toy_data, tmp_path):
     """16 pairs in several micro-batches, and 1 pair whose two sequences leave ranks with nothing to do; with the
     weights shared by all ranks, and in several copies."""
