@@ -320,6 +320,31 @@ def test_a_run_s_files(redi, one_rank, tmp_path, capsys):
     )
 
 
+def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypatch):
+    """What was trained is in the state, from which the same command saves it."""
+    config = replace(redi, max_steps=2)
+    (tmp_path / "run").mkdir()
+
+    def full(self, folder, dtype):
+        raise UserError(f"cannot write {folder}: No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Qwen2, "save_pretrained", full)
+        with pytest.raises(
+            UserError, match="cannot write .*final: No space .*; the state of step 2 is saved, the same"
+        ):
+            train(config, one_rank)
+    assert not (tmp_path / "run" / "final").exists()
+    monkeypatch.setattr("nanoredi.trainer.loop.train_step", lambda *_: pytest.fail("trained again"))
+    train(config, one_rank)
+    monkeypatch.undo()
+    again = replace(config, out=str(tmp_path / "again"))
+    (tmp_path / "again").mkdir()
+    train(again, one_rank)
+    saved = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "again")]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
 def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data):
     with pytest.raises(
         UserError, match="the longest sequence has .* tokens, the model's context 16; raise max_position_embeddings"
