@@ -6,6 +6,8 @@ import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036  whoever has an older one starts it all the same
     sys.exit(f"error: nanoredi runs on Python 3.11 and newer; this is Python {sys.version.split()[0]}")
+if sys.platform == "win32":
+    sys.exit("error: nanoredi runs on Linux and macOS; on Windows start it inside WSL, which is Linux")
 
 # Micro-batches differ in size, and a GPU's memory cut into pieces for some of them has no room for others: let its pieces
 # grow. torch reads this when it first takes memory of a GPU; what the user has set stays.

@@ -291,3 +291,9 @@ def test_an_older_python_is_told_so(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 14))
     with pytest.raises(SystemExit, match="error: nanoredi runs on Python 3.11 and newer; this is Python "):
         importlib.reload(nanoredi)
+
+
+def test_windows_is_told_so(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="error: nanoredi runs on Linux and macOS; on Windows"):
+        importlib.reload(nanoredi)
