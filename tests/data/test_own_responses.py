@@ -166,6 +166,7 @@ def test_bad_problems_are_named(prepared, row, grading, words):
         prepared(row, grading=grading)
 
 
+@pytest.mark.slow
 def test_the_loop_of_self_distillation(run, tmp_path):
     """Train stage 1 on the toy, sample from it, label the samples, train stage 2 on them."""
     toy_size = "--toy.sft_rows 300 --toy.pairs 20 --toy.watch_pairs 4 --toy.heldout 6 --toy.num_layers 1".split()
