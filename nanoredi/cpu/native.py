@@ -59,7 +59,10 @@ def compiled(name: str, **constants: int) -> ctypes.CDLL | None:
             # In two steps, so that no second OpenMP is linked in: its functions are found in torch's, and so are its
             # threads.
             part, library = f"{folder}/part.o", f"{folder}/library.so"
-            for words in ([*_FLAGS, *definitions, "-c", str(source), "-o", part], ["-shared", part, "-lm", "-o", library]):
+            for words in (
+                [*_FLAGS, *definitions, "-c", str(source), "-o", part],
+                ["-shared", part, "-lm", "-o", library],
+            ):
                 _compile(words)
             return ctypes.CDLL(library)
     except subprocess.CalledProcessError as error:
