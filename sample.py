@@ -224,7 +224,7 @@ def _key(row: Any) -> str:
 def _complete(missing: dict[str, _Sample], sampler: Sampler, tokenizer: Tokenizer, file: FileIO) -> None:
     rows = {id(sample.request): sample.row for sample in missing.values()}
     sampler.add(sample.request for sample in missing.values())
-    done = progress(None, "sampling", len(rows), "samples")
+    done, start = progress(None, "sampling", len(rows), "samples"), file.seek(0, 2)
     with done:
         try:
             while sampler.busy:
@@ -235,8 +235,11 @@ def _complete(missing: dict[str, _Sample], sampler: Sampler, tokenizer: Tokenize
                     done.update()
         except KeyboardInterrupt:
             done.close()
+            with open(file.name, "rb") as again:  # Ctrl-C may come between a row and its count
+                again.seek(start)
+                num_written = sum(line.endswith(b"\n") for line in again)
             print(
-                f"{file.name}: {done.n} of {len(rows)} completions, then stopped; the same command goes on", flush=True
+                f"{file.name}: {num_written} of {len(rows)} completions, then stopped; the same command goes on", flush=True
             )
             raise
 
