@@ -239,7 +239,8 @@ def _complete(missing: dict[str, _Sample], sampler: Sampler, tokenizer: Tokenize
                 again.seek(start)
                 num_written = sum(line.endswith(b"\n") for line in again)
             print(
-                f"{file.name}: {num_written} of {len(rows)} completions, then stopped; the same command goes on", flush=True
+                f"{file.name}: {num_written} of {len(rows)} completions, then stopped; the same command goes on",
+                flush=True,
             )
             raise
 
