@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from nanoredi.config import SamplingConfig  # noqa: E402
 from nanoredi.data.benchmarks import load  # noqa: E402
-from nanoredi.data.tokenizer import Tokenizer, user_message  # noqa: E402
+from nanoredi.data.messages import user_message  # noqa: E402
+from nanoredi.data.tokenizer import Tokenizer  # noqa: E402
 from nanoredi.model.hf_folder import stop_ids  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.sampler.sampler import Sampler  # noqa: E402

@@ -13,8 +13,6 @@ import tokenizers
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import read_json
 from nanoredi.data.chat import Chat
-from nanoredi.data.messages import check_messages as check_messages
-from nanoredi.data.messages import user_message as user_message
 
 # Of a batch of long traces the encodings take some 100 bytes a token, and three batches are in memory at once.
 _ROWS_AT_ONCE = 64
