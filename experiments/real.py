@@ -59,7 +59,7 @@ class Sizes:
     lr: float = 2e-4
     rounds: int = 2  # of samples; a problem gives a pair a round at most
     samples: int = 4  # a problem and round, and when evaluated
-    steps: int = 50  # of stage 2
+    steps: int = 48  # of stage 2
     batch: int = 16  # sequences of stage 1, pairs of stage 2
     tests: int = 1000  # problems
     max_tokens: int = 80  # of a response
@@ -211,7 +211,6 @@ class Experiment:
             arms = [(method, lr) for method in METHODS for lr in sizes.rates]
             for method, lr in arms:
                 train(method, lr)
-            for method, lr in arms:
                 self.evaluate(f"{name} {method} at {lr}", folder / run_name(method, lr), "validation")
         chosen = best_rates(self.out, sizes.rates)
         for method, lr in chosen.items() if seed > 1 else ():

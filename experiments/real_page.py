@@ -1,8 +1,13 @@
 """The page and the figure that experiments/real.py makes of its runs; every result and verdict comes from them."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
+
+from nanoredi.common.files import read_rows
+from nanoredi.evaluation.scores import Row, compare, summarise
+from nanoredi.report.figures import Run, draw, read_runs
 
 METHODS = {
     "SFT continued": ["--objective", "sft"],
@@ -12,6 +17,21 @@ METHODS = {
     "DPO": ["--objective", "dpo", "--beta", "0.1"],
     "SimPO": ["--objective", "simpo", "--beta", "2", "--gamma", "1"],
 }
+# What the paper says (arXiv 2505.24850): the first has a higher pass@1 than the second.
+CLAIMS = [
+    ("Learning from incorrect traces, too, raises accuracy over stage 1", "REDI 0.8", "stage 1"),
+    ("... and over going on with the correct ones alone", "REDI 0.8", "SFT continued"),
+    ("REDI is better than DPO", "REDI 0.8", "DPO"),
+    ("REDI is better than SimPO", "REDI 0.8", "SimPO"),
+    ("Alpha 0.8 is better than symmetric REDI at its own rate", "REDI 0.8", "symmetric REDI"),
+    ("Alpha 0.8 is better than 0.5", "REDI 0.8", "REDI 0.5"),
+]
+KINDS = [  # of problems, by whether the first sample was right before and after
+    ("wrong before, right after", (False, True)),
+    ("right before, wrong after", (True, False)),
+    ("wrong before and after", (False, False)),
+]
+LAST = 5  # steps whose log-probs are averaged
 
 
 def run_name(method: str, lr: float) -> str:
@@ -19,12 +39,138 @@ def run_name(method: str, lr: float) -> str:
 
 
 def best_rates(out: Path, rates: Sequence[float]) -> dict[str, float]:
-    """Each method's rate, the one with the highest pass@1 on the validation problems."""
+    """Each method's rate, the one with the highest pass@1 on the validation problems; of equals the lower one."""
     return {method: max(rates, key=lambda lr: validated(out, method, lr)["pass@1"]) for method in METHODS}
 
 
-def validated(out: Path, method: str, lr: float) -> dict:
+def validated(out: Path, method: str, lr: float) -> Row:
+    """A method's row on the validation problems."""
     return json.loads((out / "seed-1" / "validation" / run_name(method, lr) / "results.json").read_text())[0]
+
+
+class Results:
+    """The samples of the test problems, pooled over seeds, each with its model's name among the methods."""
+
+    def __init__(self, out: Path, chosen: dict[str, float], seeds: int):
+        self.runs = {"stage 1": "stage-1", **{method: run_name(method, lr) for method, lr in chosen.items()}}
+        self.out, self.chosen, self.seeds = out, chosen, seeds
+        self.samples: dict[str, list[Row]] = {}
+        for method, run in self.runs.items():
+            rows = []
+            for seed in range(1, seeds + 1):
+                of_seed = [row for _, row in read_rows(str(out / f"seed-{seed}" / "test" / run / "samples.jsonl"))]
+                n = 1 + max(row["sample"] for row in of_seed)
+                rows += [{**row, "model": method, "sample": row["sample"] + (seed - 1) * n} for row in of_seed]
+            self.samples[method] = rows
+        self.n = n
+
+    def summary(self, method: str) -> Row:
+        return summarise(self.samples[method], self.seeds * self.n)
+
+    def of_seeds(self, method: str) -> list[Row]:
+        """A method's row of the evaluation's table, for each seed."""
+        folders = [self.out / f"seed-{seed}" / "test" / self.runs[method] for seed in range(1, self.seeds + 1)]
+        return [json.loads((folder / "results.json").read_text())[0] for folder in folders]
+
+    def difference(self, more: str, less: str) -> Row:
+        """{difference, low, high} of pass@1, more's less that of less, over the same problems."""
+        return compare([*self.samples[less], *self.samples[more]], less, more)[0]
+
+    def course(self, method: str) -> Run:
+        """A method's training on the first seed, with its accuracy at both ends."""
+        [run] = read_runs([str(self.out / "seed-1" / self.runs[method])])
+        ends = [(0, self.of_seeds("stage 1")[0]), (run.rows[-1]["step"], self.of_seeds(method)[0])]
+        points = [(step, row["pass@1"], row["sem"]) for step, row in ends]
+        return Run(f"{method}, lr {self.chosen[method]:g}", run.rows, {"test": points})
+
+
+def points(difference: Row) -> str:
+    """A difference and its interval, in points."""
+    mean, low, high = (f"{100 * difference[key]:+.1f}" for key in ("difference", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def verdict(difference: Row) -> str:
+    if difference["low"] > 0:
+        return "**holds**"
+    return "**the opposite holds**" if difference["high"] < 0 else "undecided"
+
+
+def results_table(results: Results) -> list[str]:
+    lines = [
+        "| method | lr | pass@1 % | pass@4 % | against stage 1 | against SFT continued | no answer % | logp chosen "
+        "| logp rejected |",
+        "| --- |" + " --- |" * 8,
+    ]
+    for method in results.runs:
+        rows = results.of_seeds(method)
+        mean = {key: statistics.fmean(row[key] for row in rows) for key in ("pass@1", "no_answer", f"pass@{results.n}")}
+        by_seed = ", ".join(f"{100 * row['pass@1']:.1f}" for row in rows)
+        against = [
+            "" if other == method or method == "stage 1" else points(results.difference(method, other))
+            for other in ("stage 1", "SFT continued")
+        ]
+        cells = [
+            method,
+            f"{results.chosen[method]:g}" if method in results.chosen else "",
+            f"{100 * mean['pass@1']:.1f} ± {100 * results.summary(method)['sem']:.1f}"
+            + f" ({by_seed})" * (len(rows) > 1),
+            f"{100 * mean[f'pass@{results.n}']:.1f}",
+            *against,
+            f"{100 * mean['no_answer']:.1f}",
+            *(last_logp(results, method, side) for side in ("chosen", "rejected")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def last_logp(results: Results, method: str, side: str) -> str:
+    """The mean log-prob a token of the last steps' traces on the first seed; empty where there are none."""
+    if method not in results.chosen:
+        return ""
+    rows = results.course(method).rows[-LAST:]
+    values = [row[f"{side}_logp"] for row in rows if row.get(f"{side}_logp") is not None]
+    return f"{statistics.fmean(values):.2f}" if values else ""
+
+
+def claims_table(results: Results) -> list[str]:
+    lines = ["| the paper | pass@1 % here | difference (95 % interval) | verdict |", "| --- | --- | --- | --- |"]
+    for text, more, less in CLAIMS:
+        means = [f"{100 * results.summary(method)['pass@1']:.1f}" for method in (more, less)]
+        difference = results.difference(more, less)
+        lines.append(f"| {text} | {' against '.join(means)} | {points(difference)} | {verdict(difference)} |")
+    return lines
+
+
+def validation_table(out: Path, rates: Sequence[float], chosen: dict[str, float]) -> list[str]:
+    lines = [f"| pass@1 % | {' | '.join(f'{lr:g}' for lr in rates)} |", "| --- |" + " --- |" * len(rates)]
+    for method, best in chosen.items():
+        shares = {lr: f"{100 * validated(out, method, lr)['pass@1']:.1f}" for lr in rates}
+        cells = [f"**{share}**" if lr == best else share for lr, share in shares.items()]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines
+
+
+def responses(results: Results, problems: list[str], method: str) -> list[str]:
+    """The first test problem of each kind with both responses, and how many problems are of this kind."""
+    before, after = (
+        {row["problem"]: row for row in results.samples[name] if row["sample"] == 0} for name in ("stage 1", method)
+    )
+    lines = []
+    for kind, want in KINDS:
+        found = [i for i in before if (before[i]["correct"], after[i]["correct"]) == want]
+        lines += [f"**{kind[0].upper()}{kind[1:]}**: {len(found)} of {len(before)} problems.", ""]
+        if found:
+            first = min(found)
+            said = [row["response"].replace("\n", " ⏎ ") for row in (before[first], after[first])]
+            lines += [
+                f"> {problems[first]} (answer: {before[first]['gold'][0]})",
+                "",
+                f"- stage 1: `{said[0]}`",
+                f"- {method}: `{said[1]}`",
+                "",
+            ]
+    return lines
 
 
 def write_page(out, sizes, seeds, docs):
