@@ -57,10 +57,7 @@ def convert(file: Path, folder: Path, pad_token: str, chat_template: str) -> Non
     if "output.weight" in raw:
         raise UserError(f"{file} has a head of its own")
     save_folder(folder, config.to_dict(), _weights(raw, config), None, torch.float32)
-    _tokenizer(facts).save(str(folder / "tokenizer.json"))
-    tokens = facts["tokenizer.ggml.tokens"]
-    named = {"eos_token": tokens[facts["tokenizer.ggml.eos_token_id"]], "pad_token": pad_token}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**named, "chat_template": chat_template}, indent=1))
+    write_tokenizer(facts, folder, pad_token, chat_template)
 
 
 def _config(facts: dict[str, Any]) -> Qwen2Config:
@@ -94,15 +91,17 @@ def _weights(raw: dict[str, Tensor], config: Qwen2Config) -> dict[str, Tensor]:
     return weights
 
 
-def _tokenizer(facts: dict[str, Any]) -> Tokenizer:
-    """Byte-level BPE with a token a digit, as SmolLM's."""
+def write_tokenizer(facts: dict[str, Any], folder: Path, pad_token: str, chat_template: str) -> None:
+    """The file's byte-level BPE, with a token a digit as SmolLM has it, as a Hugging Face folder has it."""
     tokens = facts["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     digits = pre_tokenizers.Digits(individual_digits=True)
     made.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     made.decoder = decoders.ByteLevel()
-    kinds = facts["tokenizer.ggml.token_type"]
-    control = [token for token, kind in zip(tokens, kinds) if kind == CONTROL]
+    control = [token for token, kind in zip(tokens, facts["tokenizer.ggml.token_type"]) if kind == CONTROL]
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    return made
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    named = {"eos_token": tokens[facts["tokenizer.ggml.eos_token_id"]], "pad_token": pad_token}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**named, "chat_template": chat_template}, indent=1))

@@ -25,7 +25,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,8 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PAD = "<|endoftext|>"  # the file has <|im_end|> for this, too, and what pads is not learned
+AT_ONCE = 2  # commands
+ITS_RATE = "the rate chosen"  # in a stage's name, which must be known before
 TRAIN = ["--activation_checkpointing", "off", "--max_tokens_per_micro_batch", 4096, "--save_every", 0]
 
 
@@ -53,20 +57,22 @@ class Sizes:
     """How much of everything there is."""
 
     validation: int = 300  # problems
+    validation_samples: int = 2  # a problem
     stage_1: int = 1300  # problems; the rest is sampled
     sampled: int = 10_000  # problems at most
-    epochs: int = 3
+    epochs: int = 2
     lr: float = 2e-4
     rounds: int = 2  # of samples; a problem gives a pair a round at most
-    samples: int = 4  # a problem and round, and when evaluated
-    steps: int = 48  # of stage 2
+    samples: int = 4  # a problem and round
+    steps: int = 30  # of stage 2
     batch: int = 16  # sequences of stage 1, pairs of stage 2
     tests: int = 1000  # problems
+    test_samples: int = 3  # a problem
     max_tokens: int = 80  # of a response
     rates: tuple[float, ...] = (3e-5, 6e-5)
 
 
-Run = Callable[[list[str], Path], tuple[int, float]]
+Run = Callable[[list[str], Path, int], tuple[int, float]]
 # Seconds on 2 cores of a Zen 5, for the time left alone: to start a command, a row trained, a pair, a sample.
 START, ROW, PAIR, SAMPLE = 8.0, 0.1, 0.2, 0.04
 
@@ -120,20 +126,27 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def num_rows(path: Path) -> int:
-    return sum(1 for _ in read_rows(str(path)))
+class Commands:
+    """Runs the product's commands, each a process."""
 
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen] = set()
 
-def command(words: list[str], log: Path) -> tuple[int, float]:
-    """Run one of the product's commands: its exit code, and the seconds of CPU of it and its children. A signal to stop
-    is handed on to it."""
-    with open(log, "a") as file:
-        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=file, stderr=file)
-        for stop in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(stop, lambda *_: process.terminate())
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_utime + usage.ru_stime
+    def __call__(self, words: list[str], log: Path, threads: int) -> tuple[int, float]:
+        """Run one to its end: its exit code, and the seconds of CPU of it and its children."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        with open(log, "a") as file:
+            process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=file)
+            self._running.add(process)
+            _, status, usage = os.wait4(process.pid, 0)
+        self._running.remove(process)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return process.returncode, usage.ru_utime + usage.ru_stime
+
+    def stop(self, *_: Any) -> None:
+        """End those that run; a signal's handler."""
+        for process in list(self._running):
+            process.terminate()
 
 
 class Experiment:
@@ -145,14 +158,14 @@ class Experiment:
         done = {row["stage"] for row in map(json.loads, self.record.open())} if self.record.exists() else set()
         self.plan = self._plan(seeds)
         self.left = {stage: seconds for stage, seconds in self.plan.items() if stage not in done}
-        self.took, self.expected = 0.0, 0.0
-        self.number = 0
+        self.began, self.done = time.perf_counter(), 0.0
+        (out / "logs").mkdir(exist_ok=True)
 
     def _plan(self, seeds: int) -> dict[str, float]:
         """The seconds that each stage may take."""
         sizes, plan = self.sizes, {}
         for seed in range(1, seeds + 1):
-            arms = [(name, lr) for name in METHODS for lr in (sizes.rates if seed == 1 else ("its rate",))]
+            arms = [(name, lr) for name in METHODS for lr in (sizes.rates if seed == 1 else (ITS_RATE,))]
             plan[f"seed {seed}: stage 1"] = START + ROW * 1.6 * sizes.stage_1 * sizes.epochs
             for number in range(sizes.rounds):
                 plan[f"seed {seed}: samples {number}"] = START + SAMPLE * sizes.samples * 1200
@@ -163,34 +176,40 @@ class Experiment:
             if seed == 1:
                 for name, lr in arms:
                     plan[f"seed {seed}: {name} at {lr} on validation"] = (
-                        START + SAMPLE * sizes.samples * sizes.validation
+                        START + SAMPLE * sizes.validation_samples * sizes.validation
                     )
             for name in ("stage 1", *METHODS):
-                plan[f"seed {seed}: {name} on test"] = START + SAMPLE * sizes.samples * sizes.tests
+                plan[f"seed {seed}: {name} on test"] = START + SAMPLE * sizes.test_samples * sizes.tests
         return plan
 
-    def stage(self, name: str, *words: Any) -> None:
+    def stage(self, name: str, *words: Any, threads: int = 1) -> None:
         """Run a command, unless it was run to its end before.
 
         Raises:
             UserError: when it fails.
         """
-        self.number += 1
-        expected = self.left.get(name)
-        if expected is None:
+        if name not in self.left:
             return
-        pace = self.took / self.expected if self.expected else 1.0
-        minutes = pace * sum(self.left.values()) / 60
-        print(f"{time.strftime('%H:%M')} [{self.number}/{len(self.plan)}] {name}; {minutes:.0f} min left", flush=True)
-        start = time.perf_counter()
-        code, cpu = self.run(list(map(str, words)), self.out / "commands.txt")
-        wall = time.perf_counter() - start
+        pace = (time.perf_counter() - self.began) / self.done if self.done else 1.0
+        minutes = pace * sum(self.left.values()) / AT_ONCE / 60
+        number = len(self.plan) - len(self.left) + 1
+        print(f"{time.strftime('%H:%M')} [{number}/{len(self.plan)}] {name}; {minutes:.0f} min left", flush=True)
+        log = self.out / "logs" / f"{name.replace(' ', '-')}.txt"
+        code, cpu = self.run(list(map(str, words)), log, threads)
         with open(self.record, "a") as file:
-            row = {"stage": name if code == 0 else f"{name}, broken off", "wall": wall, "cpu": cpu}
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({"stage": name if code == 0 else f"{name}, broken off", "cpu": cpu}) + "\n")
         if code:
-            raise UserError(f"{name} failed: {self.out / 'commands.txt'} says why; the same command goes on")
-        self.took, self.expected = self.took + wall, self.expected + self.left.pop(name)
+            raise UserError(f"{name} failed: {log} says why; the same command goes on")
+        self.done += self.left.pop(name)
+
+    def at_once(self, jobs: list[Callable[[], None]]) -> None:
+        """Two at a time, a thread each: more comes of two cores than when two threads wait for each other."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            try:
+                for job in [pool.submit(job) for job in jobs]:
+                    job.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def one_seed(self, seed: int, model: Path) -> None:
         """Everything of a seed, whose rates are the first one's."""
@@ -199,54 +218,51 @@ class Experiment:
         batch = ["--batch_size", sizes.batch]
         start = folder / "stage-1"
         words = ["--model", model, "--data", data / "stage-1.jsonl", "--out", start, "--lr", sizes.lr, *batch]
-        self.stage(f"{name} stage 1", "train_sft.py", *words, "--epochs", sizes.epochs, *TRAIN, *cache)
+        self.stage(f"{name} stage 1", "train_sft.py", *words, "--epochs", sizes.epochs, *TRAIN, *cache, threads=2)
         pairs = self.pairs(seed, start / "final")
 
         def train(method: str, lr: float) -> None:
             words = ["--model", start / "final", "--data", pairs, "--out", folder / run_name(method, lr), "--lr", lr]
             words += [*METHODS[method], *batch, "--max_steps", sizes.steps, "--epochs", 10, *TRAIN, *cache]
-            self.stage(f"{name} {method} at {lr}", "train_redi.py", *words)
+            self.stage(f"{name} {method} at {lr if seed == 1 else ITS_RATE}", "train_redi.py", *words)
+
+        def sweep(method: str, lr: float) -> None:
+            train(method, lr)
+            self.evaluate(f"{name} {method} at {lr}", folder / run_name(method, lr), "validation")
 
         if seed == 1:
-            arms = [(method, lr) for method in METHODS for lr in sizes.rates]
-            for method, lr in arms:
-                train(method, lr)
-                self.evaluate(f"{name} {method} at {lr}", folder / run_name(method, lr), "validation")
+            self.at_once([partial(sweep, method, lr) for method in METHODS for lr in sizes.rates])
         chosen = best_rates(self.out, sizes.rates)
-        for method, lr in chosen.items() if seed > 1 else ():
-            train(method, lr)
-        self.evaluate(f"{name} stage 1", start, "test")
-        for method, lr in chosen.items():
-            self.evaluate(f"{name} {method}", folder / run_name(method, lr), "test")
-
-    def evaluate(self, name: str, run: Path, problems: str) -> None:
-        """Sample a run's final model on problems, in the way of the paper's evaluation."""
-        words = [
-            "--model",
-            run / "final",
-            "--benchmarks",
-            self.out / "data" / f"{problems}.jsonl",
-            "--template",
-            "plain",
-        ]
-        words += ["--think", "own", "--n", self.sizes.samples, "--max_tokens", self.sizes.max_tokens]
-        self.stage(f"{name} on {problems}", "evaluate.py", *words, "--out", run.parent / problems / run.name)
+        if seed > 1:
+            self.at_once([partial(train, method, lr) for method, lr in chosen.items()])
+        runs = {"stage 1": start, **{method: folder / run_name(method, lr) for method, lr in chosen.items()}}
+        self.at_once([partial(self.evaluate, f"{name} {method}", run, "test") for method, run in runs.items()])
 
     def pairs(self, seed: int, model: Path) -> Path:
         """Sample, grade and pair, in rounds; the file of all pairs."""
         sizes, folder = self.sizes, self.out / f"seed-{seed}"
-        parts = []
-        for number in range(sizes.rounds):
-            samples, part = folder / f"samples-{number}.jsonl", folder / f"pairs-{number}"
+
+        def one_round(number: int) -> None:
+            samples = folder / f"samples-{number}.jsonl"
             words = ["--model", model, "--prompts", self.out / "data" / "prompts.jsonl", "--out", samples]
             words += ["--n", sizes.samples, "--temperature", 1, "--top_p", 1, "--max_tokens", sizes.max_tokens]
             self.stage(f"seed {seed}: samples {number}", "sample.py", *words, "--seed", 100 * seed + number)
-            words = ["--raw", samples, "--grade", "--tokenizer", model, "--out", part, "--seed", seed]
-            self.stage(f"seed {seed}: pairs {number}", "-m", "nanoredi.prepare", *words)
-            parts.append(part / "pairs.jsonl")
+            words = ["--raw", samples, "--grade", "--tokenizer", model, "--out", folder / f"pairs-{number}"]
+            self.stage(f"seed {seed}: pairs {number}", "-m", "nanoredi.prepare", *words, "--seed", seed)
+
+        self.at_once([partial(one_round, number) for number in range(sizes.rounds)])
         pairs = folder / "pairs.jsonl"
+        parts = [folder / f"pairs-{number}" / "pairs.jsonl" for number in range(sizes.rounds)]
         pairs.write_bytes(b"".join(part.read_bytes() for part in parts))
         return pairs
+
+    def evaluate(self, name: str, run: Path, problems: str) -> None:
+        """Sample a run's final model on problems, in the way of the paper's evaluation."""
+        n = {"validation": self.sizes.validation_samples, "test": self.sizes.test_samples}[problems]
+        data = self.out / "data" / f"{problems}.jsonl"
+        words = ["--model", run / "final", "--benchmarks", data, "--template", "plain", "--think", "own"]
+        words += ["--n", n, "--max_tokens", self.sizes.max_tokens]
+        self.stage(f"{name} on {problems}", "evaluate.py", *words, "--out", run.parent / problems / run.name)
 
 
 def smollm() -> Path:
@@ -261,7 +277,7 @@ def smollm() -> Path:
     return Path(package.origin).parent / GGUF
 
 
-def run_all(out: Path, problems: Path, model: Path | None, sizes: Sizes, seeds: int, run: Run = command) -> None:
+def run_all(out: Path, problems: Path, model: Path | None, sizes: Sizes, seeds: int, run: Run) -> None:
     """Every stage that is not whole yet.
 
     Args:
@@ -296,8 +312,11 @@ def main() -> None:
         parser.error("--problems must name the folder of train.jsonl and test.jsonl")
     try:
         if not flags.page:
-            run_all(out, Path(flags.problems), None, sizes, flags.seeds)
-        write_page(out, sizes, flags.seeds, ROOT / "docs")
+            commands = Commands()
+            for stop in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(stop, commands.stop)
+            run_all(out, Path(flags.problems), None, sizes, flags.seeds, commands)
+        write_page(out, sizes.rates, flags.seeds, ROOT / "docs")
     except (UserError, FileNotFoundError) as error:
         sys.exit(f"{error}")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanoredi.common.files import read_rows
+from nanoredi.common.flags import read_recipe
 from nanoredi.evaluation.scores import Row, compare, summarise
 from nanoredi.report.figures import Run, draw, read_runs
 
@@ -31,6 +32,16 @@ KINDS = [  # of problems, by whether the first sample was right before and after
     ("right before, wrong after", (True, False)),
     ("wrong before and after", (False, False)),
 ]
+NOT_SHOWN = """- Anything of the paper's own size: its model has 1.5 billion parameters, its traces thousands of tokens by a strong
+  teacher, its problems are competition mathematics. Here the wrong traces are the model's own, and short.
+- That these are each method's best rates. Of two rates the better one always stands at the end of the grid. Stage 1's
+  settings, DPO's beta and SimPO's beta and gamma were not swept at all.
+- What another order of the data and other samples would give. The intervals are over problems and take the trained
+  models as given; where there is one seed, nothing is said of its luck.
+- That a longer stage 2 is better or worse, or that the methods would keep their order in it.
+- That SVAMP is new to the model. SmolLM2's own training data is not ours to search, and SVAMP's authors wrote its
+  problems by varying ASDiv-A's.
+"""
 LAST = 5  # steps whose log-probs are averaged
 
 
@@ -173,5 +184,117 @@ def responses(results: Results, problems: list[str], method: str) -> list[str]:
     return lines
 
 
-def write_page(out, sizes, seeds, docs):
-    pass
+def num_rows(path: Path) -> int:
+    return sum(1 for _ in read_rows(str(path)))
+
+
+def time_taken(out: Path) -> str:
+    """How long the commands took, as the processor counts it."""
+    rows = [row for _, row in read_rows(str(out / "stages.jsonl"))]
+    minutes = sum(row["cpu"] for row in rows) / 60
+    return (
+        f"The {len(rows)} commands took {minutes:.0f} minutes of processor time, which is {minutes / 2:.0f} minutes of two "
+        "busy cores. By the clock it was longer: the cores were shared with other work."
+    )
+
+
+def what_was_done(out: Path, results: Results) -> str:
+    data, seed = out / "data", out / "seed-1"
+    stage_1, stage_2 = (
+        read_recipe(str(seed / run / "config.toml"))[table]
+        for run, table in (("stage-1", "sft"), (results.runs["REDI 0.8"], "redi"))
+    )
+    problems = len({row["prompt"] for _, row in read_rows(str(data / "stage-1.jsonl"))})
+    rounds = sorted(seed.glob("samples-*.jsonl"))
+    samples = [row for file in rounds for _, row in read_rows(str(file))]
+    pairs = [json.dumps(row["prompt"]) for _, row in read_rows(str(seed / "pairs.jsonl"))]
+    summary = results.summary("stage 1")
+    seen = stage_2["max_steps"] * stage_2["batch_size"]
+    return f"""| step | what |
+| --- | --- |
+| model | SmolLM2-135M-Instruct from a GGUF file (Q4_1), its layers made a Qwen2's: the logits are those of \
+transformers' Llama on the same weights |
+| stage 1 | `train_sft.py` on {num_rows(data / "stage-1.jsonl"):,} traces of {problems:,} problems, \
+{stage_1["epochs"]} epochs, batches of {stage_1["batch_size"]}, lr {stage_1["lr"]:g} |
+| samples | `sample.py` at temperature 1 on {num_rows(data / "prompts.jsonl"):,} other problems: {len(samples):,} in \
+{len(rounds)} rounds |
+| pairs | `prepare --grade` on each round: {len(pairs):,}, of {len(set(pairs)):,} problems |
+| stage 2 | `train_redi.py`, {stage_2["max_steps"]} steps of {stage_2["batch_size"]} pairs, that is {seen:,}, for every \
+method; AdamW, bf16 with fp32 masters |
+| rates | `evaluate.py` on {num_rows(data / "validation.jsonl")} validation problems |
+| test | `evaluate.py` on {summary["problems"]:,} problems of SVAMP, {results.n} samples each, temperature 0.6, top-p 0.95 |
+""".replace("\\\n", "")
+
+
+def write_page(out: Path, rates: Sequence[float], seeds: int, docs: Path) -> None:
+    """Write real-model.md and real-model.png into a folder.
+
+    Args:
+        out: the runs.
+        rates: the learning rates that were tried.
+        seeds: how many seeds were run.
+        docs: the folder.
+
+    Raises:
+        UserError: when a run is not finished.
+    """
+    chosen = best_rates(out, rates)
+    results = Results(out, chosen, seeds)
+    draw([results.course(method) for method in METHODS], str(docs / "real-model.png"))
+    problems = [row["problem"] for _, row in read_rows(str(out / "data" / "test.jsonl"))]
+    redi = results.difference("REDI 0.8", "stage 1")
+    answer = {
+        "**holds**": "Yes, on these problems",
+        "**the opposite holds**": "No: it is lower here",
+        "undecided": "Not shown",
+    }[verdict(redi)]
+    text = f"""# The claim on a real model
+
+Made by `python experiments/real.py`, as is the figure: every result and every verdict below comes from its runs.
+
+Does learning from incorrect traces raise the accuracy of a real language model, with real weights and real problems?
+**{answer}: REDI with alpha 0.8 has {points(redi)} points of pass@1 against stage 1.**
+
+{what_was_done(out, results)}
+The training problems are MAWPS's and ASDiv-A's, the test problems SVAMP's. A trace is the equations of a problem
+between `<think>` and `</think>`, and the answer in a box. Problems of stage 1, of the pairs and of validation are
+different ones.
+
+## Results
+
+Over {"one seed" if seeds == 1 else f"{seeds} seeds"}. ± is pass@1's standard error over samples. Differences are in
+points of pass@1 with a 95 % interval from 10,000 draws of problems, the same problems for both models. Log-probs are
+nats a token over the last {LAST} steps of training, on pairs that had not been trained on before.
+
+{chr(10).join(results_table(results))}
+
+![Accuracy, log-probs and the size of the update of every method, by step](real-model.png)
+
+## The paper's claims
+
+"Holds" is said where the whole interval is above 0. With {len(CLAIMS)} intervals of 95 %, one in three or four such
+pages would have one that misses by chance alone.
+
+{chr(10).join(claims_table(results))}
+
+## How the rates were chosen
+
+pass@1 in % on the validation problems, which are training problems kept apart; the best, in bold, is what a method has
+above. The test problems had no part in that, nor in anything else that was set: they were first answered when the rates
+stood.
+
+{chr(10).join(validation_table(out, rates, chosen))}
+
+## Three responses
+
+The first test problem of each kind, by the first sample of stage 1 and of REDI 0.8; ⏎ is a line's end.
+
+{chr(10).join(responses(results, problems, "REDI 0.8"))}
+## What is not shown
+
+{NOT_SHOWN}
+## What it took
+
+{time_taken(out)}
+"""
+    (docs / "real-model.md").write_text(text, encoding="utf-8")
