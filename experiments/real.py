@@ -17,6 +17,7 @@ every method at its rate answer them. docs/real-model.md and docs/real-model.png
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -159,6 +160,7 @@ class Experiment:
         self.plan = self._plan(seeds)
         self.left = {stage: seconds for stage, seconds in self.plan.items() if stage not in done}
         self.began, self.done = time.perf_counter(), 0.0
+        self.numbers = itertools.count(1 + len(self.plan) - len(self.left))
         (out / "logs").mkdir(exist_ok=True)
 
     def _plan(self, seeds: int) -> dict[str, float]:
@@ -192,8 +194,10 @@ class Experiment:
             return
         pace = (time.perf_counter() - self.began) / self.done if self.done else 1.0
         minutes = pace * sum(self.left.values()) / AT_ONCE / 60
-        number = len(self.plan) - len(self.left) + 1
-        print(f"{time.strftime('%H:%M')} [{number}/{len(self.plan)}] {name}; {minutes:.0f} min left", flush=True)
+        print(
+            f"{time.strftime('%H:%M')} [{next(self.numbers)}/{len(self.plan)}] {name}; {minutes:.0f} min left",
+            flush=True,
+        )
         log = self.out / "logs" / f"{name.replace(' ', '-')}.txt"
         code, cpu = self.run(list(map(str, words)), log, threads)
         with open(self.record, "a") as file:

@@ -1,7 +1,7 @@
 """The trial on a real model: its data, the converter, and all of its stages with a tiny model and hardly any steps."""
 
-import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +9,21 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
+from evaluate import EvaluateFlags
 from experiments import real, real_page
 from experiments.gguf_folder import BLOCK, CONTROL, convert, write_tokenizer
 from nanoredi.common.errors import UserError
+from nanoredi.common.files import write_json
+from nanoredi.common.flags import read_flags, resolve, write_recipe
+from nanoredi.config import RediConfig, SftConfig
+from nanoredi.data.benchmarks import load_all
 from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.evaluation import scores
+from nanoredi.evaluation.scores import graded, summarise
 from nanoredi.model.config import Qwen2Config
 from nanoredi.model.qwen2 import Qwen2
+from nanoredi.prepare import PrepareFlags
+from sample import SampleFlags
 
 NAMES = ("Robin", "Fred", "Mary", "Joan", "Tom", "Sam")
 
@@ -81,60 +90,133 @@ def model(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def half_right(words: list[str]) -> None:
-    """A random model is never right: put right every other sample of those that sample.py has written."""
-    path = Path(words[words.index("--out") + 1])
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for row in rows:
-        row |= {"completion": f"\\boxed{{{row['answer'] if row['sample'] else -1}}}", "finish_reason": "stop"}
-    real.write_rows(path, rows)
-
-
-def test_every_stage_runs_once_and_makes_the_page(model, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
+@pytest.fixture
+def few_methods(monkeypatch) -> dict[str, list[str]]:
+    """Two methods, and their claims."""
     methods = {name: real_page.METHODS[name] for name in ("SFT continued", "REDI 0.8")}
     monkeypatch.setattr(real, "METHODS", methods)
     monkeypatch.setattr(real_page, "METHODS", methods)
-    monkeypatch.setattr(real.Experiment, "at_once", lambda self, jobs: [job() for job in jobs])
     monkeypatch.setattr(real_page, "CLAIMS", real_page.CLAIMS[:2])
-    sizes = real.Sizes(
-        validation=4,
-        stage_1=6,
-        rounds=1,
-        samples=2,
-        epochs=1,
-        steps=2,
-        batch=2,
-        tests=5,
-        max_tokens=8,
-        rates=(1e-3, 2e-3),
-    )
-    problems, commands = write_problems(tmp_path / "problems"), []
+    monkeypatch.setattr(scores, "_DRAWS", 200)
+    return methods
 
-    def run(words, log, threads):
-        # In this process: one of its own would take seconds to begin.
+
+SIZES = real.Sizes(
+    validation=4,
+    stage_1=6,
+    rounds=1,
+    samples=2,
+    test_samples=2,
+    epochs=1,
+    steps=2,
+    batch=2,
+    max_tokens=8,
+    rates=(1e-3, 2e-3),
+)
+
+
+class Pretence:
+    """Takes the commands' flags as they do, and writes what they would, as if the answers were right that `right` says."""
+
+    def __init__(self, right: Callable[[str, int], bool]):
+        self.right, self.commands = right, []
+
+    def __call__(self, words: list[str], log: Path, threads: int) -> tuple[int, float]:
         name, *flags = words[1:] if words[0] == "-m" else [words[0].removesuffix(".py"), *words[1:]]
-        commands.append(name)
-        importlib.import_module(name).main(flags)
-        if name == "sample":
-            half_right(words)
-        return 0, 1.5
+        self.commands.append(name)
+        table, kind, play = {
+            "train_sft": ("sft", SftConfig, self.train),
+            "train_redi": ("redi", RediConfig, self.train),
+            "sample": ("evaluate", SampleFlags, self.sample),
+            "nanoredi.prepare": ("prepare", PrepareFlags, self.prepare),
+            "evaluate": ("evaluate", EvaluateFlags, self.evaluate),
+        }[name]
+        config = resolve(kind, table, read_flags("", flags, table, kind)[1])
+        play(table, config, Path(config.out))
+        return 0, 30.0
 
-    def again(seeds):
-        commands.clear()
-        real.run_all(tmp_path / "out", problems, model, sizes, seeds, run)
-        real_page.write_page(tmp_path / "out", sizes.rates, seeds, tmp_path)
-        return len(commands), (tmp_path / "real-model.md").read_text()
+    def train(self, table: str, config: SftConfig | RediConfig, out: Path) -> None:
+        out.mkdir(parents=True)
+        write_recipe(out / "config.toml", {table: config})
+        logps = {"chosen_logp": -0.1, "rejected_logp": None if config.out.endswith("sft") else -0.25}
+        real.write_rows(out / "metrics.jsonl", [{"step": step, **logps, "update_norm": 0.1} for step in (1, 2)])
 
-    count, page = again(seeds=1)
-    assert count == 3 + 2 * 4 + 3
+    def sample(self, table: str, config: SampleFlags, out: Path) -> None:
+        prompts = [json.loads(line) for line in Path(config.prompts).read_text().splitlines()]
+        real.write_rows(out, [{**row, "completion": "", "sample": i} for row in prompts for i in range(config.n)])
+
+    def prepare(self, table: str, config: PrepareFlags, out: Path) -> None:
+        assert config.grade and Path(config.raw[0]).exists()
+        out.mkdir()
+        real.write_rows(
+            out / "pairs.jsonl", [{"prompt": [{"role": "user", "content": "2 + 2?"}], "chosen": "4", "rejected": "5"}]
+        )
+
+    def evaluate(self, table: str, config: EvaluateFlags, out: Path) -> None:
+        [benchmark] = load_all(config.benchmarks, "", 0, config.template)
+        run = Path(config.model[0]).parent.name
+        rows = [
+            graded(run, benchmark, problem, i, f"\\boxed{{{gold if self.right(run, problem) else 'no'}}}", 9, "stop")
+            for problem, [gold] in enumerate(benchmark.golds)
+            for i in range(config.n)
+        ]
+        out.mkdir(parents=True)
+        real.write_rows(out / "samples.jsonl", rows)
+        write_json(out / "results.json", [{"model": run, "benchmark": benchmark.name, **summarise(rows, config.n)}])
+
+
+def make(folder: Path, model: Path, seeds: int, run: real.Run) -> str:
+    """All stages, and the page."""
+    if not (folder / "problems").exists():
+        write_problems(folder / "problems")
+    real.run_all(folder / "out", folder / "problems", model, SIZES, seeds, run)
+    real_page.write_page(folder / "out", SIZES.rates, seeds, folder)
+    return (folder / "real-model.md").read_text()
+
+
+@pytest.mark.parametrize("redi, sft, verdicts", [(6, 3, ["holds"] * 2), (2, 3, ["the opposite holds", "undecided"])])
+def test_the_page_says_what_the_runs_say(few_methods, tmp_path, redi, sft, verdicts):
+    pytest.importorskip("matplotlib")
+    first_right = {"stage-1": 0 if redi == 6 else 6, "REDI-0.8-0.002": redi, "SFT-continued-0.001": sft}
+    play = Pretence(lambda run, problem: problem < first_right.get(run, 1))
+    page = make(tmp_path, tmp_path / "model", 1, play)
+    assert len(play.commands) == 3 + 2 * 4 + 3
+    assert "| REDI 0.8 | 0.002 |" in page and "| SFT continued | 0.001 |" in page  # the best of the validation problems
+    assert f"| REDI 0.8 | 25.0 | **{100 / 4 * min(redi, 4):.1f}** |" in page
+    said = [line.rsplit("| ", 1)[1] for line in page.splitlines() if line.startswith(("| Learning", "| ... and over"))]
+    assert said == [f"**{word}** |" if word != "undecided" else "undecided |" for word in verdicts]
+    assert "took 7 minutes of processor time" in page and (tmp_path / "real-model.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_whole_is_not_made_again(few_methods, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(real_page, "draw", lambda runs, path: None)
+    play = Pretence(lambda run, problem: True)
+    page = make(tmp_path, tmp_path / "model", 1, play)
     assert "[14/14]" in capsys.readouterr().out
-    assert "| REDI 0.8 |" in page and "one seed" in page and "took 0 minutes of processor time" in page
-    assert again(seeds=1) == (0, page)
+    play.commands.clear()
+    assert make(tmp_path, tmp_path / "model", 1, play) == page and not play.commands
     # Another seed has no sweep: it trains at the rates that stand.
-    count, page = again(seeds=2)
-    assert count == 3 + 2 + 3 and "2 seeds" in page
-    assert (tmp_path / "real-model.png").read_bytes()[:4] == b"\x89PNG"
+    assert "Over 2 seeds" in make(tmp_path, tmp_path / "model", 2, play)
+    assert len(play.commands) == 3 + 2 + 3
+
+
+@pytest.mark.slow
+def test_every_stage_runs_on_a_tiny_model(few_methods, model, tmp_path):
+    pytest.importorskip("matplotlib")
+    commands = real.Commands()
+
+    def run(words: list[str], log: Path, threads: int) -> tuple[int, float]:
+        done = commands(words, log, threads)
+        if words[0] == "sample.py":  # a random model is never right: every other sample is put right
+            path = Path(words[words.index("--out") + 1])
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            for row in rows:
+                row |= {"completion": f"\\boxed{{{row['answer'] if row['sample'] else -1}}}", "finish_reason": "stop"}
+            real.write_rows(path, rows)
+        return done
+
+    page = make(tmp_path, model, 1, run)
+    assert "| REDI 0.8 |" in page and "undecided" in page
 
 
 def test_a_stage_that_fails_is_made_again(tmp_path):
