@@ -63,14 +63,13 @@ class Sizes:
     sampled: int = 10_000  # problems at most
     epochs: int = 2
     lr: float = 2e-4
-    rounds: int = 2  # of samples; a problem gives a pair a round at most
-    samples: int = 4  # a problem and round
-    steps: int = 30  # of stage 2
+    samples: int = 4  # a problem; one right and one wrong of them are a pair
+    steps: int = 20  # of stage 2
     batch: int = 16  # sequences of stage 1, pairs of stage 2
     tests: int = 1000  # problems
-    test_samples: int = 3  # a problem
+    test_samples: int = 2  # a problem
     max_tokens: int = 80  # of a response
-    rates: tuple[float, ...] = (3e-5, 6e-5)
+    rates: tuple[float, ...] = (5e-5, 1e-4)
 
 
 Run = Callable[[list[str], Path, int], tuple[int, float]]
@@ -169,9 +168,8 @@ class Experiment:
         for seed in range(1, seeds + 1):
             arms = [(name, lr) for name in METHODS for lr in (sizes.rates if seed == 1 else (ITS_RATE,))]
             plan[f"seed {seed}: stage 1"] = START + ROW * 1.6 * sizes.stage_1 * sizes.epochs
-            for number in range(sizes.rounds):
-                plan[f"seed {seed}: samples {number}"] = START + SAMPLE * sizes.samples * 1200
-                plan[f"seed {seed}: pairs {number}"] = START
+            plan[f"seed {seed}: samples"] = START + SAMPLE * sizes.samples * 1200
+            plan[f"seed {seed}: pairs"] = START
             for name, lr in arms:
                 share = 0.5 if name == "SFT continued" else 1.0
                 plan[f"seed {seed}: {name} at {lr}"] = START + share * PAIR * sizes.steps * sizes.batch
@@ -243,22 +241,15 @@ class Experiment:
         self.at_once([partial(self.evaluate, f"{name} {method}", run, "test") for method, run in runs.items()])
 
     def pairs(self, seed: int, model: Path) -> Path:
-        """Sample, grade and pair, in rounds; the file of all pairs."""
-        sizes, folder = self.sizes, self.out / f"seed-{seed}"
-
-        def one_round(number: int) -> None:
-            samples = folder / f"samples-{number}.jsonl"
-            words = ["--model", model, "--prompts", self.out / "data" / "prompts.jsonl", "--out", samples]
-            words += ["--n", sizes.samples, "--temperature", 1, "--top_p", 1, "--max_tokens", sizes.max_tokens]
-            self.stage(f"seed {seed}: samples {number}", "sample.py", *words, "--seed", 100 * seed + number)
-            words = ["--raw", samples, "--grade", "--tokenizer", model, "--out", folder / f"pairs-{number}"]
-            self.stage(f"seed {seed}: pairs {number}", "-m", "nanoredi.prepare", *words, "--seed", seed)
-
-        self.at_once([partial(one_round, number) for number in range(sizes.rounds)])
-        pairs = folder / "pairs.jsonl"
-        parts = [folder / f"pairs-{number}" / "pairs.jsonl" for number in range(sizes.rounds)]
-        pairs.write_bytes(b"".join(part.read_bytes() for part in parts))
-        return pairs
+        """Sample, grade and pair; the file of pairs."""
+        folder = self.out / f"seed-{seed}"
+        samples, pairs = folder / "samples.jsonl", folder / "pairs"
+        words = ["--model", model, "--prompts", self.out / "data" / "prompts.jsonl", "--out", samples, "--seed", seed]
+        words += ["--n", self.sizes.samples, "--temperature", 1, "--top_p", 1, "--max_tokens", self.sizes.max_tokens]
+        self.stage(f"seed {seed}: samples", "sample.py", *words, threads=2)
+        words = ["--raw", samples, "--grade", "--tokenizer", model, "--out", pairs, "--seed", seed]
+        self.stage(f"seed {seed}: pairs", "-m", "nanoredi.prepare", *words)
+        return pairs / "pairs.jsonl"
 
     def evaluate(self, name: str, run: Path, problems: str) -> None:
         """Sample a run's final model on problems, in the way of the paper's evaluation."""

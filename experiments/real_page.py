@@ -205,9 +205,9 @@ def what_was_done(out: Path, results: Results) -> str:
         for run, table in (("stage-1", "sft"), (results.runs["REDI 0.8"], "redi"))
     )
     problems = len({row["prompt"] for _, row in read_rows(str(data / "stage-1.jsonl"))})
-    rounds = sorted(seed.glob("samples-*.jsonl"))
-    samples = [row for file in rounds for _, row in read_rows(str(file))]
-    pairs = [json.dumps(row["prompt"]) for _, row in read_rows(str(seed / "pairs.jsonl"))]
+    prompts, samples, pairs = (
+        num_rows(path) for path in (data / "prompts.jsonl", seed / "samples.jsonl", Path(stage_2["data"]))
+    )
     summary = results.summary("stage 1")
     seen = stage_2["max_steps"] * stage_2["batch_size"]
     return f"""| step | what |
@@ -216,9 +216,8 @@ def what_was_done(out: Path, results: Results) -> str:
 transformers' Llama on the same weights |
 | stage 1 | `train_sft.py` on {num_rows(data / "stage-1.jsonl"):,} traces of {problems:,} problems, \
 {stage_1["epochs"]} epochs, batches of {stage_1["batch_size"]}, lr {stage_1["lr"]:g} |
-| samples | `sample.py` at temperature 1 on {num_rows(data / "prompts.jsonl"):,} other problems: {len(samples):,} in \
-{len(rounds)} rounds |
-| pairs | `prepare --grade` on each round: {len(pairs):,}, of {len(set(pairs)):,} problems |
+| pairs | `sample.py` at temperature 1 on {prompts:,} other problems, {samples // prompts} samples each, and \
+`prepare --grade`: the {pairs:,} problems with a right and a wrong sample give a pair each |
 | stage 2 | `train_redi.py`, {stage_2["max_steps"]} steps of {stage_2["batch_size"]} pairs, that is {seen:,}, for every \
 method; AdamW, bf16 with fp32 masters |
 | rates | `evaluate.py` on {num_rows(data / "validation.jsonl")} validation problems |

@@ -104,7 +104,6 @@ def few_methods(monkeypatch) -> dict[str, list[str]]:
 SIZES = real.Sizes(
     validation=4,
     stage_1=6,
-    rounds=1,
     samples=2,
     test_samples=2,
     epochs=1,
