@@ -174,8 +174,8 @@ class Experiment:
                 share = 0.5 if name == "SFT continued" else 1.0
                 plan[f"seed {seed}: {name} at {lr}"] = START + share * PAIR * sizes.steps * sizes.batch
             if seed == 1:
-                for name, lr in arms:
-                    plan[f"seed {seed}: {name} at {lr} on validation"] = (
+                for name in ("stage 1", *(f"{name} at {lr}" for name, lr in arms)):
+                    plan[f"seed {seed}: {name} on validation"] = (
                         START + SAMPLE * sizes.validation_samples * sizes.validation
                     )
             for name in ("stage 1", *METHODS):
@@ -233,7 +233,8 @@ class Experiment:
             self.evaluate(f"{name} {method} at {lr}", folder / run_name(method, lr), "validation")
 
         if seed == 1:
-            self.at_once([partial(sweep, method, lr) for method in METHODS for lr in sizes.rates])
+            before = partial(self.evaluate, f"{name} stage 1", start, "validation")
+            self.at_once([before, *(partial(sweep, method, lr) for method in METHODS for lr in sizes.rates)])
         chosen = best_rates(self.out, sizes.rates)
         if seed > 1:
             self.at_once([partial(train, method, lr) for method, lr in chosen.items()])

@@ -179,19 +179,19 @@ def test_the_page_says_what_the_runs_say(few_methods, tmp_path, redi, sft, verdi
     first_right = {"stage-1": 0 if redi == 6 else 6, "REDI-0.8-0.002": redi, "SFT-continued-0.001": sft}
     play = Pretence(lambda run, problem: problem < first_right.get(run, 1))
     page = make(tmp_path, tmp_path / "model", 1, play)
-    assert len(play.commands) == 3 + 2 * 4 + 3
+    assert len(play.commands) == 3 + 1 + 2 * 4 + 3
     assert "| REDI 0.8 | 0.002 |" in page and "| SFT continued | 0.001 |" in page  # the best of the validation problems
     assert f"| REDI 0.8 | 25.0 | **{100 / 4 * min(redi, 4):.1f}** |" in page
     said = [line.rsplit("| ", 1)[1] for line in page.splitlines() if line.startswith(("| Learning", "| ... and over"))]
     assert said == [f"**{word}** |" if word != "undecided" else "undecided |" for word in verdicts]
-    assert "took 7 minutes of processor time" in page and (tmp_path / "real-model.png").read_bytes()[:4] == b"\x89PNG"
+    assert "took 8 minutes of processor time" in page and (tmp_path / "real-model.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_what_is_whole_is_not_made_again(few_methods, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(real_page, "draw", lambda runs, path: None)
     play = Pretence(lambda run, problem: True)
     page = make(tmp_path, tmp_path / "model", 1, play)
-    assert "[14/14]" in capsys.readouterr().out
+    assert "[15/15]" in capsys.readouterr().out
     play.commands.clear()
     assert make(tmp_path, tmp_path / "model", 1, play) == page and not play.commands
     # Another seed has no sweep: it trains at the rates that stand.
