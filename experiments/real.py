@@ -64,7 +64,7 @@ class Sizes:
     epochs: int = 2
     lr: float = 2e-4
     samples: int = 4  # a problem; one right and one wrong of them are a pair
-    steps: int = 20  # of stage 2
+    steps: int = 24  # of stage 2
     batch: int = 16  # sequences of stage 1, pairs of stage 2
     tests: int = 1000  # problems
     test_samples: int = 2  # a problem
