@@ -247,7 +247,7 @@ class Experiment:
         samples, pairs = folder / "samples.jsonl", folder / "pairs"
         words = ["--model", model, "--prompts", self.out / "data" / "prompts.jsonl", "--out", samples, "--seed", seed]
         words += ["--n", self.sizes.samples, "--temperature", 1, "--top_p", 1, "--max_tokens", self.sizes.max_tokens]
-        self.stage(f"seed {seed}: samples", "sample.py", *words, threads=2)
+        self.stage(f"seed {seed}: samples", "sample.py", *words)
         words = ["--raw", samples, "--grade", "--tokenizer", model, "--out", pairs, "--seed", seed]
         self.stage(f"seed {seed}: pairs", "-m", "nanoredi.prepare", *words)
         return pairs / "pairs.jsonl"

@@ -1,6 +1,7 @@
 """The page and the figure that experiments/real.py makes of its runs; every result and verdict comes from them."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,10 +197,11 @@ def num_rows(path: Path) -> int:
 def time_taken(out: Path) -> str:
     """How long the commands took, as the processor counts it."""
     rows = [row for _, row in read_rows(str(out / "stages.jsonl"))]
+    whole = sum(not row["stage"].endswith("broken off") for row in rows)
     minutes = sum(row["cpu"] for row in rows) / 60
     return (
-        f"The {len(rows)} commands took {minutes:.0f} minutes of processor time, which is {minutes / 2:.0f} minutes of two "
-        "busy cores. By the clock it was longer: the cores were shared with other work."
+        f"The {whole} commands took {minutes:.0f} minutes of processor time, which is {minutes / 2:.0f} minutes of two "
+        "busy cores, with what was broken off and begun again. By the clock it was longer: the cores were shared."
     )
 
 
@@ -244,6 +246,8 @@ def write_page(out: Path, rates: Sequence[float], seeds: int, docs: Path) -> Non
     """
     chosen = best_rates(out, rates)
     results = Results(out, chosen, seeds)
+    on_validation = validated(out, "stage-1")
+    error = 100 * math.sqrt(on_validation["pass@1"] * (1 - on_validation["pass@1"]) / on_validation["problems"])
     draw([results.course(method) for method in METHODS], str(docs / "real-model.png"))
     problems = [row["problem"] for _, row in read_rows(str(out / "data" / "test.jsonl"))]
     redi = results.difference("REDI 0.8", "stage 1")
@@ -283,9 +287,10 @@ pages would have one that misses by chance alone.
 
 ## How the rates were chosen
 
-pass@1 in % on the validation problems, which are training problems kept apart, with
-{validated(out, "stage-1")["n"]} samples each; the best, in bold, is what a method has above. The choice among the rates knew
-nothing of the test problems, which were first answered when it stood.
+pass@1 in % on {on_validation["problems"]} validation problems, which are training problems kept apart, with {on_validation["n"]}
+sample{"s" * (on_validation["n"] > 1)} each; the best, in bold, is what a method has above. A share of so few answers has a
+standard error of about {error:.1f} points. The choice among the rates knew nothing of the test problems, which were first
+answered when it stood.
 
 {chr(10).join(validation_table(out, rates, chosen))}
 
