@@ -58,18 +58,18 @@ class Sizes:
     """How much of everything there is."""
 
     validation: int = 300  # problems
-    validation_samples: int = 1  # a problem
+    validation_samples: int = 2  # a problem
     stage_1: int = 1300  # problems; the rest is sampled
     sampled: int = 10_000  # problems at most
     epochs: int = 2
     lr: float = 2e-4
     samples: int = 4  # a problem; one right and one wrong of them are a pair
-    steps: int = 16  # of stage 2
+    steps: int = 30  # of stage 2
     batch: int = 16  # sequences of stage 1, pairs of stage 2
     tests: int = 1000  # problems
     test_samples: int = 2  # a problem
     max_tokens: int = 80  # of a response
-    rates: tuple[float, ...] = (5e-5, 1e-4)
+    rates: tuple[float, ...] = (3e-5, 6e-5)
 
 
 Run = Callable[[list[str], Path, int], tuple[int, float]]
