@@ -1,7 +1,11 @@
 """The trial on a real model: its data, the converter, and all of its stages with a tiny model and hardly any steps."""
 
 import json
+import signal
+import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +233,26 @@ def test_a_stage_that_fails_is_made_again(tmp_path):
     assert "seed 1: stage 1" not in real.Experiment(tmp_path, real.Sizes(), 1, None).left
     rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
     assert [row["cpu"] for row in rows] == [1.0, 2.0] and rows[0]["stage"].endswith("broken off")
+
+
+def test_a_command_that_is_stopped_has_failed(tmp_path):
+    commands = real.Commands()
+    threading.Timer(0.5, commands.stop).start()
+    code, cpu = commands(["-c", "import time; time.sleep(100)"], tmp_path / "log.txt", 1)
+    assert code == -signal.SIGTERM and 0 < cpu < 10
+
+
+def test_after_a_failure_no_other_command_begins(tmp_path):
+    begun = []
+
+    def fail(number):
+        begun.append(number)
+        time.sleep(0.1)
+        raise UserError("no")
+
+    with pytest.raises(UserError):
+        real.Experiment(tmp_path, real.Sizes(), 1, None).at_once([partial(fail, number) for number in range(6)])
+    assert len(begun) < 6
 
 
 @pytest.mark.parametrize(
