@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.gguf_folder import convert  # noqa: E402
-from experiments.real_page import METHODS, best_rates, run_name, write_page  # noqa: E402
+from experiments.real_page import METHODS, RATES, best_rates, run_name, write_page  # noqa: E402
 from nanoredi.common.errors import UserError  # noqa: E402
 from nanoredi.common.files import read_rows  # noqa: E402
 from nanoredi.evaluation.scores import Row  # noqa: E402
@@ -69,7 +69,6 @@ class Sizes:
     tests: int = 1000  # problems
     test_samples: int = 2  # a problem
     max_tokens: int = 80  # of a response
-    rates: tuple[float, ...] = (3e-5, 6e-5)
 
 
 Run = Callable[[list[str], Path, int], tuple[int, float]]
@@ -126,6 +125,11 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def sweep() -> list[tuple[str, float]]:
+    """Every method at each of its rates, the low rates first."""
+    return sorted(((method, lr) for method, rates in RATES.items() for lr in rates), key=lambda arm: arm[1])
+
+
 class Commands:
     """Runs the product's commands, each a process."""
 
@@ -166,7 +170,7 @@ class Experiment:
         """The seconds that each stage may take."""
         sizes, plan = self.sizes, {}
         for seed in range(1, seeds + 1):
-            arms = [(name, lr) for name in METHODS for lr in (sizes.rates if seed == 1 else (ITS_RATE,))]
+            arms = sweep() if seed == 1 else [(name, ITS_RATE) for name in METHODS]
             plan[f"seed {seed}: stage 1"] = START + ROW * 1.6 * sizes.stage_1 * sizes.epochs
             plan[f"seed {seed}: samples"] = START + SAMPLE * sizes.samples * 1200
             plan[f"seed {seed}: pairs"] = START
@@ -228,14 +232,14 @@ class Experiment:
             words += [*METHODS[method], *batch, "--max_steps", sizes.steps, "--epochs", 10, *TRAIN, *cache]
             self.stage(f"{name} {method} at {lr if seed == 1 else ITS_RATE}", "train_redi.py", *words)
 
-        def sweep(method: str, lr: float) -> None:
+        def try_out(method: str, lr: float) -> None:
             train(method, lr)
             self.evaluate(f"{name} {method} at {lr}", folder / run_name(method, lr), "validation")
 
         if seed == 1:
             before = partial(self.evaluate, f"{name} stage 1", start, "validation")
-            self.at_once([before, *(partial(sweep, method, lr) for method in METHODS for lr in sizes.rates)])
-        chosen = best_rates(self.out, sizes.rates)
+            self.at_once([before, *(partial(try_out, *arm) for arm in sweep())])
+        chosen = best_rates(self.out)
         if seed > 1:
             self.at_once([partial(train, method, lr) for method, lr in chosen.items()])
         runs = {"stage 1": start, **{method: folder / run_name(method, lr) for method, lr in chosen.items()}}
@@ -312,7 +316,7 @@ def main() -> None:
             for stop in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(stop, commands.stop)
             run_all(out, Path(flags.problems), None, sizes, flags.seeds, commands)
-        write_page(out, sizes.rates, flags.seeds, ROOT / "docs")
+        write_page(out, flags.seeds, ROOT / "docs")
     except (UserError, FileNotFoundError) as error:
         sys.exit(f"{error}")
 

@@ -100,6 +100,9 @@ def few_methods(monkeypatch) -> dict[str, list[str]]:
     methods = {name: real_page.METHODS[name] for name in ("SFT continued", "REDI 0.8")}
     monkeypatch.setattr(real, "METHODS", methods)
     monkeypatch.setattr(real_page, "METHODS", methods)
+    rates = {name: (1e-3, 2e-3) for name in methods}
+    monkeypatch.setattr(real, "RATES", rates)
+    monkeypatch.setattr(real_page, "RATES", rates)
     monkeypatch.setattr(real_page, "CLAIMS", real_page.CLAIMS[:2])
     monkeypatch.setattr(scores, "_DRAWS", 200)
     return methods
@@ -114,7 +117,6 @@ SIZES = real.Sizes(
     steps=2,
     batch=2,
     max_tokens=8,
-    rates=(1e-3, 2e-3),
 )
 
 
@@ -173,7 +175,7 @@ def make(folder: Path, model: Path, seeds: int, run: real.Run) -> str:
     if not (folder / "problems").exists():
         write_problems(folder / "problems")
     real.run_all(folder / "out", folder / "problems", model, SIZES, seeds, run)
-    real_page.write_page(folder / "out", SIZES.rates, seeds, folder)
+    real_page.write_page(folder / "out", seeds, folder)
     return (folder / "real-model.md").read_text()
 
 
