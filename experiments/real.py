@@ -162,7 +162,7 @@ class Experiment:
         done = {row["stage"] for row in map(json.loads, self.record.open())} if self.record.exists() else set()
         self.plan = self._plan(seeds)
         self.left = {stage: seconds for stage, seconds in self.plan.items() if stage not in done}
-        self.began, self.done = time.perf_counter(), 0.0
+        self.began, self.done, self.failed = time.perf_counter(), 0.0, False
         self.numbers = itertools.count(1 + len(self.plan) - len(self.left))
         (out / "logs").mkdir(exist_ok=True)
 
@@ -190,10 +190,12 @@ class Experiment:
         """Run a command, unless it was run to its end before.
 
         Raises:
-            UserError: when it fails.
+            UserError: when it fails, and when another one beside it has.
         """
         if name not in self.left:
             return
+        if self.failed:
+            raise UserError("another command has failed")
         pace = (time.perf_counter() - self.began) / self.done if self.done else 1.0
         minutes = pace * sum(self.left.values()) / AT_ONCE / 60
         print(
@@ -205,6 +207,7 @@ class Experiment:
         with open(self.record, "a") as file:
             file.write(json.dumps({"stage": name if code == 0 else f"{name}, broken off", "cpu": cpu}) + "\n")
         if code:
+            self.failed = True
             raise UserError(f"{name} failed: {log} says why; the same command goes on")
         self.done += self.left.pop(name)
 
