@@ -34,18 +34,23 @@ KINDS = [  # of problems, by whether the first sample was right before and after
     ("right before, wrong after", (True, False)),
     ("wrong before and after", (False, False)),
 ]
-GRID = """The grid itself is not as innocent. Before this there was a trial by hand, from a stage 1 of a thousand rows, which was
-evaluated on the same test problems: after 30 steps of 32 pairs at 2e-5 REDI 0.8 had 15.4 % against 14.9 %, at 1e-4
-7.6 %. It is why the rates tried here are as high as they are and no higher, and stage 1's rate and batch are its own."""
-NOT_SHOWN = """- Anything of the paper's own size: its model has 1.5 billion parameters, its traces thousands of tokens by a strong
-  teacher, its problems are competition mathematics. Here the wrong traces are the model's own, and short.
-- That these are each method's best rates. Of two rates the better one always stands at the end of the grid. Stage 1's
+GRID = """How the grid came about: it began as 3e-5 and 6e-5. When REDI with alpha 0.5 and 0.8 had been tried at these, the
+validation problems said that 6e-5 was too much for both and 3e-5 for the second, so 1e-5 was put in for every method; DPO
+and SimPO were then no longer tried at 6e-5. Where a bold figure stands at an end of its row, the grid was too small for
+this method.
+
+The grid is not as innocent as the choice. Before this there was a trial by hand from a stage 1 of a thousand rows, which
+was evaluated on the same test problems: after 30 steps of 32 pairs, REDI 0.8 had 15.4 % at 2e-5 and 7.6 % at 1e-4, against
+14.9 % before. The rates of the first grid were put between those two, and stage 1's rate and batch are that trial's."""
+NOT_SHOWN = """- Anything of the paper's own size: its model has 1.5 billion parameters, its traces are thousands of tokens long and come
+  from a strong teacher, its problems are competition mathematics. Here the wrong traces are the model's own, and short.
+- What each method can do at its best. The grid is coarse, the choice within it rests on few answers, and stage 1's
   settings, DPO's beta and SimPO's beta and gamma were not swept at all.
 - What another order of the data and other samples would give. The intervals are over problems and take the trained
   models as given; where there is one seed, nothing is said of its luck.
-- That a longer stage 2 is better or worse, or that the methods would keep their order in it.
-- That SVAMP is new to the model. SmolLM2's own training data is not ours to search, and SVAMP's authors wrote its
-  problems by varying ASDiv-A's.
+- What a longer stage 2, or more pairs, would do.
+- That SVAMP is new to the model: what SmolLM2 was trained on is not known here, and SVAMP's authors wrote its problems by
+  varying ASDiv-A's, which are among the training problems.
 """
 LAST = 5  # steps whose log-probs are averaged
 
