@@ -67,7 +67,7 @@ class Sizes:
     steps: int = 30  # of stage 2
     batch: int = 16  # sequences of stage 1, pairs of stage 2
     tests: int = 1000  # problems
-    test_samples: int = 2  # a problem
+    test_samples: int = 3  # a problem
     max_tokens: int = 80  # of a response
 
 
