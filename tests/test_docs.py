@@ -57,7 +57,10 @@ def test_every_file_named_is_there(page):
 
 
 def test_every_flag_named_exists():
-    files = [*ROOT.glob("*.py"), *(file for room in ("nanoredi", "bench") for file in ROOT.glob(f"{room}/**/*.py"))]
+    files = [
+        *ROOT.glob("*.py"),
+        *(file for room in ("nanoredi", "bench", "experiments") for file in ROOT.glob(f"{room}/**/*.py")),
+    ]
     source = "".join(file.read_text() for file in files)
     # An option of a config, a device's figure in bench/step_costs.py, or an argument by hand.
     found = re.findall(r"^    (\w+): .* = (?:option|rate)\(|\"--([\w-]+)\"", source, re.MULTILINE)
