@@ -214,7 +214,7 @@ class PrepareFlags:
 
 
 def main(argv: list[str]) -> None:
-    _, given = read_flags(__doc__, argv, "prepare", PrepareFlags, takes_recipe=False)
+    _, given = read_flags(__doc__, argv, "prepare", PrepareFlags)
     flags = resolve(PrepareFlags, "prepare", given)
     missing = [f"--{name}" for name in ("raw", "tokenizer", "out") if not getattr(flags, name)]
     if missing:

@@ -9,6 +9,7 @@ the run's folder as config.toml, which is itself a recipe.
 
 import argparse
 import dataclasses
+import json
 import math
 import operator
 import re
@@ -51,18 +52,9 @@ def option(
     """A field with its one comment, which is also the flag's help, and with the values it may take. A free one says how
     the work is done and not what comes out: a run may go on with another. One that is a parameter of some objectives
     has in `of` what each takes where it is not given."""
-    metadata = {
-        "help": help,
-        "low": low,
-        "above": above,
-        "high": high,
-        "choices": choices,
-        "free": free,
-        "of": of or {},
-    }
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = dict(help=help, low=low, above=above, high=high, choices=choices, free=free, of=of or {})
+    made = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**made, metadata=metadata)
 
 
 def kind_of(f: dataclasses.Field) -> type:
@@ -73,9 +65,11 @@ def kind_of(f: dataclasses.Field) -> type:
 
 def from_text(kind: type, text: str | list[str]) -> Any:
     """A flag's text as the value that a recipe would hold; left as it is where it is none."""
+    if kind is bool:
+        return _BOOL.get(text, text)
     try:
-        return {"true": True, "false": False}[text] if kind is bool else kind(text) if kind in (int, float) else text
-    except (KeyError, ValueError):
+        return kind(text) if kind in (int, float) else text
+    except ValueError:
         return text
 
 
@@ -101,21 +95,11 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
 
 
 def to_toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{', '.join(map(to_toml, value))}]"
-    if isinstance(value, str):
-        return (
-            '"'
-            + "".join(
-                f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else "\\" + c if c in '"\\' else c for c in value
-            )
-            + '"'
-        )
-    return repr(value)
+    """A value of a field, as TOML writes it: as JSON does, but for one control character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+_BOOL = {"true": True, "false": False}
 _LARGEST = {int: 2**31 - 1, float: 1e12}  # where a field says nothing else
 _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}
 
@@ -126,7 +110,6 @@ def read_flags(
     main: str,
     main_type: type,
     others: tuple[str, ...] = (),
-    takes_recipe: bool = True,
     positional: str = "",
 ) -> tuple[str | None, Tables]:
     """Read a script's flags.
@@ -134,10 +117,10 @@ def read_flags(
     Args:
         description: shown by --help.
         argv: the words after the script's name.
-        main: the table whose fields are plain flags; main_type is its dataclass, or a subclass with more flags.
+        main: the table whose fields are plain flags; where recipes have it, there is a flag --recipe too.
+        main_type: its dataclass, or a subclass with more flags.
         others: the tables whose fields are flags with the table's name in front.
-        takes_recipe: whether there is a flag --recipe.
-        positional: the field that one word without a flag is for, if any.
+        positional: the field that words without a flag are for, if any: one word, or any number for a list.
 
     Returns:
         The recipe that was named, if any, and {table: {field: value}} of what was given.
@@ -146,47 +129,46 @@ def read_flags(
         UserError: for a flag that does not exist, and for a value that its field cannot take.
     """
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags = {}
-    if takes_recipe:
+    if main in TABLES:
         parser.add_argument("--recipe", metavar="R", help=f"a TOML file, or one of {', '.join(_builtin_recipes())}")
-    for table, kind in {main: main_type, **{t: TABLES[t] for t in others}}.items():
-        for f in dataclasses.fields(kind):
-            flag = f"--{f.name}" if table == main else f"--{table}.{f.name}"
-            flags[flag] = table, f
-            is_list = kind_of(f) is list
-            default = f.default_factory() if is_list else f.default
-            if f.metadata["of"]:
-                default = ", ".join(f"{value:g} for {objective}" for objective, value in f.metadata["of"].items())
-            alone = {"nargs": "?", "const": "true"} if f.type is bool else {}  # --paper says --paper true
-            parser.add_argument(
-                flag,
-                dest=flag,
-                **({"nargs": "+"} if is_list else alone),
-                metavar=f.name.upper(),
-                default=argparse.SUPPRESS,
-                help=f"{f.metadata['help']} [{default}]".replace("%", "%%"),
-            )
+    flags = {f"--{f.name}": (main, f) for f in dataclasses.fields(main_type)}
+    flags |= {f"--{table}.{f.name}": (table, f) for table in others for f in dataclasses.fields(TABLES[table])}
+    for flag, (_, f) in flags.items():
+        parser.add_argument(flag, dest=flag, metavar=f.name.upper(), default=argparse.SUPPRESS, **_for_argparse(f))
+    if positional:  # what follows --paper is a word of its own, unless it says true or false
+        switches = {flag for flag, (_, f) in flags.items() if kind_of(f) is bool}
+        pairs = zip(argv, [*argv[1:], ""])
+        argv = [f"{word}=true" if word in switches and after not in _BOOL else word for word, after in pairs]
     # argparse takes -1e-6 for a flag, but never a word with a space in it.
     argv = [f" {word}" if re.fullmatch(r"-[\d.]+e[-+]?\d+", word, re.IGNORECASE) else word for word in argv]
-    known, unknown = parser.parse_known_args(argv)
-    if positional and len(unknown) == 1 and not unknown[0].startswith("--") and f"--{positional}" not in known:
-        setattr(known, f"--{positional}", unknown.pop())
-    for word in unknown:
-        name = word.split("=")[0]
-        if name.startswith("--"):
-            raise UserError(f"there is no flag {name}{nearest(name, [*flags, '--recipe'])}")
-        raise UserError(f"{word!r} follows no flag; --help lists the flags")
+    known, words = parser.parse_known_args(argv)
+    values = vars(known)
+    if unknown := next((word.split("=")[0] for word in words if word.startswith("--")), None):
+        raise UserError(f"there is no flag {unknown}{nearest(unknown, [*flags, '--recipe'])}")
+    if words and positional and f"--{positional}" not in values:
+        is_list = kind_of(flags[f"--{positional}"][1]) is list
+        values[f"--{positional}"], words = (words, []) if is_list else (words[0], words[1:])
+    if words:
+        raise UserError(f"{words[0]!r} follows no flag; --help lists the flags")
 
+    recipe = values.pop("recipe", None)
     given: Tables = {}
-    for flag, text in vars(known).items():
-        if flag != "recipe":
+    for flag, text in [("--recipe", recipe), *values.items()]:
+        if "" in (text if isinstance(text, list) else [text]):  # a shell's variable that was never set, say
+            raise UserError(f"{flag} is empty: give it a value, or leave it out")
+        if flag in flags:
             table, f = flags[flag]
             given.setdefault(table, {})[f.name] = checked(flag, f, from_text(kind_of(f), text))
-        if "" in (
-            text if isinstance(text, list) else [text]
-        ):  # a shell's variable that was never set must not mean the default
-            raise UserError(f"{'--' * (flag == 'recipe')}{flag} is empty: give it a value, or leave it out")
-    return getattr(known, "recipe", None), given
+    return recipe, given
+
+
+def _for_argparse(f: dataclasses.Field) -> dict[str, Any]:
+    """What argparse is to know of a field: how many words it takes, and its line of the help."""
+    words: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, list: {"nargs": "+"}}.get(kind_of(f), {})
+    default = f.default_factory() if kind_of(f) is list else f.default
+    if f.metadata["of"]:
+        default = ", ".join(f"{value:g} for {objective}" for objective, value in f.metadata["of"].items())
+    return {**words, "help": f"{f.metadata['help']} [{default}]".replace("%", "%%")}
 
 
 def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
