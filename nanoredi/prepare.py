@@ -40,29 +40,33 @@ PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all 
 _FILES = ("sft.jsonl", "pairs.jsonl", "too_long.jsonl", "overlaps.jsonl")
 
 
+@dataclass
+class PrepareFlags:
+    """The command's flags."""
+
+    raw: list[str] = option([], "raw rows: JSONL, Parquet or Arrow files, or folders of them")
+    tokenizer: str = option("", "Hugging Face folder whose tokenizer and chat template measure lengths")
+    out: str = option("", "folder for sft.jsonl and pairs.jsonl")
+    max_prompt_tokens: int = option(800, "longest prompt of a pair", low=1)
+    max_response_tokens: int = option(19_000, "longest response of a pair", low=1)
+    seed: int = option(42, "of the shuffle, and of which pairs are swapped", low=0)
+    grade: bool = option(False, "label the responses with the grader, by the rows' gold answers")
+    decontaminate: list[str] = option([], "benchmarks to look for in the rows kept: JSON or JSONL files with `problem`")
+    drop: bool = option(False, "leave out the rows that overlap with a benchmark")
+    swap: float = option(0.0, "share of pairs whose chosen and rejected change places", low=0, high=1)
+    strict_negatives: bool = option(False, "reject only what both verifiers call incorrect")
+
+
 def prepare(
-    files: list[Path],
-    tokenizer: Tokenizer,
-    out: Path,
-    max_prompt_tokens: int = 800,
-    max_response_tokens: int = 19_000,
-    seed: int = 42,
-    grading: bool = False,
-    overlap: Overlap | None = None,
-    swap: float = 0.0,
-    strict_negatives: bool = False,
+    files: list[Path], tokenizer: Tokenizer, out: Path, flags: PrepareFlags, overlap: Overlap | None = None
 ) -> dict[str, int]:
     """Write sft.jsonl and pairs.jsonl, too_long.jsonl (lengths of pairs beyond the limits) and maybe overlaps.jsonl.
 
     Args:
         files, out: of raw rows, and for what is written.
         tokenizer: whose tokens are counted.
-        max_prompt_tokens, max_response_tokens: a pair's limits.
-        seed: of the shuffle, and of which pairs are swapped.
-        grading: label the responses with the grader.
+        flags: the gates' limits and all else that changes what is written.
         overlap: the benchmarks to compare with; it keeps what was found.
-        swap: the share of pairs whose chosen and rejected change places.
-        strict_negatives: reject only what all verdicts call incorrect.
 
     Returns:
         {gate: rows that passed it and all before it}, rows dropped for an overlap included.
@@ -71,16 +75,18 @@ def prepare(
         UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files.
     """
     total = _count_rows(files, out)
-    gates = Gates(max_prompt_tokens, max_response_tokens, strict_negatives)
+    gates = Gates(flags.max_prompt_tokens, flags.max_response_tokens, flags.strict_negatives)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # Written beside and renamed: an output that is there is whole.
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=out) as beside, ExitStack() as stack:
             own_rows, *spools = (stack.enter_context(Spool(Path(beside, f"{n}.spool"))) for n in ("own", *_FILES[:3]))
-            total, rows = _raw_rows(files, total, own_rows, tokenizer, grading)
-            _sift(progress(rows, "reading", total, "rows", delay=1), total, seed, gates, tokenizer, overlap, spools)
+            total, rows = _raw_rows(files, total, own_rows, tokenizer, flags.grade)
+            _sift(
+                progress(rows, "reading", total, "rows", delay=1), total, flags.seed, gates, tokenizer, overlap, spools
+            )
             for name, spool in zip(_FILES, spools):
-                lines = _swapped(spool, swap, seed) if name == "pairs.jsonl" and swap else spool.lines()
+                lines = _swapped(spool, flags) if name == "pairs.jsonl" else spool.lines()
                 with open(Path(beside, name), "wb") as file:
                     file.writelines(progress(lines, f"writing {name}", len(spool), "rows", delay=1))
             if overlap:
@@ -150,9 +156,10 @@ def _sift(
         raise UserError(f"no row is left: {_summary(gates.counts)}")
 
 
-def _swapped(spool: Spool, share: float, seed: int) -> Iterator[bytes]:
+def _swapped(spool: Spool, flags: PrepareFlags) -> Iterator[bytes]:
     """The spool's pairs, with chosen and rejected exchanged in a share of them (the paper's ablation of the verifier)."""
-    swapped = set(np.random.default_rng((seed, 1)).permutation(len(spool))[: round(share * len(spool))].tolist())
+    order = np.random.default_rng((flags.seed, 1)).permutation(len(spool))
+    swapped = set(order[: round(flags.swap * len(spool))].tolist())
     for number, line in enumerate(spool.lines()):
         if number in swapped:
             row = json.loads(line)
@@ -188,29 +195,11 @@ def table(counts: dict[str, int]) -> str:
     lines = [f"{gate:{width}}  {rows:>9,}" for gate, rows in counts.items()]
     rows_read, *_, pairs = counts.values()
     if rows_read > 100_000 and (counts[SFT_GATE], pairs) != PUBLISHED_COUNTS:
+        sft, pairs = PUBLISHED_COUNTS
         lines.append(
-            "These are not the paper's counts: it has {:,} SFT traces and {:,} pairs of all of OpenR1-Math-Raw.".format(
-                *PUBLISHED_COUNTS
-            )
+            f"These are not the paper's counts: it has {sft:,} SFT traces and {pairs:,} pairs of OpenR1-Math-Raw."
         )
     return "\n".join(lines)
-
-
-@dataclass
-class PrepareFlags:
-    """The command's flags."""
-
-    raw: list[str] = option([], "raw rows: JSONL, Parquet or Arrow files, or folders of them")
-    tokenizer: str = option("", "Hugging Face folder whose tokenizer and chat template measure lengths")
-    out: str = option("", "folder for sft.jsonl and pairs.jsonl")
-    max_prompt_tokens: int = option(800, "longest prompt of a pair", low=1)
-    max_response_tokens: int = option(19_000, "longest response of a pair", low=1)
-    seed: int = option(42, "of the shuffle", low=0)
-    grade: bool = option(False, "label the responses with the grader, by the rows' gold answers")
-    decontaminate: list[str] = option([], "benchmarks to look for in the rows kept: JSON or JSONL files with `problem`")
-    drop: bool = option(False, "leave out the rows that overlap with a benchmark")
-    swap: float = option(0.0, "share of pairs whose chosen and rejected change places", low=0, high=1)
-    strict_negatives: bool = option(False, "reject only what both verifiers call incorrect")
 
 
 def main(argv: list[str]) -> None:
@@ -223,18 +212,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--drop needs --decontaminate FILE ..., the benchmarks whose overlaps it drops")
     overlap = Overlap(flags.decontaminate, flags.drop) if flags.decontaminate else None
     out = Path(flags.out)
-    counts = prepare(
-        find_files(flags.raw),
-        Tokenizer(flags.tokenizer),
-        out,
-        flags.max_prompt_tokens,
-        flags.max_response_tokens,
-        flags.seed,
-        flags.grade,
-        overlap,
-        flags.swap,
-        flags.strict_negatives,
-    )
+    counts = prepare(find_files(flags.raw), Tokenizer(flags.tokenizer), out, flags, overlap)
     print(table(counts))
     if overlap:
         print(f"\n{overlap.table()}")

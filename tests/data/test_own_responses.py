@@ -28,7 +28,7 @@ def prepared(tmp_path, tokenizer):
     def prepared(*rows, grading=True):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        prepare.prepare([file], tokenizer, tmp_path / "out", grading=grading)
+        prepare.prepare([file], tokenizer, tmp_path / "out", prepare.PrepareFlags(grade=grading))
         sft, pairs = (
             [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
             for name in ("sft", "pairs")
