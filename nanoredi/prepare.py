@@ -31,7 +31,8 @@ from nanoredi.common.formats import num_rows
 from nanoredi.common.progress import progress
 from nanoredi.data import own_responses as own
 from nanoredi.data.decontaminate import Overlap
-from nanoredi.data.filters import SFT_GATE, Gates, Traces, say_dropped
+from nanoredi.data.filters import SFT_GATE, Gates, say_dropped
+from nanoredi.data.messages import SIDES
 from nanoredi.data.raw import find_files, raw_rows
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
@@ -139,8 +140,9 @@ def _sift(
     # Shuffled row k is raw row permutation[k], so a raw row's place is the inverse. Each gate looks at one row:
     # dropping rows before they move leaves the same rows in the same order as dropping them after.
     place = np.argsort(np.random.default_rng(seed).permutation(total))
-    for (traces, as_trained), encodings in tokenizer.encode_rows(_candidates(rows, gates, tokenizer)):
-        lengths = tokenizer.lengths(encodings, as_trained)
+    learned = (gates.sift(where, row, index) for index, (where, row) in enumerate(rows))
+    parts = ((traces.where, traces.prompt, traces.answers, traces) for traces in learned if traces)
+    for traces, lengths in tokenizer.lengths_of_rows(parts):
         fits = gates.fits(lengths)
         if overlap and overlap.check(traces, fits) and overlap.drop:
             continue
@@ -149,7 +151,9 @@ def _sift(
         if fits:
             pairs.add(at, traces.pair(lengths))
         elif traces.rejected is not None:
-            too_long.add(at, traces.pair_facts(lengths))
+            too_long.add(
+                at, {name: fact for name, fact in traces.pair(lengths).items() if name not in ("prompt", *SIDES)}
+            )
     print("".join(f"{count:,} {what}.\n" for what, count in gates.remarks.items() if count), end="", file=sys.stderr)
     say_dropped("rows", "text holds half a surrogate pair, which is no character", gates.unreadable, total)
     if not len(sft):
@@ -168,17 +172,6 @@ def _swapped(spool: Spool, flags: PrepareFlags) -> Iterator[bytes]:
                 row[chosen], row[rejected] = row[rejected], row[chosen]
             line = json.dumps(row | {"swapped": True}).encode() + b"\n"
         yield line
-
-
-def _candidates(
-    rows: Iterable[tuple[str, dict[str, Any]]], gates: Gates, tokenizer: Tokenizer
-) -> Iterator[tuple[str, list[str], tuple[Traces, bool]]]:
-    """The rows that stage 1 learns from, with the texts to be measured."""
-    for index, (where, row) in enumerate(rows):
-        traces = gates.sift(where, row, index)
-        if traces is not None:
-            texts, as_trained = traces.texts(tokenizer)
-            yield where, texts, (traces, as_trained)
 
 
 def _summary(counts: dict[str, int]) -> str:

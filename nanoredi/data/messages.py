@@ -18,7 +18,7 @@ Messages = list[dict[str, Any]]
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 # What servers call the thinking that they give beside the content.
 THINKING_NAMES = ("reasoning_content", "reasoning", "thinking")
-_SIDES = ("chosen", "rejected")
+SIDES = ("chosen", "rejected")
 
 
 def user_message(text: str) -> Messages:
@@ -83,9 +83,7 @@ def pair(where: str, row: Any) -> tuple[Messages, Messages]:
     prompt = _prompt(where, row)
     if not prompt and not (isinstance(row, dict) and isinstance(row.get("chosen"), list)):
         raise UserError(f"{where} has no field 'prompt'")
-    (*before, chosen), (*others, rejected) = (
-        _answer(f"{where}: {name!r}", _field(where, row, name)) for name in _SIDES
-    )
+    (*before, chosen), (*others, rejected) = (_answer(f"{where}: {name!r}", _field(where, row, name)) for name in SIDES)
     if before != others:
         raise UserError(f"{where}: 'chosen' and 'rejected' must differ in their last message alone")
     if prompt and before and prompt not in (before, [m for m in before if m["role"] == "user"][:1]):

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 import tokenizers
 
-from nanoredi.common.errors import UserError
+from nanoredi.common.errors import UserError, naming
 from nanoredi.common.files import read_json
 from nanoredi.data.chat import Chat
+from nanoredi.data.messages import Messages
 
 # Of a batch of long traces the encodings take some 100 bytes a token, and three batches are in memory at once.
 _ROWS_AT_ONCE = 64
@@ -69,13 +70,6 @@ class Tokenizer(Chat):
         """A completion's ids, with eos behind them unless the template's end has it."""
         return ids if self.eos_id in ids[-self._end_tokens :] else [*ids, self.eos_id]
 
-    def lengths(self, encodings: list[tokenizers.Encoding], as_trained: bool) -> list[int]:
-        """How many tokens a prompt and its answers have, from the encodings of what `measured` gave."""
-        if as_trained:
-            prompt, *answers = encodings
-            return [len(prompt), *(len(self.ended(answer.ids)) for answer in answers)]
-        return [len(encoding) + 1 for encoding in encodings]  # plus 1 as in the original
-
     def encode(self, text: str) -> list[int]:
         """Token ids of text; special tokens written in it count as themselves, and none is added."""
         return self.encode_batch([text])[0].ids
@@ -90,8 +84,9 @@ class Tokenizer(Chat):
             return self.backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # tokenizers raises bare Exception
             if len(texts) > 1:
-                for text in texts:
-                    self.encode_batch([text])
+                return [
+                    self.encode_batch([text])[0] for text in texts
+                ]  # which says what is wrong with the one at fault
             if half := half_pair(texts[0]):
                 place = f"...{texts[0][max(0, half.start() - 20) : half.end()]}"
                 raise UserError(f"half a surrogate pair, which is no character, ends this text: {place!r}") from None
@@ -113,14 +108,47 @@ class Tokenizer(Chat):
         """
 
         # The last long text of a batch keeps one core busy; the next batch is at work on the others meanwhile.
-        rows, ahead = iter(rows), deque()
+        rows, ahead = iter(rows), deque[Future]()
         with ThreadPoolExecutor(2) as pool:
-            while batch := list(islice(rows, _ROWS_AT_ONCE)):
-                ahead.append((batch, pool.submit(self._encode_batch_of_rows, batch)))
-                if len(ahead) > 2:
-                    yield from _taken(*ahead.popleft())
-            while ahead:
-                yield from _taken(*ahead.popleft())
+            while (batch := list(islice(rows, _ROWS_AT_ONCE))) or ahead:
+                if batch:
+                    ahead.append(pool.submit(self._encode_batch_of_rows, batch))
+                if len(ahead) > 2 or not batch:
+                    yield from ahead.popleft().result()
+
+    def _encode_batch_of_rows(self, rows: list[tuple[str, list[str], T]]) -> list[tuple[T, list[tokenizers.Encoding]]]:
+        try:
+            encodings = iter(self.encode_batch([text for _, texts, _ in rows for text in texts]))
+        except UserError:
+            for where, texts, _ in rows:
+                with naming(where):
+                    self.encode_batch(texts)
+            raise
+        return [(kept, list(islice(encodings, len(texts)))) for _, texts, kept in rows]
+
+    def lengths_of_rows(self, rows: Iterable[tuple[str, Messages, Messages, T]]) -> Iterator[tuple[T, list[int]]]:
+        """How many tokens the prompt and the answers of each row have, in order.
+
+        Args:
+            rows: (where it stands, for messages; prompt; answers to it; whatever the taker wants back).
+
+        Raises:
+            UserError: naming the row that the template refuses or the vocabulary has no tokens for.
+        """
+        for (kept, as_trained), encodings in self.encode_rows(self._measured_rows(rows)):
+            if as_trained:
+                prompt, *answers = encodings
+                yield kept, [len(prompt), *(len(self.ended(answer.ids)) for answer in answers)]
+            else:
+                yield kept, [len(encoding) + 1 for encoding in encodings]  # plus 1 as in the original
+
+    def _measured_rows(
+        self, rows: Iterable[tuple[str, Messages, Messages, T]]
+    ) -> Iterator[tuple[str, list[str], tuple[T, bool]]]:
+        for where, prompt, answers, kept in rows:
+            with naming(where):
+                texts, as_trained = self.measured(prompt, answers)
+            yield where, texts, (kept, as_trained)
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -129,17 +157,6 @@ class Tokenizer(Chat):
     def stream(self, stops: Sequence[str] = ()) -> "Stream":
         """Decodes a completion as its tokens come, up to where one of these texts begins."""
         return Stream(self.backend, stops)
-
-    def _encode_batch_of_rows(self, batch: list[tuple[str, list[str], Any]]) -> list[tokenizers.Encoding]:
-        try:
-            return self.encode_batch([text for _, texts, _ in batch for text in texts])
-        except UserError:
-            for where, texts, _ in batch:
-                try:
-                    self.encode_batch(texts)
-                except UserError as error:
-                    raise UserError(f"{where}: {error}") from None
-            raise
 
     def _hint(self) -> str:
         """What would help whoever named a folder without a tokenizer: a run, the hub's cache, a name on the hub."""
@@ -209,12 +226,6 @@ class Stream:
 def may_begin(text: str, marks: Sequence[str]) -> int:
     """How many characters at the end of a text may be the beginning of a mark."""
     return max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
-
-
-def _taken(batch: list[tuple[str, list[str], T]], job: Future) -> Iterator[tuple[T, list[tokenizers.Encoding]]]:
-    encodings = iter(job.result())
-    for _, texts, kept in batch:
-        yield kept, list(islice(encodings, len(texts)))
 
 
 def half_pair(text: str) -> re.Match[str] | None:

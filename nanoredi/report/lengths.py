@@ -17,11 +17,11 @@ import numpy as np
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import read_rows
-from nanoredi.data.messages import conversation, pair
+from nanoredi.data.messages import SIDES, Messages, conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
 
 Lengths = dict[str, np.ndarray]  # {part: tokens (rows,)}, the parts being those of a pair or of an SFT row
-_PAIR, _SFT = ("prompt", "chosen", "rejected"), ("prompt", "response")
+_PAIR, _SFT = ("prompt", *SIDES), ("prompt", "response")
 _QUANTILES = (0, 10, 25, 50, 75, 90, 99, 100)  # percent
 _BINS, _BAR = 12, 50  # lines of a histogram, and its longest bar's characters
 
@@ -40,7 +40,7 @@ def show(data: str, tokenizer: str, max_prompt_tokens: int, max_response_tokens:
     path = Path(data)
     files = [path / name for name in ("sft.jsonl", "pairs.jsonl")] if path.is_dir() else [path]
     measure = Tokenizer(tokenizer) if tokenizer else None
-    limits = {"prompt": max_prompt_tokens, **dict.fromkeys(("chosen", "rejected"), max_response_tokens)}
+    limits = {"prompt": max_prompt_tokens, **dict.fromkeys(SIDES, max_response_tokens)}
     return "\n\n".join(table(str(file), read_lengths(file, measure), limits) for file in files)
 
 
@@ -51,8 +51,7 @@ def read_lengths(file: Path, tokenizer: Tokenizer | None = None) -> Lengths:
         UserError: naming file and line of a row that is malformed or holds no lengths.
     """
     if tokenizer:
-        rows = tokenizer.encode_rows(_texts(file, tokenizer))
-        found = [(names, tokenizer.lengths(encodings, exact)) for (names, exact), encodings in rows]
+        found = list(tokenizer.lengths_of_rows(_parts(file)))
     else:
         too_long = file.with_name("too_long.jsonl")
         files = [file, too_long] if file.name == "pairs.jsonl" and too_long.exists() else [file]
@@ -74,19 +73,14 @@ def _known(where: str, row: Any) -> tuple[tuple[str, ...], list[int]]:
     raise UserError(f"{where} holds no lengths; --tokenizer DIR measures them")
 
 
-def _texts(file: Path, tokenizer: Tokenizer) -> Iterator[tuple[str, list[str], tuple[tuple[str, ...], bool]]]:
-    """Each row's place, its parts as text, and their names and whether the text is training's."""
+def _parts(file: Path) -> Iterator[tuple[str, Messages, Messages, tuple[str, ...]]]:
+    """Each row's place, its prompt and answers, and their names."""
     for where, row in read_rows(str(file)):
         if isinstance(row, dict) and "chosen" in row:
-            names, (prompt, answers) = _PAIR, pair(where, row)
+            yield where, *pair(where, row), _PAIR
         else:
             *prompt, answer = conversation(where, row)
-            names, answers = _SFT, [answer]
-        try:
-            texts, as_trained = tokenizer.measured(prompt, answers)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        yield where, texts, (names, as_trained)
+            yield where, prompt, [answer], _SFT
 
 
 def table(name: str, parts: Lengths, limits: dict[str, int]) -> str:

@@ -154,8 +154,12 @@ def test_bad_rows_are_named(prepared, row, grading, words):
 @pytest.mark.parametrize(
     "row, grading, words",
     [
-        ({"problem": "a=1", "generations": "1", "answer": "1"}, True, "line 1: 'generations' must be a list"),
-        ({"problem": "a=1", "generations": [1], "answer": "1"}, True, "line 1: 'generations' must be a list of texts"),
+        ({"problem": "a=1", "generations": "1", "answer": "1"}, True, "line 1: generations is '1'; it must be a list"),
+        (
+            {"problem": "a=1", "generations": [1], "answer": "1"},
+            True,
+            r"line 1: generations\[0\] is 1; it must be text or",
+        ),
         ({"problem": "a=1", "generations": ["1"]}, True, "line 1 has no field 'answer'"),
         ({"problem": "a=1", "generations": ["1"], "answer": "1"}, False, "no field 'problem_is_valid'; .*--grade"),
         ({"problem": "a=1", "generations": ["1"], "correct": [None]}, False, "'correct' must be a list of true and"),
