@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 
 from nanoredi.grader import latex, matrices, sets
-from nanoredi.grader.compare import LETTER, NAME, Expression, Reading, distinct, same
-from nanoredi.grader.expression import MAX_DEPTH, Budget, Unreadable
+from nanoredi.grader.compare import LETTER, NAME, Reading, distinct, same
+from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression, Unreadable
 
 MAX_PARTS = 100  # of a list; cells of a matrix
 _NODE_WORK = 50
@@ -53,7 +53,7 @@ class _Reader:
             self.budget.spend(_NODE_WORK)
             deepest = max(itertools.accumulate((char in OPEN) - (char in CLOSE) for char in "." + text))
             return self.as_text(text) if deepest > MAX_DEPTH else self.several(text)
-        except (Unreadable, ArithmeticError, ValueError):
+        except NO_VALUE:
             return self.as_text(text)
 
     def as_text(self, text: str) -> Reading:
