@@ -52,14 +52,14 @@ class PrepareFlags:
     max_response_tokens: int = option(19_000, "longest response of a pair", low=1)
     seed: int = option(42, "of the shuffle, and of which pairs are swapped", low=0)
     grade: bool = option(False, "label the responses with the grader, by the rows' gold answers")
-    decontaminate: list[str] = option([], "benchmarks to look for in the rows kept: JSON or JSONL files with `problem`")
+    decontaminate: list[str] = option([], "benchmarks to look for in the rows kept: files of rows with `problem`")
     drop: bool = option(False, "leave out the rows that overlap with a benchmark")
     swap: float = option(0.0, "share of pairs whose chosen and rejected change places", low=0, high=1)
     strict_negatives: bool = option(False, "reject only what both verifiers call incorrect")
 
 
 def prepare(
-    files: list[Path], tokenizer: Tokenizer, out: Path, flags: PrepareFlags, overlap: Overlap | None = None
+    files: list[Path], tokenizer: Tokenizer, out: Path, flags: PrepareFlags, overlap: Overlap
 ) -> dict[str, int]:
     """Write sft.jsonl and pairs.jsonl, too_long.jsonl (lengths of pairs beyond the limits) and maybe overlaps.jsonl.
 
@@ -90,7 +90,7 @@ def prepare(
                 lines = _swapped(spool, flags) if name == "pairs.jsonl" else spool.lines()
                 with open(Path(beside, name), "wb") as file:
                     file.writelines(progress(lines, f"writing {name}", len(spool), "rows", delay=1))
-            if overlap:
+            if overlap.files:
                 overlap.write(Path(beside, _FILES[3]))
             for path in Path(beside).glob("*.jsonl"):
                 path.rename(out / path.name)
@@ -132,7 +132,7 @@ def _sift(
     seed: int,
     gates: Gates,
     tokenizer: Tokenizer,
-    overlap: Overlap | None,
+    overlap: Overlap,
     spools: list[Spool],
 ) -> None:
     """Put what the gates let through on the spools of SFT rows, pairs and pairs that are too long."""
@@ -144,7 +144,7 @@ def _sift(
     parts = ((traces.where, traces.prompt, traces.answers, traces) for traces in learned if traces)
     for traces, lengths in tokenizer.lengths_of_rows(parts):
         fits = gates.fits(lengths)
-        if overlap and overlap.check(traces, fits) and overlap.drop:
+        if overlap.check(traces, fits) and overlap.drop:
             continue
         at = int(place[traces.index])
         sft.add(at, traces.sft_row(lengths))
@@ -203,11 +203,11 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{' and '.join(missing)} must be given; --help lists the flags")
     if flags.drop and not flags.decontaminate:
         raise UserError("--drop needs --decontaminate FILE ..., the benchmarks whose overlaps it drops")
-    overlap = Overlap(flags.decontaminate, flags.drop) if flags.decontaminate else None
+    overlap = Overlap(flags.decontaminate, flags.drop)
     out = Path(flags.out)
     counts = prepare(find_files(flags.raw), Tokenizer(flags.tokenizer), out, flags, overlap)
     print(table(counts))
-    if overlap:
+    if overlap.files:
         print(f"\n{overlap.table()}")
     print(f"Wrote {' and '.join(str(out / name) for name in _FILES[:2])}.")
 

@@ -14,6 +14,7 @@ from templates import DEEPSEEK, small_folder
 
 from nanoredi import prepare, toy
 from nanoredi.common.errors import UserError
+from nanoredi.data.decontaminate import Overlap
 from nanoredi.data.sequences import load_pairs
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.report.lengths import read_lengths
@@ -22,7 +23,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def run(files, tokenizer, out, **flags):
-    return prepare.prepare(files, tokenizer, out, prepare.PrepareFlags(**flags))
+    return prepare.prepare(files, tokenizer, out, prepare.PrepareFlags(**flags), Overlap([]))
 
 
 SYSTEM = "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"

@@ -178,12 +178,11 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
         UserError: when it cannot be read, for a table or key that does not exist, for a value that its field cannot
         take, and for a base that has a base.
     """
-    path = RECIPES / f"{recipe}.toml" if recipe in _builtin_recipes() else Path(recipe)
-    arm = _arms().get(str(recipe))
-    if arm is None and not path.exists():
-        raise UserError(f"there is no recipe {recipe}{nearest(str(recipe), _builtin_recipes())}")
+    path, builtin = Path(recipe), _builtin_recipes()
+    if str(recipe) not in builtin and not path.exists():
+        raise UserError(f"there is no recipe {recipe}{nearest(str(recipe), builtin)}")
     try:
-        tables = arm or tomllib.loads(read_text(path))
+        tables = builtin[str(recipe)] if str(recipe) in builtin else tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
     base = tables.pop("base", None)
@@ -191,10 +190,8 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
         raise UserError(f"{path}: base is {base!r}; it must be a recipe's name or file, and that one without a base")
     for table, values in tables.items():
         if table not in TABLES or not isinstance(values, dict):
-            tables_there_are = ", ".join(f"[{t}]" for t in TABLES)
-            raise UserError(
-                f"{path}: there is no table [{table}]{nearest(table, TABLES)}; a recipe has {tables_there_are}"
-            )
+            known = ", ".join(f"[{name}]" for name in TABLES)
+            raise UserError(f"{path}: there is no table [{table}]{nearest(table, TABLES)}; a recipe has {known}")
         fields = {f.name: f for f in dataclasses.fields(TABLES[table])}
         for key in values:
             if key not in fields:
@@ -202,7 +199,7 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
             values[key] = checked(f"{path}: {table}.{key}", fields[key], values[key])
     if base is None:
         return tables
-    lower = read_recipe(base if base in _builtin_recipes() else path.parent / base, is_base=True)
+    lower = read_recipe(base if base in builtin else path.parent / base, is_base=True)
     return {t: _over(lower.get(t, {}), tables.get(t, {}), TABLES[t]) for t in {**lower, **tables}}
 
 
@@ -236,11 +233,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _arms() -> dict[str, Any]:
-    """{name: what its recipe would hold}"""
+def _builtin_recipes() -> dict[str, dict[str, Any]]:
+    """{name: what the recipe's file holds, or would hold if an arm had one of its own}"""
+    tables = {path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(RECIPES.glob("*.toml"))}
     arms = tomllib.loads(ARMS.read_text(encoding="utf-8"))
-    return {f"{ARMS.stem}-{arm}": {**arms, "base": ARMS.stem, "redi": redi} for arm, redi in arms["redi"].items()}
-
-
-def _builtin_recipes() -> list[str]:
-    return sorted([path.stem for path in RECIPES.glob("*.toml")] + [*_arms()])
+    named = {f"{ARMS.stem}-{arm}": {**arms, "base": ARMS.stem, "redi": redi} for arm, redi in arms["redi"].items()}
+    return tables | named

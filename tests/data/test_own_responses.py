@@ -8,6 +8,7 @@ from templates import DEEPSEEK, small_folder
 from nanoredi import prepare, toy
 from nanoredi.common.errors import UserError
 from nanoredi.data import own_responses as own
+from nanoredi.data.decontaminate import Overlap
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 
@@ -28,7 +29,7 @@ def prepared(tmp_path, tokenizer):
     def prepared(*rows, grading=True):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        prepare.prepare([file], tokenizer, tmp_path / "out", prepare.PrepareFlags(grade=grading))
+        prepare.prepare([file], tokenizer, tmp_path / "out", prepare.PrepareFlags(grade=grading), Overlap([]))
         sft, pairs = (
             [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
             for name in ("sft", "pairs")
