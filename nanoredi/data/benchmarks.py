@@ -107,10 +107,10 @@ def find(name: str, folder: str) -> Path:
     if name in NAMED:
         if not folder:
             raise UserError(f"the benchmark {name} needs its file: give --data DIR, the folder that holds {name}.json")
-        files = [Path(folder, name + suffix) for suffix in SUFFIXES]
-        if not any(file.exists() for file in files):
+        found = [file for suffix in SUFFIXES if (file := Path(folder, name + suffix)).exists()]
+        if not found:
             raise UserError(f"{folder} holds neither {name}.json nor {name}.jsonl, {name}.parquet, {name}.arrow")
-        return next(file for file in files if file.exists())
+        return found[0]
     if path.suffix not in SUFFIXES:
         raise UserError(
             f"there is no benchmark {name!r}{nearest(name, NAMED)}; it is one of {', '.join(NAMED)}, or a file that ends "
@@ -145,14 +145,11 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
     problems = [row["problem"] for row in rows]
     template = template or ("paper" if name in NAMED else "plain")
     questions = [frame(problem, template)[-1]["content"] for problem in problems]
-    ids = {key: [str(row[key]) for row in rows] for key in IDS if all(row.get(key) is not None for row in rows)}
-    return Benchmark(
-        path.stem,
-        problems,
-        questions,
-        list(golds),
-        {key: values for key, values in ids.items() if len(set(values)) == len(rows)},
-    )
+    values = {key: [row.get(key) for row in rows] for key in IDS}
+    ids = {
+        key: [*map(str, ids)] for key, ids in values.items() if None not in ids and len({*map(str, ids)}) == len(ids)
+    }
+    return Benchmark(path.stem, problems, questions, list(golds), ids)
 
 
 def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -126,7 +126,11 @@ class Gates:
         for name in ("problem_is_valid", "source"):
             if name not in row:  # null there says something about the problem; no field means rows of another layout
                 raise UserError(f"{where} has no field {name!r}; rows of your own go with --grade")
-        labels = {"correct": row["correct"]} if "correct" in row else _labels(where, row.get("correctness"))
+        if "correct" in row:  # one's own label, else the verdicts of OpenR1's two verifiers
+            labels = {"correct": row["correct"]}
+        else:
+            verdicts = check(where, row.get("correctness"), (dict, None), "correctness") or {}
+            labels = {name: verdicts.get(name) for name in _LABELS}
         known = {name: value for name, value in {**row, **labels}.items() if value is not None}
         check(where, known, _ROW)  # a null means that the field is missing: `datasets` reads both alike
         problem, generations = known.get("problem", ""), known.get("generations", [])
@@ -144,11 +148,11 @@ class Gates:
         if not all(passed):
             self._count(0, passed)
             return None
-        verdicts_on = [*zip(*(known[name] for name in labels))]
-        correct = [all(verdicts) for verdicts in verdicts_on]  # a null verdict is not true
+        judged = [*zip(*(known[name] for name in labels))]  # the verdicts on each generation
+        correct = [all(verdicts) for verdicts in judged]  # a null verdict is not true
         incorrect = [not right for right in correct]
         if self.strict_negatives:
-            incorrect = [all(verdict is False for verdict in verdicts) for verdicts in verdicts_on]
+            incorrect = [all(verdict is False for verdict in verdicts) for verdicts in judged]
         # differs from the original: an empty generation, of which nothing can be learned, is neither
         full = [i for i, text in enumerate(generations) if text and text.strip()]
         chosen = next((i for i in full if correct[i]), None)
@@ -173,12 +177,6 @@ class Gates:
     def _count(self, first: int, passed: list[bool]) -> None:
         for name, _ in zip(self.names[first:], takewhile(bool, passed)):
             self.counts[name] += 1
-
-
-def _labels(where: str, correctness: Any) -> dict[str, Any]:
-    """The verdicts of OpenR1's two verifiers, one a generation."""
-    verdicts = check(where, {} if correctness is None else correctness, dict, "correctness")
-    return {name: verdicts.get(name) for name in _LABELS}
 
 
 def say_dropped(what: str, why: str, places: list[str], total: int) -> None:

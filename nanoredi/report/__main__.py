@@ -15,7 +15,6 @@ from pathlib import Path
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_json
 from nanoredi.common.flags import option, read_flags, resolve
-from nanoredi.evaluation.scores import Row
 from nanoredi.report import lengths
 from nanoredi.report.failures import KINDS, failures
 from nanoredi.report.figures import check_figure, draw, read_runs, summary
@@ -70,7 +69,10 @@ def _show_runs(flags: ReportFlags) -> None:
     for run in runs:
         print(summary(run), end="\n\n")
     if evaluated:
-        rows = [row for folder in evaluated for row in _named(read_results(folder), folder, len(evaluated) > 1)]
+        rows = []
+        for folder in evaluated:
+            whose = f"{folder}: " if len(evaluated) > 1 else ""
+            rows += [{**row, "model": f"{whose}{row['model']}"} for row in read_results(folder)]
         files = [Path(folder) / "differences.json" for folder in evaluated]
         compared = [row for file in files if file.exists() for row in read_json(file, list)]
         print(show(tables(rows, compared, flags.paper), flags.wide))
@@ -79,11 +81,6 @@ def _show_runs(flags: ReportFlags) -> None:
     if flags.out:
         draw(runs, flags.out)
         print(f"drawn in {flags.out}")
-
-
-def _named(rows: list[Row], folder: str, several: bool) -> list[Row]:
-    """With several runs, a model's name tells whose it is."""
-    return [{**row, "model": f"{folder}: {row['model']}"} if several else row for row in rows]
 
 
 def _show_failures(flags: ReportFlags) -> None:

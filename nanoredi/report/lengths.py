@@ -105,21 +105,15 @@ def table(name: str, parts: Lengths, limits: dict[str, int]) -> str:
 
 def histogram(lengths: np.ndarray, limit: float) -> list[str]:
     """A line a bin; what is longer than the limit is drawn lighter. The last bin takes the longest hundredth too."""
-    step = _round_up(np.percentile(lengths, 99) / _BINS)
+    smallest = max(np.percentile(lengths, 99) / _BINS, 1)
+    size = 10 ** math.floor(math.log10(smallest))
+    step = next(size * m for m in (1, 2, 5, 10) if size * m >= smallest)  # 1, 2, 5, 10, 20, 50, ...
     bins = np.minimum((lengths - 1) // step, _BINS - 1)  # a bin ends with its upper edge, as a limit does
     counts = np.bincount(bins, minlength=_BINS)
     longer = np.bincount(bins[lengths > limit], minlength=_BINS)
-    used = int(bins.max()) + 1
     lines = []
-    for i in range(used):
-        rest = i == _BINS - 1 and lengths.max() > _BINS * step
+    for i in range(int(bins.max()) + 1):
         kept, cut = (round(_BAR * n / counts.max()) for n in (counts[i] - longer[i], longer[i]))
-        to = "more" if rest else f"{(i + 1) * step:,}"
+        to = "more" if i == _BINS - 1 and lengths.max() > _BINS * step else f"{(i + 1) * step:,}"
         lines.append(f"{i * step + 1:>9,} to {to:<9}{'█' * kept}{'░' * cut} {counts[i]:,}")
     return lines
-
-
-def _round_up(x: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, ..."""
-    size = 10 ** math.floor(math.log10(max(x, 1)))
-    return next(int(size * m) for m in (1, 2, 5, 10) if size * m >= x)
