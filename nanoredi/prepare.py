@@ -26,18 +26,24 @@ from typing import Any
 import numpy as np
 
 from nanoredi.common.errors import UserError, run_script
+from nanoredi.common.files import check, read_rows
 from nanoredi.common.flags import option, read_flags, resolve
 from nanoredi.common.formats import num_rows
 from nanoredi.common.progress import progress
 from nanoredi.data import own_responses as own
 from nanoredi.data.decontaminate import Overlap
 from nanoredi.data.filters import SFT_GATE, Gates, say_dropped
-from nanoredi.data.messages import SIDES
-from nanoredi.data.raw import find_files, raw_rows
+from nanoredi.data.messages import SIDES, THINKING_NAMES
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 
 PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all of OpenR1-Math-Raw
+# A table's other columns are not read.
+_FIELDS = (
+    *("problem_is_valid", "source", "problem", "generations", "correctness"),
+    *("prompt", "messages", "completion", "finish_reason", "sample", "answer", "correct", *THINKING_NAMES),
+)
+_KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 _FILES = ("sft.jsonl", "pairs.jsonl", "too_long.jsonl", "overlaps.jsonl")
 
 
@@ -82,7 +88,7 @@ def prepare(
         # Written beside and renamed: an output that is there is whole.
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=out) as beside, ExitStack() as stack:
             own_rows, *spools = (stack.enter_context(Spool(Path(beside, f"{n}.spool"))) for n in ("own", *_FILES[:3]))
-            total, rows = _raw_rows(files, total, own_rows, tokenizer, flags.grade)
+            total, rows = _as_raw_rows(files, total, own_rows, tokenizer, flags.grade)
             _sift(
                 progress(rows, "reading", total, "rows", delay=1), total, flags.seed, gates, tokenizer, overlap, spools
             )
@@ -99,6 +105,30 @@ def prepare(
     return gates.counts
 
 
+def find_files(paths: list[str]) -> list[Path]:
+    """The raw files behind the paths given: files as they are, of a folder its files in the order of their names."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(path)
+            continue
+        kinds = {kind: found for kind in _KINDS if (found := sorted(path.glob(f"*{kind}")))}
+        if len(kinds) != 1:  # two kinds side by side are likely the same rows twice
+            holds = "both " + " and ".join(kinds) if kinds else "none"
+            raise UserError(f"the folder {path} must hold one kind of {', '.join(_KINDS)} files; it holds {holds}")
+        files += next(iter(kinds.values()))
+    return files
+
+
+def read_raw(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file, each with where it stands, for messages about it; one at a time, since they do not fit in memory.
+
+    Raises:
+        UserError: when the file cannot be read, and for a row that is no object.
+    """
+    return ((where, check(where, row, dict)) for where, row in read_rows(str(file), _FIELDS))
+
+
 def _count_rows(files: list[Path], out: Path) -> int:
     """How many rows the files have, once it is clear that there are some, and that nothing is written over."""
     for name in _FILES:
@@ -110,12 +140,12 @@ def _count_rows(files: list[Path], out: Path) -> int:
     return total
 
 
-def _raw_rows(
+def _as_raw_rows(
     files: list[Path], total: int, spool: Spool, tokenizer: Tokenizer, grading: bool
 ) -> tuple[int, Iterable[tuple[str, dict[str, Any]]]]:
     """How many raw rows come of the files' rows, and the raw rows, each with where it stands; one's own are labelled,
     and those of one problem made one."""
-    rows = chain.from_iterable(map(raw_rows, files))
+    rows = chain.from_iterable(map(read_raw, files))
     first = next(rows)
     rows = chain([first], rows)
     if "completion" in first[1]:

@@ -359,8 +359,8 @@ def test_a_row_group_is_not_held_in_memory(tmp_path):
     )
     code = f"""
 import pathlib, pyarrow
-from nanoredi.data.raw import raw_rows
-rows = raw_rows(pathlib.Path({str(tmp_path / "raw.parquet")!r}))
+from nanoredi.prepare import read_raw
+rows = read_raw(pathlib.Path({str(tmp_path / "raw.parquet")!r}))
 assert sum(len(row["generations"][0]) for _, row in rows) == 2 * 10**8
 print(pyarrow.default_memory_pool().max_memory())
 """
@@ -393,7 +393,7 @@ def test_parquet_faults(tmp_path, tokenizer, monkeypatch):
     "row, words",
     [
         ('{"problem": ', "line 3 is not JSON"),
-        ("[1, 2]", "line 3 is not a JSON object"),
+        ("[1, 2]", r"line 3: it is \[1, 2\]; it must be an object"),
         ({k: v for k, v in raw().items() if k != "problem_is_valid"}, "line 3 has no field 'problem_is_valid'"),
         ({k: v for k, v in raw().items() if k != "source"}, "line 3 has no field 'source'"),
         (raw(valid=True), "line 3: problem_is_valid is True; it must be text"),

@@ -53,20 +53,13 @@ def with_system(messages: list[dict[str, str]], system: str) -> list[dict[str, s
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Problems in the order of their file.
+    """Problems in the order of their file."""
 
-    Attributes:
-        name: of the table's row.
-        problems: their texts.
-        questions: what the user's message says: the problem in its frame.
-        golds: for each question the answers that count as right.
-        ids: {one of IDS: the problems' values of it, as texts}, where every problem has another one.
-    """
-
-    name: str
+    name: str  # of the table's row
     problems: list[str]
-    questions: list[str]
-    golds: list[list[str]]
+    questions: list[str]  # what the user's message says: the problem in its frame
+    golds: list[list[str]]  # for each question the answers that count as right
+    # {one of IDS: the problems' values of it, as texts}, where every problem has another one
     ids: dict[str, list[str]] = field(default_factory=dict)
 
 

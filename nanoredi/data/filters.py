@@ -29,26 +29,16 @@ _ROW = {
 
 @dataclass(frozen=True)
 class Traces:
-    """What a raw row gives to learn from.
+    """What a raw row gives to learn from."""
 
-    Attributes:
-        where: file and line, for messages about it.
-        index: the raw row's number.
-        source: where the problem is from, if that is known.
-        problem: its text.
-        prompt: it as messages.
-        generations: all of the problem's.
-        chosen, rejected: the numbers of the first correct and the first incorrect generation; rejected may be None.
-    """
-
-    where: str
-    index: int
-    source: str | None
+    where: str  # file and line, for messages about it
+    index: int  # the row's number
+    source: str | None  # where the problem is from, if that is known
     problem: str
-    prompt: Messages
+    prompt: Messages  # that ask the problem
     generations: list[str]
-    chosen: int
-    rejected: int | None
+    chosen: int  # the number of the first correct generation
+    rejected: int | None  # of the first incorrect one, if there is one
 
     @property
     def answers(self) -> Messages:

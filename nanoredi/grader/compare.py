@@ -40,26 +40,16 @@ def agree(a: Expression, b: Expression) -> bool:
 
 @dataclass
 class Reading:
-    """A node of the tree.
-
-    Attributes:
-        kind: "value", "text", "list", "system" (named values), "cases", "matrix", "row", "base", "time", "ratio", a
-            relation ("=", "<", "≤", "≤<", ...), "≠", or a tuple's two brackets such as "[)".
-        text: the plain string.
-        parts: the nodes below.
-        expression: of a value.
-        bare: of a relation: what it says when the names on one side are dropped, 5 or an interval.
-        name: of an equation x = 5: x; of a time: am, pm or nothing.
-        braces: whether it stood in braces, as a set does.
-    """
+    """A node of the tree. Its kind is "value", "text", "list", "system" (named values), "cases", "matrix", "row", "base",
+    "time", "ratio", a relation ("=", "<", "≤", "≤<", ...), "≠", or a tuple's two brackets such as "[)"."""
 
     kind: str
-    text: str
-    parts: tuple["Reading", ...] = ()
-    expression: Expression | None = None
-    bare: "Reading | None" = None
-    name: str = ""
-    braces: bool = False
+    text: str  # the plain string
+    parts: tuple["Reading", ...] = ()  # the nodes below
+    expression: Expression | None = None  # of a value
+    bare: "Reading | None" = None  # of a relation: what it says without the names on one side, 5 or an interval
+    name: str = ""  # of an equation x = 5: x; of a time: am, pm or nothing
+    braces: bool = False  # whether it stood in braces, as a set does
 
 
 def same(a: Reading, b: Reading) -> bool:
