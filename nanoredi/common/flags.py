@@ -30,12 +30,7 @@ Tables = dict[str, dict[str, Any]]  # {table: {field: value}}: what a recipe or 
 
 def table(name: str) -> Callable[[type], type]:
     """Make a dataclass one of a recipe's tables."""
-
-    def register(kind: type) -> type:
-        TABLES[name] = kind
-        return kind
-
-    return register
+    return lambda kind: TABLES.setdefault(name, kind)
 
 
 def option(
@@ -92,11 +87,6 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
         if bound is not None and not holds(value, bound):
             raise UserError(f"{where} is {shown}; it must be {words} {bound}")
     return value
-
-
-def to_toml(value: Any) -> str:
-    """A value of a field, as TOML writes it: as JSON does, but for one control character."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 _BOOL = {"true": True, "false": False}
@@ -224,8 +214,10 @@ def write_recipe(path: Path, configs: dict[str, Any]) -> None:
     lines = []
     for table, config in configs.items():
         values = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
-        lines += [f"[{table}]", *(f"{key} = {to_toml(value)}" for key, value in values.items()), ""]
-    write_text(path, "\n".join(lines))
+        fields = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+        lines += [f"[{table}]", *fields, ""]
+    # TOML writes these values as JSON does, but for one control character.
+    write_text(path, "\n".join(lines).replace("\x7f", "\\u007f"))
 
 
 class _Parser(argparse.ArgumentParser):

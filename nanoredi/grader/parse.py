@@ -99,7 +99,7 @@ class _Reader:
         if "≠" in pieces[0]:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
             name = pieces[0].partition("≠")[0]
             pieces = [piece if "≠" in piece else f"{name}≠{piece}" for piece in pieces]
-        parts = [one for piece in pieces for one in signs(piece.strip()) if one]
+        parts = [one for piece in pieces for one in each_sign(piece.strip()) if one]
         if not 0 < len(parts) <= MAX_PARTS:
             raise Unreadable
         if len(parts) == 1:
@@ -282,7 +282,7 @@ def split(text: str, separators: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def signs(text: str) -> Iterator[str]:
+def each_sign(text: str) -> Iterator[str]:
     """Each ± stands for two answers; with a ∓ in it, all signs change together."""
     pieces = re.split("([±∓])", text) if re.search("[±∓]", re.sub("⦃[^⦃⦄]*⦄", "", text)) else [text]
     if len(pieces) > 9:
