@@ -52,7 +52,7 @@ def evaluate(
             load_pairs, pairs.watch, tokenizer, pairs.max_prompt_tokens, pairs.max_response_tokens, pairs.cache
         )
         world.first(lambda: load().notes)  # fills the cache
-        means = means_a_token(model, load(), pairs.max_tokens_per_micro_batch, world).tolist()
+        means, _ = means_a_token(model, load(), pairs.max_tokens_per_micro_batch, world).tolist()
         logps = dict(zip(("chosen_logp", "rejected_logp"), means))
     samples = Samples(out)
     _sample(name, model, tokenizer, benchmarks, config, samples, world)
