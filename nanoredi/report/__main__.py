@@ -16,11 +16,12 @@ from pathlib import Path
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_json
 from nanoredi.common.flags import option, read_flags, resolve
+from nanoredi.evaluation.samples import read_results
 from nanoredi.evaluation.scores import Row
 from nanoredi.report import lengths
 from nanoredi.report.failures import KINDS, failures
 from nanoredi.report.figures import check_figure, draw, read_runs, summary
-from nanoredi.report.tables import read_results, show, tables
+from nanoredi.report.tables import show, tables
 
 
 @dataclass

@@ -8,7 +8,6 @@ on the rejected traces, and how far their log-probs have moved since the start. 
 
 import itertools
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from nanoredi.common.disk import writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json, read_text
 from nanoredi.common.runs import metrics_row
+from nanoredi.evaluation.scores import step_of
 
 # (key of metrics.jsonl, heading, format)
 SERIES = [
@@ -222,8 +222,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 def _accuracy(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float, float]]]:
     """The evaluations in a run's results.json, each at its model's step.
 
-    A model named after a folder step-000200 tells its step. Of the others, SFT is the start's, and whatever else stands
-    there the final one; a second SFT is that too, the end of a run whose own objective is sft.
+    A model's name tells its step; a second SFT is the end of a run whose own objective is sft.
     """
     if not rows or not path.exists():
         return {}
@@ -231,7 +230,6 @@ def _accuracy(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[in
     shape = [{"model": str, "benchmark": str, "pass@1": float, "sem": float}]
     for row in check(str(path), read_json(path, list), shape):
         model, points = row["model"], benchmarks.setdefault(row["benchmark"], {})
-        numbered = re.search(r"step-(\d{1,9})$", model)
-        step = int(numbered[1]) if numbered else 0 if model == "SFT" and 0 not in points else rows[-1]["step"]
-        points[step] = row["pass@1"], row["sem"]
+        step = min(step_of(model), rows[-1]["step"])
+        points[rows[-1]["step"] if step in points else step] = row["pass@1"], row["sem"]
     return {name: [(step, *points[step]) for step in sorted(points)] for name, points in benchmarks.items()}
