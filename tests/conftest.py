@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+import nanoredi  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import torch
 
 if not torch.cuda.is_available():
