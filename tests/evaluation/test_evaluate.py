@@ -1,13 +1,9 @@
 """Evaluations that end: with nothing missing, with a problem that is too long, in the frame and with the paths asked for."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 
 import evaluate
 from nanoredi.common.errors import UserError
@@ -62,12 +58,10 @@ def test_only_the_second_of_two_models_was_broken_off(models, capsys):
     assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
 
 
-def test_two_ranks_with_nothing_missing(models):
-    words = [str(ROOT / "evaluate.py"), *FLAGS, "--benchmarks", "toy.jsonl", "--model", "a", "--out", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]):
-        command = [sys.executable, *launcher, *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+def test_two_ranks_with_nothing_missing(models, run):
+    words = ["evaluate.py", *FLAGS, "--benchmarks", "toy.jsonl", "--model", "a", "--out", "out"]
+    for ranks in (0, 2):
+        done = run(*words, ranks=ranks, gpus=2)
         assert done.returncode == 0, done.stderr
         (models / "out/results.json").unlink()
     assert "6 samples are there, 0 are missing" in done.stdout
