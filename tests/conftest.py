@@ -1,12 +1,15 @@
 """What many tests share: the real data beside the repository, a small toy, one process as a world, and runs of the
 scripts."""
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ if not torch.cuda.is_available():
 from nanoredi import toy  # noqa: E402
 from nanoredi.config import ToyConfig  # noqa: E402
 from nanoredi.kernels import dispatch  # noqa: E402
+from nanoredi.trainer import distributed, loop  # noqa: E402
 from nanoredi.trainer.distributed import World, world  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -112,22 +116,56 @@ def toy_data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def runs_in_one_process() -> Iterator[None]:
+    """Those in the tests' own process need no pause at its end, and measure its rate once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+        patch.setattr(loop, "matrix_rate", functools.cache(loop.matrix_rate))
+        yield
+
+
 @pytest.fixture(scope="module")  # the next module may want a world of its own
 def one_rank() -> Iterator[World]:
     with world() as ranks:
         yield ranks
 
 
-@pytest.fixture(scope="session")
-def forks(tmp_path_factory, compile_once) -> Iterator[Server]:
-    """Starts scripts on the CPU."""
+@pytest.fixture(scope="session", autouse=True)
+def server(request, tmp_path_factory, compile_once) -> Iterator[Server | None]:
+    """Where a test wants one: it imports everything while the tests that come first run."""
+    if not any({"forks", "run"} & {*item.fixturenames} for item in request.session.items):
+        yield None
+        return
     server = Server(tmp_path_factory.mktemp("said"))
     yield server
     server.stop()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def watched(request) -> Iterator[subprocess.Popen | None]:
+    """What whole steps do to a GPU (device/test_steps.py), where that is asked for: a quarter of a minute on its own, so it
+    begins with the first test."""
+    if not any("found" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command, pipe = [sys.executable, str(ROOT / "tests/device/watched.py")], subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
 @pytest.fixture
-def run(request, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+def forks(server) -> Server:
+    """Starts scripts on the CPU."""
+    return server
+
+
+@pytest.fixture
+def run(server, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Run a script of the repository in an empty folder, as a user would, and wait for it; with ranks > 0 so many of them,
     with torchrun's flags through torchrun. Where there are not as many GPUs as ranks, or as the test says it needs, all
     of it runs on the CPU."""
@@ -137,7 +175,6 @@ def run(request, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     ) -> subprocess.CompletedProcess:
         on_gpu = torch.cuda.device_count() >= max(gpus, ranks) and (not torchrun or gpus > 1)
         if not torchrun and not on_gpu:
-            server = request.getfixturevalue("forks")
             return ended(*(server.start_ranks(ranks, tmp_path, *words) if ranks else [server.start(tmp_path, *words)]))
         torchrun = torchrun or (["--standalone", f"--nproc_per_node={ranks}"] if ranks else [])
         launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
