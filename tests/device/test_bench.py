@@ -76,7 +76,7 @@ def test_the_version_of_a_peer_stands_in_its_row(tmp_path):
 
 
 def test_all_of_it_runs_dry(forks, tmp_path):
-    done = ended(forks.start(tmp_path, "bench/device.py", "--dry", "--minutes", "2", "--out", "out"))
+    done = ended(forks.start(tmp_path, "bench/device.py", "--dry", "--out", "out"))
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out/device.json").read_text())["rows"]
     parts = json.loads(json.dumps(device.parts(dry=True)))

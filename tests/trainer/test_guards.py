@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from forks import ended
-from safetensors.torch import load_file
+from same import assert_same_weights
 
 from nanoredi.common.errors import Stopped, UserError
 from nanoredi.config import RediConfig
@@ -84,10 +83,7 @@ def test_a_skipped_step_leaves_no_trace(config, one_rank, monkeypatch, tmp_path)
     steps = iter([0, 1, 2, 3, 4, 5, 6])
     (tmp_path / "good").mkdir()
     train(replace(config, out=str(tmp_path / "good"), max_steps=7), one_rank)
-    weights = [
-        dict(Qwen2.from_pretrained(Path(out, "final")).named_parameters()) for out in (config.out, tmp_path / "good")
-    ]
-    assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
+    assert_same_weights(Path(config.out), tmp_path / "good")
 
 
 def test_a_run_that_skipped_a_step_goes_on_as_if_undisturbed(config, one_rank, monkeypatch, tmp_path):
@@ -106,8 +102,7 @@ def test_a_run_that_skipped_a_step_goes_on_as_if_undisturbed(config, one_rank, m
         with pytest.raises(Stopped, match="step 5 is saved"):
             train(stopped, one_rank)
     train(stopped, one_rank)  # the third step is behind it, and the spoiler is at its ninth call
-    weights = [load_file(Path(out, "final", "model.safetensors")) for out in (config.out, stopped.out)]
-    assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
+    assert_same_weights(Path(config.out), Path(stopped.out))
 
 
 def test_too_many_in_a_row_end_the_run(config, one_rank, monkeypatch):
