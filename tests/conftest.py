@@ -12,6 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+import nanoredi  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import torch
 from forks import Server, ended
 

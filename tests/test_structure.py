@@ -117,6 +117,13 @@ def test_the_whole_is_short_without_what_only_makes_a_cpu_fast():
     says_by_how_much("nanoredi/ without cpu/", number, planned=7900, at_most=11300)
 
 
+@pytest.mark.parametrize("script", ["train_sft.py", "train_redi.py", "sample.py", "evaluate.py"])
+def test_a_script_imports_nanoredi_before_torch(script):
+    """nanoredi sets what torch reads when it is loaded."""
+    names = re.findall(r"^(?:import|from) (nanoredi|torch)\b", (ROOT / script).read_text(), flags=re.MULTILINE)
+    assert names[0] == "nanoredi"
+
+
 def test_nothing_but_the_required_packages_is_imported():
     for file in [*ROOT.glob("*.py"), *(ROOT / "nanoredi").rglob("*.py")]:
         for module in imports(file):
