@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from templates import CHATML, small_folder
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: the tests run them on the CPU
@@ -17,6 +18,8 @@ if not torch.cuda.is_available():
 from nanoredi import toy  # noqa: E402
 from nanoredi.config import ToyConfig  # noqa: E402
 from nanoredi.kernels import dispatch  # noqa: E402
+from nanoredi.model.config import Qwen2Config  # noqa: E402
+from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.trainer.distributed import World, world  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +112,30 @@ def toy_data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("toy") / "data"
     toy.make(folder, ToyConfig(sft_rows=120, pairs=60, watch_pairs=8, heldout=6, num_layers=2, hidden_size=32), seed=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory) -> Path:
+    """A tiny random model whose tokenizer's tokens are bytes: it can write anything."""
+    tokenizer = small_folder(tmp_path_factory.mktemp("bytes") / "tokenizer", CHATML)
+    config = Qwen2Config(
+        vocab_size=280,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    )
+    folder = tokenizer.with_name("model")
+    Qwen2(config, tokenizer_folder=tokenizer).init_weights(0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def share(request) -> int:
+    """How many times as much an attack tries."""
+    return 10 if request.config.getoption("--slow") else 1
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.disk import writing
+from nanoredi.common.disk import regular, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json, read_text
 from nanoredi.common.runs import metrics_row
@@ -106,7 +106,7 @@ def check_figure(path: str) -> None:
         raise UserError(f"the figure is a PNG: give --out a name that ends in .png, not {path}")
     if not file.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {file.parent}")
-    if file.is_dir() or file.exists() and DRAWN_BY.encode() not in file.read_bytes()[:1024]:
+    if file.is_dir() or regular(file).exists() and DRAWN_BY.encode() not in file.read_bytes()[:1024]:
         raise UserError(f"{path} exists and is no figure of nanoredi's: give another --out")
 
 
@@ -147,6 +147,11 @@ def draw(runs: list[Run], path: str) -> None:
     if len(benchmarks) > 1:
         shapes = [Line2D([], [], color="0.3", marker=markers[b], linestyle="", label=b) for b in benchmarks]
         figure.legend(handles=shapes, loc="outside upper center", ncols=5)
+    save(figure, path)
+
+
+def save(figure: Any, path: str) -> None:
+    """Write a figure that check_figure lets be written there."""
     with writing(Path(path)) as beside:
         figure.savefig(beside, format="png", dpi=150, metadata={"Software": DRAWN_BY})
 

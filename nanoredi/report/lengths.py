@@ -21,6 +21,7 @@ from nanoredi.common.files import read_rows
 from nanoredi.common.flags import option, read_flags, resolve
 from nanoredi.data.messages import conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.report.figures import check_figure, save
 
 Lengths = dict[str, np.ndarray]  # {part: tokens (rows,)}, the parts being those of a pair or of an SFT row
 _PAIR, _SFT = ("prompt", "chosen", "rejected"), ("prompt", "response")
@@ -36,14 +37,14 @@ class LengthsFlags:
     tokenizer: str = option("", "Hugging Face folder to measure the rows with; empty: they hold their lengths")
     max_prompt_tokens: int = option(800, "longest prompt of a pair", low=1)
     max_response_tokens: int = option(19_000, "longest response of a pair", low=1)
-    out: str = option("", "PNG file for the figure; it must not exist")
+    out: str = option("", "PNG file for the figure")
 
 
 def main(argv: list[str]) -> None:
     _, given = read_flags(__doc__, argv, "lengths", LengthsFlags, takes_recipe=False)
     flags = resolve(LengthsFlags, "lengths", given)
-    if flags.out and Path(flags.out).exists():
-        raise UserError(f"{flags.out} exists; give another --out")
+    if flags.out:
+        check_figure(flags.out)
     path = Path(flags.lengths)
     files = [path / name for name in ("sft.jsonl", "pairs.jsonl")] if path.is_dir() else [path]
     tokenizer = Tokenizer(flags.tokenizer) if flags.tokenizer else None
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     lengths = {str(file): read_lengths(file, tokenizer) for file in files}
     print("\n\n".join(show(name, parts, limits) for name, parts in lengths.items()))
     if flags.out:
-        draw(lengths, limits, Path(flags.out))
+        draw(lengths, limits, flags.out)
         print(f"\nWrote {flags.out}.")
 
 
@@ -80,7 +81,7 @@ def _known(where: str, row: Any) -> tuple[tuple[str, ...], list[int]]:
     """The parts of a row, and the lengths that it holds."""
     for names in (_PAIR, _SFT):
         lengths = [row.get(f"{name}_tokens") if isinstance(row, dict) else None for name in names]
-        if all(type(length) is int and length > 0 for length in lengths):
+        if all(type(length) is int and 0 < length < 2**31 for length in lengths):
             return names, lengths
     raise UserError(f"{where} holds no lengths; --tokenizer DIR measures them")
 
@@ -142,7 +143,7 @@ def _round_up(x: float) -> int:
     return next(int(size * m) for m in (1, 2, 5, 10) if size * m >= x)
 
 
-def draw(lengths: dict[str, Lengths], limits: dict[str, int], path: Path) -> None:
+def draw(lengths: dict[str, Lengths], limits: dict[str, int], path: str) -> None:
     """The histograms as a figure: a row a file, a panel a part."""
     try:
         from matplotlib.figure import Figure
@@ -161,7 +162,4 @@ def draw(lengths: dict[str, Lengths], limits: dict[str, int], path: Path) -> Non
                 cut = (tokens > limits[part]).mean()
                 panel.axvline(limits[part], color="tab:red", label=f"limit {limits[part]:,}: {cut:.1%} longer")
                 panel.legend()
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: a name that ends in no known format
-        raise UserError(f"cannot write {path}: {error}") from None
+    save(figure, path)

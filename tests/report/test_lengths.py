@@ -90,11 +90,12 @@ def test_the_figure(folder, tmp_path, monkeypatch):
     figure = tmp_path / "lengths.png"
     report.main(["--lengths", str(folder), "--out", str(figure)])
     assert figure.read_bytes().startswith(b"\x89PNG")
-    before = figure.read_bytes()
+    report.main(["--lengths", str(folder), "--out", str(figure)])  # its own is drawn anew
+    figure.write_bytes(b"a photograph")
     with pytest.raises(UserError, match="lengths.png exists"):
         report.main(["--lengths", str(folder), "--out", str(figure)])
-    assert figure.read_bytes() == before
-    with pytest.raises(UserError, match="cannot write .*nowhere"):
+    assert figure.read_bytes() == b"a photograph"
+    with pytest.raises(UserError, match="cannot write .*there is no folder .*nowhere"):
         report.main(["--lengths", str(folder), "--out", str(tmp_path / "nowhere" / "a.png")])
 
 
