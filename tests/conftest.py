@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +17,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: the tests run them on the CPU
 
 from nanoredi import toy  # noqa: E402
+from nanoredi.common import disk  # noqa: E402
 from nanoredi.config import ToyConfig  # noqa: E402
 from nanoredi.kernels import dispatch  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
+from nanoredi.trainer import distributed, loop  # noqa: E402
 from nanoredi.trainer.distributed import World, world  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +133,14 @@ def byte_model(tmp_path_factory) -> Path:
     folder = tokenizer.with_name("model")
     Qwen2(config, tokenizer_folder=tokenizer).init_weights(0).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hasty(monkeypatch) -> None:
+    """Without what takes time in every run and changes no file: a disk that is waited for, a rate that is measured."""
+    monkeypatch.setattr(distributed, "time", types.SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(loop, "matrix_rate", lambda *_: 1e9)
+    monkeypatch.setattr(disk, "_sync_entry", lambda path: None)
 
 
 @pytest.fixture

@@ -129,13 +129,13 @@ def folder(tmp_path, toy_data, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_flag_is_obeyed_or_refused_in_a_sentence(command, share, folder, capfd):
+def test_a_flag_is_obeyed_or_refused_in_a_sentence(command, share, folder, hasty, capfd):
     module, own, tables, small = COMMANDS[command]
     fields = [(f"--{f.name}", f) for f in dataclasses.fields(own)]
     fields += [(f"--{table}.{f.name}", f) for table in tables for f in dataclasses.fields(TABLES[table])]
     rng, ends = random.Random(command), []
     whole = snapshot(folder)
-    for number in range(share * max(60, 2 * len(fields))):
+    for number in range(share * max(50, len(fields))):
         flag, f = fields[number % len(fields)]
         argv = [*small.split(), flag, *values(f, rng)]
         if rng.random() < 0.2:

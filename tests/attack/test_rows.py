@@ -85,7 +85,7 @@ def attempt(kind: str, file: Path, tiny: Path, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("kind", [*WHOLE, "completions"])
-def test_mutated_rows_are_read_or_end_in_a_sentence(kind, share, byte_model, tmp_path, monkeypatch, capsys):
+def test_mutated_rows_are_read_or_end_in_a_sentence(kind, share, byte_model, hasty, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rng, ends = random.Random(kind), []
     Path("whole").mkdir()
