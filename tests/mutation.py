@@ -150,3 +150,20 @@ def break_file(path: Path, rng: random.Random, names: tuple[str, ...] = ("x",)) 
 def snapshot(folder: Path) -> dict[str, bytes]:
     """{file: content} of a folder."""
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+_OWN = (".lock", "config.toml", "drawn.jsonl.settings.json")
+_CLOCK = ("tokens_per_s", "peak_memory_gb", "matrix_share")
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """{file: content} of a run, less what tells the time, the process or the folder's own name."""
+    found: dict[str, object] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _OWN):
+        name = str(path.relative_to(folder))
+        if path.name in ("metrics.jsonl", "samples.jsonl", "drawn.jsonl"):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = sorted(json.dumps({k: v for k, v in row.items() if k not in _CLOCK}) for row in rows)
+        else:
+            found[name] = path.read_bytes()
+    return found

@@ -14,7 +14,6 @@ from nanoredi.config import RediConfig, SftConfig
 from nanoredi.trainer.distributed import World
 from nanoredi.trainer.log import Step
 
-
 # What of a state is theirs.
 _COUNT = range(2**31)
 _COLLAPSE = {

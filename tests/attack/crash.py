@@ -1,8 +1,8 @@
 """Runs a script undisturbed, then again and again, killed at each of its writes and renames and started once more.
 
-    python tests/attack/crash.py SCRIPT OUT STRIDE FLAG ...
+    python tests/attack/crash.py SCRIPT OUT FIRST STRIDE FLAG ...
 
-The first run is in OUT/whole, those that were killed at place n in OUT/n, for every STRIDE-th n until a run has no n-th
+The first run is in OUT/whole, those that were killed at place n in OUT/n, for every STRIDE-th n from FIRST until a run has no n-th
 place; prints how many places that were. Runs are forks of this process, which has everything imported: they begin at once.
 
 A place is wherever the program calls may_crash, and wherever Python is about to open a file of the run for writing, to
@@ -19,7 +19,7 @@ from nanoredi.common import disk
 from nanoredi.cpu import native
 from nanoredi.trainer import loop
 
-script, out, stride, *flags = sys.argv[1:]
+script, out, first, stride, *flags = sys.argv[1:]
 out = os.path.abspath(out)
 main = importlib.import_module(script).main
 # What takes its time in every process, and writes nothing.
@@ -54,7 +54,7 @@ def ended(folder: str, place: int = 0) -> int:
 
 if ended("whole"):
     sys.exit("the undisturbed run failed")
-place = 1
+place = int(first)
 while (status := ended(str(place), place)) == -signal.SIGKILL:
     if ended(str(place)):
         sys.exit(f"killed at place {place}, the same command failed")

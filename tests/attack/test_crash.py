@@ -1,13 +1,12 @@
 """Killed at any write or rename, the same command ends with the same bytes."""
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from mutation import contents
 
 TOY = """--cache OUT/cache --toy.sft_rows 12 --toy.pairs 4 --toy.watch_pairs 1 --toy.heldout 1 --toy.num_layers 1
     --toy.hidden_size 16 --batch_size 4 --dtype float32 --save_every 1 --log_every 1"""
@@ -30,20 +29,6 @@ RESULTS = {
     "train_sft": {"final/model.safetensors", "step-000002/model.safetensors", "metrics.jsonl"},
     "evaluate": {"samples.jsonl", "evaluation.json", "results.json", "results.txt", "results.md"},
 }
-CLOCK = ("tokens_per_s", "peak_memory_gb", "matrix_share")
-
-
-def contents(folder: Path) -> dict[str, object]:
-    """{file: content} of a run, less what tells the time, the process or the folder's own name."""
-    found: dict[str, object] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", "config.toml")):
-        name = str(path.relative_to(folder))
-        if path.name in ("metrics.jsonl", "samples.jsonl"):
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = sorted(json.dumps({k: v for k, v in row.items() if k not in CLOCK}) for row in rows)
-        else:
-            found[name] = path.read_bytes()
-    return found
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -51,7 +36,7 @@ def contents(folder: Path) -> dict[str, object]:
 def test_killed_at_any_write_a_run_ends_with_the_same_bytes(script, every, toy_data, tmp_path):
     flags, stride = RUNS[script]
     stride = 1 if every else stride
-    command = [sys.executable, str(ROOT / "tests/attack/crash.py"), script, ".", str(stride), "--out", "OUT"]
+    command = [sys.executable, str(ROOT / "tests/attack/crash.py"), script, ".", "1", str(stride), "--out", "OUT"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     flags = flags.replace("DATA", str(toy_data)).split()
     done = subprocess.run([*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """The files of an evaluation by mutation: the same command ends with a whole table, or in one sentence; so do the reports."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -53,8 +54,8 @@ def folder(tmp_path, toy_data, hasty, monkeypatch) -> Path:
     evaluate.main(EVALUATE)
     sample.main(SAMPLE)
     shutil.copytree("model", "out/final")
-    rows = ('{"step": %d, "loss": 0.5, "chosen_logp": -1.5, "update_norm": 1.0}\n' % step for step in (1, 2))
-    Path("out/metrics.jsonl").write_text("".join(rows))
+    rows = [{"step": step, "loss": 0.5, "chosen_logp": -1.5, "update_norm": 1.0} for step in (1, 2)]
+    Path("out/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = RediConfig(model="model", data="pairs.jsonl", out="out", evaluate=True, cache="cache")
     write_recipe(Path("out/config.toml"), {"redi": config, "evaluate": EvaluateConfig(benchmarks=["toy.jsonl"])})
     return tmp_path
