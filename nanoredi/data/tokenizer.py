@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 
 import tokenizers
 
-from nanoredi.common.disk import regular
 from nanoredi.common.errors import UserError
-from nanoredi.common.files import read_json, read_text
+from nanoredi.common.files import read_json
 from nanoredi.data.chat import Chat
 
 # Of a batch of long traces the encodings take some 100 bytes a token, and three batches are in memory at once.
@@ -44,7 +43,7 @@ class Tokenizer(Chat):
             "merges.txt",
             "chat_template.jinja",
         )
-        self.files = [regular(self.folder / name) for name in names if (self.folder / name).exists()]
+        self.files = [self.folder / name for name in names if (self.folder / name).exists()]
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises bare Exception for every fault of the file
@@ -152,7 +151,10 @@ class Tokenizer(Chat):
 
     def _template_source(self, config: dict[str, Any]) -> str:
         path = self.folder / "chat_template.jinja"
-        source = read_text(path) if path.exists() else config.get("chat_template")
+        try:
+            source = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
         if isinstance(source, list):  # several templates by name
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             source = named.get("default")

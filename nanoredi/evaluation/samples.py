@@ -25,7 +25,7 @@ from nanoredi.trainer.distributed import settled_dtype
 _PARTS = ("*.json", "*.jinja", "*.safetensors")  # of a model's folder that a sample depends on
 _KEY = ("model", "benchmark", "problem", "sample")
 _COUNT = range(2**31)
-_ROW = {
+SAMPLE = {
     "model": str,
     "benchmark": str,
     "problem": _COUNT,
@@ -94,7 +94,7 @@ class Samples:
         for number, line in enumerate(self._lines(), 1):
             where = f"{self.path}, line {number}"
             try:
-                row = check(where, parse_json(where, line.decode(errors="replace")), _ROW)
+                row = check(where, parse_json(where, line.decode(errors="replace")), SAMPLE)
                 model, benchmark, problem, sample = key = tuple(row[name] for name in _KEY)
                 is_wanted = model in models and problem in problems.get(benchmark, ()) and sample in numbers
                 if key in seen or not is_wanted:

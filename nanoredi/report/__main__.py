@@ -12,14 +12,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoredi.common.errors import UserError, run_script
-from nanoredi.common.files import read_json
+from nanoredi.common.errors import UserError, run_script, visible
 from nanoredi.common.flags import option, read_flags, resolve
 from nanoredi.evaluation.scores import Row
 from nanoredi.report import lengths
 from nanoredi.report.failures import KINDS, failures
 from nanoredi.report.figures import check_figure, draw, read_runs, summary
-from nanoredi.report.tables import read_results, show, tables
+from nanoredi.report.tables import read_differences, read_results, show, tables
 
 
 @dataclass
@@ -73,7 +72,7 @@ def _show_runs(flags: ReportFlags) -> None:
     if evaluated:
         rows = [row for folder in evaluated for row in _named(read_results(folder), folder, len(evaluated) > 1)]
         files = [Path(folder) / "differences.json" for folder in evaluated]
-        compared = [row for file in files if file.exists() for row in read_json(file, list)]
+        compared = [row for file in files if file.exists() for row in read_differences(file)]
         print(show(tables(rows, compared, flags.paper), flags.wide))
     elif flags.paper:
         raise UserError("--paper needs results to stand beside: give the folder of a run that was evaluated")
@@ -92,7 +91,7 @@ def _show_failures(flags: ReportFlags) -> None:
         raise UserError(f"--failures takes one run's folder, and {flags.runs[0]} is another")
     text = "\n\n".join(failures(flags.failures, flags.only))
     if sys.stdout.isatty():
-        pydoc.pager(text)
+        pydoc.pager(visible(text))
     else:
         print(text)
 

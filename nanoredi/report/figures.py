@@ -147,11 +147,6 @@ def draw(runs: list[Run], path: str) -> None:
     if len(benchmarks) > 1:
         shapes = [Line2D([], [], color="0.3", marker=markers[b], linestyle="", label=b) for b in benchmarks]
         figure.legend(handles=shapes, loc="outside upper center", ncols=5)
-    save(figure, path)
-
-
-def save(figure: Any, path: str) -> None:
-    """Write a figure that check_figure lets be written there."""
     with writing(Path(path)) as beside:
         figure.savefig(beside, format="png", dpi=150, metadata={"Software": DRAWN_BY})
 

@@ -21,7 +21,6 @@ from nanoredi.common.files import read_rows
 from nanoredi.common.flags import option, read_flags, resolve
 from nanoredi.data.messages import conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
-from nanoredi.report.figures import check_figure, save
 
 Lengths = dict[str, np.ndarray]  # {part: tokens (rows,)}, the parts being those of a pair or of an SFT row
 _PAIR, _SFT = ("prompt", "chosen", "rejected"), ("prompt", "response")
@@ -37,14 +36,14 @@ class LengthsFlags:
     tokenizer: str = option("", "Hugging Face folder to measure the rows with; empty: they hold their lengths")
     max_prompt_tokens: int = option(800, "longest prompt of a pair", low=1)
     max_response_tokens: int = option(19_000, "longest response of a pair", low=1)
-    out: str = option("", "PNG file for the figure")
+    out: str = option("", "PNG file for the figure; it must not exist")
 
 
 def main(argv: list[str]) -> None:
     _, given = read_flags(__doc__, argv, "lengths", LengthsFlags, takes_recipe=False)
     flags = resolve(LengthsFlags, "lengths", given)
-    if flags.out:
-        check_figure(flags.out)
+    if flags.out and Path(flags.out).exists():
+        raise UserError(f"{flags.out} exists; give another --out")
     path = Path(flags.lengths)
     files = [path / name for name in ("sft.jsonl", "pairs.jsonl")] if path.is_dir() else [path]
     tokenizer = Tokenizer(flags.tokenizer) if flags.tokenizer else None
@@ -52,7 +51,7 @@ def main(argv: list[str]) -> None:
     lengths = {str(file): read_lengths(file, tokenizer) for file in files}
     print("\n\n".join(show(name, parts, limits) for name, parts in lengths.items()))
     if flags.out:
-        draw(lengths, limits, flags.out)
+        draw(lengths, limits, Path(flags.out))
         print(f"\nWrote {flags.out}.")
 
 
@@ -143,7 +142,7 @@ def _round_up(x: float) -> int:
     return next(int(size * m) for m in (1, 2, 5, 10) if size * m >= x)
 
 
-def draw(lengths: dict[str, Lengths], limits: dict[str, int], path: str) -> None:
+def draw(lengths: dict[str, Lengths], limits: dict[str, int], path: Path) -> None:
     """The histograms as a figure: a row a file, a panel a part."""
     try:
         from matplotlib.figure import Figure
@@ -162,4 +161,7 @@ def draw(lengths: dict[str, Lengths], limits: dict[str, int], path: str) -> None
                 cut = (tokens > limits[part]).mean()
                 panel.axvline(limits[part], color="tab:red", label=f"limit {limits[part]:,}: {cut:.1%} longer")
                 panel.legend()
-    save(figure, path)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:  # ValueError: a name that ends in no known format
+        raise UserError(f"cannot write {path}: {error}") from None

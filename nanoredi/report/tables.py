@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi.common.errors import UserError
-from nanoredi.common.files import read_json, write_json, write_text
+from nanoredi.common.files import check, read_json, write_json, write_text
 from nanoredi.data.benchmarks import PAPER
 from nanoredi.evaluation.scores import Row, average
 
@@ -218,10 +218,21 @@ def read_results(folder: str | Path) -> list[Row]:
         UserError: when it is missing or broken.
     """
     path = Path(folder) / "results.json"
-    rows = read_json(path, list)
-    if not rows or not all(isinstance(row, dict) and "model" in row for row in rows):
+    rows = check(str(path), read_json(path, list), [{"model": str, "benchmark": str, "pass@1": float, "sem": float}])
+    if not rows:
         raise UserError(f"{path} holds no results")
+    check(str(path), [{**row, "model": None, "benchmark": None} for row in rows], [{str: (float, None)}])
     return rows
+
+
+def read_differences(path: Path) -> list[Row]:
+    """The rows of a run's differences.json.
+
+    Raises:
+        UserError: when it is missing or broken.
+    """
+    words, figures = ("benchmark", "first", "second"), ("difference", "low", "high")
+    return check(str(path), read_json(path, list), [{**dict.fromkeys(words, str), **dict.fromkeys(figures, float)}])
 
 
 def _with_average(rows: list[Row], model: str) -> list[Row]:

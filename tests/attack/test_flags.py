@@ -20,7 +20,6 @@ from nanoredi import prepare
 from nanoredi.common.flags import TABLES, kind_of
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.report import __main__ as report
-from nanoredi.report.lengths import LengthsFlags
 
 # The command, the dataclass of its own flags, the tables whose flags have a name in front, flags that make it small.
 SMALL = "--model model --max_steps 1 --batch_size 2 --dtype float32 --out out --cache cache"
@@ -32,7 +31,6 @@ COMMANDS: dict[str, tuple[Any, type, tuple[str, ...], str]] = {
     "evaluate": (evaluate, evaluate.EvaluateFlags, (), f"{DRAWN} --benchmarks toy.jsonl --n 1 --think own --out out"),
     "prepare": (prepare, prepare.PrepareFlags, (), "--raw prompts.jsonl --tokenizer model --out out --grade"),
     "report": (report, report.ReportFlags, (), "--runs run"),
-    "lengths": (report, LengthsFlags, (), "--lengths sft.jsonl --tokenizer model"),
 }
 WORK = {"--n", "--epochs", "--max_steps"}  # of which one may ask for as much as one likes
 ROWS = {"sft": 4, "pairs": 4, "prompts": 2, "toy": 2}
