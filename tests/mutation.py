@@ -17,7 +17,12 @@ VALUES: list[Any] = [
     *(None, True, False, "", " ", "96", "a\0b", "\x1b[2J", "\ud800", "{problem}", "x" * 10_000, "\\boxed{" * 50),
     *(0, -1, 1, 3, 2**31, 10**9, 10**30, 0.5, -1e-9, 1e300, [], [1], ["a"], [[]], [None], {}, {"a": 1}, {"": {}}),
 ]
-SECONDS, BYTES = 20, 2 << 30  # that an attempt may take
+_HARD = ["9^{9^{9^{9}}}", "(" * 3000 + "1" + ")" * 3000, "\\frac{" * 500, "10^{10^{10}}!", "\\sqrt" * 999, "1," * 9999]
+_PIECES = ["", "\0", "\x1b]0;x\a", "\u202e", "\ud800", "<think>", "\\boxed{", "}", "{", "<|im_end|>", "\n", "9" * 5000]
+_PIECES += [
+    f"\\boxed{{{answer}}}" for answer in [*_HARD, "1/" * 999, "1e999999999", "[0," * 300, "\\begin{matrix}" * 99]
+]
+SECONDS, BYTES = 60, 2 << 30  # that an attempt may take
 
 
 class TooLong(BaseException):
@@ -93,9 +98,7 @@ def mutated(value: Any, rng: random.Random, names: tuple[str, ...] = ("x",)) -> 
 
 def _changed_text(text: str, rng: random.Random) -> str:
     place = rng.randrange(len(text) + 1)
-    piece = rng.choice(
-        ["", "\0", "\x1b]0;x\a", "\u202e", "\ud800", "<think>", "\\boxed{", "}", "{", "<|im_end|>", "\n", "9" * 5000]
-    )
+    piece = rng.choice(_PIECES)
     return text[:place] + piece + text[place + rng.randrange(4) :] * rng.choice([0, 1, 1, 1, 50])
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import tokenizers
 
+from nanoredi.common.disk import regular
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import read_json
 from nanoredi.data.chat import Chat
@@ -43,7 +44,7 @@ class Tokenizer(Chat):
             "merges.txt",
             "chat_template.jinja",
         )
-        self.files = [self.folder / name for name in names if (self.folder / name).exists()]
+        self.files = [regular(self.folder / name) for name in names if (self.folder / name).exists()]
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises bare Exception for every fault of the file
