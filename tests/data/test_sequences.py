@@ -289,7 +289,7 @@ def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path
     "row, words",
     [
         ("{", "line 2 is not JSON"),
-        ("3", "line 2 has no field 'prompt'"),
+        ("3", "line 2 has no field 'chosen'"),
         ({"prompt": "a=1", "chosen": "1"}, "line 2 has no field 'rejected'"),
         ({**PAIR, "prompt": ""}, "line 2: 'prompt' must be text"),
         ({**PAIR, "prompt": 5}, "line 2: 'prompt' must be text"),

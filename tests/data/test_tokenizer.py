@@ -104,6 +104,8 @@ def test_templates_in_a_list_and_in_a_file(toy_data, tmp_path):
         ({"chat_template": "nothing"}, "shows the last answer 0 times"),
         ({"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, "refuses the messages"),
         ({"eos_token": "<nope>"}, "eos_token is '<nope>', which the vocabulary does not hold"),
+        ({"bos_token": 5}, "tokenizer_config.json: bos_token is 5; it must be text or an object or null"),
+        ({"pad_token": {"content": ["x"]}}, "tokenizer_config.json: pad_token is "),
     ],
 )
 def test_templates_and_tokens_that_cannot_serve(toy_data, tmp_path, changes, words):
@@ -118,14 +120,17 @@ def test_the_template_may_refuse(toy_data):
 
 def test_a_folder_that_holds_a_tokenizer_further_down_is_told_apart_from_a_hub_name(toy_data, tmp_path):
     shutil.copytree(toy_data / "model", tmp_path / "models--org--name" / "snapshots" / "1a2b")
-    with pytest.raises(UserError, match="cannot read .*; give .*/snapshots/1a2b$"):
+    with pytest.raises(UserError, match="is the hub's cache and no model's: give .*/snapshots/1a2b$"):
         Tokenizer(tmp_path / "models--org--name")
-    with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B, then give"):
+    with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B; then give"):
         Tokenizer("Qwen/Qwen2.5-Math-1.5B")
 
 
 def test_broken_files(tmp_path):
-    with pytest.raises(UserError, match="cannot read the tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer.json, so it is no model's folder"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot read the tokenizer .*tokenizer.json"):
         Tokenizer(tmp_path)
 
 

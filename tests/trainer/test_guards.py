@@ -72,6 +72,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_said(bad_steps, factor, config
     assert all(p.isfinite().all() for p in Qwen2.from_pretrained(Path(config.out, "final")).parameters())
 
 
+def test_an_entropy_that_is_not_finite_skips_nothing(config, one_rank, monkeypatch):
+    plain = model_file.weighted_cross_entropy
+
+    def spoiled(*args):
+        result = plain(*args)
+        args[-1].fill_(math.nan)
+        return result
+
+    monkeypatch.setattr(model_file, "weighted_cross_entropy", spoiled)
+    train(replace(config, max_steps=1), one_rank)
+    (row,) = (json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines())
+    assert row["chosen_entropy"] is None and row["update_norm"] > 0 and "skipped" not in row
+
+
 def test_a_skipped_step_leaves_no_trace(config, one_rank, monkeypatch, tmp_path):
     """Seven good steps and a bad one in between move the weights as the seven do; rates as of the eight."""
     monkeypatch.setattr("nanoredi.trainer.loop.schedule", lambda *_: 1.0)

@@ -80,7 +80,7 @@ def test_they_are_computed_once_for_a_model_and_its_data(config, logps, toy_data
     first, digest = logps()
     assert "the reference's log-probs of 60 pairs: computed once" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "trace_logps", None)
+        patch.setattr(reference, "trace_sums", None)
         again, same = logps()
         shutil.copytree(config.model, tmp_path / "copy")
         copied, also_same = logps(tmp_path / "copy")  # it is what is in the folder that counts
