@@ -7,16 +7,17 @@ state (state.py).
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanoredi import objectives
 from nanoredi.common.errors import Stopped, UserError
-from nanoredi.common.files import check
 from nanoredi.common.runs import holds_model
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.batch import num_steps, step_rows
@@ -51,11 +52,11 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
             run.optimizer.lr = config.lr * schedule(step, run.total, config.warmup)
             rows = step_rows(step, len(run.data), config.batch_size, config.seed)
             units = objectives.units(config, [run.data.row(i) for i in rows])
+            watched = {"start": run.look()} if run.look and step == 0 else {}
             figures, tokens, flops = train_step(run.model, run.optimizer, units, config, world)
             number = step + 1
-            watched = None
-            if run.watch is not None and (number % config.watch_every == 0 or number == run.total):
-                watched = means_a_token(run.model, run.watch, config.max_tokens_per_micro_batch, world)
+            if run.look and (number % config.watch_every == 0 or number == run.total):
+                watched["watch"] = run.look()
             done = Step(number, number / steps_an_epoch, run.optimizer.lr, figures, tokens, flops, rows, watched)
             run.guards.look(run.log.add(done))
             saves, stops = bool(config.save_every) and number % config.save_every == 0, asked_to_stop()
@@ -83,7 +84,7 @@ class _Run:
         dtype: of the compute, and of the saved models.
         began_with: what the run depends on beside its config: digests, and the dtype where that says auto.
         first, total: the steps that are done already, and those in all.
-        watch: pairs whose log-probs are looked at along the run; None without any.
+        look: works out the watched pairs' log-probs and entropies of now; None without any.
     """
 
     model: Qwen2
@@ -96,7 +97,7 @@ class _Run:
     log: Log
     first: int
     total: int
-    watch: TokenData | None
+    look: Callable[[], Tensor] | None
 
 
 def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
@@ -106,7 +107,10 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
     }
     model = Qwen2.from_pretrained(config.model, **overrides)
     data = _load(config, config.data, model, world)
-    watch = _load(config, config.watch, model, world) if getattr(config, "watch_every", 0) and config.watch else None
+    look = None
+    if isinstance(config, RediConfig) and config.watch_every and config.watch:
+        watched = _load(config, config.watch, model, world)
+        look = partial(means_a_token, model, watched, config.max_tokens_per_micro_batch, world)
     # Measured, so one rank decides.
     dtype, rate = world.first(lambda: _dtype_and_rate(config.dtype, world.device))
     set_up(model, config, dtype, world)
@@ -125,7 +129,7 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
     first = _resume(states, model, optimizer, guards, began_with, world)
     has_negatives = isinstance(config, SftConfig) and bool((data.row_weights < 0).any())
     log = Log(config, first, total, rate, world, _stage(config), has_negatives)
-    return _Run(model, data, dtype, optimizer, began_with, states, guards, log, first, total, watch)
+    return _Run(model, data, dtype, optimizer, began_with, states, guards, log, first, total, look)
 
 
 def _stage(config: SftConfig | RediConfig) -> str:
@@ -184,9 +188,9 @@ def _resume(
     notes = states.load(tensors)
     if notes is None:
         return 0
-    began = check(f"{states.folder}, step {notes['step']}", notes, {"began_with": {str: str}})["began_with"]
+    guards.restore(notes)
     for what, digest in began_with.items():
-        before = began.get(what, digest)  # former states have no dtype
+        before = notes["began_with"].get(what, digest)  # former states have no dtype
         if before != digest:
             other = {
                 "data": "other data, or another tokenizer",
@@ -194,7 +198,6 @@ def _resume(
                 "reference": "another model as DPO's reference",
             }[what]
             raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
-    guards.restore(notes)
     for count in optimizer.num_steps:
         count.fill_(notes["step"] - notes["skipped"])
     world.say(f"going on after step {notes['step']}")
