@@ -15,7 +15,6 @@ order: memory holds the rows at hand and a few numbers for each, the disk holds 
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from nanoredi.common.disk import move_into_place, path_beside, remove, remove_leftovers
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import check, read_rows
 from nanoredi.common.flags import option, read_flags, resolve
@@ -85,21 +85,25 @@ def prepare(
     gates = Gates(flags.max_prompt_tokens, flags.max_response_tokens, flags.strict_negatives)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
         # Written beside and renamed: an output that is there is whole.
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=out) as beside, ExitStack() as stack:
-            own_rows, *spools = (stack.enter_context(Spool(Path(beside, f"{n}.spool"))) for n in ("own", *_FILES[:3]))
+        beside = path_beside(out / "rows")
+        with ExitStack() as stack:
+            stack.callback(remove, beside)
+            beside.mkdir()
+            own_rows, *spools = (stack.enter_context(Spool(beside / f"{n}.spool")) for n in ("own", *_FILES[:3]))
             total, rows = _as_raw_rows(files, total, own_rows, tokenizer, flags.grade)
             _sift(
                 progress(rows, "reading", total, "rows", delay=1), total, flags.seed, gates, tokenizer, overlap, spools
             )
             for name, spool in zip(_FILES, spools):
                 lines = _swapped(spool, flags) if name == "pairs.jsonl" else spool.lines()
-                with open(Path(beside, name), "wb") as file:
+                with open(beside / name, "wb") as file:
                     file.writelines(progress(lines, f"writing {name}", len(spool), "rows", delay=1))
             if overlap.files:
-                overlap.write(Path(beside, _FILES[3]))
-            for path in Path(beside).glob("*.jsonl"):
-                path.rename(out / path.name)
+                overlap.write(beside / _FILES[3])
+            for path in beside.glob("*.jsonl"):
+                move_into_place(path, out / path.name)
     except OSError as error:  # of writing: reading has its own words
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
     return gates.counts
