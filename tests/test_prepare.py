@@ -488,31 +488,15 @@ def test_bad_flags(flags, words):
         prepare.main(flags)
 
 
-def test_as_a_command(tmp_path, toy_folder):
-    file = write(tmp_path / "raw.jsonl", ROWS.values())
-    command = [
-        sys.executable,
-        "-m",
-        "nanoredi.prepare",
-        "--raw",
-        str(file),
-        "--tokenizer",
-        str(toy_folder),
-        "--out",
-        str(tmp_path / "out"),
-        "--max_prompt_tokens",
-        "8",
-        "--max_response_tokens",
-        "10",
-    ]
-    first, second = (
-        subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1]) for _ in range(2)
-    )
+def test_as_a_command(tmp_path, toy_folder, run):
+    write(tmp_path / "raw.jsonl", ROWS.values())
+    flags = "--raw raw.jsonl --max_prompt_tokens 8 --max_response_tokens 10 --out out --tokenizer".split()
+    first, second = (run("nanoredi/prepare.py", *flags, toy_folder) for _ in range(2))
     assert first.returncode == 0, first.stderr
     lines = first.stdout.splitlines()
     assert [int(line.split()[-1]) for line in lines[: len(COUNTS)]] == COUNTS
     assert len(lines) == len(COUNTS) + 1 and "paper" not in first.stdout
-    refusal = f"error: {tmp_path / 'out' / 'sft.jsonl'} is there already: move it away or give another --out\n"
+    refusal = "error: out/sft.jsonl is there already: move it away or give another --out\n"
     assert (second.returncode, second.stderr) == (2, refusal)
 
 

@@ -100,6 +100,31 @@ def recipe_of(model: str | Path) -> Tables:
     return tables
 
 
+def models_along(run: Path) -> dict[str, Path]:
+    """{name in a table: folder} of a run's models: the one that it started from, every step-*, and the final one, as far as
+    they are there.
+
+    Raises:
+        UserError: when there is no run, or none of its own models.
+    """
+    tables = recipe_of(run / "final")
+    if not tables:
+        raise UserError(f"{run} is no run's folder, which holds its config.toml and metrics.jsonl")
+    stage = tables.get("redi") or tables.get("sft", {})
+    start, final = ("SFT", final_name(stage.get("objective", "redi"))) if "redi" in tables else ("start", "final")
+    steps = sorted((path for path in run.glob("step-*") if path.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
+    own = {name: path for name, path in [*((p.name, p) for p in steps), (final, run / "final")] if holds_model(path)}
+    if not own:
+        raise UserError(f"{run} holds no model of its own yet")
+    before = stage.get("model")
+    return {**({start: Path(before)} if before and holds_model(Path(before)) else {}), **own}
+
+
+def final_name(objective: str) -> str:
+    """What a table calls the model that stage 2 comes to; the one from before is SFT."""
+    return "SFT continued" if objective == "sft" else objective.upper()
+
+
 def check_model(folder: str, file: str = "config.json") -> str:
     """The folder of a model, as it was given. The file is what it must hold.
 

@@ -2,7 +2,8 @@
 
 python -m nanoredi.report RUN ... [--paper] [--wide]         the course of one or several runs, and their results; --paper: the
                                                             paper's rows beside; --wide: all columns
-python -m nanoredi.report RUN ... --out FIGURE.png          and the four panels of figures.py, drawn anew each time
+python -m nanoredi.report RUN ... --out FIGURE.png          and the four panels of figures.py, drawn anew each time; with
+                                                            --entropy all eight
 python -m nanoredi.report --failures RUN [--only KIND]      each sample that is not right; KIND: wrong, cut_off, no_answer
 python -m nanoredi.report --lengths DATA                    how long rows are (lengths.py)
 """
@@ -15,10 +16,11 @@ from pathlib import Path
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_json
 from nanoredi.common.flags import option, read_flags, resolve
+from nanoredi.evaluation.samples import read_results
 from nanoredi.report import lengths
 from nanoredi.report.failures import KINDS, failures
 from nanoredi.report.figures import check_figure, draw, read_runs, summary
-from nanoredi.report.tables import read_results, show, tables
+from nanoredi.report.tables import show, tables
 
 
 @dataclass
@@ -29,6 +31,7 @@ class ReportFlags:
     paper: bool = option(False, "show the rows of the paper's tables 1 to 4 beside")
     wide: bool = option(False, "show all columns of the table, however wide")
     out: str = option("", "PNG file for the figure")
+    entropy: bool = option(False, "with --out: draw token entropy, and the log-probs' change since the start, too")
     failures: str = option("", "folder of a run whose samples that are not right are shown")
     only: str = option("", "with --failures: one kind of them", choices=KINDS)
     lengths: str = option("", "rows whose lengths are shown: a folder that prepare wrote, or a JSONL file")
@@ -59,6 +62,8 @@ def main(argv: list[str]) -> None:
 def _show_runs(flags: ReportFlags) -> None:
     if flags.out:
         check_figure(flags.out)
+    elif flags.entropy:
+        raise UserError("--entropy says what is drawn: give --out FIGURE.png, too")
     trained, evaluated = (
         [f for f in flags.runs if (Path(f) / name).exists()] for name in ("metrics.jsonl", "results.json")
     )
@@ -79,7 +84,7 @@ def _show_runs(flags: ReportFlags) -> None:
     elif flags.paper:
         raise UserError("--paper needs results to stand beside: give the folder of a run that was evaluated")
     if flags.out:
-        draw(runs, flags.out)
+        draw(runs, flags.out, flags.entropy)
         print(f"drawn in {flags.out}")
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from templates import ANSWER_IDS, SYSTEM_IDS
 
 from nanoredi.common.errors import UserError
 from nanoredi.data.messages import check_messages, user_message
@@ -46,43 +47,7 @@ def test_real_template_and_special_tokens(real):
 
 def test_real_ids_are_pinned(real):
     prompt, completion = real.split(CONVERSATION)
-    assert real.encode(prompt) == [
-        151644,
-        8948,
-        198,
-        5501,
-        2874,
-        3019,
-        553,
-        3019,
-        11,
-        323,
-        2182,
-        697,
-        1590,
-        4226,
-        2878,
-        1124,
-        79075,
-        46391,
-        151645,
-        198,
-        151644,
-        872,
-        198,
-        3838,
-        374,
-        220,
-        16,
-        10,
-        16,
-        30,
-        151645,
-        198,
-        151644,
-        77091,
-        198,
-    ]
+    assert real.encode(prompt) == [*SYSTEM_IDS, 3838, 374, 220, 16, 10, 16, 30, *ANSWER_IDS]
     assert real.encode(completion) == [13708, 766, 397, 2212, 624, 522, 26865, 397, 59, 79075, 90, 17, 92, 151645, 198]
 
 

@@ -8,11 +8,12 @@ from samples import sample
 from nanoredi.common.errors import UserError
 from nanoredi.common.flags import read_flags, read_recipe
 from nanoredi.config import RediConfig  # noqa: F401 - makes the recipes' tables known
+from nanoredi.evaluation.samples import read_results
 from nanoredi.evaluation.scores import summarise
 from nanoredi.report import tables
 from nanoredi.report.__main__ import ReportFlags
 from nanoredi.report.failures import KINDS, failures
-from nanoredi.report.tables import Table, as_markdown, as_text, details, differences, read_results, scores, table
+from nanoredi.report.tables import Table, as_markdown, as_text, details, differences, scores, table
 
 
 def rows_of(names, benchmarks=("toy",)):
