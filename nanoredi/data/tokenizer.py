@@ -161,9 +161,7 @@ class Tokenizer(Chat):
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             source = named.get("default")
         if not isinstance(source, str):
-            raise UserError(
-                f"{self.folder} has no chat template, neither in {self._config_file.name} nor as {path.name}"
-            )
+            raise UserError(f"{self.folder} has no chat template, in {self._config_file.name} or as {path.name}")
         return source
 
     def _id_of(self, name: str, special: dict[str, str]) -> int:
