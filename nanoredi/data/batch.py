@@ -27,9 +27,7 @@ class PackedBatch(NamedTuple):
     targets: Tensor  # (N,) int64, the next token
     weights: Tensor  # (N,) fp32, of the target's log-probability in the loss; 0 where nothing is learned
     rows: Tensor  # (R,) int64, where something is learned
-    shares: (
-        Tensor  # (2, N) fp32, of the target's log-probability in the step's mean over the chosen, the rejected traces
-    )
+    shares: Tensor  # (2, N) fp32, of the target's log-probability in the step's means of chosen and of rejected traces
     max_seqlen: int  # the longest sequence
 
     @property
