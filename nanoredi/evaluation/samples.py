@@ -26,7 +26,7 @@ from nanoredi.trainer.distributed import settled_dtype
 _PARTS = ("*.json", "*.jinja", "*.safetensors")  # of a model's folder that a sample depends on
 _KEY = ("model", "benchmark", "problem", "sample")
 _COUNT = range(2**31)
-_ROW = {
+SAMPLE = {
     "model": str,
     "benchmark": str,
     "problem": _COUNT,
@@ -100,7 +100,7 @@ class Samples:
         for number, line in enumerate(self._lines(), 1):
             where = f"{self.path}, line {number}"
             try:
-                row = check(where, parse_json(where, line.decode(errors="replace")), _ROW)
+                row = check(where, parse_json(where, line.decode(errors="replace")), SAMPLE)
                 model, benchmark, problem, sample = key = tuple(row[name] for name in _KEY)
                 is_wanted = model in models and problem in problems.get(benchmark, ()) and sample in numbers
                 if key in seen or not is_wanted:
@@ -170,9 +170,12 @@ def read_results(folder: str | Path) -> list[Row]:
         UserError: when it is missing or broken.
     """
     path = Path(folder) / "results.json"
-    rows = read_json(path, list)
-    if not rows or not all(isinstance(row, dict) and "model" in row for row in rows):
+    words = {"model": str, "benchmark": str, "best?": bool}
+    rows = check(str(path), read_json(path, list), [{**words, "pass@1": float, "sem": float}])
+    if not rows:
         raise UserError(f"{path} holds no results")
+    figures = [{key: value for key, value in row.items() if key not in ("model", "benchmark", "best")} for row in rows]
+    check(str(path), figures, [{str: (float, None)}])
     return rows
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanoredi import objectives
 from nanoredi.common.errors import Stopped, UserError
+from nanoredi.common.files import check
 from nanoredi.common.runs import holds_model
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.batch import num_steps, step_rows
@@ -188,8 +189,9 @@ def _resume(
     notes = states.load(tensors)
     if notes is None:
         return 0
+    began = check(f"{states.folder}, step {notes['step']}", notes, {"began_with": {str: str}})["began_with"]
     for what, digest in began_with.items():
-        before = notes["began_with"].get(what, digest)  # former states have no dtype
+        before = began.get(what, digest)  # former states have no dtype
         if before != digest:
             other = {
                 "data": "other data, or another tokenizer",

@@ -5,13 +5,9 @@ number belongs here; it must not do more unnoticed.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if torch.version.cuda or torch.version.hip:
@@ -46,15 +42,12 @@ KERNELS = {
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(ROOT / "tests/device/watched.py")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if run.returncode == NO_COMPILER:
-        pytest.skip(f"the CUDA device without contents could not be built: {run.stderr[-500:]}")
-    assert run.returncode == 0, run.stderr[-5000:]
-    return json.loads(run.stdout)
+def found(watched) -> dict:
+    said, errors = watched.communicate()
+    if watched.returncode == NO_COMPILER:
+        pytest.skip(f"the CUDA device without contents could not be built: {errors[-500:]}")
+    assert watched.returncode == 0, errors[-5000:]
+    return json.loads(said)
 
 
 @pytest.mark.parametrize("case", STEPS)

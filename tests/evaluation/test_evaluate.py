@@ -1,15 +1,11 @@
 """Evaluations that end: with nothing missing, with a problem that is too long, in the frame and with the paths asked for."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import evaluate
 import train_redi
@@ -69,7 +65,7 @@ def test_only_the_second_of_two_models_was_broken_off(models, capsys):
 
 
 @pytest.fixture
-def run(models, toy_data):
+def a_run(models, toy_data):
     """A run of stage 2 that saved two checkpoints and its end, and what it began with."""
     for seed, name in enumerate(("step-000002", "step-000010", "final")):
         model = Qwen2.from_pretrained(toy_data / "model").init_weights(seed)
@@ -93,9 +89,9 @@ def along(capsys, *flags):
     return capsys.readouterr().out, [row["model"] for row in rows], [row["model"] for row in rows if row.get("best")]
 
 
-def make_right(run, model, number):
+def make_right(a_run, model, number):
     """Have the grader say so of a model's first samples."""
-    path, lines = run / "samples.jsonl", []
+    path, lines = a_run / "samples.jsonl", []
     for line in path.read_text().splitlines():
         row = json.loads(line)
         if row["model"] == model:
@@ -104,13 +100,13 @@ def make_right(run, model, number):
     path.write_text("".join(lines))
 
 
-def test_along_a_run(run, capsys, monkeypatch):
+def test_along_a_run(a_run, capsys, monkeypatch):
     out, models, best = along(capsys)
     assert models == ALONG and len(best) == 1 and f"{best[0]} (best)" in out
-    make_right(run, "SFT", 6)  # the start is there to compare with, and not among those to choose from
-    make_right(run, "REDI", 2)
-    make_right(run, "step-000010", 4)
-    (run / "results.json").write_text("[{")
+    make_right(a_run, "SFT", 6)  # the start is there to compare with, and not among those to choose from
+    make_right(a_run, "REDI", 2)
+    make_right(a_run, "step-000010", 4)
+    (a_run / "results.json").write_text("[{")
     out, models, best = along(capsys)
     assert models == ALONG and best == ["step-000010"] and "step-000010 (best)" in out
     assert "by pass@1 over the benchmarks the best is step-000010, 66.7%; the last is REDI, 33.3%" in out
@@ -126,48 +122,48 @@ def test_along_a_run(run, capsys, monkeypatch):
     ]
 
 
-def test_along_a_run_that_goes_on(run, capsys):
+def test_along_a_run_that_goes_on(a_run, capsys):
     """What was evaluated before is kept: by a start that was broken off, by the training itself, of a checkpoint that is
     gone."""
-    (run / "final").rename(run / "later")
+    (a_run / "final").rename(a_run / "later")
     assert along(capsys)[1] == ALONG[:3]
-    lines = (run / "samples.jsonl").read_text().splitlines(keepends=True)
-    (run / "samples.jsonl").write_text("".join(lines[:-2]))
+    lines = (a_run / "samples.jsonl").read_text().splitlines(keepends=True)
+    (a_run / "samples.jsonl").write_text("".join(lines[:-2]))
     out, models, _ = along(capsys)
     assert models == ALONG[:3] and "step-000010: 4 samples are there, 2 are missing" in out and "SFT: " not in out
-    assert sorted((run / "samples.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
-    (run / "later").rename(run / "final")
-    shutil.rmtree(run / "step-000002")
+    assert sorted((a_run / "samples.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+    (a_run / "later").rename(a_run / "final")
+    shutil.rmtree(a_run / "step-000002")
     shutil.rmtree("a")
-    before = (run / "samples.jsonl").read_text()
+    before = (a_run / "samples.jsonl").read_text()
     out, models, _ = along(capsys)
     assert models == ALONG and "the model that run started from is not there" in out
-    assert (run / "samples.jsonl").read_text().startswith(before)
+    assert (a_run / "samples.jsonl").read_text().startswith(before)
     with pytest.raises(UserError, match="the setting n is 2 there and 3 here; give another --out"):
         along(capsys, "--n", "3")
     Qwen2.from_pretrained("b").init_weights(9).save_pretrained("other")
-    shutil.copy("other/model.safetensors", run / "final")
+    shutil.copy("other/model.safetensors", a_run / "final")
     with pytest.raises(UserError, match="the model REDI has changed since"):
         along(capsys)
 
 
-def test_a_run_that_was_evaluated_along_shows_all_of_it(run, capsys):
+def test_a_run_that_was_evaluated_along_shows_all_of_it(a_run, capsys):
     """The training's own table is made only where one of its two models lacks."""
-    (run / "final").rename(run / "later")
+    (a_run / "final").rename(a_run / "later")
     along(capsys)
-    (run / "later").rename(run / "final")
+    (a_run / "later").rename(a_run / "final")
     tables = recipe_of("run/final")
     config, evaluation = RediConfig(**tables["redi"]), EvaluateConfig(**tables["evaluate"])
     with world() as ranks:
         train_redi.show_results(config, evaluation, ranks)
         out = capsys.readouterr().out
         assert all(f"{name} " in out for name in ALONG)
-        (run / "samples.jsonl").unlink()
+        (a_run / "samples.jsonl").unlink()
         train_redi.show_results(config, replace(evaluation, think="forced"), ranks)
     assert capsys.readouterr().out in out
 
 
-def test_a_run_whose_model_does_not_think_is_told_so(run, capsys, monkeypatch):
+def test_a_run_whose_model_does_not_think_is_told_so(a_run, capsys, monkeypatch):
     tables = recipe_of("run/final")
     evaluation = EvaluateConfig(**{**tables["evaluate"], "think": "forced"})
     # The toy knows no line break, with which a prompt opens <think>.
@@ -180,12 +176,10 @@ def test_a_run_whose_model_does_not_think_is_told_so(run, capsys, monkeypatch):
     assert "give --think own to evaluate.py, or --evaluate.think own to a new run" in out
 
 
-def test_two_ranks_with_nothing_missing(models):
-    words = [str(ROOT / "evaluate.py"), *FLAGS, "--benchmarks", "toy.jsonl", "--model", "a", "--out", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]):
-        command = [sys.executable, *launcher, *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+def test_two_ranks_with_nothing_missing(models, run):
+    words = ["evaluate.py", *FLAGS, "--benchmarks", "toy.jsonl", "--model", "a", "--out", "out"]
+    for ranks in (0, 2):
+        done = run(*words, ranks=ranks, gpus=2)
         assert done.returncode == 0, done.stderr
         (models / "out/results.json").unlink()
     assert "6 samples are there, 0 are missing" in done.stdout

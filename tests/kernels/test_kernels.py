@@ -74,7 +74,7 @@ def relative(got, want):
 
 
 @BOTH
-@pytest.mark.parametrize("n, v", [(1, 123), (2, 7), (5, 1), (50, 123), (131, 1000), (9, 9001), (6, 16384)])
+@pytest.mark.parametrize("n, v", [(1, 123), (2, 7), (5, 1), (50, 123), (37, 1000), (9, 9001), (6, 16384)])
 @pytest.mark.parametrize("chunk_elements", [1, 5000, 1 << 24])
 @pytest.mark.filterwarnings("ignore:divide by zero")  # V = 1: no other column, and log 0 is what is meant
 def test_equals_float64(way, n, v, chunk_elements, monkeypatch):
@@ -119,7 +119,7 @@ def test_entropy_keeps_its_digits_where_the_model_is_sure(way, gap, target):
 
 
 @BOTH
-@pytest.mark.parametrize("n, v", [(50, 123), (100, 4099)])
+@pytest.mark.parametrize("n, v", [(50, 123), (60, 4099)])
 def test_bfloat16_is_no_worse_than_the_plain_way(way, n, v, version, monkeypatch):
     set_chunk(monkeypatch, 20 * v)
     hidden, lm_head, targets, weights = case(n, v, d=64, dtype=torch.bfloat16)

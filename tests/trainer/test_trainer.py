@@ -15,6 +15,7 @@ import tiny
 import torch
 from kept import KeepingAdamW
 from safetensors.torch import load_file
+from same import assert_same_weights
 
 from nanoredi import objectives
 from nanoredi.common.errors import UserError
@@ -354,8 +355,7 @@ def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypa
     again = replace(config, out=str(tmp_path / "again"))
     (tmp_path / "again").mkdir()
     train(again, one_rank)
-    saved = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "again")]
-    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert_same_weights(tmp_path / "run", tmp_path / "again")
 
 
 def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data):
@@ -452,7 +452,7 @@ def test_gradients_of_many_ranks_are_those_of_one(ranks, shard_size, run, toy_da
     """16 pairs in several micro-batches, and 1 pair whose two sequences leave ranks with nothing to do; with the
     weights shared by all ranks, and in several copies."""
     for number, size in ((0, 0), (ranks, shard_size)):
-        done = run("tests/rank_gradients.py", toy_data, tmp_path / f"{number}", size, ranks=number)
+        done = run("tests/rank_gradients.py", toy_data, tmp_path / f"{number}", size, ranks=number, gpus=ranks)
         assert done.returncode == 0, done.stderr
     for name in ("many", "one", "many-dpo", "one-dpo"):
         want, got = (load_file(tmp_path / f"{number}" / f"{name}.safetensors") for number in (0, ranks))
@@ -474,10 +474,10 @@ def test_the_loss_curve_depends_on_neither_ranks_nor_machines(others, run, toy_d
         if name == "agents":
             with ThreadPoolExecutor() as threads:
                 words = [*flags, "--out", tmp_path / name, "--shard_size", "2"]
-                both = [threads.submit(run, *words, torchrun=agents) for _ in range(2)]
+                both = [threads.submit(run, *words, torchrun=agents, gpus=4) for _ in range(2)]
                 ended = [future.result() for future in both]
         else:
-            ended = [run(*flags, "--out", tmp_path / name, ranks=int(name))]
+            ended = [run(*flags, "--out", tmp_path / name, ranks=int(name), gpus=4)]
         for done in ended:
             assert done.returncode == 0, done.stderr
     want, *curves = (
