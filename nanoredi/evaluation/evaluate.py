@@ -67,10 +67,7 @@ def evaluate(
     Args:
         name: the model's, in the table.
         folder: Hugging Face folder.
-        benchmarks: what to evaluate on.
-        config: how to sample.
         out: the folder of the samples (samples.py), claimed for this model. What they lack is added, no more.
-        world: the ranks.
         pairs: with a `watch` file, whose mean log-probs a token then stand in the rows too.
 
     Returns:

@@ -33,7 +33,6 @@ def graded(
 
     Args:
         model: its name in the table.
-        benchmark: the problem's.
         problem: its place in the benchmark, from 0.
         sample: which of the problem's samples this is, from 0.
         response: the whole text, with its thinking.
