@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoredi.common.disk import lock, remove_leftovers
+from nanoredi.common.disk import path_beside, remove_leftovers
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import check, read_rows
 from nanoredi.common.flags import option, read_flags, resolve
@@ -82,13 +82,16 @@ def prepare(
     Raises:
         UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files.
     """
-    lock(out)
-    remove_leftovers(out, locked=True)
     total = _count_rows(files, out)
     gates = Gates(flags.max_prompt_tokens, flags.max_response_tokens, flags.strict_negatives)
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
         # Written beside and renamed: an output that is there is whole.
-        with tempfile.TemporaryDirectory(suffix=".writing", dir=out) as beside, ExitStack() as stack:
+        with (
+            tempfile.TemporaryDirectory(suffix=path_beside(out / "rows").name, dir=out) as beside,
+            ExitStack() as stack,
+        ):
             own_rows, *spools = (stack.enter_context(Spool(Path(beside, f"{n}.spool"))) for n in ("own", *_FILES[:3]))
             total, rows = _as_raw_rows(files, total, own_rows, tokenizer, flags.grade)
             _sift(

@@ -37,6 +37,8 @@ def limits() -> Iterator[None]:
         raise TooLong
 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # a run's lock lasts as long as its process, which is this one
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, hard))
     before = signal.signal(signal.SIGALRM, stop)

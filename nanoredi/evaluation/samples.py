@@ -40,6 +40,11 @@ SAMPLE = {
     "waits": _COUNT,
     "response": str,
 }
+_RESULT = {"model": str, "benchmark": str, "pass@1": float, "sem": float}
+_DIFFERENCE = {
+    **dict.fromkeys(("benchmark", "first", "second"), str),
+    **dict.fromkeys(("difference", "low", "high"), float),
+}
 _DEFAULTS = {f.name: f.default for f in fields(EvaluateConfig)}
 
 
@@ -170,13 +175,20 @@ def read_results(folder: str | Path) -> list[Row]:
         UserError: when it is missing or broken.
     """
     path = Path(folder) / "results.json"
-    words = {"model": str, "benchmark": str, "best?": bool}
-    rows = check(str(path), read_json(path, list), [{**words, "pass@1": float, "sem": float}])
+    rows = check(str(path), read_json(path, list), [_RESULT])
     if not rows:
         raise UserError(f"{path} holds no results")
-    figures = [{key: value for key, value in row.items() if key not in ("model", "benchmark", "best")} for row in rows]
-    check(str(path), figures, [{str: (float, None)}])
+    check(str(path), [{**row, "model": None, "benchmark": None} for row in rows], [{str: (float, bool, None)}])
     return rows
+
+
+def read_differences(path: Path) -> list[Row]:
+    """The rows of a run's differences.json.
+
+    Raises:
+        UserError: when it is missing or broken.
+    """
+    return check(str(path), read_json(path, list), [_DIFFERENCE])
 
 
 def kept_results(folder: Path, num_samples: int = 0) -> list[Row]:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from nanoredi.common.errors import UserError, run_script, visible
 from nanoredi.common.flags import option, read_flags, resolve
-from nanoredi.evaluation.samples import read_results
+from nanoredi.evaluation.samples import read_differences, read_results
 from nanoredi.report import lengths
 from nanoredi.report.failures import KINDS, failures
 from nanoredi.report.figures import check_figure, draw, read_runs, summary
-from nanoredi.report.tables import read_differences, show, tables
+from nanoredi.report.tables import show, tables
 
 
 @dataclass

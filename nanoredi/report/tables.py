@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.files import check, read_json, write_json, write_text
+from nanoredi.common.files import write_json, write_text
 from nanoredi.data.benchmarks import PAPER
 from nanoredi.evaluation.scores import Row, average
 
@@ -211,16 +211,6 @@ def write(out: Path, rows: list[Row], compared: list[Row], paper: bool, wide: bo
     write_text(out / "results.txt", text + "\n")
     write_text(out / "results.md", "\n\n".join(map(as_markdown, shown)) + "\n")
     return text
-
-
-def read_differences(path: Path) -> list[Row]:
-    """The rows of a run's differences.json.
-
-    Raises:
-        UserError: when it is missing or broken.
-    """
-    words, figures = ("benchmark", "first", "second"), ("difference", "low", "high")
-    return check(str(path), read_json(path, list), [{**dict.fromkeys(words, str), **dict.fromkeys(figures, float)}])
 
 
 def _with_average(rows: list[Row], model: str) -> list[Row]:

@@ -54,7 +54,12 @@ class Guards:
         Raises:
             UserError: when it did not give that.
         """
-        shape = {"skipped": range(state["step"] + 1), "in_a_row": _COUNT, "collapse": _COLLAPSE}
+        shape = {
+            "skipped": range(state["step"] + 1),
+            "in_a_row": _COUNT,
+            "collapse": _COLLAPSE,
+            "began_with": {str: str},
+        }
         check(f"the training state of step {state['step']}", state, shape)
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self.collapse.restore(state["collapse"])

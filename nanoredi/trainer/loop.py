@@ -18,7 +18,6 @@ from torch import Tensor
 
 from nanoredi import objectives
 from nanoredi.common.errors import Stopped, UserError
-from nanoredi.common.files import check
 from nanoredi.common.runs import holds_model
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.batch import num_steps, step_rows
@@ -189,9 +188,9 @@ def _resume(
     notes = states.load(tensors)
     if notes is None:
         return 0
-    began = check(f"{states.folder}, step {notes['step']}", notes, {"began_with": {str: str}})["began_with"]
+    guards.restore(notes)
     for what, digest in began_with.items():
-        before = began.get(what, digest)  # former states have no dtype
+        before = notes["began_with"].get(what, digest)  # former states have no dtype
         if before != digest:
             other = {
                 "data": "other data, or another tokenizer",
@@ -199,7 +198,6 @@ def _resume(
                 "reference": "another model as DPO's reference",
             }[what]
             raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
-    guards.restore(notes)
     for count in optimizer.num_steps:
         count.fill_(notes["step"] - notes["skipped"])
     world.say(f"going on after step {notes['step']}")

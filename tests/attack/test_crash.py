@@ -10,19 +10,12 @@ from mutation import contents
 
 TOY = """--cache OUT/cache --toy.sft_rows 12 --toy.pairs 4 --toy.watch_pairs 1 --toy.heldout 1 --toy.num_layers 1
     --toy.hidden_size 16 --batch_size 4 --dtype float32 --save_every 1 --log_every 1"""
-# The script, its flags, and of how many places one is tried without --slow.
 RUNS = {
-    "train_redi": (
-        f"""{TOY} --sft.cache OUT/cache --sft.batch_size 6 --sft.epochs 1 --epochs 2 --evaluate.n 2
+    "train_redi": f"""{TOY} --sft.cache OUT/cache --sft.batch_size 6 --sft.epochs 1 --epochs 2 --evaluate.n 2
         --evaluate.max_tokens 4 --sft.dtype float32 --evaluate.dtype float32 --sft.save_every 1 --sft.log_every 1""",
-        25,
-    ),
-    "train_sft": (f"{TOY} --epochs 1", 13),
-    "evaluate": (
-        """--model DATA/model --benchmarks DATA/toy.jsonl --limit 3 --n 2 --max_tokens 4 --think own
+    "train_sft": f"{TOY} --epochs 1",
+    "evaluate": """--model DATA/model --benchmarks DATA/toy.jsonl --limit 3 --n 2 --max_tokens 4 --think own
         --dtype float32""",
-        5,
-    ),
 }
 RESULTS = {
     "train_redi": {"final/model.safetensors", "sft/final/model.safetensors", "results.json", "samples.jsonl"},
@@ -31,14 +24,14 @@ RESULTS = {
 }
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("script", RUNS)
-def test_killed_at_any_write_a_run_ends_with_the_same_bytes(script, every, toy_data, tmp_path):
-    flags, stride = RUNS[script]
-    stride = 1 if every else stride
+@pytest.mark.parametrize(
+    "script, stride",
+    [("train_redi", 25), ("evaluate", 9), *(pytest.param(script, 1, marks=pytest.mark.slow) for script in RUNS)],
+)
+def test_killed_at_any_write_a_run_ends_with_the_same_bytes(script, stride, toy_data, tmp_path):
     command = [sys.executable, str(ROOT / "tests/attack/crash.py"), script, ".", "1", str(stride), "--out", "OUT"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    flags = flags.replace("DATA", str(toy_data)).split()
+    flags = RUNS[script].replace("DATA", str(toy_data)).split()
     done = subprocess.run([*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     print(f"{script}: {done.stdout.strip()} places")

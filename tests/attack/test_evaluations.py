@@ -65,7 +65,7 @@ def test_a_mutated_evaluation_is_read_or_ends_in_a_sentence(share, folder, capsy
     rng, ends = random.Random(0), {name: [] for name in COMMANDS}
     given = {path: content for path, content in snapshot(folder).items() if "/out/" not in path}
     files = [path.name for path in sorted(Path("out").iterdir()) if path.is_file() and path.name != ".lock"]
-    for number in range(share * 60):
+    for number in range(share * 24):
         name = files[number % len(files)]
         whole = Path("out", name).read_bytes()
         Path("whole").mkdir()

@@ -19,7 +19,7 @@ from nanoredi.trainer.guards import Guards
 
 COMMAND = """--model model --data pairs.jsonl --watch watch.jsonl --watch_every 1 --out out --cache cache --objective dpo
     --epochs 2 --batch_size 2 --save_every 1 --log_every 1 --dtype float32""".split()
-COUNTS = {"state": 40, "cache": 40, "others": 40}
+COUNTS = {"state": 20, "cache": 20, "others": 12}
 
 
 @pytest.fixture

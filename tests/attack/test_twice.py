@@ -21,10 +21,13 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("script", RUNS)
-def test_two_at_once(script, share, toy_data, tmp_path):
+@pytest.mark.parametrize(
+    "script, times",
+    [("train_redi", 2), ("evaluate", 4), *(pytest.param(script, 50, marks=pytest.mark.slow) for script in RUNS)],
+)
+def test_two_at_once(script, times, toy_data, tmp_path):
     (toy_data / "raw.jsonl").write_text(RAW)
-    command = [sys.executable, str(ROOT / "tests/attack/twice.py"), script, ".", str(50 if share > 1 else 4)]
+    command = [sys.executable, str(ROOT / "tests/attack/twice.py"), script, ".", str(times)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     flags = RUNS[script].replace("DATA", str(toy_data)).split()
     done = subprocess.run([*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
