@@ -216,7 +216,7 @@ def run(server, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
         if not torchrun and not on_gpu:
             return ended(*(server.start_ranks(ranks, tmp_path, *words) if ranks else [server.start(tmp_path, *words)]))
         torchrun = torchrun or (["--standalone", f"--nproc_per_node={ranks}"] if ranks else [])
-        launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+        launcher = ["-m", "torch.distributed.run", *torchrun, "--"] if torchrun else []  # --n is not --nnodes
         script, *flags = map(str, words)
         command = [sys.executable, *launcher, str(ROOT / script), *flags]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -2,8 +2,7 @@
 
 python -m nanoredi.report RUN ... [--paper] [--wide]         the course of one or several runs, and their results; --paper: the
                                                             paper's rows beside; --wide: all columns
-python -m nanoredi.report RUN ... --out FIGURE.png          and the four panels of figures.py, drawn anew each time; with
-                                                            --entropy all eight
+python -m nanoredi.report RUN ... --out FIGURE.png          and the four panels of figures.py, --entropy: all eight
 python -m nanoredi.report --failures RUN [--only KIND]      each sample that is not right; KIND: wrong, cut_off, no_answer
 python -m nanoredi.report --lengths DATA                    how long rows are (lengths.py)
 """
