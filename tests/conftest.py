@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 
 from nanoredi import toy  # noqa: E402
 from nanoredi.config import ToyConfig  # noqa: E402
+from nanoredi.data.tokenizer import Tokenizer  # noqa: E402
 from nanoredi.kernels import dispatch  # noqa: E402
 from nanoredi.trainer import distributed, loop  # noqa: E402
 from nanoredi.trainer.distributed import World, world  # noqa: E402
@@ -110,6 +111,11 @@ def shared() -> Path:
     if not folder.exists():
         pytest.skip("the real data is not beside the repository (../shared/data)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(shared) -> Tokenizer:
+    return Tokenizer(shared / "qwen2.5-tokenizer")
 
 
 @pytest.fixture(scope="session")
