@@ -3,6 +3,7 @@ the real sample."""
 
 import copy
 import json
+import os
 import random
 import subprocess
 import sys
@@ -438,6 +439,30 @@ def test_nothing_is_overwritten(tmp_path, tokenizer, name):
         run([file], tokenizer, tmp_path)
     assert (tmp_path / name).read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["raw.jsonl", name])
+
+
+def test_what_a_killed_one_left_is_removed(tmp_path):
+    file, out = write(tmp_path / "raw.jsonl", [raw()]), tmp_path / "out"
+    toy.write_tokenizer(tmp_path / "tokenizer")
+    command = [
+        sys.executable,
+        "-m",
+        "nanoredi.prepare",
+        "--raw",
+        file,
+        "--tokenizer",
+        tmp_path / "tokenizer",
+        "--out",
+        out,
+    ]
+    killed, done = (
+        subprocess.run(
+            command, env={**os.environ, **more}, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        )
+        for more in ({"NANOREDI_CRASH_AT": "1"}, {})
+    )
+    assert killed.returncode == -9 and done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["pairs.jsonl", "sft.jsonl", "too_long.jsonl"]
 
 
 def test_out_that_cannot_be_written(tmp_path, tokenizer):
