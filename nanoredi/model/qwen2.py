@@ -41,8 +41,21 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
+    """A linear layer. `parts` are the sizes of all whose outputs it has, where `pack` has joined some."""
+
+    parts: list[int] | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    def join(self, *others: "Linear") -> None:
+        """Take over the weights of layers that have the same input."""
+        layers = self, *others
+        self.parts = [len(layer.weight) for layer in layers]
+        for name in [name for name, _ in self.named_parameters()]:
+            setattr(self, name, nn.Parameter(torch.cat([getattr(layer, name) for layer in layers]), False))
+            for layer in others:
+                setattr(layer, name, None)
 
 
 class Attention(nn.Module):
@@ -57,8 +70,12 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)  # (N, H, E)
+        if self.q_proj.parts:
+            q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.q_proj(x).split(self.q_proj.parts, dim=-1))
+            out = attend(self.layer, q, k, v, rope)  # (N, H, E)
+        else:
+            q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+            out = attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)
         return self.o_proj(out.flatten(-2))
 
 
@@ -70,7 +87,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gated_linear(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
+        parts = self.gate_proj.parts
+        gate, up = self.gate_proj(x).split(parts, dim=-1) if parts else (self.gate_proj(x), self.up_proj(x))
+        return gated_linear(gate, up, self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -182,7 +201,10 @@ class Qwen2(nn.Module):
 
     def pack(self) -> "Qwen2":
         """Lay the weights out as the device multiplies by them fastest, in place of what they were. From then on the
-        model can sample and score, but not be trained or saved."""
+        model can sample and score, but not be trained or saved. On a GPU layers with one input become one."""
+        for block in self.model.layers if self.lm_head_weight.is_cuda else ():
+            block.self_attn.q_proj.join(block.self_attn.k_proj, block.self_attn.v_proj)
+            block.mlp.gate_proj.join(block.mlp.up_proj)
         for module in self.modules():
             for name, p in module.named_parameters(recurse=False):
                 weight = prepare_for_sampling(p, name == "weight" and isinstance(module, Linear))

@@ -148,7 +148,12 @@ class Watch(TorchDispatchMode):
         if len(devices) > 1 and not self._is_upload(name, args, kwargs, result):
             shapes = ", ".join(f"{x.device.type}{list(x.shape)}" for x in tensors)
             self.wrong.append(f"{name}({shapes})")
-        if "cuda" in devices and not op.is_view and op.namespace != "prim" and _plain(name) not in _NO_KERNEL:
+        if (
+            "cuda" in devices
+            and not _is_view(op, args, result)
+            and op.namespace != "prim"
+            and _plain(name) not in _NO_KERNEL
+        ):
             self.kernels[name] += 1
             self.bytes[name] += sum(x.numel() * x.element_size() for x in tensors)
         return result
@@ -160,6 +165,13 @@ class Watch(TorchDispatchMode):
             return False
         source, told = (args[1], args[2:]) if _plain(name) == "copy_" else (args[0], args[1:])
         return getattr(source, "pinned", False) and (kwargs.get("non_blocking", False) or True in told[:1])
+
+
+def _is_view(op: Any, args: tuple, result: Any) -> bool:
+    """Whether the result has its argument's memory. Some operations decide that by their arguments: reshape, to, contiguous."""
+    if not op.is_view or not isinstance(result, Tensor):
+        return op.is_view
+    return result.untyped_storage()._cdata == args[0].untyped_storage()._cdata
 
 
 def _plain(name: str) -> str:

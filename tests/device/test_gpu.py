@@ -55,8 +55,10 @@ def test_graphs_in_bfloat16_draw_what_the_same_kernels_draw_without(settings, mo
     by_graphs, sampling = complete(torch.bfloat16, DEVICE, **settings)
     assert sampling.graphs or DEVICE == "cpu"
 
-    def replay(self, places):
-        return self._advance(torch.from_numpy(self._filled_up(places)).to(self.device))
+    def replay(self, places, uniforms):
+        places, num = torch.from_numpy(self._filled_up(places)).to(self.device), len(places)
+        uniforms = torch.nn.functional.pad(torch.from_numpy(uniforms), (0, len(places) - num)).to(self.device)
+        return self._advance(places, uniforms)
 
     monkeypatch.setattr(Sampler, "_replay", replay)
     assert complete(torch.bfloat16, DEVICE, **settings)[0] == by_graphs

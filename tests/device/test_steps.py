@@ -27,7 +27,8 @@ STEPS = {
     "2 groups of 4 ranks, REDI, tied": 1303,
     "decode": 139,
     "decode, top-k": 141,
-    "decode, all layers": 945,
+    "decode, short rows": 139,
+    "decode, all layers": 350,
     "prefill": 73,
 }
 # A block forward and backward, by what activation checkpointing keeps: its kernels beside products and attention, and

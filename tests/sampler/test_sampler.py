@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import use_triton
+from conftest import DEVICE, use_triton
 
 from nanoredi.common.errors import UserError
 from nanoredi.config import SamplingConfig
+from nanoredi.kernels import paged_attention
 from nanoredi.kernels.paged_attention import paged_decode
 from nanoredi.kernels.top_p import keep
+from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler import sampler
 from nanoredi.sampler.pages import Pages
 from nanoredi.sampler.sampler import Sampler
@@ -160,16 +162,46 @@ def test_samples_do_not_depend_on_preemption_or_the_size_of_pieces(plain_samples
     assert len(put_back) > 5 and max(put_back) > 0
 
 
-def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, monkeypatch):
-    """What a GPU does, in Triton's interpreter: its kernels, and batches filled up with nobody's rows."""
+class Graph:
+    """A CUDA graph's stand-in: a replay makes the step anew from what the static memory holds."""
+
+    def __init__(self, one, num_rows, num_columns):
+        self.static, self.tokens = torch.zeros(2, num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int64)
+        places, uniforms = self.static[0], self.static[1].view(torch.float64)
+        self.replay = lambda: self.tokens.copy_(one._advance(places, uniforms, num_columns))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What a GPU does, on the CPU: joined layers, and steps filled up with nobody's rows whose columns are few."""
 
     def launch(self, places):
-        tokens = self._advance(torch.from_numpy(self._filled_up(places)))
+        uniforms = sampler.uniform(self.keys[places], self.num_drawn[places])
+        self.num_drawn[places] += 1
+        tokens = self._replay(places, uniforms)[: len(places)].clone()
         assert self.lengths[-1] == 0  # nobody's
-        return sampler._Drawn(places, self.scheduler.entered[places], tokens[: len(places)], None)
+        return sampler._Drawn(places, self.scheduler.entered[places], tokens, None)
+
+    def capture(self, *size):
+        graph = Graph(self, *size)
+        return graph, graph.static, graph.tokens
+
+    def pack(self):
+        for block in self.model.layers:
+            block.self_attn.q_proj.join(block.self_attn.k_proj, block.self_attn.v_proj)
+            block.mlp.gate_proj.join(block.mlp.up_proj)
+        return self
 
     monkeypatch.setattr(Sampler, "_launch", launch)
+    monkeypatch.setattr(Sampler, "_capture", capture)
+    monkeypatch.setattr(Qwen2, "pack", pack)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="it stands in for a GPU")
+def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, as_on_a_gpu, monkeypatch):
     use_triton(monkeypatch, paged_decode, keep)
+    for module in (paged_attention, sampler):
+        monkeypatch.setattr(module, "SPAN", 16)
     for key, (tokens, reason) in samples(n=1, batch_size=6, page_size=16, max_tokens=4).items():
         whole, _ = plain_samples[key]
         assert tokens == whole[:4] and (reason == "stop") == (len(whole) < 4)
