@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanoredi.kernels import embedding, gated_linear, linear, linear_logprob, rms_norm, rotate, weighted_cross_entropy
+from nanoredi.kernels import embedding, linear, linear_logprob, mlp, qkv, rms_norm, weighted_cross_entropy
 from nanoredi.kernels.dispatch import prepare_for_sampling
 from nanoredi.kernels.layers import PRODUCTS
 from nanoredi.model.attention import ATTENTION, Attend, PackedAttention
@@ -31,8 +31,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.eps = config.rms_norm_eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return rms_norm(x, self.weight, self.eps, added)
 
 
 class Embedding(nn.Embedding):
@@ -49,7 +49,6 @@ class Attention(nn.Module):
     def __init__(self, config: Qwen2Config, layer: int):
         super().__init__()
         self.layer = layer
-        self.head_dim = config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, config.hidden_size)
         self.k_proj = Linear(config.hidden_size, kv_size)
@@ -57,9 +56,9 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)  # (N, H, E)
-        return self.o_proj(out.flatten(-2))
+        layers = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = qkv(x, [layer.weight for layer in layers], [layer.bias for layer in layers], *rope)
+        return self.o_proj(attend(self.layer, q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -70,7 +69,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gated_linear(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
+        return mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -89,8 +88,9 @@ class Block(nn.Module):
         return recomputed(self._compute, kept, x, rope, attend)
 
     def _compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normed = self.input_layernorm(x)
+        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, rope, attend))
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -213,7 +213,7 @@ class Qwen2(nn.Module):
         rope = rotary_angles(position_ids, self.config, x.dtype)
         for block in self.model.layers:
             x = block(x, rope, attend)
-        return self.model.norm(x)
+        return self.model.norm(x)[1]
 
     def loss(
         self,
