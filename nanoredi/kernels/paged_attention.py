@@ -166,7 +166,7 @@ if triton is not None:
             **sizes,
         )
         if num_spans > 1:
-            _combine_kernel[(num_rows, num_heads)](lengths, *partial, out, num_spans, num_warps=1, **sizes)
+            _combine_kernel[(num_rows, num_heads)](out, lengths, *partial, num_spans, num_warps=1, **sizes)
         return out
 
     @triton.jit
@@ -229,11 +229,11 @@ if triton is not None:
 
     @triton.jit
     def _combine_kernel(
+        combined,
         lengths,
         outs,
         tops,
         sums,
-        combined,
         num_spans,
         SIZE: tl.constexpr,
         SIZE_BLOCK: tl.constexpr,

@@ -118,7 +118,7 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         kernels: operations that start one, by name; Triton's own under "triton::".
-        bytes: what each of these reads and writes, by name; Triton's own not included.
+        bytes: what each of these reads and writes, by name: each tensor that it is given or gives, once.
         wrong: what waits for the device, and operations at which a CPU tensor meets a CUDA one, but for copies from pinned
             memory that nobody waits for.
     """
@@ -136,7 +136,9 @@ class Watch(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self.kernels.update(f"triton::{kernel.__name__}" for kernel, *_ in launches[self._first_launch :])
+        for kernel, args, _ in launches[self._first_launch :]:
+            self.kernels[f"triton::{kernel.__name__}"] += 1
+            self.bytes[f"triton::{kernel.__name__}"] += sum(x.nbytes for x in args if isinstance(x, Tensor))
         self.wrong += waits
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -155,7 +157,7 @@ class Watch(TorchDispatchMode):
             and _plain(name) not in _NO_KERNEL
         ):
             self.kernels[name] += 1
-            self.bytes[name] += sum(x.numel() * x.element_size() for x in tensors)
+            self.bytes[name] += sum(x.nbytes for x in tensors)
         return result
 
     @staticmethod
