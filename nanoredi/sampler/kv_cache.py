@@ -73,7 +73,7 @@ class PagedCache:
             return self.decode(tables, positions), positions
         places = self._places(tables, positions)
         ends = np.cumsum([[0, *sizes], [0, *lengths]], axis=1)
-        rows = Pieces(sizes, lengths, *(upload(x.astype(np.int32), device) for x in (table, ends, ends[1, 1:])))
+        rows = Pieces(sizes, lengths, *(upload(x.astype(np.int32), device) for x in (table, ends, np.array(lengths))))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None = None) -> Tensor:
             q = write(q, k, v, rope, self.keys[layer], self.values[layer], places)
@@ -147,7 +147,7 @@ def _flash(q: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
     to make one split, and never takes one query for a decode step's."""
     attention, page_size = varlen_attn(), keys.shape[2]
     known = "block_table" in inspect.signature(attention).parameters
-    if not known or q.dtype == torch.float32 or q.shape[2] % 8 or page_size % 256:
+    if not known or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] % 8 or page_size % 256:
         return NotImplemented
     ends, ends_k = pieces.ends
     if torch.nn.attention.current_flash_attention_impl():
