@@ -1,15 +1,23 @@
 """What many tests share: the real data beside the repository, a small toy, one process as a world, and runs of the
 scripts."""
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+import nanoredi  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import torch
+from forks import Server, ended
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: the tests run them on the CPU
@@ -17,6 +25,7 @@ if not torch.cuda.is_available():
 from nanoredi import toy  # noqa: E402
 from nanoredi.config import ToyConfig  # noqa: E402
 from nanoredi.kernels import dispatch  # noqa: E402
+from nanoredi.trainer import distributed, loop  # noqa: E402
 from nanoredi.trainer.distributed import World, world  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +61,7 @@ cp "KEPT/$key" "$made"
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """The tests start some hundred processes; what the C compiler makes of the same input is kept for the next one."""
+    """The tests start many processes; what the C compiler makes of the same input is kept for the next one."""
     compiler = shutil.which("cc")
     if compiler is None or not shutil.which("sha1sum"):
         return
@@ -111,26 +120,73 @@ def toy_data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def one_rank() -> World:
+@pytest.fixture(scope="session", autouse=True)
+def runs_in_one_process() -> Iterator[None]:
+    """Those in the tests' own process need no pause at its end, and measure its rate once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+        patch.setattr(loop, "matrix_rate", functools.cache(loop.matrix_rate))
+        yield
+
+
+@pytest.fixture(scope="module")  # the next module may want a world of its own
+def one_rank() -> Iterator[World]:
     with world() as ranks:
         yield ranks
 
 
-@pytest.fixture
-def run(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run a script of the repository in an empty folder, as a user would; ranks > 0, or torchrun's flags, go through
-    torchrun."""
+@pytest.fixture(scope="session", autouse=True)
+def server(request, tmp_path_factory, compile_once) -> Iterator[Server | None]:
+    """Where a test wants one: it imports everything while the tests that come first run."""
+    if not any({"forks", "run"} & {*item.fixturenames} for item in request.session.items):
+        yield None
+        return
+    server = Server(tmp_path_factory.mktemp("said"))
+    yield server
+    server.stop()
 
-    def run(*words: str | Path, ranks: int = 0, torchrun: list[str] | None = None) -> subprocess.CompletedProcess:
-        gpus = torch.cuda.device_count()
-        if gpus and (torchrun or gpus < ranks):  # two ranks cannot share one
-            pytest.skip("there are too few GPUs; without any it runs: CUDA_VISIBLE_DEVICES= pytest")
+
+@pytest.fixture(scope="session", autouse=True)
+def watched(request) -> Iterator[subprocess.Popen | None]:
+    """What whole steps do to a GPU (device/test_steps.py), where that is asked for: a quarter of a minute on its own, so it
+    begins with the first test."""
+    if not any("found" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command, pipe = [sys.executable, str(ROOT / "tests/device/watched.py")], subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def forks(server) -> Server:
+    """Starts scripts on the CPU."""
+    return server
+
+
+@pytest.fixture
+def run(server, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run a script of the repository in an empty folder, as a user would, and wait for it; with ranks > 0 so many of them,
+    with torchrun's flags through torchrun. Where there are not as many GPUs as ranks, or as the test says it needs, all
+    of it runs on the CPU."""
+
+    def run(
+        *words: str | Path, ranks: int = 0, torchrun: list[str] | None = None, gpus: int = 1
+    ) -> subprocess.CompletedProcess:
+        on_gpu = torch.cuda.device_count() >= max(gpus, ranks) and (not torchrun or gpus > 1)
+        if not torchrun and not on_gpu:
+            return ended(*(server.start_ranks(ranks, tmp_path, *words) if ranks else [server.start(tmp_path, *words)]))
         torchrun = torchrun or (["--standalone", f"--nproc_per_node={ranks}"] if ranks else [])
         launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
         script, *flags = map(str, words)
         command = [sys.executable, *launcher, str(ROOT / script), *flags]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if not on_gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
 
     return run

@@ -1,12 +1,13 @@
 """How nanoredi says that something given to it is wrong: one sentence for a person, and exit code 2."""
 
+import contextlib
 import difflib
 import io
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(Exception):
@@ -15,6 +16,15 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """The run was asked to stop, and all it needs to go on is saved. The message says so."""
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Inside, what is wrong is said with the place of the row that it is wrong in."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:

@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from nanoredi.common.errors import UserError
+from nanoredi.common.files import check
 from nanoredi.data.benchmarks import golds_of
 from nanoredi.data.filters import say_dropped
 from nanoredi.data.messages import THINKING_NAMES, check_messages, folded
@@ -36,35 +37,28 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
     Raises:
         UserError: naming what is missing or malformed.
     """
-    generations = row.get("generations")
-    if generations is not None and not isinstance(generations, list):
-        raise UserError(f"{where}: 'generations' must be a list of texts, not {str(generations)[:60]!r}")
+    generations = [] if row.get("generations") is None else row["generations"]
+    check(where, generations, [(str, None)], "generations")
     # A problem that is null or empty ends at its gate, as in the raw set.
     prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else _prompt(where, row)
-    if generations and prompt:
-        generations = [tokenizer.opened(prompt, g) if isinstance(g, str) else g for g in generations]
+    if prompt:
+        generations = [tokenizer.opened(prompt, text) if text else text for text in generations]
     correct = row.get("correct")
     if grading:
         golds = _golds(where, row)
         # Without an answer there are no labels, and the row ends at their gate.
-        correct = [isinstance(text, str) and grade(text, golds) for text in generations or []] if golds else None
+        correct = [bool(text) and grade(text, golds) for text in generations] if golds else None
     elif not isinstance(correct, list) or not all(isinstance(one, bool) for one in correct):
         raise UserError(f"{where}: 'correct' must be a list of true and false; or let --grade label the row")
     return _raw_row(row, prompt, generations, correct)
 
 
 def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, grading: bool) -> int:
-    """Label rows a response and put them on the spool, by problem and sample. A problem whose rows give more than one
-    answer is dropped, and named to the user.
-
-    Args:
-        rows: of the second layout, each with where it stands.
-        spool: takes them, for `gathered`.
-        tokenizer: its template may open <think> for the model, which then belongs to the response.
-        grading: label with the grader, whatever labels the rows have.
+    """Label rows a response, as `labelled` does, and put them on the spool, by problem and sample. A problem whose rows
+    give more than one answer is dropped, and named to the user.
 
     Returns:
-        The number of problems.
+        The number of problems, which `gathered` then gives.
 
     Raises:
         UserError: naming file and line of a malformed row.
@@ -89,10 +83,8 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
             raise UserError(f"{where}: 'correct' must be true or false; or let --grade label the row")
         sample = row.get("sample") if isinstance(row.get("sample"), int) else 0
         facts: Row = {name: row[name] for name in ("problem_is_valid", "source") if name in row}
-        spool.add(
-            (number, sample),
-            {"where": where, "number": number, "prompt": prompt, "response": response, "correct": correct, **facts},
-        )
+        facts |= {"where": where, "number": number, "prompt": prompt, "response": response, "correct": correct}
+        spool.add((number, sample), facts)
     say_dropped("problems", "rows give more than one answer", list(unclear.values()), len(problems))
     spool.rows = [(place, offset) for place, offset in spool.rows if place[0] not in unclear]
     return len(problems) - len(unclear)

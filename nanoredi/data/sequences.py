@@ -19,14 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Encoding
 
-from nanoredi.common.errors import UserError
+from nanoredi.common.errors import UserError, naming
 from nanoredi.data.cache import Arrays, cached
-from nanoredi.data.messages import Messages, conversation, pair
+from nanoredi.data.messages import SIDES, Messages, conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
 
 # Part of the cache's key: raise it when the rules above change.
 _RULES = 3
-SIDES = ("chosen", "rejected")
 
 
 class Sequence(NamedTuple):
@@ -175,10 +174,8 @@ def _texts(
         counts["rows dropped: an answer is nothing but white space"] += 1
         return None
     remarks: set[str] = set()
-    try:
+    with naming(where):
         parts = [tokenizer.split([*prompt, answer], remarks) for answer in answers]
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
     completions = [completion for _, completion in parts]
     if len(set(completions)) < len(completions):
         counts["rows dropped: chosen and rejected are the same"] += 1

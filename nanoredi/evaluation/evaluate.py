@@ -1,16 +1,18 @@
 """A model on benchmarks: sample, grade, and sum up in rows of the table."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from nanoredi.common.files import write_json
 from nanoredi.common.progress import progress
 from nanoredi.config import EvaluateConfig, RediConfig
 from nanoredi.data.benchmarks import Benchmark, with_system
 from nanoredi.data.messages import user_message
 from nanoredi.data.sequences import load_pairs
 from nanoredi.data.tokenizer import Tokenizer
-from nanoredi.evaluation.samples import Samples
+from nanoredi.evaluation.samples import Samples, kept_results
 from nanoredi.evaluation.scores import Row, graded, summarise
 from nanoredi.model.hf_folder import stop_ids
 from nanoredi.model.qwen2 import Qwen2
@@ -18,6 +20,37 @@ from nanoredi.sampler.sampler import Sampler, give_back
 from nanoredi.sampler.scheduler import Request, requests_for
 from nanoredi.trainer.distributed import Queue, World, compute_dtype
 from nanoredi.trainer.scoring import means_a_token
+
+
+def evaluate_all(
+    models: Mapping[str, str | Path],
+    benchmarks: list[Benchmark],
+    config: EvaluateConfig,
+    out: Path,
+    world: World,
+    pairs: RediConfig | None = None,
+    adds: bool = False,
+    notes: str = "",
+) -> list[Row]:
+    """Evaluate models {name: folder} into one folder. Of those that were done before, nothing is loaded.
+
+    Args:
+        adds: whether other models may have been evaluated there; their rows are returned, too.
+        notes: said before there is anything to do.
+
+    Returns:
+        All rows, which are also in results.json after each model; evaluate has the other arguments.
+    """
+    config.dtype = world.first(lambda: Samples(out).claim(models, benchmarks, config, adds))
+    num_samples = config.n * sum(len(b.problems) for b in benchmarks)
+    rows = world.first(lambda: kept_results(out, num_samples))
+    missing = {name: folder for name, folder in models.items() if name not in {row["model"] for row in rows}}
+    if missing and notes:
+        world.say(notes)
+    for name, folder in missing.items():
+        rows += evaluate(name, folder, benchmarks, config, out, world, pairs)
+        world.first(lambda: write_json(out / "results.json", rows))
+    return rows
 
 
 def evaluate(
@@ -53,7 +86,7 @@ def evaluate(
             load_pairs, pairs.watch, tokenizer, pairs.max_prompt_tokens, pairs.max_response_tokens, pairs.cache
         )
         world.first(lambda: load().notes)  # fills the cache
-        means = means_a_token(model, load(), pairs.max_tokens_per_micro_batch, world).tolist()
+        means, _ = means_a_token(model, load(), pairs.max_tokens_per_micro_batch, world).tolist()
         logps = dict(zip(("chosen_logp", "rejected_logp"), means))
     samples = Samples(out)
     _sample(name, model, tokenizer, benchmarks, config, samples, world)

@@ -9,7 +9,8 @@ a time has the folder.
 
 import fcntl
 import json
-from collections.abc import Container, Iterator
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,14 @@ class Samples:
         self.path = folder / "samples.jsonl"
         self.about = folder / "evaluation.json"
 
-    def claim(self, models: dict[str, str | Path], benchmarks: list[Benchmark], config: EvaluateConfig) -> str:
+    def claim(
+        self, models: Mapping[str, str | Path], benchmarks: list[Benchmark], config: EvaluateConfig, adds: bool = False
+    ) -> str:
         """Take the folder for samples of these models on these benchmarks, or go on with them. Call on one rank.
 
         Args:
             models: {name in the table: Hugging Face folder}.
+            adds: whether samples of other models may be there, and stay.
 
         Returns:
             The dtype that they are made in.
@@ -69,9 +73,11 @@ class Samples:
         }
         lock(self.path.parent)
         remove_leftovers(self.path.parent, locked=True)
-        dtype = claim(self.path, self.about, about)
+        dtype = claim(self.path, self.about, about, "model" if adds else "")
         if self.path.exists():
-            self._drop_damaged_rows(models, {b.name: range(len(b.questions)) for b in benchmarks}, range(config.n))
+            self._drop_damaged_rows(
+                about["model"], {b.name: range(len(b.questions)) for b in benchmarks}, range(config.n)
+            )
         return dtype
 
     def append(self, row: Row) -> None:
@@ -115,12 +121,13 @@ class Samples:
             yield from file
 
 
-def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]]) -> str:
+def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: str = "") -> str:
     """Take a file for samples, or go on with it.
 
     Args:
         about: {kind: {name: value}} of what they depend on, which about_path keeps; one is the setting dtype. Where that is
             auto, it becomes the dtype of the samples that are there, or the one that this device is good at.
+        adds: a kind of which there may be others than before: about gets those from before, about_path the new ones.
 
     Returns:
         That dtype.
@@ -140,7 +147,12 @@ def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]]) -> str
         if before["setting"]["dtype"] == "auto":
             before["setting"]["dtype"] = setting["dtype"]
         for kind, values in about.items():
-            _refuse_others(path, kind, before.get(kind, {}), values)
+            then = before.get(kind, {})
+            if kind == adds:
+                then, about[kind] = {**values, **then}, {**then, **values}
+            _refuse_others(path, kind, then, about[kind])
+        if adds and about != before:
+            write_json(about_path, about)
     elif has_samples:
         raise UserError(
             f"{path} is there, and no {about_path.name} that says of what: move it away, or give another --out"
@@ -149,6 +161,29 @@ def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]]) -> str
         setting["dtype"] = settled_dtype(setting["dtype"])
         write_json(about_path, about)
     return setting["dtype"]
+
+
+def read_results(folder: str | Path) -> list[Row]:
+    """The rows of a run's results.json.
+
+    Raises:
+        UserError: when it is missing or broken.
+    """
+    path = Path(folder) / "results.json"
+    rows = read_json(path, list)
+    if not rows or not all(isinstance(row, dict) and "model" in row for row in rows):
+        raise UserError(f"{path} holds no results")
+    return rows
+
+
+def kept_results(folder: Path, num_samples: int = 0) -> list[Row]:
+    """The rows of results.json of models that have so many samples; none where there is no whole results.json."""
+    keys = {tuple(row.get(key) for key in _KEY) for row in Samples(folder).rows()} if num_samples else ()
+    counts = Counter(model for model, *_ in keys)
+    try:
+        return [row for row in read_results(folder) if counts[row["model"]] >= num_samples]
+    except UserError:  # there is none, or what a full disk left of it
+        return []
 
 
 def cut_torn_line(path: Path) -> None:

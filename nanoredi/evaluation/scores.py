@@ -86,14 +86,43 @@ def summarise(samples: list[Row], n: int) -> Row:
     }
 
 
-def unended(samples: Iterable[Row]) -> list[str]:
-    """The models of whose responses over half have a box and think to the end."""
+def step_of(model: str) -> float:
+    """The optimiser step of a run's model, by its name in the table: 0 is the start's, infinity the final one's."""
+    numbered = re.search(r"step-(\d{1,9})$", model)
+    return int(numbered[1]) if numbered else 0 if model in ("SFT", "start") else math.inf
+
+
+def mark_best(rows: list[Row]) -> tuple[list[Row], str]:
+    """A run's rows in order of steps, with "best" in those of the best of its own models, and a line that says which: by
+    pass@1 on MATH-500 where that is there (the paper's choice), else on the mean; of equals the earliest."""
+    rows = sorted(rows, key=lambda row: step_of(row["model"]))
+    where = "math500" if any(row["benchmark"] == "math500" for row in rows) else ""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if step_of(row["model"]) and where in ("", row["benchmark"]):
+            found.setdefault(row["model"], []).append(row["pass@1"])
+    means = {model: float(np.mean(values)) for model, values in found.items()}
+    best, last = max(means, key=means.__getitem__), list(means)[-1]
+    text = f"best by pass@1 {f'on {where}' if where else 'over all benchmarks'}: {best}, {means[best]:.1%}"
+    if step_of(last) == math.inf:
+        text += f"; final: {last}, {means[last]:.1%}"
+    rest = [{key: value for key, value in row.items() if key != "best"} for row in rows]
+    return [{**row, "best": True} if row["model"] == best else row for row in rest], text
+
+
+def unended(samples: Iterable[Row], flag: str) -> list[str]:
+    """A line for each model of whose responses over half have a box and think to the end, with the flag that may help."""
     all_of, boxed = Counter(), Counter()
     for s in samples:
         all_of[s["model"]] += 1
         response = s["response"]
         boxed[s["model"]] += "\\boxed" in response and "<think>" in response and "</think>" not in response
-    return [model for model, count in all_of.items() if 2 * boxed[model] > count]
+    return [
+        f"{model}: over half of the responses have a boxed answer and no </think>, and count as wrong; for a model that "
+        f"does not think give {flag}"
+        for model, count in all_of.items()
+        if 2 * boxed[model] > count
+    ]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -250,6 +250,7 @@ class Qwen2(nn.Module):
         weights: Tensor,
         rows: Tensor | None = None,
         max_seqlen: int | None = None,
+        entropies: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the targets' log-probabilities, and these: loss () fp32, logps (N,) fp32.
 
@@ -259,14 +260,15 @@ class Qwen2(nn.Module):
             targets: (N,) int64.
             weights: (N,) fp32, 0 where nothing is learned.
             rows: (R,) int64, where the weights are not 0; spares the device a question, as max_seqlen does.
+            entropies: (N,) fp32, where the entropies of the predictions in rows are written, if given.
         """
         hidden = Qwen2.forward(self, input_ids, position_ids, cu_seqlens, max_seqlen)
-        return weighted_cross_entropy(hidden, self.lm_head_weight, targets, weights, rows)
+        return weighted_cross_entropy(hidden, self.lm_head_weight, targets, weights, rows, entropies)
 
-    def logprobs(self, targets: Tensor, rows: Tensor, *packed: Any) -> Tensor:
+    def logprobs(self, targets: Tensor, rows: Tensor, *packed: Any, entropies: Tensor | None = None) -> Tensor:
         """The log-probabilities (N,) fp32 of targets (N,) in rows (R,), 0 elsewhere; differentiable, for losses
-        that are not linear in them. packed: what forward takes."""
-        return linear_logprob(Qwen2.forward(self, *packed), self.lm_head_weight, targets, rows)
+        that are not linear in them. packed: what forward takes; entropies as in loss."""
+        return linear_logprob(Qwen2.forward(self, *packed), self.lm_head_weight, targets, rows, entropies)
 
 
 def rotary_angles(position_ids: Tensor, config: Qwen2Config, dtype: torch.dtype) -> Rope:

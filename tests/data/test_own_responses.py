@@ -8,6 +8,7 @@ from templates import DEEPSEEK, small_folder
 from nanoredi import prepare, toy
 from nanoredi.common.errors import UserError
 from nanoredi.data import own_responses as own
+from nanoredi.data.decontaminate import Overlap
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 
@@ -28,7 +29,7 @@ def prepared(tmp_path, tokenizer):
     def prepared(*rows, grading=True):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        prepare.prepare([file], tokenizer, tmp_path / "out", grading=grading)
+        prepare.prepare([file], tokenizer, tmp_path / "out", prepare.PrepareFlags(grade=grading), Overlap([]))
         sft, pairs = (
             [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
             for name in ("sft", "pairs")
@@ -154,8 +155,12 @@ def test_bad_rows_are_named(prepared, row, grading, words):
 @pytest.mark.parametrize(
     "row, grading, words",
     [
-        ({"problem": "a=1", "generations": "1", "answer": "1"}, True, "line 1: 'generations' must be a list"),
-        ({"problem": "a=1", "generations": [1], "answer": "1"}, True, "line 1: 'generations' must be a list of texts"),
+        ({"problem": "a=1", "generations": "1", "answer": "1"}, True, "line 1: generations is '1'; it must be a list"),
+        (
+            {"problem": "a=1", "generations": [1], "answer": "1"},
+            True,
+            r"line 1: generations\[0\] is 1; it must be text or",
+        ),
         ({"problem": "a=1", "generations": ["1"]}, True, "line 1 has no field 'answer'"),
         ({"problem": "a=1", "generations": ["1"], "answer": "1"}, False, "no field 'problem_is_valid'; .*--grade"),
         ({"problem": "a=1", "generations": ["1"], "correct": [None]}, False, "'correct' must be a list of true and"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from templates import real_folder
+from templates import ANSWER_IDS, SYSTEM_IDS, real_folder
 
 from nanoredi.common.errors import UserError
 from nanoredi.data.messages import user_message
@@ -48,40 +48,7 @@ def conversation(prompt="a=1b+2", answer=PAIR["chosen"]):
 
 def test_real_ids_of_both_stages_are_pinned(shared, write, cache):
     tokenizer = Tokenizer(shared / "qwen2.5-tokenizer")
-    head = [
-        151644,
-        8948,
-        198,
-        5501,
-        2874,
-        3019,
-        553,
-        3019,
-        11,
-        323,
-        2182,
-        697,
-        1590,
-        4226,
-        2878,
-        1124,
-        79075,
-        46391,
-        151645,
-        198,
-        151644,
-        872,
-        198,
-        16,
-        10,
-        16,
-        30,
-        151645,
-        198,
-        151644,
-        77091,
-        198,
-    ]
+    head = [*SYSTEM_IDS, 16, 10, 16, 30, *ANSWER_IDS]
     answer = [59, 79075, 90, 17, 92, 151645, 198]
     tokens, learned = sequence(load_sft(write(conversation("1+1?", "\\boxed{2}")), tokenizer, 100, cache), 0)
     assert tokens.tolist() == [*head, *answer, 151643]
@@ -322,7 +289,7 @@ def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path
     "row, words",
     [
         ("{", "line 2 is not JSON"),
-        ("3", "line 2 has no field 'prompt'"),
+        ("3", "line 2 has no field 'chosen'"),
         ({"prompt": "a=1", "chosen": "1"}, "line 2 has no field 'rejected'"),
         ({**PAIR, "prompt": ""}, "line 2: 'prompt' must be text"),
         ({**PAIR, "prompt": 5}, "line 2: 'prompt' must be text"),

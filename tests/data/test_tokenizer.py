@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from templates import ANSWER_IDS, SYSTEM_IDS
 
 from nanoredi.common.errors import UserError
 from nanoredi.data.messages import check_messages, user_message
@@ -46,43 +47,7 @@ def test_real_template_and_special_tokens(real):
 
 def test_real_ids_are_pinned(real):
     prompt, completion = real.split(CONVERSATION)
-    assert real.encode(prompt) == [
-        151644,
-        8948,
-        198,
-        5501,
-        2874,
-        3019,
-        553,
-        3019,
-        11,
-        323,
-        2182,
-        697,
-        1590,
-        4226,
-        2878,
-        1124,
-        79075,
-        46391,
-        151645,
-        198,
-        151644,
-        872,
-        198,
-        3838,
-        374,
-        220,
-        16,
-        10,
-        16,
-        30,
-        151645,
-        198,
-        151644,
-        77091,
-        198,
-    ]
+    assert real.encode(prompt) == [*SYSTEM_IDS, 3838, 374, 220, 16, 10, 16, 30, *ANSWER_IDS]
     assert real.encode(completion) == [13708, 766, 397, 2212, 624, 522, 26865, 397, 59, 79075, 90, 17, 92, 151645, 198]
 
 
@@ -139,6 +104,8 @@ def test_templates_in_a_list_and_in_a_file(toy_data, tmp_path):
         ({"chat_template": "nothing"}, "shows the last answer 0 times"),
         ({"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, "refuses the messages"),
         ({"eos_token": "<nope>"}, "eos_token is '<nope>', which the vocabulary does not hold"),
+        ({"bos_token": 5}, "tokenizer_config.json: bos_token is 5; it must be text or an object or null"),
+        ({"pad_token": {"content": ["x"]}}, "tokenizer_config.json: pad_token is "),
     ],
 )
 def test_templates_and_tokens_that_cannot_serve(toy_data, tmp_path, changes, words):
@@ -153,14 +120,17 @@ def test_the_template_may_refuse(toy_data):
 
 def test_a_folder_that_holds_a_tokenizer_further_down_is_told_apart_from_a_hub_name(toy_data, tmp_path):
     shutil.copytree(toy_data / "model", tmp_path / "models--org--name" / "snapshots" / "1a2b")
-    with pytest.raises(UserError, match="cannot read .*; give .*/snapshots/1a2b$"):
+    with pytest.raises(UserError, match="is the hub's cache and no model's: give .*/snapshots/1a2b$"):
         Tokenizer(tmp_path / "models--org--name")
-    with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B, then give"):
+    with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B; then give"):
         Tokenizer("Qwen/Qwen2.5-Math-1.5B")
 
 
 def test_broken_files(tmp_path):
-    with pytest.raises(UserError, match="cannot read the tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer.json, so it is no model's folder"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot read the tokenizer .*tokenizer.json"):
         Tokenizer(tmp_path)
 
 

@@ -6,12 +6,14 @@ import pytest
 from samples import sample
 
 from nanoredi.common.errors import UserError
-from nanoredi.common.flags import read_recipe
+from nanoredi.common.flags import read_flags, read_recipe
 from nanoredi.config import RediConfig  # noqa: F401 - makes the recipes' tables known
+from nanoredi.evaluation.samples import read_results
 from nanoredi.evaluation.scores import summarise
 from nanoredi.report import tables
+from nanoredi.report.__main__ import ReportFlags
 from nanoredi.report.failures import KINDS, failures
-from nanoredi.report.tables import Table, as_markdown, as_text, details, differences, read_results, scores, table
+from nanoredi.report.tables import Table, as_markdown, as_text, details, differences, scores, table
 
 
 def rows_of(names, benchmarks=("toy",)):
@@ -150,6 +152,24 @@ def test_differences():
         ["y less z"],
         ["b", *own],
     ]
+
+
+@pytest.mark.parametrize(
+    "argv, want",
+    [
+        (["a", "--paper", "b", "--out", "x.png", "c"], {"runs": ["a", "b", "c"], "paper": True, "out": "x.png"}),
+        (["--paper", "true", "b", "--wide", "false"], {"runs": ["b"], "paper": True, "wide": False}),
+        (["--runs", "a", "b"], {"runs": ["a", "b"]}),
+        (["a", "--papre"], r"there is no flag --papre \(did you mean '--paper'"),
+        (["--runs", "a", "--paper", "b"], "'b' follows no flag"),
+    ],
+)
+def test_folders_may_stand_anywhere_among_the_flags(argv, want):
+    if isinstance(want, dict):
+        assert read_flags("", argv, "report", ReportFlags, positional="runs") == (None, {"report": want})
+    else:
+        with pytest.raises(UserError, match=want):
+            read_flags("", argv, "report", ReportFlags, positional="runs")
 
 
 def test_failures(tmp_path):

@@ -1,13 +1,10 @@
 """Sampling: greedy equals transformers and no cache; samples depend on nothing but their prompt, number and seed."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
-from conftest import DEVICE, use_triton
+from conftest import DEVICE, ROOT, use_triton
+from forks import ended
 
 from nanoredi.common.errors import UserError
 from nanoredi.config import SamplingConfig
@@ -278,21 +275,8 @@ def test_memory_is_the_users_or_measured():
     assert not small.busy
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's path needs Triton")
-def test_sampling_on_a_cpu_imports_no_compiler(tmp_path):
+def test_sampling_on_a_cpu_imports_no_compiler(toy_data, forks, tmp_path):
     """They take 0.1 GB and a second of every start."""
-    tiny.tiny_model(tied=True).save_pretrained(tmp_path / "model")
-    code = f"""if True:
-        import os, sys
-        os.environ.pop("TRITON_INTERPRET", None)
-        from nanoredi.config import SamplingConfig
-        from nanoredi.model.qwen2 import Qwen2
-        from nanoredi.sampler.sampler import Sampler
-        from nanoredi.sampler.scheduler import requests_for
-        prompts = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]
-        model = Qwen2.from_pretrained({str(tmp_path / "model")!r})
-        sampler = Sampler(model, [], SamplingConfig(max_tokens=2, page_size=4))
-        assert len(list(sampler.run(requests_for(prompts, 2, seed=0)))) == 4
-        assert not sys.modules.keys() & {{"triton", "torch._dynamo"}}
-    """
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+    flags = ["--model", toy_data / "model", *"--prompt a=1 --n 3 --max_tokens 2 --page_size 4".split()]
+    done = ended(forks.start(tmp_path, "tests/no_compiler.py", ROOT / "sample.py", *flags))
+    assert done.returncode == 0, done.stderr
