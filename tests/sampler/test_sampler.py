@@ -275,6 +275,37 @@ def test_memory_is_the_users_or_measured():
     assert not small.busy
 
 
+@pytest.mark.parametrize(
+    "tokens, given, rows",
+    [
+        (256 * 64, 0, 256),
+        (10**6, 0, 256),
+        (255 * 64, 0, 128),
+        (127 * 64, 0, 64),
+        (1, 0, 1),
+        (1, 7, 7),
+        (10**6, 300, 300),
+    ],
+)
+def test_a_gpu_takes_256_rows_or_as_many_as_its_memory_has_room_for(tokens, given, rows, monkeypatch):
+    monkeypatch.setattr(sampler, "PagedCache", lambda *sizes: sizes)
+    model = tiny.tiny_model(tied=True)  # rows have room for 64 tokens, of 256 bytes each
+    config = SamplingConfig(batch_size=given, page_size=1, cache_gb=(tokens + 0.5) * 256 / 1e9)
+    sizes, got = sampler._cache(model, config, torch.device("cuda"))
+    assert got == rows and sizes[3] == min(tokens, rows * 64)
+    assert sampler._cache(model, SamplingConfig(cache_gb=1.0), torch.device("cuda"))[0][4] == 256
+    assert sampler._cache(model, config, torch.device("cpu"))[1] == (given or 64)
+
+
+def test_a_step_s_columns_are_those_of_a_power_of_two_of_spans(monkeypatch):
+    monkeypatch.setattr(sampler, "SPAN", 16)
+    one = Sampler(tiny.tiny_model(tied=True), [], SamplingConfig(batch_size=1, page_size=4))
+    columns = [one._num_columns(longest) for longest in range(1, 65)]
+    assert columns == [4] * 16 + [8] * 16 + [16] * 32
+    other = Sampler(tiny.tiny_model(tied=True), [], SamplingConfig(batch_size=1, page_size=7))
+    assert all(other._num_columns(longest) * 7 >= longest for longest in range(1, 65))
+
+
 def test_sampling_on_a_cpu_imports_no_compiler(toy_data, forks, tmp_path):
     """They take 0.1 GB and a second of every start."""
     flags = ["--model", toy_data / "model", *"--prompt a=1 --n 3 --max_tokens 2 --page_size 4".split()]
