@@ -198,7 +198,7 @@ def as_on_a_gpu(monkeypatch):
 def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, as_on_a_gpu, monkeypatch):
     use_triton(monkeypatch, paged_decode, keep)
     for module in (paged_attention, sampler):
-        monkeypatch.setattr(module, "SPAN", 16)
+        monkeypatch.setattr(module, "SPAN", 32)
     for key, (tokens, reason) in samples(n=1, batch_size=6, page_size=16, max_tokens=4).items():
         whole, _ = plain_samples[key]
         assert tokens == whole[:4] and (reason == "stop") == (len(whole) < 4)
