@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.disk import lock
+from nanoredi.common.disk import lock, writing
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_rows
 from nanoredi.common.flags import option, read_flags, read_recipe, resolve
@@ -115,7 +115,7 @@ def _grade(config: EvaluateFlags, named: bool) -> None:
             samples += graded
     out = Path(_new_folder(config.out))
     # Anybody's text may hold half a surrogate pair, which UTF-8 cannot.
-    with open(out / "samples.jsonl", "x", encoding="utf-8", errors="replace") as file:
+    with writing(out / "samples.jsonl") as beside, open(beside, "w", encoding="utf-8", errors="replace") as file:
         file.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
     print(_write(out, rows, config))
 

@@ -20,6 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from nanoredi.common.disk import regular
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import parse_json, read_rows, write_row
 from nanoredi.common.flags import Tables, option, read_flags, read_recipe, resolve
@@ -182,7 +183,7 @@ def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: Sa
     """Write each completion when it ends, as a whole line; those that the file has already are not made again."""
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as file:
+    with open(regular(path), "ab", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

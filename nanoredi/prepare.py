@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from nanoredi.common.disk import path_beside, remove_leftovers
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import check, read_rows
 from nanoredi.common.flags import option, read_flags, resolve
@@ -85,8 +86,12 @@ def prepare(
     gates = Gates(flags.max_prompt_tokens, flags.max_response_tokens, flags.strict_negatives)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
         # Written beside and renamed: an output that is there is whole.
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=out) as beside, ExitStack() as stack:
+        with (
+            tempfile.TemporaryDirectory(suffix=path_beside(out / "rows").name, dir=out) as beside,
+            ExitStack() as stack,
+        ):
             own_rows, *spools = (stack.enter_context(Spool(Path(beside, f"{n}.spool"))) for n in ("own", *_FILES[:3]))
             total, rows = _as_raw_rows(files, total, own_rows, tokenizer, flags.grade)
             _sift(

@@ -18,13 +18,17 @@ import nanoredi  # noqa: F401  before torch, which reads what it sets
 # isort: split
 import torch
 from forks import Server, ended
+from templates import CHATML, small_folder
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: the tests run them on the CPU
 
 from nanoredi import toy  # noqa: E402
+from nanoredi.common import disk  # noqa: E402
 from nanoredi.config import ToyConfig  # noqa: E402
 from nanoredi.kernels import dispatch  # noqa: E402
+from nanoredi.model.config import Qwen2Config  # noqa: E402
+from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.trainer import distributed, loop  # noqa: E402
 from nanoredi.trainer.distributed import World, world  # noqa: E402
 
@@ -120,6 +124,37 @@ def toy_data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory) -> Path:
+    """A tiny random model whose tokenizer's tokens are bytes: it can write anything."""
+    tokenizer = small_folder(tmp_path_factory.mktemp("bytes") / "tokenizer", CHATML)
+    config = Qwen2Config(
+        vocab_size=280,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    )
+    folder = tokenizer.with_name("model")
+    Qwen2(config, tokenizer_folder=tokenizer).init_weights(0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def hasty(monkeypatch) -> None:
+    """Without what takes time in every run and changes no file: a disk that is waited for, a rate that is measured."""
+    monkeypatch.setattr(loop, "matrix_rate", lambda *_: 1e9)
+    monkeypatch.setattr(disk, "_sync_entry", lambda path: None)
+
+
+@pytest.fixture
+def share(request) -> int:
+    """How many times as much an attack tries."""
+    return 10 if request.config.getoption("--slow") else 1
+
+
 @pytest.fixture(scope="session", autouse=True)
 def runs_in_one_process() -> Iterator[None]:
     """Those in the tests' own process need no pause at its end, and measure its rate once."""
@@ -181,7 +216,7 @@ def run(server, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
         if not torchrun and not on_gpu:
             return ended(*(server.start_ranks(ranks, tmp_path, *words) if ranks else [server.start(tmp_path, *words)]))
         torchrun = torchrun or (["--standalone", f"--nproc_per_node={ranks}"] if ranks else [])
-        launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+        launcher = ["-m", "torch.distributed.run", *torchrun, "--"] if torchrun else []  # --n is not --nnodes
         script, *flags = map(str, words)
         command = [sys.executable, *launcher, str(ROOT / script), *flags]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

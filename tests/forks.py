@@ -7,6 +7,7 @@ Where two ranks are wanted, two forks with torchrun's variables stand in for tor
 """
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -94,7 +95,7 @@ class Job:
             time.sleep(0.005)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        if self.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
 

@@ -54,7 +54,12 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
 
 def sentence(error: BaseException) -> str | None:
-    """What an error says to the user, or None for one that only a fault in the program explains."""
+    """What an error says to the user, in a line, or None for one that only a fault in the program explains."""
+    text = _words(error)
+    return text and text.strip().replace("\n", "\\n")
+
+
+def _words(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):

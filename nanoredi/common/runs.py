@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from nanoredi.common.disk import lock, remove, remove_leftovers
+from nanoredi.common.disk import lock, regular, remove, remove_leftovers
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, parse_json, read_json
 from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
@@ -195,7 +195,7 @@ def open_weights(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in weight_files(folder):
         try:
-            handle = safe_open(path, framework="pt")
+            handle = safe_open(regular(path), framework="pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the weights {path}: {error}") from None
         files.update((name, handle) for name in handle.keys())

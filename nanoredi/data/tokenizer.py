@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import tokenizers
 
+from nanoredi.common.disk import regular
 from nanoredi.common.errors import UserError, naming
 from nanoredi.common.files import check, read_json, read_text
 from nanoredi.common.runs import check_model
@@ -42,7 +43,7 @@ class Tokenizer(Chat):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(check_model(str(folder), "tokenizer.json"))
-        self.files = [self.folder / name for name in _FILES if (self.folder / name).exists()]
+        self.files = [regular(self.folder / name) for name in _FILES if (self.folder / name).exists()]
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises bare Exception for every fault of the file

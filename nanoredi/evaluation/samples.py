@@ -26,7 +26,7 @@ from nanoredi.trainer.distributed import settled_dtype
 _PARTS = ("*.json", "*.jinja", "*.safetensors")  # of a model's folder that a sample depends on
 _KEY = ("model", "benchmark", "problem", "sample")
 _COUNT = range(2**31)
-_ROW = {
+SAMPLE = {
     "model": str,
     "benchmark": str,
     "problem": _COUNT,
@@ -39,6 +39,11 @@ _ROW = {
     "finish_reason": (str, None),
     "waits": _COUNT,
     "response": str,
+}
+_RESULT = {"model": str, "benchmark": str, "pass@1": float, "sem": float}
+_DIFFERENCE = {
+    **dict.fromkeys(("benchmark", "first", "second"), str),
+    **dict.fromkeys(("difference", "low", "high"), float),
 }
 _DEFAULTS = {f.name: f.default for f in fields(EvaluateConfig)}
 
@@ -100,7 +105,7 @@ class Samples:
         for number, line in enumerate(self._lines(), 1):
             where = f"{self.path}, line {number}"
             try:
-                row = check(where, parse_json(where, line.decode(errors="replace")), _ROW)
+                row = check(where, parse_json(where, line.decode(errors="replace")), SAMPLE)
                 model, benchmark, problem, sample = key = tuple(row[name] for name in _KEY)
                 is_wanted = model in models and problem in problems.get(benchmark, ()) and sample in numbers
                 if key in seen or not is_wanted:
@@ -170,10 +175,20 @@ def read_results(folder: str | Path) -> list[Row]:
         UserError: when it is missing or broken.
     """
     path = Path(folder) / "results.json"
-    rows = read_json(path, list)
-    if not rows or not all(isinstance(row, dict) and "model" in row for row in rows):
+    rows = check(str(path), read_json(path, list), [_RESULT])
+    if not rows:
         raise UserError(f"{path} holds no results")
+    check(str(path), [{**row, "model": None, "benchmark": None} for row in rows], [{str: (float, bool, None)}])
     return rows
+
+
+def read_differences(path: Path) -> list[Row]:
+    """The rows of a run's differences.json.
+
+    Raises:
+        UserError: when it is missing or broken.
+    """
+    return check(str(path), read_json(path, list), [_DIFFERENCE])
 
 
 def kept_results(folder: Path, num_samples: int = 0) -> list[Row]:

@@ -13,10 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoredi.common.errors import UserError, run_script
-from nanoredi.common.files import read_json
+from nanoredi.common.errors import UserError, run_script, visible
 from nanoredi.common.flags import option, read_flags, resolve
-from nanoredi.evaluation.samples import read_results
+from nanoredi.evaluation.samples import read_differences, read_results
 from nanoredi.report import lengths
 from nanoredi.report.failures import KINDS, failures
 from nanoredi.report.figures import check_figure, draw, read_runs, summary
@@ -79,7 +78,7 @@ def _show_runs(flags: ReportFlags) -> None:
             whose = f"{folder}: " if len(evaluated) > 1 else ""
             rows += [{**row, "model": f"{whose}{row['model']}"} for row in read_results(folder)]
         files = [Path(folder) / "differences.json" for folder in evaluated]
-        compared = [row for file in files if file.exists() for row in read_json(file, list)]
+        compared = [row for file in files if file.exists() for row in read_differences(file)]
         print(show(tables(rows, compared, flags.paper), flags.wide))
     elif flags.paper:
         raise UserError("--paper needs results to stand beside: give the folder of a run that was evaluated")
@@ -91,7 +90,7 @@ def _show_runs(flags: ReportFlags) -> None:
 def _show_failures(flags: ReportFlags) -> None:
     text = "\n\n".join(failures(flags.failures, flags.only))
     if sys.stdout.isatty():
-        pydoc.pager(text)
+        pydoc.pager(visible(text))
     else:
         print(text)
 

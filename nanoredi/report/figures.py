@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.disk import writing
+from nanoredi.common.disk import regular, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json, read_text
 from nanoredi.common.runs import metrics_row
@@ -117,7 +117,7 @@ def check_figure(path: str) -> None:
         raise UserError(f"the figure is a PNG: give --out a name that ends in .png, not {path}")
     if not file.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {file.parent}")
-    if file.is_dir() or file.exists() and DRAWN_BY.encode() not in file.read_bytes()[:1024]:
+    if file.is_dir() or regular(file).exists() and DRAWN_BY.encode() not in file.read_bytes()[:1024]:
         raise UserError(f"{path} exists and is no figure of nanoredi's: give another --out")
 
 

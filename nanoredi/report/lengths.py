@@ -68,7 +68,7 @@ def _known(where: str, row: Any) -> tuple[tuple[str, ...], list[int]]:
     """The parts of a row, and the lengths that it holds."""
     for names in (_PAIR, _SFT):
         lengths = [row.get(f"{name}_tokens") if isinstance(row, dict) else None for name in names]
-        if all(type(length) is int and length > 0 for length in lengths):
+        if all(type(length) is int and 0 < length < 2**31 for length in lengths):
             return names, lengths
     raise UserError(f"{where} holds no lengths; --tokenizer DIR measures them")
 

@@ -188,7 +188,7 @@ def drop_steps_after(path: Path, step: int) -> None:
                 print(f"warning: {error}; this row is left out", flush=True)
         else:
             kept |= {row["step"]: line + "\n"} if row["step"] <= step else {}
-    write_text(path, "".join(kept.values()))
+    write_text(path, "".join(kept[step] for step in sorted(kept)))
 
 
 def _tensorboard(folder: Path, first: int) -> Any:

@@ -188,6 +188,7 @@ def _resume(
     notes = states.load(tensors)
     if notes is None:
         return 0
+    guards.restore(notes)
     for what, digest in began_with.items():
         before = notes["began_with"].get(what, digest)  # former states have no dtype
         if before != digest:
@@ -197,7 +198,6 @@ def _resume(
                 "reference": "another model as DPO's reference",
             }[what]
             raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
-    guards.restore(notes)
     for count in optimizer.num_steps:
         count.fill_(notes["step"] - notes["skipped"])
     world.say(f"going on after step {notes['step']}")

@@ -69,7 +69,7 @@ def _read(path: Path, belongs_to: str, num_pairs: int) -> np.ndarray | None:
     else:
         why = "it is not as it was written"
     if about.get("belongs_to") == belongs_to and about.get("digest") == digest(logps.tobytes()):
-        if logps.shape == (num_pairs, 2) and logps.dtype == np.float32:
+        if logps.shape == (num_pairs, 2) and logps.dtype == np.float32 and np.isfinite(logps).all():
             return logps
     print(f"warning: {path} is damaged ({why}) and is made again", flush=True)
     return None

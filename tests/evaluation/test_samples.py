@@ -1,6 +1,7 @@
 """An evaluation's samples on disk: whole lines, a torn one cut off, another one refused, only the missing made."""
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -148,11 +149,8 @@ def test_a_killed_evaluation_goes_on_to_the_same_samples(forks, run, tmp_path, t
     words = "evaluate.py --n 5 --max_tokens 60 --batch_size 2 --dtype float32 --seed 3 --think own --model MODEL"
     words = [*words.replace("MODEL", str(toy_data / "model")).split(), "--benchmarks", toy_data / "toy.jsonl", "--out"]
     path = tmp_path / "broken/samples.jsonl"
-    ranks = forks.start_ranks(2, tmp_path, *words, "broken")
-    ranks[0].wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") >= 3)
-    for rank in ranks:
-        rank.kill()
-    ended(*ranks)
+    ranks = forks.start_ranks(2, tmp_path, *words, "broken", NANOREDI_CRASH_AT="12")
+    assert ended(*ranks).returncode == -signal.SIGKILL
     before = path.read_text()
     path.write_text(before + '{"model": "half a li')
     rest = run(*words, "broken", "--batch_size", "7", torchrun=["--standalone", "--nproc_per_node=2"])

@@ -197,9 +197,9 @@ def test_failures(tmp_path):
         "--- m, b, problem 1, sample 1: wrong after 10 tokens\nanswer  2\ngold    1 or one\n\n...xx"
     )
     assert wrong.endswith("xthe end") and len(wrong) < 750
-    assert none.endswith("\ufffd[31mred\ufffd \ufffd")  # no escape sequence reaches the terminal
+    assert none.endswith("\x1b[31mred\x9b \udc80")  # run_script and the pager show these escaped
     assert "cut off after 1 token\n" in cut
     assert [list(failures(tmp_path, kind))[1:] for kind in KINDS] == [[wrong], [cut], [none]]
     (tmp_path / "samples.jsonl").write_text('{"model": "m"}\n')
-    with pytest.raises(UserError, match="line 1 is no sample"):
+    with pytest.raises(UserError, match="line 1: the object has no field"):
         list(failures(tmp_path))
