@@ -16,7 +16,7 @@ from nanoredi.evaluation.samples import Samples, kept_results
 from nanoredi.evaluation.scores import Row, graded, summarise
 from nanoredi.model.hf_folder import stop_ids
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.sampler.sampler import Sampler
+from nanoredi.sampler.sampler import Sampler, give_back
 from nanoredi.sampler.scheduler import Request, requests_for
 from nanoredi.trainer.distributed import Queue, World, compute_dtype
 from nanoredi.trainer.scoring import means_a_token
@@ -75,6 +75,7 @@ def evaluate(
     """
     tokenizer = Tokenizer(folder)
     dtype = compute_dtype(config.dtype, world.device)
+    give_back()  # what is left of the model before
     model = Qwen2.from_pretrained(folder, dtype=dtype, device=world.device).pack()
     logps = {}
     if pairs is not None and pairs.watch:
@@ -108,7 +109,7 @@ def _sample(
     for problem in missing:
         sampler.check(problem.requests)
     # Not more than a rank's share at once: where there are few problems, every rank gets some.
-    room = min(config.batch_size, -(-num_missing // world.size))
+    room = min(sampler.batch_size, -(-num_missing // world.size))
     queue, whose, more = Queue(world, len(missing)), {}, True
     total = num_missing if world.size == 1 else None  # what the others do is not known here
     finished = progress(None, name, total, "samples", disable=world.rank > 0)

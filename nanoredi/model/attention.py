@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoredi.kernels.dispatch import operation
+from nanoredi.kernels.layers import rotate
 
-# attend(layer, q (N, H, E), k (N, K, E), v (N, K, E)) -> (N, H, E)
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# attend(layer, q (N, H, E), k (N, K, E), v (N, K, E)) -> (N, H, E); with a fifth argument, rope, it rotates q and k first.
+Attend = Callable[..., Tensor]
+Rope = tuple[Tensor, Tensor]  # cos and sin, for layers.rotate
 
 # The operations below, by name, whose results activation checkpointing keeps: they are no larger than a block's input,
 # and of all products attention's are the most expensive to make again.
@@ -44,7 +46,9 @@ class PackedAttention:
     def lengths(self) -> list[int]:
         return self.cu_seqlens.diff().tolist()
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None = None) -> Tensor:
+        if rope:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         return causal_attention(q, k, v, self)
 
 
@@ -64,18 +68,18 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: PackedAttention) -> Tenso
     a toy's are."""
     if q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
         cu, longest = sequences.cu_seqlens, sequences.max_seqlen
-        return _varlen_attn()(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
+        return varlen_attn()(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
     # In fp32 the one kernel with memory linear in n knows no grouped queries.
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return causal_attention.plain(q, k, v, sequences)
 
 
 @cache
-def _varlen_attn() -> Callable[..., Any]:
+def varlen_attn() -> Callable[..., Any]:
     """torch's variable-length flash attention, of grouped queries. Its module takes over a second to import, which a
     CPU need not wait for."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
     # torch 2.11 takes grouped queries as they are; later releases want to be told.
-    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return partial(varlen_attn, enable_gqa=True) if told else varlen_attn
+    told = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+    return partial(varlen.varlen_attn, enable_gqa=True) if told else varlen.varlen_attn

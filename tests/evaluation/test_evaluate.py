@@ -1,7 +1,9 @@
 """Evaluations that end: with nothing missing, with a problem that is too long, in the frame and with the paths asked for."""
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +44,25 @@ def test_nothing_missing_ends_at_once_with_the_same_table(models, capsys, monkey
     again = start(capsys, "--model", "a", "b", "--out", "out")
     assert again.strip() == first[first.index("model  benchmark") :].strip()
     assert (models / "out/samples.jsonl").read_bytes() == samples
+
+
+def test_the_last_model_is_gone_when_the_next_one_is_loaded(models, capsys, monkeypatch):
+    held = []
+
+    def load(*args, load=Qwen2.from_pretrained, **settings):
+        assert not any(last() for last in held), "a model is still held"
+        model = load(*args, **settings)
+        model.held_by = [model]  # a reference cycle
+        held.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(Qwen2, "from_pretrained", load)
+    gc.disable()
+    try:
+        start(capsys, "--model", "a", "b")
+    finally:
+        gc.enable()
+    assert len(held) == 2
 
 
 def test_a_killed_table_is_made_again(models, capsys):
