@@ -31,6 +31,7 @@ RESULTS = {
 def test_killed_at_any_write_a_run_ends_with_the_same_bytes(script, stride, toy_data, tmp_path):
     command = [sys.executable, str(ROOT / "tests/attack/crash.py"), script, ".", "1", str(stride), "--out", "OUT"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # a process that has asked for a GPU cannot have it in its forks
     flags = RUNS[script].replace("DATA", str(toy_data)).split()
     done = subprocess.run([*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

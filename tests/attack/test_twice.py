@@ -29,6 +29,7 @@ def test_two_at_once(script, times, toy_data, tmp_path):
     (toy_data / "raw.jsonl").write_text(RAW)
     command = [sys.executable, str(ROOT / "tests/attack/twice.py"), script, ".", str(times)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # a process that has asked for a GPU cannot have it in its forks
     flags = RUNS[script].replace("DATA", str(toy_data)).split()
     done = subprocess.run([*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
