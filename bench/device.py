@@ -45,8 +45,11 @@ TOY = Qwen2Config(512, 64, 128, 2, 4, 2, 1_024, tie_word_embeddings=True)
 ATTENTION = {"FlashAttention 2": "", "FlashAttention 3": "FA3"}
 
 # The methods of each kind, in the order of what matters most, with the package that a peer is.
-OWN = {"kernels": ["nanoredi weighted_cross_entropy", "nanoredi linear_logprob"], "steps": ["nanoredi"]}
-OWN["sampling"] = ["nanoredi"]
+OWN = {
+    "kernels": ["nanoredi weighted_cross_entropy", "nanoredi linear_logprob"],
+    "steps": ["nanoredi"],
+    "sampling": ["nanoredi"],
+}
 PEERS = {
     "kernels": {
         "Liger fused linear cross-entropy": "liger-kernel",

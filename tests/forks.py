@@ -36,9 +36,9 @@ class Server:
         self._folder, self._started = folder, 0
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         environment.pop("TRITON_INTERPRET", None)  # it is the tests' own
-        self._process = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        # Ctrl-C is for the tests, which then stop the server.
+        self._process = subprocess.Popen([sys.executable, __file__], env=environment, start_new_session=True, **pipes)
 
     def start(self, folder: Path, script: str | Path, *flags: str | Path, **environment: str) -> "Job":
         """The script of the repository, running in the folder."""
@@ -149,7 +149,10 @@ def become(job: dict) -> int:
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
-        return int(end.code or 0)
+        if isinstance(end.code, int | None):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
     except BaseException:  # noqa: BLE001 - whatever it is, this fork must not go on as its parent
         traceback.print_exc()
         return 1

@@ -1,11 +1,7 @@
 """Killed at any write or rename, the same command ends with the same bytes."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from conftest import ROOT
+from forks import ended
 from mutation import contents
 
 TOY = """--cache OUT/cache --toy.sft_rows 12 --toy.pairs 4 --toy.watch_pairs 1 --toy.heldout 1 --toy.num_layers 1
@@ -28,11 +24,10 @@ RESULTS = {
     "script, stride",
     [("train_redi", 25), ("evaluate", 9), *(pytest.param(script, 1, marks=pytest.mark.slow) for script in RUNS)],
 )
-def test_killed_at_any_write_a_run_ends_with_the_same_bytes(script, stride, toy_data, tmp_path):
-    command = [sys.executable, str(ROOT / "tests/attack/crash.py"), script, ".", "1", str(stride), "--out", "OUT"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    flags = RUNS[script].replace("DATA", str(toy_data)).split()
-    done = subprocess.run([*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
+def test_killed_at_any_write_a_run_ends_with_the_same_bytes(script, stride, toy_data, forks, tmp_path):
+    flags = ["--out", "OUT", *RUNS[script].replace("DATA", str(toy_data)).split()]
+    job = forks.start(tmp_path, "tests/attack/crash.py", script, ".", "1", str(stride), *flags, OMP_NUM_THREADS="1")
+    done = ended(job, seconds=3600)
     assert done.returncode == 0, done.stdout + done.stderr
     print(f"{script}: {done.stdout.strip()} places")
     whole = contents(tmp_path / "whole")

@@ -1,11 +1,7 @@
 """Two starts at once on one folder, or on one cache: both are right, or the second ends in one sentence."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from conftest import ROOT
+from forks import ended
 from mutation import contents
 
 TRAIN = """--out OUT --cache CACHE --toy.sft_rows 12 --toy.pairs 4 --toy.watch_pairs 1 --toy.heldout 1 --toy.num_layers 1
@@ -25,12 +21,11 @@ RUNS = {
     "script, times",
     [("train_redi", 2), ("evaluate", 4), *(pytest.param(script, 50, marks=pytest.mark.slow) for script in RUNS)],
 )
-def test_two_at_once(script, times, toy_data, tmp_path):
+def test_two_at_once(script, times, toy_data, forks, tmp_path):
     (toy_data / "raw.jsonl").write_text(RAW)
-    command = [sys.executable, str(ROOT / "tests/attack/twice.py"), script, ".", str(times)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     flags = RUNS[script].replace("DATA", str(toy_data)).split()
-    done = subprocess.run([*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    job = forks.start(tmp_path, "tests/attack/twice.py", script, ".", str(times), *flags, OMP_NUM_THREADS="1")
+    done = ended(job, seconds=3600)
     assert done.returncode == 0, done.stdout + done.stderr
     print(f"{script}: {done.stdout.splitlines()[-1]}")
     whole = contents(tmp_path / "whole")

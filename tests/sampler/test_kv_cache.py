@@ -28,8 +28,19 @@ def in_triton(*tensors):
 
 @pytest.mark.parametrize("attend", [paged_decode.plain, fastest, in_triton])
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
-@pytest.mark.parametrize("size", [64, 128, 48, 24, 20])
-@pytest.mark.parametrize("page_size, heads, kv_heads", [(16, 6, 2), (64, 4, 4), (7, 14, 2), (5, 16, 1)])
+@pytest.mark.parametrize(
+    "size, page_size, heads, kv_heads",
+    [
+        (64, 16, 6, 2),
+        (64, 5, 16, 1),
+        (128, 64, 4, 4),
+        (128, 7, 14, 2),
+        (48, 7, 14, 2),
+        (24, 5, 16, 1),
+        (20, 16, 6, 2),
+        (20, 64, 4, 4),
+    ],
+)
 def test_one_token_a_row_equals_dense(attend, dtype, tolerance, size, page_size, heads, kv_heads):
     lengths, shared = [1, 16, 130, 77, 90], [None, None, None, None, (3, 64 // page_size)]
     rows = rows_of(lengths, kv_heads, size, shared, page_size)

@@ -135,9 +135,10 @@ def plain_samples():
     return samples(batch_size=1, page_size=64)
 
 
-@pytest.mark.parametrize("batch_size", [1, 64])
-@pytest.mark.parametrize("page_size", [16, 256])
-@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize(
+    "batch_size, page_size, sharing",
+    [(64, 16, True), (64, 16, False), (64, 256, True), (64, 256, False), (1, 16, False), (1, 256, True)],
+)
 def test_samples_do_not_depend_on_pages_batches_or_sharing(plain_samples, batch_size, page_size, sharing, monkeypatch):
     assert len({reason for _, reason in plain_samples.values()}) == 2
     if not sharing:
