@@ -128,7 +128,7 @@ def _write(out: Path, rows: list[Row], config: EvaluateFlags) -> str:
     def samples():
         return (row for _, row in read_rows(str(out / "samples.jsonl")))
 
-    compared = compare(samples(), *models) if len(models) == 2 else []
+    compared = compare(samples(), *models) if len(models) == 2 and not best else []
     parts = [write(out, rows, compared, config.paper, config.wide), *([best] if best else [])]
     if config.think == "forced":
         parts += unended(samples(), "--think own")

@@ -15,7 +15,6 @@ order: memory holds the rows at hand and a few numbers for each, the disk holds 
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoredi.common.disk import path_beside, remove_leftovers
+from nanoredi.common.disk import move_into_place, path_beside, remove, remove_leftovers
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import check, read_rows
 from nanoredi.common.flags import option, read_flags, resolve
@@ -45,6 +44,7 @@ _FIELDS = (
     *("prompt", "messages", "completion", "finish_reason", "sample", "answer", "correct", *THINKING_NAMES),
 )
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
+Rows = Iterable[tuple[str, dict[str, Any]]]  # each with where it stands, for messages
 _FILES = ("sft.jsonl", "pairs.jsonl", "too_long.jsonl", "overlaps.jsonl")
 
 
@@ -88,23 +88,22 @@ def prepare(
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
         # Written beside and renamed: an output that is there is whole.
-        with (
-            tempfile.TemporaryDirectory(suffix=path_beside(out / "rows").name, dir=out) as beside,
-            ExitStack() as stack,
-        ):
-            own_rows, *spools = (stack.enter_context(Spool(Path(beside, f"{n}.spool"))) for n in ("own", *_FILES[:3]))
+        beside = path_beside(out / "rows")
+        with ExitStack() as stack:
+            stack.callback(remove, beside)
+            beside.mkdir()
+            own_rows, *spools = (stack.enter_context(Spool(beside / f"{n}.spool")) for n in ("own", *_FILES[:3]))
             total, rows = _as_raw_rows(files, total, own_rows, tokenizer, flags.grade)
-            _sift(
-                progress(rows, "reading", total, "rows", delay=1), total, flags.seed, gates, tokenizer, overlap, spools
-            )
+            rows = progress(rows, "reading", total, "rows", delay=1)
+            _sift(rows, total, flags.seed, gates, tokenizer, overlap, spools)
             for name, spool in zip(_FILES, spools):
                 lines = _swapped(spool, flags) if name == "pairs.jsonl" else spool.lines()
-                with open(Path(beside, name), "wb") as file:
+                with open(beside / name, "wb") as file:
                     file.writelines(progress(lines, f"writing {name}", len(spool), "rows", delay=1))
             if overlap.files:
-                overlap.write(Path(beside, _FILES[3]))
-            for path in Path(beside).glob("*.jsonl"):
-                path.rename(out / path.name)
+                overlap.write(beside / _FILES[3])
+            for path in beside.glob("*.jsonl"):
+                move_into_place(path, out / path.name)
     except OSError as error:  # of writing: reading has its own words
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
     return gates.counts
@@ -125,7 +124,7 @@ def find_files(paths: list[str]) -> list[Path]:
     return files
 
 
-def read_raw(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_raw(file: Path) -> Rows:
     """The rows of a file, each with where it stands, for messages about it; one at a time, since they do not fit in memory.
 
     Raises:
@@ -145,9 +144,7 @@ def _count_rows(files: list[Path], out: Path) -> int:
     return total
 
 
-def _as_raw_rows(
-    files: list[Path], total: int, spool: Spool, tokenizer: Tokenizer, grading: bool
-) -> tuple[int, Iterable[tuple[str, dict[str, Any]]]]:
+def _as_raw_rows(files: list[Path], total: int, spool: Spool, tokenizer: Tokenizer, grading: bool) -> tuple[int, Rows]:
     """How many raw rows come of the files' rows, and the raw rows, each with where it stands; one's own are labelled,
     and those of one problem made one."""
     rows = chain.from_iterable(map(read_raw, files))
@@ -162,13 +159,7 @@ def _as_raw_rows(
 
 
 def _sift(
-    rows: Iterable[tuple[str, dict[str, Any]]],
-    total: int,
-    seed: int,
-    gates: Gates,
-    tokenizer: Tokenizer,
-    overlap: Overlap,
-    spools: list[Spool],
+    rows: Rows, total: int, seed: int, gates: Gates, tokenizer: Tokenizer, overlap: Overlap, spools: list[Spool]
 ) -> None:
     """Put what the gates let through on the spools of SFT rows, pairs and pairs that are too long."""
     sft, pairs, too_long = spools

@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 from nanoredi import toy  # noqa: E402
 from nanoredi.common import disk  # noqa: E402
 from nanoredi.config import ToyConfig  # noqa: E402
+from nanoredi.data.tokenizer import Tokenizer  # noqa: E402
 from nanoredi.kernels import dispatch  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
@@ -114,6 +115,11 @@ def shared() -> Path:
     if not folder.exists():
         pytest.skip("the real data is not beside the repository (../shared/data)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(shared) -> Tokenizer:
+    return Tokenizer(shared / "qwen2.5-tokenizer")
 
 
 @pytest.fixture(scope="session")

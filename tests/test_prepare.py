@@ -3,6 +3,7 @@ the real sample."""
 
 import copy
 import json
+import os
 import random
 import subprocess
 import sys
@@ -349,19 +350,19 @@ def test_parquet_and_shards_equal_jsonl(tmp_path, tokenizer):
 
 
 def test_a_row_group_is_not_held_in_memory(tmp_path):
-    """200 MB in one row group, which pyarrow would take whole, pass through a small part of that."""
+    """100 MB in one row group, which pyarrow would take whole, pass through a small part of that."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    texts = [f"{i:05}" * 2000 for i in range(20_000)]
-    table = pyarrow.table({"problem": ["a=1"] * 20_000, "generations": [[text] for text in texts]})
+    texts = [f"{i:05}" * 2000 for i in range(10_000)]
+    table = pyarrow.table({"problem": ["a=1"] * 10_000, "generations": [[text] for text in texts]})
     parquet.write_table(
-        table, tmp_path / "raw.parquet", row_group_size=20_000, compression="none", use_dictionary=False
+        table, tmp_path / "raw.parquet", row_group_size=10_000, compression="none", use_dictionary=False
     )
     code = f"""
 import pathlib, pyarrow
 from nanoredi.prepare import read_raw
 rows = read_raw(pathlib.Path({str(tmp_path / "raw.parquet")!r}))
-assert sum(len(row["generations"][0]) for _, row in rows) == 2 * 10**8
+assert sum(len(row["generations"][0]) for _, row in rows) == 10**8
 print(pyarrow.default_memory_pool().max_memory())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
@@ -438,6 +439,30 @@ def test_nothing_is_overwritten(tmp_path, tokenizer, name):
         run([file], tokenizer, tmp_path)
     assert (tmp_path / name).read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["raw.jsonl", name])
+
+
+def test_what_a_killed_one_left_is_removed(tmp_path):
+    file, out = write(tmp_path / "raw.jsonl", [raw()]), tmp_path / "out"
+    toy.write_tokenizer(tmp_path / "tokenizer")
+    command = [
+        sys.executable,
+        "-m",
+        "nanoredi.prepare",
+        "--raw",
+        file,
+        "--tokenizer",
+        tmp_path / "tokenizer",
+        "--out",
+        out,
+    ]
+    killed, done = (
+        subprocess.run(
+            command, env={**os.environ, **more}, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        )
+        for more in ({"NANOREDI_CRASH_AT": "1"}, {})
+    )
+    assert killed.returncode == -9 and done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["pairs.jsonl", "sft.jsonl", "too_long.jsonl"]
 
 
 def test_out_that_cannot_be_written(tmp_path, tokenizer):

@@ -143,11 +143,7 @@ def lock(folder: Path) -> None:
 
 
 def regular(path: Path) -> Path:
-    """The path, which may lead nowhere, but not to a pipe or a device: files are read again, and have an end.
-
-    Raises:
-        UserError: when it does.
-    """
+    """The path; a UserError where it leads to a pipe or a device: files are read again, and have an end."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is a pipe or a device; give a file, which can be read again")
     return path

@@ -55,21 +55,17 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
 def sentence(error: BaseException) -> str | None:
     """What an error says to the user, in a line, or None for one that only a fault in the program explains."""
-    text = _words(error)
-    return text and text.strip().replace("\n", "\\n")
-
-
-def _words(error: BaseException) -> str | None:
+    text = None
     if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename or 'the disk'}: {error.strerror or error}"
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = f"{error.filename or 'the disk'}: {error.strerror or error}"
     # torch has a RuntimeError for memory on a CPU, and an OutOfMemoryError on a GPU.
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(_NO_MEMORY, str(error)):
-        return f"there is not enough memory ({(str(error) or 'it is all in use').splitlines()[0]}); {_LESS_MEMORY}"
-    if isinstance(error, (RecursionError, OverflowError, UnicodeError)):
-        return f"something given is nested too deep, too large, or no text: {error}"
-    return None
+    elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(_NO_MEMORY, str(error)):
+        text = f"there is not enough memory ({(str(error) or 'it is all in use').splitlines()[0]}); {_LESS_MEMORY}"
+    elif isinstance(error, (RecursionError, OverflowError, UnicodeError)):
+        text = f"something given is nested too deep, too large, or no text: {error}"
+    return text and text.strip().replace("\n", "\\n")
 
 
 _NO_MEMORY = "out of memory|can't allocate memory|not enough memory"

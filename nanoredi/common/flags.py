@@ -95,12 +95,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true
 
 
 def read_flags(
-    description: str,
-    argv: list[str],
-    main: str,
-    main_type: type,
-    others: tuple[str, ...] = (),
-    positional: str = "",
+    description: str, argv: list[str], main: str, main_type: type, others: tuple[str, ...] = (), positional: str = ""
 ) -> tuple[str | None, Tables]:
     """Read a script's flags.
 

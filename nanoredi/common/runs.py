@@ -112,8 +112,8 @@ def models_along(run: Path) -> dict[str, Path]:
         raise UserError(f"{run} is no run's folder, which holds its config.toml and metrics.jsonl")
     stage = tables.get("redi") or tables.get("sft", {})
     start, final = ("SFT", final_name(stage.get("objective", "redi"))) if "redi" in tables else ("start", "final")
-    steps = sorted((path for path in run.glob("step-*") if path.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-    own = {name: path for name, path in [*((p.name, p) for p in steps), (final, run / "final")] if holds_model(path)}
+    steps = {path.name: path for path in sorted(run.glob("step-*")) if path.name[5:].isdigit()}
+    own = {name: path for name, path in {**steps, final: run / "final"}.items() if holds_model(path)}
     if not own:
         raise UserError(f"{run} holds no model of its own yet")
     before = stage.get("model")

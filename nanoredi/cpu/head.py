@@ -42,8 +42,8 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.grad_hidden = torch.zeros_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         total = kept_sum(lm_head) if grad_enabled and ctx.needs_input_grad[1] else None
         head = cast(lm_head, hidden.dtype)
-        grads = ctx.grad_hidden, total
-        logps = cross_entropy.logps_and_gradients(hidden, head, targets, weights, rows, grads, entropies)
+        outputs = ctx.grad_hidden, total, entropies
+        logps = cross_entropy.logps_and_gradients(hidden, head, targets, weights, rows, outputs)
         ctx.mark_non_differentiable(logps)
         return (weights * logps).sum(), logps
 

@@ -34,7 +34,10 @@ def cached(
     Returns:
         tokens (total,), learned (total,), weights (M,), offsets (M+1,), notes for the user, and the key.
     """
-    folder = Path(cache) / _key(path, tokenizer, rules)
+    try:
+        folder = Path(cache) / digest(repr(rules).encode(), Path(path), *tokenizer.files)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     damaged = folder.exists() and not _is_whole(folder)
     if damaged or not folder.exists():
         remove_leftovers(Path(cache))
@@ -97,10 +100,3 @@ def _is_whole(folder: Path) -> bool:
     if not fits or np.diff(offsets).min() < 2 or tokens.min() < 0 or not np.isfinite(weights).all():
         return False
     return bool(np.logical_or.reduceat(learned, offsets[:-1] + 1).all())
-
-
-def _key(path: str, tokenizer: Tokenizer, rules: tuple) -> str:
-    try:
-        return digest(repr(rules).encode(), Path(path), *tokenizer.files)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None

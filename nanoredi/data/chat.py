@@ -38,15 +38,13 @@ class Chat:
     """
 
     def __init__(self, source: str, name: str, special: dict[str, str], marks: list[str]):
-        self.name, self._special, self._marks = name, special, marks
+        self._label, self._special, self._marks = f"the chat template of {name}", special, marks
         self._template = Template(source, name)
         self._takes_thinking = True
         question, answer = user_message("1"), {"role": "assistant", "content": _ANSWER}
         parts = self._rendered([*question, answer]).split(_ANSWER)
         if len(parts) != 2:
-            raise UserError(
-                f"the chat template of {name} shows the last answer {len(parts) - 1} times; it must show it once"
-            )
+            raise UserError(f"{self._label} shows the last answer {len(parts) - 1} times; it must show it once")
         self.end = parts[1]
         thinking = {**answer, "reasoning_content": _THOUGHTS}
         self._takes_thinking = _THOUGHTS in self._tried([*question, thinking])
@@ -168,8 +166,7 @@ class Chat:
             if not (known and seen):
                 roles = [name for name in ("system", "user", "assistant", "tool") if name in self._template.source]
                 hint = f"; it knows the roles {', '.join(roles)}" if roles else ""
-                what = f"does not show message {number}, whose role is {role!r}{hint}"
-                raise UserError(f"the chat template of {self.name} {what}")
+                raise UserError(f"{self._label} does not show message {number}, whose role is {role!r}{hint}")
 
     def _templated(self, messages: Messages) -> str | None:
         """A prompt whose text has been through the template, ended as sampling's prompts end; None for any other."""
@@ -197,9 +194,7 @@ class Chat:
         """The answer as it goes on from the prompt, with its thinking."""
         text, open_to = folded(answer)["content"], prompt.rstrip()
         if open_to.endswith(_THOUGHT) and (_THINK in text or _THOUGHT in text):
-            raise UserError(
-                f"the chat template of {self.name} has the model answer without thinking; this answer thinks"
-            )
+            raise UserError(f"{self._label} has the model answer without thinking; this answer thinks")
         if open_to.endswith(_THINK) and text.lstrip().startswith(_THINK):
             text = text.lstrip().removeprefix(_THINK).removeprefix(prompt[len(open_to) :])
         return text

@@ -10,7 +10,7 @@ of several that count as right.
 
 import json
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from nanoredi.common.errors import UserError
@@ -49,8 +49,15 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
         # Without an answer there are no labels, and the row ends at their gate.
         correct = [bool(text) and grade(text, golds) for text in generations] if golds else None
     elif not isinstance(correct, list) or not all(isinstance(one, bool) for one in correct):
-        raise UserError(f"{where}: 'correct' must be a list of true and false; or let --grade label the row")
-    return _raw_row(row, prompt, generations, correct)
+        raise UserError(f"{where}: 'correct' must say true or false of each response; or let --grade label the row")
+    return {
+        "problem_is_valid": row.get("problem_is_valid", "yes"),
+        "source": row.get("source"),
+        "problem": "\n\n".join(message["content"] for message in prompt if message["role"] == "user"),
+        "prompt": prompt,
+        "generations": generations,
+        "correct": correct,
+    }
 
 
 def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, grading: bool) -> int:
@@ -68,23 +75,19 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
     for where, row in rows:
         if not isinstance(row.get("completion"), str):
             raise UserError(f"{where} must hold 'completion', a text, like the rows before it")
-        prompt, correct = _prompt(where, row), row.get("correct")
-        answer = _golds(where, row) if grading else row.get("answer")
-        number, first, known = problems.setdefault(json.dumps(prompt), (len(problems), where, answer))
-        if answer != known:
-            unclear.setdefault(number, f"{first} and {where}")
         thinking = {name: row[name] for name in THINKING_NAMES if isinstance(row.get(name), str)}
         [said] = check_messages(where, [{"role": "assistant", "content": row["completion"], **thinking}])
-        response = tokenizer.opened(prompt, folded(said)["content"])
-        if grading:
+        alone = {**row, "generations": [folded(said)["content"]], "correct": [row.get("correct")]}
+        raw = labelled(where, alone, tokenizer, grading)
+        if grading and raw["correct"] and row.get("finish_reason") == "length":
             # A response that was cut off never stopped at its answer: it is nothing to learn from, whatever it boxed.
-            correct = answer and row.get("finish_reason") != "length" and grade(response, answer)
-        elif not isinstance(correct, bool):
-            raise UserError(f"{where}: 'correct' must be true or false; or let --grade label the row")
+            raw["correct"] = [False]
+        answer = _golds(where, row) if grading else row.get("answer")
+        number, first, known = problems.setdefault(json.dumps(raw["prompt"]), (len(problems), where, answer))
+        if answer != known:
+            unclear.setdefault(number, f"{first} and {where}")
         sample = row.get("sample") if isinstance(row.get("sample"), int) else 0
-        facts: Row = {name: row[name] for name in ("problem_is_valid", "source") if name in row}
-        facts |= {"where": where, "number": number, "prompt": prompt, "response": response, "correct": correct}
-        spool.add((number, sample), facts)
+        spool.add((number, sample), {"where": where, "number": number, **raw})
     say_dropped("problems", "rows give more than one answer", list(unclear.values()), len(problems))
     spool.rows = [(place, offset) for place, offset in spool.rows if place[0] not in unclear]
     return len(problems) - len(unclear)
@@ -94,20 +97,9 @@ def gathered(spool: Spool) -> Iterator[tuple[str, Row]]:
     """The spool's problems as raw rows, in the order of their first responses, each with where its first one stands."""
     for _, group in groupby(map(json.loads, spool.lines()), key=lambda row: row["number"]):
         rows = list(group)
-        responses, correct = ([row[name] for row in rows] for name in ("response", "correct"))
-        row = _raw_row(rows[0], rows[0]["prompt"], responses, None if None in correct else correct)
-        yield rows[0]["where"], row
-
-
-def _raw_row(row: Row, prompt: list[dict[str, str]], generations: Any, correct: list[bool] | None) -> Row:
-    return {
-        "problem_is_valid": row.get("problem_is_valid", "yes"),
-        "source": row.get("source"),
-        "problem": "\n\n".join(message["content"] for message in prompt if message["role"] == "user"),
-        "prompt": prompt,
-        "generations": generations,
-        "correct": correct,
-    }
+        generations, correct = ([row[name] for row in rows] for name in ("generations", "correct"))
+        labels = None if None in correct else list(chain.from_iterable(correct))
+        yield rows[0]["where"], rows[0] | {"generations": list(chain.from_iterable(generations)), "correct": labels}
 
 
 def _prompt(where: str, row: Row) -> list[dict[str, str]]:

@@ -132,20 +132,19 @@ class Tokenizer(Chat):
         Raises:
             UserError: naming the row that the template refuses or the vocabulary has no tokens for.
         """
-        for (kept, as_trained), encodings in self.encode_rows(self._measured_rows(rows)):
+
+        def texts_of_rows() -> Iterator[tuple[str, list[str], tuple[T, bool]]]:
+            for where, prompt, answers, kept in rows:
+                with naming(where):
+                    texts, as_trained = self.measured(prompt, answers)
+                yield where, texts, (kept, as_trained)
+
+        for (kept, as_trained), encodings in self.encode_rows(texts_of_rows()):
             if as_trained:
                 prompt, *answers = encodings
                 yield kept, [len(prompt), *(len(self.ended(answer.ids)) for answer in answers)]
             else:
                 yield kept, [len(encoding) + 1 for encoding in encodings]  # plus 1 as in the original
-
-    def _measured_rows(
-        self, rows: Iterable[tuple[str, Messages, Messages, T]]
-    ) -> Iterator[tuple[str, list[str], tuple[T, bool]]]:
-        for where, prompt, answers, kept in rows:
-            with naming(where):
-                texts, as_trained = self.measured(prompt, answers)
-            yield where, texts, (kept, as_trained)
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -162,9 +161,7 @@ class Tokenizer(Chat):
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             source = named.get("default")
         if not isinstance(source, str):
-            raise UserError(
-                f"{self.folder} has no chat template, neither in {self._config_file.name} nor as {path.name}"
-            )
+            raise UserError(f"{self.folder} has no chat template, in {self._config_file.name} or as {path.name}")
         return source
 
     def _id_of(self, name: str, special: dict[str, str]) -> int:

@@ -32,14 +32,14 @@ def evaluate_all(
     adds: bool = False,
     notes: str = "",
 ) -> list[Row]:
-    """Evaluate models {name: folder} into one folder. Of those that were done before, nothing is loaded.
+    """Evaluate models {name: folder} into one folder, as evaluate does one. Of those that are done nothing is loaded.
 
     Args:
         adds: whether other models may have been evaluated there; their rows are returned, too.
-        notes: said before there is anything to do.
+        notes: said where there is something to do.
 
     Returns:
-        All rows, which are also in results.json after each model; evaluate has the other arguments.
+        All rows, which results.json holds, too, after each model.
     """
     config.dtype = world.first(lambda: Samples(out).claim(models, benchmarks, config, adds))
     num_samples = config.n * sum(len(b.problems) for b in benchmarks)
@@ -67,10 +67,7 @@ def evaluate(
     Args:
         name: the model's, in the table.
         folder: Hugging Face folder.
-        benchmarks: what to evaluate on.
-        config: how to sample.
         out: the folder of the samples (samples.py), claimed for this model. What they lack is added, no more.
-        world: the ranks.
         pairs: with a `watch` file, whose mean log-probs a token then stand in the rows too.
 
     Returns:

@@ -41,10 +41,8 @@ SAMPLE = {
     "response": str,
 }
 _RESULT = {"model": str, "benchmark": str, "pass@1": float, "sem": float}
-_DIFFERENCE = {
-    **dict.fromkeys(("benchmark", "first", "second"), str),
-    **dict.fromkeys(("difference", "low", "high"), float),
-}
+# A row of differences.json.
+DIFFERENCE = dict.fromkeys(("benchmark", "first", "second"), str) | dict.fromkeys(("difference", "low", "high"), float)
 _DEFAULTS = {f.name: f.default for f in fields(EvaluateConfig)}
 
 
@@ -180,15 +178,6 @@ def read_results(folder: str | Path) -> list[Row]:
         raise UserError(f"{path} holds no results")
     check(str(path), [{**row, "model": None, "benchmark": None} for row in rows], [{str: (float, bool, None)}])
     return rows
-
-
-def read_differences(path: Path) -> list[Row]:
-    """The rows of a run's differences.json.
-
-    Raises:
-        UserError: when it is missing or broken.
-    """
-    return check(str(path), read_json(path, list), [_DIFFERENCE])
 
 
 def kept_results(folder: Path, num_samples: int = 0) -> list[Row]:

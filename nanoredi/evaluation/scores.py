@@ -33,7 +33,6 @@ def graded(
 
     Args:
         model: its name in the table.
-        benchmark: the problem's.
         problem: its place in the benchmark, from 0.
         sample: which of the problem's samples this is, from 0.
         response: the whole text, with its thinking.
@@ -93,21 +92,16 @@ def step_of(model: str) -> float:
 
 
 def mark_best(rows: list[Row]) -> tuple[list[Row], str]:
-    """A run's rows in order of steps, with "best" in those of the best of its own models, and a line that says which: by
-    pass@1 on MATH-500 where that is there (the paper's choice), else on the mean; of equals the earliest."""
+    """A run's rows in order of steps, "best" being true in those of the best of its own models, and a line that names it
+    and the last: by pass@1 on MATH-500 where that is there (the paper's choice), else by the mean; of equals the earliest."""
     rows = sorted(rows, key=lambda row: step_of(row["model"]))
-    where = "math500" if any(row["benchmark"] == "math500" for row in rows) else ""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if step_of(row["model"]) and where in ("", row["benchmark"]):
-            found.setdefault(row["model"], []).append(row["pass@1"])
-    means = {model: float(np.mean(values)) for model, values in found.items()}
-    best, last = max(means, key=means.__getitem__), list(means)[-1]
-    text = f"best by pass@1 {f'on {where}' if where else 'over all benchmarks'}: {best}, {means[best]:.1%}"
-    if step_of(last) == math.inf:
-        text += f"; final: {last}, {means[last]:.1%}"
-    rest = [{key: value for key, value in row.items() if key != "best"} for row in rows]
-    return [{**row, "best": True} if row["model"] == best else row for row in rest], text
+    own = [row for row in rows if step_of(row["model"])]
+    own = [row for row in own if row["benchmark"] == "math500"] or own
+    means = {m: float(np.mean([row["pass@1"] for row in own if row["model"] == m])) for m in [r["model"] for r in own]}
+    best, last = max(means, key=means.__getitem__), own[-1]["model"]
+    where = "on MATH-500" if own[0]["benchmark"] == "math500" else "over the benchmarks"
+    text = f"by pass@1 {where} the best is {best}, {means[best]:.1%}; the last is {last}, {means[last]:.1%}"
+    return [{**row, "best": row["model"] == best} for row in rows], text
 
 
 def unended(samples: Iterable[Row], flag: str) -> list[str]:

@@ -21,7 +21,7 @@ from nanoredi.kernels.dispatch import operation
 from nanoredi.kernels.layers import add_product, product
 from nanoredi.kernels.logits import logits_by_chunks, logprobs_
 
-Gradients = tuple[Tensor | None, Tensor | None]
+Outputs = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @operation
@@ -66,8 +66,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         # Chunks add up in fp32: in bf16 a small term added to a large sum is lost.
         grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if wanted[1] else None
         ctx.grads = grad_hidden, grad_head
-        head = lm_head.to(hidden.dtype)
-        logps = logps_and_gradients(hidden, head, targets, weights, rows, ctx.grads, entropies)
+        outputs = grad_hidden, grad_head, entropies
+        logps = logps_and_gradients(hidden, lm_head.to(hidden.dtype), targets, weights, rows, outputs)
         ctx.mark_non_differentiable(logps)
         return (weights * logps).sum(), logps
 
@@ -82,21 +82,15 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 
 def logps_and_gradients(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    rows: Tensor,
-    grads: Gradients,
-    entropies: Tensor | None,
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor, outputs: Outputs
 ) -> Tensor:
     """The log-probabilities (N,) of these rows, 0 elsewhere.
 
     Args:
-        grads: where they are wanted, the gradient of hidden (N, D) is written to, that of lm_head (V, D) fp32 added to.
-        entropies: (N,) fp32, where these rows' are written, if given.
+        outputs: where they are wanted, the gradient of hidden (N, D) is written to, that of lm_head (V, D) fp32 added to,
+            these rows' entropies (N,) fp32 written to.
     """
-    grad_hidden, grad_head = grads
+    grad_hidden, grad_head, entropies = outputs
     wanted = grad_hidden is not None or grad_head is not None
     logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
     for chunk, x, logits in logits_by_chunks(hidden, head, rows):

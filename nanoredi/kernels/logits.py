@@ -62,7 +62,8 @@ def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
     target, others = z.gather(1, y).squeeze(1), z.scatter(1, y, float("-inf"))
     gap = others.logsumexp(1) - target
     logp, one_minus_p, far = -F.softplus(gap), gap.sigmoid(), -gap.abs()
-    of_others = torch.special.entr(others.softmax(1)).sum(1)
+    shares = others.softmax(1)
+    of_others = torch.special.entr(shares, out=shares).sum(1)
     entropy = F.softplus(far) - far * far.sigmoid() + one_minus_p * of_others
     lse = target - logp
     if weights is not None:

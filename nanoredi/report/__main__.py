@@ -2,8 +2,7 @@
 
 python -m nanoredi.report RUN ... [--paper] [--wide]         the course of one or several runs, and their results; --paper: the
                                                             paper's rows beside; --wide: all columns
-python -m nanoredi.report RUN ... --out FIGURE.png          and the four panels of figures.py, drawn anew each time; with
-                                                            --entropy all eight
+python -m nanoredi.report RUN ... --out FIGURE.png          and the four panels of figures.py, --entropy: all eight
 python -m nanoredi.report --failures RUN [--only KIND]      each sample that is not right; KIND: wrong, cut_off, no_answer
 python -m nanoredi.report --lengths DATA                    how long rows are (lengths.py)
 """
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanoredi.common.errors import UserError, run_script, visible
+from nanoredi.common.files import check, read_json
 from nanoredi.common.flags import option, read_flags, resolve
-from nanoredi.evaluation.samples import read_differences, read_results
+from nanoredi.evaluation.samples import DIFFERENCE, read_results
 from nanoredi.report import lengths
 from nanoredi.report.failures import KINDS, failures
 from nanoredi.report.figures import check_figure, draw, read_runs, summary
@@ -78,7 +78,9 @@ def _show_runs(flags: ReportFlags) -> None:
             whose = f"{folder}: " if len(evaluated) > 1 else ""
             rows += [{**row, "model": f"{whose}{row['model']}"} for row in read_results(folder)]
         files = [Path(folder) / "differences.json" for folder in evaluated]
-        compared = [row for file in files if file.exists() for row in read_differences(file)]
+        compared = [
+            row for file in files if file.exists() for row in check(str(file), read_json(file, list), [DIFFERENCE])
+        ]
         print(show(tables(rows, compared, flags.paper), flags.wide))
     elif flags.paper:
         raise UserError("--paper needs results to stand beside: give the folder of a run that was evaluated")

@@ -19,6 +19,7 @@ from nanoredi.common.errors import UserError
 from nanoredi.common.files import read_rows
 from nanoredi.data.messages import SIDES, Messages, conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.report.tables import Table, as_text
 
 Lengths = dict[str, np.ndarray]  # {part: tokens (rows,)}, the parts being those of a pair or of an SFT row
 _PAIR, _SFT = ("prompt", *SIDES), ("prompt", "response")
@@ -85,22 +86,19 @@ def _parts(file: Path) -> Iterator[tuple[str, Messages, Messages, tuple[str, ...
 
 def table(name: str, parts: Lengths, limits: dict[str, int]) -> str:
     """Quantiles, what the limits cut, and a histogram of each part, as text."""
-    pairs = "chosen" in parts
-    total = len(parts["prompt"])
-    lines = [f"{name}: tokens of {total:,} {'pairs' if pairs else 'rows'}", ""]
-    heads = ["min", *(f"{q} %" for q in _QUANTILES[1:-1]), "max", "mean", *(["limit", "longer"] if pairs else [])]
-    lines.append(f"{'':9}" + "".join(f"{head:>9}" for head in heads))
+    pairs, total = "chosen" in parts, len(parts["prompt"])
+    heads = ["", "min", *(f"{q} %" for q in _QUANTILES[1:-1]), "max", "mean", *(["limit", "longer"] if pairs else [])]
+    cells = [heads]
     for part, lengths in parts.items():
-        cells = [f"{x:,.0f}" for x in (*np.percentile(lengths, _QUANTILES), lengths.mean())]
-        if pairs:
-            cells += [f"{limits[part]:,}", f"{(lengths > limits[part]).sum():,}"]
-        lines.append(f"{part:9}" + "".join(f"{cell:>9}" for cell in cells))
+        cells.append([part, *(f"{x:,.0f}" for x in (*np.percentile(lengths, _QUANTILES), lengths.mean()))])
+        cells[-1] += [f"{limits[part]:,}", f"{(lengths > limits[part]).sum():,}"] if pairs else []
+    text = [f"{name}: tokens of {total:,} {'pairs' if pairs else 'rows'}", "", as_text(Table(cells))]
     if pairs:
         cut = np.any([lengths > limits[part] for part, lengths in parts.items()], axis=0).sum()
-        lines += ["", f"The limits cut {cut:,} of {total:,} pairs ({cut / total:.1%})."]
+        text += ["", f"The limits cut {cut:,} of {total:,} pairs ({cut / total:.1%})."]
     for part, lengths in parts.items():
-        lines += ["", part, *histogram(lengths, limits[part] if pairs else math.inf)]
-    return "\n".join(lines)
+        text += ["", part, *histogram(lengths, limits[part] if pairs else math.inf)]
+    return "\n".join(text)
 
 
 def histogram(lengths: np.ndarray, limit: float) -> list[str]:

@@ -49,11 +49,7 @@ class Guards:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "collapse": self.collapse.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up what state() gave.
-
-        Raises:
-            UserError: when it did not give that.
-        """
+        """Take up what state() gave; a UserError says what is not that."""
         shape = {
             "skipped": range(state["step"] + 1),
             "in_a_row": _COUNT,

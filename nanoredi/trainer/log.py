@@ -32,8 +32,7 @@ class Step:
         number: counted from 1.
         epoch: passes over the data so far.
         lr: its learning rate.
-        figures: (7,) on the device: chosen and rejected log-prob, gradient norm, update norm, loss, chosen and rejected
-            entropy.
+        figures: (7,) on the device, train_step's.
         tokens: that went through, over all ranks.
         flops: that they took, forward and backward, nothing counted twice.
         rows: the data's rows that were in it, counted from 0.

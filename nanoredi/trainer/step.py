@@ -26,9 +26,8 @@ def train_step(
         units: of all ranks, as objectives.units gives them.
 
     Returns:
-        On the device: chosen and rejected log-prob, gradient norm, update norm, loss, chosen and rejected entropy (7,),
-        the first five not all finite where the step was skipped; the tokens that went through; and their floating-point
-        operations.
+        On the device: chosen and rejected log-prob, gradient norm, update norm, loss (not all finite where the step was
+        skipped), chosen and rejected entropy (7,); the tokens that went through; and their floating-point operations.
     """
     lengths = [sum(s.num_inputs for s in unit) for unit in units]
     costs = [sum(model.config.flops(s.num_inputs, s.num_learned) for s in unit) for unit in units]

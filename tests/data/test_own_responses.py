@@ -143,7 +143,7 @@ def test_thinking_that_the_template_opened_belongs_to_the_response(tmp_path, tok
         ({"generations": ["1"], "answer": "1"}, True, "line 2 must hold 'completion'"),
         ({"completion": "1", "answer": "1"}, True, "line 2 has no field 'problem', 'prompt' or 'messages'"),
         (response("1", prompt=[{"role": "assistant", "content": "1"}]), True, "line 2: the last of 'prompt' must be"),
-        (response("1"), False, "line 1: 'correct' must be true or false; or let --grade label the row"),
+        (response("1"), False, "line 1: 'correct' must say true or false of each response; or let --grade label"),
     ],
 )
 def test_bad_rows_are_named(prepared, row, grading, words):
@@ -163,7 +163,11 @@ def test_bad_rows_are_named(prepared, row, grading, words):
         ),
         ({"problem": "a=1", "generations": ["1"]}, True, "line 1 has no field 'answer'"),
         ({"problem": "a=1", "generations": ["1"], "answer": "1"}, False, "no field 'problem_is_valid'; .*--grade"),
-        ({"problem": "a=1", "generations": ["1"], "correct": [None]}, False, "'correct' must be a list of true and"),
+        (
+            {"problem": "a=1", "generations": ["1"], "correct": [None]},
+            False,
+            "'correct' must say true or false of each",
+        ),
     ],
 )
 def test_bad_problems_are_named(prepared, row, grading, words):

@@ -46,15 +46,16 @@ def conversation(prompt="a=1b+2", answer=PAIR["chosen"]):
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
-def test_real_ids_of_both_stages_are_pinned(shared, write, cache):
-    tokenizer = Tokenizer(shared / "qwen2.5-tokenizer")
+def test_real_ids_of_both_stages_are_pinned(real_tokenizer, write, cache):
     head = [*SYSTEM_IDS, 16, 10, 16, 30, *ANSWER_IDS]
     answer = [59, 79075, 90, 17, 92, 151645, 198]
-    tokens, learned = sequence(load_sft(write(conversation("1+1?", "\\boxed{2}")), tokenizer, 100, cache), 0)
+    tokens, learned = sequence(load_sft(write(conversation("1+1?", "\\boxed{2}")), real_tokenizer, 100, cache), 0)
     assert tokens.tolist() == [*head, *answer, 151643]
     # Stage 1 never learns <|endoftext|>: it is the padding token too.
     assert learned.tolist() == [False] * len(head) + [True] * len(answer) + [False]
-    pairs = load_pairs(write({"prompt": "1+1?", "chosen": "\\boxed{2}", "rejected": "3"}), tokenizer, 100, 100, cache)
+    pairs = load_pairs(
+        write({"prompt": "1+1?", "chosen": "\\boxed{2}", "rejected": "3"}), real_tokenizer, 100, 100, cache
+    )
     tokens, learned = sequence(pairs, 0)
     assert tokens.tolist() == [*head, *answer, 151643]
     assert learned.tolist() == [False] * len(head) + [True] * (len(answer) + 1)
@@ -136,10 +137,9 @@ def test_the_weight_of_a_row(tokenizer, write, cache):
         load_pairs(write({**PAIR, "chosen_weight": -1}), tokenizer, 50, 50, cache)
 
 
-def test_half_a_surrogate_pair_is_named(shared, write, cache):
-    tokenizer = Tokenizer(shared / "qwen2.5-tokenizer")
+def test_half_a_surrogate_pair_is_named(real_tokenizer, write, cache):
     with pytest.raises(UserError, match=r"line 2: half a surrogate pair, .*user\\nx=\\ud83d'"):
-        load_sft(write(conversation(), conversation("x=\ud83d 1")), tokenizer, 50, cache)
+        load_sft(write(conversation(), conversation("x=\ud83d 1")), real_tokenizer, 50, cache)
 
 
 def test_toy_rows(tokenizer, write, cache):

@@ -23,11 +23,6 @@ R1_TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def real(shared) -> Tokenizer:
-    return Tokenizer(shared / "qwen2.5-tokenizer")
-
-
 def edited(toy_data, tmp_path, **changes) -> Tokenizer:
     """The toy's tokenizer with changes to tokenizer_config.json."""
     shutil.copytree(toy_data / "model", tmp_path / "t")
@@ -36,24 +31,40 @@ def edited(toy_data, tmp_path, **changes) -> Tokenizer:
     return Tokenizer(tmp_path / "t")
 
 
-def test_real_template_and_special_tokens(real):
-    assert (real.eos_id, real.pad_id, real.stop_ids) == (151643, 151643, [151643, 151645])
+def test_real_template_and_special_tokens(real_tokenizer):
+    assert (real_tokenizer.eos_id, real_tokenizer.pad_id, real_tokenizer.stop_ids) == (151643, 151643, [151643, 151645])
     system = "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
     prompt = system + "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n"
-    assert real.prompt(CONVERSATION[:1]) == prompt
-    assert real.prompt(CONVERSATION[:1], think=True) == prompt.removesuffix("\n") + "<think>\n"
-    assert real.split(CONVERSATION) == (prompt, "<think>\nAdd.\n</think>\n\\boxed{2}<|im_end|>\n")
+    assert real_tokenizer.prompt(CONVERSATION[:1]) == prompt
+    assert real_tokenizer.prompt(CONVERSATION[:1], think=True) == prompt.removesuffix("\n") + "<think>\n"
+    assert real_tokenizer.split(CONVERSATION) == (prompt, "<think>\nAdd.\n</think>\n\\boxed{2}<|im_end|>\n")
 
 
-def test_real_ids_are_pinned(real):
-    prompt, completion = real.split(CONVERSATION)
-    assert real.encode(prompt) == [*SYSTEM_IDS, 3838, 374, 220, 16, 10, 16, 30, *ANSWER_IDS]
-    assert real.encode(completion) == [13708, 766, 397, 2212, 624, 522, 26865, 397, 59, 79075, 90, 17, 92, 151645, 198]
+def test_real_ids_are_pinned(real_tokenizer):
+    prompt, completion = real_tokenizer.split(CONVERSATION)
+    assert real_tokenizer.encode(prompt) == [*SYSTEM_IDS, 3838, 374, 220, 16, 10, 16, 30, *ANSWER_IDS]
+    assert real_tokenizer.encode(completion) == [
+        13708,
+        766,
+        397,
+        2212,
+        624,
+        522,
+        26865,
+        397,
+        59,
+        79075,
+        90,
+        17,
+        92,
+        151645,
+        198,
+    ]
 
 
-def test_real_streaming_holds_half_characters_back(real):
-    ids = real.encode("∑ 😀 ü")
-    stream = real.stream()
+def test_real_streaming_holds_half_characters_back(real_tokenizer):
+    ids = real_tokenizer.encode("∑ 😀 ü")
+    stream = real_tokenizer.stream()
     pieces = []
     for i in ids:
         stream.push(i)

@@ -130,7 +130,7 @@ def test_along_a_run(a_run, capsys, monkeypatch):
     (a_run / "results.json").write_text("[{")
     out, models, best = along(capsys)
     assert models == ALONG and best == ["step-000010"] and "step-000010 (best)" in out
-    assert "best by pass@1 over all benchmarks: step-000010, 66.7%; final: REDI, 33.3%" in out
+    assert "by pass@1 over the benchmarks the best is step-000010, 66.7%; the last is REDI, 33.3%" in out
     monkeypatch.setattr("nanoredi.evaluation.evaluate.evaluate", None)
     again, *_ = along(capsys)  # no model is loaded
     assert again == out[out.index("model  ") :]

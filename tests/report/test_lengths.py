@@ -45,7 +45,7 @@ def test_a_folder_of_prepare(folder, capsys):
     sft, pairs = capsys.readouterr().out.split(f"{folder / 'pairs.jsonl'}: ")
     assert "tokens of 3 rows" in sft and "limit" not in sft
     assert pairs.startswith("tokens of 105 pairs")
-    table = {line.split()[0]: line.split()[1:] for line in pairs.splitlines()[2:6] if line.split()}
+    table = {line.split()[0]: line.split()[1:] for line in pairs.splitlines()[2:7] if line.split()}
     assert table["min"] == "10 % 25 % 50 % 75 % 90 % 99 % max mean limit longer".split()
     chosen = [200 * i + 1 for i in range(92)] + [19_000] * 8 + [1, 19_001, 1, 20_000, 1]
     quantiles = np.percentile(chosen, [0, 10, 25, 50, 75, 90, 99, 100])
