@@ -9,7 +9,6 @@ import inspect
 import math
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -73,11 +72,11 @@ class PagedCache:
             return self.decode(tables, positions), positions
         places = self._places(tables, positions)
         ends = np.cumsum([[0, *sizes], [0, *lengths]], axis=1)
-        rows = Pieces(sizes, lengths, *(upload(x.astype(np.int32), device) for x in (table, ends, np.array(lengths))))
+        table, ends = (upload(x.astype(np.int32), device) for x in (table, ends))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None = None) -> Tensor:
             q = write(q, k, v, rope, self.keys[layer], self.values[layer], places)
-            return paged_prefill(q, self.keys[layer], self.values[layer], rows)
+            return paged_prefill(q, self.keys[layer], self.values[layer], sizes, lengths, table, ends)
 
         return _of_first(len(positions), attend), positions
 
@@ -105,30 +104,24 @@ class PagedCache:
         return (heads * self.page_size + positions[:, None] % self.page_size).flatten()
 
 
-@dataclass
-class Pieces:
-    """Pieces of rows, packed one after the other; each is the last tokens that its row has so far.
+@operation
+def paged_prefill(
+    q: Tensor, keys: Tensor, values: Tensor, sizes: list[int], lengths: list[int], page_table: Tensor, ends: Tensor
+) -> Tensor:
+    """Attention of pieces of rows, packed one after the other, each the last tokens that its row has so far.
 
-    Attributes:
+    Args:
+        q: (N, H, E).
+        keys, values: (P, K, page, E), one layer's pool, which has all of the rows.
         sizes, lengths: of each piece, and of its row, the piece included.
         page_table: (S, C) int32, each row's pages, then anything.
-        ends: (2, S+1) int32, where the pieces begin and the last one ends; the same of the rows, as if they were packed, too.
-        device_lengths: (S,) int32, the lengths.
+        ends: (2, S+1) int32, where each piece begins and the last one ends; the same of the rows, as if they were packed.
+
+    Returns:
+        (N, H, E).
     """
-
-    sizes: list[int]
-    lengths: list[int]
-    page_table: Tensor
-    ends: Tensor
-    device_lengths: Tensor
-
-
-@operation
-def paged_prefill(q: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
-    """Attention of the pieces' tokens q (N, H, E), each over its row up to itself: (N, H, E). keys and values
-    (P, K, page, E) are a layer's pool, which has all of the rows."""
     outs = []
-    for part, pages, length in zip(q.split(pieces.sizes), pieces.page_table, pieces.lengths):
+    for part, pages, length in zip(q.split(sizes), page_table, lengths):
         pages = pages[: -(-length // keys.shape[2])]
         # (1, K, length, E), heads first.
         key, value = (pool[pages].transpose(0, 1).flatten(1, 2)[None, :, :length] for pool in (keys, values))
@@ -141,22 +134,19 @@ def paged_prefill(q: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Te
 
 
 @paged_prefill.on("cuda")
-def _flash(q: Tensor, keys: Tensor, values: Tensor, pieces: Pieces) -> Tensor:
-    """One call of torch's flash attention, which reads the pages where they lie: in half precision, from torch 2.12 on, and, in
-    its second version, pages of multiples of 256 tokens. In the order of a row's sums it goes by the row alone if it is told
-    to make one split, and never takes one query for a decode step's."""
+def _flash(q, keys, values, sizes, lengths, page_table, ends):
+    """One call of torch's flash attention, which reads the pages where they lie: from torch 2.12 on, in half precision and,
+    in its second version, with pages of multiples of 256 tokens. The order of a row's sums follows from the row alone if it
+    may not split rows, and never takes a lone query for a decode step's."""
     attention, page_size = varlen_attn(), keys.shape[2]
     known = "block_table" in inspect.signature(attention).parameters
     if not known or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] % 8 or page_size % 256:
         return NotImplemented
-    ends, ends_k = pieces.ends
-    if torch.nn.attention.current_flash_attention_impl():
-        ends_k = None  # later versions do not want what the second one does not look at
-    longest = max(2, len(q)), pieces.page_table.shape[1] * page_size
-    paged = {"seqused_k": pieces.device_lengths, "block_table": pieces.page_table, "num_splits": 1}
-    return attention(
-        q, keys.transpose(1, 2), values.transpose(1, 2), ends, ends_k, *longest, window_size=(-1, 0), **paged
-    )
+    # Later versions do not want what the second one does not look at.
+    ends_k = None if torch.nn.attention.current_flash_attention_impl() else ends[1]
+    longest, paged = max(2, len(q)), {"seqused_k": ends[1].diff(), "block_table": page_table, "num_splits": 1}
+    pools, longest_k = (pool.transpose(1, 2) for pool in (keys, values)), page_table.shape[1] * page_size
+    return attention(q, *pools, ends[0], ends_k, longest, longest_k, window_size=(-1, 0), **paged)
 
 
 def bytes_a_page(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
