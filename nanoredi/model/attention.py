@@ -8,6 +8,7 @@ shapes are those of qwen2.py.
 import inspect
 from collections.abc import Callable
 from functools import cache, cached_property, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -80,6 +81,23 @@ def varlen_attn() -> Callable[..., Any]:
     CPU need not wait for."""
     from torch.nn.attention import varlen
 
+    flash_attention()
     # torch 2.11 takes grouped queries as they are; later releases want to be told.
     told = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
     return partial(varlen.varlen_attn, enable_gqa=True) if told else varlen.varlen_attn
+
+
+@cache
+def flash_attention() -> str:
+    """What attends in half precision on the GPU of this process, in words: FlashAttention-3 (arXiv 2407.08608) on a Hopper
+    where its package is installed and torch (2.12 and later) can take it, else torch's own FlashAttention-2."""
+    from torch.nn import attention
+
+    activate = getattr(attention, "activate_flash_attention_impl", None)
+    if not (activate and find_spec("flash_attn_interface") and torch.cuda.get_device_capability()[0] == 9):
+        return "FlashAttention-2"
+    try:
+        activate("FA3")
+    except (ImportError, OSError, RuntimeError, ValueError) as error:  # it was built for another torch
+        return f"FlashAttention-2, since 3 cannot be loaded: {error}"
+    return "FlashAttention-3"

@@ -23,6 +23,7 @@ from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.batch import num_steps, step_rows
 from nanoredi.data.sequences import TokenData, load_pairs, load_sft
 from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.model.attention import flash_attention
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer.distributed import World, compute_dtype, matrix_rate, shard
 from nanoredi.trainer.guards import Guards, signals
@@ -119,9 +120,11 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
         data.reference, began_with["reference"] = reference_logps(config, model, data, dtype, world)
     optimizer = AdamW(model, config.lr, config.weight_decay)
     total = num_steps(len(data), config.batch_size, config.epochs, config.max_steps)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, how = sum(p.numel() for p in model.parameters()), str(dtype)[6:]
+    if world.device.type == "cuda" and dtype == torch.bfloat16:
+        how += f", {flash_attention()}"
     world.say(
-        f"{_stage(config)}: {config.model} ({parameters:,} parameters, {str(dtype)[6:]}), {len(data):,} rows of "
+        f"{_stage(config)}: {config.model} ({parameters:,} parameters, {how}), {len(data):,} rows of "
         f"{config.data}, {total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}; "
         f"kill -USR1 {os.getpid()} asks where it is"
     )

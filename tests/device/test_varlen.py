@@ -1,6 +1,7 @@
 """A GPU's way through variable-length attention, with real numbers: torch's own operation gets a kernel for the CPU, so
 that what surrounds it, keeping and recomputation included, can be compared with the plain way."""
 
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -182,3 +183,47 @@ def test_a_prompt_s_pieces_attend_by_one_call_of_the_kernel(flash, monkeypatch):
 def _counted(computed: list, compute, *inputs: Tensor) -> Tensor:
     computed.append(len(inputs[0]))
     return compute(*inputs)
+
+
+@pytest.fixture
+def interface(monkeypatch):
+    """interface(capability, error) is a GPU with FlashAttention-3's package: what is activated of it is noted, or fails."""
+    asked: list[str] = []
+
+    def install(capability: tuple[int, int], error: Exception | None = None) -> list[str]:
+        def activate(name: str) -> None:
+            asked.append(name)
+            if error:
+                raise error
+
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(__spec__=object()))
+        monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        return asked
+
+    attention.flash_attention.cache_clear()
+    yield install
+    attention.flash_attention.cache_clear()
+
+
+def test_flash_attention_3_is_taken_where_it_can_run(interface):
+    asked = interface((9, 0))
+    assert attention.flash_attention() == attention.flash_attention() == "FlashAttention-3"
+    assert asked == ["FA3"]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+def test_other_gpus_keep_flash_attention_2(capability, interface):
+    asked = interface(capability)
+    assert attention.flash_attention() == "FlashAttention-2" and not asked
+
+
+def test_a_package_that_does_not_load_is_said(interface):
+    interface((9, 0), ImportError("undefined symbol"))
+    assert attention.flash_attention() == "FlashAttention-2, since 3 cannot be loaded: undefined symbol"
+
+
+def test_without_its_package_it_is_flash_attention_2(interface, monkeypatch):
+    asked = interface((9, 0))
+    monkeypatch.delitem(sys.modules, "flash_attn_interface")
+    assert attention.flash_attention() == "FlashAttention-2" and not asked
