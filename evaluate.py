@@ -3,6 +3,7 @@
     python evaluate.py                                    the newest model under runs/, on its own benchmarks
     torchrun --standalone --nproc_per_node=8 evaluate.py --model runs/sft/final runs/redi/final --data benchmarks/
     python evaluate.py --model DIR --benchmarks math500 my_problems.jsonl --data benchmarks/ --n 4 --limit 100
+    python evaluate.py --model runs/redi --along          the start, every checkpoint and the end of a run, the best one marked
     python evaluate.py --completions vllm.jsonl --benchmarks math500 --data benchmarks/ --paper
 
 Every sample goes to samples.jsonl in the out folder when it is done, and a second start with the same --out makes those
@@ -13,22 +14,23 @@ given, the model's run or the recipe decides ([evaluate]), then the default, whi
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nanoredi.common.disk import lock
+from nanoredi.common.disk import lock, writing
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_rows
 from nanoredi.common.flags import option, read_flags, read_recipe, resolve
-from nanoredi.common.runs import check_model, newest_model, recipe_of
+from nanoredi.common.runs import check_model, models_along, newest_model, recipe_of
 from nanoredi.config import EvaluateConfig, RediConfig
 from nanoredi.data import benchmarks
 from nanoredi.evaluation.completions import grade_file
-from nanoredi.evaluation.evaluate import evaluate
-from nanoredi.evaluation.samples import Samples
-from nanoredi.evaluation.scores import Row, compare, summarise, unended
-from nanoredi.report.tables import read_results, write
-from nanoredi.trainer.distributed import World, world
+from nanoredi.evaluation.evaluate import evaluate_all
+from nanoredi.evaluation.scores import Row, compare, mark_best, step_of, summarise, unended
+from nanoredi.report.tables import write
+from nanoredi.trainer.distributed import world
 
 
 @dataclass
@@ -36,10 +38,13 @@ class EvaluateFlags(EvaluateConfig):
     """evaluate.py's own flags."""
 
     model: list[str] = option([], "Hugging Face folders; none: the newest model under runs/")
+    along: bool = option(False, "--model is a run's folder: evaluate its start, every step-* and final, in that folder")
     completions: list[str] = option([], "JSONL files that another engine wrote, graded instead of a model")
     paper: bool = option(False, "show the rows of the paper's tables 1 to 4 beside")
     wide: bool = option(False, "show all columns of the table, however wide; results.md has them in any case")
-    out: str = option("", "folder for samples and results; empty: a new one under runs/evaluate/")
+    out: str = option(
+        "", "folder for samples and results; empty: a new one under runs/evaluate/, or with --along the run's"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -56,23 +61,32 @@ def main(argv: list[str]) -> None:
         config = resolve(EvaluateFlags, "evaluate", read_recipe(recipe) if recipe else {}, flags)
         _grade(config, named="benchmarks" in given)
         return
-    folders = [check_model(folder) for folder in given.get("model") or [newest_model()]]
-    _refuse_twice("--model", folders)
-    tables = read_recipe(recipe) if recipe else recipe_of(folders[0])
+    run = _run(given) if given.get("along") else None
+    if run:
+        models: Mapping[str, str | Path] = models_along(run)
+    else:
+        models = {folder: check_model(folder) for folder in given.get("model") or [newest_model()]}
+        _refuse_twice("--model", [*given.get("model", [])])
+    tables = read_recipe(recipe) if recipe else recipe_of(run / "final" if run else next(iter(models)))
     config = resolve(EvaluateFlags, "evaluate", tables, flags)
     tests = benchmarks.load_all(config.benchmarks, config.data, config.limit, config.template)
     pairs = resolve(RediConfig, "redi", tables)
 
     with world(config.timeout_minutes) as ranks:
-        out = Path(ranks.first(lambda: _folder(config.out)))
-        config.dtype = ranks.first(lambda: Samples(out).claim({folder: folder for folder in folders}, tests, config))
-        rows = ranks.first(lambda: _finished(out, len(folders) * config.n * sum(len(b.problems) for b in tests)))
-        if not rows:
-            _say_frames(config, ranks)
-            ranks.say(f"samples go to {out}; broken off, the same command with --out {out} goes on")
-            for folder in folders:
-                rows += evaluate(folder, folder, tests, config, out, ranks, pairs=pairs)
+        in_run = run and Path(config.out or run).resolve() == run.resolve()
+        out = run if in_run else Path(ranks.first(lambda: _folder(config.out)))
+        notes = [*_frames(config), f"samples go to {out}; broken off, the same command with --out {out} goes on"]
+        if run and step_of(next(iter(models))):
+            notes.append(f"the model that {run} started from is not there, and is left out")
+        rows = evaluate_all(models, tests, config, out, ranks, pairs, adds=run is not None, notes="\n".join(notes))
         ranks.say(ranks.first(lambda: _write(out, rows, config)))
+
+
+def _run(given: dict[str, Any]) -> Path:
+    """The run that --along goes along."""
+    if len(given.get("model", [])) > 1:
+        raise UserError("--along takes one run: give its folder to --model")
+    return Path(given["model"][0]) if given.get("model") else Path(newest_model()).parent
 
 
 def _refuse_twice(flag: str, paths: list[str]) -> None:
@@ -81,21 +95,11 @@ def _refuse_twice(flag: str, paths: list[str]) -> None:
             raise UserError(f"{flag} names {path} twice")
 
 
-def _finished(out: Path, num_samples: int) -> list[Row]:
-    """The results of a folder that lacks nothing; empty where there is something to do."""
-    keys = ("model", "benchmark", "problem", "sample")
-    if len({tuple(row.get(key) for key in keys) for row in Samples(out).rows()}) < num_samples:
-        return []
-    try:
-        return read_results(out)
-    except UserError:  # the last start did not come so far
-        return []
-
-
-def _say_frames(config: EvaluateFlags, ranks: World) -> None:
+def _frames(config: EvaluateFlags) -> list[str]:
+    """A note on problems that are asked as they are."""
     paths = [name for name in config.benchmarks if name not in benchmarks.NAMED]
-    if paths and not config.template:
-        ranks.say(f"{', '.join(paths)}: asked without a frame; --template paper puts the paper's around each problem")
+    text = f"{', '.join(paths)}: asked without a frame; --template paper puts the paper's around each problem"
+    return [text] if paths and not config.template else []
 
 
 def _grade(config: EvaluateFlags, named: bool) -> None:
@@ -111,26 +115,23 @@ def _grade(config: EvaluateFlags, named: bool) -> None:
             samples += graded
     out = Path(_new_folder(config.out))
     # Anybody's text may hold half a surrogate pair, which UTF-8 cannot.
-    with open(out / "samples.jsonl", "x", encoding="utf-8", errors="replace") as file:
+    with writing(out / "samples.jsonl") as beside, open(beside, "w", encoding="utf-8", errors="replace") as file:
         file.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
     print(_write(out, rows, config))
 
 
 def _write(out: Path, rows: list[Row], config: EvaluateFlags) -> str:
     """Write the results; the table and what the reader should know of it."""
+    rows, best = mark_best(rows) if config.along else (rows, "")
     models = list(dict.fromkeys(row["model"] for row in rows))
 
     def samples():
         return (row for _, row in read_rows(str(out / "samples.jsonl")))
 
-    compared = compare(samples(), *models) if len(models) == 2 else []
-    parts = [write(out, rows, compared, config.paper, config.wide)]
+    compared = compare(samples(), *models) if len(models) == 2 and not best else []
+    parts = [write(out, rows, compared, config.paper, config.wide), *([best] if best else [])]
     if config.think == "forced":
-        parts += [
-            f"{model}: over half of the responses have a boxed answer and no </think>, and count as wrong; for a model "
-            "that does not think give --think own"
-            for model in unended(samples())
-        ]
+        parts += unended(samples(), "--think own")
     return "\n\n".join([*parts, f"written to {out}"])
 
 

@@ -20,8 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from nanoredi.common.disk import regular
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import parse_json, read_rows, write_row
 from nanoredi.common.flags import Tables, option, read_flags, read_recipe, resolve
@@ -37,7 +36,7 @@ from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.chat import chat, ending
 from nanoredi.sampler.sampler import Sampler
 from nanoredi.sampler.scheduler import Request, requests_for
-from nanoredi.trainer.distributed import compute_dtype
+from nanoredi.trainer.distributed import compute_dtype, device_alone
 
 _PROBLEMS_TO_SHOW = 3
 _ADDED = ("completion", "finish_reason", "tokens", "sample")  # to a prompt's row
@@ -102,7 +101,7 @@ def _sampling_only(tables: Tables) -> Tables:
 
 
 def _sampler(folder: str, tokenizer: Tokenizer, config: SampleFlags) -> Sampler:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_alone()
     model = Qwen2.from_pretrained(folder, dtype=compute_dtype(config.dtype, device), device=device).pack()
     return Sampler(model, stop_ids(tokenizer), config)
 
@@ -184,7 +183,7 @@ def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: Sa
     """Write each completion when it ends, as a whole line; those that the file has already are not made again."""
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as file:
+    with open(regular(path), "ab", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi import toy
-from nanoredi.common.errors import UserError, run_script
-from nanoredi.common.files import write_json
+from nanoredi.common.errors import run_script
+from nanoredi.common.files import read_rows
 from nanoredi.common.flags import read_flags, resolve
-from nanoredi.common.runs import dtype_of_run, open_run
+from nanoredi.common.runs import dtype_of_run, final_name, open_run
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
 from nanoredi.data import benchmarks
-from nanoredi.evaluation.evaluate import evaluate
-from nanoredi.evaluation.samples import Samples
-from nanoredi.report.tables import read_results, table
+from nanoredi.evaluation.evaluate import evaluate_all
+from nanoredi.evaluation.samples import kept_results
+from nanoredi.evaluation.scores import unended
+from nanoredi.report.tables import table
 from nanoredi.trainer.distributed import World, settled_dtype, world
 from nanoredi.trainer.loop import train
 
@@ -61,25 +62,16 @@ def main(argv: list[str]) -> None:
 
 
 def show_results(config: RediConfig, evaluation: EvaluateConfig, ranks: World) -> None:
-    """Evaluate the start's model and the final one, unless that is done; write results.json and print its table."""
+    """Evaluate the start's model and the final one, unless that is done (results.json), and print the table."""
     out = Path(config.out)
-    if not ranks.first(lambda: _has_results(out)):
-        tests = _benchmarks(evaluation)
-        final = "SFT continued" if config.objective == "sft" else config.objective.upper()
-        models = {"SFT": Path(config.model), final: out / "final"}
-        evaluation.dtype = ranks.first(lambda: Samples(out).claim(models, tests, evaluation))
-        rows = []
-        for name, folder in models.items():
-            rows += evaluate(name, folder, tests, evaluation, out, ranks, pairs=config)
-        ranks.first(lambda: write_json(out / "results.json", rows))
-    ranks.say("\n" + ranks.first(lambda: table(read_results(out))))
-
-
-def _has_results(out: Path) -> bool:
-    try:
-        return bool(read_results(out))
-    except UserError:  # there are none, or what a full disk left of them
-        return False
+    models = {"SFT": Path(config.model), final_name(config.objective): out / "final"}
+    rows = ranks.first(lambda: kept_results(out))
+    if models.keys() - {row["model"] for row in rows}:
+        rows = evaluate_all(models, _benchmarks(evaluation), evaluation, out, ranks, pairs=config, adds=True)
+    ranks.say("\n" + table(rows))
+    if evaluation.think == "forced" and (samples := out / "samples.jsonl").exists():
+        flag = "--think own to evaluate.py, or --evaluate.think own to a new run"
+        ranks.say(ranks.first(lambda: "\n".join(unended((row for _, row in read_rows(str(samples))), flag))))
 
 
 def _benchmarks(evaluation: EvaluateConfig) -> list[benchmarks.Benchmark]:

@@ -3,14 +3,16 @@
     python -m bench.device --minutes 9       into runs/device: device.md and device.json
     python -m bench.device --dry             the same parts at toy size, to see that all of it runs
 
-First the device's tests, then nanoredi's loss, optimiser steps and sampling, then the peers that are installed, each in a
-fresh process. Every row is written the moment it is there, so that a device that is taken away leaves what was measured
-by then; a part that fails or runs out of time is a row that says so. Floors are what the same device reaches in one large
-matrix product, or in reading memory; a share is the floor's time over the measured one.
+First the device's tests, whose output is kept in tests.txt, then nanoredi's loss, optimiser steps and sampling, then the
+peers that are installed, each in a fresh process; dry without a GPU, all but the tests in one process. Every row is written
+the moment it is there, so that a device that is taken away leaves what was measured by then; a part that fails or runs out
+of time is a row that says so. Floors are what the same device reaches in one large matrix product, or in reading memory; a
+share is the floor's time over the measured one.
 """
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import signal
@@ -33,6 +35,7 @@ from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.trainer.distributed import compute_dtype, matrix_rate  # noqa: E402
 
+ON_GPU = torch.cuda.is_available()
 TESTS = ["tests/device", "tests/kernels", "tests/model", "tests/sampler"]
 # The longest that a part may take, in seconds.
 TESTS_TAKE, PART_TAKES = 150, 120
@@ -41,39 +44,53 @@ TESTS_TAKE, PART_TAKES = 150, 120
 TOY = Qwen2Config(512, 64, 128, 2, 4, 2, 1_024, tie_word_embeddings=True)
 ATTENTION = {"FlashAttention 2": "", "FlashAttention 3": "FA3"}
 
+# The methods of each kind, in the order of what matters most, with the package that a peer is.
+OWN = {
+    "kernels": ["nanoredi weighted_cross_entropy", "nanoredi linear_logprob"],
+    "steps": ["nanoredi"],
+    "sampling": ["nanoredi"],
+}
+PEERS = {
+    "kernels": {
+        "Liger fused linear cross-entropy": "liger-kernel",
+        "cut-cross-entropy": "cut-cross-entropy",
+        "torch linear_cross_entropy": "torch",
+        "torch linear_cross_entropy, chunked": "torch",
+    },
+    "steps": {"the original's way": "transformers"},
+    "sampling": {"transformers generate": "transformers", "vllm": "vllm"},
+}
+
 Part = dict[str, Any]
 Row = dict[str, Any]
 
 
 def sizes(dry: bool) -> dict[str, Any]:
-    if dry or not torch.cuda.is_available():
-        steps = {"toy pairs": train_step.Size(TOY, 2, (20, 50), (50, 200), 400)}
+    if dry or not ON_GPU:
+        steps = {
+            f"toy, {name} pairs": train_step.Size(TOY, 2, (20, 50), response, 400)
+            for name, response in (("mixed", (50, 200)), ("longest", (200, 200)))
+        }
         sampling = sampler.Size("toy", TOY, 4, 2, (5, 20), (5, 40), 8, 4, 2)
         return {"kernels": [(200, 32, 512, "float32")], "steps": steps, "sampling": sampling}
-    return {"kernels": kernels.SIZES, "steps": train_step.SIZES, "sampling": replace(sampler.SIZE, prompts=16)}
+    sampling = replace(sampler.SIZE, prompts=16, completion=(20, 4_096))
+    return {"kernels": kernels.SIZES, "steps": train_step.SIZES, "sampling": sampling}
 
 
 def parts(dry: bool) -> list[Part]:
     """In the order of what matters most."""
-    own, peers = [], []
-
-    def add(kind: str, size: Any, method: str, attention: str = "FlashAttention 2") -> None:
-        part = {"kind": kind, "size": size, "method": method, "attention": attention}
-        (own if "nanoredi" in method else peers).append(part)
-
     chosen = sizes(dry)
-    for size in chosen["kernels"]:
-        for method in kernels.METHODS:
-            add("kernels", size, method)
-    for name in chosen["steps"]:
-        for method in train_step.METHODS:
-            for attention in ATTENTION if method == "nanoredi" else ["FlashAttention 2"]:
-                add("steps", name, method, attention)
-    for method in sampler.METHODS:
-        add("sampling", chosen["sampling"].name, method)
-    if dry:  # a peer of each kind
-        peers = list({part["kind"]: part for part in peers[::-1]}.values())
-    return [{"kind": "tests"}, *own, *peers]
+    names = {"kernels": chosen["kernels"], "steps": list(chosen["steps"]), "sampling": [chosen["sampling"].name]}
+    found: list[Part] = [{"kind": "tests"}]
+    for methods in (OWN, PEERS):
+        for kind, sizes_of in names.items():
+            for attention in ATTENTION if (methods, kind) == (OWN, "steps") else ["FlashAttention 2"]:
+                found += [
+                    {"kind": kind, "size": size, "method": method, "attention": attention}
+                    for size in sizes_of
+                    for method in methods[kind]
+                ]
+    return found
 
 
 def measured(part: Part, folder: str, dry: bool) -> Row:
@@ -108,33 +125,58 @@ def in_time(command: list[str], seconds: float) -> tuple[int | None, str, str]:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return None, "", ""
+        return None, *process.communicate()
     return process.returncode, out, err
 
 
-def row_of(part: Part, folder: str, dry: bool, left: float) -> Row:
-    """The part with its figures, or with the reason why there are none."""
-    if left <= 0:
-        return {**part, "note": "no time was left"}
+def row_of(part: Part, folder: Path, dry: bool, left: float) -> Row:
+    """The part with its figures, or with the reason why there are none.
+
+    Args:
+        folder: of the model's weights; the tests' output is kept beside it.
+    """
     start = time.monotonic()
+    package = PEERS.get(part["kind"], {}).get(part.get("method"))
+    version = {"version": f"{package} {importlib.metadata.version(package)}"} if _is_installed(package) else {}
+    if left <= 0:
+        return {**part, **version, "note": "no time was left"}
     if part["kind"] == "tests":
-        tests = ["tests/device/test_world.py"] if dry else TESTS
-        command, limit = [sys.executable, "-m", "pytest", "-q", *tests], min(left, TESTS_TAKE)
+        found = _tested(folder.parent / "tests.txt", dry, min(left, TESTS_TAKE))
+    elif dry and not ON_GPU:
+        found = _measured_here(part, str(folder), dry)
     else:
-        command = [sys.executable, "-m", "bench.device", "--part", json.dumps(part), "--folder", folder]
-        command, limit = command + ["--dry"] * dry, min(left, PART_TAKES)
-    code, out, err = in_time(command, limit)
-    took = round(time.monotonic() - start, 1)
+        found = _measured_apart(part, str(folder.resolve()), dry, min(left, PART_TAKES))
+    return {**part, **version, **found, "took": round(time.monotonic() - start, 1)}
+
+
+def _is_installed(package: str | None) -> bool:
+    return any(importlib.metadata.distributions(name=package)) if package else False
+
+
+def _tested(output: Path, dry: bool, seconds: float) -> Row:
+    tests = ["tests/device/test_world.py"] if dry else TESTS
+    code, out, err = in_time([sys.executable, "-m", "pytest", "-q", *tests], seconds)
+    output.write_text(out + err)
+    return {"note": (f"ended after {seconds:.0f} s: " if code is None else "") + _last_line(out)}
+
+
+def _measured_here(part: Part, folder: str, dry: bool) -> Row:
+    try:
+        return measured(part, folder, dry)
+    except Exception as error:
+        return {"note": f"{type(error).__name__}: {error}"[:160]}
+
+
+def _measured_apart(part: Part, folder: str, dry: bool, seconds: float) -> Row:
+    command = [sys.executable, "-m", "bench.device", "--part", json.dumps(part), "--folder", folder]
+    code, out, err = in_time(command + ["--dry"] * dry, seconds)
     if code is None:
-        return {**part, "note": f"ended after {limit:.0f} s", "took": took}
-    last = ([line for line in out.splitlines() if line.strip()] or [""])[-1]
-    if part["kind"] == "tests":
-        return {**part, "note": last, "took": took}
-    if code:
-        said = [line for line in err.splitlines() if line.strip()] or ["killed"]
-        return {**part, "note": said[-1].strip()[:160], "took": took}
-    return {**part, **json.loads(last), "took": took}
+        return {"note": f"ended after {seconds:.0f} s"}
+    return {"note": (_last_line(err) or "killed")[:160]} if code else json.loads(_last_line(out))
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def markdown(about: dict[str, str], rows: list[Row]) -> str:
@@ -146,6 +188,8 @@ def markdown(about: dict[str, str], rows: list[Row]) -> str:
         cells = [row["kind"], size, row.get("method", "")]
         if row.get("attention") == "FlashAttention 3":
             cells[2] += ", FlashAttention 3"
+        if "version" in row:
+            cells[2] += f" ({row['version']})"
         if "seconds" in row:
             rate = row["tokens"] / row["seconds"]
             cells += [f"{row['seconds']:.4g}", f"{rate:,.0f}", f"{row['floor']:.4g}"]
@@ -164,20 +208,21 @@ def write(out: Path, about: dict[str, str], rows: list[Row]) -> None:
 
 
 def about() -> dict[str, str]:
-    on_gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
     versions = {"device": device, "torch": torch.__version__, "CUDA": torch.version.cuda or "none"}
+    for package in ("triton", "flash_attn_3"):
+        versions[package] = importlib.metadata.version(package) if _is_installed(package) else "none"
     return {**versions, "date": datetime.date.today().isoformat()}
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="that all of it may take [9]")
     parser.add_argument("--dry", action="store_true", help="toy sizes")
     parser.add_argument("--out", type=Path, default=Path("runs/device"), help="folder of the tables [runs/device]")
     parser.add_argument("--part", type=json.loads, help=argparse.SUPPRESS)  # what the fresh processes are told
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     if flags.part:
         print(json.dumps(measured(flags.part, flags.folder, flags.dry)))
         return
@@ -188,7 +233,7 @@ def main() -> None:
     for part in parts(flags.dry):
         if part["kind"] in ("steps", "sampling") and not folder.exists():
             make_model(folder, flags.dry)
-        rows.append(row_of(part, str(folder.resolve()), flags.dry, end - time.monotonic()))
+        rows.append(row_of(part, folder, flags.dry, end - time.monotonic()))
         write(flags.out, about(), rows)
         print(markdown({}, rows[-1:]).splitlines()[-1], flush=True)
 
@@ -202,4 +247,4 @@ def make_model(folder: Path, dry: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

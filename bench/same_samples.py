@@ -71,7 +71,7 @@ def made(
 ) -> Tokens:
     tokenizer = Tokenizer(args.model)
     model = Qwen2.from_pretrained(args.model, dtype=getattr(torch, dtype), device=DEVICE).pack()
-    config = SamplingConfig(max_tokens=args.max_tokens, batch_size=batch_size, dtype=dtype)
+    config = SamplingConfig(max_tokens=args.max_tokens, batch_size=batch_size, page_size=32, dtype=dtype)
     if hasattr(config, "batch_invariant"):
         config.batch_invariant = args.batch_invariant == "true"
     c = model.config

@@ -203,8 +203,9 @@ among m machines sends 2 (m - 1) / m of an eighth of the gradient through each.
 
 **Time.** Linear layers take 2 operations a parameter and token in forward and 4 in backward; where products are not
 kept 2 more, for all but the MLP's last layer, which backward need not make again. The loss takes 6. Causal attention
-takes 2 n^2 D a sequence and block, and 2.5 times that in backward; its forward is not repeated. Each forward and each
-backward takes the longer of computing and sending; the last backward also sends the gradients. To that is added what
+takes 2 n^2 D a sequence and block, and 2.5 times that in backward; its forward is not repeated. What blocks do between
+products (norms, sums, rotation, the MLP's gate) takes its traffic at the memory's rate, 254 kB a token and block of 1.5B.
+Each forward and each backward takes the longer of computing and sending; the last backward also sends the gradients. To that is added what
 nothing hides: the gather of root unit and first block in each micro-batch, the root unit's reduction at the end, the
 optimiser. All GPUs have equal work. *network to keep up*: the rate below which sending takes longer than computing in
 some forward or backward.

@@ -179,6 +179,17 @@ def flops(c: Qwen2Config, layout: Layout) -> dict[str, float]:
     }
 
 
+def pointwise(c: Qwen2Config, layout: Layout) -> dict[str, float]:
+    """Bytes that a GPU's micro-batch reads and writes in what blocks do between their products (kernels/pointwise.py),
+    forward, and backward with what is recomputed for it; tests/device counts them."""
+    d, kv, f = c.hidden_size, c.num_key_value_heads * c.head_dim, c.intermediate_size
+    norms, rotation = (2 + 4) * d, 2 * (d + kv)  # the second norm also makes the sum that it takes
+    forward = norms + rotation + 3 * f + 3 * d
+    backward = norms + rotation + 6 * f + (4 + 4) * d + 2 * (d + 2 * kv)
+    in_bf16 = 2 * layout.tokens * c.num_hidden_layers
+    return {"forward": in_bf16 * forward, "backward": in_bf16 * backward}
+
+
 def times(c: Qwen2Config, layout: Layout, device: Device) -> dict[str, float]:
     """Seconds of a step, and the slowest network (Gb/s a GPU) that would not prolong it.
 
@@ -194,10 +205,11 @@ def times(c: Qwen2Config, layout: Layout, device: Device) -> dict[str, float]:
         """Seconds of bytes exchanged within a copy, and among copies."""
         return max(shared / nvlink, shared * share / adapter) + copies / adapter
 
-    work, sent = flops(c, layout), traffic(c, layout)
+    work, moved, sent = flops(c, layout), pointwise(c, layout), traffic(c, layout)
     computing = {
         phase: work[phase] / (device.flops * 1e12 * device.matrix_share)
         + work[f"{phase} attention"] / (device.flops * 1e12 * device.attention_share)
+        + moved[phase] / (device.bandwidth * 1e9 * device.link_share)
         for phase in ("forward", "backward")
     }
     forward = max(computing["forward"], link(sent["forward"]))

@@ -13,3 +13,8 @@ if sys.platform == "win32":
 # grow. torch reads this when it first takes memory of a GPU; what the user has set stays.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+# Threads of OpenMP that wait for each other spin for milliseconds before they sleep: beside another busy process, just the time
+# that the thread they wait for needs. libgomp reads this when torch loads it, so nanoredi is imported before torch.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"

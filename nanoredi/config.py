@@ -138,7 +138,13 @@ class SamplingConfig:
     top_k: int = option(0, "sample among the k likeliest tokens; 0: among all", low=0)
     max_tokens: int = option(32_768, "longest completion; the end of the context comes first", low=1)
     seed: int = option(42, "of the samples", low=0)
-    batch_size: int = option(64, "rows decoded at once on a rank", low=1, high=2**16, free=True)
+    batch_size: int = option(
+        0,
+        "rows decoded at once on a rank; 0: 64 on a CPU, on a GPU 256 or what its memory has room for",
+        low=0,
+        high=2**16,
+        free=True,
+    )
     cache_gb: float = option(
         0.0,
         "memory of the key-value cache on a rank, in GB; 0: measured from what the device has free",
@@ -146,7 +152,9 @@ class SamplingConfig:
         high=1e6,
         free=True,
     )
-    page_size: int = option(32, "tokens of a page of the key-value cache", low=1, high=2**16, free=True)
+    page_size: int = option(
+        0, "tokens of a page of the key-value cache; 0: 32 on a CPU, 256 on a GPU", low=0, high=2**16, free=True
+    )
     dtype: str = option(
         "auto", "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it)", choices=DTYPES
     )

@@ -15,7 +15,6 @@ order: memory holds the rows at hand and a few numbers for each, the disk holds 
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,44 +24,57 @@ from typing import Any
 
 import numpy as np
 
+from nanoredi.common.disk import move_into_place, path_beside, remove, remove_leftovers
 from nanoredi.common.errors import UserError, run_script
+from nanoredi.common.files import check, read_rows
 from nanoredi.common.flags import option, read_flags, resolve
 from nanoredi.common.formats import num_rows
 from nanoredi.common.progress import progress
 from nanoredi.data import own_responses as own
 from nanoredi.data.decontaminate import Overlap
-from nanoredi.data.filters import SFT_GATE, Gates, Traces, say_dropped
-from nanoredi.data.raw import find_files, raw_rows
+from nanoredi.data.filters import SFT_GATE, Gates, say_dropped
+from nanoredi.data.messages import SIDES, THINKING_NAMES
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 
 PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all of OpenR1-Math-Raw
+# A table's other columns are not read.
+_FIELDS = (
+    *("problem_is_valid", "source", "problem", "generations", "correctness"),
+    *("prompt", "messages", "completion", "finish_reason", "sample", "answer", "correct", *THINKING_NAMES),
+)
+_KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
+Rows = Iterable[tuple[str, dict[str, Any]]]  # each with where it stands, for messages
 _FILES = ("sft.jsonl", "pairs.jsonl", "too_long.jsonl", "overlaps.jsonl")
 
 
+@dataclass
+class PrepareFlags:
+    """The command's flags."""
+
+    raw: list[str] = option([], "raw rows: JSONL, Parquet or Arrow files, or folders of them")
+    tokenizer: str = option("", "Hugging Face folder whose tokenizer and chat template measure lengths")
+    out: str = option("", "folder for sft.jsonl and pairs.jsonl")
+    max_prompt_tokens: int = option(800, "longest prompt of a pair", low=1)
+    max_response_tokens: int = option(19_000, "longest response of a pair", low=1)
+    seed: int = option(42, "of the shuffle, and of which pairs are swapped", low=0)
+    grade: bool = option(False, "label the responses with the grader, by the rows' gold answers")
+    decontaminate: list[str] = option([], "benchmarks to look for in the rows kept: files of rows with `problem`")
+    drop: bool = option(False, "leave out the rows that overlap with a benchmark")
+    swap: float = option(0.0, "share of pairs whose chosen and rejected change places", low=0, high=1)
+    strict_negatives: bool = option(False, "reject only what both verifiers call incorrect")
+
+
 def prepare(
-    files: list[Path],
-    tokenizer: Tokenizer,
-    out: Path,
-    max_prompt_tokens: int = 800,
-    max_response_tokens: int = 19_000,
-    seed: int = 42,
-    grading: bool = False,
-    overlap: Overlap | None = None,
-    swap: float = 0.0,
-    strict_negatives: bool = False,
+    files: list[Path], tokenizer: Tokenizer, out: Path, flags: PrepareFlags, overlap: Overlap
 ) -> dict[str, int]:
     """Write sft.jsonl and pairs.jsonl, too_long.jsonl (lengths of pairs beyond the limits) and maybe overlaps.jsonl.
 
     Args:
         files, out: of raw rows, and for what is written.
         tokenizer: whose tokens are counted.
-        max_prompt_tokens, max_response_tokens: a pair's limits.
-        seed: of the shuffle, and of which pairs are swapped.
-        grading: label the responses with the grader.
+        flags: the gates' limits and all else that changes what is written.
         overlap: the benchmarks to compare with; it keeps what was found.
-        swap: the share of pairs whose chosen and rejected change places.
-        strict_negatives: reject only what all verdicts call incorrect.
 
     Returns:
         {gate: rows that passed it and all before it}, rows dropped for an overlap included.
@@ -71,25 +83,54 @@ def prepare(
         UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files.
     """
     total = _count_rows(files, out)
-    gates = Gates(max_prompt_tokens, max_response_tokens, strict_negatives)
+    gates = Gates(flags.max_prompt_tokens, flags.max_response_tokens, flags.strict_negatives)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out)
         # Written beside and renamed: an output that is there is whole.
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=out) as beside, ExitStack() as stack:
-            own_rows, *spools = (stack.enter_context(Spool(Path(beside, f"{n}.spool"))) for n in ("own", *_FILES[:3]))
-            total, rows = _raw_rows(files, total, own_rows, tokenizer, grading)
-            _sift(progress(rows, "reading", total, "rows", delay=1), total, seed, gates, tokenizer, overlap, spools)
+        beside = path_beside(out / "rows")
+        with ExitStack() as stack:
+            stack.callback(remove, beside)
+            beside.mkdir()
+            own_rows, *spools = (stack.enter_context(Spool(beside / f"{n}.spool")) for n in ("own", *_FILES[:3]))
+            total, rows = _as_raw_rows(files, total, own_rows, tokenizer, flags.grade)
+            rows = progress(rows, "reading", total, "rows", delay=1)
+            _sift(rows, total, flags.seed, gates, tokenizer, overlap, spools)
             for name, spool in zip(_FILES, spools):
-                lines = _swapped(spool, swap, seed) if name == "pairs.jsonl" and swap else spool.lines()
-                with open(Path(beside, name), "wb") as file:
+                lines = _swapped(spool, flags) if name == "pairs.jsonl" else spool.lines()
+                with open(beside / name, "wb") as file:
                     file.writelines(progress(lines, f"writing {name}", len(spool), "rows", delay=1))
-            if overlap:
-                overlap.write(Path(beside, _FILES[3]))
-            for path in Path(beside).glob("*.jsonl"):
-                path.rename(out / path.name)
+            if overlap.files:
+                overlap.write(beside / _FILES[3])
+            for path in beside.glob("*.jsonl"):
+                move_into_place(path, out / path.name)
     except OSError as error:  # of writing: reading has its own words
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
     return gates.counts
+
+
+def find_files(paths: list[str]) -> list[Path]:
+    """The raw files behind the paths given: files as they are, of a folder its files in the order of their names."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            files.append(path)
+            continue
+        kinds = {kind: found for kind in _KINDS if (found := sorted(path.glob(f"*{kind}")))}
+        if len(kinds) != 1:  # two kinds side by side are likely the same rows twice
+            holds = "both " + " and ".join(kinds) if kinds else "none"
+            raise UserError(f"the folder {path} must hold one kind of {', '.join(_KINDS)} files; it holds {holds}")
+        files += next(iter(kinds.values()))
+    return files
+
+
+def read_raw(file: Path) -> Rows:
+    """The rows of a file, each with where it stands, for messages about it; one at a time, since they do not fit in memory.
+
+    Raises:
+        UserError: when the file cannot be read, and for a row that is no object.
+    """
+    return ((where, check(where, row, dict)) for where, row in read_rows(str(file), _FIELDS))
 
 
 def _count_rows(files: list[Path], out: Path) -> int:
@@ -103,12 +144,10 @@ def _count_rows(files: list[Path], out: Path) -> int:
     return total
 
 
-def _raw_rows(
-    files: list[Path], total: int, spool: Spool, tokenizer: Tokenizer, grading: bool
-) -> tuple[int, Iterable[tuple[str, dict[str, Any]]]]:
+def _as_raw_rows(files: list[Path], total: int, spool: Spool, tokenizer: Tokenizer, grading: bool) -> tuple[int, Rows]:
     """How many raw rows come of the files' rows, and the raw rows, each with where it stands; one's own are labelled,
     and those of one problem made one."""
-    rows = chain.from_iterable(map(raw_rows, files))
+    rows = chain.from_iterable(map(read_raw, files))
     first = next(rows)
     rows = chain([first], rows)
     if "completion" in first[1]:
@@ -120,39 +159,37 @@ def _raw_rows(
 
 
 def _sift(
-    rows: Iterable[tuple[str, dict[str, Any]]],
-    total: int,
-    seed: int,
-    gates: Gates,
-    tokenizer: Tokenizer,
-    overlap: Overlap | None,
-    spools: list[Spool],
+    rows: Rows, total: int, seed: int, gates: Gates, tokenizer: Tokenizer, overlap: Overlap, spools: list[Spool]
 ) -> None:
     """Put what the gates let through on the spools of SFT rows, pairs and pairs that are too long."""
     sft, pairs, too_long = spools
     # Shuffled row k is raw row permutation[k], so a raw row's place is the inverse. Each gate looks at one row:
     # dropping rows before they move leaves the same rows in the same order as dropping them after.
     place = np.argsort(np.random.default_rng(seed).permutation(total))
-    for (traces, as_trained), encodings in tokenizer.encode_rows(_candidates(rows, gates, tokenizer)):
-        lengths = tokenizer.lengths(encodings, as_trained)
+    learned = (gates.sift(where, row, index) for index, (where, row) in enumerate(rows))
+    parts = ((traces.where, traces.prompt, traces.answers, traces) for traces in learned if traces)
+    for traces, lengths in tokenizer.lengths_of_rows(parts):
         fits = gates.fits(lengths)
-        if overlap and overlap.check(traces, fits) and overlap.drop:
+        if overlap.check(traces, fits) and overlap.drop:
             continue
         at = int(place[traces.index])
         sft.add(at, traces.sft_row(lengths))
         if fits:
             pairs.add(at, traces.pair(lengths))
         elif traces.rejected is not None:
-            too_long.add(at, traces.pair_facts(lengths))
+            too_long.add(
+                at, {name: fact for name, fact in traces.pair(lengths).items() if name not in ("prompt", *SIDES)}
+            )
     print("".join(f"{count:,} {what}.\n" for what, count in gates.remarks.items() if count), end="", file=sys.stderr)
     say_dropped("rows", "text holds half a surrogate pair, which is no character", gates.unreadable, total)
     if not len(sft):
         raise UserError(f"no row is left: {_summary(gates.counts)}")
 
 
-def _swapped(spool: Spool, share: float, seed: int) -> Iterator[bytes]:
+def _swapped(spool: Spool, flags: PrepareFlags) -> Iterator[bytes]:
     """The spool's pairs, with chosen and rejected exchanged in a share of them (the paper's ablation of the verifier)."""
-    swapped = set(np.random.default_rng((seed, 1)).permutation(len(spool))[: round(share * len(spool))].tolist())
+    order = np.random.default_rng((flags.seed, 1)).permutation(len(spool))
+    swapped = set(order[: round(flags.swap * len(spool))].tolist())
     for number, line in enumerate(spool.lines()):
         if number in swapped:
             row = json.loads(line)
@@ -161,17 +198,6 @@ def _swapped(spool: Spool, share: float, seed: int) -> Iterator[bytes]:
                 row[chosen], row[rejected] = row[rejected], row[chosen]
             line = json.dumps(row | {"swapped": True}).encode() + b"\n"
         yield line
-
-
-def _candidates(
-    rows: Iterable[tuple[str, dict[str, Any]]], gates: Gates, tokenizer: Tokenizer
-) -> Iterator[tuple[str, list[str], tuple[Traces, bool]]]:
-    """The rows that stage 1 learns from, with the texts to be measured."""
-    for index, (where, row) in enumerate(rows):
-        traces = gates.sift(where, row, index)
-        if traces is not None:
-            texts, as_trained = traces.texts(tokenizer)
-            yield where, texts, (traces, as_trained)
 
 
 def _summary(counts: dict[str, int]) -> str:
@@ -188,55 +214,26 @@ def table(counts: dict[str, int]) -> str:
     lines = [f"{gate:{width}}  {rows:>9,}" for gate, rows in counts.items()]
     rows_read, *_, pairs = counts.values()
     if rows_read > 100_000 and (counts[SFT_GATE], pairs) != PUBLISHED_COUNTS:
+        sft, pairs = PUBLISHED_COUNTS
         lines.append(
-            "These are not the paper's counts: it has {:,} SFT traces and {:,} pairs of all of OpenR1-Math-Raw.".format(
-                *PUBLISHED_COUNTS
-            )
+            f"These are not the paper's counts: it has {sft:,} SFT traces and {pairs:,} pairs of OpenR1-Math-Raw."
         )
     return "\n".join(lines)
 
 
-@dataclass
-class PrepareFlags:
-    """The command's flags."""
-
-    raw: list[str] = option([], "raw rows: JSONL, Parquet or Arrow files, or folders of them")
-    tokenizer: str = option("", "Hugging Face folder whose tokenizer and chat template measure lengths")
-    out: str = option("", "folder for sft.jsonl and pairs.jsonl")
-    max_prompt_tokens: int = option(800, "longest prompt of a pair", low=1)
-    max_response_tokens: int = option(19_000, "longest response of a pair", low=1)
-    seed: int = option(42, "of the shuffle", low=0)
-    grade: bool = option(False, "label the responses with the grader, by the rows' gold answers")
-    decontaminate: list[str] = option([], "benchmarks to look for in the rows kept: JSON or JSONL files with `problem`")
-    drop: bool = option(False, "leave out the rows that overlap with a benchmark")
-    swap: float = option(0.0, "share of pairs whose chosen and rejected change places", low=0, high=1)
-    strict_negatives: bool = option(False, "reject only what both verifiers call incorrect")
-
-
 def main(argv: list[str]) -> None:
-    _, given = read_flags(__doc__, argv, "prepare", PrepareFlags, takes_recipe=False)
+    _, given = read_flags(__doc__, argv, "prepare", PrepareFlags)
     flags = resolve(PrepareFlags, "prepare", given)
     missing = [f"--{name}" for name in ("raw", "tokenizer", "out") if not getattr(flags, name)]
     if missing:
         raise UserError(f"{' and '.join(missing)} must be given; --help lists the flags")
     if flags.drop and not flags.decontaminate:
         raise UserError("--drop needs --decontaminate FILE ..., the benchmarks whose overlaps it drops")
-    overlap = Overlap(flags.decontaminate, flags.drop) if flags.decontaminate else None
+    overlap = Overlap(flags.decontaminate, flags.drop)
     out = Path(flags.out)
-    counts = prepare(
-        find_files(flags.raw),
-        Tokenizer(flags.tokenizer),
-        out,
-        flags.max_prompt_tokens,
-        flags.max_response_tokens,
-        flags.seed,
-        flags.grade,
-        overlap,
-        flags.swap,
-        flags.strict_negatives,
-    )
+    counts = prepare(find_files(flags.raw), Tokenizer(flags.tokenizer), out, flags, overlap)
     print(table(counts))
-    if overlap:
+    if overlap.files:
         print(f"\n{overlap.table()}")
     print(f"Wrote {' and '.join(str(out / name) for name in _FILES[:2])}.")
 

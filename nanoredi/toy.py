@@ -17,6 +17,7 @@ demonstration, and no evidence for the paper.
 
 import json
 import random
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,8 @@ from nanoredi.model.qwen2 import Qwen2
 NUM_OPS = 6
 SAMPLES_A_PROBLEM = 4
 SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>"]
-WORDS = ["<think>", "</think>", "\\boxed{", "}", "Wait", *"0123456789", *"abcdefghijklmno", *"+-*=;~:"]
+LETTERS = "abcdefghijklmno"  # the name of the value after i operations
+WORDS = ["<think>", "</think>", "\\boxed{", "}", "Wait", *"0123456789", *LETTERS, *"+-*=;~:"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] not in ['user', 'assistant'] %}{{ raise_exception('the toy knows the roles user and assistant') }}{% endif %}"
@@ -72,10 +74,10 @@ class Problem:
     start: int
     ops: tuple[tuple[str, int], ...]  # (sign, operand)
 
+    @property
     def text(self) -> str:
-        return f"a={self.start}" + "".join(
-            f"{letter(i)}{sign}{operand}" for i, (sign, operand) in enumerate(self.ops, 1)
-        )
+        steps = [f"{LETTERS[i]}{sign}{operand}" for i, (sign, operand) in enumerate(self.ops, 1)]
+        return f"a={self.start}" + "".join(steps)
 
     def apply(self, value: int, first: int, last: int) -> int:
         """The value after operations first to last - 1, from the value before them."""
@@ -86,11 +88,6 @@ class Problem:
     @property
     def answer(self) -> int:
         return self.apply(self.start, 0, len(self.ops))
-
-
-def letter(i: int) -> str:
-    """The name of the value after i operations."""
-    return "abcdefghijklmno"[i]
 
 
 def draw_problem(rng: random.Random) -> Problem:
@@ -109,9 +106,9 @@ def teach(problem: Problem, rng: random.Random) -> tuple[str, int]:
         landing = min(NUM_OPS, i + rng.choice((2, 3)))
         right = problem.apply(value, i, landing)
         leapt = right if rng.random() < 0.5 else _wrong(right, rng)
-        out.append(f"~{letter(landing)}={leapt};")
+        out.append(f"~{LETTERS[landing]}={leapt};")
         if leapt != right and rng.random() < 0.3:
-            out.append(f"Wait{letter(i)}={value};")
+            out.append(f"Wait{LETTERS[i]}={value};")
             while i < landing:
                 value = _step(problem, value, i, out, slips=False, rng=rng)
                 i += 1
@@ -125,7 +122,7 @@ def _step(problem: Problem, value: int, i: int, out: list[str], slips: bool, rng
     sign, operand = problem.ops[i]
     value = problem.apply(value, i, i + 1)
     value = _wrong(value, rng) if slips else value
-    out.append(f"{letter(i + 1)}{sign}{operand}={value};")
+    out.append(f"{LETTERS[i + 1]}{sign}{operand}={value};")
     return value
 
 
@@ -151,13 +148,12 @@ def make(folder: Path, config: ToyConfig, seed: int) -> None:
         traces = [teach(problem, rng) for _ in range(SAMPLES_A_PROBLEM)]
         chosen = next((text for text, value in traces if value == problem.answer), None)
         rejected = next((text for text, value in traces if value != problem.answer), None)
-        if chosen is not None:
-            sft.append(
-                {"messages": [{"role": "user", "content": problem.text()}, {"role": "assistant", "content": chosen}]}
-            )
-            prompts.append({"prompt": problem.text(), "answer": str(problem.answer)})
-            if rejected is not None:
-                pairs.append({"prompt": problem.text(), "chosen": chosen, "rejected": rejected})
+        if chosen:
+            messages = [{"role": "user", "content": problem.text}, {"role": "assistant", "content": chosen}]
+            sft.append({"messages": messages})
+            prompts.append({"prompt": problem.text, "answer": str(problem.answer)})
+            if rejected:
+                pairs.append({"prompt": problem.text, "chosen": chosen, "rejected": rejected})
     wanted = config.pairs + config.watch_pairs
     if len(pairs) < wanted:
         raise UserError(
@@ -171,23 +167,19 @@ def make(folder: Path, config: ToyConfig, seed: int) -> None:
         _write_rows(beside / "pairs.jsonl", pairs[: config.pairs])
         _write_rows(beside / "watch.jsonl", pairs[config.pairs : wanted])
         _write_rows(beside / "prompts.jsonl", prompts)
-        _write_rows(beside / "toy.jsonl", [{"problem": p.text(), "answer": str(p.answer)} for p in heldout])
-        model = Qwen2(_model_config(config), tokenizer_folder=beside / "tokenizer")
-        model.init_weights(seed).save_pretrained(beside / "model")
-
-
-def _model_config(config: ToyConfig) -> Qwen2Config:
-    return Qwen2Config(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=config.hidden_size,
-        intermediate_size=3 * config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.08,  # with the usual 0.02 so small a model stalls at chance
-    )
+        _write_rows(beside / "toy.jsonl", [{"problem": p.text, "answer": str(p.answer)} for p in heldout])
+        sizes = Qwen2Config(
+            vocab_size=len(SPECIAL) + len(WORDS),
+            hidden_size=config.hidden_size,
+            intermediate_size=3 * config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=0.08,  # with the usual 0.02 so small a model stalls at chance
+        )
+        Qwen2(sizes, tokenizer_folder=beside / "tokenizer").init_weights(seed).save_pretrained(beside / "model")
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -195,8 +187,7 @@ def write_tokenizer(folder: Path) -> None:
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    words = "|".join("".join("\\" + c if c in "\\{}+-*" else c for c in word) for word in WORDS)
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(words), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, WORDS))), behavior="isolated")
     backend.decoder = decoders.Fuse()
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))

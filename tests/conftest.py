@@ -1,22 +1,36 @@
 """What many tests share: the real data beside the repository, a small toy, one process as a world, and runs of the
 scripts."""
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+import nanoredi  # noqa: F401  before torch, which reads what it sets
+
+# isort: split
 import torch
+from forks import Server, ended
+from templates import CHATML, small_folder
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported: the tests run them on the CPU
 
 from nanoredi import toy  # noqa: E402
+from nanoredi.common import disk  # noqa: E402
 from nanoredi.config import ToyConfig  # noqa: E402
+from nanoredi.data.tokenizer import Tokenizer  # noqa: E402
 from nanoredi.kernels import dispatch  # noqa: E402
+from nanoredi.model.config import Qwen2Config  # noqa: E402
+from nanoredi.model.qwen2 import Qwen2  # noqa: E402
+from nanoredi.trainer import distributed, loop  # noqa: E402
 from nanoredi.trainer.distributed import World, world  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +66,7 @@ cp "KEPT/$key" "$made"
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """The tests start some hundred processes; what the C compiler makes of the same input is kept for the next one."""
+    """The tests start many processes; what the C compiler makes of the same input is kept for the next one."""
     compiler = shutil.which("cc")
     if compiler is None or not shutil.which("sha1sum"):
         return
@@ -104,6 +118,11 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_tokenizer(shared) -> Tokenizer:
+    return Tokenizer(shared / "qwen2.5-tokenizer")
+
+
+@pytest.fixture(scope="session")
 def toy_data(tmp_path_factory) -> Path:
     """The embedded task at a small size: data and a random model."""
     folder = tmp_path_factory.mktemp("toy") / "data"
@@ -112,25 +131,103 @@ def toy_data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def one_rank() -> World:
+def byte_model(tmp_path_factory) -> Path:
+    """A tiny random model whose tokenizer's tokens are bytes: it can write anything."""
+    tokenizer = small_folder(tmp_path_factory.mktemp("bytes") / "tokenizer", CHATML)
+    config = Qwen2Config(
+        vocab_size=280,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    )
+    folder = tokenizer.with_name("model")
+    Qwen2(config, tokenizer_folder=tokenizer).init_weights(0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def hasty(monkeypatch) -> None:
+    """Without what takes time in every run and changes no file: a disk that is waited for, a rate that is measured."""
+    monkeypatch.setattr(loop, "matrix_rate", lambda *_: 1e9)
+    monkeypatch.setattr(disk, "_sync_entry", lambda path: None)
+
+
+@pytest.fixture
+def share(request) -> int:
+    """How many times as much an attack tries."""
+    return 10 if request.config.getoption("--slow") else 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs_in_one_process() -> Iterator[None]:
+    """Those in the tests' own process need no pause at its end, and measure its rate once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+        patch.setattr(loop, "matrix_rate", functools.cache(loop.matrix_rate))
+        yield
+
+
+@pytest.fixture(scope="module")  # the next module may want a world of its own
+def one_rank() -> Iterator[World]:
     with world() as ranks:
         yield ranks
 
 
-@pytest.fixture
-def run(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run a script of the repository in an empty folder, as a user would; ranks > 0, or torchrun's flags, go through
-    torchrun."""
+@pytest.fixture(scope="session", autouse=True)
+def server(request, tmp_path_factory, compile_once) -> Iterator[Server | None]:
+    """Where a test wants one: it imports everything while the tests that come first run."""
+    if not any({"forks", "run"} & {*item.fixturenames} for item in request.session.items):
+        yield None
+        return
+    server = Server(tmp_path_factory.mktemp("said"))
+    yield server
+    server.stop()
 
-    def run(*words: str | Path, ranks: int = 0, torchrun: list[str] | None = None) -> subprocess.CompletedProcess:
-        gpus = torch.cuda.device_count()
-        if gpus and (torchrun or gpus < ranks):  # two ranks cannot share one
-            pytest.skip("there are too few GPUs; without any it runs: CUDA_VISIBLE_DEVICES= pytest")
+
+@pytest.fixture(scope="session", autouse=True)
+def watched(request) -> Iterator[subprocess.Popen | None]:
+    """What whole steps do to a GPU (device/test_steps.py), where that is asked for: a quarter of a minute on its own, so it
+    begins with the first test."""
+    if not any("found" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command, pipe = [sys.executable, str(ROOT / "tests/device/watched.py")], subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def forks(server) -> Server:
+    """Starts scripts on the CPU."""
+    return server
+
+
+@pytest.fixture
+def run(server, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run a script of the repository in an empty folder, as a user would, and wait for it; with ranks > 0 so many of them,
+    with torchrun's flags through torchrun. Where there are not as many GPUs as ranks, or as the test says it needs, all
+    of it runs on the CPU."""
+
+    def run(
+        *words: str | Path, ranks: int = 0, torchrun: list[str] | None = None, gpus: int = 1
+    ) -> subprocess.CompletedProcess:
+        on_gpu = torch.cuda.device_count() >= max(gpus, ranks) and (not torchrun or gpus > 1)
+        if not torchrun and not on_gpu:
+            return ended(*(server.start_ranks(ranks, tmp_path, *words) if ranks else [server.start(tmp_path, *words)]))
         torchrun = torchrun or (["--standalone", f"--nproc_per_node={ranks}"] if ranks else [])
-        launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+        launcher = ["-m", "torch.distributed.run", *torchrun, "--"] if torchrun else []  # --n is not --nnodes
         script, *flags = map(str, words)
         command = [sys.executable, *launcher, str(ROOT / script), *flags]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if not on_gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
 
     return run

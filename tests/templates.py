@@ -33,6 +33,10 @@ QWEN3 = (
 )
 QWEN3_THINKING = QWEN3.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 QWEN3_NOT_THINKING = QWEN3.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
+# Qwen2.5-Math's system message, up to the user's first word, and what comes between a question and its answer: token ids.
+SYSTEM_IDS = [151644, 8948, 198, 5501, 2874, 3019, 553, 3019, 11, 323, 2182, 697, 1590, 4226, 2878, 1124, 79075, 46391]
+SYSTEM_IDS += [151645, 198, 151644, 872, 198]
+ANSWER_IDS = [151645, 198, 151644, 77091, 198]
 _QWEN = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 _DEEPSEEK = {
     "bos_token": "<｜begin▁of▁sentence｜>",

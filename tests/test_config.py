@@ -217,7 +217,7 @@ def test_a_missing_recipe_names_the_nearest():
 
 
 def test_what_is_written_reads_back(tmp_path):
-    config = EvaluateConfig(benchmarks=['a "quoted" \\ path\n', "b"], data="", temperature=1e-7, n=2)
+    config = EvaluateConfig(benchmarks=['a "quoted" \\ path\n\x7f\x1b', "ü😀"], data="", temperature=1e-7, n=2)
     write_recipe(tmp_path / "config.toml", {"evaluate": config, "toy": ToyConfig()})
     assert resolve(EvaluateConfig, "evaluate", read_recipe(tmp_path / "config.toml")) == config
 

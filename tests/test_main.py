@@ -3,14 +3,14 @@
 import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from forks import ended
+from same import assert_same_weights
 
 import nanoredi
 from nanoredi.common.runs import dtype_of_run
@@ -116,11 +116,11 @@ def test_the_main_job_on_a_shrunken_toy(run, tmp_path):
     assert {**row, "model": "REDI"} == pytest.approx(results[1])
 
     # A run without its final model is made whole again, the same.
-    weights = (out / "final" / "model.safetensors").read_bytes()
-    shutil.rmtree(out / "final")
+    (tmp_path / "before").mkdir()
+    (out / "final").rename(tmp_path / "before" / "final")
     again = run("train_redi.py", *SMALL)
     assert again.returncode == 0, again.stderr
-    assert (out / "final" / "model.safetensors").read_bytes() == weights
+    assert_same_weights(out, tmp_path / "before")
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
@@ -222,8 +222,8 @@ BAD_INPUT = [
 
 
 @pytest.fixture(scope="module")
-def outcomes(toy_data, tmp_path_factory):
-    """What each of them comes to, all in one process, and the folder it ran in."""
+def outcomes(server, toy_data, tmp_path_factory):
+    """What each of them comes to, and the folder it ran in."""
     jobs = []
     for script, flags, _ in BAD_INPUT:
         folder = tmp_path_factory.mktemp("bad")
@@ -232,14 +232,9 @@ def outcomes(toy_data, tmp_path_factory):
         (folder / "one.jsonl").write_text('{"problem": "a=1", "answer": "1"}\n')
         (folder / "full").mkdir()
         (folder / "full" / "thesis.txt").write_text("mine")
-        model = str(toy_data / "model")
-        jobs.append([str(folder), script, [model if flag == "MODEL" else flag for flag in flags]])
-    command = [sys.executable, str(ROOT / "tests" / "run_many.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, input=json.dumps(jobs), env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = [subprocess.CompletedProcess(job, *result) for job, result in zip(jobs, json.loads(done.stdout))]
-    return [(Path(folder), result) for (folder, *_), result in zip(jobs, results)]
+        words = [toy_data / "model" if flag == "MODEL" else flag for flag in flags]
+        jobs.append((folder, ended(server.start(folder, script, *words))))
+    return jobs
 
 
 @pytest.mark.parametrize("case", range(len(BAD_INPUT)), ids=lambda i: " ".join(BAD_INPUT[i][1])[:40] or "no flags")
@@ -251,38 +246,32 @@ def test_bad_input_ends_with_one_sentence(outcomes, case):
     assert (folder / "full" / "thesis.txt").read_text() == "mine"
 
 
-def test_bad_input_ends_a_process_so(run):
-    said_no(run("sample.py"), "there is no model under runs/ yet")
+def test_bad_input_ends_a_process_so(tmp_path):
+    """One that Python starts and takes down."""
+    command, environment = [sys.executable, str(ROOT / "sample.py")], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said_no(done, "there is no model under runs/ yet")
 
 
 def test_two_ranks_say_it_once(run):
-    done = run("train_redi.py", "--alhpa", "1", ranks=2)
+    done = run("train_redi.py", "--alhpa", "1", torchrun=["--standalone", "--nproc_per_node=2"])
     assert done.returncode != 0
     assert done.stderr.count("error: there is no flag --alhpa (did you mean '--alpha'?)") == 1
 
 
-def test_ctrl_c_leaves_whole_rows(tmp_path, toy_data):
+def test_ctrl_c_leaves_whole_rows(forks, tmp_path, toy_data):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a=1b+2"}\n')
-    flags = ["--model", str(toy_data / "model"), "--prompts", "prompts.jsonl", "--out", "samples.jsonl"]
+    flags = ["--model", toy_data / "model", "--prompts", "prompts.jsonl", "--out", "samples.jsonl"]
     flags += "--n 3000 --batch_size 8 --max_tokens 40".split()
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "sample.py"), *flags],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    path, deadline = tmp_path / "samples.jsonl", time.monotonic() + 60
-    while time.monotonic() < deadline and not (path.exists() and path.read_bytes().count(b"\n") >= 5):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    job = forks.start(tmp_path, "sample.py", *flags, OMP_NUM_THREADS="1")
+    path = tmp_path / "samples.jsonl"
+    job.wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") >= 5)
+    job.kill(signal.SIGINT)
+    assert ended(job).returncode == 130
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert 5 <= len(rows) < 3000 and path.read_text().endswith("\n")
     assert (
-        said.splitlines()[-1]
+        job.stdout.splitlines()[-1]
         == f"samples.jsonl: {len(rows)} of 3000 completions, then stopped; the same command goes on"
     )
 

@@ -13,7 +13,7 @@ from nanoredi.config import ToyConfig
 
 def test_a_problem_by_hand():
     problem = toy.Problem(3, (("+", 5), ("-", 6), ("+", 6), ("-", 6), ("*", 2), ("-", 6)))
-    assert problem.text() == "a=3b+5c-6d+6e-6f*2g-6"
+    assert problem.text == "a=3b+5c-6d+6e-6f*2g-6"
     # 3, 8, 2, 8, 2, 4, -2 = 8 modulo 10
     assert [problem.apply(3, 0, i) for i in range(7)] == [3, 8, 2, 8, 2, 4, 8]
     assert problem.answer == 8
@@ -34,7 +34,7 @@ def test_traces_follow_the_rules():
             if word.startswith("Wait"):
                 repaired += 1
                 at, now = before
-                assert word == f"Wait{toy.letter(at)}={now};"
+                assert word == f"Wait{toy.LETTERS[at]}={now};"
                 continue
             to = "abcdefg".index(word[1] if word[0] == "~" else word[0])
             if word[0] == "~":

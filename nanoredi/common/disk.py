@@ -142,6 +142,13 @@ def lock(folder: Path) -> None:
         os.pwrite(file, me.encode(), 0)
 
 
+def regular(path: Path) -> Path:
+    """The path; a UserError where it leads to a pipe or a device: files are read again, and have an end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a pipe or a device; give a file, which can be read again")
+    return path
+
+
 def digest(*parts: bytes | Path) -> str:
     """32 hex digits that stand for bytes and for the contents of files."""
     whole = hashlib.blake2b(digest_size=16)
@@ -151,7 +158,7 @@ def digest(*parts: bytes | Path) -> str:
 
 
 def file_digest(path: Path, size: int = 64) -> bytes:
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=size)).digest()
 
 

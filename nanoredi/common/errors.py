@@ -1,12 +1,13 @@
 """How nanoredi says that something given to it is wrong: one sentence for a person, and exit code 2."""
 
+import contextlib
 import difflib
 import io
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(Exception):
@@ -15,6 +16,15 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """The run was asked to stop, and all it needs to go on is saved. The message says so."""
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Inside, what is wrong is said with the place of the row that it is wrong in."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
@@ -44,17 +54,18 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
 
 def sentence(error: BaseException) -> str | None:
-    """What an error says to the user, or None for one that only a fault in the program explains."""
+    """What an error says to the user, in a line, or None for one that only a fault in the program explains."""
+    text = None
     if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename or 'the disk'}: {error.strerror or error}"
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = f"{error.filename or 'the disk'}: {error.strerror or error}"
     # torch has a RuntimeError for memory on a CPU, and an OutOfMemoryError on a GPU.
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(_NO_MEMORY, str(error)):
-        return f"there is not enough memory ({(str(error) or 'it is all in use').splitlines()[0]}); {_LESS_MEMORY}"
-    if isinstance(error, (RecursionError, OverflowError, UnicodeError)):
-        return f"something given is nested too deep, too large, or no text: {error}"
-    return None
+    elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(_NO_MEMORY, str(error)):
+        text = f"there is not enough memory ({(str(error) or 'it is all in use').splitlines()[0]}); {_LESS_MEMORY}"
+    elif isinstance(error, (RecursionError, OverflowError, UnicodeError)):
+        text = f"something given is nested too deep, too large, or no text: {error}"
+    return text and text.strip().replace("\n", "\\n")
 
 
 _NO_MEMORY = "out of memory|can't allocate memory|not enough memory"

@@ -8,7 +8,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.disk import may_crash, writing
+from nanoredi.common.disk import may_crash, regular, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.formats import MAX_CHARS, file_rows, parse_json
 
@@ -42,7 +42,7 @@ def read_text(path: Path) -> str:
         UserError: when it cannot be read or is not UTF-8.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(regular(path), encoding="utf-8") as file:
             return file.read(MAX_CHARS + 1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

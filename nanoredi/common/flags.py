@@ -9,6 +9,7 @@ the run's folder as config.toml, which is itself a recipe.
 
 import argparse
 import dataclasses
+import json
 import math
 import operator
 import re
@@ -29,12 +30,7 @@ Tables = dict[str, dict[str, Any]]  # {table: {field: value}}: what a recipe or 
 
 def table(name: str) -> Callable[[type], type]:
     """Make a dataclass one of a recipe's tables."""
-
-    def register(kind: type) -> type:
-        TABLES[name] = kind
-        return kind
-
-    return register
+    return lambda kind: TABLES.setdefault(name, kind)
 
 
 def option(
@@ -51,18 +47,9 @@ def option(
     """A field with its one comment, which is also the flag's help, and with the values it may take. A free one says how
     the work is done and not what comes out: a run may go on with another. One that is a parameter of some objectives
     has in `of` what each takes where it is not given."""
-    metadata = {
-        "help": help,
-        "low": low,
-        "above": above,
-        "high": high,
-        "choices": choices,
-        "free": free,
-        "of": of or {},
-    }
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = dict(help=help, low=low, above=above, high=high, choices=choices, free=free, of=of or {})
+    made = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**made, metadata=metadata)
 
 
 def kind_of(f: dataclasses.Field) -> type:
@@ -73,9 +60,11 @@ def kind_of(f: dataclasses.Field) -> type:
 
 def from_text(kind: type, text: str | list[str]) -> Any:
     """A flag's text as the value that a recipe would hold; left as it is where it is none."""
+    if kind is bool:
+        return _BOOL.get(text, text)
     try:
-        return {"true": True, "false": False}[text] if kind is bool else kind(text) if kind in (int, float) else text
-    except (KeyError, ValueError):
+        return kind(text) if kind in (int, float) else text
+    except ValueError:
         return text
 
 
@@ -100,44 +89,23 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
     return value
 
 
-def to_toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{', '.join(map(to_toml, value))}]"
-    if isinstance(value, str):
-        return (
-            '"'
-            + "".join(
-                f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else "\\" + c if c in '"\\' else c for c in value
-            )
-            + '"'
-        )
-    return repr(value)
-
-
+_BOOL = {"true": True, "false": False}
 _LARGEST = {int: 2**31 - 1, float: 1e12}  # where a field says nothing else
 _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}
 
 
 def read_flags(
-    description: str,
-    argv: list[str],
-    main: str,
-    main_type: type,
-    others: tuple[str, ...] = (),
-    takes_recipe: bool = True,
-    positional: str = "",
+    description: str, argv: list[str], main: str, main_type: type, others: tuple[str, ...] = (), positional: str = ""
 ) -> tuple[str | None, Tables]:
     """Read a script's flags.
 
     Args:
         description: shown by --help.
         argv: the words after the script's name.
-        main: the table whose fields are plain flags; main_type is its dataclass, or a subclass with more flags.
+        main: the table whose fields are plain flags; where recipes have it, there is a flag --recipe too.
+        main_type: its dataclass, or a subclass with more flags.
         others: the tables whose fields are flags with the table's name in front.
-        takes_recipe: whether there is a flag --recipe.
-        positional: the field that one word without a flag is for, if any.
+        positional: the field that words without a flag are for, if any: one word, or any number for a list.
 
     Returns:
         The recipe that was named, if any, and {table: {field: value}} of what was given.
@@ -146,47 +114,46 @@ def read_flags(
         UserError: for a flag that does not exist, and for a value that its field cannot take.
     """
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags = {}
-    if takes_recipe:
+    if main in TABLES:
         parser.add_argument("--recipe", metavar="R", help=f"a TOML file, or one of {', '.join(_builtin_recipes())}")
-    for table, kind in {main: main_type, **{t: TABLES[t] for t in others}}.items():
-        for f in dataclasses.fields(kind):
-            flag = f"--{f.name}" if table == main else f"--{table}.{f.name}"
-            flags[flag] = table, f
-            is_list = kind_of(f) is list
-            default = f.default_factory() if is_list else f.default
-            if f.metadata["of"]:
-                default = ", ".join(f"{value:g} for {objective}" for objective, value in f.metadata["of"].items())
-            alone = {"nargs": "?", "const": "true"} if f.type is bool else {}  # --paper says --paper true
-            parser.add_argument(
-                flag,
-                dest=flag,
-                **({"nargs": "+"} if is_list else alone),
-                metavar=f.name.upper(),
-                default=argparse.SUPPRESS,
-                help=f"{f.metadata['help']} [{default}]".replace("%", "%%"),
-            )
+    flags = {f"--{f.name}": (main, f) for f in dataclasses.fields(main_type)}
+    flags |= {f"--{table}.{f.name}": (table, f) for table in others for f in dataclasses.fields(TABLES[table])}
+    for flag, (_, f) in flags.items():
+        parser.add_argument(flag, dest=flag, metavar=f.name.upper(), default=argparse.SUPPRESS, **_for_argparse(f))
+    if positional:  # what follows --paper is a word of its own, unless it says true or false
+        switches = {flag for flag, (_, f) in flags.items() if kind_of(f) is bool}
+        pairs = zip(argv, [*argv[1:], ""])
+        argv = [f"{word}=true" if word in switches and after not in _BOOL else word for word, after in pairs]
     # argparse takes -1e-6 for a flag, but never a word with a space in it.
     argv = [f" {word}" if re.fullmatch(r"-[\d.]+e[-+]?\d+", word, re.IGNORECASE) else word for word in argv]
-    known, unknown = parser.parse_known_args(argv)
-    if positional and len(unknown) == 1 and not unknown[0].startswith("--") and f"--{positional}" not in known:
-        setattr(known, f"--{positional}", unknown.pop())
-    for word in unknown:
-        name = word.split("=")[0]
-        if name.startswith("--"):
-            raise UserError(f"there is no flag {name}{nearest(name, [*flags, '--recipe'])}")
-        raise UserError(f"{word!r} follows no flag; --help lists the flags")
+    known, words = parser.parse_known_args(argv)
+    values = vars(known)
+    if unknown := next((word.split("=")[0] for word in words if word.startswith("--")), None):
+        raise UserError(f"there is no flag {unknown}{nearest(unknown, [*flags, '--recipe'])}")
+    if words and positional and f"--{positional}" not in values:
+        is_list = kind_of(flags[f"--{positional}"][1]) is list
+        values[f"--{positional}"], words = (words, []) if is_list else (words[0], words[1:])
+    if words:
+        raise UserError(f"{words[0]!r} follows no flag; --help lists the flags")
 
+    recipe = values.pop("recipe", None)
     given: Tables = {}
-    for flag, text in vars(known).items():
-        if flag != "recipe":
+    for flag, text in [("--recipe", recipe), *values.items()]:
+        if "" in (text if isinstance(text, list) else [text]):  # a shell's variable that was never set, say
+            raise UserError(f"{flag} is empty: give it a value, or leave it out")
+        if flag in flags:
             table, f = flags[flag]
             given.setdefault(table, {})[f.name] = checked(flag, f, from_text(kind_of(f), text))
-        if "" in (
-            text if isinstance(text, list) else [text]
-        ):  # a shell's variable that was never set must not mean the default
-            raise UserError(f"{'--' * (flag == 'recipe')}{flag} is empty: give it a value, or leave it out")
-    return getattr(known, "recipe", None), given
+    return recipe, given
+
+
+def _for_argparse(f: dataclasses.Field) -> dict[str, Any]:
+    """What argparse is to know of a field: how many words it takes, and its line of the help."""
+    words: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, list: {"nargs": "+"}}.get(kind_of(f), {})
+    default = f.default_factory() if kind_of(f) is list else f.default
+    if f.metadata["of"]:
+        default = ", ".join(f"{value:g} for {objective}" for objective, value in f.metadata["of"].items())
+    return {**words, "help": f"{f.metadata['help']} [{default}]".replace("%", "%%")}
 
 
 def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
@@ -196,12 +163,11 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
         UserError: when it cannot be read, for a table or key that does not exist, for a value that its field cannot
         take, and for a base that has a base.
     """
-    path = RECIPES / f"{recipe}.toml" if recipe in _builtin_recipes() else Path(recipe)
-    arm = _arms().get(str(recipe))
-    if arm is None and not path.exists():
-        raise UserError(f"there is no recipe {recipe}{nearest(str(recipe), _builtin_recipes())}")
+    path, builtin = Path(recipe), _builtin_recipes()
+    if str(recipe) not in builtin and not path.exists():
+        raise UserError(f"there is no recipe {recipe}{nearest(str(recipe), builtin)}")
     try:
-        tables = arm or tomllib.loads(read_text(path))
+        tables = builtin[str(recipe)] if str(recipe) in builtin else tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from None
     base = tables.pop("base", None)
@@ -209,10 +175,8 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
         raise UserError(f"{path}: base is {base!r}; it must be a recipe's name or file, and that one without a base")
     for table, values in tables.items():
         if table not in TABLES or not isinstance(values, dict):
-            tables_there_are = ", ".join(f"[{t}]" for t in TABLES)
-            raise UserError(
-                f"{path}: there is no table [{table}]{nearest(table, TABLES)}; a recipe has {tables_there_are}"
-            )
+            known = ", ".join(f"[{name}]" for name in TABLES)
+            raise UserError(f"{path}: there is no table [{table}]{nearest(table, TABLES)}; a recipe has {known}")
         fields = {f.name: f for f in dataclasses.fields(TABLES[table])}
         for key in values:
             if key not in fields:
@@ -220,7 +184,7 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
             values[key] = checked(f"{path}: {table}.{key}", fields[key], values[key])
     if base is None:
         return tables
-    lower = read_recipe(base if base in _builtin_recipes() else path.parent / base, is_base=True)
+    lower = read_recipe(base if base in builtin else path.parent / base, is_base=True)
     return {t: _over(lower.get(t, {}), tables.get(t, {}), TABLES[t]) for t in {**lower, **tables}}
 
 
@@ -245,8 +209,10 @@ def write_recipe(path: Path, configs: dict[str, Any]) -> None:
     lines = []
     for table, config in configs.items():
         values = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
-        lines += [f"[{table}]", *(f"{key} = {to_toml(value)}" for key, value in values.items()), ""]
-    write_text(path, "\n".join(lines))
+        fields = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+        lines += [f"[{table}]", *fields, ""]
+    # TOML writes these values as JSON does, but for one control character.
+    write_text(path, "\n".join(lines).replace("\x7f", "\\u007f"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -254,11 +220,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _arms() -> dict[str, Any]:
-    """{name: what its recipe would hold}"""
+def _builtin_recipes() -> dict[str, dict[str, Any]]:
+    """{name: what the recipe's file holds, or would hold if an arm had one of its own}"""
+    tables = {path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(RECIPES.glob("*.toml"))}
     arms = tomllib.loads(ARMS.read_text(encoding="utf-8"))
-    return {f"{ARMS.stem}-{arm}": {**arms, "base": ARMS.stem, "redi": redi} for arm, redi in arms["redi"].items()}
-
-
-def _builtin_recipes() -> list[str]:
-    return sorted([path.stem for path in RECIPES.glob("*.toml")] + [*_arms()])
+    named = {f"{ARMS.stem}-{arm}": {**arms, "base": ARMS.stem, "redi": redi} for arm, redi in arms["redi"].items()}
+    return tables | named

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nanoredi.common.disk import regular
 from nanoredi.common.errors import UserError
 
 MAX_CHARS, MAX_DEPTH = 1 << 28, 100  # of a JSON file, or of a line of a JSONL file
@@ -54,7 +55,7 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
 
 def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
         with gzip.open(path) if zipped else open(path, "rb") as file:
             first = True
@@ -86,6 +87,7 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
     except ImportError:
         kind = path.suffix[1:].capitalize()
         raise UserError(f"{path} is a {kind} file, which takes pyarrow to read: pip install pyarrow") from None
+    regular(path)
     try:
         if path.suffix == ".parquet":
             # By default whole row groups come into memory, and stay; a row group may be the whole file.

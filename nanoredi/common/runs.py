@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from nanoredi.common.disk import lock, remove, remove_leftovers
+from nanoredi.common.disk import lock, regular, remove, remove_leftovers
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, parse_json, read_json
 from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
@@ -100,19 +100,44 @@ def recipe_of(model: str | Path) -> Tables:
     return tables
 
 
-def check_model(folder: str) -> str:
-    """The folder of a model, as it was given.
+def models_along(run: Path) -> dict[str, Path]:
+    """{name in a table: folder} of a run's models: the one that it started from, every step-*, and the final one, as far as
+    they are there.
+
+    Raises:
+        UserError: when there is no run, or none of its own models.
+    """
+    tables = recipe_of(run / "final")
+    if not tables:
+        raise UserError(f"{run} is no run's folder, which holds its config.toml and metrics.jsonl")
+    stage = tables.get("redi") or tables.get("sft", {})
+    start, final = ("SFT", final_name(stage.get("objective", "redi"))) if "redi" in tables else ("start", "final")
+    steps = {path.name: path for path in sorted(run.glob("step-*")) if path.name[5:].isdigit()}
+    own = {name: path for name, path in {**steps, final: run / "final"}.items() if holds_model(path)}
+    if not own:
+        raise UserError(f"{run} holds no model of its own yet")
+    before = stage.get("model")
+    return {**({start: Path(before)} if before and holds_model(Path(before)) else {}), **own}
+
+
+def final_name(objective: str) -> str:
+    """What a table calls the model that stage 2 comes to; the one from before is SFT."""
+    return "SFT continued" if objective == "sft" else objective.upper()
+
+
+def check_model(folder: str, file: str = "config.json") -> str:
+    """The folder of a model, as it was given. The file is what it must hold.
 
     Raises:
         UserError: where it holds none: what it is instead, and what would help.
     """
     path = Path(folder)
-    if (path / "config.json").exists():
+    if (path / file).exists():
         return folder
     if path.is_file():
-        raise UserError(f"{folder} is a file; give the folder that holds it beside the model's config.json")
+        raise UserError(f"{folder} is a file; give the folder that holds it beside the model's {file}")
     if not path.exists():
-        help = "give the one that holds the model's config.json"
+        help = f"give the one that holds the model's {file}"
         name = re.search(r"^(?:https?://[\w.]+/)?(\w[\w.-]*/\w[\w.-]*)/?$", folder)
         if name and not path.parent.is_dir():
             own = name[1].split("/")[1]
@@ -123,10 +148,10 @@ def check_model(folder: str) -> str:
             f"{folder} holds an adapter and no whole model: merge it into its base model, and give that one"
         )
     # A run's final/, the hub's models--*/snapshots/*/, and either a few folders further down.
-    found = [c for depth in range(1, 5) for c in path.glob("*/" * depth + "config.json")]
-    found.sort(key=lambda c: (c == path / "final" / "config.json", c.stat().st_mtime), reverse=True)
+    found = [f for depth in range(1, 5) for f in path.glob("*/" * depth + file)]
+    found.sort(key=lambda f: (f == path / "final" / file, f.stat().st_mtime), reverse=True)
     if not found:
-        raise UserError(f"{folder} has no config.json, so it is no model's folder")
+        raise UserError(f"{folder} has no {file}, so it is no model's folder")
     kind = "a run's folder" if (path / "config.toml").exists() else "a folder of models"
     if (path / "snapshots").is_dir() or next(path.glob("models--*"), None):
         kind = "the hub's cache"
@@ -170,7 +195,7 @@ def open_weights(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in weight_files(folder):
         try:
-            handle = safe_open(path, framework="pt")
+            handle = safe_open(regular(path), framework="pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the weights {path}: {error}") from None
         files.update((name, handle) for name in handle.keys())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanoredi.cpu.native import call, library
-from nanoredi.kernels.paged_attention import memory_for, paged_decode, put_together
+from nanoredi.kernels.paged_attention import memory_for, paged_decode
 
 # Keys' elements that PyTorch copies at once, and that stay in a CPU's cache.
 _AT_ONCE = 1 << 20
@@ -31,7 +31,14 @@ def _(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tens
     tensors = q.float().contiguous(), keys, values, page_table, lengths.contiguous(), *partial
     sizes = page_table.stride(0), len(q), keys.shape[1], num_splits, span
     call(c, "decode", "ttttttttiiiiif", *tensors, *sizes, q.shape[2] ** -0.5)
-    return put_together(*partial).to(q.dtype)
+    return _put_together(*partial).to(q.dtype)
+
+
+def _put_together(outs: Tensor, tops: Tensor, sums: Tensor) -> Tensor:
+    """(B, H, E), of all splits."""
+    weights = (tops - tops.amax(-1, keepdim=True)).exp_()
+    # One after the other, so that empty splits at the end change nothing.
+    return (weights[..., None] * outs).sum(2) / (weights * sums).cumsum(2)[..., -1:]
 
 
 def by_pages(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:

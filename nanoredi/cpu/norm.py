@@ -21,12 +21,13 @@ _PARTS = 8
 
 
 @rms_norm.on("cpu")
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    x = x if added is None else x + added
     if library("pointwise", x.dtype, x.shape[-1]):
-        return _InC.apply(x, weight, eps)
+        return x, _InC.apply(x, weight, eps)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _RMSNorm.apply(x, weight, eps)
-    return NotImplemented
+        return x, _RMSNorm.apply(x, weight, eps)
+    return rms_norm.plain(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -19,7 +19,7 @@ from nanoredi.cpu.masters import cast, kept_sum
 from nanoredi.cpu.native import call, library
 from nanoredi.cpu.pointwise import swiglu, swiglu_backward
 from nanoredi.kernels.dispatch import prepare_for_sampling
-from nanoredi.kernels.layers import PRODUCTS, add_product, gated_linear, linear, product, put_product
+from nanoredi.kernels.layers import PRODUCTS, add_product, linear, mlp, product, put_product, qkv
 
 # Multiplications that are worth a kernel of their own.
 _LARGE = 1 << 25
@@ -75,11 +75,20 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _linear(x, _for_product(weight, x), None if bias is None else cast(bias, x.dtype))
 
 
-@gated_linear.on("cpu")
-def _(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+@qkv.on("cpu")
+def _(x: Tensor, weights: list[Tensor], biases: list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    return qkv.plain(x, weights, biases, cos, sin)
+
+
+@mlp.on("cpu")
+def _(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """In C backward makes the product of the two again, which takes less time than to keep it and silu(gate)."""
-    if library("pointwise", gate.dtype, gate.shape[-1]) is None:
+    if library("pointwise", x.dtype, len(up)) is None:
         return NotImplemented
+    return gated_linear(linear(x, gate), linear(x, up), down)
+
+
+def gated_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     if not torch.is_grad_enabled() or weight.is_mkldnn:
         return linear(swiglu(gate, up), weight)
     return _Made.apply(_GatedLinear.apply(gate, up, weight), gate, up, weight)

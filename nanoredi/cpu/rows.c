@@ -35,10 +35,10 @@ static void write_gradient(Stored *row, int64_t y, float weight, float lse, floa
     if (y >= 0 && y < num_columns) write_one(row + y, weight * missing);
 }
 
-/* logits (n, num_columns), their rows stride apart, targets (n,) -> logps, lses, missings (n,); with weights (n,) the
-logits are overwritten by the gradient. Of a target that is no column all is NaN. */
-void logprobs(Stored *logits, int64_t stride, const int64_t *targets, const float *weights, float *logps, float *lses,
-              float *missings, int64_t n, int64_t num_columns) {
+/* logits (n, num_columns), their rows stride apart, targets (n,) -> logps, entropies, lses, missings (n,); with weights
+(n,) the logits are overwritten by the gradient. Of a target that is no column all is NaN. */
+void logprobs(Stored *logits, int64_t stride, const int64_t *targets, const float *weights, float *logps,
+              float *entropies, float *lses, float *missings, int64_t n, int64_t num_columns) {
 #pragma omp parallel for
     for (int64_t t = 0; t < n; t++) {
         Stored *row = logits + t * stride;
@@ -48,15 +48,20 @@ void logprobs(Stored *logits, int64_t stride, const int64_t *targets, const floa
             target = wide_one(row + y);
             write_one(row + y, -INFINITY);
         }
-        Floats high = (Floats){0} - 3e38f, sums = {0}; /* finite where the target is the only column, too */
+        Floats high = (Floats){0} - 3e38f, sums = {0}, moments = {0}; /* finite where the target is the only column, too */
         for (int64_t v = 0; v < num_columns; v += LANES) high = larger(high, logits_at(row, v, num_columns));
         float top = largest(high);
-        for (int64_t v = 0; v < num_columns; v += LANES) sums += power_of_e(logits_at(row, v, num_columns) - top);
-        double gap = top + log(sum(sums)) - target, tail = exp(-fabs(gap));
-        double logp = -fmax(gap, 0) - log1p(tail);
+        for (int64_t v = 0; v < num_columns; v += LANES) {
+            Floats below = larger((Floats){0} - 87, logits_at(row, v, num_columns) - top), power = power_of_e(below);
+            sums += power;
+            moments += power * below;
+        }
+        double total = sum(sums), gap = top + log(total) - target, tail = exp(-fabs(gap));
+        double logp = -fmax(gap, 0) - log1p(tail), missing = (gap > 0 ? 1 : tail) / (1 + tail);
         logps[t] = logp;
         lses[t] = target - logp;
-        missings[t] = (gap > 0 ? 1 : tail) / (1 + tail);
+        missings[t] = missing;
+        entropies[t] = log1p(tail) + fabs(gap) * tail / (1 + tail) + missing * (log(total) - sum(moments) / total);
         if (weights) write_gradient(row, y, weights[t], lses[t], missings[t], num_columns);
     }
 }

@@ -11,15 +11,14 @@ _AT_ONCE = 1 << 20  # logits
 
 
 @logprobs_.on("cpu")
-def _(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
     if library("rows", logits.dtype):
-        logp, lse, one_minus_p = logits.new_empty(3, len(logits), dtype=torch.float32)
-        _call("logprobs", logits, targets, weights, logp, lse, one_minus_p)
-    else:
-        tensors = (logits, targets) if weights is None else (logits, targets, weights)
-        parts = zip(*(logprobs_.plain(*part) for part in _few_rows(*tensors)))
-        logp, lse, one_minus_p = map(torch.cat, parts)
-    return logp, lse, one_minus_p
+        out = tuple(logits.new_empty(4, len(logits), dtype=torch.float32))
+        _call("logprobs", logits, targets, weights, *out)
+        return out
+    tensors = (logits, targets) if weights is None else (logits, targets, weights)
+    parts = zip(*(logprobs_.plain(*part) for part in _few_rows(*tensors)))
+    return tuple(map(torch.cat, parts))
 
 
 @gradient_.on("cpu")

@@ -18,28 +18,17 @@ from nanoredi.data.sequences import SIDES, Sequence
 
 
 class PackedBatch(NamedTuple):
-    """N packed input tokens of S sequences, and what each must predict.
+    """N packed input tokens of S sequences, and what each must predict. rows and max_seqlen are made here, on the CPU, so
+    that the device is never asked for them."""
 
-    Attributes:
-        input_ids: (N,) int64.
-        position_ids: (N,) int64, counted from 0 in each sequence.
-        cu_seqlens: (S+1,) int32, where each sequence begins and the last ends.
-        targets: (N,) int64, the next token.
-        weights: (N,) fp32, of the target's log-probability in the loss; 0 where nothing is learned.
-        rows: (R,) int64, where something is learned.
-        shares: (2, N) fp32, of the target's log-probability in the step's mean over the chosen, and the rejected, traces.
-        max_seqlen: the longest sequence. Like rows it is made here, on the CPU, so that the device is never asked for
-            it.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    cu_seqlens: Tensor
-    targets: Tensor
-    weights: Tensor
-    rows: Tensor
-    shares: Tensor
-    max_seqlen: int
+    input_ids: Tensor  # (N,) int64
+    position_ids: Tensor  # (N,) int64, counted from 0 in each sequence
+    cu_seqlens: Tensor  # (S+1,) int32, where each sequence begins and the last ends
+    targets: Tensor  # (N,) int64, the next token
+    weights: Tensor  # (N,) fp32, of the target's log-probability in the loss; 0 where nothing is learned
+    rows: Tensor  # (R,) int64, where something is learned
+    shares: Tensor  # (2, N) fp32, of the target's log-probability in the step's means of chosen and of rejected traces
+    max_seqlen: int  # the longest sequence
 
     @property
     def forward_arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -70,9 +59,8 @@ def pack(sequences: list[Sequence], vocab_size: int) -> PackedBatch:
         outside = (s.tokens < 0) | (s.tokens >= vocab_size)
         if outside.any():
             place = int(outside.argmax())
-            raise UserError(
-                f"{s.name}: token {s.tokens[place]} at place {place} is outside the vocabulary of {vocab_size:,}"
-            )
+            token = s.tokens[place]
+            raise UserError(f"{s.name}: token {token} at place {place} is outside the vocabulary of {vocab_size:,}")
         if not math.isfinite(s.weight):
             raise UserError(f"{s.name}: the weight of its tokens is {s.weight}; it must be finite")
 
@@ -80,9 +68,7 @@ def pack(sequences: list[Sequence], vocab_size: int) -> PackedBatch:
         return torch.from_numpy(np.concatenate(list(parts)))
 
     lengths = [s.num_inputs for s in sequences]
-    share_of = {
-        side: joined(s.learned[1:] * np.float32(s.share * (s.side == side)) for s in sequences) for side in SIDES
-    }
+    shares = [joined(s.learned[1:] * np.float32(s.share * (s.side == side)) for s in sequences) for side in SIDES]
     return PackedBatch(
         input_ids=joined(s.tokens[:-1] for s in sequences).long(),
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
@@ -90,7 +76,7 @@ def pack(sequences: list[Sequence], vocab_size: int) -> PackedBatch:
         targets=joined(s.tokens[1:] for s in sequences).long(),
         weights=joined(s.learned[1:] * np.float32(s.weight) for s in sequences),
         rows=joined(s.learned[1:] for s in sequences).nonzero().squeeze(1),
-        shares=torch.stack([share_of[side] for side in SIDES]),
+        shares=torch.stack(shares),
         max_seqlen=max(lengths),
     )
 

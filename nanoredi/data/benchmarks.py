@@ -53,20 +53,13 @@ def with_system(messages: list[dict[str, str]], system: str) -> list[dict[str, s
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Problems in the order of their file.
+    """Problems in the order of their file."""
 
-    Attributes:
-        name: of the table's row.
-        problems: their texts.
-        questions: what the user's message says: the problem in its frame.
-        golds: for each question the answers that count as right.
-        ids: {one of IDS: the problems' values of it, as texts}, where every problem has another one.
-    """
-
-    name: str
+    name: str  # of the table's row
     problems: list[str]
-    questions: list[str]
-    golds: list[list[str]]
+    questions: list[str]  # what the user's message says: the problem in its frame
+    golds: list[list[str]]  # for each question the answers that count as right
+    # {one of IDS: the problems' values of it, as texts}, where every problem has another one
     ids: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -107,10 +100,10 @@ def find(name: str, folder: str) -> Path:
     if name in NAMED:
         if not folder:
             raise UserError(f"the benchmark {name} needs its file: give --data DIR, the folder that holds {name}.json")
-        files = [Path(folder, name + suffix) for suffix in SUFFIXES]
-        if not any(file.exists() for file in files):
+        found = [file for suffix in SUFFIXES if (file := Path(folder, name + suffix)).exists()]
+        if not found:
             raise UserError(f"{folder} holds neither {name}.json nor {name}.jsonl, {name}.parquet, {name}.arrow")
-        return next(file for file in files if file.exists())
+        return found[0]
     if path.suffix not in SUFFIXES:
         raise UserError(
             f"there is no benchmark {name!r}{nearest(name, NAMED)}; it is one of {', '.join(NAMED)}, or a file that ends "
@@ -145,14 +138,11 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
     problems = [row["problem"] for row in rows]
     template = template or ("paper" if name in NAMED else "plain")
     questions = [frame(problem, template)[-1]["content"] for problem in problems]
-    ids = {key: [str(row[key]) for row in rows] for key in IDS if all(row.get(key) is not None for row in rows)}
-    return Benchmark(
-        path.stem,
-        problems,
-        questions,
-        list(golds),
-        {key: values for key, values in ids.items() if len(set(values)) == len(rows)},
-    )
+    values = {key: [row.get(key) for row in rows] for key in IDS}
+    ids = {
+        key: [*map(str, ids)] for key, ids in values.items() if None not in ids and len({*map(str, ids)}) == len(ids)
+    }
+    return Benchmark(path.stem, problems, questions, list(golds), ids)
 
 
 def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from nanoredi.common.disk import digest, remove, remove_leftovers, writing
 from nanoredi.common.errors import UserError
-from nanoredi.common.files import read_rows
+from nanoredi.common.files import check, read_json, read_rows
 from nanoredi.common.formats import num_rows
 from nanoredi.common.progress import progress
 from nanoredi.data.tokenizer import Tokenizer
@@ -34,7 +34,10 @@ def cached(
     Returns:
         tokens (total,), learned (total,), weights (M,), offsets (M+1,), notes for the user, and the key.
     """
-    folder = Path(cache) / _key(path, tokenizer, rules)
+    try:
+        folder = Path(cache) / digest(repr(rules).encode(), Path(path), *tokenizer.files)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     damaged = folder.exists() and not _is_whole(folder)
     if damaged or not folder.exists():
         remove_leftovers(Path(cache))
@@ -50,7 +53,7 @@ def cached(
     notes = [f"{path}: {note}" for note in json.loads((folder / "whole.json").read_text())["notes"]]
     if damaged:
         notes.append(f"{path}: its token cache {folder} was damaged, and has been made again")
-    return *(np.memmap(folder / name, dtype, "r") for name, dtype in _ARRAYS.items()), notes, folder.name
+    return *_arrays(folder), notes, folder.name
 
 
 def _fill(folder: Path, path: str, tokenizer: Tokenizer, texts: Callable, arrays: Callable) -> None:
@@ -80,17 +83,20 @@ def _digests(folder: Path) -> dict[str, str]:
     return {name: digest(folder / name) for name in _ARRAYS}
 
 
+def _arrays(folder: Path) -> list[np.ndarray]:
+    return [np.memmap(folder / name, dtype, "r") for name, dtype in _ARRAYS.items()]
+
+
 def _is_whole(folder: Path) -> bool:
-    """Whether a cache holds what was written: the arrays are hashed, at a gigabyte a second or so."""
+    """Whether a cache holds what was written: the arrays are hashed, at a gigabyte a second or so, and are sequences."""
     try:
-        whole = json.loads((folder / "whole.json").read_text())
-        return isinstance(whole["notes"], list) and whole["digests"] == _digests(folder)
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = check(str(folder), read_json(folder / "whole.json"), {"notes": [str], "digests": {str: str}})
+        if whole["digests"] != _digests(folder):
+            return False
+        tokens, learned, weights, offsets = _arrays(folder)
+    except (OSError, ValueError, UserError):  # ValueError: an array without an entry, or with part of one
         return False
-
-
-def _key(path: str, tokenizer: Tokenizer, rules: tuple) -> str:
-    try:
-        return digest(repr(rules).encode(), Path(path), *tokenizer.files)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    fits = len(offsets) == len(weights) + 1 and offsets[0] == 0 and offsets[-1] == len(tokens) == len(learned)
+    if not fits or np.diff(offsets).min() < 2 or tokens.min() < 0 or not np.isfinite(weights).all():
+        return False
+    return bool(np.logical_or.reduceat(learned, offsets[:-1] + 1).all())

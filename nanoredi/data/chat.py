@@ -38,15 +38,13 @@ class Chat:
     """
 
     def __init__(self, source: str, name: str, special: dict[str, str], marks: list[str]):
-        self.name, self._special, self._marks = name, special, marks
+        self._label, self._special, self._marks = f"the chat template of {name}", special, marks
         self._template = Template(source, name)
         self._takes_thinking = True
         question, answer = user_message("1"), {"role": "assistant", "content": _ANSWER}
-        parts = self._template.render(self._variables([*question, answer]))[0].split(_ANSWER)
+        parts = self._rendered([*question, answer]).split(_ANSWER)
         if len(parts) != 2:
-            raise UserError(
-                f"the chat template of {name} shows the last answer {len(parts) - 1} times; it must show it once"
-            )
+            raise UserError(f"{self._label} shows the last answer {len(parts) - 1} times; it must show it once")
         self.end = parts[1]
         thinking = {**answer, "reasoning_content": _THOUGHTS}
         self._takes_thinking = _THOUGHTS in self._tried([*question, thinking])
@@ -69,7 +67,10 @@ class Chat:
         Raises:
             UserError: when the template refuses the messages, or does not show one of them.
         """
-        text = self._templated(messages) or self.render(messages, add_generation_prompt=True)
+        text = self._templated(messages)
+        if text is None:
+            text = self._rendered(messages, add_generation_prompt=True)
+            self._check(messages, text)
         if think and not text.rstrip().endswith(_THINK):
             text = text.rstrip("\n") + f"{_THINK}\n"
         return text
@@ -136,32 +137,23 @@ class Chat:
                 return texts, False
         return [self.prompt(prompt), *(self.split([*prompt, answer])[1] for answer in answers)], True
 
-    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """The conversation as the chat template writes it.
-
-        Raises:
-            UserError: when the template refuses the messages, or does not show one of them.
-        """
-        text = self._template.render(self._variables(messages, add_generation_prompt))[0]
-        self._check(messages, text)
-        return text
+    def _rendered(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        return self._template.render(self._variables(messages, add_generation_prompt))[0]
 
     def _tried(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """As render does, or nothing where the template refuses."""
+        """The conversation as text, or nothing where the template refuses it."""
         try:
-            return self._template.render(self._variables(messages, add_generation_prompt))[0]
+            return self._rendered(messages, add_generation_prompt)
         except UserError:
             return ""
 
     def _variables(self, messages: Messages, add_generation_prompt: bool = False) -> dict[str, Any]:
-        shown = [self._own_way(m) if self._takes_thinking else folded(m) for m in messages]
+        shown = [folded(message) for message in messages]
+        if self._takes_thinking:  # under whichever name
+            thoughts = [dict.fromkeys(THINKING_NAMES, m.get("reasoning_content")) for m in messages]
+            shown = [m | (own if "reasoning_content" in m else {}) for m, own in zip(messages, thoughts)]
         none = dict.fromkeys(("tools", "documents"))  # transformers passes these always
         return {"messages": shown, "add_generation_prompt": add_generation_prompt, **none, **self._special}
-
-    @staticmethod
-    def _own_way(message: dict[str, Any]) -> dict[str, Any]:
-        thinking = message.get("reasoning_content")
-        return message if thinking is None else {**message, **dict.fromkeys(THINKING_NAMES, thinking)}
 
     def _check(self, messages: Messages, text: str) -> None:
         """That each message is seen: a template passes over a role that it does not know."""
@@ -174,9 +166,7 @@ class Chat:
             if not (known and seen):
                 roles = [name for name in ("system", "user", "assistant", "tool") if name in self._template.source]
                 hint = f"; it knows the roles {', '.join(roles)}" if roles else ""
-                raise UserError(
-                    f"the chat template of {self.name} does not show message {number}, whose role is {role!r}{hint}"
-                )
+                raise UserError(f"{self._label} does not show message {number}, whose role is {role!r}{hint}")
 
     def _templated(self, messages: Messages) -> str | None:
         """A prompt whose text has been through the template, ended as sampling's prompts end; None for any other."""
@@ -204,9 +194,7 @@ class Chat:
         """The answer as it goes on from the prompt, with its thinking."""
         text, open_to = folded(answer)["content"], prompt.rstrip()
         if open_to.endswith(_THOUGHT) and (_THINK in text or _THOUGHT in text):
-            raise UserError(
-                f"the chat template of {self.name} has the model answer without thinking; this answer thinks"
-            )
+            raise UserError(f"{self._label} has the model answer without thinking; this answer thinks")
         if open_to.endswith(_THINK) and text.lstrip().startswith(_THINK):
             text = text.lstrip().removeprefix(_THINK).removeprefix(prompt[len(open_to) :])
         return text

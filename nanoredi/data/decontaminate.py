@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.errors import UserError
 from nanoredi.data.benchmarks import read_problems
 from nanoredi.data.filters import Traces
 
@@ -20,7 +19,7 @@ class Overlap:
     """Benchmark problems by their words, and the training rows that have overlapped with them.
 
     Args:
-        files: JSON or JSONL files of rows with `problem`.
+        files: of rows with `problem` or `question`, in any of the formats.
         drop: whether training rows that overlap are to be dropped.
 
     Attributes:
@@ -38,8 +37,6 @@ class Overlap:
         self._problems: list[tuple[str, str, int]] = []  # (file, where it stands, number of its n-grams)
         self._having: dict[str, list[int]] = {}  # {n-gram: numbers of the problems that have it}
         for file in files:
-            if Path(file).suffix not in (".json", ".jsonl"):
-                raise UserError(f"{file} is not a .json or .jsonl file of rows with 'problem'")
             for where, row in read_problems(Path(file)):
                 grams = _grams(row["problem"])
                 for gram in grams:

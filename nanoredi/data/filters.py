@@ -12,56 +12,44 @@ from itertools import takewhile
 from typing import Any
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.messages import user_message
-from nanoredi.data.tokenizer import Tokenizer, half_pair
+from nanoredi.common.files import check
+from nanoredi.data.messages import Messages, user_message
+from nanoredi.data.tokenizer import half_pair
 
 SFT_GATE = "SFT: has a correct generation"
 _EMPTY = "generations are empty or white space: neither correct nor incorrect"
 _SAME = "generations are incorrect, and the very text of the correct one: passed over"
 _LABELS = ("llama_verification", "math_verify_reparsed_answer")
+_ROW = {
+    **dict.fromkeys(("problem_is_valid?", "source?", "problem?"), str),
+    "generations?": [(str, None)],
+    **dict.fromkeys(("correct?", *(f"{label}?" for label in _LABELS)), [(bool, None)]),
+}
 
 
 @dataclass(frozen=True)
 class Traces:
-    """What a raw row gives to learn from.
+    """What a raw row gives to learn from."""
 
-    Attributes:
-        where: file and line, for messages about it.
-        index: the raw row's number.
-        source: where the problem is from, if that is known.
-        problem: its text.
-        prompt: message list.
-        generations: all of the problem's.
-        chosen, rejected: the numbers of the first correct and the first incorrect generation; rejected may be None.
-    """
-
-    where: str
-    index: int
-    source: str | None
+    where: str  # file and line, for messages about it
+    index: int  # the row's number
+    source: str | None  # where the problem is from, if that is known
     problem: str
-    prompt: list[dict[str, str]]
+    prompt: Messages  # that ask the problem
     generations: list[str]
-    chosen: int
-    rejected: int | None
+    chosen: int  # the number of the first correct generation
+    rejected: int | None  # of the first incorrect one, if there is one
 
-    def sides(self) -> list[list[dict[str, str]]]:
-        """Prompt, chosen and, if there is one, rejected, as message lists."""
-        answers = (i for i in (self.chosen, self.rejected) if i is not None)
-        return [self.prompt, *([{"role": "assistant", "content": self.generations[i]}] for i in answers)]
-
-    def texts(self, tokenizer: Tokenizer) -> tuple[list[str], bool]:
-        """The sides as text to be measured, and whether that is what training will see (Chat.measured)."""
-        prompt, *answers = self.sides()
-        try:
-            return tokenizer.measured(prompt, [answer for [answer] in answers])
-        except UserError as error:
-            raise UserError(f"{self.where}: {error}") from None
+    @property
+    def answers(self) -> Messages:
+        """The chosen and, if there is one, the rejected generation, as messages."""
+        numbers = (i for i in (self.chosen, self.rejected) if i is not None)
+        return [{"role": "assistant", "content": self.generations[i]} for i in numbers]
 
     def sft_row(self, lengths: list[int]) -> dict[str, Any]:
-        """The row of stage 1, given the sides' lengths."""
-        prompt, chosen = self.sides()[:2]
+        """The row of stage 1, given the lengths of prompt and answers."""
         return {
-            "messages": prompt + chosen,
+            "messages": [*self.prompt, self.answers[0]],
             "original_index": self.index,
             "source": self.source,
             "generation_index": self.chosen,
@@ -70,12 +58,12 @@ class Traces:
         }
 
     def pair(self, lengths: list[int]) -> dict[str, Any]:
-        """The row of stage 2, given the sides' lengths."""
-        return dict(zip(("prompt", "chosen", "rejected"), self.sides())) | self.pair_facts(lengths)
-
-    def pair_facts(self, lengths: list[int]) -> dict[str, Any]:
-        """What is known of a pair, without its texts."""
+        """The row of stage 2, given the lengths of prompt and answers."""
+        chosen, rejected = self.answers
         return {
+            "prompt": self.prompt,
+            "chosen": [chosen],
+            "rejected": [rejected],
             "original_index": self.index,
             "source": self.source,
             "chosen_index": self.chosen,
@@ -128,33 +116,33 @@ class Gates:
         for name in ("problem_is_valid", "source"):
             if name not in row:  # null there says something about the problem; no field means rows of another layout
                 raise UserError(f"{where} has no field {name!r}; rows of your own go with --grade")
-        valid, source, problem = (_take(where, row, name, str) for name in ("problem_is_valid", "source", "problem"))
-        generations = _take(where, row, "generations", list, str) or []
-        if "correct" in row:  # one's own
-            labels = [_take(where, row, "correct", list, bool)]
+        if "correct" in row:  # one's own label, else the verdicts of OpenR1's two verifiers
+            labels = {"correct": row["correct"]}
         else:
-            correctness = _take(where, row, "correctness", dict) or {}
-            labels = [_take(f"{where}: 'correctness'", correctness, name, list, bool) for name in _LABELS]
-        if any(map(half_pair, (problem or "", *filter(None, generations)))):
+            verdicts = check(where, row.get("correctness"), (dict, None), "correctness") or {}
+            labels = {name: verdicts.get(name) for name in _LABELS}
+        known = {name: value for name, value in {**row, **labels}.items() if value is not None}
+        check(where, known, _ROW)  # a null means that the field is missing: `datasets` reads both alike
+        problem, generations = known.get("problem", ""), known.get("generations", [])
+        readable = not any(map(half_pair, (problem, *filter(None, generations))))
+        if not readable:
             self.unreadable.append(where)
-            self._count(0, [True])
-            return None
-        labelled = all(verdicts is not None and len(verdicts) == len(generations) for verdicts in labels)
         passed = [
             True,
-            (valid or "").strip().lower() == "yes",
-            source != "cn_k12",
+            readable and known.get("problem_is_valid", "").strip().lower() == "yes",
+            known.get("source") != "cn_k12",
             bool(problem),
             bool(generations),
-            labelled,
+            all(len(known.get(name, ())) == len(generations) for name in labels),
         ]
         if not all(passed):
             self._count(0, passed)
             return None
-        correct = [all(verdicts) for verdicts in zip(*labels)]  # a null verdict is not true
+        judged = [*zip(*(known[name] for name in labels))]  # the verdicts on each generation
+        correct = [all(verdicts) for verdicts in judged]  # a null verdict is not true
         incorrect = [not right for right in correct]
         if self.strict_negatives:
-            incorrect = [all(verdict is False for verdict in verdicts) for verdicts in zip(*labels)]
+            incorrect = [all(verdict is False for verdict in verdicts) for verdicts in judged]
         # differs from the original: an empty generation, of which nothing can be learned, is neither
         full = [i for i, text in enumerate(generations) if text and text.strip()]
         chosen = next((i for i in full if correct[i]), None)
@@ -166,7 +154,7 @@ class Gates:
         if chosen is None:
             return None
         prompt = row.get("prompt", user_message(problem))
-        return Traces(where, index, source, problem, prompt, generations, chosen, rejected)
+        return Traces(where, index, known.get("source"), problem, prompt, generations, chosen, rejected)
 
     def fits(self, lengths: list[int]) -> bool:
         """Whether the sides are a pair, and within the limits."""
@@ -179,25 +167,6 @@ class Gates:
     def _count(self, first: int, passed: list[bool]) -> None:
         for name, _ in zip(self.names[first:], takewhile(bool, passed)):
             self.counts[name] += 1
-
-
-_KINDS = {
-    (str, None): "text",
-    (dict, None): "an object",
-    (list, str): "a list of texts",
-    (list, bool): "a list of true and false",
-}
-
-
-def _take(where: str, row: dict[str, Any], name: str, kind: type, item: type | None = None) -> Any:
-    """A field's value, or None where it is null or missing (`datasets` reads both alike). A list's items may be null
-    too."""
-    value = row.get(name)
-    if value is not None and (
-        not isinstance(value, kind) or item and not all(v is None or isinstance(v, item) for v in value)
-    ):
-        raise UserError(f"{where}: {name!r} must be {_KINDS[kind, item]}, not {str(value)[:60]!r}")
-    return value
 
 
 def say_dropped(what: str, why: str, places: list[str], total: int) -> None:

@@ -18,7 +18,7 @@ Messages = list[dict[str, Any]]
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 # What servers call the thinking that they give beside the content.
 THINKING_NAMES = ("reasoning_content", "reasoning", "thinking")
-_SIDES = ("chosen", "rejected")
+SIDES = ("chosen", "rejected")
 
 
 def user_message(text: str) -> Messages:
@@ -62,17 +62,18 @@ def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
-    given = [name for name, value in row.items() if value is not None] if isinstance(row, dict) else []
-    if "messages" not in given and "completion" in given:
-        _field(where, row, "prompt")
-        return [*_prompt(where, row), *_answer(f"{where}: 'completion'", row["completion"])]
-    name = "conversations" if "messages" not in given and "conversations" in given else "messages"
+    given = _given(row)
+    if "completion" in given and "messages" not in given:
+        prompt = _prompt(where, given)
+        if not prompt:
+            raise UserError(f"{where} has no field 'prompt'")
+        return [*prompt, *_answer(f"{where}: 'completion'", given["completion"])]
+    name = "conversations" if "conversations" in given and "messages" not in given else "messages"
     if name not in given:
         raise UserError(f"{where} has no field 'messages' (nor 'conversations', nor 'prompt' with 'completion')")
-    messages = row[name]
-    if not isinstance(messages, list):
+    if not isinstance(given[name], list):
         raise UserError(f"{where}: {name!r} must be a list of messages with role and content")
-    messages = check_messages(f"{where}: {name!r}", messages)
+    messages = check_messages(f"{where}: {name!r}", given[name])
     if messages[-1]["role"] != "assistant" or not _says(messages[-1]):
         raise UserError(f"{where}: the last message must be the assistant's, and not empty")
     return messages
@@ -80,12 +81,11 @@ def conversation(where: str, row: Any) -> Messages:
 
 def pair(where: str, row: Any) -> tuple[Messages, Messages]:
     """The prompt of a stage 2 row, and its chosen and rejected answers."""
-    prompt = _prompt(where, row)
-    if not prompt and not (isinstance(row, dict) and isinstance(row.get("chosen"), list)):
-        raise UserError(f"{where} has no field 'prompt'")
-    (*before, chosen), (*others, rejected) = (
-        _answer(f"{where}: {name!r}", _field(where, row, name)) for name in _SIDES
-    )
+    given = _given(row)
+    if missing := next((name for name in SIDES if name not in given), None):
+        raise UserError(f"{where} has no field {missing!r}")
+    prompt = _prompt(where, given)
+    (*before, chosen), (*others, rejected) = (_answer(f"{where}: {name!r}", given[name]) for name in SIDES)
     if before != others:
         raise UserError(f"{where}: 'chosen' and 'rejected' must differ in their last message alone")
     if prompt and before and prompt not in (before, [m for m in before if m["role"] == "user"][:1]):
@@ -95,11 +95,15 @@ def pair(where: str, row: Any) -> tuple[Messages, Messages]:
     return before or prompt, [chosen, rejected]
 
 
-def _prompt(where: str, row: Any) -> Messages:
+def _given(row: Any) -> dict[str, Any]:
+    """A row's fields. One that is null is missing: `datasets` reads both alike."""
+    return {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else {}
+
+
+def _prompt(where: str, given: dict[str, Any]) -> Messages:
     """A row's prompt; empty where it has none."""
-    row = row if isinstance(row, dict) else {}
-    name = next((name for name in ("prompt", "conversations") if row.get(name) is not None), None)
-    return check_messages(f"{where}: {name!r}", row[name]) if name else []
+    name = next((name for name in ("prompt", "conversations") if name in given), None)
+    return check_messages(f"{where}: {name!r}", given[name]) if name else []
 
 
 def _answer(where: str, value: Any) -> Messages:
@@ -125,9 +129,3 @@ def folded(message: dict[str, Any]) -> dict[str, Any]:
     if thinking and thinking not in content:
         content = f"<think>\n{thinking}\n</think>\n\n{content.lstrip()}"
     return {name: value for name, value in message.items() if name != "reasoning_content"} | {"content": content}
-
-
-def _field(where: str, row: Any, key: str) -> Any:
-    if not isinstance(row, dict) or key not in row:
-        raise UserError(f"{where} has no field {key!r}")
-    return row[key]

@@ -10,10 +10,11 @@ of several that count as right.
 
 import json
 from collections.abc import Iterable, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from nanoredi.common.errors import UserError
+from nanoredi.common.files import check
 from nanoredi.data.benchmarks import golds_of
 from nanoredi.data.filters import say_dropped
 from nanoredi.data.messages import THINKING_NAMES, check_messages, folded
@@ -36,35 +37,35 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
     Raises:
         UserError: naming what is missing or malformed.
     """
-    generations = row.get("generations")
-    if generations is not None and not isinstance(generations, list):
-        raise UserError(f"{where}: 'generations' must be a list of texts, not {str(generations)[:60]!r}")
+    generations = [] if row.get("generations") is None else row["generations"]
+    check(where, generations, [(str, None)], "generations")
     # A problem that is null or empty ends at its gate, as in the raw set.
     prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else _prompt(where, row)
-    if generations and prompt:
-        generations = [tokenizer.opened(prompt, g) if isinstance(g, str) else g for g in generations]
+    if prompt:
+        generations = [tokenizer.opened(prompt, text) if text else text for text in generations]
     correct = row.get("correct")
     if grading:
         golds = _golds(where, row)
         # Without an answer there are no labels, and the row ends at their gate.
-        correct = [isinstance(text, str) and grade(text, golds) for text in generations or []] if golds else None
+        correct = [bool(text) and grade(text, golds) for text in generations] if golds else None
     elif not isinstance(correct, list) or not all(isinstance(one, bool) for one in correct):
-        raise UserError(f"{where}: 'correct' must be a list of true and false; or let --grade label the row")
-    return _raw_row(row, prompt, generations, correct)
+        raise UserError(f"{where}: 'correct' must say true or false of each response; or let --grade label the row")
+    return {
+        "problem_is_valid": row.get("problem_is_valid", "yes"),
+        "source": row.get("source"),
+        "problem": "\n\n".join(message["content"] for message in prompt if message["role"] == "user"),
+        "prompt": prompt,
+        "generations": generations,
+        "correct": correct,
+    }
 
 
 def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, grading: bool) -> int:
-    """Label rows a response and put them on the spool, by problem and sample. A problem whose rows give more than one
-    answer is dropped, and named to the user.
-
-    Args:
-        rows: of the second layout, each with where it stands.
-        spool: takes them, for `gathered`.
-        tokenizer: its template may open <think> for the model, which then belongs to the response.
-        grading: label with the grader, whatever labels the rows have.
+    """Label rows a response, as `labelled` does, and put them on the spool, by problem and sample. A problem whose rows
+    give more than one answer is dropped, and named to the user.
 
     Returns:
-        The number of problems.
+        The number of problems, which `gathered` then gives.
 
     Raises:
         UserError: naming file and line of a malformed row.
@@ -74,25 +75,19 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
     for where, row in rows:
         if not isinstance(row.get("completion"), str):
             raise UserError(f"{where} must hold 'completion', a text, like the rows before it")
-        prompt, correct = _prompt(where, row), row.get("correct")
-        answer = _golds(where, row) if grading else row.get("answer")
-        number, first, known = problems.setdefault(json.dumps(prompt), (len(problems), where, answer))
-        if answer != known:
-            unclear.setdefault(number, f"{first} and {where}")
         thinking = {name: row[name] for name in THINKING_NAMES if isinstance(row.get(name), str)}
         [said] = check_messages(where, [{"role": "assistant", "content": row["completion"], **thinking}])
-        response = tokenizer.opened(prompt, folded(said)["content"])
-        if grading:
+        alone = {**row, "generations": [folded(said)["content"]], "correct": [row.get("correct")]}
+        raw = labelled(where, alone, tokenizer, grading)
+        if grading and raw["correct"] and row.get("finish_reason") == "length":
             # A response that was cut off never stopped at its answer: it is nothing to learn from, whatever it boxed.
-            correct = answer and row.get("finish_reason") != "length" and grade(response, answer)
-        elif not isinstance(correct, bool):
-            raise UserError(f"{where}: 'correct' must be true or false; or let --grade label the row")
+            raw["correct"] = [False]
+        answer = _golds(where, row) if grading else row.get("answer")
+        number, first, known = problems.setdefault(json.dumps(raw["prompt"]), (len(problems), where, answer))
+        if answer != known:
+            unclear.setdefault(number, f"{first} and {where}")
         sample = row.get("sample") if isinstance(row.get("sample"), int) else 0
-        facts: Row = {name: row[name] for name in ("problem_is_valid", "source") if name in row}
-        spool.add(
-            (number, sample),
-            {"where": where, "number": number, "prompt": prompt, "response": response, "correct": correct, **facts},
-        )
+        spool.add((number, sample), {"where": where, "number": number, **raw})
     say_dropped("problems", "rows give more than one answer", list(unclear.values()), len(problems))
     spool.rows = [(place, offset) for place, offset in spool.rows if place[0] not in unclear]
     return len(problems) - len(unclear)
@@ -102,20 +97,9 @@ def gathered(spool: Spool) -> Iterator[tuple[str, Row]]:
     """The spool's problems as raw rows, in the order of their first responses, each with where its first one stands."""
     for _, group in groupby(map(json.loads, spool.lines()), key=lambda row: row["number"]):
         rows = list(group)
-        responses, correct = ([row[name] for row in rows] for name in ("response", "correct"))
-        row = _raw_row(rows[0], rows[0]["prompt"], responses, None if None in correct else correct)
-        yield rows[0]["where"], row
-
-
-def _raw_row(row: Row, prompt: list[dict[str, str]], generations: Any, correct: list[bool] | None) -> Row:
-    return {
-        "problem_is_valid": row.get("problem_is_valid", "yes"),
-        "source": row.get("source"),
-        "problem": "\n\n".join(message["content"] for message in prompt if message["role"] == "user"),
-        "prompt": prompt,
-        "generations": generations,
-        "correct": correct,
-    }
+        generations, correct = ([row[name] for row in rows] for name in ("generations", "correct"))
+        labels = None if None in correct else list(chain.from_iterable(correct))
+        yield rows[0]["where"], rows[0] | {"generations": list(chain.from_iterable(generations)), "correct": labels}
 
 
 def _prompt(where: str, row: Row) -> list[dict[str, str]]:

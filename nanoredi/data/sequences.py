@@ -19,38 +19,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Encoding
 
-from nanoredi.common.errors import UserError
+from nanoredi.common.errors import UserError, naming
 from nanoredi.data.cache import Arrays, cached
-from nanoredi.data.messages import Messages, conversation, pair
+from nanoredi.data.messages import SIDES, Messages, conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
 
 # Part of the cache's key: raise it when the rules above change.
 _RULES = 3
-SIDES = ("chosen", "rejected")
 
 
 class Sequence(NamedTuple):
-    """A prompt and a trace as tokens, and what an optimiser step makes of it.
+    """A prompt and a trace as tokens, and what an optimiser step makes of it (objectives.py)."""
 
-    Attributes:
-        tokens: (n,) integers, at least 2.
-        learned: (n,) bool, the tokens the loss is taken on.
-        name: what to call it before the user.
-        side: "chosen" or "rejected"; stage 1's are chosen, but for those of a weight below 0.
-        weight: of each learned token's log-probability in the loss, where that is linear in them (objectives.py).
-        share: of each learned token's log-probability in the step's mean over its side's.
-        reference: the trace's log-probability under DPO's reference model.
-        row_weight: what its row gives it to count, 1 where it says nothing; below 0 the trace is one to avoid.
-    """
-
-    tokens: np.ndarray
-    learned: np.ndarray
-    name: str = ""
-    side: str = "chosen"
-    weight: float = 0.0
-    share: float = 0.0
-    reference: float = 0.0
-    row_weight: float = 1.0
+    tokens: np.ndarray  # (n,) integers, at least 2
+    learned: np.ndarray  # (n,) bool, the tokens the loss is taken on
+    name: str = ""  # what to call it before the user
+    side: str = "chosen"  # or "rejected"; stage 1's are chosen, but for those of a weight below 0
+    weight: float = 0.0  # of each learned token's log-probability in the loss, where that is linear in them
+    share: float = 0.0  # of each learned token's log-probability in the step's mean over its side's
+    reference: float = 0.0  # the trace's log-probability under DPO's reference model
+    row_weight: float = 1.0  # what its row gives it to count; below 0 the trace is one to avoid
 
     @property
     def num_inputs(self) -> int:
@@ -65,29 +53,17 @@ class Sequence(NamedTuple):
 
 @dataclass
 class TokenData:
-    """The rows of a file as token sequences. The arrays are memory-mapped.
-
-    Attributes:
-        path: the file.
-        sides: of a row's sequences: chosen alone, or chosen and rejected.
-        tokens: (total,) int32, one sequence after the other.
-        learned: (total,) bool, the tokens the loss is taken on.
-        row_weights: (M,) fp32, what each sequence's row gives it to count.
-        offsets: (M+1,) int64; sequence j is tokens[offsets[j]:offsets[j+1]].
-        notes: what was cut or dropped, as sentences for the user.
-        digest: of all that they depend on: the file's content, the tokenizer's files, the limits.
-        reference: (rows, sides) fp32, DPO's reference log-probabilities, where they are wanted.
-    """
+    """The rows of a file as token sequences. The arrays are memory-mapped."""
 
     path: str
-    sides: tuple[str, ...]
-    tokens: np.ndarray
-    learned: np.ndarray
-    row_weights: np.ndarray
-    offsets: np.ndarray
-    notes: list[str]
-    digest: str
-    reference: np.ndarray | None = None
+    sides: tuple[str, ...]  # of a row's sequences: chosen alone, or chosen and rejected
+    tokens: np.ndarray  # (total,) int32, one sequence after the other
+    learned: np.ndarray  # (total,) bool, the tokens the loss is taken on
+    row_weights: np.ndarray  # (M,) fp32, what each sequence's row gives it to count
+    offsets: np.ndarray  # (M+1,) int64; sequence j is tokens[offsets[j]:offsets[j+1]]
+    notes: list[str]  # what was cut or dropped, as sentences for the user
+    digest: str  # of all that they depend on: the file's content, the tokenizer's files, the limits
+    reference: np.ndarray | None = None  # (rows, sides) fp32, DPO's reference log-probabilities, where they are wanted
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -98,7 +74,7 @@ class TokenData:
         sequences = []
         for place, side in enumerate(self.sides):
             j = i * len(self.sides) + place
-            part = slice(self.offsets[j], self.offsets[j + 1])
+            part = slice(*self.offsets[j : j + 2])
             name = f"row {i + 1} of {self.path}" + (f", {side}" if len(self.sides) > 1 else "")
             reference = 0.0 if self.reference is None else float(self.reference[i, place])
             weight = float(self.row_weights[j])
@@ -175,10 +151,8 @@ def _texts(
         counts["rows dropped: an answer is nothing but white space"] += 1
         return None
     remarks: set[str] = set()
-    try:
+    with naming(where):
         parts = [tokenizer.split([*prompt, answer], remarks) for answer in answers]
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
     completions = [completion for _, completion in parts]
     if len(set(completions)) < len(completions):
         counts["rows dropped: chosen and rejected are the same"] += 1

@@ -10,12 +10,21 @@ from typing import Any, TypeVar
 
 import tokenizers
 
-from nanoredi.common.errors import UserError
-from nanoredi.common.files import read_json
+from nanoredi.common.disk import regular
+from nanoredi.common.errors import UserError, naming
+from nanoredi.common.files import check, read_json, read_text
+from nanoredi.common.runs import check_model
 from nanoredi.data.chat import Chat
+from nanoredi.data.messages import Messages
 
 # Of a batch of long traces the encodings take some 100 bytes a token, and three batches are in memory at once.
 _ROWS_AT_ONCE = 64
+_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
+    "chat_template.jinja"
+).split()
+_SPECIAL = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+_TOKEN = (str, {"content?": (str, None)}, None)  # in tokenizer_config.json
 T = TypeVar("T")
 
 
@@ -33,29 +42,21 @@ class Tokenizer(Chat):
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        names = (
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "added_tokens.json",
-            "vocab.json",
-            "merges.txt",
-            "chat_template.jinja",
-        )
-        self.files = [self.folder / name for name in names if (self.folder / name).exists()]
+        self.folder = Path(check_model(str(folder), "tokenizer.json"))
+        self.files = [regular(self.folder / name) for name in _FILES if (self.folder / name).exists()]
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises bare Exception for every fault of the file
-            where = self.folder / "tokenizer.json"
-            raise UserError(f"cannot read the tokenizer {where}: {error}{self._hint()}") from None
+            raise UserError(f"cannot read the tokenizer {self.folder / 'tokenizer.json'}: {error}") from None
         # A tokenizer.json may ask for cutting and padding; here every token counts, and nothing is padded.
         self.backend.no_truncation()
         self.backend.no_padding()
-        config = read_json(self.folder / "tokenizer_config.json")
-        named = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+        self._config_file = self.folder / "tokenizer_config.json"
+        config = check(str(self._config_file), read_json(self._config_file), {f"{name}?": _TOKEN for name in _SPECIAL})
+        tokens = {name: config.get(name) for name in _SPECIAL}
+        texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
         # A token that is null is left out, so that a template which writes it writes nothing.
-        special = {name: text for name in named if (text := self._text_of(name, config.get(name))) is not None}
+        special = {name: text for name, text in texts.items() if text is not None}
         self.eos_id = self._id_of("eos_token", special)
         self.pad_id = self._id_of("pad_token", special) if special.get("pad_token") else self.eos_id
         marks = {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
@@ -68,13 +69,6 @@ class Tokenizer(Chat):
     def ended(self, ids: list[int]) -> list[int]:
         """A completion's ids, with eos behind them unless the template's end has it."""
         return ids if self.eos_id in ids[-self._end_tokens :] else [*ids, self.eos_id]
-
-    def lengths(self, encodings: list[tokenizers.Encoding], as_trained: bool) -> list[int]:
-        """How many tokens a prompt and its answers have, from the encodings of what `measured` gave."""
-        if as_trained:
-            prompt, *answers = encodings
-            return [len(prompt), *(len(self.ended(answer.ids)) for answer in answers)]
-        return [len(encoding) + 1 for encoding in encodings]  # plus 1 as in the original
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text; special tokens written in it count as themselves, and none is added."""
@@ -90,8 +84,7 @@ class Tokenizer(Chat):
             return self.backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # tokenizers raises bare Exception
             if len(texts) > 1:
-                for text in texts:
-                    self.encode_batch([text])
+                return [self.encode_batch([text])[0] for text in texts]  # the one at fault says what is wrong with it
             if half := half_pair(texts[0]):
                 place = f"...{texts[0][max(0, half.start() - 20) : half.end()]}"
                 raise UserError(f"half a surrogate pair, which is no character, ends this text: {place!r}") from None
@@ -111,16 +104,47 @@ class Tokenizer(Chat):
         Raises:
             UserError: naming the row that the vocabulary has no tokens for.
         """
-
         # The last long text of a batch keeps one core busy; the next batch is at work on the others meanwhile.
-        rows, ahead = iter(rows), deque()
+        rows, ahead = iter(rows), deque[Future]()
         with ThreadPoolExecutor(2) as pool:
-            while batch := list(islice(rows, _ROWS_AT_ONCE)):
-                ahead.append((batch, pool.submit(self._encode_batch_of_rows, batch)))
-                if len(ahead) > 2:
-                    yield from _taken(*ahead.popleft())
-            while ahead:
-                yield from _taken(*ahead.popleft())
+            while (batch := list(islice(rows, _ROWS_AT_ONCE))) or ahead:
+                if batch:
+                    ahead.append(pool.submit(self._encode_batch_of_rows, batch))
+                if len(ahead) > 2 or not batch:
+                    yield from ahead.popleft().result()
+
+    def _encode_batch_of_rows(self, rows: list[tuple[str, list[str], T]]) -> list[tuple[T, list[tokenizers.Encoding]]]:
+        try:
+            encodings = iter(self.encode_batch([text for _, texts, _ in rows for text in texts]))
+        except UserError:
+            for where, texts, _ in rows:
+                with naming(where):
+                    self.encode_batch(texts)
+            raise
+        return [(kept, list(islice(encodings, len(texts)))) for _, texts, kept in rows]
+
+    def lengths_of_rows(self, rows: Iterable[tuple[str, Messages, Messages, T]]) -> Iterator[tuple[T, list[int]]]:
+        """How many tokens the prompt and the answers of each row have, in order.
+
+        Args:
+            rows: (where it stands, for messages; prompt; answers to it; whatever the taker wants back).
+
+        Raises:
+            UserError: naming the row that the template refuses or the vocabulary has no tokens for.
+        """
+
+        def texts_of_rows() -> Iterator[tuple[str, list[str], tuple[T, bool]]]:
+            for where, prompt, answers, kept in rows:
+                with naming(where):
+                    texts, as_trained = self.measured(prompt, answers)
+                yield where, texts, (kept, as_trained)
+
+        for (kept, as_trained), encodings in self.encode_rows(texts_of_rows()):
+            if as_trained:
+                prompt, *answers = encodings
+                yield kept, [len(prompt), *(len(self.ended(answer.ids)) for answer in answers)]
+            else:
+                yield kept, [len(encoding) + 1 for encoding in encodings]  # plus 1 as in the original
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -130,54 +154,21 @@ class Tokenizer(Chat):
         """Decodes a completion as its tokens come, up to where one of these texts begins."""
         return Stream(self.backend, stops)
 
-    def _encode_batch_of_rows(self, batch: list[tuple[str, list[str], Any]]) -> list[tokenizers.Encoding]:
-        try:
-            return self.encode_batch([text for _, texts, _ in batch for text in texts])
-        except UserError:
-            for where, texts, _ in batch:
-                try:
-                    self.encode_batch(texts)
-                except UserError as error:
-                    raise UserError(f"{where}: {error}") from None
-            raise
-
-    def _hint(self) -> str:
-        """What would help whoever named a folder without a tokenizer: a run, the hub's cache, a name on the hub."""
-        inside = (found for depth in range(5) for found in sorted(self.folder.glob("*/" * depth + "tokenizer.json")))
-        if found := next(inside, None):
-            return f"; give {found.parent}" if found.parent != self.folder else ""
-        name = re.fullmatch(r"[\w.-]+/([\w.-]+)", str(self.folder))
-        return f"; from the hub: hf download {name[0]} --local-dir {name[1]}, then give {name[1]}" if name else ""
-
     def _template_source(self, config: dict[str, Any]) -> str:
         path = self.folder / "chat_template.jinja"
-        try:
-            source = path.read_text(encoding="utf-8") if path.exists() else config.get("chat_template")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
+        source = read_text(path) if path.exists() else config.get("chat_template")
         if isinstance(source, list):  # several templates by name
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
             source = named.get("default")
         if not isinstance(source, str):
-            raise UserError(
-                f"{self.folder} has no chat template, neither in tokenizer_config.json nor as chat_template.jinja"
-            )
+            raise UserError(f"{self.folder} has no chat template, in {self._config_file.name} or as {path.name}")
         return source
-
-    def _text_of(self, name: str, token: Any) -> str | None:
-        """A special token of tokenizer_config.json, which writes it as text or as an object."""
-        text = token.get("content") if isinstance(token, dict) else token
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"{self.folder / 'tokenizer_config.json'}: {name} is {token!r}; it must be a token's text")
-        return text
 
     def _id_of(self, name: str, special: dict[str, str]) -> int:
         token = special.get(name)
         token_id = None if token is None else self.backend.token_to_id(token)
         if token_id is None:
-            raise UserError(
-                f"{self.folder / 'tokenizer_config.json'}: {name} is {token!r}, which the vocabulary does not hold"
-            )
+            raise UserError(f"{self._config_file}: {name} is {token!r}, which the vocabulary does not hold")
         return token_id
 
 
@@ -209,12 +200,6 @@ class Stream:
 def may_begin(text: str, marks: Sequence[str]) -> int:
     """How many characters at the end of a text may be the beginning of a mark."""
     return max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
-
-
-def _taken(batch: list[tuple[str, list[str], T]], job: Future) -> Iterator[tuple[T, list[tokenizers.Encoding]]]:
-    encodings = iter(job.result())
-    for _, texts, kept in batch:
-        yield kept, list(islice(encodings, len(texts)))
 
 
 def half_pair(text: str) -> re.Match[str] | None:

@@ -1,23 +1,56 @@
 """A model on benchmarks: sample, grade, and sum up in rows of the table."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from nanoredi.common.files import write_json
 from nanoredi.common.progress import progress
 from nanoredi.config import EvaluateConfig, RediConfig
 from nanoredi.data.benchmarks import Benchmark, with_system
 from nanoredi.data.messages import user_message
 from nanoredi.data.sequences import load_pairs
 from nanoredi.data.tokenizer import Tokenizer
-from nanoredi.evaluation.samples import Samples
+from nanoredi.evaluation.samples import Samples, kept_results
 from nanoredi.evaluation.scores import Row, graded, summarise
 from nanoredi.model.hf_folder import stop_ids
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.sampler.sampler import Sampler
+from nanoredi.sampler.sampler import Sampler, give_back
 from nanoredi.sampler.scheduler import Request, requests_for
 from nanoredi.trainer.distributed import Queue, World, compute_dtype
 from nanoredi.trainer.scoring import means_a_token
+
+
+def evaluate_all(
+    models: Mapping[str, str | Path],
+    benchmarks: list[Benchmark],
+    config: EvaluateConfig,
+    out: Path,
+    world: World,
+    pairs: RediConfig | None = None,
+    adds: bool = False,
+    notes: str = "",
+) -> list[Row]:
+    """Evaluate models {name: folder} into one folder, as evaluate does one. Of those that are done nothing is loaded.
+
+    Args:
+        adds: whether other models may have been evaluated there; their rows are returned, too.
+        notes: said where there is something to do.
+
+    Returns:
+        All rows, which results.json holds, too, after each model.
+    """
+    config.dtype = world.first(lambda: Samples(out).claim(models, benchmarks, config, adds))
+    num_samples = config.n * sum(len(b.problems) for b in benchmarks)
+    rows = world.first(lambda: kept_results(out, num_samples))
+    missing = {name: folder for name, folder in models.items() if name not in {row["model"] for row in rows}}
+    if missing and notes:
+        world.say(notes)
+    for name, folder in missing.items():
+        rows += evaluate(name, folder, benchmarks, config, out, world, pairs)
+        world.first(lambda: write_json(out / "results.json", rows))
+    return rows
 
 
 def evaluate(
@@ -34,10 +67,7 @@ def evaluate(
     Args:
         name: the model's, in the table.
         folder: Hugging Face folder.
-        benchmarks: what to evaluate on.
-        config: how to sample.
         out: the folder of the samples (samples.py), claimed for this model. What they lack is added, no more.
-        world: the ranks.
         pairs: with a `watch` file, whose mean log-probs a token then stand in the rows too.
 
     Returns:
@@ -45,6 +75,7 @@ def evaluate(
     """
     tokenizer = Tokenizer(folder)
     dtype = compute_dtype(config.dtype, world.device)
+    give_back()  # what is left of the model before
     model = Qwen2.from_pretrained(folder, dtype=dtype, device=world.device).pack()
     logps = {}
     if pairs is not None and pairs.watch:
@@ -52,7 +83,7 @@ def evaluate(
             load_pairs, pairs.watch, tokenizer, pairs.max_prompt_tokens, pairs.max_response_tokens, pairs.cache
         )
         world.first(lambda: load().notes)  # fills the cache
-        means = means_a_token(model, load(), pairs.max_tokens_per_micro_batch, world).tolist()
+        means, _ = means_a_token(model, load(), pairs.max_tokens_per_micro_batch, world).tolist()
         logps = dict(zip(("chosen_logp", "rejected_logp"), means))
     samples = Samples(out)
     _sample(name, model, tokenizer, benchmarks, config, samples, world)
@@ -78,7 +109,7 @@ def _sample(
     for problem in missing:
         sampler.check(problem.requests)
     # Not more than a rank's share at once: where there are few problems, every rank gets some.
-    room = min(config.batch_size, -(-num_missing // world.size))
+    room = min(sampler.batch_size, -(-num_missing // world.size))
     queue, whose, more = Queue(world, len(missing)), {}, True
     total = num_missing if world.size == 1 else None  # what the others do is not known here
     finished = progress(None, name, total, "samples", disable=world.rank > 0)

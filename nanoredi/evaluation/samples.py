@@ -9,7 +9,8 @@ a time has the folder.
 
 import fcntl
 import json
-from collections.abc import Container, Iterator
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from nanoredi.trainer.distributed import settled_dtype
 _PARTS = ("*.json", "*.jinja", "*.safetensors")  # of a model's folder that a sample depends on
 _KEY = ("model", "benchmark", "problem", "sample")
 _COUNT = range(2**31)
-_ROW = {
+SAMPLE = {
     "model": str,
     "benchmark": str,
     "problem": _COUNT,
@@ -39,6 +40,9 @@ _ROW = {
     "waits": _COUNT,
     "response": str,
 }
+_RESULT = {"model": str, "benchmark": str, "pass@1": float, "sem": float}
+# A row of differences.json.
+DIFFERENCE = dict.fromkeys(("benchmark", "first", "second"), str) | dict.fromkeys(("difference", "low", "high"), float)
 _DEFAULTS = {f.name: f.default for f in fields(EvaluateConfig)}
 
 
@@ -49,11 +53,14 @@ class Samples:
         self.path = folder / "samples.jsonl"
         self.about = folder / "evaluation.json"
 
-    def claim(self, models: dict[str, str | Path], benchmarks: list[Benchmark], config: EvaluateConfig) -> str:
+    def claim(
+        self, models: Mapping[str, str | Path], benchmarks: list[Benchmark], config: EvaluateConfig, adds: bool = False
+    ) -> str:
         """Take the folder for samples of these models on these benchmarks, or go on with them. Call on one rank.
 
         Args:
             models: {name in the table: Hugging Face folder}.
+            adds: whether samples of other models may be there, and stay.
 
         Returns:
             The dtype that they are made in.
@@ -69,9 +76,11 @@ class Samples:
         }
         lock(self.path.parent)
         remove_leftovers(self.path.parent, locked=True)
-        dtype = claim(self.path, self.about, about)
+        dtype = claim(self.path, self.about, about, "model" if adds else "")
         if self.path.exists():
-            self._drop_damaged_rows(models, {b.name: range(len(b.questions)) for b in benchmarks}, range(config.n))
+            self._drop_damaged_rows(
+                about["model"], {b.name: range(len(b.questions)) for b in benchmarks}, range(config.n)
+            )
         return dtype
 
     def append(self, row: Row) -> None:
@@ -94,7 +103,7 @@ class Samples:
         for number, line in enumerate(self._lines(), 1):
             where = f"{self.path}, line {number}"
             try:
-                row = check(where, parse_json(where, line.decode(errors="replace")), _ROW)
+                row = check(where, parse_json(where, line.decode(errors="replace")), SAMPLE)
                 model, benchmark, problem, sample = key = tuple(row[name] for name in _KEY)
                 is_wanted = model in models and problem in problems.get(benchmark, ()) and sample in numbers
                 if key in seen or not is_wanted:
@@ -115,12 +124,13 @@ class Samples:
             yield from file
 
 
-def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]]) -> str:
+def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: str = "") -> str:
     """Take a file for samples, or go on with it.
 
     Args:
         about: {kind: {name: value}} of what they depend on, which about_path keeps; one is the setting dtype. Where that is
             auto, it becomes the dtype of the samples that are there, or the one that this device is good at.
+        adds: a kind of which there may be others than before: about gets those from before, about_path the new ones.
 
     Returns:
         That dtype.
@@ -140,7 +150,12 @@ def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]]) -> str
         if before["setting"]["dtype"] == "auto":
             before["setting"]["dtype"] = setting["dtype"]
         for kind, values in about.items():
-            _refuse_others(path, kind, before.get(kind, {}), values)
+            then = before.get(kind, {})
+            if kind == adds:
+                then, about[kind] = {**values, **then}, {**then, **values}
+            _refuse_others(path, kind, then, about[kind])
+        if adds and about != before:
+            write_json(about_path, about)
     elif has_samples:
         raise UserError(
             f"{path} is there, and no {about_path.name} that says of what: move it away, or give another --out"
@@ -149,6 +164,30 @@ def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]]) -> str
         setting["dtype"] = settled_dtype(setting["dtype"])
         write_json(about_path, about)
     return setting["dtype"]
+
+
+def read_results(folder: str | Path) -> list[Row]:
+    """The rows of a run's results.json.
+
+    Raises:
+        UserError: when it is missing or broken.
+    """
+    path = Path(folder) / "results.json"
+    rows = check(str(path), read_json(path, list), [_RESULT])
+    if not rows:
+        raise UserError(f"{path} holds no results")
+    check(str(path), [{**row, "model": None, "benchmark": None} for row in rows], [{str: (float, bool, None)}])
+    return rows
+
+
+def kept_results(folder: Path, num_samples: int = 0) -> list[Row]:
+    """The rows of results.json of models that have so many samples; none where there is no whole results.json."""
+    keys = {tuple(row.get(key) for key in _KEY) for row in Samples(folder).rows()} if num_samples else ()
+    counts = Counter(model for model, *_ in keys)
+    try:
+        return [row for row in read_results(folder) if counts[row["model"]] >= num_samples]
+    except UserError:  # there is none, or what a full disk left of it
+        return []
 
 
 def cut_torn_line(path: Path) -> None:

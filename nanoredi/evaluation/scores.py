@@ -33,7 +33,6 @@ def graded(
 
     Args:
         model: its name in the table.
-        benchmark: the problem's.
         problem: its place in the benchmark, from 0.
         sample: which of the problem's samples this is, from 0.
         response: the whole text, with its thinking.
@@ -86,14 +85,38 @@ def summarise(samples: list[Row], n: int) -> Row:
     }
 
 
-def unended(samples: Iterable[Row]) -> list[str]:
-    """The models of whose responses over half have a box and think to the end."""
+def step_of(model: str) -> float:
+    """The optimiser step of a run's model, by its name in the table: 0 is the start's, infinity the final one's."""
+    numbered = re.search(r"step-(\d{1,9})$", model)
+    return int(numbered[1]) if numbered else 0 if model in ("SFT", "start") else math.inf
+
+
+def mark_best(rows: list[Row]) -> tuple[list[Row], str]:
+    """A run's rows in order of steps, "best" being true in those of the best of its own models, and a line that names it
+    and the last: by pass@1 on MATH-500 where that is there (the paper's choice), else by the mean; of equals the earliest."""
+    rows = sorted(rows, key=lambda row: step_of(row["model"]))
+    own = [row for row in rows if step_of(row["model"])]
+    own = [row for row in own if row["benchmark"] == "math500"] or own
+    means = {m: float(np.mean([row["pass@1"] for row in own if row["model"] == m])) for m in [r["model"] for r in own]}
+    best, last = max(means, key=means.__getitem__), own[-1]["model"]
+    where = "on MATH-500" if own[0]["benchmark"] == "math500" else "over the benchmarks"
+    text = f"by pass@1 {where} the best is {best}, {means[best]:.1%}; the last is {last}, {means[last]:.1%}"
+    return [{**row, "best": row["model"] == best} for row in rows], text
+
+
+def unended(samples: Iterable[Row], flag: str) -> list[str]:
+    """A line for each model of whose responses over half have a box and think to the end, with the flag that may help."""
     all_of, boxed = Counter(), Counter()
     for s in samples:
         all_of[s["model"]] += 1
         response = s["response"]
         boxed[s["model"]] += "\\boxed" in response and "<think>" in response and "</think>" not in response
-    return [model for model, count in all_of.items() if 2 * boxed[model] > count]
+    return [
+        f"{model}: over half of the responses have a boxed answer and no </think>, and count as wrong; for a model that "
+        f"does not think give {flag}"
+        for model, count in all_of.items()
+        if 2 * boxed[model] > count
+    ]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -54,7 +54,11 @@ def grade(response: str, gold: str | list[str], style: str = "nanoredi") -> bool
     if style == "deepscaler":
         # It knows no \boxed {5} and no \boxed 5.
         answers = [one for one in answers[:1] if one.strip() and f"boxed{{{one}}}" in response]
-        return any(strictly_equal(answer, one) for answer in answers for one in golds)
+        return any(
+            max(len(answer), len(one)) <= MAX_LENGTH and deepscaler.equal(answer, one)
+            for answer in answers
+            for one in golds
+        )
     joined = [", ".join(reversed(answers))] if len(answers) > 1 else []
     return any(equal(answer, one) for answer in [*answers[:1], *joined] if answer.strip() for one in golds)
 
@@ -105,8 +109,3 @@ def equal(answer: str, gold: str) -> bool:
         same(x, y) and (not left_out or not also or left_out == also)
         for (x, left_out), (y, also) in itertools.product(read(answer), read(gold))
     )
-
-
-def strictly_equal(answer: str, gold: str) -> bool:
-    """Is the answer right by DeepScaleR's rules?"""
-    return max(len(answer), len(gold)) <= MAX_LENGTH and deepscaler.equal(answer, gold)

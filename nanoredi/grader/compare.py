@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nanoredi.grader.expression import GENERAL, LETTERS, NEGATIVE, WHOLE, Budget, Unreadable, evaluate, tokens_of
-from nanoredi.grader.numbers import Number, add, close, divide, is_real
+from nanoredi.grader.expression import GENERAL, LETTERS, NEGATIVE, WHOLE, Expression
+from nanoredi.grader.numbers import add, close, divide, is_real
 
 # A single name: x, S_{10}, \\theta, AB, \\angle ABC, [ABC], \\overline{AB}, f(x), P(A|B), The area.
 _INDEX = r"(?:_\{[^{}]*\})?"
@@ -21,40 +21,12 @@ NAME = (
 )
 
 
-class Expression:
-    """A text that has a value.
-
-    Attributes:
-        letters: whether it has any, so that its value depends on the point.
-
-    Raises:
-        Unreadable, ArithmeticError, ValueError: when it has no value, or none within the bounds.
-    """
-
-    def __init__(self, text: str, budget: Budget):
-        self.tokens, self.budget = tokens_of(text), budget
-        first, self.letters = evaluate(self.tokens, 0, budget)
-        self._values: dict[int, Number | None] = {0: first}
-
-    def at(self, point: int) -> Number | None:
-        """The value at a point; None where it has none."""
-        point = point if self.letters else 0
-        if point not in self._values:
-            try:
-                self._values[point] = evaluate(self.tokens, point, self.budget)[0]
-            except (Unreadable, ArithmeticError, ValueError):
-                self._values[point] = None
-        return self._values[point]
-
-    def has(self, *tokens: str) -> bool:
-        return any(token in self.tokens for token in tokens)
-
-
 def points_for(*expressions: Expression) -> list[int]:
     """The points at which expressions must agree."""
-    if any(e.has("⌊", "⌈") for e in expressions):
+    tokens = {token for one in expressions for token in one.tokens}
+    if tokens & {"⌊", "⌈"}:
         return list(WHOLE)
-    return [*GENERAL, *(NEGATIVE if any(e.has("abs") for e in expressions) else [])]
+    return [*GENERAL, *(NEGATIVE if "abs" in tokens else [])]
 
 
 def agree(a: Expression, b: Expression) -> bool:
@@ -68,26 +40,16 @@ def agree(a: Expression, b: Expression) -> bool:
 
 @dataclass
 class Reading:
-    """A node of the tree.
-
-    Attributes:
-        kind: "value", "text", "list", "system" (named values), "cases", "matrix", "row", "base", "time", "ratio", a
-            relation ("=", "<", "≤", "≤<", ...), "≠", or a tuple's two brackets such as "[)".
-        text: the plain string.
-        parts: the nodes below.
-        expression: of a value.
-        bare: of a relation: what it says when the names on one side are dropped, 5 or an interval.
-        name: of an equation x = 5: x; of a time: am, pm or nothing.
-        braces: whether it stood in braces, as a set does.
-    """
+    """A node of the tree. Its kind is "value", "text", "list", "system" (named values), "cases", "matrix", "row", "base",
+    "time", "ratio", a relation ("=", "<", "≤", "≤<", ...), "≠", or a tuple's two brackets such as "[)"."""
 
     kind: str
-    text: str
-    parts: tuple["Reading", ...] = ()
-    expression: Expression | None = None
-    bare: "Reading | None" = None
-    name: str = ""
-    braces: bool = False
+    text: str  # the plain string
+    parts: tuple["Reading", ...] = ()  # the nodes below
+    expression: Expression | None = None  # of a value
+    bare: "Reading | None" = None  # of a relation: what it says without the names on one side, 5 or an interval
+    name: str = ""  # of an equation x = 5: x; of a time: am, pm or nothing
+    braces: bool = False  # whether it stood in braces, as a set does
 
 
 def same(a: Reading, b: Reading) -> bool:

@@ -18,8 +18,8 @@ import math
 import re
 import unicodedata
 
-from nanoredi.grader.compare import Expression, agree
-from nanoredi.grader.expression import MAX_DEPTH, Budget, Unreadable
+from nanoredi.grader.compare import agree
+from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
 
 _UNITS = "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard liter".split()
 # What a macro looks like; some are for layout and leave nothing, of any other its name stays.
@@ -171,7 +171,7 @@ def _same_part(answer: str, gold: str) -> bool:
     budget = Budget()
     try:
         return agree(Expression(answer, budget), Expression(gold, budget))
-    except (Unreadable, ArithmeticError, ValueError):
+    except NO_VALUE:
         return False
 
 

@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from typing import TypeGuard
 
 from nanoredi.grader import numbers
 from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, add, divide, inexact, multiply
@@ -36,6 +37,9 @@ class Unreadable(Exception):
     """The text is nothing that we know: compare it as a string."""
 
 
+NO_VALUE = (Unreadable, ArithmeticError, ValueError)  # what Expression raises
+
+
 class Budget:
     """The work that one answer may cost, whatever it is made of."""
 
@@ -48,14 +52,31 @@ class Budget:
             raise Unreadable
 
 
-def evaluate(tokens: list[str], point: int, budget: Budget) -> tuple[Number, bool]:
-    """The value at a point, and whether it has letters, so that it depends on the point.
+class Expression:
+    """A text that has a value.
+
+    Attributes:
+        letters: whether it has any, so that its value depends on the point.
 
     Raises:
-        Unreadable, ArithmeticError, ValueError: when it has no value, or none within the bounds.
+        one of NO_VALUE: when it has no value, or none within the bounds.
     """
-    evaluator = _Evaluator(tokens, point, budget)
-    return evaluator.value(), evaluator.letters
+
+    def __init__(self, text: str, budget: Budget):
+        self.tokens, self.budget = tokens_of(text), budget
+        evaluator = _Evaluator(self.tokens, 0, budget)
+        self._values: dict[int, Number | None] = {0: evaluator.value()}
+        self.letters = evaluator.letters
+
+    def at(self, point: int) -> Number | None:
+        """The value at a point; None where it has none."""
+        point = point if self.letters else 0
+        if point not in self._values:
+            try:
+                self._values[point] = _Evaluator(self.tokens, point, self.budget).value()
+            except NO_VALUE:
+                self._values[point] = None
+        return self._values[point]
 
 
 LETTERS = set(
@@ -239,7 +260,7 @@ class _Evaluator:
         variable, self.letters = self.letters, self.letters or letters
         if not variable and name in ("max", "min") and all(map(numbers.is_real, values)):
             return (max if name == "max" else min)(values, key=inexact)
-        if not variable and all(isinstance(value, Fraction) and value.denominator == 1 for value in values):
+        if not variable and all(map(_is_whole, values)):
             return self.bounded(Fraction((math.gcd if name == "gcd" else math.lcm)(*map(int, values))))
         return _opaque(name, *sorted(map(_digits, values)))
 
@@ -253,9 +274,7 @@ class _Evaluator:
         self.expect("}")
         self.expect("^")
         last, start, outer = self.exponent(), self.position, self.bound
-        if not (isinstance(first, Fraction) and isinstance(last, Fraction)) or first > last or not letter.isalpha():
-            raise Unreadable
-        if first.denominator > 1 or last.denominator > 1 or self.letters:
+        if not (_is_whole(first) and _is_whole(last)) or first > last or self.letters or not letter.isalpha():
             raise Unreadable
         result = Fraction(0 if operation is add else 1)
         for k in range(int(first), int(last) + 1):
@@ -266,9 +285,7 @@ class _Evaluator:
 
     def residue(self, x: Number, modulus: Number) -> Number:
         """17 mod 5; where nothing is computed, 2 mod 5, it is a class of numbers and no value."""
-        if self.letters or not (isinstance(x, Fraction) and isinstance(modulus, Fraction)):
-            raise Unreadable
-        if x.denominator > 1 or modulus.denominator > 1 or 0 <= x < modulus or modulus <= 0:
+        if self.letters or not (_is_whole(x) and _is_whole(modulus)) or 0 <= x < modulus or modulus <= 0:
             raise Unreadable
         return x % modulus
 
@@ -318,7 +335,7 @@ class _Evaluator:
             base, exponent = self.root(base, exponent.denominator), Fraction(exponent.numerator)
             if isinstance(base, Fraction) and max(1, _bits_of(base)) * abs(exponent) <= MAX_BITS:
                 return self.bounded(base ** int(exponent))
-            if isinstance(base, Fraction) and base.denominator == 1:  # rounded, it would equal its neighbours
+            if _is_whole(base):  # rounded, it would equal its neighbours
                 return _opaque("^", str(base), str(exponent))
             if not isinstance(base, Fraction) and 1 <= exponent <= 10:
                 return self.bounded(functools.reduce(multiply, [base] * int(exponent)))
@@ -337,16 +354,20 @@ class _Evaluator:
         return numbers.root(inexact(x), n)
 
     def factorial(self, x: Number) -> Number:
-        if isinstance(x, Fraction) and x.denominator == 1 and 0 <= x <= MAX_FACTORIAL:
+        if _is_whole(x) and 0 <= x <= MAX_FACTORIAL:
             return self.bounded(Fraction(math.factorial(int(x))))
         self.budget.spend(_FUNCTION_WORK)
         return numbers.factorial(inexact(x)) if abs(inexact(x)) <= MAX_FACTORIAL else _opaque("!", _digits(x))
 
     def binomial(self, n: Number, k: Number) -> Number:
-        if isinstance(n, Fraction) and n.denominator == 1 and isinstance(k, Fraction) and not 0 <= k <= n:
+        if _is_whole(n) and isinstance(k, Fraction) and not 0 <= k <= n:
             raise Unreadable
         rest = self.factorial(add(n, -k))
         return self.bounded(divide(self.factorial(n), multiply(self.factorial(k), rest)))
+
+
+def _is_whole(x: Number) -> TypeGuard[Fraction]:
+    return isinstance(x, Fraction) and x.denominator == 1
 
 
 def _bits_of(x: Number) -> int:

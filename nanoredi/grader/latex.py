@@ -156,7 +156,8 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<=[0-9.])\\?[%$](?=[0-9.])", "§", text)  # 17%6 is not 176
     text = re.sub(r"\\q?quad", " ", text)  # also where a letter is glued to it
     text = _REPEATING.sub(_repeating, text)
-    text = re.sub(r"\\([A-Za-z]+|[^A-Za-z])", _macro, text).translate(_CHARACTERS)
+    text = re.sub(r"\\([A-Za-z]+|[^A-Za-z])", lambda found: _MACROS.get(found[1], found[0]), text)
+    text = text.translate(_CHARACTERS)
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
     for pattern in _MIXED:
@@ -182,16 +183,12 @@ def readings(text: str) -> Iterator[tuple[str, str]]:
             if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
                 harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
                 texts.setdefault(head, "" if harmless else re.sub(r"\s", "", tail))
-    for change in (_without_units, _without_grouping):
+    for change in (lambda one: _BARE_UNITS.sub("", one), _without_grouping):
         texts = {change(one): restriction for one, restriction in reversed(texts.items())} | texts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
     for one, restriction in texts.items():
         one = re.sub(r"\s+", " ", one.strip())
         yield re.sub(r"\s+(?=\W)|(?<=\W)\s+", "", one), restriction
-
-
-def _without_units(text: str) -> str:
-    return _BARE_UNITS.sub("", text)
 
 
 def _without_grouping(text: str) -> str:
@@ -205,10 +202,6 @@ def _compatible(text: str) -> str:
         pieces.append(_FORMS.get(form, "%s") % unicodedata.normalize("NFKC", "".join(chars)))
     kinds = {"Cf": "", "Sc": "", "Pd": "-", "Zs": " "}  # format, currency, dash, space
     return "".join(kinds.get(unicodedata.category(char), char) for char in "".join(pieces))
-
-
-def _macro(found: re.Match) -> str:
-    return _MACROS.get(found[1], found[0])
 
 
 def _repeating(found: re.Match) -> str:

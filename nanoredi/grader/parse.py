@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 
 from nanoredi.grader import latex, matrices, sets
-from nanoredi.grader.compare import LETTER, NAME, Expression, Reading, distinct, same
-from nanoredi.grader.expression import MAX_DEPTH, Budget, Unreadable
+from nanoredi.grader.compare import LETTER, NAME, Reading, distinct, same
+from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression, Unreadable
 
 MAX_PARTS = 100  # of a list; cells of a matrix
 _NODE_WORK = 50
@@ -53,7 +53,7 @@ class _Reader:
             self.budget.spend(_NODE_WORK)
             deepest = max(itertools.accumulate((char in OPEN) - (char in CLOSE) for char in "." + text))
             return self.as_text(text) if deepest > MAX_DEPTH else self.several(text)
-        except (Unreadable, ArithmeticError, ValueError):
+        except NO_VALUE:
             return self.as_text(text)
 
     def as_text(self, text: str) -> Reading:
@@ -99,7 +99,7 @@ class _Reader:
         if "≠" in pieces[0]:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
             name = pieces[0].partition("≠")[0]
             pieces = [piece if "≠" in piece else f"{name}≠{piece}" for piece in pieces]
-        parts = [one for piece in pieces for one in signs(piece.strip()) if one]
+        parts = [one for piece in pieces for one in each_sign(piece.strip()) if one]
         if not 0 < len(parts) <= MAX_PARTS:
             raise Unreadable
         if len(parts) == 1:
@@ -282,7 +282,7 @@ def split(text: str, separators: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def signs(text: str) -> Iterator[str]:
+def each_sign(text: str) -> Iterator[str]:
     """Each ± stands for two answers; with a ∓ in it, all signs change together."""
     pieces = re.split("([±∓])", text) if re.search("[±∓]", re.sub("⦃[^⦃⦄]*⦄", "", text)) else [text]
     if len(pieces) > 9:

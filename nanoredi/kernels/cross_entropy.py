@@ -21,12 +21,17 @@ from nanoredi.kernels.dispatch import operation
 from nanoredi.kernels.layers import add_product, product
 from nanoredi.kernels.logits import logits_by_chunks, logprobs_
 
-Gradients = tuple[Tensor | None, Tensor | None]
+Outputs = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @operation
 def weighted_cross_entropy(
-    hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor | None = None
+    hidden: Tensor,
+    lm_head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    rows: Tensor | None = None,
+    entropies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the targets' log-probabilities, and these log-probabilities.
 
@@ -42,6 +47,7 @@ def weighted_cross_entropy(
             batch.pack checks them.
         rows: (R,) int64, the indices of the rows whose weight is not 0. Made on the CPU with the batch, they spare the
             device a wait; without them they are looked up here.
+        entropies: (N,) fp32, where the entropies of these rows' softmax are written, if given.
 
     Returns:
         loss () fp32, differentiable once in hidden and lm_head; logps (N,) fp32, not differentiable, 0 where the
@@ -49,18 +55,19 @@ def weighted_cross_entropy(
     """
     if rows is None:
         rows = weights.nonzero().squeeze(1)
-    return _WeightedCrossEntropy.apply(hidden, lm_head, targets, weights, rows, torch.is_grad_enabled())
+    return _WeightedCrossEntropy.apply(hidden, lm_head, targets, weights, rows, entropies, torch.is_grad_enabled())
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, lm_head, targets, weights, rows, grad_enabled):
+    def forward(ctx, hidden, lm_head, targets, weights, rows, entropies, grad_enabled):
         wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
         # Chunks add up in fp32: in bf16 a small term added to a large sum is lost.
         grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if wanted[1] else None
         ctx.grads = grad_hidden, grad_head
-        logps = logps_and_gradients(hidden, lm_head.to(hidden.dtype), targets, weights, rows, ctx.grads)
+        outputs = grad_hidden, grad_head, entropies
+        logps = logps_and_gradients(hidden, lm_head.to(hidden.dtype), targets, weights, rows, outputs)
         ctx.mark_non_differentiable(logps)
         return (weights * logps).sum(), logps
 
@@ -71,22 +78,25 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 "weighted_cross_entropy hands its gradients over once; a second backward needs a second forward"
             )
         grads, ctx.grads = ctx.grads, None
-        return *(grad if grad is None else grad.mul_(grad_loss) for grad in grads), None, None, None, None
+        return *(grad if grad is None else grad.mul_(grad_loss) for grad in grads), None, None, None, None, None
 
 
 def logps_and_gradients(
-    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor, grads: Gradients
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor, outputs: Outputs
 ) -> Tensor:
     """The log-probabilities (N,) of these rows, 0 elsewhere.
 
     Args:
-        grads: where they are wanted, the gradient of hidden (N, D) is written to, that of lm_head (V, D) fp32 added to.
+        outputs: where they are wanted, the gradient of hidden (N, D) is written to, that of lm_head (V, D) fp32 added to,
+            these rows' entropies (N,) fp32 written to.
     """
-    grad_hidden, grad_head = grads
+    grad_hidden, grad_head, entropies = outputs
     wanted = grad_hidden is not None or grad_head is not None
     logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
     for chunk, x, logits in logits_by_chunks(hidden, head, rows):
-        logps[chunk], *_ = logprobs_(logits, targets[chunk], weights[chunk] if wanted else None)
+        logps[chunk], entropy, *_ = logprobs_(logits, targets[chunk], weights[chunk] if wanted else None)
+        if entropies is not None:
+            entropies[chunk] = entropy
         if grad_hidden is not None:
             grad_hidden[chunk] = product(logits, head)
         if grad_head is not None:

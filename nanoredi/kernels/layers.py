@@ -20,9 +20,11 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 
 
 @operation
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm (arXiv 1910.07467, eq. 4), x / sqrt(mean(x^2) + eps) * weight: (N, D) and (D,) -> (N, D)."""
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The stream s = x + added, which goes on past the norm, and its RMSNorm (arXiv 1910.07467, eq. 4),
+    s / sqrt(mean(s^2) + eps) * weight: (N, D), (D,) and (N, D) or nothing -> (N, D) twice."""
+    stream = x if added is None else x + added
+    return stream, F.rms_norm(stream, x.shape[-1:], weight.to(x.dtype), eps)
 
 
 @operation
@@ -32,9 +34,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @operation
-def gated_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    """(silu(gate) * up) @ weight.T (SwiGLU, arXiv 2002.05202, eq. 5): (N, in) twice, (out, in) -> (N, out)."""
-    return linear(F.silu(gate) * up, weight)
+def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The gated MLP (SwiGLU, arXiv 2002.05202, eq. 5) of x (N, D), with weights (F, D), (F, D) and (D, F) -> (N, D)."""
+    return linear(F.silu(linear(x, gate)) * linear(x, up), down)
+
+
+@operation
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The factor of that last product, silu(gate) * up, (N, F) each. Like the products below it has no gradient."""
+    return F.silu(gate) * up
+
+
+@operation
+def qkv(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of x (N, D), the first two rotated: (N, H, E), (N, K, E), (N, K, E); cos and sin as for
+    `rotate`."""
+    q, k, v = (linear(x, w, b).unflatten(1, (-1, cos.shape[-1])) for w, b in zip(weights, biases))
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 @operation

@@ -10,8 +10,13 @@ gradient of w * logp with respect to z is
 
     w * (onehot(y) - softmax(z))  =  w * (1 - p(y)) in column y,  -w * exp(z_v - logsumexp(z)) in every other column v
 
-The kernels give a row to one program, which reads it once for o and, where the gradient is wanted, once more to overwrite
-it, all in fp32 with one rounding at the end. Nothing outside the row is ever read or written, whatever the target says.
+The entropy of softmax(z) comes from the same pass. With H' that of the softmax of all columns but y, it is
+
+    -p log p - (1-p) log(1-p) + (1-p) H'  =  softplus(-|d|) + |d| sigmoid(-|d|) + (1-p) H'          p = p(y)
+
+The kernels give a row to one program, which reads it once for o and H' and, where the gradient is wanted, once more to
+overwrite it, all in fp32 with one rounding at the end. Nothing outside the row is ever read or written, whatever the
+target says.
 """
 
 from collections.abc import Iterator
@@ -42,8 +47,8 @@ def logits_by_chunks(hidden: Tensor, lm_head: Tensor, rows: Tensor) -> Iterator[
 
 
 @operation
-def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The targets' log-probabilities; with weights, the logits are overwritten by the gradient.
+def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The targets' log-probabilities and the entropies; with weights, the logits are overwritten by the gradient.
 
     Args:
         logits: (C, V) fp32 or bf16. Without weights they are scratch: what they hold afterwards means nothing.
@@ -51,16 +56,19 @@ def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
         weights: (C,) fp32, w of each row.
 
     Returns:
-        (C,) fp32 each: logp; and what gradient_ needs, logsumexp(z) and 1 - p(y).
+        (C,) fp32 each: logp; the entropy of softmax(z); and what gradient_ needs, logsumexp(z) and 1 - p(y).
     """
     z, y = logits.float(), targets[:, None]
-    target = z.gather(1, y)
-    gap = z.scatter(1, y, float("-inf")).logsumexp(1, keepdim=True) - target
-    logp, one_minus_p = -F.softplus(gap).squeeze(1), gap.sigmoid().squeeze(1)
-    lse = target.squeeze(1) - logp
+    target, others = z.gather(1, y).squeeze(1), z.scatter(1, y, float("-inf"))
+    gap = others.logsumexp(1) - target
+    logp, one_minus_p, far = -F.softplus(gap), gap.sigmoid(), -gap.abs()
+    shares = others.softmax(1)
+    of_others = torch.special.entr(shares, out=shares).sum(1)
+    entropy = F.softplus(far) - far * far.sigmoid() + one_minus_p * of_others
+    lse = target - logp
     if weights is not None:
         gradient_.plain(logits, targets, weights, lse, one_minus_p)
-    return logp, lse, one_minus_p
+    return logp, entropy, lse, one_minus_p
 
 
 @operation
@@ -74,19 +82,19 @@ if triton is not None:
 
     @logprobs_.on("cuda")
     def _launch_logprobs(logits, targets, weights=None):
-        out = logits.new_empty(3, len(logits), dtype=torch.float32)
-        sizes = {"WRITE_GRADIENT": weights is not None, "BLOCK": _block(logits), "num_warps": 8}
+        out = logits.new_empty(4, len(logits), dtype=torch.float32)
+        sizes = {"WRITE_GRADIENT": weights is not None, "BLOCK": _block(logits, 4096), "num_warps": 8}
         _logprobs_kernel[(len(logits),)](logits, logits.stride(0), targets, weights, *out, logits.shape[1], **sizes)
         return tuple(out)
 
     @gradient_.on("cuda")
     def _launch_gradient(logits, targets, weights, lse, one_minus_p):
         row = logits, logits.stride(0), targets, weights, lse, one_minus_p, logits.shape[1]
-        _gradient_kernel[(len(logits),)](*row, BLOCK=_block(logits), num_warps=8)
+        _gradient_kernel[(len(logits),)](*row, BLOCK=_block(logits, 8192), num_warps=8)
 
-    def _block(logits: Tensor) -> int:
+    def _block(logits: Tensor, at_most: int) -> int:
         """Columns that a program holds at once."""
-        return min(8192, triton.next_power_of_2(logits.shape[1]))
+        return min(at_most, triton.next_power_of_2(logits.shape[1]))
 
     @triton.jit
     def _logprobs_kernel(
@@ -95,6 +103,7 @@ if triton is not None:
         targets,
         weights,
         logps,
+        entropies,
         lses,
         ones_minus_p,
         V,
@@ -106,25 +115,36 @@ if triton is not None:
         y = tl.load(targets + c)
         target = tl.load(row + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)
 
-        # Each lane keeps the largest logit it has met and the sum of exp(z - largest) over its columns. Of the two
-        # terms, the old sum and the new 1, only one is to be scaled: one exponential a column.
+        # Each lane keeps the largest logit it has met, and over its columns the sum of exp(z - largest) and that of
+        # (z - largest) exp(z - largest). Of the two terms, the old sum and the new one, only one is to be scaled: one
+        # exponential a column. What is no other column counts as -1e30, not as -inf, since 0 * -inf is no number.
         largest = tl.full((BLOCK,), -3.0e38, tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
+        moment = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
-            z = tl.load(row + v, mask=v < V, other=float("-inf")).to(tl.float32)
-            z = tl.where(v == y, float("-inf"), z)
-            scale = tl.exp(-tl.abs(z - largest))
-            total = tl.where(z > largest, total * scale + 1.0, total + scale)
+            z = tl.load(row + v, mask=v < V, other=-1.0e30).to(tl.float32)
+            z = tl.where(v == y, -1.0e30, z)
+            above = z - largest
+            scale = tl.exp(-tl.abs(above))
+            moment = tl.where(above > 0, (moment - total * above) * scale, moment + above * scale)
+            total = tl.where(above > 0, total * scale + 1.0, total + scale)
             largest = tl.maximum(largest, z)
         top = tl.max(largest, 0)
-        gap = top + tl.log(tl.sum(total * tl.exp(largest - top), 0)) - target
+        above = largest - top
+        scale = tl.exp(above)
+        mean = tl.sum((moment + total * above) * scale, 0)
+        total_of_others = tl.sum(total * scale, 0)
+        gap = top + tl.log(total_of_others) - target
 
         tail = tl.exp(-tl.abs(gap))
         one_minus_p = tl.where(gap > 0, 1.0, tail) / (1.0 + tail)  # sigmoid(gap)
         logp = -tl.maximum(gap, 0.0) - _log1p(tail)  # -softplus(gap)
         lse = target - logp
+        small = tail / (1.0 + tail)  # the smaller one of p and 1 - p
+        of_others = tl.log(total_of_others) - mean / total_of_others
         tl.store(logps + c, logp)
+        tl.store(entropies + c, _log1p(tail) + tl.abs(gap) * small + one_minus_p * of_others)
         tl.store(lses + c, lse)
         tl.store(ones_minus_p + c, one_minus_p)
         if WRITE_GRADIENT:

@@ -19,7 +19,9 @@ from nanoredi.kernels.logits import gradient_, logits_by_chunks, logprobs_
 
 
 @operation
-def linear_logprob(hidden: Tensor, lm_head: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
+def linear_logprob(
+    hidden: Tensor, lm_head: Tensor, targets: Tensor, rows: Tensor | None = None, entropies: Tensor | None = None
+) -> Tensor:
     """The log-probability of each row's target under softmax(lm_head @ hidden).
 
     Under no_grad (a reference model, scoring) it is one matrix product and keeps nothing. The gradient of lm_head adds
@@ -30,23 +32,26 @@ def linear_logprob(hidden: Tensor, lm_head: Tensor, targets: Tensor, rows: Tenso
         lm_head: (V, D) output embedding, of hidden's dtype or an fp32 master that is cast to it.
         targets: (N,) int64 in 0..V-1; read only in `rows`.
         rows: (R,) int64, the rows that are wanted, each once; None: all.
+        entropies: (N,) fp32, where the entropies of the wanted rows' softmax are written, if given.
 
     Returns:
         logps (N,) fp32, differentiable once in hidden and lm_head; 0 where a row is not wanted.
     """
     if rows is None:
         rows = torch.arange(len(hidden), device=hidden.device)
-    return LinearLogprob.apply(hidden, lm_head, targets, rows)
+    return LinearLogprob.apply(hidden, lm_head, targets, rows, entropies)
 
 
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, lm_head, targets, rows):
+    def forward(ctx, hidden, lm_head, targets, rows, entropies):
         # Three tensors and no views of one: FSDP2 hangs its hook on what leaves the model, and a view may lose it.
         logps, lse, one_minus_p = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
         head = lm_head.to(hidden.dtype)
         for chunk, _, logits in logits_by_chunks(hidden, head, rows):
-            logps[chunk], lse[chunk], one_minus_p[chunk] = logprobs_(logits, targets[chunk])
+            logps[chunk], entropy, lse[chunk], one_minus_p[chunk] = logprobs_(logits, targets[chunk])
+            if entropies is not None:
+                entropies[chunk] = entropy
         ctx.save_for_backward(hidden, head, targets, rows, lse, one_minus_p)
         return logps
 
@@ -56,7 +61,7 @@ class LinearLogprob(torch.autograd.Function):
         grad_head = (
             torch.zeros(ctx.saved_tensors[1].shape, device=grad_logps.device) if ctx.needs_input_grad[1] else None
         )
-        return gradient_of_hidden(ctx, grad_logps, grad_head), grad_head, None, None
+        return gradient_of_hidden(ctx, grad_logps, grad_head), grad_head, None, None, None
 
 
 def gradient_of_hidden(ctx, grad_logps: Tensor, grad_head: Tensor | None) -> Tensor | None:

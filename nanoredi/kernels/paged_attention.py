@@ -1,13 +1,16 @@
-"""One new token a row attends to the pages of its row: plain PyTorch, and a Triton kernel for a GPU.
+"""New tokens and the pages of their rows: keys and values are written, and queries attend, in plain PyTorch and on a GPU by
+Triton's kernels and by torch's own flash attention.
 
-The kernel gives a program one row, one key-value head with the G = H/K query heads that share it, and one of the row's
-splits. It goes over its tokens with the running softmax of flash attention (arXiv 2205.14135, algorithm 1): of scores
-s_t = q.k_t / sqrt(E) it keeps the largest m, the sum l of exp(s_t - m) and the vector a, the sum of exp(s_t - m) v_t.
-Splits are put together as
+A decode step has one query a row. The row's tokens are cut into spans of a fixed number, and a program takes one row, one
+key-value head with the G = H/K query heads that share it, and one span. It goes over the tokens with the running softmax of
+flash attention (arXiv 2205.14135, algorithm 1): of scores s_t = q.k_t / sqrt(E) it keeps the largest m, the sum l of
+exp(s_t - m) and the vector a, the sum of exp(s_t - m) v_t. Another kernel goes over the row's spans i in the same way,
 
-    out = sum_i exp(m_i - M) a_i / sum_i exp(m_i - M) l_i        M = max_i m_i
+    M = max(m, m_i)     l <- exp(m - M) l + exp(m_i - M) l_i     a <- exp(m - M) a + exp(m_i - M) a_i     m <- M
 
-It reads a page where it lies; plain PyTorch copies each row's pages.
+and gives a / l. So the order in which a row's numbers are added up follows from the row alone: it is the same, bit for bit,
+whatever rows are beside it, and whatever number of spans the longest of them has. The kernels read a page where it lies; plain
+PyTorch copies each row's pages.
 """
 
 import torch
@@ -15,9 +18,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoredi.kernels.dispatch import operation, tl, triton
+from nanoredi.kernels.layers import rotate
 
-# Tokens that a program holds at once, and programs for every processor, so that short rows do not leave some idle.
-_BLOCK, _WAVES = 64, 4
+# Tokens that a program holds at once, and those of a span. Shorter spans would be more of them to put together, with longer
+# ones a few long rows would leave most processors idle.
+_BLOCK, SPAN = 64, 1024
+
+
+@operation
+def write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    keys: Tensor,
+    values: Tensor,
+    places: Tensor,
+) -> Tensor:
+    """Write new keys and values into a layer's pool.
+
+    Args:
+        q, k, v: (N, H, E), and (N, K, E) twice.
+        rope: cos and sin by which q and k are rotated first (layers.rotate); None: they are already.
+        keys, values: (P, K, page, E), of their dtype.
+        places: (N*K,) int64, where each token's heads go in a pool seen as (P * K * page, E).
+
+    Returns:
+        The rotated queries (N, H, E).
+    """
+    if rope:
+        q, k = rotate(q, *rope), rotate(k, *rope)
+    keys.view(-1, k.shape[2]).index_copy_(0, places, k.flatten(0, 1))
+    values.view(-1, v.shape[2]).index_copy_(0, places, v.flatten(0, 1))
+    return q
 
 
 @operation
@@ -41,44 +74,100 @@ def paged_decode(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, le
     return torch.cat(outs).squeeze(2).to(q.dtype)  # of (1, H, 1, E) each
 
 
-def memory_for(q: Tensor, num_splits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For the splits' a (B, H, splits, E), m and l (B, H, splits), fp32."""
-    shape = *q.shape[:2], num_splits
+def memory_for(q: Tensor, num_spans: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For the spans' a (B, H, spans, E), m and l (B, H, spans), fp32."""
+    shape = *q.shape[:2], num_spans
     outs, tops, sums = (q.new_empty(shape + more, dtype=torch.float32) for more in (q.shape[2:], (), ()))
     return outs, tops, sums
 
 
-def put_together(outs: Tensor, tops: Tensor, sums: Tensor) -> Tensor:
-    """(B, H, E), of all splits."""
-    weights = (tops - tops.amax(-1, keepdim=True)).exp_()
-    # One after the other, so that empty splits at the end change nothing.
-    return (weights[..., None] * outs).sum(2) / (weights * sums).cumsum(2)[..., -1:]
-
-
 if triton is not None:
+
+    @write.on("cuda")
+    def _launch_write(q, k, v, rope, keys, values, places):
+        """There may be gaps between the tokens, as there are where one product made all three."""
+        if not rope:
+            return NotImplemented
+        (num_tokens, num_heads, size), num_kv_heads = q.shape, k.shape[1]
+        out = q.new_empty(q.shape)
+        strides = q.stride(0), k.stride(0), v.stride(0)
+        _write_kernel[(num_tokens, num_heads + 2 * num_kv_heads)](
+            *(q, k, v, *rope, out, keys, values, places, *strides, num_heads, num_kv_heads),
+            HALF=size // 2,
+            BLOCK=triton.next_power_of_2(size // 2),
+            num_warps=1,
+        )
+        return out
+
+    @triton.jit
+    def _write_kernel(
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        out,
+        keys,
+        values,
+        places,
+        q_stride,
+        k_stride,
+        v_stride,
+        num_heads,
+        num_kv_heads,
+        HALF: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """A program takes one head of a token: first come its query's, then its key's, then its value's."""
+        n, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        size = 2 * HALF
+        if head < num_heads:
+            source = q + n * q_stride + head * size
+            target = out + (n * num_heads + head) * size
+        elif head < num_heads + num_kv_heads:
+            head -= num_heads
+            source = k + n * k_stride + head * size
+            target = keys + tl.load(places + n * num_kv_heads + head) * size
+        else:
+            head -= num_heads + num_kv_heads
+            source = v + n * v_stride + head * size
+            target = values + tl.load(places + n * num_kv_heads + head) * size
+        i = tl.arange(0, BLOCK)
+        a, b = tl.load(source + i, mask=i < HALF), tl.load(source + HALF + i, mask=i < HALF)
+        if tl.program_id(1) < num_heads + num_kv_heads:
+            c = tl.load(cos + n * size + i, mask=i < HALF).to(tl.float32)
+            s = tl.load(sin + n * size + HALF + i, mask=i < HALF).to(tl.float32)
+            wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+            a = (wide_a * c - wide_b * s).to(a.dtype)
+            b = (wide_b * c + wide_a * s).to(b.dtype)
+        tl.store(target + i, a, mask=i < HALF)
+        tl.store(target + HALF + i, b, mask=i < HALF)
 
     @paged_decode.on("cuda")
     def _launch(q, keys, values, page_table, lengths):
         """It asks the device for nothing, so a graph can hold it."""
-        size, group = q.shape[2], q.shape[1] // keys.shape[1]
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
-        num_splits = max(1, min(64, _WAVES * processors // (len(q) * keys.shape[1])))
-        partial = memory_for(q, num_splits)
+        (num_rows, num_heads, size), (_, num_kv_heads, page_size, _) = q.shape, keys.shape
+        group, num_columns = num_heads // num_kv_heads, page_table.shape[1]
+        num_spans = triton.cdiv(num_columns * page_size, SPAN)
+        out = q.new_empty(q.shape)
+        partial = memory_for(q, num_spans) if num_spans > 1 else (out, out, out)
         tensors = q.contiguous(), keys, values, page_table.contiguous(), lengths, *partial
-        _decode_kernel[(len(q), keys.shape[1], num_splits)](
+        sizes = {"SIZE": size, "SIZE_BLOCK": max(16, triton.next_power_of_2(size)), "SPAN": SPAN}
+        _decode_kernel[(num_rows, num_kv_heads, num_spans)](
             *tensors,
             size**-0.5,
-            page_table.shape[1],
-            num_splits,
+            num_columns,
             GROUP=group,
-            SIZE=size,
-            PAGE=keys.shape[2],
+            PAGE=page_size,
             GROUP_BLOCK=max(16, triton.next_power_of_2(group)),  # the least that a matrix unit takes
-            SIZE_BLOCK=max(16, triton.next_power_of_2(size)),
             BLOCK=_BLOCK,
+            ALONE=num_spans == 1,
             num_warps=4,
+            **sizes,
         )
-        return put_together(*partial).to(q.dtype)
+        if num_spans > 1:
+            _combine_kernel[(num_rows, num_heads)](out, lengths, *partial, num_spans, num_warps=1, **sizes)
+        return out
 
     @triton.jit
     def _decode_kernel(
@@ -92,26 +181,26 @@ if triton is not None:
         sums,
         scale,
         num_columns,
-        num_splits,
         GROUP: tl.constexpr,
-        SIZE: tl.constexpr,
         PAGE: tl.constexpr,
         GROUP_BLOCK: tl.constexpr,
-        SIZE_BLOCK: tl.constexpr,
         BLOCK: tl.constexpr,
+        ALONE: tl.constexpr,
+        SIZE: tl.constexpr,
+        SIZE_BLOCK: tl.constexpr,
+        SPAN: tl.constexpr,
     ):
-        b, k, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-        num_kv_heads = tl.num_programs(1)
+        b, k, span = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+        num_kv_heads, num_spans = tl.num_programs(1), tl.num_programs(2)
         length = tl.load(lengths + b).to(tl.int32)
-        span = tl.cdiv(tl.cdiv(length, num_splits), BLOCK) * BLOCK
-        start, end = split * span, tl.minimum((split + 1) * span, length)
+        start, end = span * SPAN, tl.minimum((span + 1) * SPAN, length)
+        if start >= end:
+            return
 
         g, e = tl.arange(0, GROUP_BLOCK), tl.arange(0, SIZE_BLOCK)
         head = b * num_kv_heads * GROUP + k * GROUP + g  # of all rows' heads
-        queries = tl.load(
-            q + head[:, None] * SIZE + e[None, :], mask=(g[:, None] < GROUP) & (e[None, :] < SIZE), other=0.0
-        )
-        # -1e30, not -inf: a split without tokens must not make exp(-inf - -inf).
+        is_head = (g[:, None] < GROUP) & (e[None, :] < SIZE)
+        queries = tl.load(q + head[:, None] * SIZE + e[None, :], mask=is_head, other=0.0)
         top = tl.full((GROUP_BLOCK,), -1.0e30, tl.float32)
         total = tl.zeros((GROUP_BLOCK,), tl.float32)
         out = tl.zeros((GROUP_BLOCK, SIZE_BLOCK), tl.float32)
@@ -130,7 +219,37 @@ if triton is not None:
             total = total * shrink + tl.sum(weights, 1)
             out = out * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
             top = new_top
-        place = head * num_splits + split
-        tl.store(tops + place, top, mask=g < GROUP)
-        tl.store(sums + place, total, mask=g < GROUP)
-        tl.store(outs + place[:, None] * SIZE + e[None, :], out, mask=(g[:, None] < GROUP) & (e[None, :] < SIZE))
+        place = head * num_spans + span
+        if ALONE:
+            out = out / total[:, None]
+        else:
+            tl.store(tops + place, top, mask=g < GROUP)
+            tl.store(sums + place, total, mask=g < GROUP)
+        tl.store(outs + place[:, None] * SIZE + e[None, :], out, mask=is_head)
+
+    @triton.jit
+    def _combine_kernel(
+        combined,
+        lengths,
+        outs,
+        tops,
+        sums,
+        num_spans,
+        SIZE: tl.constexpr,
+        SIZE_BLOCK: tl.constexpr,
+        SPAN: tl.constexpr,
+    ):
+        b = tl.program_id(0).to(tl.int64)
+        head = b * tl.num_programs(1) + tl.program_id(1)
+        e = tl.arange(0, SIZE_BLOCK)
+        top, total = tl.full((), -1.0e30, tl.float32), tl.full((), 0.0, tl.float32)
+        out = tl.zeros((SIZE_BLOCK,), tl.float32)
+        for span in range(tl.cdiv(tl.load(lengths + b).to(tl.int32), SPAN)):
+            place = head * num_spans + span
+            its_top = tl.load(tops + place)
+            new_top = tl.maximum(top, its_top)
+            shrink, grow = tl.exp(top - new_top), tl.exp(its_top - new_top)
+            total = total * shrink + tl.load(sums + place) * grow
+            out = out * shrink + tl.load(outs + place * SIZE + e, mask=e < SIZE, other=0.0) * grow
+            top = new_top
+        tl.store(combined + head * SIZE + e, out / total, mask=e < SIZE)

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanoredi.kernels import embedding, gated_linear, linear, linear_logprob, rms_norm, rotate, weighted_cross_entropy
+from nanoredi.kernels import embedding, linear, linear_logprob, mlp, qkv, rms_norm, swiglu, weighted_cross_entropy
 from nanoredi.kernels.dispatch import prepare_for_sampling
 from nanoredi.kernels.layers import PRODUCTS
-from nanoredi.model.attention import ATTENTION, Attend, PackedAttention
+from nanoredi.model.attention import ATTENTION, Attend, PackedAttention, Rope
 from nanoredi.model.config import Qwen2Config
 from nanoredi.model.hf_folder import Companions, load_weights, save_folder
 from nanoredi.model.recompute import recomputed
@@ -31,8 +31,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.eps = config.rms_norm_eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return rms_norm(x, self.weight, self.eps, added)
 
 
 class Embedding(nn.Embedding):
@@ -41,25 +41,42 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
+    """A linear layer. `parts` are the sizes of all whose outputs it has, where `pack` has joined some."""
+
+    parts: list[int] | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    def join(self, *others: "Linear") -> None:
+        """Take over the weights of layers that have the same input."""
+        layers = self, *others
+        self.parts = [len(layer.weight) for layer in layers]
+        for name in [name for name, _ in self.named_parameters()]:
+            setattr(self, name, nn.Parameter(torch.cat([getattr(layer, name) for layer in layers]), False))
+            for layer in others:
+                setattr(layer, name, None)
 
 
 class Attention(nn.Module):
     def __init__(self, config: Qwen2Config, layer: int):
         super().__init__()
-        self.layer = layer
-        self.head_dim = config.head_dim
+        self.layer, self.head_dim = layer, config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, config.hidden_size)
         self.k_proj = Linear(config.hidden_size, kv_size)
         self.v_proj = Linear(config.hidden_size, kv_size)
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = attend(self.layer, rotate(q, *rope), rotate(k, *rope), v)  # (N, H, E)
-        return self.o_proj(out.flatten(-2))
+    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        if self.q_proj.parts:
+            q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in self.q_proj(x).split(self.q_proj.parts, dim=1))
+            out = attend(self.layer, q, k, v, rope)  # (N, H, E)
+        else:
+            layers = self.q_proj, self.k_proj, self.v_proj
+            q, k, v = qkv(x, [layer.weight for layer in layers], [layer.bias for layer in layers], *rope)
+            out = attend(self.layer, q, k, v)
+        return self.o_proj(out.flatten(1))
 
 
 class MLP(nn.Module):
@@ -70,7 +87,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gated_linear(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
+        if self.gate_proj.parts:
+            return self.down_proj(swiglu(*self.gate_proj(x).split(self.gate_proj.parts, dim=1)))
+        return mlp(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
 class Block(nn.Module):
@@ -82,15 +101,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.activation_checkpointing = "off"  # or what is kept for backward: "attention" or "products"
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, added: Tensor | None, rope: Rope, attend: Attend) -> tuple[Tensor, Tensor | None]:
+        """The stream x + added (N, D) goes on in two terms, too, which the next norm adds up, or in one and None."""
         if self.activation_checkpointing == "off" or not torch.is_grad_enabled():
-            return self._compute(x, rope, attend)
+            return self._compute(x, added, rope, attend)
         kept = ATTENTION | PRODUCTS if self.activation_checkpointing == "products" else ATTENTION
-        return recomputed(self._compute, kept, x, rope, attend)
+        return recomputed(lambda *inputs: torch.add(*self._compute(*inputs)), kept, x, added, rope, attend), None
 
-    def _compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def _compute(self, x: Tensor, added: Tensor | None, rope: Rope, attend: Attend) -> tuple[Tensor, Tensor]:
+        x, normed = self.input_layernorm(x, added)
+        x, normed = self.post_attention_layernorm(x, self.self_attn(normed, rope, attend))
+        return x, self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -182,8 +203,12 @@ class Qwen2(nn.Module):
 
     def pack(self) -> "Qwen2":
         """Lay the weights out as the device multiplies by them fastest, in place of what they were. From then on the
-        model can sample and score, but not be trained or saved."""
+        model can sample and score, but not be trained or saved. On a GPU layers with one input become one."""
         for module in self.modules():
+            if isinstance(module, Attention) and module.q_proj.weight.is_cuda:
+                module.q_proj.join(module.k_proj, module.v_proj)
+            elif isinstance(module, MLP) and module.gate_proj.weight.is_cuda:
+                module.gate_proj.join(module.up_proj)
             for name, p in module.named_parameters(recurse=False):
                 weight = prepare_for_sampling(p, name == "weight" and isinstance(module, Linear))
                 setattr(module, name, nn.Parameter(weight, requires_grad=False))
@@ -211,9 +236,10 @@ class Qwen2(nn.Module):
         x = self.model.embed_tokens(input_ids)
         x = x.to(self.compute_dtype or x.dtype)
         rope = rotary_angles(position_ids, self.config, x.dtype)
+        added = None
         for block in self.model.layers:
-            x = block(x, rope, attend)
-        return self.model.norm(x)
+            x, added = block(x, added, rope, attend)
+        return self.model.norm(x, added)[1]
 
     def loss(
         self,
@@ -224,6 +250,7 @@ class Qwen2(nn.Module):
         weights: Tensor,
         rows: Tensor | None = None,
         max_seqlen: int | None = None,
+        entropies: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The weighted sum of the targets' log-probabilities, and these: loss () fp32, logps (N,) fp32.
 
@@ -233,17 +260,18 @@ class Qwen2(nn.Module):
             targets: (N,) int64.
             weights: (N,) fp32, 0 where nothing is learned.
             rows: (R,) int64, where the weights are not 0; spares the device a question, as max_seqlen does.
+            entropies: (N,) fp32, where the entropies of the predictions in rows are written, if given.
         """
         hidden = Qwen2.forward(self, input_ids, position_ids, cu_seqlens, max_seqlen)
-        return weighted_cross_entropy(hidden, self.lm_head_weight, targets, weights, rows)
+        return weighted_cross_entropy(hidden, self.lm_head_weight, targets, weights, rows, entropies)
 
-    def logprobs(self, targets: Tensor, rows: Tensor, *packed: Any) -> Tensor:
+    def logprobs(self, targets: Tensor, rows: Tensor, *packed: Any, entropies: Tensor | None = None) -> Tensor:
         """The log-probabilities (N,) fp32 of targets (N,) in rows (R,), 0 elsewhere; differentiable, for losses
-        that are not linear in them. packed: what forward takes."""
-        return linear_logprob(Qwen2.forward(self, *packed), self.lm_head_weight, targets, rows)
+        that are not linear in them. packed: what forward takes; entropies as in loss."""
+        return linear_logprob(Qwen2.forward(self, *packed), self.lm_head_weight, targets, rows, entropies)
 
 
-def rotary_angles(position_ids: Tensor, config: Qwen2Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_angles(position_ids: Tensor, config: Qwen2Config, dtype: torch.dtype) -> Rope:
     """cos and sin (N, 1, E) of position * theta^(-2i/E), computed in fp32 (RoPE, arXiv 2104.09864, eq. 15).
 
     Pair i is (x_i, x_{i+E/2}), Hugging Face's pairing; both halves get the pair's cos, and the sines come signed as

@@ -1,11 +1,10 @@
 """The samples of an evaluation that are not right, to be read: the answer, the gold one, the response's tail."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanoredi.common.errors import UserError
-from nanoredi.common.files import read_rows
+from nanoredi.common.files import check, read_rows
+from nanoredi.evaluation.samples import SAMPLE
 from nanoredi.evaluation.scores import Row
 
 KINDS = ("wrong", "cut_off", "no_answer")
@@ -25,13 +24,10 @@ def failures(folder: str, only: str = "") -> Iterator[str]:
     path = Path(folder) / "samples.jsonl"
     counts, shown = dict.fromkeys(("right", *KINDS), 0), []
     for where, row in read_rows(str(path)):
-        try:
-            kind = "right" if row["correct"] else _kind(row)
-            counts[kind] += 1
-            if kind == only or not only and kind != "right":
-                shown.append(_paragraph(kind, row))
-        except (KeyError, TypeError):
-            raise UserError(f"{where} is no sample that was graded") from None
+        kind = "right" if check(where, row, SAMPLE)["correct"] else _kind(row)
+        counts[kind] += 1
+        if kind == only or not only and kind != "right":
+            shown.append(_paragraph(kind, row))
     yield f"{folder}: " + ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items())
     yield from shown
 
@@ -49,8 +45,5 @@ def _paragraph(kind: str, row: Row) -> str:
     answer = "none" if row["answer"] is None else row["answer"]
     tail = row["response"][-_TAIL:].strip()
     cut = "..." if len(row["response"]) > _TAIL else ""
-    text = (
-        f"{head}{kind.replace('_', ' ')}{tokens}\nanswer  {answer}\ngold    {' or '.join(row['gold'])}\n\n{cut}{tail}"
-    )
-    # A response is anybody's text: no escape sequence of it reaches the terminal.
-    return re.sub(r"[^\n\t -~\u00a0-\ud7ff\ue000-\U0010ffff]", "\ufffd", text)
+    gold = " or ".join(row["gold"])
+    return f"{head}{kind.replace('_', ' ')}{tokens}\nanswer  {answer}\ngold    {gold}\n\n{cut}{tail}"

@@ -2,20 +2,21 @@
 
 Accuracy where the run was evaluated, log-prob a token of the chosen and of the rejected traces, and the size of the
 parameter update, all by optimiser step. Together they tell a healthy run from a collapse: there both log-probs plunge
-while the update's size surges. Nothing is smoothed. report.py is the command.
+while the update's size surges. On request there are four more: the entropy of the model's predictions on the chosen and
+on the rejected traces, and how far their log-probs have moved since the start. Nothing is smoothed.
 """
 
 import itertools
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.disk import writing
+from nanoredi.common.disk import regular, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json, read_text
 from nanoredi.common.runs import metrics_row
+from nanoredi.evaluation.scores import step_of
 
 # (key of metrics.jsonl, heading, format)
 SERIES = [
@@ -23,14 +24,18 @@ SERIES = [
     ("chosen_logp", "chosen log-prob (nats/token)", ".4f"),
     ("rejected_logp", "rejected log-prob (nats/token)", ".4f"),
     ("margin", "margin (nats/token)", ".4f"),
+    ("chosen_entropy", "chosen entropy (nats/token)", ".4f"),
+    ("rejected_entropy", "rejected entropy (nats/token)", ".4f"),
     ("watch_chosen_logp", "watched pairs' chosen log-prob", ".4f"),
     ("watch_rejected_logp", "watched pairs' rejected log-prob", ".4f"),
+    ("watch_chosen_entropy", "watched pairs' chosen entropy", ".4f"),
+    ("watch_rejected_entropy", "watched pairs' rejected entropy", ".4f"),
     ("grad_norm", "gradient norm", ".2e"),
     ("update_norm", "update size (L2 norm)", ".2e"),
     ("tokens_per_s", "tokens/s", ",.0f"),
     ("peak_memory_gb", "peak memory (GB)", ".2f"),
 ]
-WATCHED = ("watch_chosen_logp", "watch_rejected_logp")
+LOGPS, ENTROPIES = ("chosen_logp", "rejected_logp"), ("chosen_entropy", "rejected_entropy")
 # Okabe and Ito's colours, which the colour-blind tell apart, less the yellow that white paper swallows. Neighbours
 # differ in lightness and in the line's style too, for grey prints.
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -57,6 +62,12 @@ class Run:
         """Steps and values of a column of metrics.jsonl; NaN where a row has none."""
         values = [row.get(key) for row in self.rows]
         return [row["step"] for row in self.rows], [math.nan if v is None else v for v in values]
+
+    def watched(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) of the watched pairs wherever they were looked at, the start at step 0."""
+        looks = [(0, row.get(f"start_{key}")) for row in self.rows[:1]]
+        looks += [(row["step"], row.get(f"watch_{key}")) for row in self.rows]
+        return [(step, value) for step, value in looks if value is not None]
 
 
 def read_runs(folders: list[str]) -> list[Run]:
@@ -106,12 +117,12 @@ def check_figure(path: str) -> None:
         raise UserError(f"the figure is a PNG: give --out a name that ends in .png, not {path}")
     if not file.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {file.parent}")
-    if file.is_dir() or file.exists() and DRAWN_BY.encode() not in file.read_bytes()[:1024]:
+    if file.is_dir() or regular(file).exists() and DRAWN_BY.encode() not in file.read_bytes()[:1024]:
         raise UserError(f"{path} exists and is no figure of nanoredi's: give another --out")
 
 
-def draw(runs: list[Run], path: str) -> None:
-    """Draw the four panels of runs into a PNG; those without steps are left out.
+def draw(runs: list[Run], path: str, entropy: bool = False) -> None:
+    """Draw the four panels of runs into a PNG, with entropy all eight; runs without steps are left out.
 
     Raises:
         UserError: when there is nothing to draw, or matplotlib is missing.
@@ -127,9 +138,10 @@ def draw(runs: list[Run], path: str) -> None:
     except ImportError:
         raise UserError("drawing a figure takes matplotlib: pip install matplotlib") from None
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    lines = 4 if entropy else 2
+    figure = Figure(figsize=(10, 3.5 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(2, 2, sharex=True)
+    panels = figure.subplots(lines, 2, sharex=True)
     benchmarks = list(dict.fromkeys(name for run in runs for name in run.accuracy))
     markers = dict(zip(benchmarks, itertools.cycle(MARKERS)))
     handles = []
@@ -141,7 +153,7 @@ def draw(runs: list[Run], path: str) -> None:
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     # Outside of the panels, where they cover no line.
     width = max(len(run.name) for run in runs) + 8
-    if any(key in row for run in runs for row in run.rows for key in WATCHED):
+    if any(run.watched(key) for run in runs for key in LOGPS):
         handles.append(Line2D([], [], color="0.3", linestyle="", marker="x", label="watched pairs"))
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // width)))
     if len(benchmarks) > 1:
@@ -152,29 +164,35 @@ def draw(runs: list[Run], path: str) -> None:
 
 
 def _draw_run(run: Run, panels: Any, markers: dict[str, str], look: dict[str, Any]) -> None:
-    (accuracy, update), (chosen, rejected) = panels
+    accuracy, update = panels[0]
     for name, points in run.accuracy.items():
         steps, shares, errors = zip(*points)
         percent = [[100 * x for x in xs] for xs in (shares, errors)]
         accuracy.errorbar(steps, *percent, marker=markers[name], markersize=5, capsize=3, **look)
-    for axes, key in ((chosen, "chosen_logp"), (rejected, "rejected_logp"), (update, "update_norm")):
+    cross = {"color": look["color"], "linestyle": "", "marker": "x"}
+    for axes, key in zip((update, *panels[1:3].flat), ("update_norm", *LOGPS, *ENTROPIES)):
         # Of a single step there is no line to see, only its dot.
         axes.plot(*run.series(key), marker="." if len(run.rows) < 50 else None, **look)
-    for axes, key in zip((chosen, rejected), WATCHED):
-        steps, values = run.series(key)
-        if any(map(math.isfinite, values)):
-            axes.plot(steps, values, color=look["color"], linestyle="", marker="x")
+        if looks := run.watched(key):
+            axes.plot(*zip(*looks), **cross)
+    for axes, key in zip(panels[3:].flat, LOGPS):
+        if (looks := run.watched(key)) and looks[0][0] == 0:
+            axes.plot(*zip(*((step, value - looks[0][1]) for step, value in looks)), **look | cross)
 
 
 def _label_panels(panels: Any, where: str) -> None:
-    (accuracy, update), (chosen, rejected) = panels
+    (accuracy, update), (chosen, rejected) = panels[:2]
+    unit = "nats/token (mean)"
     _label(accuracy, f"Accuracy{where}", "pass@1 ± standard error (%)", "not evaluated")
     _label(update, "Size of the parameter update", "L2 norm", "not recorded")
-    _label(chosen, "Log-prob of chosen traces", "nats/token (mean)", "not recorded")
-    _label(rejected, "Log-prob of rejected traces", "nats/token (mean)", "no rejected traces in the loss")
+    _label(chosen, "Log-prob of chosen traces", unit, "not recorded")
+    _label(rejected, "Log-prob of rejected traces", unit, "no rejected traces in the loss")
+    for pair, title in zip(panels[2:], ("Token entropy on {} traces", "Change of {} log-prob (watched pairs)")):
+        for axes, side in zip(pair, ("chosen", "rejected")):
+            _label(axes, title.format(side), unit, "not recorded")
     if any(y > 0 for line in update.lines for y in line.get_ydata()):
         update.set_yscale("log", nonpositive="mask")
-    for axes in panels[1]:
+    for axes in panels[-1]:
         axes.set_xlabel("optimiser step")
         axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -204,8 +222,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 def _accuracy(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float, float]]]:
     """The evaluations in a run's results.json, each at its model's step.
 
-    A model named after a folder step-000200 tells its step. Of the others, SFT is the start's, and whatever else stands
-    there the final one; a second SFT is that too, the end of a run whose own objective is sft.
+    A model's name tells its step; a second SFT is the end of a run whose own objective is sft.
     """
     if not rows or not path.exists():
         return {}
@@ -213,7 +230,6 @@ def _accuracy(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[in
     shape = [{"model": str, "benchmark": str, "pass@1": float, "sem": float}]
     for row in check(str(path), read_json(path, list), shape):
         model, points = row["model"], benchmarks.setdefault(row["benchmark"], {})
-        numbered = re.search(r"step-(\d{1,9})$", model)
-        step = int(numbered[1]) if numbered else 0 if model == "SFT" and 0 not in points else rows[-1]["step"]
-        points[step] = row["pass@1"], row["sem"]
+        step = min(step_of(model), rows[-1]["step"])
+        points[rows[-1]["step"] if step in points else step] = row["pass@1"], row["sem"]
     return {name: [(step, *points[step]) for step in sorted(points)] for name, points in benchmarks.items()}

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.errors import UserError
-from nanoredi.common.files import read_json, write_json, write_text
+from nanoredi.common.files import write_json, write_text
 from nanoredi.data.benchmarks import PAPER
 from nanoredi.evaluation.scores import Row, average
 
@@ -97,7 +96,7 @@ def details(rows: list[Row]) -> Table:
         keys = [key] if some is None else [f"pass@{k}" for k in some]
         columns += [(key, heading.replace("pass@k", key), form) for key in keys]
     columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
-    lines = [[_cell(form, row.get(key)) for key, _, form in columns] for row in rows]
+    lines = [[_name(row), *(_cell(form, row.get(key)) for key, _, form in columns[1:])] for row in rows]
     return Table([[heading for _, heading, _ in columns], *lines], 2, _LEAST)
 
 
@@ -113,7 +112,10 @@ def scores(rows: list[Row], metric: str = "pass@1", paper: bool = False) -> Tabl
             own.pop("average", None)
         cells = [own.get(name, {}) for name in columns]
         lines.append(
-            [model, *(_with_error(c.get(metric), c.get("sem") if metric == "pass@1" else None) for c in cells)]
+            [
+                _name(next(iter(own.values()))),
+                *(_with_error(c.get(metric), c.get("sem") if metric == "pass@1" else None) for c in cells),
+            ]
         )
     for title, known in _PAPER[metric].items() if paper else ():
         lines.append([f"the paper's {title} (*: {_BASE})"])
@@ -211,22 +213,13 @@ def write(out: Path, rows: list[Row], compared: list[Row], paper: bool, wide: bo
     return text
 
 
-def read_results(folder: str | Path) -> list[Row]:
-    """The rows of a run's results.json.
-
-    Raises:
-        UserError: when it is missing or broken.
-    """
-    path = Path(folder) / "results.json"
-    rows = read_json(path, list)
-    if not rows or not all(isinstance(row, dict) and "model" in row for row in rows):
-        raise UserError(f"{path} holds no results")
-    return rows
-
-
 def _with_average(rows: list[Row], model: str) -> list[Row]:
     own = [row for row in rows if row["model"] == model]
     return [*own, average(own)] if len(own) > 1 else own
+
+
+def _name(row: Row) -> str:
+    return f"{row['model']} (best)" if row.get("best") else row["model"]
 
 
 def _cell(form: str, value: Any) -> str:

@@ -3,6 +3,7 @@
 Exact, in fp32, without a sort of the vocabulary and without waiting for the device (kernels/top_p.py).
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,23 +64,13 @@ def _draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     return (block * blocks.shape[2] + torch.searchsorted(members, left, right=True)).squeeze(1)
 
 
-def uniform(keys: Tensor, counters: Tensor) -> Tensor:
+def uniform(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
     """One number from [0, 1) for each key and counter: (B,) int64, (B,) int64 -> (B,) fp64.
 
     A counter-based generator (the finaliser of SplitMix64, Steele et al. 2014): no state, so any order gives the same
-    numbers.
+    numbers. Sums and products are those of 64-bit words.
     """
-    z = keys + (counters + 1) * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
-    return _shift(z ^ _shift(z, 31), 11).double() / 2**53
-
-
-def _signed(constant: int) -> int:
-    """A 64-bit constant as the int64 of the same bits; int64 products wrap around as the generator wants."""
-    return constant - 2**64
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Shift right and fill with zeros; int64's own shift fills with the sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+    z = keys.view(np.uint64) + (counters + 1).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> 27)) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> 31)) >> 11) / 2**53

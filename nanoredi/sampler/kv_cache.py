@@ -5,6 +5,7 @@ here are the tensors. As in attention.py a forward pass is given an `attend` tha
 tokens' keys and values into the pool and attends to all that their rows have there.
 """
 
+import inspect
 import math
 import mmap
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoredi.kernels.paged_attention import paged_decode
-from nanoredi.model.attention import Attend
+from nanoredi.kernels.dispatch import operation
+from nanoredi.kernels.paged_attention import paged_decode, write
+from nanoredi.model.attention import Attend, Rope, varlen_attn
 
 
 class PagedCache:
@@ -60,33 +62,21 @@ class PagedCache:
             get zeros.
         """
         device = self.keys.device
-        sizes = [end - start for _, start, end in pieces]
-        positions = np.concatenate([np.arange(start, end) for _, start, end in pieces])
+        sizes, lengths = [end - start for _, start, end in pieces], [end for _, _, end in pieces]
+        table = np.zeros((len(pieces), max(len(pages) for pages, _, _ in pieces)), dtype=np.int64)
+        for line, (pages, _, _) in zip(table, pieces):
+            line[: len(pages)] = pages
+        positions = upload(np.concatenate([np.arange(start, end) for _, start, end in pieces]), device)
+        tables = upload(table.repeat(sizes, axis=0), device)
         if self.token_by_token:
-            table = np.zeros((len(pieces), max(len(pages) for pages, _, _ in pieces)), dtype=np.int64)
-            for line, (pages, _, _) in zip(table, pieces):
-                line[: len(pages)] = pages
-            positions = upload(positions, device)
-            return self.decode(upload(table.repeat(sizes, axis=0), device), positions), positions
-        pages = np.concatenate([np.array(pages)[np.arange(s, e) // self.page_size] for pages, s, e in pieces])
-        positions = upload(positions, device)
-        places = self._places(upload(pages, device), positions)
-        rows = [upload(np.array(pages[: -(-end // self.page_size)]), device) for pages, _, end in pieces]
-        # A token sees its row up to itself; where all of the row is in the piece, that is what is_causal says.
-        masks = [_mask(n, end, device) if start else None for n, (_, start, end) in zip(sizes, pieces)]
+            return self.decode(tables, positions), positions
+        places = self._places(tables, positions)
+        ends = np.cumsum([[0, *sizes], [0, *lengths]], axis=1)
+        table, ends = (upload(x.astype(np.int32), device) for x in (table, ends))
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._write(layer, places, k, v)
-            out = []
-            for part, row, mask, (_, _, end) in zip(q.split(sizes), rows, masks, pieces):
-                # (1, K, end, E), heads first.
-                keys, values = (
-                    pool[layer][row].transpose(0, 1).flatten(1, 2)[None, :, :end] for pool in (self.keys, self.values)
-                )
-                heads = part.transpose(0, 1)[None]
-                x = F.scaled_dot_product_attention(heads, keys, values, mask, is_causal=mask is None, enable_gqa=True)
-                out.append(x[0].transpose(0, 1))
-            return torch.cat(out)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None = None) -> Tensor:
+            q = write(q, k, v, rope, self.keys[layer], self.values[layer], places)
+            return paged_prefill(q, self.keys[layer], self.values[layer], sizes, lengths, table, ends)
 
         return _of_first(len(positions), attend), positions
 
@@ -98,25 +88,65 @@ class PagedCache:
             page_table: (B, C) int64, each row's pages, then anything.
             lengths: (B,) int64, tokens already in each row.
         """
-        pages = page_table.gather(1, lengths[:, None] // self.page_size).squeeze(1)
-        places, new_lengths = self._places(pages, lengths), lengths + 1
+        places, new_lengths = self._places(page_table, lengths), lengths + 1
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._write(layer, places, k, v)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None = None) -> Tensor:
+            q = write(q, k, v, rope, self.keys[layer], self.values[layer], places)
             return paged_decode(q, self.keys[layer], self.values[layer], page_table, new_lengths)
 
         return _of_first(len(lengths), attend)
 
-    def _places(self, pages: Tensor, positions: Tensor) -> Tensor:
-        """Where the keys of tokens (N,) at these positions of their rows go, in a layer's pool seen as (P * K * page, E):
-        (N*K,) int64."""
-        num_heads = self.keys.shape[2]
-        heads = pages[:, None] * num_heads + torch.arange(num_heads, device=pages.device)
+    def _places(self, page_table: Tensor, positions: Tensor) -> Tensor:
+        """Where the keys of tokens (N,) at these positions of their rows (N, C) go, in a layer's pool seen as
+        (P * K * page, E): (N*K,) int64."""
+        pages, num_heads = page_table.gather(1, positions[:, None] // self.page_size), self.keys.shape[2]
+        heads = pages * num_heads + torch.arange(num_heads, device=pages.device)
         return (heads * self.page_size + positions[:, None] % self.page_size).flatten()
 
-    def _write(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> None:
-        self.keys[layer].view(-1, k.shape[2]).index_copy_(0, places, k.flatten(0, 1))
-        self.values[layer].view(-1, v.shape[2]).index_copy_(0, places, v.flatten(0, 1))
+
+@operation
+def paged_prefill(
+    q: Tensor, keys: Tensor, values: Tensor, sizes: list[int], lengths: list[int], page_table: Tensor, ends: Tensor
+) -> Tensor:
+    """Attention of pieces of rows, packed one after the other, each the last tokens that its row has so far.
+
+    Args:
+        q: (N, H, E).
+        keys, values: (P, K, page, E), one layer's pool, which has all of the rows.
+        sizes, lengths: of each piece, and of its row, the piece included.
+        page_table: (S, C) int32, each row's pages, then anything.
+        ends: (2, S+1) int32, where each piece begins and the last one ends; the same of the rows, as if they were packed.
+
+    Returns:
+        (N, H, E).
+    """
+    outs = []
+    for part, pages, length in zip(q.split(sizes), page_table, lengths):
+        pages = pages[: -(-length // keys.shape[2])]
+        # (1, K, length, E), heads first.
+        key, value = (pool[pages].transpose(0, 1).flatten(1, 2)[None, :, :length] for pool in (keys, values))
+        # Where all of the row is in the piece, is_causal says what a token sees.
+        mask = _mask(len(part), length, q.device) if len(part) < length else None
+        heads = part.transpose(0, 1)[None]
+        out = F.scaled_dot_product_attention(heads, key, value, mask, is_causal=mask is None, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@paged_prefill.on("cuda")
+def _flash(q, keys, values, sizes, lengths, page_table, ends):
+    """One call of torch's flash attention, which reads the pages where they lie: from torch 2.12 on, in half precision and,
+    in its second version, with pages of multiples of 256 tokens. The order of a row's sums follows from the row alone if it
+    may not split rows, and never takes a lone query for a decode step's."""
+    attention, page_size = varlen_attn(), keys.shape[2]
+    known = "block_table" in inspect.signature(attention).parameters
+    if not known or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] % 8 or page_size % 256:
+        return NotImplemented
+    # Later versions do not want what the second one does not look at.
+    ends_k = None if torch.nn.attention.current_flash_attention_impl() else ends[1]
+    longest, paged = max(2, len(q)), {"seqused_k": ends[1].diff(), "block_table": page_table, "num_splits": 1}
+    pools, longest_k = (pool.transpose(1, 2) for pool in (keys, values)), page_table.shape[1] * page_size
+    return attention(q, *pools, ends[0], ends_k, longest, longest_k, window_size=(-1, 0), **paged)
 
 
 def bytes_a_page(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
@@ -126,9 +156,12 @@ def bytes_a_page(num_layers: int, num_kv_heads: int, head_dim: int, page_size: i
 def _of_first(num_tokens: int, attend: Attend) -> Attend:
     """The same for the first num_tokens; those after them get zeros."""
 
-    def attend_first(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attend(layer, *(x[:num_tokens] for x in (q, k, v)))
-        return F.pad(out, (0, 0, 0, 0, 0, len(q) - num_tokens)) if len(q) > num_tokens else out
+    def attend_first(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None = None) -> Tensor:
+        if len(q) == num_tokens:
+            return attend(layer, q, k, v, rope)
+        first = (x[:num_tokens] for x in (q, k, v))
+        out = attend(layer, *first, rope and (rope[0][:num_tokens], rope[1][:num_tokens]))
+        return F.pad(out, (0, 0, 0, 0, 0, len(q) - num_tokens))
 
     return attend_first
 

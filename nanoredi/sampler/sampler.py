@@ -3,13 +3,13 @@
 Every sample has a key of its own, made from the seed, the prompt and the sample's number (scheduler.requests_for), and
 draws one uniform number a token from a counter-based generator. So a sample depends neither on what else is in the
 batch nor on the order of the work, nor on being put back in between. Nor does its rounding, if numbers are added up in an order
-that does not depend on the batch. On a CPU they are: in products from two rows on, in attention row by row. On a GPU the order
-follows from a step's size; so with batch_invariant each step has the full size, nobody's rows included, and a row that was put
-back begins again.
+that does not depend on the batch. In attention they are: row by row, in spans of a fixed number of tokens. On a CPU they are in products, too, from two
+rows on. On a GPU a product's order follows from a step's size; so with batch_invariant each step has the full size, nobody's rows
+included, and a row that was put back begins again.
 
 What a decode step reads and writes stays on the device: each row's newest token, its length, its pages. The tokens of a
 step are looked at while the next one is under way, so a row that drew a stop token takes one step more, which is thrown
-away, and nothing ever waits. On a GPU the step is a CUDA graph, one for each of a few batch sizes.
+away, and nothing ever waits. On a GPU the step is a CUDA graph, one for each of a few batch sizes and lengths of rows.
 """
 
 import gc
@@ -27,6 +27,7 @@ from nanoredi.common.errors import UserError
 from nanoredi.config import SamplingConfig
 from nanoredi.kernels import linear
 from nanoredi.kernels.dispatch import prepare_for_sampling
+from nanoredi.kernels.paged_attention import SPAN
 from nanoredi.model.attention import Attend
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.choose import choose, uniform
@@ -37,6 +38,9 @@ from nanoredi.sampler.scheduler import Request, Row, Scheduler
 _PREFILL_TOKENS = 1_024
 # The share of the free memory that the cache takes: on a CPU others live there, too.
 _GPU_SHARE, _CPU_SHARE = 0.9, 0.5
+# Rows decoded at once and tokens of a page, where the user does not say. A GPU takes half as many rows as long as the cache has
+# no room for so many tokens of each; its pages are what torch's flash attention reads.
+_GPU_SIZES, _CPU_SIZES, _ROOM = (256, 256), (64, 32), 2_048
 
 
 @dataclass
@@ -50,7 +54,7 @@ class _Drawn:
 
 
 class Sampler:
-    """Completes requests, up to config.batch_size of them at once.
+    """Completes requests, up to batch_size of them at once.
 
     Call step() until `busy` is false, or iterate over run().
     """
@@ -64,22 +68,20 @@ class Sampler:
         self.stop_ids = np.array(stop_ids, dtype=np.int64)
         self.device = model.lm_head_weight.device
         self.head = prepare_for_sampling(model.lm_head_weight, True)
-        self.cache = _cache(model, config, self.device)
-        context, page_size, batch_size = model.config.max_position_embeddings, config.page_size, config.batch_size
+        self.cache, self.batch_size = _cache(model, config, self.device)
+        context, page_size, batch_size = model.config.max_position_embeddings, self.cache.page_size, self.batch_size
         self.full_size = config.batch_invariant and self.device.type == "cuda"
         self.scheduler = Scheduler(
             self.cache.num_pages, page_size, batch_size, config.max_tokens, context, _PREFILL_TOKENS, self.full_size
         )
         # The rows' state on the device; the last place is nobody's, for filling a batch up.
-        self.newest, self.lengths, self.num_drawn, self.keys = torch.zeros(
-            4, batch_size + 1, dtype=torch.int64, device=self.device
-        )
+        self.newest, self.lengths = torch.zeros(2, batch_size + 1, dtype=torch.int64, device=self.device)
         num_columns = -(-context // page_size)
         self.page_table = torch.full((batch_size + 1, num_columns), self.cache.num_pages, device=self.device)
         self.tokens = np.zeros((batch_size, 64), dtype=np.int64)  # each row's completion, as far as it was looked at
-        self.num_tokens, self.limits = np.zeros((2, batch_size), dtype=np.int64)
+        self.num_tokens, self.limits, self.num_drawn, self.keys = np.zeros((4, batch_size), dtype=np.int64)
         self.drawn: _Drawn | None = None
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         if self.device.type == "cuda":
             # cuDNN's attention makes a plan for every length of a prompt, by others' reports some 30 ms of the host's time.
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -166,13 +168,11 @@ class Sampler:
             done = row.tokens[len(row.request.prompt) :]
             self._make_room(len(done))
             self.tokens[row.place, : len(done)] = done
-            self.num_tokens[row.place] = len(done)
-            self.limits[row.place] = self.scheduler.limit(row.request)
-        places = upload(np.array([row.place for row in rows]), self.device)
-        state = [(row.tokens[-1], row.to_cache, self.num_tokens[row.place], row.request.key) for row in rows]
-        state = upload(np.array(state), self.device).T
-        for tensor, values in zip((self.newest, self.lengths, self.num_drawn, self.keys), state):
-            tensor[places] = values
+            self.num_tokens[row.place] = self.num_drawn[row.place] = len(done)
+            self.limits[row.place], self.keys[row.place] = self.scheduler.limit(row.request), row.request.key
+        state = np.array([(row.place, row.tokens[-1], row.to_cache) for row in rows])
+        places, newest, lengths = upload(state, self.device).T
+        self.newest[places], self.lengths[places] = newest, lengths
         self.page_table[places] = upload(pages, self.device)
 
     def _grow(self) -> list[Request]:
@@ -193,27 +193,27 @@ class Sampler:
     def _launch(self, places: np.ndarray) -> _Drawn:
         """Start a decode step."""
         whose = self.scheduler.entered[places]
+        uniforms = uniform(self.keys[places], self.num_drawn[places])
+        self.num_drawn[places] += 1
         if self.device.type != "cuda":
-            return _Drawn(places, whose, self._advance(torch.from_numpy(places)), None)
-        tokens = self._replay(places)
+            return _Drawn(places, whose, self._advance(torch.from_numpy(places), torch.from_numpy(uniforms)), None)
+        tokens = self._replay(places, uniforms)
         there = torch.empty(len(places), dtype=torch.int64, pin_memory=True)
         there.copy_(tokens[: len(places)], non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
         return _Drawn(places, whose, there, arrived)
 
-    def _advance(self, places: Tensor) -> Tensor:
-        """Put the newest tokens of the rows in these places through the model, and draw the next ones: (B,) int64."""
-        lengths, num_drawn = self.lengths[places], self.num_drawn[places]
-        attend = self.cache.decode(self.page_table[places], lengths)
+    def _advance(self, places: Tensor, uniforms: Tensor, num_columns: int | None = None) -> Tensor:
+        """Put the newest tokens of the rows in these places (B,) through the model, and draw the next ones by uniforms (B,):
+        (B,) int64. No row has more pages than num_columns."""
+        lengths = self.lengths[places]
+        attend = self.cache.decode(self.page_table[places, :num_columns], lengths)
+        hidden = self._hidden_states(self.newest[places], lengths, attend, self.batch_size)
         c = self.config
-        logits = linear(self._hidden_states(self.newest[places], lengths, attend, c.batch_size), self.head)[
-            : len(places)
-        ]
-        tokens = choose(logits, uniform(self.keys[places], num_drawn), c.temperature, c.top_p, c.top_k)
+        tokens = choose(linear(hidden, self.head)[: len(places)], uniforms, c.temperature, c.top_p, c.top_k)
         self.newest[places] = tokens.clamp(min=0)
-        self.lengths[places] = (lengths + 1) * (places < c.batch_size)  # nobody's row stays empty
-        self.num_drawn[places] = num_drawn + 1
+        self.lengths[places] = (lengths + 1) * (places < self.batch_size)  # nobody's row stays empty
         return tokens
 
     def _hidden_states(self, ids: Tensor, positions: Tensor, attend: Attend, full_size: int) -> Tensor:
@@ -223,36 +223,45 @@ class Sampler:
             ids, positions = F.pad(ids, (0, filling)), F.pad(positions, (0, filling))
         return self.model.hidden_states(ids, positions, attend)
 
-    def _replay(self, places: np.ndarray) -> Tensor:
+    def _replay(self, places: np.ndarray, uniforms: np.ndarray) -> Tensor:
         """_advance as a CUDA graph."""
-        padded = self._filled_up(places)
-        if len(padded) not in self.graphs:
-            nobody = torch.full((len(padded),), self.config.batch_size, device=self.device)
-            self.graphs[len(padded)] = self._capture(nobody)
-        graph, static_places, tokens = self.graphs[len(padded)]
-        static_places.copy_(upload(padded, self.device), non_blocking=True)
+        padded, longest = self._filled_up(places), int(self.scheduler.lengths[places].max())
+        given = np.stack((padded, np.pad(uniforms, (0, len(padded) - len(places))).view(np.int64)))
+        size = len(padded), self._num_columns(longest)
+        if size not in self.graphs:
+            self.graphs[size] = self._capture(*size)
+        graph, static, tokens = self.graphs[size]
+        static.copy_(upload(given, self.device), non_blocking=True)
         graph.replay()
         return tokens
+
+    def _num_columns(self, longest: int) -> int:
+        """Columns of the page table for rows of up to so many tokens: those of 1, 2, 4, ... spans, or all."""
+        num_spans = 1 << (-(-longest // SPAN) - 1).bit_length()
+        return min(self.page_table.shape[1], -(-num_spans * SPAN // self.cache.page_size))
 
     def _filled_up(self, places: np.ndarray) -> np.ndarray:
         """With nobody's place up to the next size that there are graphs for: batch_size alone, or 1, 2, 4, 8, 16, 24, 32, 48, 64,
         96, ..."""
-        size = self.config.batch_size if self.full_size else 1 << (len(places) - 1).bit_length()
+        size = self.batch_size if self.full_size else 1 << (len(places) - 1).bit_length()
         if not self.full_size and size >= 32 and len(places) <= size * 3 // 4:
             size = size * 3 // 4
-        return np.pad(places, (0, size - len(places)), constant_values=self.config.batch_size)
+        return np.pad(places, (0, size - len(places)), constant_values=self.batch_size)
 
-    def _capture(self, places: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def _capture(self, num_rows: int, num_columns: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """A graph, where it finds places and (their bits) uniforms (2, B) int64, and where it leaves the tokens."""
+        static = torch.full((2, num_rows), self.batch_size, device=self.device)
+        given = static[0], static[1].view(torch.float64), num_columns
         # A first run beside the graph compiles the kernels. Both runs move nobody's state alone.
         self.beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.beside):
-            self._advance(places)
+            self._advance(*given)
         torch.cuda.current_stream().wait_stream(self.beside)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
         with torch.cuda.graph(graph, pool=pool):
-            tokens = self._advance(places)
-        return graph, places, tokens
+            tokens = self._advance(*given)
+        return graph, static, tokens
 
     def _look(self) -> list[Request]:
         """Look at the tokens that were drawn last. Returns the requests that ended."""
@@ -308,29 +317,35 @@ def _filling(num_tokens: int) -> int:
     return max(2 - num_tokens, -num_tokens % (1 if num_tokens <= 4 else 8 if num_tokens <= 128 else 64))
 
 
-def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> PagedCache:
-    """A cache of the size that the user gives, or that the device has memory for; never more than the batch can use."""
+def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> tuple[PagedCache, int]:
+    """A cache of the size that the user gives, or that the device has memory for; never more than the batch can use. And the
+    number of rows."""
     c, dtype = model.config, model.lm_head_weight.dtype
+    num_rows, page_size = _GPU_SIZES if device.type == "cuda" else _CPU_SIZES
+    num_rows, page_size = config.batch_size or num_rows, config.page_size or page_size
     sizes = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
-    a_page = bytes_a_page(*sizes, config.page_size, dtype)
-    memory = config.cache_gb * 1e9 or _free_memory(model, config, device)
-    num_pages = min(int(memory / a_page), config.batch_size * -(-c.max_position_embeddings // config.page_size))
+    a_page = bytes_a_page(*sizes, page_size, dtype)
+    memory = config.cache_gb * 1e9 or _free_memory(model, num_rows, device)
+    num_pages = int(memory / a_page)
     if num_pages < 1:
         raise UserError(
-            f"a cache of {memory / 1e9:.3g} GB has no room for a page of {config.page_size} tokens, "
+            f"a cache of {memory / 1e9:.3g} GB has no room for a page of {page_size} tokens, "
             f"{a_page / 1e9:.3g} GB: give a larger --cache_gb or a smaller --page_size"
         )
-    return PagedCache(*sizes, num_pages, config.page_size, dtype, device)
+    if device.type == "cuda" and not config.batch_size:
+        room = max(1, num_pages * page_size // min(_ROOM, c.max_position_embeddings))
+        num_rows = min(num_rows, 1 << (room.bit_length() - 1))
+    num_pages = min(num_pages, num_rows * -(-c.max_position_embeddings // page_size))
+    return PagedCache(*sizes, num_pages, page_size, dtype, device), num_rows
 
 
-def _free_memory(model: Qwen2, config: SamplingConfig, device: torch.device) -> float:
+def _free_memory(model: Qwen2, num_rows: int, device: torch.device) -> float:
     """Bytes that the cache may take on this device."""
     if device.type == "cuda":
         c, size = model.config, model.lm_head_weight.dtype.itemsize
-        gc.collect()  # a model trained before is held by reference cycles
-        torch.cuda.empty_cache()
+        give_back()
         # What a forward pass needs beside: logits with their copies in fp32 and fp64, and the activations of a block.
-        logits = config.batch_size * c.vocab_size * (size + 24)
+        logits = num_rows * c.vocab_size * (size + 24)
         block = _PREFILL_TOKENS * (8 * c.hidden_size + 4 * c.intermediate_size) * size
         return _GPU_SHARE * torch.cuda.mem_get_info(device)[0] - logits - block
     try:
@@ -339,3 +354,9 @@ def _free_memory(model: Qwen2, config: SamplingConfig, device: torch.device) -> 
     except (OSError, StopIteration):  # no Linux
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return _CPU_SHARE * free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def give_back() -> None:
+    """Give back the memory of models and samplers that are gone: reference cycles hold them, and torch their segments."""
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -244,11 +244,16 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_units else torch.float32
 
 
+def device_alone() -> torch.device:
+    """What a process that is no rank of several computes on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def settled_dtype(name: str, before: str = "auto") -> str:
     """The dtype that some work is done in, "float32" or "bfloat16": the one asked for; or, for "auto", the one that the work
     began with, so that it can go on elsewhere; or compute_dtype's."""
     if name == before == "auto":
-        return str(compute_dtype(name, torch.device("cuda" if torch.cuda.is_available() else "cpu")))[6:]
+        return str(compute_dtype(name, device_alone()))[6:]
     return before if name == "auto" else name
 
 

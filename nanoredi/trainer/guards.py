@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi.common.errors import UserError
+from nanoredi.common.files import check
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.trainer.distributed import World
 from nanoredi.trainer.log import Step
+
+# What of a state is theirs.
+_COUNT = range(2**31)
+_COLLAPSE = {
+    **dict.fromkeys(("start", "mean", "update", "update_mean"), float),
+    **{"falls": [float], "last_good": _COUNT, "tripped": (_COUNT, None)},
+}
 
 
 class Guards:
@@ -41,6 +49,14 @@ class Guards:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "collapse": self.collapse.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Take up what state() gave; a UserError says what is not that."""
+        shape = {
+            "skipped": range(state["step"] + 1),
+            "in_a_row": _COUNT,
+            "collapse": _COLLAPSE,
+            "began_with": {str: str},
+        }
+        check(f"the training state of step {state['step']}", state, shape)
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self.collapse.restore(state["collapse"])
 
@@ -126,7 +142,7 @@ class CollapseWatch:
         return {k: v for k, v in vars(self).items() if k != "nats"}
 
     def restore(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update({name: state[name] for name in _COLLAPSE})
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from nanoredi.common.runs import metrics_row
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.trainer.distributed import World
 
-WATCHED = ("watch_chosen_logp", "watch_rejected_logp")
+COLUMNS = ("chosen_logp", "rejected_logp", "chosen_entropy", "rejected_entropy")  # means a token
 
 
 @dataclass
@@ -32,12 +32,12 @@ class Step:
         number: counted from 1.
         epoch: passes over the data so far.
         lr: its learning rate.
-        figures: (5,) on the device: chosen and rejected log-prob, gradient norm, update norm, loss.
+        figures: (7,) on the device, train_step's.
         tokens: that went through, over all ranks.
         flops: that they took, forward and backward, nothing counted twice.
         rows: the data's rows that were in it, counted from 0.
-        watched: (2,) on the device, where it was looked at: mean chosen and rejected log-prob a token of the watched
-            pairs after the step.
+        watched: {when: (2, 2) on the device}: the watched pairs' mean log-probs and entropies a token, chosen and rejected;
+            "watch" is after the step where they were looked at then, "start" before the run's first one.
     """
 
     number: int
@@ -47,7 +47,7 @@ class Step:
     tokens: int
     flops: float
     rows: np.ndarray
-    watched: Tensor | None = None
+    watched: dict[str, Tensor]
 
 
 class Log:
@@ -113,11 +113,9 @@ class Log:
                     write_row(file, row)
             self.line = self._line(pairs[-1][1], now)
             print(self.line, flush=True)
-            for row in (row for _, row in pairs if WATCHED[0] in row):
-                chosen, rejected = (row[key] for key in WATCHED)
-                print(
-                    f"watched pairs after step {row['step']}: chosen {chosen:.4f}  rejected {rejected:.4f}", flush=True
-                )
+            for row in (row for _, row in pairs if "watch_chosen_logp" in row):
+                chosen, rejected = (_show(row[f"watch_{side}_logp"], ".4f") for side in ("chosen", "rejected"))
+                print(f"watched pairs after step {row['step']}: chosen {chosen}  rejected {rejected}", flush=True)
             for _, row in pairs if self.board else []:
                 for key, value in row.items():
                     if value is not None and key != "step":
@@ -130,10 +128,8 @@ class Log:
         return f"{self.label}, {clock(since)} after this line, {len(self.waiting)} steps on:\n{self.line}"
 
     def _row(self, step: Step, values: list[float]) -> dict[str, Any]:
-        chosen, rejected, grad_norm, update, loss = values
-        skipped = not all(map(math.isfinite, values))
-        if skipped:  # JSON knows no NaN
-            chosen, rejected, grad_norm, update, loss = (v if math.isfinite(v) else None for v in values)
+        skipped = not all(map(math.isfinite, values[:5]))
+        chosen, rejected, grad_norm, update, loss, *entropies = _finite(values)
         both = self.has_rejected and chosen is not None and rejected is not None
         return {
             "step": step.number,
@@ -142,28 +138,40 @@ class Log:
             "chosen_logp": chosen,
             "rejected_logp": rejected if self.has_rejected else None,
             "margin": chosen - rejected if both else None,
+            "chosen_entropy": entropies[0],
+            "rejected_entropy": entropies[1] if self.has_rejected else None,
             "grad_norm": grad_norm,
             "update_norm": update,
             "lr": step.lr,
             **({"skipped": True} if skipped else {}),
-            **({} if step.watched is None else dict(zip(WATCHED, step.watched.tolist()))),
+            **{
+                f"{when}_{column}": value
+                for when, figures in step.watched.items()
+                for column, value in zip(COLUMNS, _finite(figures.flatten().tolist()))
+            },
         }
 
     def _line(self, row: dict[str, Any], now: float) -> str:
-        def show(value: float | None, form: str) -> str:
-            return format(math.nan if value is None else value, form)
-
         pair = ""
         if self.has_rejected:
-            pair = f"  rejected {show(row['rejected_logp'], '8.4f')}  margin {show(row['margin'], '7.4f')}"
+            pair = f"  rejected {_show(row['rejected_logp'], '8.4f')}  margin {_show(row['margin'], '7.4f')}"
         done = row["step"] - self.first
         left = (now - self.start) / done * (self.total - row["step"])
         return (
-            f"step {row['step']:>{len(str(self.total))}}/{self.total}  loss {show(row['loss'], '8.4f')}  "
-            f"chosen {show(row['chosen_logp'], '8.4f')}{pair}  grad {show(row['grad_norm'], '.2e')}  "
-            f"update {show(row['update_norm'], '.2e')}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s "
+            f"step {row['step']:>{len(str(self.total))}}/{self.total}  loss {_show(row['loss'], '8.4f')}  "
+            f"chosen {_show(row['chosen_logp'], '8.4f')}{pair}  grad {_show(row['grad_norm'], '.2e')}  "
+            f"update {_show(row['update_norm'], '.2e')}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s "
             f"({row['matrix_share']:.0%} of matmul)  {row['peak_memory_gb']:.1f} GB  left {clock(left)}"
         )
+
+
+def _finite(values: list[float]) -> list[float | None]:
+    """With None for what is not finite, which JSON does not know."""
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def _show(value: float | None, form: str) -> str:
+    return format(math.nan if value is None else value, form)
 
 
 def drop_steps_after(path: Path, step: int) -> None:
@@ -179,7 +187,7 @@ def drop_steps_after(path: Path, step: int) -> None:
                 print(f"warning: {error}; this row is left out", flush=True)
         else:
             kept |= {row["step"]: line + "\n"} if row["step"] <= step else {}
-    write_text(path, "".join(kept.values()))
+    write_text(path, "".join(kept[step] for step in sorted(kept)))
 
 
 def _tensorboard(folder: Path, first: int) -> Any:

@@ -7,12 +7,14 @@ state (state.py).
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanoredi import objectives
 from nanoredi.common.errors import Stopped, UserError
@@ -21,6 +23,7 @@ from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.batch import num_steps, step_rows
 from nanoredi.data.sequences import TokenData, load_pairs, load_sft
 from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.model.attention import flash_attention
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer.distributed import World, compute_dtype, matrix_rate, shard
 from nanoredi.trainer.guards import Guards, signals
@@ -50,11 +53,11 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
             run.optimizer.lr = config.lr * schedule(step, run.total, config.warmup)
             rows = step_rows(step, len(run.data), config.batch_size, config.seed)
             units = objectives.units(config, [run.data.row(i) for i in rows])
+            watched = {"start": run.look()} if run.look and step == 0 else {}
             figures, tokens, flops = train_step(run.model, run.optimizer, units, config, world)
             number = step + 1
-            watched = None
-            if run.watch is not None and (number % config.watch_every == 0 or number == run.total):
-                watched = means_a_token(run.model, run.watch, config.max_tokens_per_micro_batch, world)
+            if run.look and (number % config.watch_every == 0 or number == run.total):
+                watched["watch"] = run.look()
             done = Step(number, number / steps_an_epoch, run.optimizer.lr, figures, tokens, flops, rows, watched)
             run.guards.look(run.log.add(done))
             saves, stops = bool(config.save_every) and number % config.save_every == 0, asked_to_stop()
@@ -82,7 +85,7 @@ class _Run:
         dtype: of the compute, and of the saved models.
         began_with: what the run depends on beside its config: digests, and the dtype where that says auto.
         first, total: the steps that are done already, and those in all.
-        watch: pairs whose log-probs are looked at along the run; None without any.
+        look: works out the watched pairs' log-probs and entropies of now; None without any.
     """
 
     model: Qwen2
@@ -95,7 +98,7 @@ class _Run:
     log: Log
     first: int
     total: int
-    watch: TokenData | None
+    look: Callable[[], Tensor] | None
 
 
 def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
@@ -105,7 +108,10 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
     }
     model = Qwen2.from_pretrained(config.model, **overrides)
     data = _load(config, config.data, model, world)
-    watch = _load(config, config.watch, model, world) if getattr(config, "watch_every", 0) and config.watch else None
+    look = None
+    if isinstance(config, RediConfig) and config.watch_every and config.watch:
+        watched = _load(config, config.watch, model, world)
+        look = partial(means_a_token, model, watched, config.max_tokens_per_micro_batch, world)
     # Measured, so one rank decides.
     dtype, rate = world.first(lambda: _dtype_and_rate(config.dtype, world.device))
     set_up(model, config, dtype, world)
@@ -114,9 +120,11 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
         data.reference, began_with["reference"] = reference_logps(config, model, data, dtype, world)
     optimizer = AdamW(model, config.lr, config.weight_decay)
     total = num_steps(len(data), config.batch_size, config.epochs, config.max_steps)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, how = sum(p.numel() for p in model.parameters()), str(dtype)[6:]
+    if world.device.type == "cuda" and dtype == torch.bfloat16:
+        how += f", {flash_attention()}"
     world.say(
-        f"{_stage(config)}: {config.model} ({parameters:,} parameters, {str(dtype)[6:]}), {len(data):,} rows of "
+        f"{_stage(config)}: {config.model} ({parameters:,} parameters, {how}), {len(data):,} rows of "
         f"{config.data}, {total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}; "
         f"kill -USR1 {os.getpid()} asks where it is"
     )
@@ -124,7 +132,7 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
     first = _resume(states, model, optimizer, guards, began_with, world)
     has_negatives = isinstance(config, SftConfig) and bool((data.row_weights < 0).any())
     log = Log(config, first, total, rate, world, _stage(config), has_negatives)
-    return _Run(model, data, dtype, optimizer, began_with, states, guards, log, first, total, watch)
+    return _Run(model, data, dtype, optimizer, began_with, states, guards, log, first, total, look)
 
 
 def _stage(config: SftConfig | RediConfig) -> str:
@@ -183,6 +191,7 @@ def _resume(
     notes = states.load(tensors)
     if notes is None:
         return 0
+    guards.restore(notes)
     for what, digest in began_with.items():
         before = notes["began_with"].get(what, digest)  # former states have no dtype
         if before != digest:
@@ -192,7 +201,6 @@ def _resume(
                 "reference": "another model as DPO's reference",
             }[what]
             raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
-    guards.restore(notes)
     for count in optimizer.num_steps:
         count.fill_(notes["step"] - notes["skipped"])
     world.say(f"going on after step {notes['step']}")

@@ -19,7 +19,7 @@ from nanoredi.config import RediConfig
 from nanoredi.data.sequences import TokenData
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer.distributed import World
-from nanoredi.trainer.scoring import trace_logps
+from nanoredi.trainer.scoring import trace_sums
 
 
 def reference_logps(
@@ -42,7 +42,7 @@ def reference_logps(
     logps = world.first(lambda: _read(path, belongs_to, len(data)))
     if logps is None:
         world.say(f"the reference's log-probs of {len(data):,} pairs: computed once, kept in {path}")
-        logps = trace_logps(model, data, config.max_tokens_per_micro_batch, world, "reference").cpu().numpy()
+        logps = trace_sums(model, data, config.max_tokens_per_micro_batch, world, "reference")[0].cpu().numpy()
         world.first(lambda: _write(path, logps, belongs_to))
     return logps, belongs_to
 
@@ -69,7 +69,7 @@ def _read(path: Path, belongs_to: str, num_pairs: int) -> np.ndarray | None:
     else:
         why = "it is not as it was written"
     if about.get("belongs_to") == belongs_to and about.get("digest") == digest(logps.tobytes()):
-        if logps.shape == (num_pairs, 2) and logps.dtype == np.float32:
+        if logps.shape == (num_pairs, 2) and logps.dtype == np.float32 and np.isfinite(logps).all():
             return logps
     print(f"warning: {path} is damaged ({why}) and is made again", flush=True)
     return None

@@ -1,5 +1,5 @@
-"""The log-probabilities of a file's traces under a model, worked out by all ranks and without a gradient: DPO's reference,
-and pairs that are watched.
+"""The log-probabilities of a file's traces under a model, and the entropies of its predictions, worked out by all ranks and
+without a gradient: DPO's reference, and pairs that are watched.
 """
 
 import torch
@@ -18,15 +18,15 @@ _CHUNK = 128  # rows that are dealt to the ranks at once
 
 
 @torch.no_grad()
-def trace_logps(model: Qwen2, data: TokenData, max_tokens: int, world: World, what: str = "") -> Tensor:
-    """log p(y|x) of every trace: (rows, sides) fp32, the same on every rank.
+def trace_sums(model: Qwen2, data: TokenData, max_tokens: int, world: World, what: str = "") -> Tensor:
+    """Sums over every trace's tokens, of the log-probs and of the entropies: (2, rows, sides) fp32, the same on every rank.
 
     Args:
         model: sharded over the ranks, or whole on each.
         max_tokens: of a forward pass; a longer row goes alone.
         what: shown beside the progress; empty: no progress is shown.
     """
-    logps = torch.zeros(len(data), len(data.sides), device=world.device)
+    totals = torch.zeros(2, len(data), len(data.sides), device=world.device)
     done = progress(None, what, len(data), "rows", disable=world.rank > 0 or not what)
     for start in range(0, len(data), _CHUNK):
         rows = [data.row(i) for i in range(start, min(start + _CHUNK, len(data)))]
@@ -36,21 +36,22 @@ def trace_logps(model: Qwen2, data: TokenData, max_tokens: int, world: World, wh
             # A rank with nothing to do takes part in the collectives all the same.
             sequences = [s for j in indices or [0] for s in rows[j]]
             batch = pack(sequences, model.config.vocab_size).to(world.device)
-            token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments)
-            if indices:
-                sums = torch.stack(sequence_logps(sequences, token_logps))
-                logps[[start + j for j in indices]] = sums.view(-1, len(data.sides))
+            entropies = torch.zeros_like(batch.weights)
+            logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments, entropies=entropies)
+            for total, of_tokens in zip(totals, (logps, entropies)) if indices else ():
+                sums = torch.stack(sequence_logps(sequences, of_tokens))
+                total[[start + j for j in indices]] = sums.view(-1, len(data.sides))
         done.update(len(rows))
     done.close()
     # Some weights stay whole after a forward, until the backward that does not come; the optimiser wants the shards.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    dist.all_reduce(logps)
-    return logps
+    dist.all_reduce(totals)
+    return totals
 
 
 def means_a_token(model: Qwen2, data: TokenData, max_tokens: int, world: World) -> Tensor:
-    """The mean over rows of log p(y|x) / |y|, of each side: (sides,) fp32."""
+    """The means over rows of log p(y|x) / |y| and of the mean entropy a token, of each side: (2, sides) fp32."""
     lengths = torch.tensor([[s.num_learned for s in data.row(i)] for i in range(len(data))])
-    return (trace_logps(model, data, max_tokens, world) / lengths.to(world.device)).mean(0)
+    return (trace_sums(model, data, max_tokens, world) / lengths.to(world.device)).mean(1)

@@ -167,6 +167,8 @@ def _notes_of(path: Path) -> dict[str, Any]:
     # States of earlier versions have no digest of their notes.
     if kept.pop("digest", None) not in (None, _digest_of(kept)):
         raise UserError(f"the training state {path} is damaged ({_NOTES})")
+    if kept["step"] != int(path.name[5:]):
+        raise UserError(f"the training state {path} is that of step {kept['step']}")
     names = {file.name for file in path.iterdir()} - {_NOTES}
     try:
         found = _digests([path / name for name in sorted(names)])
@@ -175,7 +177,7 @@ def _notes_of(path: Path) -> dict[str, Any]:
     wrong = [name for name in sorted({*names, *kept["files"]}) if found.get(name) != kept["files"].get(name)]
     if wrong:
         raise UserError(f"the training state {path} is damaged ({', '.join(wrong)})")
-    return {"step": kept["step"], **kept["notes"]}
+    return {**kept["notes"], "step": kept["step"]}
 
 
 def _digests(paths: list[Path]) -> dict[str, list]:

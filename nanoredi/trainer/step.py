@@ -26,13 +26,13 @@ def train_step(
         units: of all ranks, as objectives.units gives them.
 
     Returns:
-        On the device: chosen and rejected log-prob, gradient norm, update norm and loss (5,), not all finite where the
-        step was skipped; the tokens that went through; and their floating-point operations.
+        On the device: chosen and rejected log-prob, gradient norm, update norm, loss (not all finite where the step was
+        skipped), chosen and rejected entropy (7,); the tokens that went through; and their floating-point operations.
     """
     lengths = [sum(s.num_inputs for s in unit) for unit in units]
     costs = [sum(model.config.flops(s.num_inputs, s.num_learned) for s in unit) for unit in units]
     micro_batches = divide(lengths, costs, world.size, config.max_tokens_per_micro_batch)[world.rank]
-    totals = torch.zeros(3, device=world.device)
+    totals = torch.zeros(5, device=world.device)
     for i, indices in enumerate(micro_batches):
         # Gradients add up on each rank; ranks exchange them once a step.
         exchange_gradients(model, i == len(micro_batches) - 1)
@@ -40,17 +40,17 @@ def train_step(
         totals += forward_backward(model, mine, len(units), config, world.device)
     # With several copies of the weights, every shard is there as often as there are copies.
     copies = world.size // (config.shard_size or world.size)
-    sums = torch.stack((*totals, gradient_square(model) / copies))
+    sums = torch.stack((gradient_square(model) / copies, *totals))
     dist.all_reduce(sums)
-    chosen, rejected, loss, norm = *sums[:3], sums[3].sqrt()
-    skip = (~sums.isfinite().all()).float()
+    square, chosen, rejected, loss, *entropies = sums
+    norm, skip = square.sqrt(), (~sums[:4].isfinite().all()).float()
     optimizer.step(norm, config.clip, skip)
     num_parameters = sum(p.numel() for p in optimizer.parameters)
     after_step(optimizer.num_steps[0], len(micro_batches), num_parameters, model.compute_dtype)
     update = optimizer.update_square() / copies
     dist.all_reduce(update)
     update = torch.where(skip.bool(), 0.0, update.sqrt())
-    return torch.stack((chosen, rejected, norm, update, loss)), sum(lengths), sum(costs)
+    return torch.stack((chosen, rejected, norm, update, loss, *entropies)), sum(lengths), sum(costs)
 
 
 def forward_backward(
@@ -63,21 +63,19 @@ def forward_backward(
         num_units: of the whole step, over which the losses of pairs are a mean.
 
     Returns:
-        What it adds to the step's mean chosen and rejected log-prob and to its loss: (3,), on the device.
+        What it adds to the step's mean chosen and rejected log-prob, to its loss, and to its mean chosen and rejected
+        entropy: (5,), on the device.
     """
     batch = pack([s for unit in units for s in unit], model.config.vocab_size).to(device)
+    entropies = torch.zeros_like(batch.weights)
     if wants_pairs(config) and len(batch.rows):
-        token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments)
+        token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments, entropies=entropies)
         loss = pair_losses(config, units, token_logps).sum() / num_units
     else:
-        loss, token_logps = model.loss(*batch.loss_arguments)
+        loss, token_logps = model.loss(*batch.loss_arguments, entropies)
     loss.backward()
-    return torch.stack((*mean_logps(token_logps.detach(), batch.shares), loss.detach()))
-
-
-def mean_logps(token_logps: Tensor, shares: Tensor) -> Tensor:
-    """A batch's part of the step's mean log-prob a token of the chosen and of the rejected traces: (2,)."""
-    return (shares * token_logps).sum(1)
+    logps, entropies = ((batch.shares * x).sum(1) for x in (token_logps.detach(), entropies))
+    return torch.stack((*logps, loss.detach(), *entropies))
 
 
 def _idle(units: list[Unit]) -> Unit:

@@ -1,9 +1,12 @@
 """Runs a script undisturbed, then again and again, killed at each of its writes and renames and started once more.
 
-    python tests/attack/crash.py SCRIPT OUT STRIDE FLAG ...
+    python tests/attack/crash.py SCRIPT OUT FIRST STRIDE FLAG ...
 
-The first run is in OUT/whole, those that were killed at place n in OUT/n, for every STRIDE-th n until a run has no n-th
-place; prints how many that were. Runs are forks of this process, which has everything imported: they begin at once.
+The first run is in OUT/whole, those that were killed at place n in OUT/n, for every STRIDE-th n from FIRST until a run has no n-th
+place; prints how many places that were. Runs are forks of this process, which has everything imported: they begin at once.
+
+A place is wherever the program calls may_crash, and wherever Python is about to open a file of the run for writing, to
+make, rename, cut or remove one, whoever's code that is.
 """
 
 import contextlib
@@ -12,14 +15,24 @@ import os
 import signal
 import sys
 
+from nanoredi.common import disk
 from nanoredi.cpu import native
 from nanoredi.trainer import loop
 
-script, out, stride, *flags = sys.argv[1:]
+script, out, first, stride, *flags = sys.argv[1:]
+out = os.path.abspath(out)
 main = importlib.import_module(script).main
 # What takes its time in every process, and writes nothing.
 native._COMPILER = "no-compiler"
 loop.matrix_rate = lambda *_: 1e9
+disk._sync_entry = lambda path: None
+_CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+
+
+def hook(event: str, words: tuple) -> None:
+    writes = event == "open" and words[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if (writes or event in _CHANGES) and os.path.abspath(str(words[0])).startswith(out):
+        disk.may_crash()
 
 
 def ended(folder: str, place: int = 0) -> int:
@@ -28,6 +41,7 @@ def ended(folder: str, place: int = 0) -> int:
     if not pid:
         if place:
             os.environ["NANOREDI_CRASH_AT"] = str(place)
+            sys.addaudithook(hook)
         try:
             with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
                 main([word.replace("OUT", f"{out}/{folder}") for word in flags])
@@ -40,7 +54,7 @@ def ended(folder: str, place: int = 0) -> int:
 
 if ended("whole"):
     sys.exit("the undisturbed run failed")
-place = 1
+place = int(first)
 while (status := ended(str(place), place)) == -signal.SIGKILL:
     if ended(str(place)):
         sys.exit(f"killed at place {place}, the same command failed")

@@ -1,48 +1,40 @@
 """Killed at any write or rename, the same command ends with the same bytes."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from conftest import ROOT
+from forks import ended
+from mutation import contents
 
-FLAGS = """--cache OUT/cache --sft.cache OUT/cache --toy.sft_rows 12 --toy.pairs 4 --toy.watch_pairs 1 --toy.heldout 1
-    --toy.num_layers 1 --toy.hidden_size 16 --batch_size 4 --sft.batch_size 6 --sft.epochs 1 --epochs 2 --evaluate.n 2
-    --evaluate.max_tokens 4 --dtype float32 --sft.dtype float32 --evaluate.dtype float32 --save_every 1
-    --sft.save_every 1 --log_every 1 --sft.log_every 1""".split()
-CLOCK = ("tokens_per_s", "peak_memory_gb", "matrix_share")
-
-
-def contents(folder: Path) -> dict[str, object]:
-    """{file: content} of a run, less what tells the time, the process or the folder's own name."""
-    found: dict[str, object] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", "config.toml")):
-        name = str(path.relative_to(folder))
-        if name.startswith("cache/digests"):
-            continue
-        if path.name in ("metrics.jsonl", "samples.jsonl"):
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = sorted(json.dumps({k: v for k, v in row.items() if k not in CLOCK}) for row in rows)
-        else:
-            found[name] = path.read_bytes()
-    return found
+TOY = """--cache OUT/cache --toy.sft_rows 12 --toy.pairs 4 --toy.watch_pairs 1 --toy.heldout 1 --toy.num_layers 1
+    --toy.hidden_size 16 --batch_size 4 --dtype float32 --save_every 1 --log_every 1"""
+RUNS = {
+    "train_redi": f"""{TOY} --sft.cache OUT/cache --sft.batch_size 6 --sft.epochs 1 --epochs 2 --evaluate.n 2
+        --evaluate.max_tokens 4 --sft.dtype float32 --evaluate.dtype float32 --sft.save_every 1 --sft.log_every 1""",
+    "train_sft": f"{TOY} --epochs 1",
+    "evaluate": """--model DATA/model --benchmarks DATA/toy.jsonl --limit 3 --n 2 --max_tokens 4 --think own
+        --dtype float32""",
+}
+RESULTS = {
+    "train_redi": {"final/model.safetensors", "sft/final/model.safetensors", "results.json", "samples.jsonl"},
+    "train_sft": {"final/model.safetensors", "step-000002/model.safetensors", "metrics.jsonl"},
+    "evaluate": {"samples.jsonl", "evaluation.json", "results.json", "results.txt", "results.md"},
+}
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_any_write_a_run_ends_with_the_same_bytes(stride, tmp_path):
-    """Stage 1, stage 2 and the evaluation of the toy."""
-    command = [sys.executable, str(ROOT / "tests/attack/crash.py"), "train_redi", ".", str(stride), "--out", "OUT"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *FLAGS], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=290
-    )
+@pytest.mark.parametrize(
+    "script, stride",
+    [("train_redi", 25), ("evaluate", 9), *(pytest.param(script, 1, marks=pytest.mark.slow) for script in RUNS)],
+)
+def test_killed_at_any_write_a_run_ends_with_the_same_bytes(script, stride, toy_data, forks, tmp_path):
+    flags = ["--out", "OUT", *RUNS[script].replace("DATA", str(toy_data)).split()]
+    job = forks.start(tmp_path, "tests/attack/crash.py", script, ".", "1", str(stride), *flags, OMP_NUM_THREADS="1")
+    done = ended(job, seconds=3600)
     assert done.returncode == 0, done.stdout + done.stderr
+    print(f"{script}: {done.stdout.strip()} places")
     whole = contents(tmp_path / "whole")
-    assert {"final/model.safetensors", "sft/final/model.safetensors", "results.json", "samples.jsonl"} <= whole.keys()
+    assert RESULTS[script] <= whole.keys()
     killed = [folder for folder in tmp_path.iterdir() if folder.name.isdigit()]
-    assert len(killed) >= 40 // stride
+    assert len(killed) * stride >= 20
     for folder in killed:
-        assert contents(folder) == whole, f"killed at place {folder.name}"
+        found = contents(folder)
+        differ = [name for name in sorted({*whole, *found}) if found.get(name) != whole.get(name)]
+        assert not differ, f"killed at place {folder.name}"

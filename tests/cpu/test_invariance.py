@@ -61,12 +61,14 @@ def test_full_steps_and_rows_that_begin_again(model):
         one.full_size = one.scheduler.begins_again = True
         put = one.scheduler.put_back
         one.scheduler.put_back = lambda row: (put_back.append(len(row.request.tokens)), put(row))
-        one._launch = lambda places: sampler._Drawn(
-            places,
-            one.scheduler.entered[places],
-            one._advance(torch.from_numpy(one._filled_up(places)))[: len(places)],
-            None,
-        )
+        advance = one._advance
+
+        def filled_up(places, uniforms):
+            more = one._filled_up(places.numpy())
+            uniforms = torch.nn.functional.pad(uniforms, (0, len(more) - len(places)))
+            return advance(torch.from_numpy(more), uniforms)[: len(places)]
+
+        one._advance = filled_up
         seen = one._hidden_states
         one._hidden_states = lambda *args: shown.append(len(seen(*args))) or seen(*args)
 

@@ -5,7 +5,7 @@ import torch
 from conftest import skip_without_gcc
 
 from nanoredi.cpu import native
-from nanoredi.kernels import rotate
+from nanoredi.kernels.layers import rotate
 from nanoredi.model.config import Qwen2Config
 from nanoredi.model.qwen2 import rotary_angles
 

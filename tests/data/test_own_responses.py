@@ -8,6 +8,7 @@ from templates import DEEPSEEK, small_folder
 from nanoredi import prepare, toy
 from nanoredi.common.errors import UserError
 from nanoredi.data import own_responses as own
+from nanoredi.data.decontaminate import Overlap
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 
@@ -28,7 +29,7 @@ def prepared(tmp_path, tokenizer):
     def prepared(*rows, grading=True):
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        prepare.prepare([file], tokenizer, tmp_path / "out", grading=grading)
+        prepare.prepare([file], tokenizer, tmp_path / "out", prepare.PrepareFlags(grade=grading), Overlap([]))
         sft, pairs = (
             [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
             for name in ("sft", "pairs")
@@ -142,7 +143,7 @@ def test_thinking_that_the_template_opened_belongs_to_the_response(tmp_path, tok
         ({"generations": ["1"], "answer": "1"}, True, "line 2 must hold 'completion'"),
         ({"completion": "1", "answer": "1"}, True, "line 2 has no field 'problem', 'prompt' or 'messages'"),
         (response("1", prompt=[{"role": "assistant", "content": "1"}]), True, "line 2: the last of 'prompt' must be"),
-        (response("1"), False, "line 1: 'correct' must be true or false; or let --grade label the row"),
+        (response("1"), False, "line 1: 'correct' must say true or false of each response; or let --grade label"),
     ],
 )
 def test_bad_rows_are_named(prepared, row, grading, words):
@@ -154,11 +155,19 @@ def test_bad_rows_are_named(prepared, row, grading, words):
 @pytest.mark.parametrize(
     "row, grading, words",
     [
-        ({"problem": "a=1", "generations": "1", "answer": "1"}, True, "line 1: 'generations' must be a list"),
-        ({"problem": "a=1", "generations": [1], "answer": "1"}, True, "line 1: 'generations' must be a list of texts"),
+        ({"problem": "a=1", "generations": "1", "answer": "1"}, True, "line 1: generations is '1'; it must be a list"),
+        (
+            {"problem": "a=1", "generations": [1], "answer": "1"},
+            True,
+            r"line 1: generations\[0\] is 1; it must be text or",
+        ),
         ({"problem": "a=1", "generations": ["1"]}, True, "line 1 has no field 'answer'"),
         ({"problem": "a=1", "generations": ["1"], "answer": "1"}, False, "no field 'problem_is_valid'; .*--grade"),
-        ({"problem": "a=1", "generations": ["1"], "correct": [None]}, False, "'correct' must be a list of true and"),
+        (
+            {"problem": "a=1", "generations": ["1"], "correct": [None]},
+            False,
+            "'correct' must say true or false of each",
+        ),
     ],
 )
 def test_bad_problems_are_named(prepared, row, grading, words):

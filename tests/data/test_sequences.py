@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from templates import real_folder
+from templates import ANSWER_IDS, SYSTEM_IDS, real_folder
 
 from nanoredi.common.errors import UserError
 from nanoredi.data.messages import user_message
@@ -46,48 +46,16 @@ def conversation(prompt="a=1b+2", answer=PAIR["chosen"]):
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
-def test_real_ids_of_both_stages_are_pinned(shared, write, cache):
-    tokenizer = Tokenizer(shared / "qwen2.5-tokenizer")
-    head = [
-        151644,
-        8948,
-        198,
-        5501,
-        2874,
-        3019,
-        553,
-        3019,
-        11,
-        323,
-        2182,
-        697,
-        1590,
-        4226,
-        2878,
-        1124,
-        79075,
-        46391,
-        151645,
-        198,
-        151644,
-        872,
-        198,
-        16,
-        10,
-        16,
-        30,
-        151645,
-        198,
-        151644,
-        77091,
-        198,
-    ]
+def test_real_ids_of_both_stages_are_pinned(real_tokenizer, write, cache):
+    head = [*SYSTEM_IDS, 16, 10, 16, 30, *ANSWER_IDS]
     answer = [59, 79075, 90, 17, 92, 151645, 198]
-    tokens, learned = sequence(load_sft(write(conversation("1+1?", "\\boxed{2}")), tokenizer, 100, cache), 0)
+    tokens, learned = sequence(load_sft(write(conversation("1+1?", "\\boxed{2}")), real_tokenizer, 100, cache), 0)
     assert tokens.tolist() == [*head, *answer, 151643]
     # Stage 1 never learns <|endoftext|>: it is the padding token too.
     assert learned.tolist() == [False] * len(head) + [True] * len(answer) + [False]
-    pairs = load_pairs(write({"prompt": "1+1?", "chosen": "\\boxed{2}", "rejected": "3"}), tokenizer, 100, 100, cache)
+    pairs = load_pairs(
+        write({"prompt": "1+1?", "chosen": "\\boxed{2}", "rejected": "3"}), real_tokenizer, 100, 100, cache
+    )
     tokens, learned = sequence(pairs, 0)
     assert tokens.tolist() == [*head, *answer, 151643]
     assert learned.tolist() == [False] * len(head) + [True] * (len(answer) + 1)
@@ -169,10 +137,9 @@ def test_the_weight_of_a_row(tokenizer, write, cache):
         load_pairs(write({**PAIR, "chosen_weight": -1}), tokenizer, 50, 50, cache)
 
 
-def test_half_a_surrogate_pair_is_named(shared, write, cache):
-    tokenizer = Tokenizer(shared / "qwen2.5-tokenizer")
+def test_half_a_surrogate_pair_is_named(real_tokenizer, write, cache):
     with pytest.raises(UserError, match=r"line 2: half a surrogate pair, .*user\\nx=\\ud83d'"):
-        load_sft(write(conversation(), conversation("x=\ud83d 1")), tokenizer, 50, cache)
+        load_sft(write(conversation(), conversation("x=\ud83d 1")), real_tokenizer, 50, cache)
 
 
 def test_toy_rows(tokenizer, write, cache):
@@ -322,7 +289,7 @@ def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path
     "row, words",
     [
         ("{", "line 2 is not JSON"),
-        ("3", "line 2 has no field 'prompt'"),
+        ("3", "line 2 has no field 'chosen'"),
         ({"prompt": "a=1", "chosen": "1"}, "line 2 has no field 'rejected'"),
         ({**PAIR, "prompt": ""}, "line 2: 'prompt' must be text"),
         ({**PAIR, "prompt": 5}, "line 2: 'prompt' must be text"),

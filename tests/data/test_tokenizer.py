@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from templates import ANSWER_IDS, SYSTEM_IDS
 
 from nanoredi.common.errors import UserError
 from nanoredi.data.messages import check_messages, user_message
@@ -22,11 +23,6 @@ R1_TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def real(shared) -> Tokenizer:
-    return Tokenizer(shared / "qwen2.5-tokenizer")
-
-
 def edited(toy_data, tmp_path, **changes) -> Tokenizer:
     """The toy's tokenizer with changes to tokenizer_config.json."""
     shutil.copytree(toy_data / "model", tmp_path / "t")
@@ -35,60 +31,40 @@ def edited(toy_data, tmp_path, **changes) -> Tokenizer:
     return Tokenizer(tmp_path / "t")
 
 
-def test_real_template_and_special_tokens(real):
-    assert (real.eos_id, real.pad_id, real.stop_ids) == (151643, 151643, [151643, 151645])
+def test_real_template_and_special_tokens(real_tokenizer):
+    assert (real_tokenizer.eos_id, real_tokenizer.pad_id, real_tokenizer.stop_ids) == (151643, 151643, [151643, 151645])
     system = "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
     prompt = system + "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n"
-    assert real.prompt(CONVERSATION[:1]) == prompt
-    assert real.prompt(CONVERSATION[:1], think=True) == prompt.removesuffix("\n") + "<think>\n"
-    assert real.split(CONVERSATION) == (prompt, "<think>\nAdd.\n</think>\n\\boxed{2}<|im_end|>\n")
+    assert real_tokenizer.prompt(CONVERSATION[:1]) == prompt
+    assert real_tokenizer.prompt(CONVERSATION[:1], think=True) == prompt.removesuffix("\n") + "<think>\n"
+    assert real_tokenizer.split(CONVERSATION) == (prompt, "<think>\nAdd.\n</think>\n\\boxed{2}<|im_end|>\n")
 
 
-def test_real_ids_are_pinned(real):
-    prompt, completion = real.split(CONVERSATION)
-    assert real.encode(prompt) == [
-        151644,
-        8948,
-        198,
-        5501,
-        2874,
-        3019,
-        553,
-        3019,
-        11,
-        323,
-        2182,
-        697,
-        1590,
-        4226,
-        2878,
-        1124,
+def test_real_ids_are_pinned(real_tokenizer):
+    prompt, completion = real_tokenizer.split(CONVERSATION)
+    assert real_tokenizer.encode(prompt) == [*SYSTEM_IDS, 3838, 374, 220, 16, 10, 16, 30, *ANSWER_IDS]
+    assert real_tokenizer.encode(completion) == [
+        13708,
+        766,
+        397,
+        2212,
+        624,
+        522,
+        26865,
+        397,
+        59,
         79075,
-        46391,
+        90,
+        17,
+        92,
         151645,
-        198,
-        151644,
-        872,
-        198,
-        3838,
-        374,
-        220,
-        16,
-        10,
-        16,
-        30,
-        151645,
-        198,
-        151644,
-        77091,
         198,
     ]
-    assert real.encode(completion) == [13708, 766, 397, 2212, 624, 522, 26865, 397, 59, 79075, 90, 17, 92, 151645, 198]
 
 
-def test_real_streaming_holds_half_characters_back(real):
-    ids = real.encode("∑ 😀 ü")
-    stream = real.stream()
+def test_real_streaming_holds_half_characters_back(real_tokenizer):
+    ids = real_tokenizer.encode("∑ 😀 ü")
+    stream = real_tokenizer.stream()
     pieces = []
     for i in ids:
         stream.push(i)
@@ -139,6 +115,8 @@ def test_templates_in_a_list_and_in_a_file(toy_data, tmp_path):
         ({"chat_template": "nothing"}, "shows the last answer 0 times"),
         ({"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, "refuses the messages"),
         ({"eos_token": "<nope>"}, "eos_token is '<nope>', which the vocabulary does not hold"),
+        ({"bos_token": 5}, "tokenizer_config.json: bos_token is 5; it must be text or an object or null"),
+        ({"pad_token": {"content": ["x"]}}, "tokenizer_config.json: pad_token is "),
     ],
 )
 def test_templates_and_tokens_that_cannot_serve(toy_data, tmp_path, changes, words):
@@ -153,14 +131,17 @@ def test_the_template_may_refuse(toy_data):
 
 def test_a_folder_that_holds_a_tokenizer_further_down_is_told_apart_from_a_hub_name(toy_data, tmp_path):
     shutil.copytree(toy_data / "model", tmp_path / "models--org--name" / "snapshots" / "1a2b")
-    with pytest.raises(UserError, match="cannot read .*; give .*/snapshots/1a2b$"):
+    with pytest.raises(UserError, match="is the hub's cache and no model's: give .*/snapshots/1a2b$"):
         Tokenizer(tmp_path / "models--org--name")
-    with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B, then give"):
+    with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B; then give"):
         Tokenizer("Qwen/Qwen2.5-Math-1.5B")
 
 
 def test_broken_files(tmp_path):
-    with pytest.raises(UserError, match="cannot read the tokenizer"):
+    with pytest.raises(UserError, match="has no tokenizer.json, so it is no model's folder"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot read the tokenizer .*tokenizer.json"):
         Tokenizer(tmp_path)
 
 

@@ -24,7 +24,9 @@ def compiled(launches: list[tuple[JITFunction, tuple, dict]]) -> dict[str, dict[
         for kernel, args, kwargs in launches:
             args = tuple(_Pointer(x) if isinstance(x, Tensor) else x for x in args)
             binary = kernel._compile(*args, grid=(1,), warmup=True, **kwargs)
-            found.setdefault(_name(kernel, args, kwargs), {}).setdefault(f"sm_{target}", _resources(binary))
+            uses = found.setdefault(_name(kernel, args, kwargs), {}).setdefault(f"sm_{target}", {})
+            for what, number in _resources(binary).items():  # with and without tensors that may be None
+                uses[what] = max(number, uses.get(what, 0))
     return found
 
 

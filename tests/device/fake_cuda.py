@@ -118,7 +118,7 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         kernels: operations that start one, by name; Triton's own under "triton::".
-        bytes: what each of these reads and writes, by name; Triton's own not included.
+        bytes: what each of these reads and writes, by name: each tensor that it is given or gives, once.
         wrong: what waits for the device, and operations at which a CPU tensor meets a CUDA one, but for copies from pinned
             memory that nobody waits for.
     """
@@ -136,7 +136,9 @@ class Watch(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self.kernels.update(f"triton::{kernel.__name__}" for kernel, *_ in launches[self._first_launch :])
+        for kernel, args, _ in launches[self._first_launch :]:
+            self.kernels[f"triton::{kernel.__name__}"] += 1
+            self.bytes[f"triton::{kernel.__name__}"] += sum(x.nbytes for x in args if isinstance(x, Tensor))
         self.wrong += waits
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -148,9 +150,14 @@ class Watch(TorchDispatchMode):
         if len(devices) > 1 and not self._is_upload(name, args, kwargs, result):
             shapes = ", ".join(f"{x.device.type}{list(x.shape)}" for x in tensors)
             self.wrong.append(f"{name}({shapes})")
-        if "cuda" in devices and not op.is_view and op.namespace != "prim" and _plain(name) not in _NO_KERNEL:
+        if (
+            "cuda" in devices
+            and not _is_view(op, args, result)
+            and op.namespace != "prim"
+            and _plain(name) not in _NO_KERNEL
+        ):
             self.kernels[name] += 1
-            self.bytes[name] += sum(x.numel() * x.element_size() for x in tensors)
+            self.bytes[name] += sum(x.nbytes for x in tensors)
         return result
 
     @staticmethod
@@ -160,6 +167,13 @@ class Watch(TorchDispatchMode):
             return False
         source, told = (args[1], args[2:]) if _plain(name) == "copy_" else (args[0], args[1:])
         return getattr(source, "pinned", False) and (kwargs.get("non_blocking", False) or True in told[:1])
+
+
+def _is_view(op: Any, args: tuple, result: Any) -> bool:
+    """Whether the result has its argument's memory. Some operations decide that by their arguments: reshape, to, contiguous."""
+    if not op.is_view or not isinstance(result, Tensor):
+        return op.is_view
+    return result.untyped_storage()._cdata == args[0].untyped_storage()._cdata
 
 
 def _plain(name: str) -> str:

@@ -1,11 +1,11 @@
 """bench.device: a row for every part, whatever becomes of it, and a table that is there after each."""
 
 import json
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+import torch
+from forks import ended
 
 from bench import device
 
@@ -21,17 +21,36 @@ STEPS = {"kind": "steps", "size": "toy pairs", "method": "nanoredi", "attention"
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", {"note": "killed"}),
     ],
 )
-def test_a_part_ends_in_a_row(code, row, monkeypatch):
+def test_a_part_ends_in_a_row(code, row, monkeypatch, tmp_path):
     run = device.in_time
-    monkeypatch.setattr(device, "in_time", lambda command, limit: run([sys.executable, "-c", code], min(limit, 1.0)))
-    monkeypatch.setattr(device, "PART_TAKES", 1)
-    got = device.row_of(STEPS, "", True, 1000.0)
+    monkeypatch.setattr(device, "in_time", lambda command, limit: run([sys.executable, "-c", code], limit))
+    monkeypatch.setattr(device, "PART_TAKES", 0.8)
+    got = device.row_of(STEPS, tmp_path / "model", False, 1000.0)
     assert got.pop("took") < 10
     assert got == {**STEPS, **row}
 
 
-def test_a_part_for_which_no_time_is_left_is_a_row():
-    assert device.row_of(STEPS, "", True, -1.0) == {**STEPS, "note": "no time was left"}
+def test_a_part_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "ON_GPU", True)  # there it is one, dry or not
+    part = next(part for part in device.parts(dry=True) if part["kind"] == "kernels")
+    row = device.row_of(part, tmp_path / "model", True, 1000.0)
+    assert row["tokens"] == 200 and row["seconds"] > 0 and row["floor"] > 0, row
+
+
+def test_a_part_that_fails_or_has_no_time_left_is_a_row(tmp_path):
+    assert device.row_of(STEPS, tmp_path / "model", True, -1.0) == {**STEPS, "note": "no time was left"}
+    part = {"kind": "sampling", "size": "toy", "method": "vllm", "attention": "FlashAttention 2"}
+    row = device.row_of({**part, "method": "no such"}, tmp_path / "model", True, 1000.0)
+    assert row["note"] == "KeyError: 'no such'"
+
+
+def test_tests_that_take_too_long_leave_what_they_said(tmp_path, monkeypatch):
+    code = "import time; print('1 failed', flush=True); time.sleep(60)"
+    run = device.in_time
+    monkeypatch.setattr(device, "in_time", lambda command, limit: run([sys.executable, "-c", code], limit))
+    monkeypatch.setattr(device, "TESTS_TAKE", 0.8)
+    row = device.row_of({"kind": "tests"}, tmp_path / "model", False, 1000.0)
+    assert row["note"] == "ended after 1 s: 1 failed" and (tmp_path / "tests.txt").read_text() == "1 failed\n"
 
 
 def test_the_tables_hold_every_row(tmp_path):
@@ -49,11 +68,23 @@ def test_what_matters_most_comes_first():
     assert kinds[0] == ("tests", False) and kinds[1:] == sorted(kinds[1:], key=lambda kind: not kind[1])
 
 
-@pytest.mark.slow
-def test_all_of_it_runs_dry(tmp_path):
-    command = [sys.executable, "-m", "bench.device", "--dry", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    rows = json.loads((tmp_path / "device.json").read_text())["rows"]
+def test_the_version_of_a_peer_stands_in_its_row(tmp_path):
+    part = {"kind": "kernels", "size": [1, 2, 3, "float32"], "method": "torch linear_cross_entropy"}
+    row = device.row_of(part, tmp_path / "model", True, -1.0)
+    assert row["version"] == f"torch {torch.__version__}"
+    assert f"| torch linear_cross_entropy (torch {torch.__version__}) |" in device.markdown({}, [row])
+
+
+def test_all_of_it_runs_dry(forks, tmp_path):
+    done = ended(forks.start(tmp_path, "bench/device.py", "--dry", "--out", "out"))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out/device.json").read_text())["rows"]
+    parts = json.loads(json.dumps(device.parts(dry=True)))
+    assert all(part.items() <= row.items() for row, part in zip(rows, parts, strict=True))
+    assert "passed" in rows[0]["note"] and "passed" in (tmp_path / "out/tests.txt").read_text()
     own = [row for row in rows if "nanoredi" in row.get("method", "") and row["attention"] == "FlashAttention 2"]
     assert {row["kind"] for row in own} == {"kernels", "steps", "sampling"}
     assert all("seconds" in row for row in own), own
+    # What is not installed says so.
+    assert all("seconds" in row or "Error" in row["note"] for row in rows[1:]), rows
+    assert (tmp_path / "out/device.md").read_text().count("\n| ") == 2 + len(rows) == done.stdout.count("\n") + 2

@@ -3,9 +3,10 @@
 import pytest
 import tiny
 import torch
+from dense import qkv
 
 from nanoredi.config import SamplingConfig
-from nanoredi.sampler import sampler
+from nanoredi.sampler import kv_cache, sampler
 from nanoredi.sampler.sampler import Sampler
 from nanoredi.sampler.scheduler import Request
 
@@ -38,16 +39,42 @@ def test_recomputation_gives_the_gradients_of_the_variable_length_kernel():
 def complete(dtype: torch.dtype, device: str, **settings) -> tuple[list[list[int]], Sampler]:
     requests = [Request(prompt, max_tokens=n) for n, prompt in enumerate(PROMPTS * 2, start=5)]
     config = SamplingConfig(**{"temperature": 0.0, "batch_size": 4, "page_size": 8, "cache_gb": 0.001, **settings})
-    sampling = Sampler(tiny.tiny_model(tied=True).to(device, dtype), [], config)
+    sampling = Sampler(tiny.tiny_model(tied=True).to(device, dtype).pack(), [], config)
     assert len(list(sampling.run(requests))) == len(requests)
     return [request.tokens for request in requests], sampling
 
 
-@pytest.mark.parametrize("page_size", [8, 32])
+@pytest.mark.parametrize("page_size", [8, 32, 256])
 def test_prompts_that_enter_in_pieces_give_what_a_cpu_does(page_size, monkeypatch):
     wanted, _ = complete(torch.float32, "cpu", page_size=page_size)
     monkeypatch.setattr(sampler, "_PREFILL_TOKENS", 7)
     assert complete(torch.float32, DEVICE, page_size=page_size)[0] == wanted
+
+
+def prefilled(pieces: list[list[tuple[int, int, int]]], page_size: int) -> dict[tuple[int, int], torch.Tensor]:
+    """What the tokens of two rows give in these pieces, (row, start, end) each: (row, position) -> (H, E)."""
+    num_pages = -(-700 // page_size)
+    cache = kv_cache.PagedCache(1, 2, 128, 2 * num_pages, page_size, torch.bfloat16, torch.device(DEVICE))
+    pages = torch.randperm(2 * num_pages, generator=torch.Generator().manual_seed(0)).view(2, -1).tolist()
+    rows = [[x.detach().to(DEVICE, torch.bfloat16) for x in qkv(700, 12, 2, 128, seed=row)] for row in range(2)]
+    found = {}
+    for some in pieces:
+        attend, _ = cache.prefill([(pages[row], start, end) for row, start, end in some])
+        out = attend(0, *(torch.cat([rows[row][i][start:end] for row, start, end in some]) for i in range(3)))
+        found |= dict(zip([(row, p) for row, start, end in some for p in range(start, end)], out))
+    return found
+
+
+def test_flash_attention_reads_pages_the_same_bit_for_bit_in_whatever_pieces():
+    whole = prefilled([[(0, 0, 700), (1, 0, 300)]], 256)
+    for place, out in prefilled([[(1, 0, 300), (0, 0, 700)]], 16).items():  # by the plain way
+        torch.testing.assert_close(out, whole[place], atol=0.02, rtol=0)
+    for pieces in (
+        [[(0, 0, 700)], [(1, 0, 300)]],
+        [[(0, 0, 1), (1, 0, 299)], [(0, 1, 257)], [(0, 257, 700), (1, 299, 300)]],
+    ):
+        got = prefilled(pieces, 256)
+        assert got.keys() == whole.keys() and all(torch.equal(out, whole[place]) for place, out in got.items())
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "top_k": 5}])
@@ -55,8 +82,10 @@ def test_graphs_in_bfloat16_draw_what_the_same_kernels_draw_without(settings, mo
     by_graphs, sampling = complete(torch.bfloat16, DEVICE, **settings)
     assert sampling.graphs or DEVICE == "cpu"
 
-    def replay(self, places):
-        return self._advance(torch.from_numpy(self._filled_up(places)).to(self.device))
+    def replay(self, places, uniforms):
+        places, num = torch.from_numpy(self._filled_up(places)).to(self.device), len(places)
+        uniforms = torch.nn.functional.pad(torch.from_numpy(uniforms), (0, len(places) - num)).to(self.device)
+        return self._advance(places, uniforms)
 
     monkeypatch.setattr(Sampler, "_replay", replay)
     assert complete(torch.bfloat16, DEVICE, **settings)[0] == by_graphs

@@ -1,16 +1,20 @@
 """A GPU's way through variable-length attention, with real numbers: torch's own operation gets a kernel for the CPU, so
 that what surrounds it, keeping and recomputation included, can be compared with the plain way."""
 
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from dense import qkv
 from torch import Tensor
 
 from nanoredi.kernels import dispatch
-from nanoredi.model import attention
+from nanoredi.model import attention, qwen2
 from nanoredi.model.attention import causal_attention
+from nanoredi.sampler import kv_cache
 
 
 class SingleAsHalf:
@@ -49,14 +53,31 @@ def one_sequence_backward(gradient: Tensor, *qkv: Tensor) -> tuple[Tensor, Tenso
     return (ds @ k).transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
 
-def forward(q, k, v, ends, ends_k, longest, longest_k, causal=False, scale=None, window=None, grouped=True, *others):
+def forward(q, k, v, ends, ends_k, longest, longest_k, causal=False, scale=None, window=None, grouped=True, *paged):
     """What the kernel is promised is checked here."""
+    if any(x is not None for x in paged):
+        return paged_forward(q, k, v, ends, ends_k, longest, longest_k, causal, list(window), grouped, *paged)
     assert ends is ends_k or torch.equal(ends, ends_k)
     assert ends.dtype == torch.int32 and longest == longest_k == int(ends.diff().max())
     assert (causal or list(window) == [-1, 0]) and grouped and all(x.stride(-1) == 1 for x in (q, k, v))
     parts = zip(*(x.split(ends.diff().tolist()) for x in (q, k, v)))
     out = torch.cat([one_sequence(*part) for part in parts])
     return out, q.new_zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+
+
+def paged_forward(q, keys, values, ends, ends_k, longest, longest_k, causal, window, grouped, lengths, table, splits):
+    """The last tokens of rows over pages (P, page, K, E). What keeps the order of a row's sums is checked, too: one split,
+    and no call that looks like a decode step's, of one query a row."""
+    assert (causal or window == [-1, 0]) and grouped and splits == 1 and longest > 1
+    assert ends.dtype == lengths.dtype == table.dtype == torch.int32 and keys.shape[1] % 256 == 0
+    assert ends_k.dtype == torch.int32 and torch.equal(ends_k.diff(), lengths)
+    assert longest >= ends.diff().max() and longest_k >= lengths.max() and len(q) == ends[-1]
+    out = []
+    for part, length, pages in zip(q.split(ends.diff().tolist()), lengths.tolist(), table.tolist()):
+        k, v = (x[pages].flatten(0, 1)[:length] for x in (keys, values))
+        whole = torch.cat((torch.zeros(length - len(part), *q.shape[1:]), part))
+        out.append(one_sequence(whole, k, v)[length - len(part) :])
+    return torch.cat(out), q.new_zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
 
 
 def backward(gradient, q, k, v, out, lse, ends, *others, **more):
@@ -72,7 +93,8 @@ def flash(monkeypatch):
         pytest.skip("torch's variable-length attention is no operation of its own in this release")
     varlen._varlen_attn.register_kernel("cpu")(forward)
     varlen._varlen_attn_backward.register_kernel("cpu")(backward)
-    monkeypatch.setattr(attention, "torch", SingleAsHalf())
+    for module in (attention, kv_cache):
+        monkeypatch.setattr(module, "torch", SingleAsHalf())
     dispatch._import_package("cpu")  # it registers its own once
     calls = []
 
@@ -112,6 +134,96 @@ def test_gradients_through_the_kernel_are_those_of_dense_attention(kept, calls, 
         assert (ours - wanted).norm() <= 5e-6 * wanted.norm()
 
 
+def prefilled(pieces: list[list[tuple[int, int, int]]], page_size: int) -> dict[tuple[int, int], Tensor]:
+    """What the tokens of two rows give in these pieces, (row, start, end) each: (row, position) -> (H, E)."""
+    num_pages = -(-700 // page_size)
+    cache = kv_cache.PagedCache(1, 2, 8, 2 * num_pages, page_size, torch.float32, torch.device("cpu"))
+    cache.token_by_token = False
+    pages = torch.randperm(2 * num_pages, generator=torch.Generator().manual_seed(0)).view(2, -1).tolist()
+    rows = [[x.detach() for x in qkv(700, seed=row)] for row in range(2)]
+    rope = qwen2.rotary_angles(torch.arange(700), SimpleNamespace(head_dim=8, rope_theta=1e4), torch.float32)
+    found = {}
+    for some in pieces:
+        attend, positions = cache.prefill([(pages[row], start, end) for row, start, end in some])
+        places = [(row, p) for row, start, end in some for p in range(start, end)]
+        assert positions.tolist() == [p for _, p in places]
+        # Three more tokens fill the step up.
+        given = [
+            torch.cat([rows[row][i][start:end] for row, start, end in some] + [torch.ones(3, n, 8)]) for i, n in HEADS
+        ]
+        angles = [torch.cat((x[positions], torch.ones(3, 1, 8))) for x in rope]
+        out = attend(0, *given, tuple(angles))
+        assert len(out) == len(places) + 3 and not out[-3:].any()
+        found |= dict(zip(places, out))
+    return found
+
+
+HEADS = [(0, 6), (1, 2), (2, 2)]  # of queries, keys and values
+WHOLE = [[(0, 0, 700), (1, 0, 300)]]
+IN_PIECES = [[(0, 0, 1), (1, 0, 1)], [(0, 1, 257), (1, 1, 300)], [(0, 257, 258)], [(0, 258, 700)]]
+
+
+def test_a_prompt_s_pieces_attend_by_one_call_of_the_kernel(flash, monkeypatch):
+    calls = []
+    paged = kv_cache.paged_prefill.faster["cuda"]
+    monkeypatch.setitem(kv_cache.paged_prefill.faster, "cpu", lambda *args: calls.append(args) or paged(*args))
+    plain = prefilled(WHOLE, 16)
+    assert paged(*calls.pop()) is NotImplemented  # pages that flash attention cannot read
+    for pieces in (WHOLE, IN_PIECES):
+        computed = []
+        monkeypatch.setitem(globals(), "one_sequence", partial(_counted, computed, one_sequence))
+        got = prefilled(pieces, 256)
+        assert len(computed) == sum(map(len, pieces)) and got.keys() == plain.keys()
+        assert len(calls) == len(pieces)
+        calls.clear()
+        for place, out in got.items():
+            torch.testing.assert_close(out, plain[place], atol=2e-6, rtol=0)
+
+
 def _counted(computed: list, compute, *inputs: Tensor) -> Tensor:
     computed.append(len(inputs[0]))
     return compute(*inputs)
+
+
+@pytest.fixture
+def interface(monkeypatch):
+    """interface(capability, error) is a GPU with FlashAttention-3's package: what is activated of it is noted, or fails."""
+    asked: list[str] = []
+
+    def install(capability: tuple[int, int], error: Exception | None = None) -> list[str]:
+        def activate(name: str) -> None:
+            asked.append(name)
+            if error:
+                raise error
+
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(__spec__=object()))
+        monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        return asked
+
+    attention.flash_attention.cache_clear()
+    yield install
+    attention.flash_attention.cache_clear()
+
+
+def test_flash_attention_3_is_taken_where_it_can_run(interface):
+    asked = interface((9, 0))
+    assert attention.flash_attention() == attention.flash_attention() == "FlashAttention-3"
+    assert asked == ["FA3"]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+def test_other_gpus_keep_flash_attention_2(capability, interface):
+    asked = interface(capability)
+    assert attention.flash_attention() == "FlashAttention-2" and not asked
+
+
+def test_a_package_that_does_not_load_is_said(interface):
+    interface((9, 0), ImportError("undefined symbol"))
+    assert attention.flash_attention() == "FlashAttention-2, since 3 cannot be loaded: undefined symbol"
+
+
+def test_without_its_package_it_is_flash_attention_2(interface, monkeypatch):
+    asked = interface((9, 0))
+    monkeypatch.delitem(sys.modules, "flash_attn_interface")
+    assert attention.flash_attention() == "FlashAttention-2" and not asked

@@ -125,6 +125,19 @@ def test_memory_grows_in_place_unless_the_user_says_otherwise(theirs, monkeypatc
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")  # so that it is put back
 
 
+@pytest.mark.parametrize("theirs", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "5"}])
+def test_threads_sleep_soon_unless_the_user_says_otherwise(theirs, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    importlib.reload(nanoredi)
+    assert {k: v for k, v in os.environ.items() if k in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} == (
+        theirs or {"GOMP_SPINCOUNT": "1000"}
+    )
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -1,19 +1,23 @@
 """Evaluations that end: with nothing missing, with a problem that is too long, in the frame and with the paths asked for."""
 
+import gc
 import json
-import os
 import shutil
-import subprocess
-import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import evaluate
+import train_redi
 from nanoredi.common.errors import UserError
 from nanoredi.common.flags import write_recipe
 from nanoredi.common.runs import recipe_of
 from nanoredi.config import EvaluateConfig, RediConfig
+from nanoredi.model.qwen2 import Qwen2
+from nanoredi.report.figures import read_runs
+from nanoredi.trainer.distributed import world
 
 FLAGS = "--n 2 --max_tokens 8 --dtype float32 --think own --limit 3".split()
 
@@ -36,10 +40,29 @@ def start(capsys, *flags):
 def test_nothing_missing_ends_at_once_with_the_same_table(models, capsys, monkeypatch):
     first = start(capsys, "--model", "a", "b", "--out", "out")
     samples = (models / "out/samples.jsonl").read_bytes()
-    monkeypatch.setattr(evaluate, "evaluate", None)  # no model is loaded
+    monkeypatch.setattr("nanoredi.evaluation.evaluate.evaluate", None)  # no model is loaded
     again = start(capsys, "--model", "a", "b", "--out", "out")
     assert again.strip() == first[first.index("model  benchmark") :].strip()
     assert (models / "out/samples.jsonl").read_bytes() == samples
+
+
+def test_the_last_model_is_gone_when_the_next_one_is_loaded(models, capsys, monkeypatch):
+    held = []
+
+    def load(*args, load=Qwen2.from_pretrained, **settings):
+        assert not any(last() for last in held), "a model is still held"
+        model = load(*args, **settings)
+        model.held_by = [model]  # a reference cycle
+        held.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(Qwen2, "from_pretrained", load)
+    gc.disable()
+    try:
+        start(capsys, "--model", "a", "b")
+    finally:
+        gc.enable()
+    assert len(held) == 2
 
 
 def test_a_killed_table_is_made_again(models, capsys):
@@ -58,16 +81,126 @@ def test_only_the_second_of_two_models_was_broken_off(models, capsys):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-2]))
     out = start(capsys, "--model", "a", "b", "--out", "out")
-    assert "a: 6 samples are there, 0 are missing" in out and "b: 4 samples are there, 2 are missing" in out
+    assert "a: " not in out and "b: 4 samples are there, 2 are missing" in out
     assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)
 
 
-def test_two_ranks_with_nothing_missing(models):
-    words = [str(ROOT / "evaluate.py"), *FLAGS, "--benchmarks", "toy.jsonl", "--model", "a", "--out", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]):
-        command = [sys.executable, *launcher, *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+@pytest.fixture
+def a_run(models, toy_data):
+    """A run of stage 2 that saved two checkpoints and its end, and what it began with."""
+    for seed, name in enumerate(("step-000002", "step-000010", "final")):
+        model = Qwen2.from_pretrained(toy_data / "model").init_weights(seed)
+        model.save_pretrained(models / "run" / name)
+    (models / "run/step-000012").mkdir()  # nothing was saved in it yet
+    (models / "run/metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 14))
+    )
+    evaluation = EvaluateConfig(benchmarks=["toy.jsonl"], n=2, max_tokens=8, dtype="float32", think="own", limit=3)
+    write_recipe(models / "run/config.toml", {"redi": RediConfig(model="a", out="run"), "evaluate": evaluation})
+    return models / "run"
+
+
+ALONG = ["SFT", "step-000002", "step-000010", "REDI"]
+
+
+def along(capsys, *flags):
+    """What is said, and the models of results.json with the best one of them."""
+    evaluate.main(["--model", "run", "--along", *flags])
+    rows = json.loads(Path("run/results.json").read_text())
+    return capsys.readouterr().out, [row["model"] for row in rows], [row["model"] for row in rows if row.get("best")]
+
+
+def make_right(a_run, model, number):
+    """Have the grader say so of a model's first samples."""
+    path, lines = a_run / "samples.jsonl", []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        if row["model"] == model:
+            row["correct"], number = number > 0, number - 1
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+
+
+def test_along_a_run(a_run, capsys, monkeypatch):
+    out, models, best = along(capsys)
+    assert models == ALONG and len(best) == 1 and f"{best[0]} (best)" in out
+    make_right(a_run, "SFT", 6)  # the start is there to compare with, and not among those to choose from
+    make_right(a_run, "REDI", 2)
+    make_right(a_run, "step-000010", 4)
+    (a_run / "results.json").write_text("[{")
+    out, models, best = along(capsys)
+    assert models == ALONG and best == ["step-000010"] and "step-000010 (best)" in out
+    assert "by pass@1 over the benchmarks the best is step-000010, 66.7%; the last is REDI, 33.3%" in out
+    monkeypatch.setattr("nanoredi.evaluation.evaluate.evaluate", None)
+    again, *_ = along(capsys)  # no model is loaded
+    assert again == out[out.index("model  ") :]
+    (read,) = read_runs(["run"])
+    assert [(step, round(share, 3)) for step, share, _ in read.accuracy["toy"]] == [
+        (0, 1.0),
+        (2, read.accuracy["toy"][1][1]),
+        (10, 0.667),
+        (13, 0.333),
+    ]
+
+
+def test_along_a_run_that_goes_on(a_run, capsys):
+    """What was evaluated before is kept: by a start that was broken off, by the training itself, of a checkpoint that is
+    gone."""
+    (a_run / "final").rename(a_run / "later")
+    assert along(capsys)[1] == ALONG[:3]
+    lines = (a_run / "samples.jsonl").read_text().splitlines(keepends=True)
+    (a_run / "samples.jsonl").write_text("".join(lines[:-2]))
+    out, models, _ = along(capsys)
+    assert models == ALONG[:3] and "step-000010: 4 samples are there, 2 are missing" in out and "SFT: " not in out
+    assert sorted((a_run / "samples.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+    (a_run / "later").rename(a_run / "final")
+    shutil.rmtree(a_run / "step-000002")
+    shutil.rmtree("a")
+    before = (a_run / "samples.jsonl").read_text()
+    out, models, _ = along(capsys)
+    assert models == ALONG and "the model that run started from is not there" in out
+    assert (a_run / "samples.jsonl").read_text().startswith(before)
+    with pytest.raises(UserError, match="the setting n is 2 there and 3 here; give another --out"):
+        along(capsys, "--n", "3")
+    Qwen2.from_pretrained("b").init_weights(9).save_pretrained("other")
+    shutil.copy("other/model.safetensors", a_run / "final")
+    with pytest.raises(UserError, match="the model REDI has changed since"):
+        along(capsys)
+
+
+def test_a_run_that_was_evaluated_along_shows_all_of_it(a_run, capsys):
+    """The training's own table is made only where one of its two models lacks."""
+    (a_run / "final").rename(a_run / "later")
+    along(capsys)
+    (a_run / "later").rename(a_run / "final")
+    tables = recipe_of("run/final")
+    config, evaluation = RediConfig(**tables["redi"]), EvaluateConfig(**tables["evaluate"])
+    with world() as ranks:
+        train_redi.show_results(config, evaluation, ranks)
+        out = capsys.readouterr().out
+        assert all(f"{name} " in out for name in ALONG)
+        (a_run / "samples.jsonl").unlink()
+        train_redi.show_results(config, replace(evaluation, think="forced"), ranks)
+    assert capsys.readouterr().out in out
+
+
+def test_a_run_whose_model_does_not_think_is_told_so(a_run, capsys, monkeypatch):
+    tables = recipe_of("run/final")
+    evaluation = EvaluateConfig(**{**tables["evaluate"], "think": "forced"})
+    # The toy knows no line break, with which a prompt opens <think>.
+    monkeypatch.setattr("nanoredi.evaluation.evaluate.Tokenizer.prompt", lambda *_, **__: "1<think>")
+    monkeypatch.setattr("nanoredi.evaluation.evaluate.Tokenizer.decode", lambda *_: "\\boxed{1}")
+    with world() as ranks:
+        train_redi.show_results(RediConfig(**tables["redi"]), evaluation, ranks)
+    out = capsys.readouterr().out
+    assert "REDI: over half of the responses have a boxed answer and no </think>" in out
+    assert "give --think own to evaluate.py, or --evaluate.think own to a new run" in out
+
+
+def test_two_ranks_with_nothing_missing(models, run):
+    words = ["evaluate.py", *FLAGS, "--benchmarks", "toy.jsonl", "--model", "a", "--out", "out"]
+    for ranks in (0, 2):
+        done = run(*words, ranks=ranks, gpus=2)
         assert done.returncode == 0, done.stderr
         (models / "out/results.json").unlink()
     assert "6 samples are there, 0 are missing" in done.stdout
@@ -81,6 +214,9 @@ def test_two_ranks_with_nothing_missing(models):
         (["--model", "a", "--out", "toy.jsonl/x"], "toy.jsonl/x"),
         (["--model", "Qwen/Qwen2.5-Math-1.5B"], "hf download Qwen/Qwen2.5-Math-1.5B"),
         (["--model", "."], "a folder of models and no model's: give "),
+        (["--model", "a", "--along"], "a is no run's folder, which holds its config.toml and metrics.jsonl"),
+        (["--model", "a", "b", "--along"], "--along takes one run"),
+        (["--along"], "there is no model under runs/ yet"),
         (["--model", "a", "--template", "Solve it"], "--template takes paper, plain, or a text that says {problem}"),
     ],
 )

@@ -1,13 +1,11 @@
 """An evaluation's samples on disk: whole lines, a torn one cut off, another one refused, only the missing made."""
 
 import json
-import os
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT
+from forks import ended
 
 from nanoredi.common.errors import UserError
 from nanoredi.config import EvaluateConfig
@@ -145,17 +143,22 @@ def test_another_model_or_benchmark_is_refused(claimed, toy_data, tmp_path):
         claimed.claim({"SFT": model}, tests, CONFIG)
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_samples(tmp_path, toy_data):
-    """Two ranks, killed in the middle; then one rank does what is missing. The samples are those of one start."""
-    words = "--n 5 --max_tokens 60 --batch_size 2 --dtype float32 --seed 3 --think own --model MODEL --benchmarks TOY"
-    flags = words.replace("MODEL", str(toy_data / "model")).replace("TOY", str(toy_data / "toy.jsonl")).split()
-    command = [sys.executable, str(ROOT / "tests" / "kill_evaluation.py"), ".", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+def test_a_killed_evaluation_goes_on_to_the_same_samples(forks, run, tmp_path, toy_data):
+    """Two ranks are killed in the middle, and leave half a line; then torchrun's two do what is missing, in other batches.
+    The samples are those of one rank that nobody disturbed."""
+    words = "evaluate.py --n 5 --max_tokens 60 --batch_size 2 --dtype float32 --seed 3 --think own --model MODEL"
+    words = [*words.replace("MODEL", str(toy_data / "model")).split(), "--benchmarks", toy_data / "toy.jsonl", "--out"]
+    path = tmp_path / "broken/samples.jsonl"
+    ranks = forks.start_ranks(2, tmp_path, *words, "broken", NANOREDI_CRASH_AT="12")
+    assert ended(*ranks).returncode == -signal.SIGKILL
+    before = path.read_text()
+    path.write_text(before + '{"model": "half a li')
+    rest = run(*words, "broken", "--batch_size", "7", torchrun=["--standalone", "--nproc_per_node=2"])
+    undisturbed = run(*words, "whole")
+    assert rest.returncode == undisturbed.returncode == 0, rest.stderr + undisturbed.stderr
     whole, broken = ((tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "broken"))
-    before = (tmp_path / "before").read_text()
-    assert 3 <= before.count("\n") < 30 and broken.startswith(before)
-    assert f"{before.count(chr(10))} samples are there, {30 - before.count(chr(10))} are missing" in done.stdout
+    there = before.count("\n")
+    assert 3 <= there < 30 and broken.startswith(before)
+    assert f"{there} samples are there, {30 - there} are missing" in rest.stdout
     assert sorted(whole.splitlines()) == sorted(broken.splitlines()) and whole.count("\n") == 30
     assert (tmp_path / "whole/results.json").read_text() == (tmp_path / "broken/results.json").read_text()

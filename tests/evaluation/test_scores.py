@@ -6,7 +6,7 @@ import pytest
 from samples import sample
 
 from nanoredi.data.benchmarks import Benchmark
-from nanoredi.evaluation.scores import average, compare, graded, pass_at_k, summarise
+from nanoredi.evaluation.scores import average, compare, graded, mark_best, pass_at_k, summarise
 
 
 def test_summary_by_hand():
@@ -100,3 +100,33 @@ def test_a_graded_response():
     row = graded("m", benchmark, 0, 3, r"<think>Wait, wait. Wait: Waiter</think>\boxed{\frac{3}{12}}", 7, "stop")
     assert row["correct"] and not row["correct_deepscaler"]
     assert (row["answer"], row["gold"], row["waits"]) == (r"\frac{3}{12}", ["1/4", "x"], 2)
+
+
+@pytest.mark.parametrize(
+    "figures, best",
+    [
+        (
+            {"start": (0.9, 0.9), "step-000100": (0.2, 0.4), "step-000020": (0.4, 0.1), "final": (0.3, 0.2)},
+            "step-000020",
+        ),
+        ({"SFT": (0.1, 0.1), "step-000007": (0.4, 0.1), "REDI": (0.4, 0.9)}, "step-000007"),  # of equals the earliest
+        ({"SFT": (0.1, 0.1), "REDI": (0.0, 0.0)}, "REDI"),
+    ],
+)
+def test_the_best_of_a_run_is_by_math500(figures, best):
+    rows = [
+        {"model": model, "benchmark": benchmark, "pass@1": share, "best": True}
+        for model, shares in figures.items()
+        for benchmark, share in zip(("math500", "aime24"), shares)
+    ]
+    marked, text = mark_best(rows[::-1])
+    assert {row["model"] for row in marked if row["best"]} == {best}
+    last, (share, _) = list(figures.items())[-1]
+    assert text == f"by pass@1 on MATH-500 the best is {best}, {figures[best][0]:.1%}; the last is {last}, {share:.1%}"
+    steps = list(dict.fromkeys(row["model"] for row in marked))
+    assert steps[0] == next(iter(figures)) and steps[1:-1] == sorted(steps[1:-1])
+    # Without it the mean over what is there counts.
+    for row in rows:
+        row["benchmark"] = row["benchmark"].replace("math500", "amc23")
+    means = {model: sum(shares) for model, shares in figures.items() if model not in ("start", "SFT")}
+    assert {row["model"] for row in mark_best(rows)[0] if row["best"]} == {max(means, key=means.get)}

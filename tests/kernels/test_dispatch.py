@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import DEVICE, ROOT
+from forks import ended
 
 from nanoredi.kernels import dispatch
 
@@ -44,15 +45,21 @@ def test_hooks_do_nothing_by_themselves(plain):
     assert p.grad is None
 
 
-def test_a_device_s_package_is_imported_with_its_first_tensor():
-    code = """if True:
-        import sys, nanoredi
-        assert "torch" not in sys.modules
-        import torch
-        from nanoredi.kernels import rms_norm
-        before = {name for name in sys.modules if name.startswith("nanoredi.cpu")}
-        rms_norm(torch.ones(2, 16), torch.ones(16), 1e-6)
-        print(len(before), "nanoredi.trainer" in sys.modules)
-    """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout == "0 False\n"
+def test_a_device_s_package_is_imported_with_its_first_tensor(forks, tmp_path):
+    """In a process that has imported all of nanoredi."""
+    script = """
+import sys
+before = {name for name in sys.modules if name.startswith("nanoredi.")}
+import torch
+from nanoredi.kernels import rms_norm
+rms_norm(torch.ones(2, 16), torch.ones(16), 1e-6)
+after = {name for name in sys.modules if name.startswith("nanoredi.")}
+print({name for name in after - before if not name.startswith("nanoredi.cpu")}, "nanoredi.cpu" in before)
+"""
+    (tmp_path / "first_tensor.py").write_text(script)
+    assert ended(forks.start(tmp_path, tmp_path / "first_tensor.py")).stdout == "set() False\n"
+
+
+def test_the_first_line_of_nanoredi_imports_no_torch():
+    code = "import sys, nanoredi; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

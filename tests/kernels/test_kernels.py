@@ -57,6 +57,15 @@ def by_logprob(hidden, lm_head, targets, weights):
     return loss.detach(), logps.detach(), hidden.grad, lm_head.grad
 
 
+def entropies_of(way, hidden, lm_head, targets, rows):
+    entropies = torch.full((len(hidden),), 7.0, device=DEVICE)
+    if way is by_cross_entropy:
+        weighted_cross_entropy(hidden, lm_head, targets, torch.ones(len(hidden), device=DEVICE), rows, entropies)
+    else:
+        linear_logprob(hidden, lm_head, targets, rows, entropies)
+    return entropies
+
+
 BOTH = pytest.mark.parametrize("way", [by_cross_entropy, by_logprob])
 
 
@@ -65,7 +74,7 @@ def relative(got, want):
 
 
 @BOTH
-@pytest.mark.parametrize("n, v", [(1, 123), (2, 7), (5, 1), (50, 123), (131, 1000), (9, 9001), (6, 16384)])
+@pytest.mark.parametrize("n, v", [(1, 123), (2, 7), (5, 1), (50, 123), (37, 1000), (9, 9001), (6, 16384)])
 @pytest.mark.parametrize("chunk_elements", [1, 5000, 1 << 24])
 @pytest.mark.filterwarnings("ignore:divide by zero")  # V = 1: no other column, and log 0 is what is meant
 def test_equals_float64(way, n, v, chunk_elements, monkeypatch):
@@ -79,7 +88,38 @@ def test_equals_float64(way, n, v, chunk_elements, monkeypatch):
 
 
 @BOTH
-@pytest.mark.parametrize("n, v", [(50, 123), (100, 4099)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, v, scale", [(2, 2, 1.0), (31, 123, 1.0), (9, 9001, 1.0), (9, 50, 1e-4), (40, 50, 1e3)])
+def test_entropies_equal_float64(way, n, v, scale, dtype, monkeypatch):
+    """Over all chunks, and only where they are wanted. The logits' own rounding is theirs."""
+    set_chunk(monkeypatch, 4 * v)
+    hidden, lm_head, targets, _ = case(n, v, d=1, scale=scale, dtype=dtype)
+    with torch.no_grad():  # powers of 2: the products are exact
+        hidden.copy_(2 ** hidden.abs().log2().round() * hidden.sign())
+    logps = (hidden.detach().double() @ lm_head.detach().double().T).log_softmax(-1)
+    targets[::2] = logps.argmax(1)[::2]  # where the model is sure of the target, as well as where it is not
+    want = torch.special.entr(logps.exp()).sum(1)
+    rows = torch.arange(0, n, 3, device=DEVICE)
+    got = entropies_of(way, hidden, lm_head, targets, rows)
+    assert (got[rows].double() - want[rows]).abs().max() <= 1e-5 * want.max() + 1e-30
+    got[rows] = 7.0
+    assert (got == 7.0).all()
+
+
+@BOTH
+@pytest.mark.parametrize("target", [0, 1])
+@pytest.mark.parametrize("gap", [20.0, 9.0, 2.0])
+def test_entropy_keeps_its_digits_where_the_model_is_sure(way, gap, target):
+    hidden = torch.tensor([[gap]], device=DEVICE)
+    lm_head = torch.tensor([[1.0], [0.0], [0.0]], device=DEVICE)
+    (got,) = entropies_of(way, hidden, lm_head, torch.tensor([target], device=DEVICE), None)
+    p = torch.tensor([gap, 0.0, 0.0], dtype=torch.float64).softmax(0)
+    # Sure of another token than the target, it is right to a unit of fp32 beside 1.
+    assert got.item() == pytest.approx(torch.special.entr(p).sum().item(), rel=2e-6, abs=1e-7 if target else 0)
+
+
+@BOTH
+@pytest.mark.parametrize("n, v", [(50, 123), (60, 4099)])
 def test_bfloat16_is_no_worse_than_the_plain_way(way, n, v, version, monkeypatch):
     set_chunk(monkeypatch, 20 * v)
     hidden, lm_head, targets, weights = case(n, v, d=64, dtype=torch.bfloat16)

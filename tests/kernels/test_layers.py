@@ -1,50 +1,105 @@
-"""Layers and products, plain and by the machine's own versions, against float64."""
+"""Layers and products, plain, by the machine's own versions and by Triton's (in its interpreter where there is no GPU),
+against float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
+from conftest import DEVICE, use_triton
 
-from nanoredi.kernels import embedding, gated_linear, linear, rms_norm, rotate
+from nanoredi.kernels import embedding, linear, mlp, pointwise, qkv, rms_norm
 from nanoredi.kernels.layers import add_product, product, put_product
 
-pytestmark = pytest.mark.usefixtures("version")
 DTYPES = pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 
 
-def matrix(*shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
+@pytest.fixture(params=["plain", "fastest", "triton"], autouse=True)
+def version(request, monkeypatch):
+    if request.param == "plain":
+        request.getfixturevalue("plain")
+    elif request.param == "triton":
+        use_triton(monkeypatch, rms_norm, mlp, qkv)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def few_at_once(monkeypatch):
+    """So that programs have several rows, tokens and elements, and the last one fewer."""
+    for name, number in (("_PARTS", 4), ("_TOKENS", 4), ("_ELEMENTS", 128)):
+        monkeypatch.setattr(pointwise, name, number)
+
+
+def matrix(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + seed)).to(DEVICE, dtype)
 
 
 def close(got, want, bound):
-    return ((got.double() - want).norm() / want.norm()).item() < bound
+    return (got.double() - want).norm() <= bound * want.norm()
 
 
 def norm(x, weight):
-    return rms_norm(x, weight, 1e-6)
+    return rms_norm(x, weight, 1e-6)[1]
 
 
 def exact_norm(x, weight):
     return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
 
 
+def norm_and_stream(x, added, weight):
+    """Both results are used, so that their gradients meet."""
+    return torch.cat(rms_norm(x, weight, 1e-6, added))
+
+
+def exact_norm_and_stream(x, added, weight):
+    return torch.cat((x + added, exact_norm(x + added, weight)))
+
+
+def joint(layer):
+    """qkv as a layer whose results are side by side, of three query heads and one key-value head of 6 or 32 numbers."""
+
+    def side_by_side(x, *parameters):
+        size = len(parameters[1])
+        angles = torch.arange(len(x), device=DEVICE)[:, None, None] / torch.arange(1, size // 2 + 1, device=DEVICE)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return torch.cat(layer(x, parameters[:3], parameters[3:], *rope), 1).flatten(1)
+
+    return side_by_side
+
+
+def exact_qkv(x, weights, biases, cos, sin):
+    q, k, v = (F.linear(x, w, b).unflatten(1, (-1, cos.shape[-1])) for w, b in zip(weights, biases))
+    turn = torch.complex(*(y.double().chunk(2, dim=-1)[1] for y in (cos, sin)))
+    q, k = (torch.complex(*y.chunk(2, dim=-1)) * turn for y in (q, k))
+    return *(torch.cat((y.real, y.imag), -1) for y in (q, k)), v
+
+
+def exact_mlp(x, gate, up, down):
+    return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+N = 0  # stands for the number of tokens
+ROWS = pytest.mark.parametrize("n", [0, 1, 9])
 LAYERS = {
-    "norm": (norm, exact_norm, [(9, 48), (48,)]),
-    "norm of an odd size": (norm, exact_norm, [(9, 33), (33,)]),
-    "linear": (linear, F.linear, [(9, 48), (20, 48), (20,)]),
-    "linear without a bias": (linear, F.linear, [(9, 48), (20, 48)]),
-    "gated": (gated_linear, lambda a, b, w: (F.silu(a) * b) @ w.T, [(9, 48), (9, 48), (20, 48)]),
-    "gated, of an odd size": (gated_linear, lambda a, b, w: (F.silu(a) * b) @ w.T, [(9, 33), (9, 33), (20, 33)]),
+    "norm": (norm, exact_norm, [(N, 48), (48,)]),
+    "norm of an odd size": (norm, exact_norm, [(N, 33), (33,)]),
+    "norm of a sum": (norm_and_stream, exact_norm_and_stream, [(N, 48), (N, 48), (48,)]),
+    "norm of a sum, of an odd size": (norm_and_stream, exact_norm_and_stream, [(N, 33), (N, 33), (33,)]),
+    "linear": (linear, F.linear, [(N, 48), (20, 48), (20,)]),
+    "linear without a bias": (linear, F.linear, [(N, 48), (20, 48)]),
+    "MLP": (mlp, exact_mlp, [(N, 20), (48, 20), (48, 20), (20, 48)]),
+    "MLP of an odd size": (mlp, exact_mlp, [(N, 20), (33, 20), (33, 20), (20, 33)]),
+    "qkv": (joint(qkv), joint(exact_qkv), [(N, 48), (96, 48), (32, 48), (32, 48), (96,), (32,), (32,)]),
+    "qkv of an odd size": (joint(qkv), joint(exact_qkv), [(N, 33), (18, 33), (6, 33), (6, 33), (18,), (6,), (6,)]),
 }
 
 
 @DTYPES
+@ROWS
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_of_fp32_masters_and_its_gradients(name, dtype, bound):
+def test_a_layer_of_fp32_masters_and_its_gradients(name, n, dtype, bound):
     layer, exact, shapes = LAYERS[name]
-    num_activations = sum(shape[0] == 9 for shape in shapes)
     inputs = [
-        matrix(*shape, dtype=dtype if i < num_activations else torch.float32).requires_grad_()
+        (matrix(n, *shape[1:], dtype=dtype, seed=i) if shape[0] == N else matrix(*shape, seed=i)).requires_grad_()
         for i, shape in enumerate(shapes)
     ]
     doubles = [x.detach().to(dtype).double().requires_grad_() for x in inputs]
@@ -59,20 +114,6 @@ def test_a_layer_of_fp32_masters_and_its_gradients(name, dtype, bound):
         torch.autograd.grad(want, doubles, upstream.double()),
     ):
         assert got.dtype == x.dtype and close(got, right, bound)
-
-
-@DTYPES
-@pytest.mark.parametrize("size", [32, 6])
-def test_pairs_are_rotated_and_their_gradients_back(size, dtype, bound):
-    x, upstream = matrix(7, 3, size, dtype=dtype).requires_grad_(), matrix(7, 3, size, dtype=dtype)
-    angles = torch.arange(7.0)[:, None, None] / torch.arange(1, size // 2 + 1)
-    cos, sin = angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype)
-    turn = torch.complex(cos.double(), sin.double())
-    out = rotate(x, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
-    (grad,) = torch.autograd.grad(out, x, upstream)
-    for got, start, by in ((out.detach(), x.detach(), turn), (grad, upstream, turn.conj())):
-        both = torch.complex(*start.double().chunk(2, dim=-1)) * by
-        assert got.dtype == dtype and close(got, torch.cat((both.real, both.imag), -1), bound)
 
 
 def test_an_embedding_s_repeated_token_adds_up():

@@ -140,6 +140,25 @@ def test_the_four_panels(make, lines):
     assert lines["Size of the parameter update"] == [([1, 2], [0.1, 0.1]), ([1, 2, 3], [0.1, 0.1, 0.1])]
 
 
+def test_entropy_and_the_change_since_the_start_on_request(make, lines):
+    def looks(when, change):
+        return {f"{when}_{side}_{what}": change for side in ("chosen", "rejected") for what in ("logp", "entropy")}
+
+    entropies = {"chosen_entropy": 0.5, "rejected_entropy": 0.75}
+    make("redi", [metrics(1, **entropies, **looks("start", -1.0)), metrics(2, **entropies, **looks("watch", -1.5))])
+    make("before", [metrics(1), metrics(2, watch_chosen_logp=-3.0)])  # begun before there were such columns
+    runs = figures.read_runs(["redi", "before"])
+    figures.draw(runs, "out.png")
+    assert not [title for title in lines if "entropy" in title or "Change" in title]
+    assert lines["Log-prob of chosen traces"][1] == ([0, 2], [-1.0, -1.5])
+    figures.draw(runs, "out.png", entropy=True)
+    redi, watched, before = lines["Token entropy on rejected traces"]
+    assert redi == ([1, 2], [0.75, 0.75]) and watched == ([0, 2], [-1.0, -1.5]) and all(map(math.isnan, before[1]))
+    for side in ("chosen", "rejected"):
+        assert lines[f"Change of {side} log-prob (watched pairs)"] == [([0, 2], [0.0, -0.5])]
+    assert "watched pairs' rejected entropy" in figures.summary(runs[0])
+
+
 def test_the_command(make, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     make("redi", [metrics(1), metrics(2)], '{"st', results=[result("SFT", "toy", 0.5), result("REDI", "toy", 0.75)])
@@ -151,7 +170,10 @@ def test_the_command(make, capsys, tmp_path):
     assert first.startswith(b"\x89PNG\r\n\x1a\n") and len(first) > 10_000
     # Its own figure is drawn anew.
     report.main(["sft", "--out=figure.png"])
-    assert (tmp_path / "figure.png").read_bytes() not in (b"", first)
+    second = (tmp_path / "figure.png").read_bytes()
+    assert second not in (b"", first)
+    report.main(["--entropy", "sft", "--out", "figure.png"])
+    assert len((tmp_path / "figure.png").read_bytes()) > len(second)
 
 
 def test_a_results_folder_needs_no_run(make, capsys, tmp_path):
@@ -174,6 +196,7 @@ def test_a_results_folder_needs_no_run(make, capsys, tmp_path):
         (["redi", "--out", "mine.png"], "mine.png exists and is no figure of nanoredi's"),
         (["redi", "--out", "folder.png"], "folder.png exists and is no figure"),
         (["--out", "figure.png"], "give the folders of runs"),
+        (["redi", "--entropy"], "--entropy says what is drawn: give --out FIGURE.png"),
         (["new", "--out", "figure.png"], "there is nothing to draw"),
         (["redi", "--ot", "figure.png"], "there is no flag --ot"),
         (["nowhere"], "nowhere holds no run"),

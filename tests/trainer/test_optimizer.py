@@ -1,13 +1,11 @@
 """AdamW against torch's own class, and the learning rate's schedule."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from forks import ended
 from tiny import tiny_model
 
 from nanoredi.trainer.optimizer import AdamW, gradient_square, schedule
@@ -66,18 +64,10 @@ def test_schedule(total, warmup, want):
     assert [schedule(step, total, warmup) for step in range(total)] == pytest.approx(want)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's path needs Triton")
-def test_training_on_a_cpu_imports_no_compiler(toy_data, tmp_path):
+def test_training_on_a_cpu_imports_no_compiler(toy_data, forks, tmp_path):
     """It takes 0.1 GB and a second of every start; torch's own optimizers and activation checkpointing import it."""
-    code = f"""if True:
-        import sys
-        import train_redi
-        flags = "--recipe toy --max_steps 2 --save_every 1 --batch_size 4 --evaluate false --dtype float32"
-        flags += " --activation_checkpointing attention"
-        data = {str(toy_data)!r}
-        flags += f" --model {{data}}/model --data {{data}}/pairs.jsonl --out " + {str(tmp_path / "run")!r}
-        train_redi.main(flags.split())
-        assert not sys.modules.keys() & {{"triton", "torch._dynamo"}}
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=environment, check=True)
+    words = "--recipe toy --max_steps 2 --save_every 1 --batch_size 4 --evaluate false --dtype float32 --out run"
+    flags = [*words.split(), "--activation_checkpointing", "attention"]
+    flags += ["--model", toy_data / "model", "--data", toy_data / "pairs.jsonl"]
+    done = ended(forks.start(tmp_path, "tests/no_compiler.py", ROOT / "train_redi.py", *flags))
+    assert done.returncode == 0, done.stderr

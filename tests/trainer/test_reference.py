@@ -1,6 +1,5 @@
 """DPO's reference log-probs: what they are, that they are computed once, and what is refused."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from same import assert_same_run, steps_of
 
 from nanoredi.common.errors import UserError
 from nanoredi.config import RediConfig
@@ -80,7 +80,7 @@ def test_they_are_computed_once_for_a_model_and_its_data(config, logps, toy_data
     first, digest = logps()
     assert "the reference's log-probs of 60 pairs: computed once" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "trace_logps", None)
+        patch.setattr(reference, "trace_sums", None)
         again, same = logps()
         shutil.copytree(config.model, tmp_path / "copy")
         copied, also_same = logps(tmp_path / "copy")  # it is what is in the folder that counts
@@ -157,12 +157,6 @@ def test_a_run_that_was_broken_off_goes_on_bit_for_bit(config, one_rank, tmp_pat
         train(replace(config, data=str(other)), one_rank)
 
     train(config, one_rank)
-    whole, run = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "run")
-    )
-    keys = ("step", "loss", "chosen_logp", "rejected_logp", "margin", "grad_norm", "update_norm")
-    assert [[row[k] for k in keys] for row in run] == [[row[k] for k in keys] for row in whole]
-    assert run[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)  # it starts from the reference
-    weights = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "run")]
-    assert weights[0] == weights[1]
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    # It starts from the reference.
+    assert steps_of(tmp_path / "run")[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)

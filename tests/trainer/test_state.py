@@ -1,18 +1,17 @@
 """Going on: after a kill, a signal, a full disk, with damaged states, and on another number of ranks."""
 
 import json
-import os
+import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from forks import Job, ended
 from safetensors.torch import load_file
+from same import assert_same_run, steps_of
 
 from nanoredi.common.errors import UserError
 from nanoredi.model.qwen2 import Qwen2
@@ -20,8 +19,6 @@ from nanoredi.trainer.distributed import local, shard
 from nanoredi.trainer.log import drop_steps_after
 from nanoredi.trainer.optimizer import AdamW
 from nanoredi.trainer.state import States, training_tensors
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -33,67 +30,66 @@ def flags(toy_data) -> list[str]:
     return [*words.split(), "--model", str(toy_data / "model"), "--data", str(toy_data / "pairs.jsonl")]
 
 
-def steps_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def same_run(a: Path, b: Path) -> bool:
-    """Bit for bit, but for the clock and memory."""
-    rows = [
-        [
-            {k: v for k, v in row.items() if k not in ("tokens_per_s", "peak_memory_gb", "matrix_share")}
-            for row in steps_of(x)
-        ]
-        for x in (a, b)
-    ]
-    weights = [(x / "final" / "model.safetensors").read_bytes() for x in (a, b)]
-    return rows[0] == rows[1] and weights[0] == weights[1]
-
-
 @pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_ends_with_the_same_weights(kills, flags, tmp_path):
-    command = [sys.executable, str(ROOT / "tests" / "kill_and_resume.py"), str(kills), str(tmp_path / "run"), *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
+def test_killed_at_random_moments_it_ends_with_the_same_weights(kills, flags, forks, tmp_path):
+    """One run undisturbed, and others that are killed and started again, until so many kills have struck."""
+    rng = random.Random(0)
+
+    def start(number: int) -> Job:
+        return forks.start(tmp_path, "train_redi.py", *flags, "--out", f"run/{number}", OMP_NUM_THREADS="1")
+
+    def end(job: Job) -> None:
+        assert ended(job).returncode == 0, job.stderr
+
+    begin = time.monotonic()
+    end(start(0))
+    whole = time.monotonic() - begin
+    struck, number = 0, 1
+    while struck < kills:
+        job = start(number)
+        time.sleep(rng.uniform(0.0, 0.8 * whole))
+        job.kill()
+        assert ended(job).returncode in (0, -signal.SIGKILL), job.stderr
+        struck += job.returncode != 0
+        if (tmp_path / "run" / str(number) / "final").exists():
+            end(start(number))  # it may have been struck after that, with its states still there
+            number += 1
+    end(start(number))
     first, *others = sorted((tmp_path / "run").iterdir(), key=lambda path: int(path.name))
     assert [row["step"] for row in steps_of(first)] == list(range(1, 25))
-    assert others and all(same_run(first, other) for other in others)
+    assert others
+    for other in others:
+        assert_same_run(first, other, tolerance=0.0)  # wherever the tests run, these ran on the CPU
     names = sorted(path.name for path in first.iterdir())
     assert names == [".lock", "config.toml", "final", "metrics.jsonl", *(f"step-{i:06d}" for i in (5, 10, 15, 20))]
     assert all(sorted(path.name for path in other.iterdir()) == names for other in others)
 
 
-def test_sigterm_saves_and_sigusr1_tells(flags, tmp_path):
+def test_sigterm_saves_and_sigusr1_tells(flags, forks, tmp_path):
     """In the middle of a run; what it says names the step that is saved."""
-    command = [sys.executable, str(ROOT / "train_redi.py"), *flags, "--epochs", "40", "--out", "run"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while "step   9/" not in run.stdout.readline():
-        assert run.poll() is None
-    run.send_signal(signal.SIGUSR1)
-    time.sleep(0.3)
-    run.send_signal(signal.SIGTERM)
-    out, err = run.communicate(timeout=60)
+    job = forks.start(tmp_path, "train_redi.py", *flags, "--epochs", "40", "--out", "run", OMP_NUM_THREADS="1")
+    job.wait_for(lambda: "step   9/" in job.stdout)
+    job.kill(signal.SIGUSR1)
+    job.wait_for(lambda: "step " in job.stderr)
+    job.kill(signal.SIGTERM)
+    run = ended(job)
     assert run.returncode == 0
-    assert "stage 2, 0:0" in err and "step " in err
+    assert "stage 2, 0:0" in run.stderr
     last = steps_of(tmp_path / "run")[-1]["step"]
-    assert f"stage 2 was asked to stop: step {last} is saved, the same command goes on from there" in out
+    assert f"stage 2 was asked to stop: step {last} is saved, the same command goes on from there" in run.stdout
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir())[-1] == f"step-{last:06d}"
 
 
 @pytest.mark.parametrize("ranks, shard_size", [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_another_number_of_ranks_goes_on(ranks, shard_size, flags, run, tmp_path):
     """Nine steps on one rank, the rest on several, with two copies of the weights; against all of it on one."""
-    whole = run("train_redi.py", *flags, "--out", "whole")
+    whole = run("train_redi.py", *flags, "--out", "whole", gpus=ranks)
     assert whole.returncode == 0, whole.stderr
     shutil.copytree(tmp_path / "whole", tmp_path / "part")
     for name in ("final", "step-000010", "step-000015", "step-000020"):
         shutil.rmtree(tmp_path / "part" / name)
     # What the run looked like after step 9: its state is a run's that was stopped there.
-    stopped = run("tests/stop_at.py", "9", *flags, "--out", "stopped")
+    stopped = run("tests/stop_at.py", "9", *flags, "--out", "stopped", gpus=ranks)
     assert stopped.returncode == 0, stopped.stderr
     shutil.copytree(tmp_path / "stopped" / "state", tmp_path / "part" / "state")
     done = run("train_redi.py", *flags, "--out", "part", "--shard_size", shard_size, ranks=ranks)

@@ -15,6 +15,7 @@ import tiny
 import torch
 from kept import KeepingAdamW
 from safetensors.torch import load_file
+from same import assert_same_weights
 
 from nanoredi import objectives
 from nanoredi.common.errors import UserError
@@ -138,7 +139,9 @@ def stage_1(config):
 
 
 def reference(config):
-    """Loss and gradients by the papers' formulas, each sequence alone, whole logits, float64."""
+    """Loss, gradients and {side: each sequence's entropies} by the papers' formulas, each sequence alone, whole logits,
+    float64."""
+    entropies = {"chosen": [], "rejected": []}
     model = Qwen2.from_pretrained(config.model, dtype=torch.float64)
     data = load(config)
     rows = step_rows(0, 40, config.batch_size, seed=3)
@@ -147,8 +150,9 @@ def reference(config):
         tokens, learned = (torch.from_numpy(np.array(x)) for x in sequence[:2])
         n = len(tokens) - 1
         hidden = model(tokens[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
-        lp = (hidden @ model.lm_head_weight.T).log_softmax(-1).gather(1, tokens[1:, None].long()).squeeze(1)
-        return lp[learned[1:]]
+        lp = (hidden @ model.lm_head_weight.T).log_softmax(-1)[learned[1:]]
+        entropies[sequence.side].append(torch.special.entr(lp.detach().exp()).sum(1))
+        return lp.gather(1, tokens[1:][learned[1:], None].long()).squeeze(1)
 
     def loss_of(i):
         chosen, rejected = map(logps, data.row(i))
@@ -167,7 +171,7 @@ def reference(config):
     else:
         loss = torch.stack([loss_of(i) for i in rows]).mean()
     loss.backward()
-    return loss.item(), {n: p.grad for n, p in model.named_parameters()}
+    return loss.item(), {n: p.grad for n, p in model.named_parameters()}, entropies
 
 
 def relative(got, want):
@@ -178,8 +182,12 @@ def relative(got, want):
 def test_gradients_are_the_formula_s(stage, request, one_rank):
     config = replace(request.getfixturevalue(stage), clip=1e9)
     figures, grads, _, _ = one_step(config, one_rank)
-    loss, want = reference(config)
+    loss, want, entropies = reference(config)
     chosen, rejected = figures[:2].tolist()
+    for side, got in zip(("chosen", "rejected"), figures[5:].tolist()):
+        # A mean over tokens in stage 1, over traces of their own means in stage 2.
+        each = [torch.cat(entropies[side] or [torch.zeros(1)])] if stage_1(config) else entropies[side]
+        assert got == pytest.approx(torch.stack([e.mean() for e in each]).mean().item(), rel=1e-5)
     assert figures[4].item() == pytest.approx(loss, abs=1e-5)
     if stage in ("sft", "redi"):
         assert -chosen + (config.alpha * rejected if stage == "redi" else 0) == pytest.approx(loss, abs=1e-5)
@@ -274,17 +282,21 @@ def test_pairs_are_watched_along_the_run(redi, one_rank, tmp_path, toy_data, cap
     train(replace(redi, watch=str(toy_data / "watch.jsonl"), watch_every=2, max_steps=3), one_rank)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [("watch_chosen_logp" in row) for row in rows] == [False, True, True]
-    model = Qwen2.from_pretrained(tmp_path / "run" / "final", dtype=torch.float64)
+    assert [("start_chosen_logp" in row) for row in rows] == [True, False, False]
     data = load(replace(redi, data=str(toy_data / "watch.jsonl")))
-    for place, side in enumerate(("chosen", "rejected")):
-        means = []
-        for i in range(len(data)):
-            tokens, learned = (torch.from_numpy(np.array(x)) for x in data.row(i)[place][:2])
-            n = len(tokens) - 1
-            hidden = model(tokens[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
-            lp = (hidden @ model.lm_head_weight.T).log_softmax(-1).gather(1, tokens[1:, None].long()).squeeze(1)
-            means.append(lp[learned[1:]].mean().item())
-        assert rows[-1][f"watch_{side}_logp"] == pytest.approx(np.mean(means), rel=1e-4)
+    for folder, when, row in ((redi.model, "start", rows[0]), (tmp_path / "run" / "final", "watch", rows[-1])):
+        model = Qwen2.from_pretrained(folder, dtype=torch.float64)
+        for place, side in enumerate(("chosen", "rejected")):
+            means = []
+            for i in range(len(data)):
+                tokens, learned = (torch.from_numpy(np.array(x)) for x in data.row(i)[place][:2])
+                n = len(tokens) - 1
+                hidden = model(tokens[:-1].long(), torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+                lp = (hidden @ model.lm_head_weight.T).log_softmax(-1)[learned[1:]]
+                of_targets = lp.gather(1, tokens[1:][learned[1:], None].long())
+                means.append((of_targets.mean().item(), torch.special.entr(lp.exp()).sum(1).mean().item()))
+            got = row[f"{when}_{side}_logp"], row[f"{when}_{side}_entropy"]
+            assert got == pytest.approx(np.mean(means, axis=0), rel=1e-4)
     assert "watched pairs after step 2: chosen -" in capsys.readouterr().out
 
 
@@ -300,6 +312,8 @@ def test_a_run_s_files(redi, one_rank, tmp_path, capsys):
         "chosen_logp",
         "rejected_logp",
         "margin",
+        "chosen_entropy",
+        "rejected_entropy",
         "grad_norm",
         "update_norm",
         "lr",
@@ -341,8 +355,7 @@ def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypa
     again = replace(config, out=str(tmp_path / "again"))
     (tmp_path / "again").mkdir()
     train(again, one_rank)
-    saved = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("run", "again")]
-    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert_same_weights(tmp_path / "run", tmp_path / "again")
 
 
 def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data):
@@ -439,7 +452,7 @@ def test_gradients_of_many_ranks_are_those_of_one(ranks, shard_size, run, toy_da
     """16 pairs in several micro-batches, and 1 pair whose two sequences leave ranks with nothing to do; with the
     weights shared by all ranks, and in several copies."""
     for number, size in ((0, 0), (ranks, shard_size)):
-        done = run("tests/rank_gradients.py", toy_data, tmp_path / f"{number}", size, ranks=number)
+        done = run("tests/rank_gradients.py", toy_data, tmp_path / f"{number}", size, ranks=number, gpus=ranks)
         assert done.returncode == 0, done.stderr
     for name in ("many", "one", "many-dpo", "one-dpo"):
         want, got = (load_file(tmp_path / f"{number}" / f"{name}.safetensors") for number in (0, ranks))
@@ -461,10 +474,10 @@ def test_the_loss_curve_depends_on_neither_ranks_nor_machines(others, run, toy_d
         if name == "agents":
             with ThreadPoolExecutor() as threads:
                 words = [*flags, "--out", tmp_path / name, "--shard_size", "2"]
-                both = [threads.submit(run, *words, torchrun=agents) for _ in range(2)]
+                both = [threads.submit(run, *words, torchrun=agents, gpus=4) for _ in range(2)]
                 ended = [future.result() for future in both]
         else:
-            ended = [run(*flags, "--out", tmp_path / name, ranks=int(name))]
+            ended = [run(*flags, "--out", tmp_path / name, ranks=int(name), gpus=4)]
         for done in ended:
             assert done.returncode == 0, done.stderr
     want, *curves = (

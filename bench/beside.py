@@ -1,0 +1,79 @@
+"""A training beside another busy process: what is left of its speed on a shared machine.
+
+    python bench/beside.py                       two processes that want every core; alone, then side by side
+    python bench/beside.py --steps 2 --waits nanoredi                 shorter
+
+Threads of OpenMP that wait for each other look in a loop whether the others are done, for milliseconds, before they sleep. On a
+machine of their own that saves the waking; beside another process they use up the time that the thread they wait for
+needs. nanoredi lets them sleep sooner (nanoredi/__init__.py) unless the environment says otherwise. Steps are
+bench/train_step.py's, in its model and the CPU's best dtype; the other process takes the same steps. A process alone should keep
+all of its speed, one beside another half.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from train_step import SIZES, Qwen2, compute_dtype, torch  # noqa: E402
+
+HERE = Path(__file__).parent
+WAITS = {
+    "nanoredi": {},
+    "OpenMP's own": {"GOMP_SPINCOUNT": "300000"},  # libgomp's number where nothing is said
+    "passive": {"OMP_WAIT_POLICY": "passive"},
+    "s1000": {"GOMP_SPINCOUNT": "1000"},
+    "s10000": {"GOMP_SPINCOUNT": "10000"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3, help="timed steps a process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each kind [2]")
+    parser.add_argument("--waits", nargs="+", choices=WAITS, default=list(WAITS))
+    flags = parser.parse_args()
+    name, size = next(iter(SIZES.items()))
+    dtype = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+    print(f"{torch.get_num_threads()} threads; {name}, one pair a step, {dtype}\n")
+    print("| wait | s a step alone | of OpenMP's own | s beside an equal process | of its speed alone |")
+    print("| --- " * 5 + "|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        Qwen2(size.config).init_weights(0).save_pretrained(Path(folder), torch.float32)
+        words = [sys.executable, str(HERE / "train_step.py"), "--one", "nanoredi", name, dtype, folder, "--pairs", "1"]
+        alone: dict[str, list[float]] = {wait: [] for wait in flags.waits}
+        beside: dict[str, list[float]] = {wait: [] for wait in flags.waits}
+        for _ in range(flags.rounds):
+            for wait in flags.waits:
+                alone[wait] += seconds(words, WAITS[wait], flags.steps)
+                other = start(words, WAITS[wait], 10**6)
+                time.sleep(10)  # until it takes steps
+                beside[wait] += seconds(words, WAITS[wait], flags.steps)
+                other.kill()
+                other.wait()
+    own = statistics.median(alone.get("OpenMP's own", [float("nan")]))
+    for wait in flags.waits:
+        a, b = statistics.median(alone[wait]), statistics.median(beside[wait])
+        print(f"| {wait} | {a:.3g} | {a / own:.3f} | {b:.3g} | {a / b:.0%} |", flush=True)
+
+
+def start(words: list[str], wait: dict[str, str], steps: int) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | wait
+    return subprocess.Popen([*words, "--steps", str(steps)], stdout=subprocess.PIPE, env=environment)
+
+
+def seconds(words: list[str], wait: dict[str, str], steps: int) -> list[float]:
+    """Of a fresh process's steps."""
+    out = start(words, wait, steps).communicate()[0]
+    return json.loads(out.splitlines()[-1])["seconds"]
+
+
+if __name__ == "__main__":
+    main()
