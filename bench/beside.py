@@ -1,7 +1,7 @@
 """A training beside another busy process: what is left of its speed on a shared machine.
 
     python bench/beside.py                       two processes that want every core; alone, then side by side
-    python bench/beside.py --steps 2 --waits nanoredi                 shorter
+    python bench/beside.py --rounds 1 --steps 1                       shorter
 
 Threads of OpenMP that wait for each other look in a loop whether the others are done, for milliseconds, before they sleep. On a
 machine of their own that saves the waking; beside another process they use up the time that the thread they wait for
@@ -26,19 +26,15 @@ from train_step import SIZES, Qwen2, compute_dtype, torch  # noqa: E402
 
 HERE = Path(__file__).parent
 WAITS = {
-    "nanoredi": {},
+    "nanoredi": {"GOMP_SPINCOUNT": "1000"},  # as nanoredi/__init__.py has it
     "OpenMP's own": {"GOMP_SPINCOUNT": "300000"},  # libgomp's number where nothing is said
-    "passive": {"OMP_WAIT_POLICY": "passive"},
-    "s1000": {"GOMP_SPINCOUNT": "1000"},
-    "s10000": {"GOMP_SPINCOUNT": "10000"},
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps a process")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each kind [2]")
-    parser.add_argument("--waits", nargs="+", choices=WAITS, default=list(WAITS))
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each kind")
     flags = parser.parse_args()
     name, size = next(iter(SIZES.items()))
     dtype = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
@@ -48,18 +44,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         Qwen2(size.config).init_weights(0).save_pretrained(Path(folder), torch.float32)
         words = [sys.executable, str(HERE / "train_step.py"), "--one", "nanoredi", name, dtype, folder, "--pairs", "1"]
-        alone: dict[str, list[float]] = {wait: [] for wait in flags.waits}
-        beside: dict[str, list[float]] = {wait: [] for wait in flags.waits}
+        alone: dict[str, list[float]] = {wait: [] for wait in WAITS}
+        beside: dict[str, list[float]] = {wait: [] for wait in WAITS}
         for _ in range(flags.rounds):
-            for wait in flags.waits:
+            for wait in WAITS:
                 alone[wait] += seconds(words, WAITS[wait], flags.steps)
                 other = start(words, WAITS[wait], 10**6)
                 time.sleep(10)  # until it takes steps
                 beside[wait] += seconds(words, WAITS[wait], flags.steps)
                 other.kill()
                 other.wait()
-    own = statistics.median(alone.get("OpenMP's own", [float("nan")]))
-    for wait in flags.waits:
+    own = statistics.median(alone["OpenMP's own"])
+    for wait in WAITS:
         a, b = statistics.median(alone[wait]), statistics.median(beside[wait])
         print(f"| {wait} | {a:.3g} | {a / own:.3f} | {b:.3g} | {a / b:.0%} |", flush=True)
 

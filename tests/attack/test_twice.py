@@ -13,7 +13,7 @@ RUNS = {
         --batch_size 2 --evaluate.n 1 --evaluate.max_tokens 4 --evaluate.dtype float32""",
     "sample": f"{DRAW} --prompts DATA/toy.jsonl --out OUT/drawn.jsonl",
     "evaluate": f"{DRAW} --benchmarks DATA/toy.jsonl --think own --out OUT",
-    "nanoredi.prepare": "--raw DATA/raw.jsonl --tokenizer DATA/model --grade --out OUT",
+    "nanoredi.prepare": "--raw RAW --tokenizer DATA/model --grade --out OUT",
 }
 
 
@@ -22,8 +22,8 @@ RUNS = {
     [("train_redi", 2), ("evaluate", 4), *(pytest.param(script, 50, marks=pytest.mark.slow) for script in RUNS)],
 )
 def test_two_at_once(script, times, toy_data, forks, tmp_path):
-    (toy_data / "raw.jsonl").write_text(RAW)
-    flags = RUNS[script].replace("DATA", str(toy_data)).split()
+    (tmp_path / "raw.jsonl").write_text(RAW)
+    flags = RUNS[script].replace("RAW", str(tmp_path / "raw.jsonl")).replace("DATA", str(toy_data)).split()
     job = forks.start(tmp_path, "tests/attack/twice.py", script, ".", str(times), *flags, OMP_NUM_THREADS="1")
     done = ended(job, seconds=3600)
     assert done.returncode == 0, done.stdout + done.stderr
