@@ -10,12 +10,15 @@ import itertools
 import random
 import sys
 from collections import defaultdict
+from pathlib import Path
 
-from nanoredi.data.benchmarks import PAPER, load
-from nanoredi.grader import equal
-from nanoredi.grader.compare import same
-from nanoredi.grader.latex import readings
-from nanoredi.grader.parse import read
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from nanoredi.data.benchmarks import PAPER, load  # noqa: E402
+from nanoredi.grader import equal  # noqa: E402
+from nanoredi.grader.compare import same  # noqa: E402
+from nanoredi.grader.latex import readings  # noqa: E402
+from nanoredi.grader.parse import read  # noqa: E402
 
 MUTATIONS = 5_000
 
