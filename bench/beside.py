@@ -3,7 +3,7 @@
     python bench/beside.py                       two processes that want every core; alone, then side by side
     python bench/beside.py --rounds 1 --steps 1                       shorter
 
-Threads of OpenMP that wait for each other look in a loop whether the others are done, for milliseconds, before they sleep. On a
+Threads of OpenMP that wait for each other look in a loop whether the others are done, many times, before they sleep. On a
 machine of their own that saves the waking; beside another process they use up the time that the thread they wait for
 needs. nanoredi lets them sleep sooner (nanoredi/__init__.py) unless the environment says otherwise. Steps are
 bench/train_step.py's, in its model and the CPU's best dtype; the other process takes the same steps. A process alone should keep

@@ -19,7 +19,7 @@ from nanoredi.cpu.masters import cast, kept_sum
 from nanoredi.cpu.native import call, library
 from nanoredi.cpu.pointwise import swiglu, swiglu_backward
 from nanoredi.kernels.dispatch import prepare_for_sampling
-from nanoredi.kernels.layers import PRODUCTS, add_product, linear, mlp, product, put_product, qkv
+from nanoredi.kernels.layers import PRODUCTS, add_product, linear, mlp, product, put_product
 
 # Multiplications that are worth a kernel of their own.
 _LARGE = 1 << 25
@@ -73,11 +73,6 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias)
     return _linear(x, _for_product(weight, x), None if bias is None else cast(bias, x.dtype))
-
-
-@qkv.on("cpu")
-def _(x: Tensor, weights: list[Tensor], biases: list[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-    return qkv.plain(x, weights, biases, cos, sin)
 
 
 @mlp.on("cpu")

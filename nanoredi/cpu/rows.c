@@ -1,4 +1,4 @@
-/* Rows of logits on a CPU: what rows.py's Triton kernels do, in the same terms. -DIN_BF16=1 or 0 is for the logits' dtype. */
+/* Rows of logits on a CPU: what the Triton kernels of logits.py do, in the same terms. -DIN_BF16=1 or 0: the logits' dtype. */
 
 #include <math.h>
 
@@ -14,25 +14,18 @@ static inline Floats logits_at(const Stored *row, int64_t v, int64_t num_columns
     return wide(end);
 }
 
-static inline void write_one(Stored *x, float value) {
+/* The first `count` values, or all. */
+static inline void put(Stored *x, Floats values, int64_t count) {
     Stored all[LANES];
-    narrow(all, (Floats){0} + value);
-    *x = *all;
+    narrow(count < LANES ? all : x, values);
+    if (count < LANES) memcpy(x, all, count * sizeof *x);
 }
 
 /* Overwrite a row by weight * (onehot(y) - softmax). */
 static void write_gradient(Stored *row, int64_t y, float weight, float lse, float missing, int64_t num_columns) {
-    for (int64_t v = 0; v < num_columns; v += LANES) {
-        Floats gradient = power_of_e(logits_at(row, v, num_columns) - lse) * -weight;
-        if (v + LANES <= num_columns) {
-            narrow(row + v, gradient);
-        } else {
-            Stored end[LANES];
-            narrow(end, gradient);
-            memcpy(row + v, end, (num_columns - v) * sizeof *row);
-        }
-    }
-    if (y >= 0 && y < num_columns) write_one(row + y, weight * missing);
+    for (int64_t v = 0; v < num_columns; v += LANES)
+        put(row + v, power_of_e(logits_at(row, v, num_columns) - lse) * -weight, num_columns - v);
+    if (y >= 0 && y < num_columns) put(row + y, (Floats){0} + weight * missing, 1);
 }
 
 /* logits (n, num_columns), their rows stride apart, targets (n,) -> logps, entropies, lses, missings (n,); with weights
@@ -46,7 +39,7 @@ void logprobs(Stored *logits, int64_t stride, const int64_t *targets, const floa
         double target = NAN;
         if (y >= 0 && y < num_columns) {
             target = wide_one(row + y);
-            write_one(row + y, -INFINITY);
+            put(row + y, (Floats){0} - INFINITY, 1);
         }
         Floats high = (Floats){0} - 3e38f, sums = {0}, moments = {0}; /* finite where the target is the only column, too */
         for (int64_t v = 0; v < num_columns; v += LANES) high = larger(high, logits_at(row, v, num_columns));

@@ -18,8 +18,8 @@ from nanoredi.data.sequences import SIDES, Sequence
 
 
 class PackedBatch(NamedTuple):
-    """N packed input tokens of S sequences, and what each must predict. rows and max_seqlen are made here, on the CPU, so
-    that the device is never asked for them."""
+    """N packed input tokens of S sequences, and what each must predict, in the order of Qwen2.loss but for shares. rows and
+    max_seqlen are made here, on the CPU, so that the device is never asked for them."""
 
     input_ids: Tensor  # (N,) int64
     position_ids: Tensor  # (N,) int64, counted from 0 in each sequence
@@ -34,11 +34,6 @@ class PackedBatch(NamedTuple):
     def forward_arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """What Qwen2.forward takes, in its order."""
         return self.input_ids, self.position_ids, self.cu_seqlens, self.max_seqlen
-
-    @property
-    def loss_arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-        """What Qwen2.loss takes, in its order."""
-        return *self[:6], self.max_seqlen
 
     def to(self, device: torch.device) -> "PackedBatch":
         *tensors, max_seqlen = self

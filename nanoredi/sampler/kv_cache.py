@@ -9,6 +9,7 @@ import inspect
 import math
 import mmap
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -139,14 +140,18 @@ def _flash(q, keys, values, sizes, lengths, page_table, ends):
     in its second version, with pages of multiples of 256 tokens. The order of a row's sums follows from the row alone if it
     may not split rows, and never takes a lone query for a decode step's."""
     attention, page_size = varlen_attn(), keys.shape[2]
-    known = "block_table" in inspect.signature(attention).parameters
-    if not known or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] % 8 or page_size % 256:
+    if not _reads_pages() or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] % 8 or page_size % 256:
         return NotImplemented
     # Later versions do not want what the second one does not look at.
     ends_k = None if torch.nn.attention.current_flash_attention_impl() else ends[1]
     longest, paged = max(2, len(q)), {"seqused_k": ends[1].diff(), "block_table": page_table, "num_splits": 1}
     pools, longest_k = (pool.transpose(1, 2) for pool in (keys, values)), page_table.shape[1] * page_size
     return attention(q, *pools, ends[0], ends_k, longest, longest_k, window_size=(-1, 0), **paged)
+
+
+@cache
+def _reads_pages() -> bool:
+    return "block_table" in inspect.signature(varlen_attn()).parameters
 
 
 def bytes_a_page(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:

@@ -2,10 +2,10 @@
 
 Every sample has a key of its own, made from the seed, the prompt and the sample's number (scheduler.requests_for), and
 draws one uniform number a token from a counter-based generator. So a sample depends neither on what else is in the
-batch nor on the order of the work, nor on being put back in between. Nor does its rounding, if numbers are added up in an order
-that does not depend on the batch. In attention they are: row by row, in spans of a fixed number of tokens. On a CPU they are in products, too, from two
-rows on. On a GPU a product's order follows from a step's size; so with batch_invariant each step has the full size, nobody's rows
-included, and a row that was put back begins again.
+batch nor on the order of the work, nor on being put back in between. Nor does its rounding, if numbers are added up in an
+order that does not depend on the batch. In attention they are: row by row, in spans of a fixed number of tokens. On a CPU
+they are in products, too, from two rows on. On a GPU a product's order follows from a step's size; so with batch_invariant
+each step has the full size, nobody's rows included, and a row that was put back begins again.
 
 What a decode step reads and writes stays on the device: each row's newest token, its length, its pages. The tokens of a
 step are looked at while the next one is under way, so a row that drew a stop token takes one step more, which is thrown
@@ -284,9 +284,8 @@ class Sampler:
         for place, token, full in zip(going.tolist(), tokens[~stopped].tolist(), fulls):
             row = self.scheduler.rows[place]
             stream = row.request.stream
-            if stream and self.num_tokens[place] > len(
-                row.request.tokens
-            ):  # else it had the token before it was put back
+            # Of a row that was put back the stream has the first tokens already.
+            if stream and self.num_tokens[place] > len(row.request.tokens):
                 stream.push(token)
             if full or stream and stream.stopped:
                 ended.append(self._end(row, "stop" if stream and stream.stopped else "length"))

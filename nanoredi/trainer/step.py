@@ -72,7 +72,7 @@ def forward_backward(
         token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments, entropies=entropies)
         loss = pair_losses(config, units, token_logps).sum() / num_units
     else:
-        loss, token_logps = model.loss(*batch.loss_arguments, entropies)
+        loss, token_logps = model.loss(*batch[:6], batch.max_seqlen, entropies)
     loss.backward()
     logps, entropies = ((batch.shares * x).sum(1) for x in (token_logps.detach(), entropies))
     return torch.stack((*logps, loss.detach(), *entropies))
