@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.disk import lock, writing
+from nanoredi.common.disk import lock, remove_leftovers, writing
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_rows
 from nanoredi.common.flags import option, read_flags, read_recipe, resolve
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
         if run and step_of(next(iter(models))):
             notes.append(f"the model that {run} started from is not there, and is left out")
         rows = evaluate_all(models, tests, config, out, ranks, pairs, adds=run is not None, notes="\n".join(notes))
-        ranks.say(ranks.first(lambda: _write(out, rows, config)))
+        ranks.say(ranks.first(lambda: _write(out, rows, config)) + f"\n\nwritten to {out}")
 
 
 def _run(given: dict[str, Any]) -> Path:
@@ -113,11 +113,15 @@ def _grade(config: EvaluateFlags, named: bool) -> None:
             n = 1 + max(s["sample"] for s in graded)
             rows.append({"model": graded[0]["model"], "benchmark": graded[0]["benchmark"], **summarise(graded, n)})
             samples += graded
-    out = Path(_new_folder(config.out))
-    # Anybody's text may hold half a surrogate pair, which UTF-8 cannot.
-    with writing(out / "samples.jsonl") as beside, open(beside, "w", encoding="utf-8", errors="replace") as file:
-        file.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
-    print(_write(out, rows, config))
+    out = _unused(config.out)
+    remove_leftovers(out.parent)
+    with writing(out) as beside:
+        beside.mkdir()
+        # Anybody's text may hold half a surrogate pair, which UTF-8 cannot.
+        with open(beside / "samples.jsonl", "w", encoding="utf-8", errors="replace") as file:
+            file.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
+        text = _write(beside, rows, config)
+    print(f"{text}\n\nwritten to {out}")
 
 
 def _write(out: Path, rows: list[Row], config: EvaluateFlags) -> str:
@@ -132,26 +136,30 @@ def _write(out: Path, rows: list[Row], config: EvaluateFlags) -> str:
     parts = [write(out, rows, compared, config.paper, config.wide), *([best] if best else [])]
     if config.think == "forced":
         parts += unended(samples(), "--think own")
-    return "\n\n".join([*parts, f"written to {out}"])
+    return "\n\n".join(parts)
 
 
 def _folder(out: str) -> str:
-    """A new folder, or one that holds an evaluation."""
-    return out if out and (Path(out) / "evaluation.json").exists() else _new_folder(out)
-
-
-def _new_folder(out: str) -> str:
-    """A new folder for the results: the one that was asked for, or one named by the time."""
-    path = Path(out or f"runs/evaluate/{time.strftime('%Y-%m-%d-%H%M%S')}")
+    """A folder that holds an evaluation, or a new one, locked."""
+    if out and (Path(out) / "evaluation.json").exists():
+        return out
+    path = _unused(out)
     try:
-        if path.exists() and (
-            not path.is_dir() or any(p.name != ".lock" and p.suffix != ".writing" for p in path.iterdir())
-        ):
-            raise UserError(f"{path} is not empty: give another --out")
         lock(path)
     except OSError as error:
         raise UserError(f"cannot make the folder {path}: {error.strerror}; give another --out") from None
     return str(path)
+
+
+def _unused(out: str) -> Path:
+    """The folder that was asked for, which may be there, with no more than what a killed process left in it; or one named by
+    the time."""
+    path = Path(out or f"runs/evaluate/{time.strftime('%Y-%m-%d-%H%M%S')}")
+    if path.exists() and (
+        not path.is_dir() or any(p.name != ".lock" and p.suffix != ".writing" for p in path.iterdir())
+    ):
+        raise UserError(f"{path} is not empty: give another --out")
+    return path
 
 
 if __name__ == "__main__":

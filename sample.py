@@ -20,6 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from nanoredi.chat import chat, ending
 from nanoredi.common.disk import regular
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import parse_json, read_rows, write_row
@@ -33,10 +34,9 @@ from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.evaluation.samples import claim, cut_torn_line, digest_of_files
 from nanoredi.model.hf_folder import stop_ids
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.sampler.chat import chat, ending
 from nanoredi.sampler.sampler import Sampler
 from nanoredi.sampler.scheduler import Request, requests_for
-from nanoredi.trainer.distributed import compute_dtype, device_alone
+from nanoredi.trainer.dtype import compute_dtype, device_alone
 
 _PROBLEMS_TO_SHOW = 3
 _ADDED = ("completion", "finish_reason", "tokens", "sample")  # to a prompt's row

@@ -23,7 +23,8 @@ from nanoredi.evaluation.evaluate import evaluate_all
 from nanoredi.evaluation.samples import kept_results
 from nanoredi.evaluation.scores import unended
 from nanoredi.report.tables import table
-from nanoredi.trainer.distributed import World, settled_dtype, world
+from nanoredi.trainer.distributed import World, world
+from nanoredi.trainer.dtype import settled_dtype
 from nanoredi.trainer.loop import train
 
 

@@ -15,7 +15,8 @@ from nanoredi.common.errors import run_script
 from nanoredi.common.flags import read_flags, resolve
 from nanoredi.common.runs import dtype_of_run, open_run
 from nanoredi.config import EvaluateConfig, SftConfig, ToyConfig
-from nanoredi.trainer.distributed import settled_dtype, world
+from nanoredi.trainer.distributed import world
+from nanoredi.trainer.dtype import settled_dtype
 from nanoredi.trainer.loop import train
 
 

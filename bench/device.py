@@ -33,7 +33,7 @@ from allowance import allowance  # noqa: E402
 from bench import kernels, sampler, train_step  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
-from nanoredi.trainer.distributed import compute_dtype, matrix_rate  # noqa: E402
+from nanoredi.trainer.dtype import compute_dtype, matrix_rate  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 TESTS = ["tests/device", "tests/kernels", "tests/model", "tests/sampler"]

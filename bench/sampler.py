@@ -39,7 +39,7 @@ from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.sampler.sampler import Sampler  # noqa: E402
 from nanoredi.sampler.scheduler import Request, requests_for  # noqa: E402
-from nanoredi.trainer.distributed import compute_dtype  # noqa: E402
+from nanoredi.trainer.dtype import compute_dtype  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

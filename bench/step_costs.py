@@ -180,7 +180,7 @@ def flops(c: Qwen2Config, layout: Layout) -> dict[str, float]:
 
 
 def pointwise(c: Qwen2Config, layout: Layout) -> dict[str, float]:
-    """Bytes that a GPU's micro-batch reads and writes in what blocks do between their products (kernels/pointwise.py),
+    """Bytes that a GPU's micro-batch reads and writes in what blocks do between their products (cuda/pointwise.py),
     forward, and backward with what is recomputed for it; tests/device counts them."""
     d, kv, f = c.hidden_size, c.num_key_value_heads * c.head_dim, c.intermediate_size
     norms, rotation = (2 + 4) * d, 2 * (d + kv)  # the second norm also makes the sum that it takes

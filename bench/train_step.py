@@ -38,7 +38,8 @@ from nanoredi.config import RediConfig  # noqa: E402
 from nanoredi.data.sequences import SIDES, Sequence  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
-from nanoredi.trainer.distributed import compute_dtype, matrix_rate, world  # noqa: E402
+from nanoredi.trainer.distributed import world  # noqa: E402
+from nanoredi.trainer.dtype import compute_dtype, matrix_rate  # noqa: E402
 from nanoredi.trainer.loop import set_up  # noqa: E402
 from nanoredi.trainer.optimizer import AdamW  # noqa: E402
 from nanoredi.trainer.step import train_step  # noqa: E402

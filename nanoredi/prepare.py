@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoredi.common.disk import move_into_place, path_beside, remove, remove_leftovers
+from nanoredi.common.disk import leftovers, move_into_place, path_beside, remove
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import check, read_rows
 from nanoredi.common.flags import option, read_flags, resolve
@@ -46,6 +46,7 @@ _FIELDS = (
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 Rows = Iterable[tuple[str, dict[str, Any]]]  # each with where it stands, for messages
 _FILES = ("sft.jsonl", "pairs.jsonl", "too_long.jsonl", "overlaps.jsonl")
+_WHOLE = "whole"  # their folder's name once they are written, until they are in their places
 
 
 @dataclass
@@ -82,12 +83,13 @@ def prepare(
     Raises:
         UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files.
     """
-    total = _count_rows(files, out)
+    _clear(out)
+    total = sum(map(num_rows, files))
+    if not total:
+        raise UserError(f"there are no rows in {', '.join(map(str, files))}")
     gates = Gates(flags.max_prompt_tokens, flags.max_response_tokens, flags.strict_negatives)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(out)
-        # Written beside and renamed: an output that is there is whole.
         beside = path_beside(out / "rows")
         with ExitStack() as stack:
             stack.callback(remove, beside)
@@ -102,7 +104,10 @@ def prepare(
                     file.writelines(progress(lines, f"writing {name}", len(spool), "rows", delay=1))
             if overlap.files:
                 overlap.write(beside / _FILES[3])
-            for path in beside.glob("*.jsonl"):
+            whole = beside.rename(path_beside(out / _WHOLE))
+            stack.callback(remove, whole)
+            stack.callback(_take_back, whole, out)
+            for path in whole.glob("*.jsonl"):
                 move_into_place(path, out / path.name)
     except OSError as error:  # of writing: reading has its own words
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
@@ -133,15 +138,23 @@ def read_raw(file: Path) -> Rows:
     return ((where, check(where, row, dict)) for where, row in read_rows(str(file), _FIELDS))
 
 
-def _count_rows(files: list[Path], out: Path) -> int:
-    """How many rows the files have, once it is clear that there are some, and that nothing is written over."""
+def _clear(out: Path) -> None:
+    """Remove what a killed run has left; then see to it that nothing is written over."""
+    for folder in leftovers(out):
+        if folder.name.startswith(f"{_WHOLE}."):
+            _take_back(folder, out)
+        remove(folder)
     for name in _FILES:
         if (out / name).exists():
             raise UserError(f"{out / name} is there already: move it away or give another --out")
-    total = sum(map(num_rows, files))
-    if not total:
-        raise UserError(f"there are no rows in {', '.join(map(str, files))}")
-    return total
+
+
+def _take_back(whole: Path, out: Path) -> None:
+    """Of files that come together, remove those that were moved out of their folder when others were not."""
+    waiting = [name for name in _FILES if (whole / name).exists()]
+    for name in _FILES if waiting else ():
+        if name not in waiting:
+            remove(out / name)
 
 
 def _as_raw_rows(files: list[Path], total: int, spool: Spool, tokenizer: Tokenizer, grading: bool) -> tuple[int, Rows]:

@@ -103,7 +103,8 @@ def use_triton(monkeypatch: pytest.MonkeyPatch, *operations: dispatch.operation)
     """On the CPU, too, where Triton's interpreter runs."""
     if dispatch.triton is None:
         pytest.skip("Triton is not installed")
-    dispatch._import_package(DEVICE.type)  # it registers its own once
+    for device_type in (DEVICE.type, "cuda"):
+        dispatch._import_package(device_type)  # each registers its own once
     for operation in operations:
         monkeypatch.setitem(operation.faster, DEVICE.type, operation.faster["cuda"])
 

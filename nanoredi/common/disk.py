@@ -98,12 +98,18 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, locked: bool = False) -> None:
-    """Remove what killed processes were writing in a folder. One that this process has locked holds nobody else's work;
-    elsewhere only this machine's processes are known to have ended."""
-    for path in folder.glob("*.writing"):
+    """Remove what killed processes were writing in a folder."""
+    for path in leftovers(folder, locked):
+        remove(path)
+
+
+def leftovers(folder: Path, locked: bool = False) -> Iterator[Path]:
+    """What killed processes were writing in a folder. One that this process has locked holds nobody else's work; elsewhere
+    only this machine's processes are known to have ended."""
+    for path in sorted(folder.glob("*.writing")):
         own = re.fullmatch(rf".*\.{re.escape(_HOST)}\.([0-9]+)\.writing", path.name)
         if locked or own and not _is_alive(int(own[1])):
-            remove(path)
+            yield path
 
 
 def _is_alive(process: int) -> bool:

@@ -12,13 +12,15 @@ from nanoredi.data.benchmarks import Benchmark, with_system
 from nanoredi.data.messages import user_message
 from nanoredi.data.sequences import load_pairs
 from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.evaluation.queue import Queue
 from nanoredi.evaluation.samples import Samples, kept_results
 from nanoredi.evaluation.scores import Row, graded, summarise
 from nanoredi.model.hf_folder import stop_ids
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.sampler import Sampler, give_back
 from nanoredi.sampler.scheduler import Request, requests_for
-from nanoredi.trainer.distributed import Queue, World, compute_dtype
+from nanoredi.trainer.distributed import World
+from nanoredi.trainer.dtype import compute_dtype
 from nanoredi.trainer.scoring import means_a_token
 
 

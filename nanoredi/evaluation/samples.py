@@ -21,7 +21,7 @@ from nanoredi.common.files import check, parse_json, read_json, read_rows, write
 from nanoredi.config import EvaluateConfig
 from nanoredi.data.benchmarks import Benchmark
 from nanoredi.evaluation.scores import Row
-from nanoredi.trainer.distributed import settled_dtype
+from nanoredi.trainer.dtype import settled_dtype
 
 _PARTS = ("*.json", "*.jinja", "*.safetensors")  # of a model's folder that a sample depends on
 _KEY = ("model", "benchmark", "problem", "sample")

@@ -1,11 +1,10 @@
 """What the model is made of: its layers, and the fused head of the losses. Import from here.
 
 cross_entropy.py is for losses that are linear in the log-probabilities, logprob.py for the others; logits.py has what
-both do to a chunk of logits. layers.py has the layers, pointwise.py what of them a GPU does otherwise. paged_attention.py
-and top_p.py are the sampler's. dispatch.py says which version of an operation runs on a device.
+both do to a chunk of logits. layers.py has the layers; paged_attention.py and top_p.py are the sampler's. dispatch.py says
+which version of an operation runs on a device.
 """
 
-from nanoredi.kernels import pointwise  # noqa: F401  it registers what it has
 from nanoredi.kernels.cross_entropy import weighted_cross_entropy
 from nanoredi.kernels.layers import embedding, linear, mlp, qkv, rms_norm, swiglu
 from nanoredi.kernels.logprob import linear_logprob

@@ -6,9 +6,10 @@
     @rotate.on("cuda")
     def _(x, cos, sin): ...             for tensors of this device type; NotImplemented means: take the plain one
 
-The first argument's device decides. Triton's versions stand below the plain ones. Another device type has a package of its
-own, nanoredi/<type>, which registers what is in it; it is imported with the first tensor of that type, and where it was
-deleted the plain versions run. The hooks below are for what such a package needs beside its operations.
+The first argument's device decides. The loss's and the sampler's Triton kernels stand below the plain versions. What is for
+speed on one type of device alone is in a package of its own, nanoredi/<type>, which registers what it has; it is imported with
+the first tensor of that type, and where it was deleted the plain versions run. The hooks below are for what such a package
+needs beside its operations.
 """
 
 import functools
@@ -21,7 +22,16 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["after_step", "drop_gradient", "operation", "prepare_for_sampling", "prepare_for_training", "tl", "triton"]
+__all__ = [
+    "after_step",
+    "drop_gradient",
+    "joins_layers",
+    "operation",
+    "prepare_for_sampling",
+    "prepare_for_training",
+    "tl",
+    "triton",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,6 +89,12 @@ def prepare_for_training(parameter: Tensor) -> None:
 def prepare_for_sampling(weight: Tensor, is_factor: bool) -> Tensor:
     """What replaces a weight that is only sampled from: is_factor says that nothing but `linear` will see it."""
     return weight
+
+
+@operation
+def joins_layers(weight: Tensor) -> bool:
+    """Whether layers that have the same input, and are only sampled from, are one product; weight is one of theirs."""
+    return False
 
 
 @operation

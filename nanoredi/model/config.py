@@ -1,4 +1,4 @@
-"""What config.json says of a Qwen2, and what it may say that this Qwen2 would compute wrongly."""
+"""What config.json says of a Qwen2."""
 
 import dataclasses
 from dataclasses import MISSING, dataclass
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi.common.errors import UserError, nearest
-from nanoredi.common.files import check, read_json
 from nanoredi.common.flags import checked, option
+from nanoredi.model.hf_folder import read_config
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ class Qwen2Config:
         Raises:
             UserError: when it is missing or broken, or describes anything but a plain Qwen2.
         """
-        path = Path(folder) / "config.json"
-        config = check(str(path), read_json(path), _SHAPE)
-        _refuse_other_models(path, config)
+        path, config = Path(folder) / "config.json", read_config(folder)
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in overrides:
             if name not in fields:
@@ -90,42 +88,3 @@ class Qwen2Config:
             "use_cache": True,
             "use_sliding_window": False,
         }
-
-
-# What else is looked at in config.json.
-_COUNT = (range(2**31), None)
-_SHAPE = {
-    "num_hidden_layers?": range(1, 1001),
-    "max_window_layers?": _COUNT,
-    "layer_types?": ([str], None),
-    "use_sliding_window?": (bool, None),
-    "sliding_window?": _COUNT,
-    "rope_scaling?": (dict, None),
-    "rope_parameters?": (dict, None),
-    "attention_dropout?": (float, None),
-    "head_dim?": _COUNT,
-}
-
-
-def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
-    """Name what this Qwen2 would compute wrongly."""
-    layers, window = config.get("num_hidden_layers", 0), config.get("sliding_window")
-    slides = (config.get("max_window_layers") or layers) < layers
-    if config.get("layer_types"):
-        slides = "sliding_attention" in config["layer_types"]
-    if config.get("model_type") != "qwen2":
-        raise UserError(f"{path}: model_type is {config.get('model_type')!r}; nanoredi knows qwen2")
-    if config.get("use_sliding_window") and window and slides:
-        raise UserError(f"{path}: some layers use a sliding window of {window} tokens; nanoredi knows full attention")
-    for rope in (config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        other = sorted(rope.keys() - {"rope_type", "type", "rope_theta"})
-        if kind != "default" or other:
-            what = f"of the kind {kind!r}" if kind != "default" else f"with {other[0]}"
-            raise UserError(f"{path}: rope scaling {what}; nanoredi knows the default one, with rope_theta")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; Qwen2's is silu")
-    if config.get("attention_dropout"):
-        raise UserError(f"{path}: attention_dropout is {config['attention_dropout']}; nanoredi has none")
-    if "quantization_config" in config:
-        raise UserError(f"{path}: the weights are quantized; nanoredi reads float32, float16 and bfloat16")

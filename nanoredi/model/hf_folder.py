@@ -23,6 +23,55 @@ from nanoredi.data.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+# What is looked at in config.json beside the fields of Qwen2Config.
+_COUNT = (range(2**31), None)
+_CONFIG_SHAPE = {
+    "num_hidden_layers?": range(1, 1001),
+    "max_window_layers?": _COUNT,
+    "layer_types?": ([str], None),
+    "use_sliding_window?": (bool, None),
+    "sliding_window?": _COUNT,
+    "rope_scaling?": (dict, None),
+    "rope_parameters?": (dict, None),
+    "attention_dropout?": (float, None),
+    "head_dim?": _COUNT,
+}
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json's content.
+
+    Raises:
+        UserError: when it is missing or broken, or says what this Qwen2 would compute wrongly.
+    """
+    path = Path(folder) / "config.json"
+    config = check(str(path), read_json(path), _CONFIG_SHAPE)
+    _refuse_other_models(path, config)
+    return config
+
+
+def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
+    """Name what this Qwen2 would compute wrongly."""
+    layers, window = config.get("num_hidden_layers", 0), config.get("sliding_window")
+    slides = (config.get("max_window_layers") or layers) < layers
+    if config.get("layer_types"):
+        slides = "sliding_attention" in config["layer_types"]
+    if config.get("model_type") != "qwen2":
+        raise UserError(f"{path}: model_type is {config.get('model_type')!r}; nanoredi knows qwen2")
+    if config.get("use_sliding_window") and window and slides:
+        raise UserError(f"{path}: some layers use a sliding window of {window} tokens; nanoredi knows full attention")
+    for rope in (config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        other = sorted(rope.keys() - {"rope_type", "type", "rope_theta"})
+        if kind != "default" or other:
+            what = f"of the kind {kind!r}" if kind != "default" else f"with {other[0]}"
+            raise UserError(f"{path}: rope scaling {what}; nanoredi knows the default one, with rope_theta")
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; Qwen2's is silu")
+    if config.get("attention_dropout"):
+        raise UserError(f"{path}: attention_dropout is {config['attention_dropout']}; nanoredi has none")
+    if "quantization_config" in config:
+        raise UserError(f"{path}: the weights are quantized; nanoredi reads float32, float16 and bfloat16")
 
 
 def load_weights(

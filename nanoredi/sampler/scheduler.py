@@ -23,27 +23,16 @@ from nanoredi.sampler.pages import Pages
 
 @dataclass
 class Request:
-    """A prompt to be completed.
+    """A prompt to be completed."""
 
-    Attributes:
-        prompt: token ids.
-        sample: which of a prompt's samples this is.
-        key: what the sample's random numbers depend on (requests_for).
-        name: of the prompt, in messages.
-        max_tokens: longest completion; None: the sampler's.
-        stream: gets the completion's tokens as they come, and ends it when it has stopped.
-        tokens: the completion, without the stop token but with a stop text; there when it has ended.
-        finish_reason: "stop", or "length" when max_tokens or the end of the context came first; None until it ends.
-    """
-
-    prompt: list[int]
-    sample: int = 0
-    key: int = 0
-    name: str = "a prompt"
-    max_tokens: int | None = None
-    stream: Stream | None = None
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
+    prompt: list[int]  # token ids
+    sample: int = 0  # which of a prompt's samples this is
+    key: int = 0  # what the sample's random numbers depend on (requests_for)
+    name: str = "a prompt"  # in messages
+    max_tokens: int | None = None  # longest completion; None: the sampler's
+    stream: Stream | None = None  # gets the completion's tokens as they come, and ends it when it has stopped
+    tokens: list[int] = field(default_factory=list)  # the completion when it has ended, with a stop text, no stop token
+    finish_reason: str | None = None  # "stop", or "length" when max_tokens or the context's end came first
 
 
 def requests_for(prompts: list[list[int]], n: int, seed: int, names: Iterable[str] | None = None) -> list[Request]:
@@ -70,20 +59,13 @@ def _key(seed: int, prompt: list[int], sample: int) -> int:
 
 @dataclass
 class Row:
-    """A request in the batch.
-
-    Attributes:
-        tokens: the prompt and what was completed when the row entered.
-        place: in the batch.
-        pages: that hold its cache, in order.
-        cached: how many of its first tokens are in the cache, or in a piece that will be before the next decode step.
-    """
+    """A request in the batch."""
 
     request: Request
-    tokens: list[int]
-    place: int
-    pages: list[int]
-    cached: int
+    tokens: list[int]  # the prompt and what was completed when the row entered
+    place: int  # in the batch
+    pages: list[int]  # that hold its cache, in order
+    cached: int  # how many of its first tokens are in the cache, or in a piece that will be before the next decode step
 
     @property
     def to_cache(self) -> int:
@@ -93,17 +75,13 @@ class Row:
 
 @dataclass
 class Entry:
-    """What is to be done before the next decode step.
+    """What is to be done before the next decode step, in this order."""
 
-    Attributes:
-        pieces: (row, start, end): put the row's tokens from start to end into its pages.
-        copies: (source, target): then copy pages; two rows go on differently from where one page ends.
-        rows: then these decode.
-    """
-
-    pieces: list[tuple[Row, int, int]] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    pieces: list[tuple[Row, int, int]] = field(default_factory=list)  # put a row's tokens start:end into its pages
+    copies: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # of pages (source, target), from whose end two rows part
+    rows: list[Row] = field(default_factory=list)  # that decode from now on
 
 
 class Scheduler:

@@ -25,13 +25,14 @@ from nanoredi.data.sequences import TokenData, load_pairs, load_sft
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.model.attention import flash_attention
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.trainer.distributed import World, compute_dtype, matrix_rate, shard
+from nanoredi.trainer.distributed import World, shard
+from nanoredi.trainer.dtype import compute_dtype, matrix_rate
 from nanoredi.trainer.guards import Guards, signals
 from nanoredi.trainer.log import Log, Step
 from nanoredi.trainer.optimizer import AdamW, schedule
 from nanoredi.trainer.reference import reference_logps
 from nanoredi.trainer.scoring import means_a_token
-from nanoredi.trainer.state import States, training_tensors
+from nanoredi.trainer.state import States, resume, training_tensors
 from nanoredi.trainer.step import train_step
 
 
@@ -79,26 +80,19 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
 
 @dataclass
 class _Run:
-    """All that a stage's loop works with.
-
-    Attributes:
-        dtype: of the compute, and of the saved models.
-        began_with: what the run depends on beside its config: digests, and the dtype where that says auto.
-        first, total: the steps that are done already, and those in all.
-        look: works out the watched pairs' log-probs and entropies of now; None without any.
-    """
+    """All that a stage's loop works with."""
 
     model: Qwen2
     data: TokenData
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the compute, and of the saved models
     optimizer: AdamW
-    began_with: dict[str, str]
+    began_with: dict[str, str]  # what the run depends on beside its config: digests, and the dtype where that says auto
     states: States
     guards: Guards
     log: Log
-    first: int
-    total: int
-    look: Callable[[], Tensor] | None
+    first: int  # steps that are done already
+    total: int  # steps in all
+    look: Callable[[], Tensor] | None  # works out the watched pairs' log-probs and entropies of now, if there are any
 
 
 def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
@@ -129,7 +123,7 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
         f"kill -USR1 {os.getpid()} asks where it is"
     )
     states, guards = States(Path(config.out) / "state", world), Guards(config, world)
-    first = _resume(states, model, optimizer, guards, began_with, world)
+    first = resume(states, model, optimizer, guards, began_with, world)
     has_negatives = isinstance(config, SftConfig) and bool((data.row_weights < 0).any())
     log = Log(config, first, total, rate, world, _stage(config), has_negatives)
     return _Run(model, data, dtype, optimizer, began_with, states, guards, log, first, total, look)
@@ -172,39 +166,6 @@ def save_model(run: _Run, folder: Path, step: int, world: World) -> None:
 def _dtype_and_rate(name: str, device: torch.device) -> tuple[torch.dtype, float]:
     dtype = compute_dtype(name, device)
     return dtype, matrix_rate(dtype, device)
-
-
-def _resume(
-    states: States,
-    model: Qwen2,
-    optimizer: AdamW,
-    guards: Guards,
-    began_with: dict[str, str],
-    world: World,
-) -> int:
-    """Put the run where its newest state left it: the number of steps that are done.
-
-    Raises:
-        UserError: when the digests of what the run began with are not those of now.
-    """
-    tensors = training_tensors(model, optimizer)
-    notes = states.load(tensors)
-    if notes is None:
-        return 0
-    guards.restore(notes)
-    for what, digest in began_with.items():
-        before = notes["began_with"].get(what, digest)  # former states have no dtype
-        if before != digest:
-            other = {
-                "data": "other data, or another tokenizer",
-                "dtype": f"--dtype {before}, not {digest}",
-                "reference": "another model as DPO's reference",
-            }[what]
-            raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
-    for count in optimizer.num_steps:
-        count.fill_(notes["step"] - notes["skipped"])
-    world.say(f"going on after step {notes['step']}")
-    return notes["step"]
 
 
 def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World) -> TokenData:

@@ -30,6 +30,7 @@ from nanoredi.common.disk import digest, file_digest, move_into_place, path_besi
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json
 from nanoredi.trainer.distributed import World
+from nanoredi.trainer.guards import Guards
 from nanoredi.trainer.optimizer import AdamW
 
 KEEP = 2
@@ -155,6 +156,39 @@ class States:
                 path.rename(aside)
                 print(f"warning: {error}; it is kept as {aside.name}, the one before it is tried", flush=True)
         return None
+
+
+def resume(
+    states: States,
+    model: nn.Module,
+    optimizer: AdamW,
+    guards: Guards,
+    began_with: dict[str, str],
+    world: World,
+) -> int:
+    """Put the run where its newest state left it: the number of steps that are done.
+
+    Raises:
+        UserError: when the digests of what the run began with are not those of now.
+    """
+    tensors = training_tensors(model, optimizer)
+    notes = states.load(tensors)
+    if notes is None:
+        return 0
+    guards.restore(notes)
+    for what, now in began_with.items():
+        before = notes["began_with"].get(what, now)  # former states have no dtype
+        if before != now:
+            other = {
+                "data": "other data, or another tokenizer",
+                "dtype": f"--dtype {before}, not {now}",
+                "reference": "another model as DPO's reference",
+            }[what]
+            raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
+    for count in optimizer.num_steps:
+        count.fill_(notes["step"] - notes["skipped"])
+    world.say(f"going on after step {notes['step']}")
+    return notes["step"]
 
 
 def _notes_of(path: Path) -> dict[str, Any]:

@@ -12,10 +12,12 @@ make, rename, cut or remove one, whoever's code that is.
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 
 from nanoredi.common import disk
+from nanoredi.common.errors import UserError
 from nanoredi.cpu import native
 from nanoredi.trainer import loop
 
@@ -46,6 +48,8 @@ def ended(folder: str, place: int = 0) -> int:
             with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
                 main([word.replace("OUT", f"{out}/{folder}") for word in flags])
         except BaseException as error:  # noqa: BLE001 - whatever it is, this fork must not go on as its parent
+            if isinstance(error, UserError) and re.search("is there already|is not empty", str(error)):
+                os._exit(0)  # what does not go on was killed when all was done
             os.write(1, f"killed at place {place}: {error!r}\n".encode())
             os._exit(1)
         os._exit(0)

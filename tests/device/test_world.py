@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 import nanoredi
 from nanoredi.common.errors import UserError, sentence
-from nanoredi.trainer import distributed
-from nanoredi.trainer.distributed import compute_dtype, world
+from nanoredi.trainer import distributed, dtype
+from nanoredi.trainer.distributed import world
+from nanoredi.trainer.dtype import compute_dtype
 
 GPU = torch.device("cuda", 0)
 
@@ -85,7 +86,7 @@ def card(monkeypatch):
     def card(capability: tuple[int, int], triton: bool) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-        monkeypatch.setattr(distributed, "triton", SimpleNamespace() if triton else None)
+        monkeypatch.setattr(dtype, "triton", SimpleNamespace() if triton else None)
 
     return card
 

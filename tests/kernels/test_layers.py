@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, use_triton
 
-from nanoredi.kernels import embedding, linear, mlp, pointwise, qkv, rms_norm
+from nanoredi.cuda import pointwise
+from nanoredi.kernels import embedding, linear, mlp, qkv, rms_norm
 from nanoredi.kernels.layers import add_product, product, put_product
 
 DTYPES = pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])

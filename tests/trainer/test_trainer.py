@@ -26,10 +26,12 @@ from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.kernels import logits
 from nanoredi.kernels.dispatch import after_step
 from nanoredi.model.qwen2 import Block, Qwen2
-from nanoredi.trainer.distributed import compute_dtype, local, matrix_rate, settled_dtype, shard
+from nanoredi.trainer.distributed import local, shard
+from nanoredi.trainer.dtype import compute_dtype, matrix_rate, settled_dtype
 from nanoredi.trainer.guards import Guards
-from nanoredi.trainer.loop import _resume, train
+from nanoredi.trainer.loop import train
 from nanoredi.trainer.optimizer import AdamW
+from nanoredi.trainer.state import resume
 from nanoredi.trainer.step import train_step
 
 
@@ -397,10 +399,10 @@ def test_a_resume_in_another_dtype_is_refused(one_rank):
     model = Qwen2(tiny.tiny_model(tied=True).config)
     rest = Kept(), model, AdamW(model, 1e-3, 0.0), Guards(SftConfig(), one_rank)
     with pytest.raises(UserError, match="the run in run began with --dtype float32, not bfloat16: give another --out"):
-        _resume(*rest, {"data": "d", "dtype": "bfloat16"}, one_rank)
-    assert _resume(*rest, {"data": "d", "dtype": "float32"}, one_rank) == 2
+        resume(*rest, {"data": "d", "dtype": "bfloat16"}, one_rank)
+    assert resume(*rest, {"data": "d", "dtype": "float32"}, one_rank) == 2
     del Kept.began_with["dtype"]  # a state of former times
-    assert _resume(*rest, {"data": "d", "dtype": "bfloat16"}, one_rank) == 2
+    assert resume(*rest, {"data": "d", "dtype": "bfloat16"}, one_rank) == 2
 
 
 def test_the_rate_is_a_core_s_own_however_busy_it_is(monkeypatch):

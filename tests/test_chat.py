@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from nanoredi.chat import _answer, chat
 from nanoredi.config import SamplingConfig
 from nanoredi.data.tokenizer import Tokenizer
-from nanoredi.sampler.chat import _answer, chat
 from nanoredi.sampler.scheduler import Request
 
 

@@ -1,0 +1,72 @@
+"""The dtype that some work is done in, and the rate at which the device multiplies in it."""
+
+import time
+
+import torch
+
+from nanoredi.common.errors import UserError
+from nanoredi.kernels.dispatch import triton
+from nanoredi.kernels.layers import product
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that "float32", "bfloat16" or "auto" stands for on a device; auto takes bfloat16 where the device has
+    units for it.
+
+    Raises:
+        UserError: for a GPU without Triton, and for bfloat16 on a GPU that has none.
+    """
+    if device.type == "cuda":
+        has_units = torch.cuda.get_device_capability(device) >= (8, 0)
+        if triton is None:
+            raise UserError(
+                "a GPU's kernels are written in Triton, which is not installed: pip install triton, or leave the GPU "
+                "alone with CUDA_VISIBLE_DEVICES="
+            )
+        if name == "bfloat16" and not has_units:
+            raise UserError(
+                f"{torch.cuda.get_device_name(device)} does not multiply in bfloat16 (compute capability 8.0 and later "
+                "do): give --dtype float32, or auto"
+            )
+    else:
+        can = torch.cpu.get_capabilities()
+        has_units = can.get("amx_bf16") or can.get("avx512_bf16")
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if has_units else torch.float32
+
+
+def device_alone() -> torch.device:
+    """What a process that is no rank of several computes on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def settled_dtype(name: str, before: str = "auto") -> str:
+    """The dtype that some work is done in, "float32" or "bfloat16": the one asked for; or, for "auto", the one that the work
+    began with, so that it can go on elsewhere; or compute_dtype's."""
+    if name == before == "auto":
+        return str(compute_dtype(name, device_alone()))[6:]
+    return before if name == "auto" else name
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second that the device reaches in a large matrix product, measured (a tenth of a second).
+
+    Others may be at work on the device, too. On a GPU the shortest of many products counts. On a CPU one thread's own time
+    does, times the threads: it stands still while another process has the core, and no thread waits for another.
+    """
+    on_gpu, num_threads = device.type == "cuda", torch.get_num_threads()
+    size, clock = (8192, time.perf_counter) if on_gpu else (512, time.thread_time)
+    a = torch.randn(size, size, device=device).to(dtype)
+    times: list[float] = []
+    torch.set_num_threads(1)
+    try:
+        while len(times) < 4 or sum(times) < 0.1:
+            start = clock()
+            product(a, a)
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            times.append(clock() - start)
+    finally:
+        torch.set_num_threads(num_threads)
+    return 2 * size**3 / min(times) * (1 if on_gpu else num_threads)
