@@ -6,7 +6,7 @@ from torch import Tensor
 from nanoredi.kernels.dispatch import joins_layers, triton
 
 if triton is not None:
-    from nanoredi.cuda import pointwise  # noqa: F401
+    from nanoredi.cuda import graphs, pointwise  # noqa: F401
 
 
 @joins_layers.on("cuda")

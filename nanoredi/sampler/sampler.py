@@ -26,8 +26,7 @@ from torch import Tensor
 from nanoredi.common.errors import UserError
 from nanoredi.config import SamplingConfig
 from nanoredi.kernels import linear
-from nanoredi.kernels.dispatch import prepare_for_sampling
-from nanoredi.kernels.paged_attention import SPAN
+from nanoredi.kernels.dispatch import decode_graphs, prepare_for_sampling
 from nanoredi.model.attention import Attend
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.choose import choose, uniform
@@ -81,11 +80,7 @@ class Sampler:
         self.tokens = np.zeros((batch_size, 64), dtype=np.int64)  # each row's completion, as far as it was looked at
         self.num_tokens, self.limits, self.num_drawn, self.keys = np.zeros((4, batch_size), dtype=np.int64)
         self.drawn: _Drawn | None = None
-        self.graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        if self.device.type == "cuda":
-            # cuDNN's attention makes a plan for every length of a prompt, by others' reports some 30 ms of the host's time.
-            torch.backends.cuda.enable_cudnn_sdp(False)
-            self.beside = torch.cuda.Stream(self.device)  # for what a graph is captured after
+        self.graphs = decode_graphs(self.newest, self._advance, (batch_size, num_columns, page_size), self.full_size)
 
     @property
     def busy(self) -> bool:
@@ -195,9 +190,9 @@ class Sampler:
         whose = self.scheduler.entered[places]
         uniforms = uniform(self.keys[places], self.num_drawn[places])
         self.num_drawn[places] += 1
-        if self.device.type != "cuda":
+        if not self.graphs:
             return _Drawn(places, whose, self._advance(torch.from_numpy(places), torch.from_numpy(uniforms)), None)
-        tokens = self._replay(places, uniforms)
+        tokens = self.graphs(places, uniforms, int(self.scheduler.lengths[places].max()))
         there = torch.empty(len(places), dtype=torch.int64, pin_memory=True)
         there.copy_(tokens[: len(places)], non_blocking=True)
         arrived = torch.cuda.Event()
@@ -222,46 +217,6 @@ class Sampler:
         if filling:
             ids, positions = F.pad(ids, (0, filling)), F.pad(positions, (0, filling))
         return self.model.hidden_states(ids, positions, attend)
-
-    def _replay(self, places: np.ndarray, uniforms: np.ndarray) -> Tensor:
-        """_advance as a CUDA graph."""
-        padded, longest = self._filled_up(places), int(self.scheduler.lengths[places].max())
-        given = np.stack((padded, np.pad(uniforms, (0, len(padded) - len(places))).view(np.int64)))
-        size = len(padded), self._num_columns(longest)
-        if size not in self.graphs:
-            self.graphs[size] = self._capture(*size)
-        graph, static, tokens = self.graphs[size]
-        static.copy_(upload(given, self.device), non_blocking=True)
-        graph.replay()
-        return tokens
-
-    def _num_columns(self, longest: int) -> int:
-        """Columns of the page table for rows of up to so many tokens: those of 1, 2, 4, ... spans, or all."""
-        num_spans = 1 << (-(-longest // SPAN) - 1).bit_length()
-        return min(self.page_table.shape[1], -(-num_spans * SPAN // self.cache.page_size))
-
-    def _filled_up(self, places: np.ndarray) -> np.ndarray:
-        """With nobody's place up to the next size that there are graphs for: batch_size alone, or 1, 2, 4, 8, 16, 24, 32, 48, 64,
-        96, ..."""
-        size = self.batch_size if self.full_size else 1 << (len(places) - 1).bit_length()
-        if not self.full_size and size >= 32 and len(places) <= size * 3 // 4:
-            size = size * 3 // 4
-        return np.pad(places, (0, size - len(places)), constant_values=self.batch_size)
-
-    def _capture(self, num_rows: int, num_columns: int) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        """A graph, where it finds places and (their bits) uniforms (2, B) int64, and where it leaves the tokens."""
-        static = torch.full((2, num_rows), self.batch_size, device=self.device)
-        given = static[0], static[1].view(torch.float64), num_columns
-        # A first run beside the graph compiles the kernels. Both runs move nobody's state alone.
-        self.beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.beside):
-            self._advance(*given)
-        torch.cuda.current_stream().wait_stream(self.beside)
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool):
-            tokens = self._advance(*given)
-        return graph, static, tokens
 
     def _look(self) -> list[Request]:
         """Look at the tokens that were drawn last. Returns the requests that ended."""

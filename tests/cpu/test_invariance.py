@@ -7,6 +7,7 @@ from pool import pool_of, rows_of
 
 from nanoredi.config import SamplingConfig
 from nanoredi.cpu import decode, native
+from nanoredi.cuda.graphs import Graphs
 from nanoredi.kernels.dispatch import prepare_for_sampling
 from nanoredi.kernels.layers import linear
 from nanoredi.kernels.paged_attention import paged_decode
@@ -64,7 +65,7 @@ def test_full_steps_and_rows_that_begin_again(model):
         advance = one._advance
 
         def filled_up(places, uniforms):
-            more = one._filled_up(places.numpy())
+            more = Graphs(one.newest, advance, (one.batch_size, 1, 1), True).filled_up(places.numpy())
             uniforms = torch.nn.functional.pad(uniforms, (0, len(more) - len(places)))
             return advance(torch.from_numpy(more), uniforms)[: len(places)]
 

@@ -6,6 +6,7 @@ import torch
 from dense import qkv
 
 from nanoredi.config import SamplingConfig
+from nanoredi.cuda.graphs import Graphs
 from nanoredi.sampler import kv_cache, sampler
 from nanoredi.sampler.sampler import Sampler
 from nanoredi.sampler.scheduler import Request
@@ -82,10 +83,10 @@ def test_graphs_in_bfloat16_draw_what_the_same_kernels_draw_without(settings, mo
     by_graphs, sampling = complete(torch.bfloat16, DEVICE, **settings)
     assert sampling.graphs or DEVICE == "cpu"
 
-    def replay(self, places, uniforms):
-        places, num = torch.from_numpy(self._filled_up(places)).to(self.device), len(places)
+    def replay(self, places, uniforms, longest):
+        places, num = torch.from_numpy(self.filled_up(places)).to(self.device), len(places)
         uniforms = torch.nn.functional.pad(torch.from_numpy(uniforms), (0, len(places) - num)).to(self.device)
-        return self._advance(places, uniforms)
+        return self.advance(places, uniforms, self.num_columns)
 
-    monkeypatch.setattr(Sampler, "_replay", replay)
+    monkeypatch.setattr(Graphs, "__call__", replay)
     assert complete(torch.bfloat16, DEVICE, **settings)[0] == by_graphs

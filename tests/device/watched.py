@@ -129,7 +129,7 @@ def decode(layers: int, longest: int = 5000, **settings: float) -> dict:
         sampling = sampler(layers, **settings)
         given = torch.full((2, sampling.batch_size), sampling.batch_size, device="cuda")
         with torch.inference_mode(), Watch() as watch:
-            columns = sampling._num_columns(longest)
+            columns = sampling.graphs.columns(longest)
             tokens = sampling._advance(given[0], given[1].view(torch.float64), columns)
     return {**watched(watch), "result": [str(tokens.device), list(tokens.shape)]}
 

@@ -8,7 +8,9 @@ from forks import ended
 
 from nanoredi.common.errors import UserError
 from nanoredi.config import SamplingConfig
-from nanoredi.kernels import paged_attention
+from nanoredi.cuda import graphs
+from nanoredi.cuda.graphs import Graphs
+from nanoredi.kernels import dispatch, paged_attention
 from nanoredi.kernels.paged_attention import paged_decode
 from nanoredi.kernels.top_p import keep
 from nanoredi.model.qwen2 import Qwen2
@@ -166,7 +168,7 @@ class Graph:
     def __init__(self, one, num_rows, num_columns):
         self.static, self.tokens = torch.zeros(2, num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int64)
         places, uniforms = self.static[0], self.static[1].view(torch.float64)
-        self.replay = lambda: self.tokens.copy_(one._advance(places, uniforms, num_columns))
+        self.replay = lambda: self.tokens.copy_(one.advance(places, uniforms, num_columns))
 
 
 @pytest.fixture
@@ -176,7 +178,7 @@ def as_on_a_gpu(monkeypatch):
     def launch(self, places):
         uniforms = sampler.uniform(self.keys[places], self.num_drawn[places])
         self.num_drawn[places] += 1
-        tokens = self._replay(places, uniforms)[: len(places)].clone()
+        tokens = self.graphs(places, uniforms, int(self.scheduler.lengths[places].max()))[: len(places)].clone()
         assert self.lengths[-1] == 0  # nobody's
         return sampler._Drawn(places, self.scheduler.entered[places], tokens, None)
 
@@ -191,14 +193,15 @@ def as_on_a_gpu(monkeypatch):
         return self
 
     monkeypatch.setattr(Sampler, "_launch", launch)
-    monkeypatch.setattr(Sampler, "_capture", capture)
+    monkeypatch.setattr(Graphs, "_capture", capture)
+    monkeypatch.setitem(dispatch.decode_graphs.faster, DEVICE.type, Graphs)
     monkeypatch.setattr(Qwen2, "pack", pack)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="it stands in for a GPU")
 def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, as_on_a_gpu, monkeypatch):
     use_triton(monkeypatch, paged_decode, keep)
-    for module in (paged_attention, sampler):
+    for module in (paged_attention, graphs):
         monkeypatch.setattr(module, "SPAN", 32)
     for key, (tokens, reason) in samples(n=1, batch_size=6, page_size=16, max_tokens=4).items():
         whole, _ = plain_samples[key]
@@ -212,7 +215,7 @@ def test_graphs_on_a_gpu_equal_decoding_without_a_cache(batch_size):
     settings = SamplingConfig(temperature=0.0, batch_size=batch_size, dtype="float32")
     sampler = Sampler(tiny.tiny_model(tied=True).to("cuda"), [], settings)
     assert len(list(sampler.run(requests))) == len(requests)
-    assert len(sampler.graphs) > 1
+    assert len(sampler.graphs.captured) > 1
     for request in requests:
         assert request.tokens == greedy_without_cache(request.prompt, request.max_tokens)
 
@@ -299,12 +302,10 @@ def test_a_gpu_takes_256_rows_or_as_many_as_its_memory_has_room_for(tokens, give
 
 
 def test_a_step_s_columns_are_those_of_a_power_of_two_of_spans(monkeypatch):
-    monkeypatch.setattr(sampler, "SPAN", 16)
-    one = Sampler(tiny.tiny_model(tied=True), [], SamplingConfig(batch_size=1, page_size=4))
-    columns = [one._num_columns(longest) for longest in range(1, 65)]
-    assert columns == [4] * 16 + [8] * 16 + [16] * 32
-    other = Sampler(tiny.tiny_model(tied=True), [], SamplingConfig(batch_size=1, page_size=7))
-    assert all(other._num_columns(longest) * 7 >= longest for longest in range(1, 65))
+    monkeypatch.setattr(graphs, "SPAN", 16)
+    one, other = (Graphs(torch.zeros(2), None, sizes, False) for sizes in ((1, 16, 4), (1, 10, 7)))
+    assert [one.columns(longest) for longest in range(1, 65)] == [4] * 16 + [8] * 16 + [16] * 32
+    assert all(other.columns(longest) * 7 >= longest for longest in range(1, 65))
 
 
 def test_sampling_on_a_cpu_imports_no_compiler(toy_data, forks, tmp_path):
