@@ -54,26 +54,16 @@ class Completion:
 
 @dataclass
 class Answers:
-    """A row of the file.
+    """A row of the file."""
 
-    Attributes:
-        where: "file, line n".
-        prompt: its texts, the question last; None where there is none to be read.
-        completions: what was answered.
-        opens: the prompt ends by opening <think>, which is then no part of the completions.
-        golds: the row's own gold answers as the file has them, if any.
-        ids: {field: value} of whatever may name the problem.
-        error: the server's own words, where the request failed; then there are no completions.
-        model, benchmark, problem, sample: of a row of samples.jsonl, which is sure of them.
-    """
-
-    where: str
-    prompt: str | None
+    where: str  # "file, line n"
+    prompt: str | None  # its texts, the question last; None where there is none to be read
     completions: list[Completion]
-    opens: bool = False
-    golds: Any = None
-    ids: dict[str, str] = field(default_factory=dict)
-    error: str | None = None
+    opens: bool = False  # the prompt ends by opening <think>, which is then no part of the completions
+    golds: Any = None  # the row's own gold answers as the file has them, if any
+    ids: dict[str, str] = field(default_factory=dict)  # of whatever may name the problem
+    error: str | None = None  # the server's own words, where the request failed; then there are no completions
+    # Of a row of samples.jsonl, which is sure of them:
     model: str | None = None
     benchmark: str | None = None
     problem: int | None = None

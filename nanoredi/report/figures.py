@@ -46,17 +46,13 @@ DRAWN_BY = "nanoredi.report.__main__"
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder tells of its course.
+    """What a run's folder tells of its course."""
 
-    Attributes:
-        name: the folder's, with as much of its path as tells it from the others.
-        rows: of metrics.jsonl.
-        accuracy: {benchmark: [(step, pass@1, its standard error)]}, in order of steps.
-    """
-
-    name: str
-    rows: list[dict[str, Any]]
-    accuracy: dict[str, list[tuple[int, float, float]]]
+    name: str  # the folder's, with as much of its path as tells it from the others
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    accuracy: dict[
+        str, list[tuple[int, float, float]]
+    ]  # of each benchmark (step, pass@1, its error), in order of steps
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a column of metrics.jsonl; NaN where a row has none."""

@@ -26,27 +26,17 @@ COLUMNS = ("chosen_logp", "rejected_logp", "chosen_entropy", "rejected_entropy")
 
 @dataclass
 class Step:
-    """One optimiser step, as the loop knows it.
+    """One optimiser step, as the loop knows it."""
 
-    Attributes:
-        number: counted from 1.
-        epoch: passes over the data so far.
-        lr: its learning rate.
-        figures: (7,) on the device, train_step's.
-        tokens: that went through, over all ranks.
-        flops: that they took, forward and backward, nothing counted twice.
-        rows: the data's rows that were in it, counted from 0.
-        watched: {when: (2, 2) on the device}: the watched pairs' mean log-probs and entropies a token, chosen and rejected;
-            "watch" is after the step where they were looked at then, "start" before the run's first one.
-    """
-
-    number: int
-    epoch: float
-    lr: float
-    figures: Tensor
-    tokens: int
-    flops: float
-    rows: np.ndarray
+    number: int  # counted from 1
+    epoch: float  # passes over the data so far
+    lr: float  # its learning rate
+    figures: Tensor  # (7,) on the device, train_step's
+    tokens: int  # that went through, over all ranks
+    flops: float  # that they took, forward and backward, nothing counted twice
+    rows: np.ndarray  # the data's rows that were in it, counted from 0
+    # The watched pairs' mean log-probs and entropies a token, chosen and rejected, (2, 2) on the device: as "watch" after the
+    # step where they were looked at then, as "start" before the run's first one.
     watched: dict[str, Tensor]
 
 
