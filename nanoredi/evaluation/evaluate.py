@@ -87,34 +87,39 @@ def evaluate(
         world.first(lambda: load().notes)  # fills the cache
         means, _ = means_a_token(model, load(), pairs.max_tokens_per_micro_batch, world).tolist()
         logps = dict(zip(("chosen_logp", "rejected_logp"), means))
-    samples = Samples(out)
-    _sample(name, model, tokenizer, benchmarks, config, samples, world)
-    return [{**row, **logps} for row in world.first(lambda: _summary(samples, name, benchmarks, config))]
+    run = _Evaluation(name, model, tokenizer, benchmarks, config, Samples(out), world)
+    _sample(run)
+    return [{**row, **logps} for row in world.first(lambda: _summary(run))]
 
 
-def _sample(
-    name: str,
-    model: Qwen2,
-    tokenizer: Tokenizer,
-    benchmarks: list[Benchmark],
-    config: EvaluateConfig,
-    samples: Samples,
-    world: World,
-) -> None:
+@dataclass
+class _Evaluation:
+    """All that sampling one model works with."""
+
+    name: str  # the model's, in the table
+    model: Qwen2
+    tokenizer: Tokenizer
+    benchmarks: list[Benchmark]
+    config: EvaluateConfig
+    samples: Samples
+    world: World
+
+
+def _sample(run: _Evaluation) -> None:
     """Sample and grade what the benchmarks' samples lack. Each rank takes a problem whenever it has room for one, those
     first that are expected to take longest, so that all ranks end together."""
-    missing = _missing(name, model, tokenizer, benchmarks, config, samples, world)
+    missing, world = _missing(run), run.world
     if not missing:
         return
     num_missing = sum(len(problem.requests) for problem in missing)
-    sampler = Sampler(model, stop_ids(tokenizer), config)
+    sampler = Sampler(run.model, stop_ids(run.tokenizer), run.config)
     for problem in missing:
         sampler.check(problem.requests)
     # Not more than a rank's share at once: where there are few problems, every rank gets some.
     room = min(sampler.batch_size, -(-num_missing // world.size))
     queue, whose, more = Queue(world, len(missing)), {}, True
     total = num_missing if world.size == 1 else None  # what the others do is not known here
-    finished = progress(None, name, total, "samples", disable=world.rank > 0)
+    finished = progress(None, run.name, total, "samples", disable=world.rank > 0)
     with finished:
         while more or sampler.busy:
             while more and sampler.num_held < room:
@@ -125,38 +130,29 @@ def _sample(
                     whose.update((id(request), missing[number]) for request in missing[number].requests)
             for request in sampler.step():
                 problem = whose.pop(id(request))
-                response = problem.opened + tokenizer.decode(request.tokens)
+                response = problem.opened + run.tokenizer.decode(request.tokens)
                 figures = request.sample, response, len(request.tokens), request.finish_reason
-                samples.append(graded(name, problem.benchmark, problem.number, *figures))
+                run.samples.append(graded(run.name, problem.benchmark, problem.number, *figures))
                 finished.update()
     queue.wait()
 
 
-def _missing(
-    name: str,
-    model: Qwen2,
-    tokenizer: Tokenizer,
-    benchmarks: list[Benchmark],
-    config: EvaluateConfig,
-    samples: Samples,
-    world: World,
-) -> list["_Problem"]:
+def _missing(run: _Evaluation) -> list["_Problem"]:
     """The problems with the requests that are still to be made, the longest first. Those that are too long for the context
     are counted as cut off here."""
-    problems = _problems(tokenizer, benchmarks, config)
-    context = model.config.max_position_embeddings
+    problems, context = _problems(run), run.model.config.max_position_embeddings
     too_long = [problem for problem in problems if len(problem.requests[0].prompt) >= context]
-    done, length = world.first(lambda: _so_far(samples, name))
+    done, length = run.world.first(lambda: _so_far(run))
     for problem in problems:
         key = problem.benchmark.name, problem.number
         problem.requests = [r for r in problem.requests if (*key, r.sample) not in done]
         problem.expected = length.get(key, sum(length.values()) / max(1, len(length)))
-    world.first(lambda: _cut_off([problem for problem in too_long if problem.requests], context, name, samples))
+    run.world.first(lambda: _cut_off(run, [problem for problem in too_long if problem.requests]))
     missing = [problem for problem in problems if problem.requests and problem not in too_long]
     missing.sort(key=lambda problem: (problem.expected, len(problem.requests[0].prompt)), reverse=True)
     if done:
         num_missing = sum(len(problem.requests) for problem in missing)
-        world.say(f"{name}: {len(done)} samples are there, {num_missing} are missing")
+        run.world.say(f"{run.name}: {len(done)} samples are there, {num_missing} are missing")
     return missing
 
 
@@ -171,28 +167,28 @@ class _Problem:
     expected: float = 0.0  # mean tokens of its samples, as far as these are known
 
 
-def _cut_off(problems: list[_Problem], context: int, name: str, samples: Samples) -> None:
+def _cut_off(run: _Evaluation, problems: list[_Problem]) -> None:
     """Count problems that leave no room for an answer as cut off, and say so."""
     if problems:
         first, length = problems[0], len(problems[0].requests[0].prompt)
         print(
-            f"{name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} with no room in the context of {context:,} "
-            f"tokens counted as cut off; the first: problem {first.number + 1} of {first.benchmark.name}, {length:,} tokens "
+            f"{run.name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} with no room in the context of "
+            f"{run.model.config.max_position_embeddings:,} tokens counted as cut off; the first: problem {first.number + 1} of {first.benchmark.name}, {length:,} tokens "
             "with its template",
             flush=True,
         )
     for problem in problems:
         for request in problem.requests:
             figures = request.sample, problem.opened, 0, "length"
-            samples.append(graded(name, problem.benchmark, problem.number, *figures))
+            run.samples.append(graded(run.name, problem.benchmark, problem.number, *figures))
 
 
-def _problems(tokenizer: Tokenizer, benchmarks: list[Benchmark], config: EvaluateConfig) -> list[_Problem]:
-    problems = []
-    for benchmark in benchmarks:
+def _problems(run: _Evaluation) -> list[_Problem]:
+    problems, config = [], run.config
+    for benchmark in run.benchmarks:
         asked = [with_system(user_message(question), config.system) for question in benchmark.questions]
-        texts = [tokenizer.prompt(messages, think=config.think == "forced") for messages in asked]
-        prompts = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        texts = [run.tokenizer.prompt(messages, think=config.think == "forced") for messages in asked]
+        prompts = [encoding.ids for encoding in run.tokenizer.encode_batch(texts)]
         names = [f"{benchmark.name}: problem {number}" for number in range(1, len(prompts) + 1)]
         requests = requests_for(prompts, config.n, config.seed, names)
         for number, text in enumerate(texts):
@@ -205,21 +201,22 @@ def _problems(tokenizer: Tokenizer, benchmarks: list[Benchmark], config: Evaluat
     return problems
 
 
-def _so_far(samples: Samples, model: str) -> tuple[set[tuple[str, int, int]], dict[tuple[str, int], float]]:
-    """Which samples of a model are there, as (benchmark, problem, sample), and the mean tokens of every problem's, any
+def _so_far(run: _Evaluation) -> tuple[set[tuple[str, int, int]], dict[tuple[str, int], float]]:
+    """Which samples of the model are there, as (benchmark, problem, sample), and the mean tokens of every problem's, any
     model's."""
     done, tokens = set(), {}
-    for row in samples.rows():
+    for row in run.samples.rows():
         key = row["benchmark"], row["problem"]
         tokens.setdefault(key, []).append(row["tokens"])
-        if row["model"] == model:
+        if row["model"] == run.name:
             done.add((*key, row["sample"]))
     return done, {key: sum(counts) / len(counts) for key, counts in tokens.items()}
 
 
-def _summary(samples: Samples, model: str, benchmarks: list[Benchmark], config: EvaluateConfig) -> list[Row]:
-    of_benchmark: dict[str, list[Row]] = {benchmark.name: [] for benchmark in benchmarks}
-    for row in samples.rows():
-        if row["model"] == model:
+def _summary(run: _Evaluation) -> list[Row]:
+    of_benchmark: dict[str, list[Row]] = {benchmark.name: [] for benchmark in run.benchmarks}
+    for row in run.samples.rows():
+        if row["model"] == run.name:
             of_benchmark[row["benchmark"]].append(row)
-    return [{"model": model, "benchmark": name, **summarise(rows, config.n)} for name, rows in of_benchmark.items()]
+    named = of_benchmark.items()
+    return [{"model": run.name, "benchmark": name, **summarise(rows, run.config.n)} for name, rows in named]

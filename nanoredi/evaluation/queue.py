@@ -13,16 +13,13 @@ class Queue:
 
     def __init__(self, world: World, length: int):
         self.world, self.length = world, length
-        if world.size == 1:
-            self._store = dist.HashStore()
-            return
-        # A store of its own: the process group's would mix up one queue's count with the next one's.
-        host = os.environ["MASTER_ADDR"]
-        if world.rank == 0:
-            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        port = world.first(lambda: self._store.port)
-        if world.rank > 0:
-            self._store = dist.TCPStore(host, port, is_master=False)
+        self._store: dist.Store = dist.HashStore()
+        if world.size > 1:
+            # A store of its own: the process group's would mix up one queue's count with the next one's.
+            host = os.environ["MASTER_ADDR"]
+            own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None
+            port = world.first(lambda: own and own.port)
+            self._store = own or dist.TCPStore(host, port, is_master=False)
 
     def next(self) -> int | None:
         """The next number; None when all have been given."""
