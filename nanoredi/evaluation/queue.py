@@ -18,7 +18,7 @@ class Queue:
             # A store of its own: the process group's would mix up one queue's count with the next one's.
             host = os.environ["MASTER_ADDR"]
             own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None
-            port = world.first(lambda: own and own.port)
+            port = world.first(lambda: own.port if own else 0)
             self._store = own or dist.TCPStore(host, port, is_master=False)
 
     def next(self) -> int | None:
