@@ -29,18 +29,46 @@ LAYOUTS = {
     "text": "SGLang's {text, meta_info}",
     "messages": "a conversation that ends with the assistant",
     "conversations": "the same in ShareGPT's names",
+    "message": "Ollama's chat",
+    "content": "llama.cpp's server",
+    "code": "Qwen2.5-Math's evaluation",
+    "prediction": "{question, prediction}",
 }
 _PROMPTS = (
-    *("full_prompt", "prompt", "messages", "conversations", "input", "problem", "question", "query", "example"),
+    *(
+        "full_prompt",
+        "prompt",
+        "messages",
+        "conversations",
+        "input",
+        "inputs",
+        "problem",
+        "question",
+        "query",
+        "example",
+    ),
     *("arguments", "doc.query", "__doc__.query", "doc.problem", "doc.question", "doc.Problem", "doc.Question"),
     *("request.body.messages", "body.messages"),
 )
-_GOLDS = ("gold", "gts", "reward_model.ground_truth", "ground_truth", "target", "answer", "expected_answer")
+_GOLDS = ("gold", "gts", "reward_model.ground_truth", "ground_truth", "target", "gt", "answer", "expected_answer")
 _IDS = (
     *("custom_id", "problem_id", "question_id", "unique_id", "doc_id", "idx", "index", "id", "uid", "key"),
     *("request_id", "doc.id", "extra_info.index", "meta_info.id"),
 )
-_CUT_OFF = ("max_tokens", "MAX_TOKENS", "max_length", "max_new_tokens", "model_length")  # "length", in other words
+_CUT_OFF = (
+    "max_tokens",
+    "MAX_TOKENS",
+    "max_length",
+    "max_new_tokens",
+    "model_length",
+    "limit",
+)  # "length", in other words
+# Of a row's only completion.
+_TOKENS = (
+    *("usage.completion_tokens", "result.message.usage.output_tokens", "details.generated_tokens", "eval_count"),
+    *("tokens", "tokens_predicted"),
+)
+_REASONS = ("finish_reason", "done_reason", "details.finish_reason", "stop_type")
 
 
 @dataclass
@@ -114,9 +142,9 @@ def _all(where: str, row: dict[str, Any], path: str | None) -> list[Completion]:
         for one, own in zip(found, values if isinstance(values, list) else []):
             fill(one, own)
     if len(found) == 1:  # of several a row's own count is of all together
-        usages = (f"{path}.usage.completion_tokens", "usage.completion_tokens", "result.message.usage.output_tokens")
-        found[0].tokens = _first(found[0].tokens, row.get("tokens"), *(_get(row, usage) for usage in usages))
-        found[0].reason = _first(found[0].reason, row.get("finish_reason"))
+        usages = f"{path}.usage.completion_tokens", *_TOKENS
+        found[0].tokens = _first(found[0].tokens, *(_get(row, usage) for usage in usages))
+        found[0].reason = _first(found[0].reason, *(_get(row, reason) for reason in _REASONS))
     for one in found:
         if isinstance(row.get("prompt"), str) and path == "generated_text" and isinstance(one.text, str):
             one.text = one.text.removeprefix(row["prompt"])  # transformers' pipelines repeat it
@@ -159,6 +187,8 @@ def _completions(value: Any) -> list[Completion]:
     ids = value.get("token_ids") or value.get("output_ids")
     tokens = len(ids) if isinstance(ids, list) else _get(value, "meta_info.completion_tokens")
     reason = _first(value.get("finish_reason"), _get(value, "meta_info.finish_reason"), value.get("stop_reason"))
+    if isinstance(content, list) and content and all(isinstance(one, str) for one in content):
+        return _completions(content)
     if isinstance(content, list):
         content = _text(content)
     text: Any = "" if content is None else content  # _check looks at it
@@ -214,7 +244,7 @@ def _error(row: dict[str, Any], path: str | None) -> str | None:
     errors = [_get(body, "error"), body if isinstance(_get(body, "message"), str) else None, _get(row, "result.error")]
     if path is None or _get(row, "response.body.choices") == []:
         errors += [row.get("error"), row if row.get("object") == "error" else None]
-        if "response" in row:
+        if "response" in row and (not row["response"] or {"body", "status_code"} & row["response"].keys()):
             errors.append("no response, and no word why")
     return next((_message(error) for error in errors if error), None)
 
@@ -242,7 +272,9 @@ def _may_hold_completions(row: dict[str, Any], path: str) -> bool:
         return False
     if path in ("messages", "conversations"):  # else it is the prompt
         return _role(row[path]) == "assistant"
-    return not (path == "response" and isinstance(row[path], dict) or path == "text" and "meta_info" not in row)
+    if path == "response" and isinstance(row[path], dict) or path == "text" and "meta_info" not in row:
+        return False
+    return isinstance(within[key], {"message": dict, "content": (str, list), "code": list}.get(path, object))
 
 
 def _first(*values: Any) -> Any:

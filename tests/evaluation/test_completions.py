@@ -140,7 +140,7 @@ def test_the_examples_of_the_docs(tmp_path, benchmark, example):
     assert len(said) == failed and (
         not failed or "2 of 2 requests failed" in said[0] and "'not done in time'" in said[0]
     )
-    counted = any(word in example for word in ("token_ids", "_tokens", '"tokens"'))
+    counted = any(word in example for word in ("token_ids", "_tokens", '"tokens"', "eval_count", "tokens_"))
     assert {s["tokens"] for s in samples} == ({3} if counted else {None})
 
 
@@ -150,14 +150,42 @@ def test_every_layout_has_an_example():
 
 
 @pytest.mark.parametrize(
-    "example", [e for e in EXAMPLES if any(f'"{k}"' in e for k in ("answer", "gold", "gts", "ground_truth", "target"))]
+    "example",
+    [e for e in EXAMPLES if any(f'"{k}"' in e for k in ("answer", "gold", "gts", "gt", "ground_truth", "target"))],
 )
 def test_gold_answers_of_the_examples_themselves(tmp_path, example):
     (samples,) = grade_file(written(tmp_path, [json.loads(example), second(example)]), "m", [], thinking=True)
     assert [(s["correct"], s["gold"]) for s in samples] == [(True, ["2"]), (True, ["4"])]
-    other = re.sub(r'("answer"|"gold"|"gts"|"ground_truth"|"target"|"choices"): ("2"|\["2"\])', r'\1: "7"', example)
+    other = re.sub(
+        r'("answer"|"gold"|"gts"|"gt"|"ground_truth"|"target"|"choices"): ("2"|\["2"\])', r'\1: "7"', example
+    )
     other = other.replace('"choices": "7"', '"choices": ["7"]')
     assert not grade_file(written(tmp_path, [json.loads(other)]), "m", [], thinking=True)[0][0]["correct"]
+
+
+@pytest.mark.parametrize(
+    "row, reasons",
+    [
+        ({"text": [r"\boxed{2}", "2"], "meta_info": [{"completion_tokens": 3}] * 2}, [None, None]),
+        ({"choices": [{"message": {"content": [r"\boxed{2}", "2"]}}]}, [None, None]),
+        ({"message": {"content": r"\boxed{2}"}, "done_reason": "length"}, ["length"]),
+        ({"content": r"\boxed{2}", "stop_type": "limit"}, ["length"]),
+        (
+            {"inputs": "What is 1+1?", "generated_text": r"\boxed{2}", "details": {"finish_reason": "length"}},
+            ["length"],
+        ),
+    ],
+)
+def test_lists_of_texts_and_why_a_completion_ended(tmp_path, row, reasons):
+    rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
+    (samples,) = grade_file(written(tmp_path, rows), "m", [], thinking=False)
+    assert [(s["correct"], s["finish_reason"]) for s in samples] == list(zip([True, False], reasons))
+
+
+def test_a_response_of_another_api_is_no_failed_request(tmp_path, benchmark):
+    rows = [{"key": "1", "response": {"candidates": [{"content": {"parts": [{"text": "2"}]}}]}}]
+    with pytest.raises(UserError, match="line 1 is in no layout"):
+        grade_file(written(tmp_path, rows), "m", [benchmark], thinking=True)
 
 
 def answer(text=r"</think>\boxed{2}", **more):
