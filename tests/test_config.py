@@ -266,6 +266,23 @@ def test_a_run_s_folder(tmp_path):
         open_run("", {"redi": config})
 
 
+def test_a_run_s_folder_by_another_name_and_in_another_place(tmp_path, monkeypatch):
+    def config(out, model):
+        benchmarks = EvaluateConfig(benchmarks=[f"{out}/data/toy.jsonl", "math500"])
+        return {"redi": RediConfig(out=out, model=model, data=f"{out}/data/pairs.jsonl"), "evaluate": benchmarks}
+
+    monkeypatch.chdir(tmp_path)
+    open_run("run", config("run", "run/sft/final"))
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    whole = str(tmp_path / "run")
+    assert open_run(whole, config(whole, f"{whole}/sft/final")) is False
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert open_run("moved", config("moved", "moved/sft/final")) is False
+    for model in ("final", "moved/sft", "other/sft/final"):
+        with pytest.raises(UserError, match="redi.model is 'run/sft/final' there"):
+            open_run("moved", config("moved", model))
+
+
 def test_a_template_says_where_the_problem_goes():
     for template in ("", "paper", "plain", "Solve {problem}!"):
         assert resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": template}}).template == template

@@ -58,16 +58,25 @@ def _contents(folder: Path) -> list[Path]:
 
 def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
     before = read_recipe(path)
+    out = _out(before) or path.parent
     for table, config in configs.items():
         then = resolve(type(config), table, before)
         for f in dataclasses.fields(config):
             old, new = getattr(then, f.name), getattr(config, f.name)
             undecided = f.name == "dtype" and old == "auto"  # a run of former times; its state knows
-            if old != new and not f.metadata["free"] and not undecided:
+            same = old == new or f.name in _PATHS and _ways(out, old) == _ways(path.parent, new)
+            if not (same or f.metadata["free"] or undecided):
                 raise UserError(
                     f"{path.parent} holds another run: {table}.{f.name} is {old!r} there and {new!r} here; "
                     "give another --out"
                 )
+
+
+def _ways(folder: str | Path, paths: Any) -> Any:
+    """From a run's folder to a path, or to some: they stay when it is moved with what is there, or given by another name."""
+    if isinstance(paths, list):
+        return [_ways(folder, path) if "." in path else path for path in paths]
+    return paths and os.path.relpath(paths, folder)
 
 
 def dtype_of_run(out: str, table: str) -> str:
@@ -82,7 +91,7 @@ def recipe_of(model: str | Path) -> Tables:
     folder = Path(model).parent
     is_run = (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists()
     tables = read_recipe(folder / "config.toml") if is_run else {}
-    out = next((tables[name]["out"] for name in ("redi", "sft") if tables.get(name, {}).get("out")), "")
+    out = _out(tables)
 
     def moved(path: str) -> str:
         here = os.path.relpath(folder / os.path.relpath(path, out))
@@ -98,6 +107,11 @@ def recipe_of(model: str | Path) -> Tables:
                     else value and moved(value)
                 )
     return tables
+
+
+def _out(tables: Tables) -> str:
+    """The folder of the run that a recipe is of; empty where it says none."""
+    return next((tables[name]["out"] for name in ("redi", "sft") if tables.get(name, {}).get("out")), "")
 
 
 def models_along(run: Path) -> dict[str, Path]:

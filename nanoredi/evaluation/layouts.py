@@ -274,7 +274,8 @@ def _may_hold_completions(row: dict[str, Any], path: str) -> bool:
         return _role(row[path]) == "assistant"
     if path == "response" and isinstance(row[path], dict) or path == "text" and "meta_info" not in row:
         return False
-    return isinstance(within[key], {"message": dict, "content": (str, list), "code": list}.get(path, object))
+    kinds: dict[str, tuple[type, ...]] = {"message": (dict,), "content": (str, list), "code": (list,)}
+    return isinstance(within[key], kinds.get(path, object))
 
 
 def _first(*values: Any) -> Any:
