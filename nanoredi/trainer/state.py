@@ -70,9 +70,8 @@ class States:
         beside = path_beside(self.folder / f"step-{step:06d}")
         beside = self.world.first(lambda: (beside.mkdir(parents=True), beside)[1])
         self.named.clear()
-        copies = (
-            {name: t.detach().clone() for name, t in tensors.items()} if self.world.device.type == "cpu" else tensors
-        )
+        # A GPU's tensors are copied to the host before async_save returns, the host's own are not.
+        copies = {name: t.detach().clone() if t.device.type == "cpu" else t for name, t in tensors.items()}
         writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
         # All is on the host by then. Copying ahead would ask CUDA for a stream, in a new thread and so on the first
         # device, where every rank would then hold a context.
