@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
-    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -164,7 +163,7 @@ def shard(
     mesh = shard_mesh(world, shard_size)
     # Inputs are not cast: the loss's weights must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    place = CPUOffloadPolicy() if offload else OffloadPolicy()
+    place: dict[str, Any] = {"offload_policy": CPUOffloadPolicy()} if offload else {}
     units: list[list[Block]] = []
     for block in model.model.layers:
         # A unit is one message: blocks of a tiny model share one, since its latency would cost more than their compute.
@@ -174,10 +173,8 @@ def shard(
     for unit in units:
         for block in unit:
             block.float()
-        fully_shard(
-            unit, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy, offload_policy=place
-        )
-    fully_shard(model.float(), mesh=mesh, mp_policy=policy, offload_policy=place)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **place)
+    fully_shard(model.float(), mesh=mesh, mp_policy=policy, **place)
     for method in ("loss", "logprobs"):
         register_fsdp_forward_method(model, method)
     for module in model.modules():
