@@ -21,6 +21,8 @@ from bench.step_costs import (  # noqa: E402
     MODELS,
     Device,
     Layout,
+    bus_traffic,
+    host_memory,
     memory,
     parameters,
     step_traffic,
@@ -29,6 +31,11 @@ from bench.step_costs import (  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 
 SLOW = (25, 10, 3.1)  # networks to compare, in Gb/s a GPU
+CARD = {
+    "flops": 165.2,
+    "memory": 24,
+    "bandwidth": 1008,
+}  # NVIDIA's whitepaper of Ada: the RTX 4090, bf16 summed in fp32
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -94,6 +101,36 @@ def slow_table(device: Device) -> str:
     return markdown(rows)
 
 
+def offload_table(device: Device) -> str:
+    """One GPU with --offload, a pair in a micro-batch: a card of 24 GB, and the page's device."""
+    rows = [
+        ["", "GPU, GB", "one sequence at a time", "host, GB", "bus, GB", "optimiser, s", "step, s", "without it, s"]
+    ]
+    card, layout = dataclasses.replace(device, **CARD), Layout(1, 1, offload=True)
+    for name, c, d in (("1.5B", MODELS["1.5B"], card), *((name, c, device) for name, c in MODELS.items())):
+        two, one = (sum(memory(c, Layout(1, 1, n, offload=True)).values()) / 1e9 for n in (2, 1))
+        bus, t = bus_traffic(c, layout), times(c, layout, d)
+        moved = layout.micro_batches * (bus["forward"] + bus["backward"]) + bus["gradients"]
+        seconds = (t["optimizer"], t["step"], times(c, Layout(1, 1), d)["step"])
+        rows.append(
+            [f"{name}, {d.memory:g} GB"]
+            + [f"{x:.1f}" for x in (two, one, host_memory(c)["training"] / 1e9)]
+            + [f"{moved / 1e9:.0f}", *(f"{x:.1f}" for x in seconds)]
+        )
+    return markdown(rows)
+
+
+def offloaded_card(device: Device) -> str:
+    """What 1.5B takes of a card of 24 GB, in words."""
+    c, card, layout = MODELS["1.5B"], dataclasses.replace(device, **CARD), Layout(1, 1, offload=True)
+    need, usable = sum(memory(c, layout).values()) / 1e9, card.memory * card.memory_share
+    more = times(c, layout, card)["step"] / times(c, Layout(1, 1), card)["step"] - 1
+    return (
+        f"{need:.1f} GB with a pair in a micro-batch, of {usable:.1f} usable,\n  {host_memory(c)['training'] / 1e9:.0f} GB of "
+        f"the host's, and {100 * more:.0f} % more time a step"
+    )
+
+
 def fewest(c: Qwen2Config, device: Device, together: int, products: bool = False) -> str:
     """The fewest GPUs whose memory is enough, in words."""
     for layout in (Layout(n, n, together, products) for n in GPUS):
@@ -136,9 +173,12 @@ def page(device: Device) -> str:
         on_64=" and ".join(f"{step[c, 64]:.2f}" for c in MODELS.values()),
         linear=f"{100 * min(step[c, 1] / (64 * step[c, 64]) for c in MODELS.values()):.0f}",
         network=f"{device.network:g}",
-        saving=f"up to {100 * saved:.0f} % of a step" if saved >= 0.005 else "no time",
+        hsdp_saves=f"up to {100 * saved:.0f} % of a step" if saved >= 0.005 else "no time",
         needed=f"{max(times(c, Layout(n, n), device)['network needed'] for c, n in across):.0f}",
         slow=slow_table(device),
+        offload=offload_table(device),
+        card=offloaded_card(device),
+        saving=" and ".join(f"{host_memory(c)['saving'] / 1e9:.0f}" for c in MODELS.values()),
         sections="\n\n".join(sections),
         rates="\n".join(rates),
     )
@@ -159,6 +199,7 @@ copy (FSDP). *products kept* is `--activation_checkpointing products` with one s
 ## What to take from it
 
 {fits}
+- **One card of 24 GB** trains 1.5B with `--offload`: {card}.
 - Up to a step's last micro-batch each GPU holds the sum of the whole gradient in fp32, {sums} GB, however many GPUs
   there are. From 32 GPUs on a step is one micro-batch of each GPU, and that falls away.
 - A step takes {on_8} s on 8 GPUs and {on_64} s on 64: {linear} % of linear or better. The longer a micro-batch
@@ -166,7 +207,7 @@ copy (FSDP). *products kept* is `--activation_checkpointing products` with one s
 - `--activation_checkpointing products` keeps the linear layers' results instead of making them again: {kept_on_8} s a
   step on 8 GPUs with one sequence in a micro-batch, {kept_saves} % less. 1.5B then fits on {products_small}, 7B on
   {products_large}. A micro-batch of half the tokens wants a faster network: up to {kept_needed} Gb/s a GPU.
-- HSDP needs more memory, and at {network} Gb/s a GPU it saves {saving}. It is for slow networks: below {needed} Gb/s
+- HSDP needs more memory, and at {network} Gb/s a GPU it saves {hsdp_saves}. It is for slow networks: below {needed} Gb/s
   a GPU the exchange of a single copy no longer hides behind computing. HSDP then helps most where a GPU has several
   micro-batches a step, as its traffic between machines does not grow with them. Seconds of a step, single copy / HSDP
   (3.1 Gb/s a GPU is one line of 25 Gb/s a machine):
@@ -179,6 +220,17 @@ copy (FSDP). *products kept* is `--activation_checkpointing products` with one s
 "Fits" means in {usable} GB; times are given for fewer GPUs too. The memory is the busiest moment's.
 
 {sections}
+
+## One GPU with --offload
+
+Masters and Adam's moments are on the host, which also steps. The GPU keeps the rest of the first rows above, the
+gradient's sum among it, which so crosses the bus once a step. The card of 24 GB is an RTX 4090; *without it* is the step
+without `--offload`, had the GPU the memory:
+
+{offload}
+
+While a state is saved the host holds {saving} GB more. Each micro-batch brings the weights to the GPU twice: the more
+tokens are in it, the fewer of them there are.
 
 ## What was measured
 
@@ -207,7 +259,10 @@ takes 2 n^2 D a sequence and block, and 2.5 times that in backward; its forward 
 products (norms, sums, rotation, the MLP's gate) takes its traffic at the memory's rate, 254 kB a token and block of 1.5B.
 Each forward and each backward takes the longer of computing and sending; the last backward also sends the gradients. To that is added what
 nothing hides: the gather of root unit and first block in each micro-batch, the root unit's reduction at the end, the
-optimiser. All GPUs have equal work. *network to keep up*: the rate below which sending takes longer than computing in
+optimiser. With `--offload` a micro-batch brings the fp32 weights over the bus, those of the blocks a second time in
+backward, and with one GPU nothing hides that; the gradients go back beside the last backward. The host's step takes 52
+bytes a parameter. Its memory is 8 bytes a parameter for the moments, and weights and gradients in pinned memory, each
+tensor of which torch rounds up to a power of two. All GPUs have equal work. *network to keep up*: the rate below which sending takes longer than computing in
 some forward or backward.
 
 **Rates.**

@@ -6,11 +6,15 @@ kernels/cross_entropy.py (the loss); tests/test_scaling.py holds them against th
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from nanoredi.kernels.logits import MAX_GPU_ELEMENTS
 from nanoredi.model.config import Qwen2Config
+from nanoredi.model.qwen2 import Qwen2
 
 
 def rate(value: float, unit: str, source: str) -> Any:
@@ -30,6 +34,8 @@ class Device:
     bandwidth: float = rate(3350, "GB/s", f"of that memory: {DATASHEET}")
     nvlink: float = rate(450, "GB/s", f"a direction, within a machine: {DATASHEET} (900 both ways)")
     network: float = rate(400, "Gb/s", "a GPU's adapter, between machines: assumed, one 400 Gb/s adapter a GPU")
+    pcie: float = rate(31.5, "GB/s", "a direction, to the host: PCIe 4.0 x16 by its standard")
+    host_bandwidth: float = rate(76.8, "GB/s", "of the host's memory: assumed, two channels of DDR5-4800")
     matrix_share: float = rate(0.5, "", "of flops in the linear layers and the loss: assumed")
     attention_share: float = rate(
         0.35, "", "of flops in attention: FlashAttention-2 on an H100, as arXiv 2407.08608 has it"
@@ -75,12 +81,14 @@ class Layout:
         shard: so many share one copy of the model; gpus of them is FSDP, fewer HSDP.
         together: sequences of a micro-batch, where a GPU has as many.
         products: the linear layers' results are kept for backward (--activation_checkpointing products).
+        offload: masters and moments are on the host (--offload), here of one GPU alone.
     """
 
     gpus: int
     shard: int
     together: int = 2
     products: bool = False
+    offload: bool = False
 
     @property
     def micro_batches(self) -> int:
@@ -132,7 +140,7 @@ def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
     loss = 2 * (2 * n * d + MAX_GPU_ELEMENTS)
     stays = c.tie_word_embeddings or not accumulates
     return {
-        "weights, Adam": 12 * parameters(c) / layout.shard,
+        "weights, Adam": 0 if layout.offload else 12 * parameters(c) / layout.shard,
         # The sums of earlier micro-batches; a block's own in bf16, and in fp32 on its way to the other GPUs.
         "gradients": (4 * parameters(c) if accumulates else 0) + (2 + 4) * block + (head if stays else 0),
         # The root unit, the block at work, the next one, and the buffer that one arrives in.
@@ -141,6 +149,22 @@ def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
         "checkpoints": (n * (2 * 2 * d + 4 * c.num_attention_heads) + products) * c.num_hidden_layers,
         "a block": max(working, loss + (0 if stays else head)),
     }
+
+
+def host_memory(c: Qwen2Config) -> dict[str, float]:
+    """Bytes of the host's memory that --offload takes on one GPU: while it trains, and beside that while a state is saved.
+    torch rounds what it pins, here each weight and gradient, up to a power of two."""
+    with torch.device("meta"):
+        pinned = sum(2 * 2 ** math.ceil(math.log2(4 * p.numel())) for p in Qwen2(c).parameters())
+    return {"training": pinned + 8 * parameters(c), "saving": 12 * parameters(c)}
+
+
+def bus_traffic(c: Qwen2Config, layout: Layout) -> dict[str, float]:
+    """Bytes between host and GPU in the parts of a step, in fp32: to the GPU forward and backward (a micro-batch's
+    gathers), back the summed gradients (once a step)."""
+    blocks, root = c.num_hidden_layers * block_parameters(c), root_parameters(c)
+    there = 4 if layout.offload else 0
+    return {"forward": there * (blocks + root), "backward": there * blocks, "gradients": there * (blocks + root)}
 
 
 def traffic(c: Qwen2Config, layout: Layout) -> dict[str, float]:
@@ -195,7 +219,8 @@ def times(c: Qwen2Config, layout: Layout, device: Device) -> dict[str, float]:
 
     The next block's weights are gathered, and the last block's gradients reduced, while a block computes; so each
     forward and each backward takes the longer of computing and communicating. Nothing hides the gather of root unit
-    and first block, the reduction of the root unit, and the optimiser.
+    and first block, the reduction of the root unit, and the optimiser. Offloaded weights come to a single GPU in the
+    stream that computes, so nothing hides them either; their gradients go back in another one.
     """
     nvlink = device.nvlink * 1e9 * device.link_share
     adapter = device.network / 8 * 1e9 * device.link_share
@@ -212,14 +237,22 @@ def times(c: Qwen2Config, layout: Layout, device: Device) -> dict[str, float]:
         + moved[phase] / (device.bandwidth * 1e9 * device.link_share)
         for phase in ("forward", "backward")
     }
-    forward = max(computing["forward"], link(sent["forward"]))
-    backward = max(computing["backward"], link(sent["backward"]))
-    last = max(computing["backward"], link(sent["backward"] + sent["reduce"], sent["copies"]))
+    bus = {part: number / (device.pcie * 1e9 * device.link_share) for part, number in bus_traffic(c, layout).items()}
     root = root_parameters(c) / parameters(c)
+    forward = max(computing["forward"] + bus["forward"], link(sent["forward"]))
+    backward = max(computing["backward"] + bus["backward"], link(sent["backward"]))
+    last = max(
+        computing["backward"] + bus["backward"],
+        link(sent["backward"] + sent["reduce"], sent["copies"]),
+        bus["gradients"] * (1 - root),
+    )
     first_units = (root_parameters(c) + block_parameters(c)) / parameters(c)
     # AdamW reads four fp32 numbers a parameter and writes three, clipping reads twice and writes once, the size of the
     # update takes ten passes of two or three: 124 bytes.
     optimizer = 124 * parameters(c) / layout.shard / (device.bandwidth * 1e9 * device.link_share)
+    if layout.offload:
+        # On a CPU the size of the update takes one pass of three numbers: 52 bytes.
+        optimizer = 52 * parameters(c) / (device.host_bandwidth * 1e9 * device.link_share)
     micro = layout.micro_batches
     compute = micro * sum(computing.values())
     step = (
@@ -227,6 +260,7 @@ def times(c: Qwen2Config, layout: Layout, device: Device) -> dict[str, float]:
         + (micro - 1) * backward
         + last
         + link(sent["reduce"] * root, sent["copies"] * root)
+        + bus["gradients"] * root
         + optimizer
     )
     through_network = [
@@ -235,7 +269,7 @@ def times(c: Qwen2Config, layout: Layout, device: Device) -> dict[str, float]:
         ((sent["backward"] + sent["reduce"]) * share + sent["copies"], computing["backward"]),
     ]
     needed = max(number / seconds for number, seconds in through_network) * 8 / 1e9 / device.link_share
-    return {"computing": compute, "step": step, "network needed": needed}
+    return {"computing": compute, "step": step, "network needed": needed, "optimizer": optimizer}
 
 
 def step_traffic(c: Qwen2Config, layout: Layout) -> tuple[float, float]:

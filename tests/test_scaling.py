@@ -52,6 +52,22 @@ def test_memory_by_hand():
     assert parts["gradients"] - one["gradients"] == everything * 4
 
 
+def test_offload_by_hand():
+    """1.5B on one GPU: 32 micro-batches, each brought all weights in fp32 and those of the blocks once more."""
+    block, root, everything = 46_797_824, 233_375_232, 1_543_714_304
+    layout, device = Layout(1, 1, offload=True), Device(pcie=20, host_bandwidth=50, link_share=0.5)
+    plain, offloaded = (step_costs.memory(SMALL, x) for x in (Layout(1, 1), layout))
+    assert offloaded == {**plain, "weights, Adam": 0}
+    a, b = (step_costs.times(SMALL, x, device) for x in (Layout(1, 1), layout))
+    on_the_gpu = 124 * everything / (3350e9 / 2)
+    bus = (32 * (everything + 28 * block) + root) * 4 / 10e9
+    assert b["step"] == pytest.approx(a["step"] - on_the_gpu + bus + 52 * everything / 25e9)
+    # The embedding has 2^30 bytes in pinned memory; so has its gradient.
+    assert (
+        16 * everything + 2 * (2**30 - 4 * 151_936 * 1536) < step_costs.host_memory(SMALL)["training"] < 19 * everything
+    )
+
+
 def test_traffic_by_hand():
     """7B on 16 GPUs: 2 micro-batches, each with two gathers of the blocks and one of the root unit in bf16."""
     blocks, root, everything = 28 * 233_057_792, 1_089_998_336, 7_615_616_512

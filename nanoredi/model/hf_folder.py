@@ -7,7 +7,7 @@ folder that is there is whole.
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -198,7 +198,8 @@ def _whole(weights: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[s
     for name, weight in weights.items():
         weight = weight.detach()
         if isinstance(weight, DTensor):
-            weight = weight.full_tensor()
+            # Offloaded shards lie on the host, but the ranks exchange by way of their mesh's device.
+            weight = cast(DTensor, weight.to(weight.device_mesh.device_type)).full_tensor()
         if not dist.is_initialized() or dist.get_rank() == 0:
             whole[name] = weight.to(device="cpu", dtype=dtypes[name]).contiguous()
     return whole

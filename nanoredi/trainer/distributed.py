@@ -9,13 +9,19 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from nanoredi.common.errors import UserError, sentence
@@ -125,7 +131,12 @@ def shard_mesh(world: World, shard_size: int) -> DeviceMesh:
 
 
 def shard(
-    model: Qwen2, world: World, dtype: torch.dtype, reshard_after_forward: bool = True, shard_size: int = 0
+    model: Qwen2,
+    world: World,
+    dtype: torch.dtype,
+    reshard_after_forward: bool = True,
+    shard_size: int = 0,
+    offload: bool = False,
 ) -> Qwen2:
     """Make a model's weights fp32 masters, sharded in place: a unit a block, and one for embedding, norm and head.
 
@@ -137,8 +148,11 @@ def shard(
         reshard_after_forward: let go of a block's whole weights after its forward, and gather them again in backward.
         shard_size: ranks that share one copy of the weights, usually those of a machine; 0: all. Each group then has a
             copy, and gradients are summed over the groups, too.
+        offload: the shards stay in the host's memory, where a step's summed gradients come, too; a GPU is sent those of
+            a unit when it gathers them.
     """
-    if world.size == 1 and (world.device.type == "cpu" or dtype == torch.float32):
+    offload = offload and world.device.type != "cpu"
+    if world.size == 1 and not offload and (world.device.type == "cpu" or dtype == torch.float32):
         # Nothing to share, and on a CPU FSDP2's own copies would cost much time and memory. A copy of the weights, because
         # they are the file's own memory.
         for p in model.parameters():
@@ -149,6 +163,7 @@ def shard(
     mesh = shard_mesh(world, shard_size)
     # Inputs are not cast: the loss's weights must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    place: dict[str, Any] = {"offload_policy": CPUOffloadPolicy()} if offload else {}
     units: list[list[Block]] = []
     for block in model.model.layers:
         # A unit is one message: blocks of a tiny model share one, since its latency would cost more than their compute.
@@ -158,8 +173,8 @@ def shard(
     for unit in units:
         for block in unit:
             block.float()
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model.float(), mesh=mesh, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **place)
+    fully_shard(model.float(), mesh=mesh, mp_policy=policy, **place)
     for method in ("loss", "logprobs"):
         register_fsdp_forward_method(model, method)
     for module in model.modules():

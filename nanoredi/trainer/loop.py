@@ -137,7 +137,7 @@ def set_up(model: Qwen2, config: SftConfig | RediConfig, dtype: torch.dtype, wor
     """Make a model, in place, one that is trained in this compute dtype by these ranks."""
     for block in model.model.layers:
         block.activation_checkpointing = config.activation_checkpointing
-    shard(model, world, dtype, config.reshard_after_forward, config.shard_size)
+    shard(model, world, dtype, config.reshard_after_forward, config.shard_size, config.offload)
 
 
 def save_state(run: _Run, step: int) -> None:

@@ -70,14 +70,11 @@ class States:
         beside = path_beside(self.folder / f"step-{step:06d}")
         beside = self.world.first(lambda: (beside.mkdir(parents=True), beside)[1])
         self.named.clear()
-        copies = (
-            {name: t.detach().clone() for name, t in tensors.items()} if self.world.device.type == "cpu" else tensors
-        )
         writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
-        # All is on the host by then. Copying ahead would ask CUDA for a stream, in a new thread and so on the first
-        # device, where every rank would then hold a context.
+        # async_save writes from a copy on the host. Copying ahead would ask CUDA for a stream, in a new thread and so on the
+        # first device, where every rank would then hold a context.
         writer.per_thread_copy_ahead = 0
-        self.pending = dcp.async_save(copies, storage_writer=writer, process_group=self.group)
+        self.pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
         if self.world.rank == 0:
             # Rank 0's part is done when every rank's is: it gathers their word.
             self.pending.add_done_callback(lambda future: self._name(beside, step, notes, future))

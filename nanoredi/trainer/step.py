@@ -1,6 +1,7 @@
 """An optimiser step: its units dealt to ranks and micro-batches, gradients added up, clipped, and applied.
 
-Nothing here waits for the device: the figures of a step stay there until a line of the log is due.
+Nothing here waits for the device: the figures of a step stay there until a line of the log is due. Only with --offload
+a step ends on the host.
 """
 
 import numpy as np
@@ -26,8 +27,8 @@ def train_step(
         units: of all ranks, as objectives.units gives them.
 
     Returns:
-        On the device: chosen and rejected log-prob, gradient norm, update norm, loss (not all finite where the step was
-        skipped), chosen and rejected entropy (7,); the tokens that went through; and their floating-point operations.
+        Where the gradients are: chosen and rejected log-prob, gradient norm, update norm, loss (not all finite where the step
+        was skipped), chosen and rejected entropy (7,); the tokens that went through; and their floating-point operations.
     """
     lengths = [sum(s.num_inputs for s in unit) for unit in units]
     costs = [sum(model.config.flops(s.num_inputs, s.num_learned) for s in unit) for unit in units]
@@ -40,7 +41,8 @@ def train_step(
         totals += forward_backward(model, mine, len(units), config, world.device)
     # With several copies of the weights, every shard is there as often as there are copies.
     copies = world.size // (config.shard_size or world.size)
-    sums = torch.stack((gradient_square(model) / copies, *totals))
+    square = gradient_square(model) / copies
+    sums = torch.stack((square, *totals.to(square.device)))
     dist.all_reduce(sums)
     square, chosen, rejected, loss, *entropies = sums
     norm, skip = square.sqrt(), (~sums[:4].isfinite().all()).float()

@@ -22,7 +22,6 @@ def compiled(launches: list[tuple[JITFunction, tuple, dict]]) -> dict[str, dict[
     for target in TARGETS:
         driver.set_active(_Device(target))
         for kernel, args, kwargs in launches:
-            args = tuple(_Pointer(x) if isinstance(x, Tensor) else x for x in args)
             binary = kernel._compile(*args, grid=(1,), warmup=True, **kwargs)
             uses = found.setdefault(_name(kernel, args, kwargs), {}).setdefault(f"sm_{target}", {})
             for what, number in _resources(binary).items():  # with and without tensors that may be None
@@ -44,11 +43,11 @@ class _Device:
         return 0
 
 
-class _Pointer:
-    """A tensor as Triton sees it. Its allocation begins at a multiple of 512 bytes, as CUDA's do."""
+class Pointer:
+    """A tensor as Triton sees it, without its memory. Its allocation begins at a multiple of 512 bytes, as CUDA's do."""
 
     def __init__(self, tensor: Tensor):
-        self.dtype = tensor.dtype
+        self.dtype, self.nbytes = tensor.dtype, tensor.nbytes
         self.at = 512 + tensor.storage_offset() * tensor.element_size()
 
     def data_ptr(self) -> int:
@@ -61,7 +60,7 @@ class _Pointer:
 def _name(kernel: JITFunction, args: tuple, kwargs: dict) -> str:
     """With what makes it a kernel of its own: the first tensor's dtype and the constants."""
     constants = {k: v for k, v in kwargs.items() if k in kernel.arg_names and isinstance(v, (int, bool))}
-    dtype = next(str(x.dtype).removeprefix("torch.") for x in args if isinstance(x, _Pointer))
+    dtype = next(str(x.dtype).removeprefix("torch.") for x in args if isinstance(x, Pointer))
     return " ".join([kernel.__name__.strip("_"), dtype, *(f"{k}={v}" for k, v in constants.items())])
 
 

@@ -10,13 +10,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed.device_mesh as device_mesh
+from compiled import Pointer
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_init, _fsdp_param_group, _fsdp_state
@@ -96,8 +99,16 @@ for name, value in vars(_handle).items():
 
 def _pinned(tensor: Tensor) -> Tensor:
     pinned = tensor.detach() if isinstance(tensor, FakeTensor) else fake.from_tensor(tensor)
-    pinned.pinned = True
+    pinned.untyped_storage().pinned = True
     return pinned
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    return getattr(tensor.untyped_storage(), "pinned", False)
+
+
+def _launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    launches.append((kernel, tuple(Pointer(x) if isinstance(x, Tensor) else x for x in args), kwargs))
 
 
 def _never(*_: Any) -> None:
@@ -107,9 +118,9 @@ def _never(*_: Any) -> None:
 _library = torch.library.Library("aten", "IMPL")
 for name in _WHOLE:
     _library.impl(name, _never, "CUDA")
-Tensor.pin_memory = _pinned
+Tensor.pin_memory, Tensor.is_pinned = _pinned, _is_pinned
 JITFunction._compile = JITFunction.run
-JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))
+JITFunction.run = _launch
 torch.nn.Module.float = lambda self: self  # such parameters cannot be swapped, and the model is fp32 here
 
 
@@ -119,6 +130,7 @@ class Watch(TorchDispatchMode):
     Attributes:
         kernels: operations that start one, by name; Triton's own under "triton::".
         bytes: what each of these reads and writes, by name: each tensor that it is given or gives, once.
+        peak: the most bytes of the device that the tensors seen so far have held at once.
         wrong: what waits for the device, and operations at which a CPU tensor meets a CUDA one, but for copies from pinned
             memory that nobody waits for.
     """
@@ -127,7 +139,9 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.peak = 0
         self.wrong: list[str] = []
+        self._storages: dict[int, weakref.ref] = {}
 
     def __enter__(self) -> "Watch":
         waits.clear()
@@ -138,7 +152,7 @@ class Watch(TorchDispatchMode):
         super().__exit__(*error)
         for kernel, args, _ in launches[self._first_launch :]:
             self.kernels[f"triton::{kernel.__name__}"] += 1
-            self.bytes[f"triton::{kernel.__name__}"] += sum(x.nbytes for x in args if isinstance(x, Tensor))
+            self.bytes[f"triton::{kernel.__name__}"] += sum(x.nbytes for x in args if isinstance(x, Pointer))
         self.wrong += waits
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -158,7 +172,14 @@ class Watch(TorchDispatchMode):
         ):
             self.kernels[name] += 1
             self.bytes[name] += sum(x.nbytes for x in tensors)
+        self._look_at_memory(x.untyped_storage() for x in tensors if x.is_cuda)
         return result
+
+    def _look_at_memory(self, seen: Iterable[torch.UntypedStorage]) -> None:
+        # FSDP lets go of storages by resizing them to nothing, which no operation tells of.
+        alive = [*(s for ref in self._storages.values() if (s := ref()) is not None), *seen]
+        self._storages = {s._cdata: weakref.ref(s) for s in alive}
+        self.peak = max(self.peak, sum({s._cdata: s.nbytes() for s in alive}.values()))
 
     @staticmethod
     def _is_upload(name: str, args: tuple, kwargs: dict, result: Any) -> bool:
@@ -166,7 +187,7 @@ class Watch(TorchDispatchMode):
         if _plain(name) not in ("to", "_to_copy", "copy_") or not result.is_cuda:
             return False
         source, told = (args[1], args[2:]) if _plain(name) == "copy_" else (args[0], args[1:])
-        return getattr(source, "pinned", False) and (kwargs.get("non_blocking", False) or True in told[:1])
+        return _is_pinned(source) and (kwargs.get("non_blocking", False) or True in told[:1])
 
 
 def _is_view(op: Any, args: tuple, result: Any) -> bool:

@@ -4,12 +4,14 @@ import pytest
 import tiny
 import torch
 from dense import qkv
+from safetensors.torch import load_file
 
-from nanoredi.config import SamplingConfig
+from nanoredi.config import RediConfig, SamplingConfig
 from nanoredi.cuda.graphs import Graphs
 from nanoredi.sampler import kv_cache, sampler
 from nanoredi.sampler.sampler import Sampler
 from nanoredi.sampler.scheduler import Request
+from nanoredi.trainer.loop import train
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -35,6 +37,21 @@ def test_recomputation_gives_the_gradients_of_the_variable_length_kernel():
             assert (gradient - whole[name]).norm() <= 0.01 * whole[name].norm(), name
     for name, gradient in gradients("off", torch.float32, "cpu").items():
         assert (gradient - whole[name]).norm() <= 0.1 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_offloaded_training_comes_to_the_same(dtype, toy_data, one_rank, tmp_path):
+    data = {"model": str(toy_data / "model"), "data": str(toy_data / "pairs.jsonl"), "cache": str(tmp_path / "cache")}
+    size = {"batch_size": 16, "max_steps": 3, "max_tokens_per_micro_batch": 300, "save_every": 2}
+    start, weights = load_file(toy_data / "model" / "model.safetensors"), []
+    for offload in (False, True):
+        out = tmp_path / str(offload)
+        out.mkdir()
+        train(RediConfig(**data, **size, out=str(out), lr=1e-3, dtype=dtype, offload=offload), one_rank)
+        saved = load_file(out / "final" / "model.safetensors")
+        weights.append(torch.cat([(saved[name].double() - start[name].double()).flatten() for name in start]))
+    moved, offloaded = weights
+    assert 0 < moved.norm() and (offloaded - moved).norm() <= 0.05 * moved.norm()
 
 
 def complete(dtype: torch.dtype, device: str, **settings) -> tuple[list[list[int]], Sampler]:

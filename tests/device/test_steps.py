@@ -4,10 +4,14 @@ The tables hold what was counted on this code with torch 2.13 and Triton 3.7. A 
 number belongs here; it must not do more unnoticed.
 """
 
+import dataclasses
 import json
+from collections import Counter
 
 import pytest
 import torch
+
+from bench import step_costs
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if torch.version.cuda or torch.version.hip:
@@ -27,6 +31,8 @@ STEPS = {
     "decode, all layers": 338,
     "prefill": 46,
 }
+# With --offload: kernels, and the parameters.
+OFFLOADED = {"1 rank, offloaded, four layers": (1771, 50), "8 ranks, offloaded": (926, 26)}
 # A block forward and backward, by what activation checkpointing keeps: its kernels, and the kB a token that those beside
 # products and attention read and write.
 BLOCKS = {"off": (35, 233), "attention": (44, 263), "products": (38, 263)}
@@ -83,9 +89,34 @@ def test_what_a_block_starts_and_moves_beside_its_products(found, kept):
 
 
 def test_gradients_are_summed_in_fp32_and_figures_stay_on_the_device(found):
-    steps = [step for step in found["steps"].values() if "gradients" in step]
+    steps = [step for case, step in found["steps"].items() if "gradients" in step and case not in OFFLOADED]
     assert len(steps) == 4
-    assert all(step["gradients"] == ["torch.float32"] and step["result"] == ["cuda:0", [7]] for step in steps)
+    for step in steps:
+        assert step["gradients"] == [["cuda:0", "torch.float32"]] and step["result"] == ["cuda:0", [7]]
+        assert step["state"] == ["cuda:0"]
+
+
+@pytest.mark.parametrize("case", OFFLOADED)
+def test_an_offloaded_step_ends_on_the_host(found, case):
+    step, (kernels, parameters) = found["steps"][case], OFFLOADED[case]
+    assert step["gradients"] == [["cpu", "torch.float32"]] and step["result"] == ["cpu", [7]]
+    assert step["state"] == ["cpu"]
+    # What comes back, each gradient and the log's sums, are copies, and no gradient is read before its own has come.
+    assert Counter(what.split("(")[0] for what in step["wrong"]) == {
+        "aten::_to_copy": parameters + 1,
+        "Event.synchronize": parameters,
+    }
+    assert step["waits before the gradient is read"] == [parameters]
+    assert 0.9 * kernels < sum(step["kernels"].values()) <= kernels, step["kernels"]
+    # Ranks make a weight whole by way of their GPUs.
+    whole = step["saving"].get("_c10d_functional::all_gather_into_tensor", 0)
+    assert whole == (0 if case.startswith("1 rank") else parameters)
+
+
+def test_an_offloaded_step_takes_the_memory_that_is_reckoned(found):
+    config = dataclasses.replace(step_costs.MODELS["1.5B"], num_hidden_layers=4)
+    reckoned = sum(step_costs.memory(config, step_costs.Layout(1, 1, offload=True)).values())
+    assert 0.96 < found["steps"]["1 rank, offloaded, four layers"]["peak"] / reckoned < 1.01
 
 
 def test_ranks_exchange_once_a_step(found):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from compiled import compiled
-from fake_cuda import Watch, fake, launches
+from fake_cuda import Watch, fake, launches, waits
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
@@ -24,6 +24,8 @@ torch.cuda.is_available = lambda: True  # Triton is imported where there is a GP
 from nanoredi import objectives  # noqa: E402
 from nanoredi.config import RediConfig, SamplingConfig  # noqa: E402
 from nanoredi.data.sequences import Sequence  # noqa: E402
+from nanoredi.kernels import dispatch  # noqa: E402
+from nanoredi.model import hf_folder  # noqa: E402
 from nanoredi.model.attention import PackedAttention  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Block, Qwen2, rotary_angles  # noqa: E402
@@ -50,40 +52,56 @@ TOKENS = 38_000  # of a micro-batch of one pair of the longest sequences
 shard_mesh, gradient_square = distributed.shard_mesh, trainer_step.gradient_square
 
 
-def pairs(number: int) -> list[tuple[Sequence, Sequence]]:
-    """Of lengths like the paper's, their first 200 tokens the prompt."""
+def pairs(lengths: np.ndarray) -> list[tuple[Sequence, Sequence]]:
+    """Traces of these lengths (pairs, 2), their first 200 tokens the prompt."""
     rng = np.random.default_rng(0)
 
     def trace(side: str, n: int) -> Sequence:
         return Sequence(rng.integers(0, 1000, n).astype(np.int32), np.arange(n) >= 200, side=side)
 
-    return [(trace("chosen", n), trace("rejected", m)) for n, m in rng.integers(3000, 19_000, (number, 2)).tolist()]
+    return [(trace("chosen", n), trace("rejected", m)) for n, m in lengths.tolist()]
 
 
-def train(ranks: int, tied: bool, objective: str, shard_size: int = 0) -> dict:
-    """An optimiser step of one of so many ranks, in bf16 with activation checkpointing."""
-    config = replace(KINDS[objective], max_tokens_per_micro_batch=40_000, shard_size=shard_size)
+def train(ranks: int, tied: bool, objective: str, shard_size: int = 0, offload: bool = False, layers: int = 2) -> dict:
+    """An optimiser step of one of so many ranks, in bf16 with activation checkpointing: two pairs a rank, of lengths
+    like the paper's; where there are other layers than two, of its longest."""
+    config = replace(KINDS[objective], max_tokens_per_micro_batch=40_000, shard_size=shard_size, offload=offload)
     world = distributed.World(0, ranks, torch.device("cuda:0"))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     mesh = shard_mesh(world, shard_size)  # it cannot be made among fake tensors
     distributed.shard_mesh = lambda *_: mesh
-    dtypes = set()
+    gradients, waited = set(), []
 
     def seen(model: Qwen2) -> torch.Tensor:
-        dtypes.update(str(p.grad.dtype) for p in model.parameters())
+        gradients.update((str(p.grad.device), str(p.grad.dtype)) for p in model.parameters())
+        waited.append(len(waits))
         return gradient_square(model)
 
     trainer_step.gradient_square = seen
-    units = objectives.units(config, pairs(2 * ranks))
+    longest = np.full((2 * ranks, 2), TOKENS // 2 + 1)  # the last token goes through nothing
+    lengths = longest if layers > 2 else np.random.default_rng(0).integers(3000, 19_000, longest.shape)
+    units = objectives.units(config, pairs(lengths))
     with fake:
         with torch.device("cuda"):
-            model = Qwen2(replace(SIZES, tie_word_embeddings=tied))
+            model = Qwen2(replace(SIZES, tie_word_embeddings=tied, num_hidden_layers=layers))
         loop.set_up(model, config, torch.bfloat16, world)
         optimizer = AdamW(model, config.lr, config.weight_decay)
         with Watch() as watch:
             figures, *_ = trainer_step.train_step(model, optimizer, units, config, world)
+        state = [*optimizer.parameters, *optimizer.exp_avg, *optimizer.exp_avg_sq, *optimizer.num_steps]
+        weights = dict(model.named_parameters())
+        with Watch() as saving:
+            hf_folder._whole(weights, dict.fromkeys(weights, torch.bfloat16))
     dist.destroy_process_group()
-    return {**watched(watch), "result": [str(figures.device), list(figures.shape)], "gradients": sorted(dtypes)}
+    return {
+        **watched(watch),
+        "result": [str(figures.device), list(figures.shape)],
+        "gradients": sorted(gradients),
+        "state": sorted({str(distributed.local(x).device) for x in state}),
+        "waits before the gradient is read": waited,
+        "saving": dict(saving.kernels),
+        "peak": watch.peak,
+    }
 
 
 def watched(watch: Watch) -> dict:
@@ -183,6 +201,8 @@ CASES: dict[str, Callable[[], dict]] = {
     "8 ranks, DPO, untied": lambda: train(8, False, "dpo"),
     "1 rank, REDI, tied": lambda: train(1, True, "redi"),
     "2 groups of 4 ranks, REDI, tied": lambda: train(8, True, "redi", 4),
+    "1 rank, offloaded, four layers": lambda: train(1, True, "redi", offload=True, layers=4),
+    "8 ranks, offloaded": lambda: train(8, True, "redi", offload=True),
     "decode": lambda: decode(2),
     "decode, top-k": lambda: decode(2, top_k=20),
     "decode, short rows": lambda: decode(2, longest=1000),
@@ -207,6 +227,9 @@ def real(make: Callable) -> Callable:
 
 trainer_step.pack = real(trainer_step.pack)
 kv_cache._mask = real(kv_cache._mask)
+import_package = dispatch._import_package
+# The CPU's package looks into its tensors.
+dispatch._import_package = lambda device_type: None if device_type == "cpu" else import_package(device_type)
 F.scaled_dot_product_attention = lambda q, *_, **__: q.clone()  # which kernel it is the device's libraries decide
 if __name__ == "__main__":
     found = {name: case() for name, case in CASES.items()}

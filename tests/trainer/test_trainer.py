@@ -16,6 +16,7 @@ import torch
 from kept import KeepingAdamW
 from safetensors.torch import load_file
 from same import assert_same_weights
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from nanoredi import objectives
 from nanoredi.common.errors import UserError
@@ -26,6 +27,7 @@ from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.kernels import logits
 from nanoredi.kernels.dispatch import after_step
 from nanoredi.model.qwen2 import Block, Qwen2
+from nanoredi.trainer import distributed, loop
 from nanoredi.trainer.distributed import local, shard
 from nanoredi.trainer.dtype import compute_dtype, matrix_rate, settled_dtype
 from nanoredi.trainer.guards import Guards
@@ -261,6 +263,30 @@ def test_update_norm_is_what_the_weights_moved(redi, one_rank):
     figures, _, _, model = one_step(redi, one_rank)
     moved = [(local(new).cpu() - old).norm() for new, old in zip(model.parameters(), before.parameters())]
     assert figures[3].item() == pytest.approx(torch.stack(moved).norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["redi", "dpo"])
+def test_offloaded_training_comes_to_the_same(stage, request, one_rank, tmp_path, monkeypatch):
+    """On a CPU, which stands in for both memories: the copies between the two are not made."""
+    config = replace(request.getfixturevalue(stage), max_steps=3, max_tokens_per_micro_batch=300, save_every=2)
+    for name in ("plain", "run"):
+        (tmp_path / name).mkdir()
+    train(replace(config, out=str(tmp_path / "plain"), offload=True), one_rank)  # which a CPU does not heed
+    mesh, device, places = distributed.shard_mesh(one_rank, 0), torch.device("cuda"), []
+
+    def place():
+        places.append(CPUOffloadPolicy(pin_memory=False))
+        return places[-1]
+
+    monkeypatch.setattr(distributed, "shard_mesh", lambda *_: mesh)
+    monkeypatch.setattr(distributed, "CPUOffloadPolicy", place)
+    monkeypatch.setattr(loop, "shard", lambda model, world, *how: shard(model, replace(world, device=device), *how))
+    train(replace(config, offload=True), one_rank)
+    assert len(places) == 1
+    plain, offloaded = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("plain", "run"))
+    start = load_file(Path(config.model) / "model.safetensors")
+    moved = {name: plain[name] - start[name] for name in start}
+    assert relative({name: offloaded[name] - start[name] for name in start}, moved) < 1e-3
 
 
 @pytest.mark.parametrize("stage", ["redi", "dpo"])
