@@ -46,7 +46,7 @@ _ADDED = ("completion", "finish_reason", "tokens", "sample")  # to a prompt's ro
 class SampleFlags(SamplingConfig):
     """sample.py's own flags."""
 
-    n: int = option(1, "samples a prompt", low=1)
+    n: int = option(1, "samples a prompt", low=1, high=2**16)
     model: str = option("", "Hugging Face folder; empty: the newest model under runs/")
     prompt: str = option("", "text of the user's message; the flag's name may be left out")
     prompts: str = option("", "file of prompts, JSONL or a plain text with a prompt a line; -: standard input")
@@ -127,7 +127,7 @@ def _read_prompts(path: str) -> list[tuple[str, Any]]:
         return list(read_rows(path))
     name = "standard input" if path == "-" else path
     try:
-        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
+        text = (sys.stdin.buffer.read() if path == "-" else regular(Path(path)).read_bytes()).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:

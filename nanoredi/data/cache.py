@@ -84,7 +84,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _arrays(folder: Path) -> list[np.ndarray]:
-    return [np.memmap(folder / name, dtype, "r") for name, dtype in _ARRAYS.items()]
+    return [np.asarray(np.memmap(folder / name, dtype, "r")) for name, dtype in _ARRAYS.items()]
 
 
 def _is_whole(folder: Path) -> bool:

@@ -68,13 +68,10 @@ class AdamW:
     @torch.no_grad()
     def update_square(self) -> Tensor:
         """The squared length of the last step, over this rank's shards: () fp32."""
-        squares = []
-        for p, m, v, t in zip(self.parameters, self.exp_avg, self.exp_avg_sq, self.num_steps):
-            rate, correction = self.lr / (1 - BETAS[0] ** t), 1 - BETAS[1] ** t
-            squares.append(
-                update_square(local(p), local(m), local(v), rate, correction, EPS, self.lr * self.weight_decay)
-            )
-        return torch.stack(squares).sum()
+        correction_m, correction_v = (1 - beta ** self.num_steps[0] for beta in BETAS)
+        factors = self.lr / correction_m, correction_v, EPS, self.lr * self.weight_decay
+        tensors = zip(self.parameters, self.exp_avg, self.exp_avg_sq)
+        return torch.stack([update_square(*map(local, tensor), *factors) for tensor in tensors]).sum()
 
 
 def gradient_square(model: nn.Module) -> Tensor:
