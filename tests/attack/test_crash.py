@@ -29,10 +29,10 @@ RESULTS = {
 @pytest.mark.parametrize(
     "run, stride",
     [
-        ("train_redi", 25),
-        ("nanoredi.prepare", 2),
-        ("evaluate --completions", 2),
-        ("evaluate", 9),
+        ("train_redi", 45),
+        ("nanoredi.prepare", 3),
+        ("evaluate --completions", 5),
+        ("evaluate", 15),
         *(pytest.param(run, 1, marks=pytest.mark.slow) for run in RUNS),
     ],
 )

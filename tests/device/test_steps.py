@@ -21,10 +21,10 @@ NO_COMPILER = 3  # watched.py's exit code where the device cannot be built
 
 # Kernels that a case starts, at two layers where nothing else is said.
 STEPS = {
-    "8 ranks, REDI, tied": 1207,
-    "8 ranks, DPO, untied": 1462,
-    "1 rank, REDI, tied": 1390,
-    "2 groups of 4 ranks, REDI, tied": 1210,
+    "8 ranks, REDI, tied": 1057,
+    "8 ranks, DPO, untied": 1306,
+    "1 rank, REDI, tied": 1240,
+    "2 groups of 4 ranks, REDI, tied": 1060,
     "decode": 78,
     "decode, top-k": 80,
     "decode, short rows": 76,

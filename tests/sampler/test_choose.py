@@ -42,7 +42,7 @@ def test_the_kept_tokens_are_those_of_a_full_sort(size, enough, by_mass, version
     probs = rows(size)
     want = torch.where(by_sorting(probs, enough, by_mass), probs, 0.0)
     assert torch.equal(top_p.keep_likeliest(probs, enough, by_mass), want)
-    if version == "fastest" and (size == 300 or size == 41 and enough in (0.95, 7)):
+    if version == "fastest" and size < 1000 and enough in (0.95, 1e-9, 7):
         use_triton(monkeypatch, top_p.keep)
         monkeypatch.setattr(top_p, "_BLOCK", 256)
         assert torch.equal(top_p.keep_likeliest(probs.to(DEVICE), enough, by_mass).cpu(), want)
