@@ -68,10 +68,11 @@ class AdamW:
     @torch.no_grad()
     def update_square(self) -> Tensor:
         """The squared length of the last step, over this rank's shards: () fp32."""
-        correction_m, correction_v = (1 - beta ** self.num_steps[0] for beta in BETAS)
-        factors = self.lr / correction_m, correction_v, EPS, self.lr * self.weight_decay
+        of_mean, of_square = (1 - beta ** self.num_steps[0] for beta in BETAS)
+        rate, decayed = self.lr / of_mean, self.lr * self.weight_decay
         tensors = zip(self.parameters, self.exp_avg, self.exp_avg_sq)
-        return torch.stack([update_square(*map(local, tensor), *factors) for tensor in tensors]).sum()
+        squares = [update_square(local(p), local(m), local(v), rate, of_square, EPS, decayed) for p, m, v in tensors]
+        return torch.stack(squares).sum()
 
 
 def gradient_square(model: nn.Module) -> Tensor:
