@@ -106,8 +106,8 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
     if isinstance(config, RediConfig) and config.watch_every and config.watch:
         watched = _load(config, config.watch, model, world)
         look = partial(means_a_token, model, watched, config.max_tokens_per_micro_batch, world)
-    # Measured, so one rank decides.
-    dtype, rate = world.first(lambda: _dtype_and_rate(config.dtype, world.device))
+    dtype = world.first(lambda: compute_dtype(config.dtype, world.device))
+    rate = world.first(lambda: matrix_rate(dtype, world.device))  # measured, so one rank decides
     set_up(model, config, dtype, world)
     began_with = {"data": data.digest, "dtype": str(dtype)[6:]}
     if isinstance(config, RediConfig) and config.objective == "dpo":
@@ -161,11 +161,6 @@ def save_model(run: _Run, folder: Path, step: int, world: World) -> None:
         save_state(run, step)
         run.states.wait()
         raise UserError(f"{failure}; the state of step {step} is saved, the same command goes on from there")
-
-
-def _dtype_and_rate(name: str, device: torch.device) -> tuple[torch.dtype, float]:
-    dtype = compute_dtype(name, device)
-    return dtype, matrix_rate(dtype, device)
 
 
 def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World) -> TokenData:
