@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.disk import lock, remove_leftovers, writing
+from nanoredi.common.disk import lock, remove_leftovers, writing_together
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_rows
 from nanoredi.common.flags import option, read_flags, read_recipe, resolve
@@ -113,10 +113,8 @@ def _grade(config: EvaluateFlags, named: bool) -> None:
             n = 1 + max(s["sample"] for s in graded)
             rows.append({"model": graded[0]["model"], "benchmark": graded[0]["benchmark"], **summarise(graded, n)})
             samples += graded
-    out = _unused(config.out)
-    remove_leftovers(out.parent)
-    with writing(out) as beside:
-        beside.mkdir()
+    out = Path(_folder(config.out, goes_on=False))
+    with writing_together(out) as beside:
         # Anybody's text may hold half a surrogate pair, which UTF-8 cannot.
         with open(beside / "samples.jsonl", "w", encoding="utf-8", errors="replace") as file:
             file.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
@@ -139,27 +137,22 @@ def _write(out: Path, rows: list[Row], config: EvaluateFlags) -> str:
     return "\n\n".join(parts)
 
 
-def _folder(out: str) -> str:
-    """A folder that holds an evaluation, or a new one, locked."""
-    if out and (Path(out) / "evaluation.json").exists():
+def _folder(out: str, goes_on: bool = True) -> str:
+    """A folder that holds an evaluation, if this one may go on with it; else a new one for the results, locked: the one that was
+    asked for, or one named by the time."""
+    path = Path(out or f"runs/evaluate/{time.strftime('%Y-%m-%d-%H%M%S')}")
+    if goes_on and out and (path / "evaluation.json").exists():
         return out
-    path = _unused(out)
     try:
+        remove_leftovers(path)
+        if path.exists() and (
+            not path.is_dir() or any(p.name != ".lock" and p.suffix != ".writing" for p in path.iterdir())
+        ):
+            raise UserError(f"{path} is not empty: give another --out")
         lock(path)
     except OSError as error:
         raise UserError(f"cannot make the folder {path}: {error.strerror}; give another --out") from None
     return str(path)
-
-
-def _unused(out: str) -> Path:
-    """The folder that was asked for, which may be there, with no more than what a killed process left in it; or one named by
-    the time."""
-    path = Path(out or f"runs/evaluate/{time.strftime('%Y-%m-%d-%H%M%S')}")
-    if path.exists() and (
-        not path.is_dir() or any(p.name != ".lock" and p.suffix != ".writing" for p in path.iterdir())
-    ):
-        raise UserError(f"{path} is not empty: give another --out")
-    return path
 
 
 if __name__ == "__main__":

@@ -126,8 +126,10 @@ def _read_prompts(path: str) -> list[tuple[str, Any]]:
     if Path(path).suffix in (".jsonl", ".json", ".gz", ".parquet", ".arrow"):
         return list(read_rows(path))
     name = "standard input" if path == "-" else path
+    if path != "-" and Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"{path} is no file; give one, or --prompts - for standard input")
     try:
-        text = (sys.stdin.buffer.read() if path == "-" else regular(Path(path)).read_bytes()).decode("utf-8-sig")
+        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:

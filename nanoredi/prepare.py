@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoredi.common.disk import leftovers, move_into_place, path_beside, remove
+from nanoredi.common.disk import remove, remove_leftovers, writing_together
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import check, read_rows
 from nanoredi.common.flags import option, read_flags, resolve
@@ -46,7 +46,6 @@ _FIELDS = (
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 Rows = Iterable[tuple[str, dict[str, Any]]]  # each with where it stands, for messages
 _FILES = ("sft.jsonl", "pairs.jsonl", "too_long.jsonl", "overlaps.jsonl")
-_WHOLE = "whole"  # their folder's name once they are written, until they are in their places
 
 
 @dataclass
@@ -83,17 +82,17 @@ def prepare(
     Raises:
         UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files.
     """
-    _clear(out)
+    remove_leftovers(out)
+    for name in _FILES:
+        if (out / name).exists():
+            raise UserError(f"{out / name} is there already: move it away or give another --out")
     total = sum(map(num_rows, files))
     if not total:
         raise UserError(f"there are no rows in {', '.join(map(str, files))}")
     gates = Gates(flags.max_prompt_tokens, flags.max_response_tokens, flags.strict_negatives)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        beside = path_beside(out / "rows")
         with ExitStack() as stack:
-            stack.callback(remove, beside)
-            beside.mkdir()
+            beside = stack.enter_context(writing_together(out))
             own_rows, *spools = (stack.enter_context(Spool(beside / f"{n}.spool")) for n in ("own", *_FILES[:3]))
             total, rows = _as_raw_rows(files, total, own_rows, tokenizer, flags.grade)
             rows = progress(rows, "reading", total, "rows", delay=1)
@@ -104,11 +103,8 @@ def prepare(
                     file.writelines(progress(lines, f"writing {name}", len(spool), "rows", delay=1))
             if overlap.files:
                 overlap.write(beside / _FILES[3])
-            whole = beside.rename(path_beside(out / _WHOLE))
-            stack.callback(remove, whole)
-            stack.callback(_take_back, whole, out)
-            for path in whole.glob("*.jsonl"):
-                move_into_place(path, out / path.name)
+            for path in beside.glob("*.spool"):
+                remove(path)
     except OSError as error:  # of writing: reading has its own words
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
     return gates.counts
@@ -136,25 +132,6 @@ def read_raw(file: Path) -> Rows:
         UserError: when the file cannot be read, and for a row that is no object.
     """
     return ((where, check(where, row, dict)) for where, row in read_rows(str(file), _FIELDS))
-
-
-def _clear(out: Path) -> None:
-    """Remove what a killed run has left; then see to it that nothing is written over."""
-    for folder in leftovers(out):
-        if folder.name.startswith(f"{_WHOLE}."):
-            _take_back(folder, out)
-        remove(folder)
-    for name in _FILES:
-        if (out / name).exists():
-            raise UserError(f"{out / name} is there already: move it away or give another --out")
-
-
-def _take_back(whole: Path, out: Path) -> None:
-    """Of files that come together, remove those that were moved out of their folder when others were not."""
-    waiting = [name for name in _FILES if (whole / name).exists()]
-    for name in _FILES if waiting else ():
-        if name not in waiting:
-            remove(out / name)
 
 
 def _as_raw_rows(files: list[Path], total: int, spool: Spool, tokenizer: Tokenizer, grading: bool) -> tuple[int, Rows]:

@@ -278,7 +278,9 @@ def test_a_run_s_folder_by_another_name_and_in_another_place(tmp_path, monkeypat
     assert open_run(whole, config(whole, f"{whole}/sft/final")) is False
     (tmp_path / "run").rename(tmp_path / "moved")
     assert open_run("moved", config("moved", "moved/sft/final")) is False
-    for model in ("final", "moved/sft", "other/sft/final"):
+    (tmp_path / "run" / "sft" / "final").mkdir(parents=True)  # another one, where the first was
+    (tmp_path / "moved" / "sft" / "final").mkdir(parents=True)
+    for model in ("final", "moved/sft", "moved/sft/final", "other/sft/final"):
         with pytest.raises(UserError, match="redi.model is 'run/sft/final' there"):
             open_run("moved", config("moved", model))
 

@@ -50,6 +50,42 @@ def writing(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def writing_together(out: Path) -> Iterator[Path]:
+    """Inside, files are made in the folder that this yields; then all of them get their names in the folder out, or none does.
+    They replace nothing.
+
+    Raises:
+        OSError: when the disk refuses any of it, or there is such a file.
+    """
+    beside = path_beside(out / "files")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        for path in sorted(beside.iterdir()):
+            may_crash()
+            _sync(path)
+            may_crash()
+            try:
+                os.link(path, out / path.name)
+            except FileExistsError:
+                raise
+            except OSError:  # a disk without links
+                path.rename(out / path.name)
+        _sync_entry(out)
+    finally:
+        _take_back(beside, out)
+        remove(beside)
+
+
+def _take_back(beside: Path, out: Path) -> None:
+    """Of files that get their names together, those that have them lose them again, when some have none."""
+    files = [path for path in beside.iterdir() if path.is_file()] if beside.is_dir() else []
+    named = [out / path.name for path in files if (out / path.name).exists() and path.samefile(out / path.name)]
+    for path in named if len(named) < len(files) else ():
+        remove(path)
+
+
 def path_beside(path: Path) -> Path:
     """Where this process writes what will be `path`."""
     return path.with_name(f"{path.name}.{_HOST}.{os.getpid()}.writing")
@@ -98,18 +134,13 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, locked: bool = False) -> None:
-    """Remove what killed processes were writing in a folder."""
-    for path in leftovers(folder, locked):
-        remove(path)
-
-
-def leftovers(folder: Path, locked: bool = False) -> Iterator[Path]:
-    """What killed processes were writing in a folder. One that this process has locked holds nobody else's work; elsewhere
-    only this machine's processes are known to have ended."""
-    for path in sorted(folder.glob("*.writing")):
+    """Remove what killed processes were writing in a folder. One that this process has locked holds nobody else's work;
+    elsewhere only this machine's processes are known to have ended."""
+    for path in folder.glob("*.writing"):
         own = re.fullmatch(rf".*\.{re.escape(_HOST)}\.([0-9]+)\.writing", path.name)
         if locked or own and not _is_alive(int(own[1])):
-            yield path
+            _take_back(path, folder)
+            remove(path)
 
 
 def _is_alive(process: int) -> bool:

@@ -64,7 +64,7 @@ def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
         for f in dataclasses.fields(config):
             old, new = getattr(then, f.name), getattr(config, f.name)
             undecided = f.name == "dtype" and old == "auto"  # a run of former times; its state knows
-            same = old == new or f.name in _PATHS and _ways(out, old) == _ways(path.parent, new)
+            same = old == new or f.name in _PATHS and _same(old, new, out, path.parent)
             if not (same or f.metadata["free"] or undecided):
                 raise UserError(
                     f"{path.parent} holds another run: {table}.{f.name} is {old!r} there and {new!r} here; "
@@ -72,11 +72,17 @@ def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
                 )
 
 
-def _ways(folder: str | Path, paths: Any) -> Any:
-    """From a run's folder to a path, or to some: they stay when it is moved with what is there, or given by another name."""
-    if isinstance(paths, list):
-        return [_ways(folder, path) if "." in path else path for path in paths]
-    return paths and os.path.relpath(paths, folder)
+def _same(old: Any, new: Any, out: str | Path, folder: Path) -> bool:
+    """Whether a path, or a list of them, is another name for one that was given when the run's folder was `out`; or its new
+    place, where it has moved with the folder."""
+    if isinstance(old, list):
+        return len(old) == len(new) and all(_same(a, b, out, folder) for a, b in zip(old, new))
+    if old == new or not (old and new):
+        return old == new
+    if os.path.exists(old) and os.path.exists(new):
+        return os.path.samefile(old, new)
+    moved = os.path.relpath(old, out) == os.path.relpath(new, folder)
+    return moved and os.path.isabs(old) == os.path.isabs(out) and not os.path.exists(old)
 
 
 def dtype_of_run(out: str, table: str) -> str:

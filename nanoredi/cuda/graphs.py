@@ -24,6 +24,8 @@ class Graphs:
         self.device, self.advance, self.full_size = newest.device, advance, full_size
         self.batch_size, self.num_columns, self.page_size = sizes
         self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        # For what a graph is captured after.
+        self.beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         # cuDNN's attention makes a plan for every length of a prompt, by others' reports some 30 ms of the host's time.
         torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -59,11 +61,10 @@ class Graphs:
         static = torch.full((2, num_rows), self.batch_size, device=self.device)
         given = static[0], static[1].view(torch.float64), num_columns
         # A first run beside the graph compiles the kernels. Both runs move nobody's state alone.
-        beside = torch.cuda.Stream(self.device)
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        self.beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.beside):
             self.advance(*given)
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(self.beside)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.captured.values()))[0].pool() if self.captured else None
         with torch.cuda.graph(graph, pool=pool):

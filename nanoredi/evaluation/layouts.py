@@ -29,10 +29,9 @@ LAYOUTS = {
     "text": "SGLang's {text, meta_info}",
     "messages": "a conversation that ends with the assistant",
     "conversations": "the same in ShareGPT's names",
+    "code": "Qwen2.5-Math's evaluation",
     "message": "Ollama's chat",
     "content": "llama.cpp's server",
-    "code": "Qwen2.5-Math's evaluation",
-    "prediction": "{question, prediction}",
 }
 _PROMPTS = (
     *(
@@ -50,7 +49,7 @@ _PROMPTS = (
     *("arguments", "doc.query", "__doc__.query", "doc.problem", "doc.question", "doc.Problem", "doc.Question"),
     *("request.body.messages", "body.messages"),
 )
-_GOLDS = ("gold", "gts", "reward_model.ground_truth", "ground_truth", "target", "gt", "answer", "expected_answer")
+_GOLDS = ("gold", "gts", "reward_model.ground_truth", "ground_truth", "target", "answer", "expected_answer", "gt")
 _IDS = (
     *("custom_id", "problem_id", "question_id", "unique_id", "doc_id", "idx", "index", "id", "uid", "key"),
     *("request_id", "doc.id", "extra_info.index", "meta_info.id"),
@@ -143,8 +142,12 @@ def _all(where: str, row: dict[str, Any], path: str | None) -> list[Completion]:
             fill(one, own)
     if len(found) == 1:  # of several a row's own count is of all together
         usages = f"{path}.usage.completion_tokens", *_TOKENS
-        found[0].tokens = _first(found[0].tokens, *(_get(row, usage) for usage in usages))
+        # llama.cpp's tokens are ids, of which there are none where they were not asked for.
+        counts = [_get(row, usage) for usage in usages if (path, usage) != ("content", "tokens")]
+        found[0].tokens = _first(found[0].tokens, *counts)
         found[0].reason = _first(found[0].reason, *(_get(row, reason) for reason in _REASONS))
+        if path == "response":
+            _put_in_front(found[0], row.get("thinking"))
     for one in found:
         if isinstance(row.get("prompt"), str) and path == "generated_text" and isinstance(one.text, str):
             one.text = one.text.removeprefix(row["prompt"])  # transformers' pipelines repeat it
@@ -193,7 +196,7 @@ def _completions(value: Any) -> list[Completion]:
         content = _text(content)
     text: Any = "" if content is None else content  # _check looks at it
     one = Completion(text, tokens, reason)
-    _put_in_front(one, message.get("reasoning_content") or message.get("reasoning"))
+    _put_in_front(one, message.get("reasoning_content") or message.get("reasoning") or message.get("thinking"))
     return [one]
 
 
@@ -274,8 +277,21 @@ def _may_hold_completions(row: dict[str, Any], path: str) -> bool:
         return _role(row[path]) == "assistant"
     if path == "response" and isinstance(row[path], dict) or path == "text" and "meta_info" not in row:
         return False
-    kinds: dict[str, tuple[type, ...]] = {"message": (dict,), "content": (str, list), "code": (list,)}
-    return isinstance(within[key], kinds.get(path, object))
+    value = within[key]
+    if path == "choices":  # else they are those of the question
+        return value is None or isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    if path in ("code", "message", "content"):  # words that errors and prompts have, too
+        wanted = {
+            "code": isinstance(value, list),
+            "message": _role([value]) == "assistant",
+            "content": isinstance(value, str),
+        }
+        return (
+            wanted[path]
+            and row.get("role", "assistant") == "assistant"
+            and not {"error", "response", "text"} & row.keys()
+        )
+    return True
 
 
 def _first(*values: Any) -> Any:

@@ -191,7 +191,8 @@ class Sampler:
         uniforms = uniform(self.keys[places], self.num_drawn[places])
         self.num_drawn[places] += 1
         if not self.graphs:
-            return _Drawn(places, whose, self._advance(torch.from_numpy(places), torch.from_numpy(uniforms)), None)
+            tokens = self._advance(upload(places, self.device), upload(uniforms, self.device))
+            return _Drawn(places, whose, tokens.cpu(), None)
         tokens = self.graphs(places, uniforms, int(self.scheduler.lengths[places].max()))
         there = torch.empty(len(places), dtype=torch.int64, pin_memory=True)
         there.copy_(tokens[: len(places)], non_blocking=True)

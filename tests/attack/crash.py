@@ -28,7 +28,7 @@ main = importlib.import_module(script).main
 native._COMPILER = "no-compiler"
 loop.matrix_rate = lambda *_: 1e9
 disk._sync_entry = lambda path: None
-_CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+_CHANGES = ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 
 
 def hook(event: str, words: tuple) -> None:

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from nanoredi.common.disk import digest, lock, move_into_place, path_beside, remove, remove_leftovers, writing
+from nanoredi.common import disk
+from nanoredi.common.disk import (
+    digest,
+    lock,
+    move_into_place,
+    path_beside,
+    remove,
+    remove_leftovers,
+    writing,
+    writing_together,
+)
 from nanoredi.common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +94,57 @@ def test_only_leftovers_go(tmp_path):
     mine.touch()
     move_into_place(mine, tmp_path / "g")
     assert sorted(os.listdir(tmp_path)) == ["f", "g"]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def together(out, linked=("a", "b")):
+    """What a killed process leaves that wanted to write a and b, and had come so far."""
+    beside = out / f"files.{os.uname().nodename}.999999.writing"
+    beside.mkdir(parents=True)
+    for name in ("a", "b"):
+        (beside / name).write_text("killed")
+    for name in linked:
+        os.link(beside / name, out / name)
+
+
+def test_files_come_together_and_replace_nothing(tmp_path):
+    out = tmp_path / "new" / "out"
+    with writing_together(out) as beside:
+        (beside / "a").write_text("1")
+        (beside / "b").write_text("2")
+    assert names(out) == ["a", "b"] and (out / "b").read_text() == "2"
+    for name in ("b", "c"):
+        with pytest.raises(FileExistsError), writing_together(tmp_path / name) as beside:
+            for file in ("a", "b", "c"):
+                (beside / file).write_text("mine")
+            (tmp_path / name / name).write_text("yours")
+        assert names(tmp_path / name) == [name] and (tmp_path / name / name).read_text() == "yours"
+
+
+def test_on_a_disk_without_links_they_are_moved(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(disk.os, "link", refuse)
+    with writing_together(tmp_path) as beside:
+        (beside / "a").write_text("1")
+    assert names(tmp_path) == ["a"]
+
+
+def test_of_a_killed_process_s_files_all_stay_or_none(tmp_path):
+    together(tmp_path / "all")
+    together(tmp_path / "one", ["a"])
+    together(tmp_path / "theirs", ["a"])
+    (tmp_path / "theirs" / "b").write_text("yours")
+    together(tmp_path / "moved", [])
+    (tmp_path / "moved" / "a").write_text("yours")
+    for folder in tmp_path.iterdir():
+        remove_leftovers(folder)
+    found = {folder.name: names(folder) for folder in tmp_path.iterdir()}
+    assert found == {"all": ["a", "b"], "one": [], "theirs": ["b"], "moved": ["a"]}
 
 
 def test_one_process_has_a_folder_and_its_end_frees_it(tmp_path):

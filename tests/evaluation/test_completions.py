@@ -168,8 +168,8 @@ def test_gold_answers_of_the_examples_themselves(tmp_path, example):
     [
         ({"text": [r"\boxed{2}", "2"], "meta_info": [{"completion_tokens": 3}] * 2}, [None, None]),
         ({"choices": [{"message": {"content": [r"\boxed{2}", "2"]}}]}, [None, None]),
-        ({"message": {"content": r"\boxed{2}"}, "done_reason": "length"}, ["length"]),
-        ({"content": r"\boxed{2}", "stop_type": "limit"}, ["length"]),
+        ({"message": {"role": "assistant", "content": r"\boxed{2}"}, "done_reason": "length"}, ["length"]),
+        ({"content": r"\boxed{2}", "stop_type": "limit", "tokens": []}, ["length"]),
         (
             {"inputs": "What is 1+1?", "generated_text": r"\boxed{2}", "details": {"finish_reason": "length"}},
             ["length"],
@@ -180,6 +180,38 @@ def test_lists_of_texts_and_why_a_completion_ended(tmp_path, row, reasons):
     rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
     (samples,) = grade_file(written(tmp_path, rows), "m", [], thinking=False)
     assert [(s["correct"], s["finish_reason"]) for s in samples] == list(zip([True, False], reasons))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"error": {"message": "down"}, "content": "q"},
+        {"error": {"message": "down"}, "message": {"role": "user", "content": "What is 1+1?"}},
+        {"error": "down", "code": ["E42"]},
+        {"response": None, "error": {"message": "down"}, "message": {"role": "assistant", "content": "2"}},
+    ],
+)
+def test_what_stands_beside_an_error_is_no_completion(tmp_path, row):
+    said = []
+    rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
+    grade_file(written(tmp_path, rows), "m", [], thinking=False, say=said.append)
+    assert "1 of 1 requests failed" in said[0] and "'down'" in said[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"message": {"role": "assistant", "content": r"\boxed{2}", "thinking": "one and one"}},
+        {"response": r"\boxed{2}", "thinking": "one and one", "done_reason": "stop"},
+        {"question": "What is 1+1?", "content": "a passage", "code": [r"\boxed{2}"]},
+        {"choices": ["1", "2"], "code": [r"\boxed{2}"]},
+    ],
+)
+def test_thinking_and_words_that_are_no_completion(tmp_path, row):
+    rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
+    thinks = "thinking" in str(row)
+    ((sample,),) = grade_file(written(tmp_path, rows), "m", [], thinking=thinks)
+    assert sample["correct"] and ("one and one" in sample["response"]) == thinks
 
 
 def test_a_response_of_another_api_is_no_failed_request(tmp_path, benchmark):
