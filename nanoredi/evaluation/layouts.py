@@ -34,34 +34,17 @@ LAYOUTS = {
     "content": "llama.cpp's server",
 }
 _PROMPTS = (
-    *(
-        "full_prompt",
-        "prompt",
-        "messages",
-        "conversations",
-        "input",
-        "inputs",
-        "problem",
-        "question",
-        "query",
-        "example",
-    ),
-    *("arguments", "doc.query", "__doc__.query", "doc.problem", "doc.question", "doc.Problem", "doc.Question"),
-    *("request.body.messages", "body.messages"),
+    *("full_prompt", "prompt", "messages", "conversations", "input", "inputs", "problem", "question", "query"),
+    *("example", "arguments", "doc.query", "__doc__.query", "doc.problem", "doc.question", "doc.Problem"),
+    *("doc.Question", "request.body.messages", "body.messages"),
 )
 _GOLDS = ("gold", "gts", "reward_model.ground_truth", "ground_truth", "target", "answer", "expected_answer", "gt")
 _IDS = (
     *("custom_id", "problem_id", "question_id", "unique_id", "doc_id", "idx", "index", "id", "uid", "key"),
     *("request_id", "doc.id", "extra_info.index", "meta_info.id"),
 )
-_CUT_OFF = (
-    "max_tokens",
-    "MAX_TOKENS",
-    "max_length",
-    "max_new_tokens",
-    "model_length",
-    "limit",
-)  # "length", in other words
+# "length", in other words.
+_CUT_OFF = ("max_tokens", "MAX_TOKENS", "max_length", "max_new_tokens", "model_length", "limit")
 # Of a row's only completion.
 _TOKENS = (
     *("usage.completion_tokens", "result.message.usage.output_tokens", "details.generated_tokens", "eval_count"),
@@ -281,16 +264,10 @@ def _may_hold_completions(row: dict[str, Any], path: str) -> bool:
     if path == "choices":  # else they are those of the question
         return value is None or isinstance(value, list) and all(isinstance(one, dict) for one in value)
     if path in ("code", "message", "content"):  # words that errors and prompts have, too
-        wanted = {
-            "code": isinstance(value, list),
-            "message": _role([value]) == "assistant",
-            "content": isinstance(value, str),
-        }
-        return (
-            wanted[path]
-            and row.get("role", "assistant") == "assistant"
-            and not {"error", "response", "text"} & row.keys()
-        )
+        if row.get("error") or {"response", "text"} & row.keys() or row.get("role", "assistant") != "assistant":
+            return False
+        kinds = {"code": list, "message": dict, "content": str}
+        return isinstance(value, kinds[path]) and (path != "message" or _role([value]) == "assistant")
     return True
 
 
