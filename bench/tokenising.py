@@ -8,7 +8,8 @@ threads, depends on it less than the clock's:
     encode_batch     `tokenizers` alone: the templated texts lie in memory, the encodings are thrown away
     ... and ids      the same, and the ids are taken out, which whoever trains on them must do
     load_sft         nanoredi: read the file, check and template the rows, encode, mark what is learned, write the cache
-    again            the second start, from the cache
+    digest           of the file alone, by which the cache is found
+    again            the second start, from the cache: the digests of file and cache
 """
 
 import argparse
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+from nanoredi.common.disk import digest
 from nanoredi.common.files import read_rows
 from nanoredi.data.sequences import load_sft
 from nanoredi.data.tokenizer import Tokenizer
@@ -52,6 +54,7 @@ def main() -> None:
                 "encode_batch": lambda: encode(tokenizer, texts, take_ids=False),
                 "... and ids": lambda: encode(tokenizer, texts, take_ids=True),
                 "load_sft": lambda: load_sft(str(data), tokenizer, LONGEST, cache),
+                "digest": lambda: digest(data),
                 "again": lambda: load_sft(str(data), tokenizer, LONGEST, cache),
             }.items():
                 seconds.setdefault(name, []).append(timed(work))
