@@ -31,7 +31,7 @@ class Step:
     number: int  # counted from 1
     epoch: float  # passes over the data so far
     lr: float  # its learning rate
-    figures: Tensor  # (7,) on the device, train_step's
+    figures: Tensor  # (7,), train_step's, where that has them
     tokens: int  # that went through, over all ranks
     flops: float  # that they took, forward and backward, nothing counted twice
     rows: np.ndarray  # the data's rows that were in it, counted from 0

@@ -6,19 +6,23 @@ import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from forks import Job, ended
 from safetensors.torch import load_file
 from same import assert_same_run, steps_of
 
 from nanoredi.common.errors import UserError
+from nanoredi.config import SftConfig
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer.distributed import local, shard
+from nanoredi.trainer.guards import Guards
 from nanoredi.trainer.log import drop_steps_after
 from nanoredi.trainer.optimizer import AdamW
-from nanoredi.trainer.state import States, training_tensors
+from nanoredi.trainer.state import States, resume, training_tensors
 
 
 @pytest.fixture
@@ -227,3 +231,20 @@ def test_metrics_lose_the_steps_that_come_again(tmp_path, capsys):
     assert [row["step"] for row in steps_of(tmp_path)] == [1, 3]
     said = capsys.readouterr().out
     assert "line 2 is not JSON" in said and "line 4: step is '4'" in said and said.count("this row is left out") == 2
+
+
+def test_a_resume_in_another_dtype_is_refused(one_rank):
+    class Kept:
+        folder = Path("run/state")
+        began_with = {"data": "d", "dtype": "float32"}
+
+        def load(self, tensors):
+            return {"step": 2, "skipped": 0, "began_with": self.began_with, **Guards(SftConfig(), one_rank).state()}
+
+    model = Qwen2(tiny.tiny_model(tied=True).config)
+    rest = Kept(), model, AdamW(model, 1e-3, 0.0), Guards(SftConfig(), one_rank)
+    with pytest.raises(UserError, match="the run in run began with --dtype float32, not bfloat16: give another --out"):
+        resume(*rest, {"data": "d", "dtype": "bfloat16"}, one_rank)
+    assert resume(*rest, {"data": "d", "dtype": "float32"}, one_rank) == 2
+    del Kept.began_with["dtype"]  # a state of former times
+    assert resume(*rest, {"data": "d", "dtype": "bfloat16"}, one_rank) == 2

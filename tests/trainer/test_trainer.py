@@ -2,16 +2,13 @@
 logits, for every objective."""
 
 import json
-import os
 import socket
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from kept import KeepingAdamW
 from safetensors.torch import load_file
@@ -29,11 +26,7 @@ from nanoredi.kernels.dispatch import after_step
 from nanoredi.model.qwen2 import Block, Qwen2
 from nanoredi.trainer import distributed, loop
 from nanoredi.trainer.distributed import local, shard
-from nanoredi.trainer.dtype import compute_dtype, matrix_rate, settled_dtype
-from nanoredi.trainer.guards import Guards
 from nanoredi.trainer.loop import train
-from nanoredi.trainer.optimizer import AdamW
-from nanoredi.trainer.state import resume
 from nanoredi.trainer.step import train_step
 
 
@@ -393,67 +386,6 @@ def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data):
         train(replace(redi, max_position_embeddings=16), one_rank)
     with pytest.raises(UserError, match="--data"):
         train(replace(redi, data=""), one_rank)
-
-
-@pytest.mark.parametrize(
-    "units, dtype",
-    [({}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True, "avx512_bf16": False}, "bfloat16")],
-)
-def test_auto_is_decided_by_the_processor(monkeypatch, units, dtype):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, **units})
-    cpu = torch.device("cpu")
-    assert compute_dtype("auto", cpu) == getattr(torch, dtype)
-    assert compute_dtype("bfloat16", cpu) == torch.bfloat16 and compute_dtype("float32", cpu) == torch.float32
-    # What has begun goes on in its dtype, on whatever machine.
-    assert [settled_dtype("auto", before) for before in ("auto", "float32", "bfloat16")] == [
-        dtype,
-        "float32",
-        "bfloat16",
-    ]
-    assert settled_dtype("float32", "bfloat16") == "float32"
-
-
-def test_a_resume_in_another_dtype_is_refused(one_rank):
-    class Kept:
-        folder = Path("run/state")
-        began_with = {"data": "d", "dtype": "float32"}
-
-        def load(self, tensors):
-            return {"step": 2, "skipped": 0, "began_with": self.began_with, **Guards(SftConfig(), one_rank).state()}
-
-    model = Qwen2(tiny.tiny_model(tied=True).config)
-    rest = Kept(), model, AdamW(model, 1e-3, 0.0), Guards(SftConfig(), one_rank)
-    with pytest.raises(UserError, match="the run in run began with --dtype float32, not bfloat16: give another --out"):
-        resume(*rest, {"data": "d", "dtype": "bfloat16"}, one_rank)
-    assert resume(*rest, {"data": "d", "dtype": "float32"}, one_rank) == 2
-    del Kept.began_with["dtype"]  # a state of former times
-    assert resume(*rest, {"data": "d", "dtype": "bfloat16"}, one_rank) == 2
-
-
-def test_the_rate_is_a_core_s_own_however_busy_it_is(monkeypatch):
-    cpu = torch.device("cpu")
-    alone = matrix_rate(torch.float32, cpu)
-    begin, end = threading.Event(), threading.Event()
-
-    def work():
-        a = torch.randn(700, 700)
-        while not end.is_set():
-            begin.set()
-            a @ a
-
-    before = torch.get_num_threads()
-    threads = [threading.Thread(target=work) for _ in range(3 * os.cpu_count())]
-    for thread in threads:
-        thread.start()
-    begin.wait()
-    try:
-        assert matrix_rate(torch.float32, cpu) > 0.35 * alone
-        assert torch.get_num_threads() == before
-    finally:
-        end.set()
-        for thread in threads:
-            thread.join()
 
 
 def test_no_share_is_above_one(redi, one_rank, tmp_path, monkeypatch):
