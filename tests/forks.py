@@ -117,6 +117,7 @@ def serve() -> dict:
     """Answers until it is a fork that has got a job, which it returns."""
     for name in IMPORTED:
         importlib.import_module(name)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how those that wait for a job have ended
     for line in sys.stdin:
         if os.fork():
