@@ -26,7 +26,7 @@ from train_step import SIZES, Qwen2, compute_dtype, torch  # noqa: E402
 
 HERE = Path(__file__).parent
 WAITS = {
-    "nanoredi": {"GOMP_SPINCOUNT": "1000"},  # as nanoredi/__init__.py has it
+    "nanoredi": {"GOMP_SPINCOUNT": "4000"},  # as nanoredi/__init__.py has it
     "OpenMP's own": {"GOMP_SPINCOUNT": "300000"},  # libgomp's number where nothing is said
 }
 

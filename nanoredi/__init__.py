@@ -17,4 +17,4 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 # Threads of OpenMP that wait for each other look 300,000 times in a loop before they sleep: beside another busy process, that is
 # time which the thread they wait for needs. libgomp reads this when torch loads it, so nanoredi is imported before torch.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "4000"

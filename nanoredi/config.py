@@ -29,9 +29,7 @@ class TrainConfig:
     weight_decay: float = option(1e-4, "AdamW's decoupled weight decay", low=0)
     clip: float = option(1.0, "largest gradient norm; a longer gradient is scaled down to it", above=0)
     dtype: str = option(
-        "auto",
-        "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it); masters are float32",
-        choices=DTYPES,
+        "auto", "of the compute; auto: bfloat16 where the device is good at it; masters are float32", choices=DTYPES
     )
     activation_checkpointing: str = option(
         "attention",
@@ -41,18 +39,13 @@ class TrainConfig:
         free=True,
     )
     reshard_after_forward: bool = option(
-        True,
-        "let go of a block's whole weights after its forward and gather them again in backward: less memory, more traffic",
-        free=True,
+        True, "drop a block's whole weights after forward and gather them again: less memory, more traffic", free=True
     )
     shard_size: int = option(
         0, "ranks that share one copy of the weights, such as a machine's; 0: all of them", low=0, free=True
     )
     offload: bool = option(
-        False,
-        "keep the fp32 weights and AdamW's moments in the host's memory, and step there: a GPU needs far less memory and more "
-        "time; on a CPU it changes nothing",
-        free=True,
+        False, "keep the fp32 weights and AdamW's moments on the host, and step there: a GPU needs far less", free=True
     )
     max_tokens_per_micro_batch: int = option(
         40_000, "tokens of one forward pass on one rank; a longer sequence goes alone", low=1, free=True
@@ -108,10 +101,7 @@ class RediConfig(TrainConfig):
     on_collapse: str = option("warn", "what then: warn, or stop", choices=("warn", "stop"), free=True)
     watch: str = option("", "JSONL file of pairs kept out of training, for the log-probs in the final table")
     watch_every: int = option(
-        0,
-        "steps between looks at the watched pairs' log-probs along the run; 0: only in the final table",
-        low=0,
-        free=True,
+        0, "steps between looks at the watched pairs along the run; 0: only in the final table", low=0, free=True
     )
     evaluate: bool = option(
         False, "at the end, compare the model of the start and the final one on [evaluate]'s benchmarks"
@@ -136,42 +126,28 @@ class SamplingConfig:
     n: int = option(16, "samples a prompt", low=1, high=2**16)
     temperature: float = option(0.6, "0: always the likeliest token", low=0)
     top_p: float = option(
-        0.95,
-        "sample among the fewest likeliest tokens that together have this probability; 1: among all",
-        above=0,
-        high=1,
+        0.95, "sample among the fewest likeliest tokens of this probability; 1: among all", above=0, high=1
     )
     top_k: int = option(0, "sample among the k likeliest tokens; 0: among all", low=0)
     max_tokens: int = option(32_768, "longest completion; the end of the context comes first", low=1)
     seed: int = option(42, "of the samples", low=0)
     batch_size: int = option(
-        0,
-        "rows decoded at once on a rank; 0: 64 on a CPU, on a GPU 256 or what its memory has room for",
-        low=0,
-        high=2**16,
-        free=True,
+        0, "rows decoded at once on a rank; 0: 64 on a CPU, at most 256 on a GPU", low=0, high=2**16, free=True
     )
     cache_gb: float = option(
-        0.0,
-        "memory of the key-value cache on a rank, in GB; 0: measured from what the device has free",
-        low=0,
-        high=1e6,
-        free=True,
+        0.0, "GB of the key-value cache on a rank; 0: by what the device has free", low=0, high=1e6, free=True
     )
     page_size: int = option(
         0, "tokens of a page of the key-value cache; 0: 32 on a CPU, 256 on a GPU", low=0, high=2**16, free=True
     )
-    dtype: str = option(
-        "auto", "compute: float32, bfloat16, or auto (bfloat16 where the device is good at it)", choices=DTYPES
-    )
+    dtype: str = option("auto", "of the compute; auto: bfloat16 where the device is good at it", choices=DTYPES)
     batch_invariant: bool = option(
-        True,
-        "make a sample the same, bit for bit, whatever else is in its batch; on a GPU every step then has its full size",
+        True, "the same samples, bit for bit, whatever the batch; on a GPU every step then has its full size"
     )
     template: str = option(
         "",
-        "what asks a problem: paper (its evaluation's words), plain (nothing but the problem), or a text with {problem} in its "
-        "place; empty: paper for the paper's benchmarks, plain for all else",
+        "what asks a problem: paper (its words), plain (the problem alone), or a text with {problem} in its place; empty: "
+        "paper for the paper's benchmarks, plain for all else",
     )
     system: str = option("", "system message; empty: the chat template's own")
 
@@ -188,15 +164,14 @@ class EvaluateConfig(SamplingConfig):
     """Benchmarks to a table."""
 
     benchmarks: list[str] = option(
-        ["math500", "aime24", "amc23", "minerva", "olympiad_bench"],
-        "names, or JSONL files of rows with problem and answer",
+        ["math500", "aime24", "amc23", "minerva", "olympiad_bench"], "names, or JSONL files with problem and answer"
     )
     data: str = option("", "folder of the named benchmarks' files")
     limit: int = option(0, "problems a benchmark, from its start; 0: all", low=0)
     timeout_minutes: float = option(10.0, "end the job when a rank has not answered for so long", above=0, free=True)
     think: str = option(
         "forced",
-        "forced: the prompt opens <think> for the model, as in the paper; own: the chat template as it is",
+        "forced: the prompt opens <think>, as in the paper; own: the template's own",
         choices=("forced", "own"),
     )
 

@@ -22,18 +22,6 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = [
-    "after_step",
-    "decode_graphs",
-    "drop_gradient",
-    "joins_layers",
-    "operation",
-    "prepare_for_sampling",
-    "prepare_for_training",
-    "tl",
-    "triton",
-]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 Version = TypeVar("Version", bound=Callable[..., Any])
@@ -42,7 +30,7 @@ Version = TypeVar("Version", bound=Callable[..., Any])
 if TYPE_CHECKING or torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
     try:
         import triton
-        import triton.language as tl
+        import triton.language as tl  # noqa: F401  for the files of kernels
     except ImportError:  # there is one for Linux alone
         triton = tl = None
 else:

@@ -30,19 +30,11 @@ class PagedCache:
             whatever pieces they come; on a CPU it takes no longer.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        num_pages: int,
-        page_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        self.num_pages, self.page_size = num_pages, page_size
+    def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device):
+        """shape: (L, P, K, page, E)."""
+        num_layers, self.num_pages, num_heads, self.page_size, head_dim = shape
         self.token_by_token = device.type == "cpu"
-        shape = num_layers, num_pages + 1, num_kv_heads, page_size, head_dim
+        shape = num_layers, self.num_pages + 1, num_heads, self.page_size, head_dim
         self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -152,10 +144,6 @@ def _flash(q, keys, values, sizes, lengths, page_table, ends):
 @cache
 def _reads_pages() -> bool:
     return "block_table" in inspect.signature(varlen_attn()).parameters
-
-
-def bytes_a_page(num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> int:
-    return 2 * num_layers * num_kv_heads * head_dim * page_size * dtype.itemsize
 
 
 def _of_first(num_tokens: int, attend: Attend) -> Attend:

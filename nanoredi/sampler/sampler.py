@@ -30,7 +30,8 @@ from nanoredi.kernels.dispatch import decode_graphs, prepare_for_sampling
 from nanoredi.model.attention import Attend
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.choose import choose, uniform
-from nanoredi.sampler.kv_cache import PagedCache, bytes_a_page, upload
+from nanoredi.sampler.kv_cache import PagedCache, upload
+from nanoredi.sampler.pages import Pages
 from nanoredi.sampler.scheduler import Request, Row, Scheduler
 
 # Tokens that are put into the cache between two decode steps.
@@ -71,7 +72,12 @@ class Sampler:
         context, page_size, batch_size = model.config.max_position_embeddings, self.cache.page_size, self.batch_size
         self.full_size = config.batch_invariant and self.device.type == "cuda"
         self.scheduler = Scheduler(
-            self.cache.num_pages, page_size, batch_size, config.max_tokens, context, _PREFILL_TOKENS, self.full_size
+            Pages(self.cache.num_pages, page_size),
+            batch_size,
+            config.max_tokens,
+            context,
+            _PREFILL_TOKENS,
+            self.full_size,
         )
         # The rows' state on the device; the last place is nobody's, for filling a batch up.
         self.newest, self.lengths = torch.zeros(2, batch_size + 1, dtype=torch.int64, device=self.device)
@@ -278,8 +284,7 @@ def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> tuple[
     c, dtype = model.config, model.lm_head_weight.dtype
     num_rows, page_size = _GPU_SIZES if device.type == "cuda" else _CPU_SIZES
     num_rows, page_size = config.batch_size or num_rows, config.page_size or page_size
-    sizes = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
-    a_page = bytes_a_page(*sizes, page_size, dtype)
+    a_page = 2 * c.num_hidden_layers * c.num_key_value_heads * page_size * c.head_dim * dtype.itemsize
     memory = config.cache_gb * 1e9 or _free_memory(model, num_rows, device)
     num_pages = int(memory / a_page)
     if num_pages < 1:
@@ -291,7 +296,8 @@ def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> tuple[
         room = max(1, num_pages * page_size // min(_ROOM, c.max_position_embeddings))
         num_rows = min(num_rows, 1 << (room.bit_length() - 1))
     num_pages = min(num_pages, num_rows * -(-c.max_position_embeddings // page_size))
-    return PagedCache(*sizes, num_pages, page_size, dtype, device), num_rows
+    shape = c.num_hidden_layers, num_pages, c.num_key_value_heads, page_size, c.head_dim
+    return PagedCache(shape, dtype, device), num_rows
 
 
 def _free_memory(model: Qwen2, num_rows: int, device: torch.device) -> float:

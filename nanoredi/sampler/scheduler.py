@@ -57,7 +57,7 @@ def _key(seed: int, prompt: list[int], sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself alone, and to look for a free place takes no time
 class Row:
     """A request in the batch."""
 
@@ -96,22 +96,14 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        num_pages: int,
-        page_size: int,
-        batch_size: int,
-        max_tokens: int,
-        context: int,
-        budget: int,
-        begins_again: bool = False,
+        self, pages: Pages, batch_size: int, max_tokens: int, context: int, budget: int, begins_again: bool = False
     ):
         """
         Args:
             budget: tokens that are put into the cache between two decode steps.
             begins_again: whether a row that was put back makes its tokens again, and not only what the cache held of them.
         """
-        self.pages = Pages(num_pages, page_size)
-        self.num_pages, self.page_size = num_pages, page_size
+        self.pages, self.page_size = pages, pages.page_size
         self.max_tokens, self.context, self.budget, self.begins_again = max_tokens, context, budget, begins_again
         self.waiting: deque[Request] = deque()
         self.rows: list[Row | None] = [None] * batch_size
@@ -143,7 +135,7 @@ class Scheduler:
                     f"{request.name} has {length:,} tokens with its template and fills the context of "
                     f"{self.context:,}; give a shorter one"
                 )
-            longest, room = length + self.limit(request) - 1, self.num_pages * self.page_size
+            longest, room = length + self.limit(request) - 1, len(self.pages.users) * self.page_size
             if longest > room:
                 raise UserError(
                     f"{request.name} has {length:,} tokens with its template and may become {longest:,} long; "

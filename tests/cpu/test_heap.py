@@ -1,6 +1,8 @@
-"""That free memory goes back to the system: of large models, where the C library can."""
+"""That free memory goes back to the system after steps of large models and stays after those of small ones, where the C
+library can."""
 
 import ctypes
+import resource
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ def test_it_is_given_back_for_a_large_model(large, in_c, num_steps, num_micro_ba
 
     class Library:
         malloc_trim = staticmethod(pads.append)
+        mallopt = staticmethod(lambda *_: 1)
 
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Library)
     monkeypatch.setattr(heap, "library", lambda name, dtype: object() if in_c else None)
@@ -32,6 +35,32 @@ def test_it_is_given_back_for_a_large_model(large, in_c, num_steps, num_micro_ba
     assert pads == ([0] if is_given else [])
 
 
+def test_a_small_models_memory_is_kept(monkeypatch):
+    """What a step takes and frees costs the system nothing in the next one."""
+    heap._keep.cache_clear()
+    accepted = []
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        pytest.skip("the C library is not glibc")
+
+    class Library:
+        mallopt = staticmethod(lambda *arguments: accepted.append(library.mallopt(*arguments)))
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library)
+    for _ in range(2):
+        after_step(torch.tensor(1), 1, heap._SMALL, torch.float32)
+    assert accepted == [1, 1]
+    faults = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(1 << 23) for _ in range(2)]
+        del tensors
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[-1] < 100, faults
+
+
 def test_other_c_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
-    heap.give_back(torch.tensor(1), 1, heap._SMALL + 1, torch.float32)
+    heap._keep.cache_clear()
+    for large in (False, True):
+        heap.give_back(torch.tensor(1), 1, heap._SMALL + large, torch.float32)

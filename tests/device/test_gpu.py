@@ -72,7 +72,7 @@ def test_prompts_that_enter_in_pieces_give_what_a_cpu_does(page_size, monkeypatc
 def prefilled(pieces: list[list[tuple[int, int, int]]], page_size: int) -> dict[tuple[int, int], torch.Tensor]:
     """What the tokens of two rows give in these pieces, (row, start, end) each: (row, position) -> (H, E)."""
     num_pages = -(-700 // page_size)
-    cache = kv_cache.PagedCache(1, 2, 128, 2 * num_pages, page_size, torch.bfloat16, torch.device(DEVICE))
+    cache = kv_cache.PagedCache((1, 2 * num_pages, 2, page_size, 128), torch.bfloat16, torch.device(DEVICE))
     pages = torch.randperm(2 * num_pages, generator=torch.Generator().manual_seed(0)).view(2, -1).tolist()
     rows = [[x.detach().to(DEVICE, torch.bfloat16) for x in qkv(700, 12, 2, 128, seed=row)] for row in range(2)]
     found = {}

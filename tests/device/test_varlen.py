@@ -137,7 +137,7 @@ def test_gradients_through_the_kernel_are_those_of_dense_attention(kept, calls, 
 def prefilled(pieces: list[list[tuple[int, int, int]]], page_size: int) -> dict[tuple[int, int], Tensor]:
     """What the tokens of two rows give in these pieces, (row, start, end) each: (row, position) -> (H, E)."""
     num_pages = -(-700 // page_size)
-    cache = kv_cache.PagedCache(1, 2, 8, 2 * num_pages, page_size, torch.float32, torch.device("cpu"))
+    cache = kv_cache.PagedCache((1, 2 * num_pages, 2, page_size, 8), torch.float32, torch.device("cpu"))
     cache.token_by_token = False
     pages = torch.randperm(2 * num_pages, generator=torch.Generator().manual_seed(0)).view(2, -1).tolist()
     rows = [[x.detach() for x in qkv(700, seed=row)] for row in range(2)]

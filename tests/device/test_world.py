@@ -135,7 +135,7 @@ def test_threads_sleep_soon_unless_the_user_says_otherwise(theirs, monkeypatch):
         monkeypatch.setenv(name, value)
     importlib.reload(nanoredi)
     assert {k: v for k, v in os.environ.items() if k in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} == (
-        theirs or {"GOMP_SPINCOUNT": "1000"}
+        theirs or {"GOMP_SPINCOUNT": "4000"}
     )
 
 

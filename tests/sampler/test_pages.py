@@ -18,8 +18,9 @@ class Run:
         self.rng = rng
         page_size, num_pages = rng.choice([1, 2, 4, 16]), rng.randint(6, 60)
         room = page_size * num_pages
+        pages = Pages(num_pages, page_size)
         self.scheduler = Scheduler(
-            num_pages, page_size, rng.randint(1, 8), rng.randint(1, 20), 50, budget=rng.choice([3, 10, 100])
+            pages, rng.randint(1, 8), rng.randint(1, 20), context=50, budget=rng.choice([3, 10, 100])
         )
         heads = [[rng.randrange(9) for _ in range(rng.randint(0, 12))] for _ in range(2)]
         prompts = [rng.choice(heads) + [rng.randrange(9) for _ in range(rng.randint(1, 25))] for _ in range(6)]
@@ -94,7 +95,7 @@ def test_a_thousand_random_schedules():
                 break
             run.step()
         assert sorted(map(id, run.ended)) == sorted(map(id, run.requests))
-        assert run.scheduler.pages.num_free == run.scheduler.num_pages
+        assert run.scheduler.pages.num_free == len(run.scheduler.pages.users)
         total["put back"] += run.num_put_back
         total["computed"] += run.num_computed
         total["prompts"] += sum(len(r.prompt) - 1 for r in run.requests)
@@ -142,14 +143,14 @@ def test_a_beginning_is_found_by_all_its_tokens_until_its_page_is_taken():
     ],
 )
 def test_what_can_never_be_completed_is_refused_by_name(prompt, words):
-    scheduler = Scheduler(6, 4, 2, max_tokens=10, context=50, budget=10)
+    scheduler = Scheduler(Pages(6, 4), 2, max_tokens=10, context=50, budget=10)
     scheduler.check([Request([1] * 15, name="math500: problem 1")])
     with pytest.raises(UserError, match=words):
         scheduler.check([Request([1], name="math500: problem 1"), Request(prompt, name="math500: problem 3")])
 
 
 def test_samples_of_a_prompt_cost_one_prefill():
-    scheduler = Scheduler(100, 4, 8, max_tokens=10, context=50, budget=100)
+    scheduler = Scheduler(Pages(100, 4), 8, max_tokens=10, context=50, budget=100)
     scheduler.waiting.extend(Request(list(range(15)), k) for k in range(8))
     entry = scheduler.enter()
     assert [(start, end) for _, start, end in entry.pieces] == [(0, 14)] and len(entry.rows) == 8

@@ -296,8 +296,8 @@ def test_a_gpu_takes_256_rows_or_as_many_as_its_memory_has_room_for(tokens, give
     model = tiny.tiny_model(tied=True)  # rows have room for 64 tokens, of 256 bytes each
     config = SamplingConfig(batch_size=given, page_size=1, cache_gb=(tokens + 0.5) * 256 / 1e9)
     sizes, got = sampler._cache(model, config, torch.device("cuda"))
-    assert got == rows and sizes[3] == min(tokens, rows * 64)
-    assert sampler._cache(model, SamplingConfig(cache_gb=1.0), torch.device("cuda"))[0][4] == 256
+    assert got == rows and sizes[0][1] == min(tokens, rows * 64)
+    assert sampler._cache(model, SamplingConfig(cache_gb=1.0), torch.device("cuda"))[0][0][3] == 256
     assert sampler._cache(model, config, torch.device("cpu"))[1] == (given or 64)
 
 
