@@ -1,4 +1,4 @@
-/* Rows of logits on a CPU: what the Triton kernels of logits.py do, in the same terms. -DIN_BF16=1 or 0: the logits' dtype. */
+/* Rows of logits on a CPU: what the Triton kernel of logits.py does, in the same terms. -DIN_BF16=1 or 0: the logits' dtype. */
 
 #include <math.h>
 
@@ -21,17 +21,10 @@ static inline void put(Stored *x, Floats values, int64_t count) {
     if (count < LANES) memcpy(x, all, count * sizeof *x);
 }
 
-/* Overwrite a row by weight * (onehot(y) - softmax). */
-static void write_gradient(Stored *row, int64_t y, float weight, float lse, float missing, int64_t num_columns) {
-    for (int64_t v = 0; v < num_columns; v += LANES)
-        put(row + v, power_of_e(logits_at(row, v, num_columns) - lse) * -weight, num_columns - v);
-    if (y >= 0 && y < num_columns) put(row + y, (Floats){0} + weight * missing, 1);
-}
-
-/* logits (n, num_columns), their rows stride apart, targets (n,) -> logps, entropies, lses, missings (n,); with weights
-(n,) the logits are overwritten by the gradient. Of a target that is no column all is NaN. */
+/* logits (n, num_columns), their rows stride apart, targets (n,) -> logps, entropies (n,); with weights (n,) the logits
+are overwritten by the gradient, weight * (onehot(target) - softmax). Of a target that is no column all is NaN. */
 void logprobs(Stored *logits, int64_t stride, const int64_t *targets, const float *weights, float *logps,
-              float *entropies, float *lses, float *missings, int64_t n, int64_t num_columns) {
+              float *entropies, int64_t n, int64_t num_columns) {
 #pragma omp parallel for
     for (int64_t t = 0; t < n; t++) {
         Stored *row = logits + t * stride;
@@ -51,18 +44,12 @@ void logprobs(Stored *logits, int64_t stride, const int64_t *targets, const floa
         }
         double total = sum(sums), gap = top + log(total) - target, tail = exp(-fabs(gap));
         double logp = -fmax(gap, 0) - log1p(tail), missing = (gap > 0 ? 1 : tail) / (1 + tail);
+        float lse = target - logp;
         logps[t] = logp;
-        lses[t] = target - logp;
-        missings[t] = missing;
         entropies[t] = log1p(tail) + fabs(gap) * tail / (1 + tail) + missing * (log(total) - sum(moments) / total);
-        if (weights) write_gradient(row, y, weights[t], lses[t], missings[t], num_columns);
+        if (!weights) continue;
+        for (int64_t v = 0; v < num_columns; v += LANES)
+            put(row + v, power_of_e(logits_at(row, v, num_columns) - lse) * -weights[t], num_columns - v);
+        if (y >= 0 && y < num_columns) put(row + y, (Floats){0} + weights[t] * (float)missing, 1);
     }
-}
-
-/* Overwrite the logits by the gradient of the sum of weights * logps. */
-void gradient(Stored *logits, int64_t stride, const int64_t *targets, const float *weights, const float *lses,
-              const float *missings, int64_t n, int64_t num_columns) {
-#pragma omp parallel for
-    for (int64_t t = 0; t < n; t++)
-        write_gradient(logits + t * stride, targets[t], weights[t], lses[t], missings[t], num_columns);
 }

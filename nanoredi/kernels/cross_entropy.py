@@ -82,11 +82,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 
 
 def logps_and_gradients(
-    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor, outputs: Outputs
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None, rows: Tensor, outputs: Outputs
 ) -> Tensor:
     """The log-probabilities (N,) of these rows, 0 elsewhere.
 
     Args:
+        weights: (N,) fp32; None where no gradient is wanted.
         outputs: where they are wanted, the gradient of hidden (N, D) is written to, that of lm_head (V, D) fp32 added to,
             these rows' entropies (N,) fp32 written to.
     """
@@ -94,7 +95,7 @@ def logps_and_gradients(
     wanted = grad_hidden is not None or grad_head is not None
     logps = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
     for chunk, x, logits in logits_by_chunks(hidden, head, rows):
-        logps[chunk], entropy, *_ = logprobs_(logits, targets[chunk], weights[chunk] if wanted else None)
+        logps[chunk], entropy = logprobs_(logits, targets[chunk], weights[chunk] if wanted else None)
         if entropies is not None:
             entropies[chunk] = entropy
         if grad_hidden is not None:

@@ -1,5 +1,5 @@
 """Logits, a chunk of rows at a time, and what is done to a row: log-probabilities and gradients, in plain PyTorch and in
-two Triton kernels.
+a Triton kernel.
 
 A row z (V,) has a target y. With o the log-sum-exp of all columns but y, and d = o - z[y],
 
@@ -14,7 +14,7 @@ The entropy of softmax(z) comes from the same pass. With H' that of the softmax 
 
     -p log p - (1-p) log(1-p) + (1-p) H'  =  softplus(-|d|) + |d| sigmoid(-|d|) + (1-p) H'          p = p(y)
 
-The kernels give a row to one program, which reads it once for o and H' and, where the gradient is wanted, once more to
+The kernel gives a row to one program, which reads it once for o and H' and, where the gradient is wanted, once more to
 overwrite it, all in fp32 with one rounding at the end. Nothing outside the row is ever read or written, whatever the
 target says.
 """
@@ -47,7 +47,7 @@ def logits_by_chunks(hidden: Tensor, lm_head: Tensor, rows: Tensor) -> Iterator[
 
 
 @operation
-def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
+def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The targets' log-probabilities and the entropies; with weights, the logits are overwritten by the gradient.
 
     Args:
@@ -56,7 +56,7 @@ def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
         weights: (C,) fp32, w of each row.
 
     Returns:
-        (C,) fp32 each: logp; the entropy of softmax(z); and what gradient_ needs, logsumexp(z) and 1 - p(y).
+        (C,) fp32 each: logp, and the entropy of softmax(z).
     """
     z, y = logits.float(), targets[:, None]
     target, others = z.gather(1, y).squeeze(1), z.scatter(1, y, float("-inf"))
@@ -65,50 +65,25 @@ def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
     shares = others.softmax(1)
     of_others = torch.special.entr(shares, out=shares).sum(1)
     entropy = F.softplus(far) - far * far.sigmoid() + one_minus_p * of_others
-    lse = target - logp
     if weights is not None:
-        gradient_.plain(logits, targets, weights, lse, one_minus_p)
-    return logp, entropy, lse, one_minus_p
-
-
-@operation
-def gradient_(logits: Tensor, targets: Tensor, weights: Tensor, lse: Tensor, one_minus_p: Tensor) -> None:
-    """Overwrite logits (C, V) by the gradient of the sum of weights * logps; lse and one_minus_p are logprobs_'s."""
-    gradient = (logits.float() - lse[:, None]).exp() * -weights[:, None]
-    logits.copy_(gradient.scatter(1, targets[:, None], (weights * one_minus_p)[:, None]))
+        gradient = (z - (target - logp)[:, None]).exp() * -weights[:, None]
+        logits.copy_(gradient.scatter(1, y, (weights * one_minus_p)[:, None]))
+    return logp, entropy
 
 
 if triton is not None:
 
     @logprobs_.on("cuda")
     def _launch_logprobs(logits, targets, weights=None):
-        out = logits.new_empty(4, len(logits), dtype=torch.float32)
-        sizes = {"WRITE_GRADIENT": weights is not None, "BLOCK": _block(logits, 4096), "num_warps": 8}
-        _logprobs_kernel[(len(logits),)](logits, logits.stride(0), targets, weights, *out, logits.shape[1], **sizes)
-        return tuple(out)
-
-    @gradient_.on("cuda")
-    def _launch_gradient(logits, targets, weights, lse, one_minus_p):
-        row = logits, logits.stride(0), targets, weights, lse, one_minus_p, logits.shape[1]
-        _gradient_kernel[(len(logits),)](*row, BLOCK=_block(logits, 8192), num_warps=8)
-
-    def _block(logits: Tensor, at_most: int) -> int:
-        """Columns that a program holds at once."""
-        return min(at_most, triton.next_power_of_2(logits.shape[1]))
+        logps, entropies = logits.new_empty(2, len(logits), dtype=torch.float32)
+        block = min(4096, triton.next_power_of_2(logits.shape[1]))  # columns that a program holds at once
+        row = logits, logits.stride(0), targets, weights, logps, entropies, logits.shape[1]
+        _logprobs_kernel[(len(logits),)](*row, WRITE_GRADIENT=weights is not None, BLOCK=block, num_warps=8)
+        return logps, entropies
 
     @triton.jit
     def _logprobs_kernel(
-        logits,
-        stride,
-        targets,
-        weights,
-        logps,
-        entropies,
-        lses,
-        ones_minus_p,
-        V,
-        WRITE_GRADIENT: tl.constexpr,
-        BLOCK: tl.constexpr,
+        logits, stride, targets, weights, logps, entropies, V, WRITE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
     ):
         c = tl.program_id(0).to(tl.int64)
         row = logits + c * stride
@@ -140,30 +115,17 @@ if triton is not None:
         tail = tl.exp(-tl.abs(gap))
         one_minus_p = tl.where(gap > 0, 1.0, tail) / (1.0 + tail)  # sigmoid(gap)
         logp = -tl.maximum(gap, 0.0) - _log1p(tail)  # -softplus(gap)
-        lse = target - logp
         small = tail / (1.0 + tail)  # the smaller one of p and 1 - p
         of_others = tl.log(total_of_others) - mean / total_of_others
         tl.store(logps + c, logp)
         tl.store(entropies + c, _log1p(tail) + tl.abs(gap) * small + one_minus_p * of_others)
-        tl.store(lses + c, lse)
-        tl.store(ones_minus_p + c, one_minus_p)
         if WRITE_GRADIENT:
-            _write_gradient(row, y, tl.load(weights + c), lse, one_minus_p, V, BLOCK)
-
-    @triton.jit
-    def _gradient_kernel(logits, stride, targets, weights, lses, ones_minus_p, V, BLOCK: tl.constexpr):
-        c = tl.program_id(0).to(tl.int64)
-        y, w = tl.load(targets + c), tl.load(weights + c)
-        _write_gradient(logits + c * stride, y, w, tl.load(lses + c), tl.load(ones_minus_p + c), V, BLOCK)
-
-    @triton.jit
-    def _write_gradient(row, y, w, lse, one_minus_p, V, BLOCK: tl.constexpr):
-        """Overwrite a row of logits by w * (onehot(y) - softmax)."""
-        for start in range(0, V, BLOCK):
-            v = start + tl.arange(0, BLOCK)
-            z = tl.load(row + v, mask=v < V, other=0.0).to(tl.float32)
-            gradient = tl.where(v == y, w * one_minus_p, -w * tl.exp(z - lse))
-            tl.store(row + v, gradient.to(row.dtype.element_ty), mask=v < V)
+            w, lse = tl.load(weights + c), target - logp
+            for start in range(0, V, BLOCK):
+                v = start + tl.arange(0, BLOCK)
+                z = tl.load(row + v, mask=v < V, other=0.0).to(tl.float32)
+                gradient = tl.where(v == y, w * one_minus_p, -w * tl.exp(z - lse))
+                tl.store(row + v, gradient.to(row.dtype.element_ty), mask=v < V)
 
     @triton.jit
     def _log1p(t):

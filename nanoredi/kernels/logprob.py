@@ -2,20 +2,16 @@
 tokens x vocabulary.
 
 It is for losses that are not linear in the log-probabilities, such as DPO's: what a row's weight will be is known only
-in backward. So forward keeps two numbers a row, and backward makes each chunk's logits once more:
-
-    logp_t = z_t[y_t] - logsumexp(z_t)      d logp_t / d z_t = onehot(y_t) - softmax(z_t)      z_t = lm_head @ hidden_t
-
-Four matrix products instead of the weighted cross-entropy's three.
+in backward. Then the loss is, to first order, a weighted sum of the log-probabilities, so backward is the weighted
+cross-entropy's forward (cross_entropy.py): it makes each chunk's logits once more. Four matrix products instead of three.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanoredi.kernels.cross_entropy import logps_and_gradients
 from nanoredi.kernels.dispatch import operation
-from nanoredi.kernels.layers import add_product, product
-from nanoredi.kernels.logits import gradient_, logits_by_chunks, logprobs_
 
 
 @operation
@@ -45,33 +41,21 @@ def linear_logprob(
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, lm_head, targets, rows, entropies):
-        # Three tensors and no views of one: FSDP2 hangs its hook on what leaves the model, and a view may lose it.
-        logps, lse, one_minus_p = (torch.zeros(len(hidden), device=hidden.device) for _ in range(3))
         head = lm_head.to(hidden.dtype)
-        for chunk, _, logits in logits_by_chunks(hidden, head, rows):
-            logps[chunk], entropy, lse[chunk], one_minus_p[chunk] = logprobs_(logits, targets[chunk])
-            if entropies is not None:
-                entropies[chunk] = entropy
-        ctx.save_for_backward(hidden, head, targets, rows, lse, one_minus_p)
-        return logps
+        ctx.save_for_backward(hidden, head, targets, rows)
+        return logps_and_gradients(hidden, head, targets, None, rows, (None, None, entropies))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps):
-        grad_head = (
-            torch.zeros(ctx.saved_tensors[1].shape, device=grad_logps.device) if ctx.needs_input_grad[1] else None
-        )
+        shape = ctx.saved_tensors[1].shape
+        grad_head = torch.zeros(shape, device=grad_logps.device) if ctx.needs_input_grad[1] else None
         return gradient_of_hidden(ctx, grad_logps, grad_head), grad_head, None, None, None
 
 
 def gradient_of_hidden(ctx, grad_logps: Tensor, grad_head: Tensor | None) -> Tensor | None:
     """(N, D), if it is wanted; the gradient of lm_head is added to grad_head (V, D) fp32, if that is."""
-    hidden, head, targets, rows, lse, one_minus_p = ctx.saved_tensors
+    hidden, head, targets, rows = ctx.saved_tensors
     grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-    for chunk, x, logits in logits_by_chunks(hidden, head, rows):
-        gradient_(logits, targets[chunk], grad_logps[chunk], lse[chunk], one_minus_p[chunk])
-        if grad_hidden is not None:
-            grad_hidden[chunk] = product(logits, head)
-        if grad_head is not None:
-            add_product(grad_head, logits.T, x)
+    logps_and_gradients(hidden, head, targets, grad_logps, rows, (grad_hidden, grad_head, None))
     return grad_hidden

@@ -7,7 +7,7 @@ from nanoredi.kernels import adamw, dispatch, layers, logits, paged_attention, t
 from nanoredi.model.attention import causal_attention
 
 OWN = [kernels.weighted_cross_entropy, kernels.linear_logprob, adamw.update_square, causal_attention]
-OWN += [logits.logprobs_, logits.gradient_, paged_attention.paged_decode, top_p.keep]
+OWN += [logits.logprobs_, paged_attention.paged_decode, top_p.keep]
 
 
 def test_every_operation_and_hook():

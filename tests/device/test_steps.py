@@ -46,7 +46,6 @@ KERNELS = {
     # Three programs of 256 threads share a multiprocessor's 65,536 registers.
     "logprobs_kernel bfloat16 WRITE_GRADIENT=True BLOCK=4096": (80, 32),
     "logprobs_kernel bfloat16 WRITE_GRADIENT=False BLOCK=4096": (80, 32),
-    "gradient_kernel bfloat16 BLOCK=8192": (53, 0),
     "write_kernel bfloat16 HALF=64 BLOCK=64": (24, 0),
     "decode_kernel bfloat16 GROUP=6 PAGE=256 GROUP_BLOCK=16 BLOCK=64 ALONE=False SIZE=128 SIZE_BLOCK=128 SPAN=1024": (
         117,

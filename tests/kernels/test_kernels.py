@@ -6,7 +6,7 @@ import torch
 from conftest import DEVICE, use_triton
 
 from nanoredi.kernels import linear_logprob, logits, weighted_cross_entropy
-from nanoredi.kernels.logits import gradient_, logprobs_
+from nanoredi.kernels.logits import logprobs_
 
 
 @pytest.fixture(params=["plain", "fastest", "triton"], autouse=True)
@@ -15,7 +15,7 @@ def version(request, monkeypatch):
     if request.param == "plain":
         request.getfixturevalue("plain")
     elif request.param == "triton":
-        use_triton(monkeypatch, logprobs_, gradient_)
+        use_triton(monkeypatch, logprobs_)
     return request.param
 
 
