@@ -26,8 +26,6 @@ class Graphs:
         self.captured: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
         # For what a graph is captured after.
         self.beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        # cuDNN's attention makes a plan for every length of a prompt, by others' reports some 30 ms of the host's time.
-        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def __call__(self, places: np.ndarray, uniforms: np.ndarray, longest: int) -> Tensor:
         """A step of the rows in these places (B,) int64 by uniforms (B,) fp64, the longest of which has so many tokens: their

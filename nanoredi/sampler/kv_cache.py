@@ -9,14 +9,11 @@ import inspect
 import math
 import mmap
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from nanoredi.kernels.dispatch import operation
 from nanoredi.kernels.paged_attention import paged_decode, write
 from nanoredi.model.attention import Attend, Rope, varlen_attn
 
@@ -26,14 +23,14 @@ class PagedCache:
 
     Attributes:
         keys, values: (L, P+1, K, page, E). The last page is for what nobody wants: the rows that only fill a batch up.
-        token_by_token: whether a prompt's tokens attend as if each were decoded. It is the same then, bit for bit, in
-            whatever pieces they come; on a CPU it takes no longer.
+        token_by_token: whether a prompt's tokens attend as if each were decoded: on a CPU, where it takes no longer, and where
+            flash attention cannot read the pages.
     """
 
     def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device):
         """shape: (L, P, K, page, E)."""
         num_layers, self.num_pages, num_heads, self.page_size, head_dim = shape
-        self.token_by_token = device.type == "cpu"
+        self.token_by_token = device.type == "cpu" or not _reads_pages(dtype, self.page_size, head_dim)
         shape = num_layers, self.num_pages + 1, num_heads, self.page_size, head_dim
         self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
 
@@ -43,18 +40,20 @@ class PagedCache:
         for pool in (self.keys, self.values):
             pool[:, target] = pool[:, source]
 
-    def prefill(self, pieces: Sequence[tuple[list[int], int, int]]) -> tuple[Attend, Tensor]:
+    def prefill(self, pieces: Sequence[tuple[list[int], int, int]], filling: int = 0) -> tuple[Attend, Tensor]:
         """Attention of pieces of rows, packed one after the other.
 
         Args:
             pieces: (the row's pages, start, end): its tokens from start to end. Those before are in the cache, or in an
                 earlier piece.
+            filling: tokens after theirs that are nobody's.
 
         Returns:
-            What attends, and the pieces' positions (N,) int64. Tokens after those of the pieces, which only fill a batch up,
-            get zeros.
+            What attends, and the positions (N,) int64 of all these tokens.
         """
         device = self.keys.device
+        if filling:
+            pieces = [*pieces, ([self.num_pages] * -(-filling // self.page_size), 0, filling)]
         sizes, lengths = [end - start for _, start, end in pieces], [end for _, _, end in pieces]
         table = np.zeros((len(pieces), max(len(pages) for pages, _, _ in pieces)), dtype=np.int64)
         for line, (pages, _, _) in zip(table, pieces):
@@ -69,13 +68,12 @@ class PagedCache:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None = None) -> Tensor:
             q = write(q, k, v, rope, self.keys[layer], self.values[layer], places)
-            return paged_prefill(q, self.keys[layer], self.values[layer], sizes, lengths, table, ends)
+            return paged_prefill(q, self.keys[layer], self.values[layer], table, ends)
 
-        return _of_first(len(positions), attend), positions
+        return attend, positions
 
     def decode(self, page_table: Tensor, lengths: Tensor) -> Attend:
-        """Attention of one new token a row, which it also writes at the row's end. Tokens after those of the rows get zeros,
-        as in prefill.
+        """Attention of one new token a row, which it also writes at the row's end.
 
         Args:
             page_table: (B, C) int64, each row's pages, then anything.
@@ -87,7 +85,7 @@ class PagedCache:
             q = write(q, k, v, rope, self.keys[layer], self.values[layer], places)
             return paged_decode(q, self.keys[layer], self.values[layer], page_table, new_lengths)
 
-        return _of_first(len(lengths), attend)
+        return attend
 
     def _places(self, page_table: Tensor, positions: Tensor) -> Tensor:
         """Where the keys of tokens (N,) at these positions of their rows (N, C) go, in a layer's pool seen as
@@ -97,76 +95,33 @@ class PagedCache:
         return (heads * self.page_size + positions[:, None] % self.page_size).flatten()
 
 
-@operation
-def paged_prefill(
-    q: Tensor, keys: Tensor, values: Tensor, sizes: list[int], lengths: list[int], page_table: Tensor, ends: Tensor
-) -> Tensor:
-    """Attention of pieces of rows, packed one after the other, each the last tokens that its row has so far.
+def paged_prefill(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, ends: Tensor) -> Tensor:
+    """Attention of pieces of rows, packed one after the other, each the last tokens that its row has so far: one call of
+    torch's flash attention, which reads the pages where they lie. The order of a row's sums follows from the row alone if
+    it may not split rows, and never takes a lone query for a decode step's.
 
     Args:
         q: (N, H, E).
         keys, values: (P, K, page, E), one layer's pool, which has all of the rows.
-        sizes, lengths: of each piece, and of its row, the piece included.
         page_table: (S, C) int32, each row's pages, then anything.
         ends: (2, S+1) int32, where each piece begins and the last one ends; the same of the rows, as if they were packed.
 
     Returns:
         (N, H, E).
     """
-    outs = []
-    for part, pages, length in zip(q.split(sizes), page_table, lengths):
-        pages = pages[: -(-length // keys.shape[2])]
-        # (1, K, length, E), heads first.
-        key, value = (pool[pages].transpose(0, 1).flatten(1, 2)[None, :, :length] for pool in (keys, values))
-        # Where all of the row is in the piece, is_causal says what a token sees.
-        mask = _mask(len(part), length, q.device) if len(part) < length else None
-        heads = part.transpose(0, 1)[None]
-        out = F.scaled_dot_product_attention(heads, key, value, mask, is_causal=mask is None, enable_gqa=True)
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)
-
-
-@paged_prefill.on("cuda")
-def _flash(q, keys, values, sizes, lengths, page_table, ends):
-    """One call of torch's flash attention, which reads the pages where they lie: from torch 2.12 on, in half precision and,
-    in its second version, with pages of multiples of 256 tokens. The order of a row's sums follows from the row alone if it
-    may not split rows, and never takes a lone query for a decode step's."""
-    attention, page_size = varlen_attn(), keys.shape[2]
-    if not _reads_pages() or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] % 8 or page_size % 256:
-        return NotImplemented
-    # Later versions do not want what the second one does not look at.
+    # Versions later than the second do not want what that one does not look at.
     ends_k = None if torch.nn.attention.current_flash_attention_impl() else ends[1]
     longest, paged = max(2, len(q)), {"seqused_k": ends[1].diff(), "block_table": page_table, "num_splits": 1}
-    pools, longest_k = (pool.transpose(1, 2) for pool in (keys, values)), page_table.shape[1] * page_size
-    return attention(q, *pools, ends[0], ends_k, longest, longest_k, window_size=(-1, 0), **paged)
+    pools, longest_k = (pool.transpose(1, 2) for pool in (keys, values)), page_table.shape[1] * keys.shape[2]
+    return varlen_attn()(q, *pools, ends[0], ends_k, longest, longest_k, window_size=(-1, 0), **paged)
 
 
-@cache
-def _reads_pages() -> bool:
+def _reads_pages(dtype: torch.dtype, page_size: int, head_dim: int) -> bool:
+    """Whether torch's flash attention can: from torch 2.12 on, in half precision and, in its second version, in pages of
+    multiples of 256 tokens."""
+    if dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or page_size % 256:
+        return False
     return "block_table" in inspect.signature(varlen_attn()).parameters
-
-
-def _of_first(num_tokens: int, attend: Attend) -> Attend:
-    """The same for the first num_tokens; those after them get zeros."""
-
-    def attend_first(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None = None) -> Tensor:
-        if len(q) == num_tokens:
-            return attend(layer, q, k, v, rope)
-        first = (x[:num_tokens] for x in (q, k, v))
-        out = attend(layer, *first, rope and (rope[0][:num_tokens], rope[1][:num_tokens]))
-        return F.pad(out, (0, 0, 0, 0, 0, len(q) - num_tokens))
-
-    return attend_first
-
-
-def _mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """Of the last tokens of a row: each sees all up to itself."""
-    if device.type == "cpu":
-        return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
-    # For a kernel that makes no mask. Its module takes long to import, which a CPU need not wait for.
-    from torch.nn.attention.bias import causal_lower_right
-
-    return causal_lower_right(num_queries, num_keys)
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:

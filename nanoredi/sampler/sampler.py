@@ -20,14 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanoredi.common.errors import UserError
 from nanoredi.config import SamplingConfig
 from nanoredi.kernels import linear
 from nanoredi.kernels.dispatch import decode_graphs, prepare_for_sampling
-from nanoredi.model.attention import Attend
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.choose import choose, uniform
 from nanoredi.sampler.kv_cache import PagedCache, upload
@@ -155,9 +153,11 @@ class Sampler:
     def _enter(self) -> None:
         entry = self.scheduler.enter()
         if entry.pieces:
-            attend, positions = self.cache.prefill([(row.pages, start, end) for row, start, end in entry.pieces])
             ids = np.concatenate([row.tokens[start:end] for row, start, end in entry.pieces])
-            self._hidden_states(upload(ids, self.device), positions, attend, _PREFILL_TOKENS)
+            filling = self._filling(len(ids), _PREFILL_TOKENS)
+            pieces = [(row.pages, start, end) for row, start, end in entry.pieces]
+            attend, positions = self.cache.prefill(pieces, filling)
+            self.model.hidden_states(upload(np.pad(ids, (0, filling)), self.device), positions, attend)
         if entry.copies:
             self.cache.copy(*zip(*entry.copies))
         if not entry.rows:
@@ -197,7 +197,9 @@ class Sampler:
         uniforms = uniform(self.keys[places], self.num_drawn[places])
         self.num_drawn[places] += 1
         if not self.graphs:
-            tokens = self._advance(upload(places, self.device), upload(uniforms, self.device))
+            filling = self._filling(len(places), self.batch_size)
+            filled = np.pad(places, (0, filling), constant_values=self.batch_size)
+            tokens = self._advance(upload(filled, self.device), upload(uniforms, self.device))
             return _Drawn(places, whose, tokens.cpu(), None)
         tokens = self.graphs(places, uniforms, int(self.scheduler.lengths[places].max()))
         there = torch.empty(len(places), dtype=torch.int64, pin_memory=True)
@@ -207,23 +209,26 @@ class Sampler:
         return _Drawn(places, whose, there, arrived)
 
     def _advance(self, places: Tensor, uniforms: Tensor, num_columns: int | None = None) -> Tensor:
-        """Put the newest tokens of the rows in these places (B,) through the model, and draw the next ones by uniforms (B,):
-        (B,) int64. No row has more pages than num_columns."""
+        """Put the newest tokens of the rows in these places through the model, and draw the next ones by uniforms (B,): (B,)
+        int64. What comes after the first B places is nobody's. No row has more pages than num_columns."""
         lengths = self.lengths[places]
         attend = self.cache.decode(self.page_table[places, :num_columns], lengths)
-        hidden = self._hidden_states(self.newest[places], lengths, attend, self.batch_size)
+        logits = linear(self.model.hidden_states(self.newest[places], lengths, attend), self.head)
+        places, lengths, logits = (x[: len(uniforms)] for x in (places, lengths, logits))
         c = self.config
-        tokens = choose(linear(hidden, self.head)[: len(places)], uniforms, c.temperature, c.top_p, c.top_k)
+        tokens = choose(logits, uniforms, c.temperature, c.top_p, c.top_k)
         self.newest[places] = tokens.clamp(min=0)
         self.lengths[places] = (lengths + 1) * (places < self.batch_size)  # nobody's row stays empty
         return tokens
 
-    def _hidden_states(self, ids: Tensor, positions: Tensor, attend: Attend, full_size: int) -> Tensor:
-        """Of tokens (N,): (N or more, D)."""
-        filling = full_size - len(ids) if self.full_size else _filling(len(ids)) if self.device.type == "cpu" else 0
-        if filling:
-            ids, positions = F.pad(ids, (0, filling)), F.pad(positions, (0, filling))
-        return self.model.hidden_states(ids, positions, attend)
+    def _filling(self, num_tokens: int, full_size: int) -> int:
+        """How many tokens of nobody's go with so many. On a CPU each new number may cost a kernel for every product, half a
+        megabyte and a millisecond or two; and a single token is multiplied by other code, which adds up in another order."""
+        if self.full_size:
+            return full_size - num_tokens
+        if self.device.type != "cpu":
+            return 0
+        return max(2 - num_tokens, -num_tokens % (1 if num_tokens <= 4 else 8 if num_tokens <= 128 else 64))
 
     def _look(self) -> list[Request]:
         """Look at the tokens that were drawn last. Returns the requests that ended."""
@@ -270,12 +275,6 @@ class Sampler:
         room = self.tokens.shape[1]
         if num_tokens > room:
             self.tokens = np.pad(self.tokens, ((0, 0), (0, max(room, num_tokens - room))))
-
-
-def _filling(num_tokens: int) -> int:
-    """How many tokens a CPU takes beside so many: each new number may cost a kernel for every product, half a megabyte and a
-    millisecond or two; and a single token is multiplied by other code, which adds up in another order."""
-    return max(2 - num_tokens, -num_tokens % (1 if num_tokens <= 4 else 8 if num_tokens <= 128 else 64))
 
 
 def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> tuple[PagedCache, int]:

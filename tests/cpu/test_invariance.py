@@ -1,5 +1,7 @@
 """A sample is the same, bit for bit, whatever else is in its batch and however the work is cut."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,6 @@ from pool import pool_of, rows_of
 
 from nanoredi.config import SamplingConfig
 from nanoredi.cpu import decode, native
-from nanoredi.cuda.graphs import Graphs
 from nanoredi.kernels.dispatch import prepare_for_sampling
 from nanoredi.kernels.layers import linear
 from nanoredi.kernels.paged_attention import paged_decode
@@ -54,7 +55,7 @@ def test_samples_are_the_same_bit_for_bit(model, dtype, monkeypatch):
     assert tokens_of(model, dtype) == want
 
 
-def test_full_steps_and_rows_that_begin_again(model):
+def test_full_steps_and_rows_that_begin_again(model, monkeypatch):
     """What a GPU does, by the CPU's products."""
     put_back, shown = [], []
 
@@ -62,16 +63,8 @@ def test_full_steps_and_rows_that_begin_again(model):
         one.full_size = one.scheduler.begins_again = True
         put = one.scheduler.put_back
         one.scheduler.put_back = lambda row: (put_back.append(len(row.request.tokens)), put(row))
-        advance = one._advance
-
-        def filled_up(places, uniforms):
-            more = Graphs(one.newest, advance, (one.batch_size, 1, 1), True).filled_up(places.numpy())
-            uniforms = torch.nn.functional.pad(uniforms, (0, len(more) - len(places)))
-            return advance(torch.from_numpy(more), uniforms)[: len(places)]
-
-        one._advance = filled_up
-        seen = one._hidden_states
-        one._hidden_states = lambda *args: shown.append(len(seen(*args))) or seen(*args)
+        seen = one.model.hidden_states
+        monkeypatch.setattr(one.model, "hidden_states", lambda ids, *more: shown.append(len(ids)) or seen(ids, *more))
 
     want = tokens_of(model, "float32", batch_size=8)
     a_page = 2 * 2 * 2 * 16 * 32 * 4
@@ -100,7 +93,8 @@ def test_a_row_attends_alone_as_beside_longer_ones(in_c, dtype, monkeypatch):
 @pytest.mark.parametrize("size, out", [(96, 288), (896, 128), (1536, 576), (1536, 8960), (4864, 896)])
 def test_a_row_of_a_product_does_not_depend_on_the_others(dtype, size, out):
     """What the promise rests on, with this machine's processor and libraries."""
-    assert sampler._filling(1) == 1  # one row alone is multiplied by other code
+    on_a_cpu = SimpleNamespace(full_size=False, device=torch.device("cpu"))
+    assert Sampler._filling(on_a_cpu, 1, 64) == 1  # one row alone is multiplied by other code
 
     g = torch.Generator().manual_seed(1)
     weight = prepare_for_sampling((torch.randn(out, size, generator=g) / size**0.5).to(dtype), True)

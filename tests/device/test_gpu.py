@@ -85,7 +85,7 @@ def prefilled(pieces: list[list[tuple[int, int, int]]], page_size: int) -> dict[
 
 def test_flash_attention_reads_pages_the_same_bit_for_bit_in_whatever_pieces():
     whole = prefilled([[(0, 0, 700), (1, 0, 300)]], 256)
-    for place, out in prefilled([[(1, 0, 300), (0, 0, 700)]], 16).items():  # by the plain way
+    for place, out in prefilled([[(1, 0, 300), (0, 0, 700)]], 16).items():  # token by token
         torch.testing.assert_close(out, whole[place], atol=0.02, rtol=0)
     for pieces in (
         [[(0, 0, 700)], [(1, 0, 300)]],

@@ -29,7 +29,6 @@ from nanoredi.model import hf_folder  # noqa: E402
 from nanoredi.model.attention import PackedAttention  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Block, Qwen2, rotary_angles  # noqa: E402
-from nanoredi.sampler import kv_cache  # noqa: E402
 from nanoredi.sampler.sampler import Sampler  # noqa: E402
 from nanoredi.trainer import distributed, loop  # noqa: E402
 from nanoredi.trainer import step as trainer_step  # noqa: E402
@@ -159,14 +158,14 @@ def whole_decode() -> dict:
 
 
 def prefill() -> dict:
-    """The beginning of one prompt and the end of another."""
+    """The beginning of one prompt and the end of another, and what fills the step up."""
     pieces = [(list(range(1)), 0, 150), (list(range(1, 9)), 1024, 1724)]
     with fake:
         sampling = sampler(2)
-        ids = torch.zeros(850, dtype=torch.int64, device="cuda")
+        ids = torch.zeros(1024, dtype=torch.int64, device="cuda")
         with torch.inference_mode(), Watch() as watch:
-            attend, positions = sampling.cache.prefill(pieces)
-            hidden = sampling._hidden_states(ids, positions, attend, len(ids))
+            attend, positions = sampling.cache.prefill(pieces, 174)
+            hidden = sampling.model.hidden_states(ids, positions, attend)
     return {**watched(watch), "result": [str(hidden.device), list(hidden.shape)]}
 
 
@@ -226,7 +225,6 @@ def real(make: Callable) -> Callable:
 
 
 trainer_step.pack = real(trainer_step.pack)
-kv_cache._mask = real(kv_cache._mask)
 import_package = dispatch._import_package
 # The CPU's package looks into its tensors.
 dispatch._import_package = lambda device_type: None if device_type == "cpu" else import_package(device_type)

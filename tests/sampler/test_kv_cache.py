@@ -118,12 +118,10 @@ def test_new_tokens_are_written_where_they_belong(heads, kv_heads, size, dtype, 
 
 
 @pytest.mark.parametrize("page_size", [4, 16])
-@pytest.mark.parametrize("token_by_token", [True, False])
-def test_prefill_in_pieces_and_decode_equal_one_pass(page_size, token_by_token):
+def test_prefill_in_pieces_and_decode_equal_one_pass(page_size):
     """Two rows in pieces, the second one's end copied from the first one's, then decoded; as without a cache."""
     layers, kv_heads, size, n = 2, 2, 8, 12
     cache = PagedCache((layers, 12, kv_heads, page_size, size), torch.float32, torch.device("cpu"))
-    cache.token_by_token = token_by_token  # a GPU takes a piece at once
     whole = [[[x.detach() for x in qkv(n, seed=10 * row + layer)] for layer in range(layers)] for row in range(2)]
     pages = [list(range(r * 4, r * 4 + -(-n // page_size))) for r in range(2)]
     got = {(row, layer): [] for row in range(2) for layer in range(layers)}
