@@ -45,7 +45,7 @@ class TrainConfig:
         0, "ranks that share one copy of the weights, such as a machine's; 0: all of them", low=0, free=True
     )
     offload: bool = option(
-        False, "keep the fp32 weights and AdamW's moments on the host, and step there: a GPU needs far less", free=True
+        False, "keep fp32 weights and AdamW's moments on the host, and step there: a GPU needs less memory", free=True
     )
     max_tokens_per_micro_batch: int = option(
         40_000, "tokens of one forward pass on one rank; a longer sequence goes alone", low=1, free=True

@@ -69,14 +69,8 @@ class Sampler:
         self.cache, self.batch_size = _cache(model, config, self.device)
         context, page_size, batch_size = model.config.max_position_embeddings, self.cache.page_size, self.batch_size
         self.full_size = config.batch_invariant and self.device.type == "cuda"
-        self.scheduler = Scheduler(
-            Pages(self.cache.num_pages, page_size),
-            batch_size,
-            config.max_tokens,
-            context,
-            _PREFILL_TOKENS,
-            self.full_size,
-        )
+        pages = Pages(self.cache.num_pages, page_size)
+        self.scheduler = Scheduler(pages, batch_size, config.max_tokens, context, _PREFILL_TOKENS, self.full_size)
         # The rows' state on the device; the last place is nobody's, for filling a batch up.
         self.newest, self.lengths = torch.zeros(2, batch_size + 1, dtype=torch.int64, device=self.device)
         num_columns = -(-context // page_size)
