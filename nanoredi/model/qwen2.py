@@ -172,9 +172,8 @@ class Qwen2(nn.Module):
         with torch.device("meta"):
             model = cls(config, tokenizer_folder=folder if (Path(folder) / "tokenizer.json").exists() else None)
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        weights = load_weights(
-            folder, shapes, tied={"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
-        )
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+        weights = load_weights(folder, shapes, tied)
         model.load_state_dict({name: w.to(device=device, dtype=dtype) for name, w in weights}, assign=True)
         return model
 
@@ -190,15 +189,15 @@ class Qwen2(nn.Module):
         """
         save_folder(folder, self.config.to_dict(), dict(self.named_parameters()), self.companions, dtype)
 
+    @torch.no_grad()
     def init_weights(self, seed: int) -> "Qwen2":
         """Random weights: normal with the config's initializer_range, biases 0, norms 1."""
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, (nn.Linear, nn.Embedding)):
-                    module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    module.bias.zero_()
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                p.normal_(0.0, self.config.initializer_range, generator=generator)
+            else:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
 
     def pack(self) -> "Qwen2":
