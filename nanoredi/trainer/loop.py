@@ -108,7 +108,7 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
         look = partial(means_a_token, model, watched, config.max_tokens_per_micro_batch, world)
     dtype = world.first(lambda: compute_dtype(config.dtype, world.device))
     rate = world.first(lambda: matrix_rate(dtype, world.device))  # measured, so one rank decides
-    set_up(model, config, dtype, world)
+    shard(model, world, dtype, config)
     began_with = {"data": data.digest, "dtype": str(dtype)[6:]}
     if isinstance(config, RediConfig) and config.objective == "dpo":
         data.reference, began_with["reference"] = reference_logps(config, model, data, dtype, world)
@@ -131,13 +131,6 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
 
 def _stage(config: SftConfig | RediConfig) -> str:
     return "stage 1" if isinstance(config, SftConfig) else "stage 2"
-
-
-def set_up(model: Qwen2, config: SftConfig | RediConfig, dtype: torch.dtype, world: World) -> None:
-    """Make a model, in place, one that is trained in this compute dtype by these ranks."""
-    for block in model.model.layers:
-        block.activation_checkpointing = config.activation_checkpointing
-    shard(model, world, dtype, config.reshard_after_forward, config.shard_size, config.offload)
 
 
 def save_state(run: _Run, step: int) -> None:

@@ -112,7 +112,7 @@ def test_another_number_of_ranks_goes_on(ranks, shard_size, flags, run, tmp_path
 @pytest.fixture
 def states(toy_data, one_rank, tmp_path):
     """A model's tensors, and its states at steps 5, 10 and 15."""
-    model = shard(Qwen2.from_pretrained(toy_data / "model"), one_rank, torch.float32)
+    model = shard(Qwen2.from_pretrained(toy_data / "model"), one_rank, torch.float32, SftConfig())
     tensors = training_tensors(model, AdamW(model, 1e-3, 0.0))
     states = States(tmp_path / "state", one_rank)
     for step in (5, 10, 15):
