@@ -30,11 +30,6 @@ class PackedBatch(NamedTuple):
     shares: Tensor  # (2, N) fp32, of the target's log-probability in the step's means of chosen and of rejected traces
     max_seqlen: int  # the longest sequence
 
-    @property
-    def forward_arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """What Qwen2.forward takes, in its order."""
-        return self.input_ids, self.position_ids, self.cu_seqlens, self.max_seqlen
-
     def to(self, device: torch.device) -> "PackedBatch":
         *tensors, max_seqlen = self
         if device.type == "cuda":
@@ -63,7 +58,6 @@ def pack(sequences: list[Sequence], vocab_size: int) -> PackedBatch:
         return torch.from_numpy(np.concatenate(list(parts)))
 
     lengths = [s.num_inputs for s in sequences]
-    shares = [joined(s.learned[1:] * np.float32(s.share * (s.side == side)) for s in sequences) for side in SIDES]
     return PackedBatch(
         input_ids=joined(s.tokens[:-1] for s in sequences).long(),
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
@@ -71,7 +65,9 @@ def pack(sequences: list[Sequence], vocab_size: int) -> PackedBatch:
         targets=joined(s.tokens[1:] for s in sequences).long(),
         weights=joined(s.learned[1:] * np.float32(s.weight) for s in sequences),
         rows=joined(s.learned[1:] for s in sequences).nonzero().squeeze(1),
-        shares=torch.stack(shares),
+        shares=torch.stack(
+            [joined(s.learned[1:] * np.float32(s.share * (s.side == side)) for s in sequences) for side in SIDES]
+        ),
         max_seqlen=max(lengths),
     )
 

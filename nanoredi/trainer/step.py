@@ -71,7 +71,7 @@ def forward_backward(
     batch = pack([s for unit in units for s in unit], model.config.vocab_size).to(device)
     entropies = torch.zeros_like(batch.weights)
     if wants_pairs(config) and len(batch.rows):
-        token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments, entropies=entropies)
+        token_logps = model.logprobs(batch.targets, batch.rows, *batch[:3], batch.max_seqlen, entropies=entropies)
         loss = pair_losses(config, units, token_logps).sum() / num_units
     else:
         loss, token_logps = model.loss(*batch[:6], batch.max_seqlen, entropies)
