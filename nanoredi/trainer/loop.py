@@ -70,12 +70,12 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
             save_state(run, number)
             if stops:
                 run.states.wait()
-                what = f"{_stage(config)} was asked to stop: step {number} is saved"
+                what = f"{run.log.label} was asked to stop: step {number} is saved"
                 raise Stopped(f"{what}, the same command goes on from there")
         run.guards.look(run.log.flush())
     save_model(run, out / "final", run.total, world)
     run.states.drop()
-    world.say(f"{_stage(config)}: saved {out / 'final'}")
+    world.say(f"{run.log.label}: saved {out / 'final'}")
 
 
 @dataclass
@@ -97,9 +97,7 @@ class _Run:
 
 def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
     """Read the data and the model, share it among the ranks, and put the run where its newest state left it."""
-    overrides = {
-        name: getattr(config, name) for name in ("rope_theta", "max_position_embeddings") if getattr(config, name)
-    }
+    overrides = {name: x for name in ("rope_theta", "max_position_embeddings") if (x := getattr(config, name))}
     model = Qwen2.from_pretrained(config.model, **overrides)
     data = _load(config, config.data, model, world)
     look = None
@@ -114,23 +112,19 @@ def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
         data.reference, began_with["reference"] = reference_logps(config, model, data, dtype, world)
     optimizer = AdamW(model, config.lr, config.weight_decay)
     total = num_steps(len(data), config.batch_size, config.epochs, config.max_steps)
+    stage = "stage 1" if isinstance(config, SftConfig) else "stage 2"
     parameters, how = sum(p.numel() for p in model.parameters()), str(dtype)[6:]
     if world.device.type == "cuda" and dtype == torch.bfloat16:
         how += f", {flash_attention()}"
     world.say(
-        f"{_stage(config)}: {config.model} ({parameters:,} parameters, {how}), {len(data):,} rows of "
+        f"{stage}: {config.model} ({parameters:,} parameters, {how}), {len(data):,} rows of "
         f"{config.data}, {total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}; "
         f"kill -USR1 {os.getpid()} asks where it is"
     )
     states, guards = States(Path(config.out) / "state", world), Guards(config, world)
-    first = resume(states, model, optimizer, guards, began_with, world)
-    has_negatives = isinstance(config, SftConfig) and bool((data.row_weights < 0).any())
-    log = Log(config, first, total, rate, world, _stage(config), has_negatives)
+    first = resume(states, model, optimizer, guards, began_with)
+    log = Log(config, first, total, rate, world, stage, has_negatives=bool((data.row_weights < 0).any()))
     return _Run(model, data, dtype, optimizer, began_with, states, guards, log, first, total, look)
-
-
-def _stage(config: SftConfig | RediConfig) -> str:
-    return "stage 1" if isinstance(config, SftConfig) else "stage 2"
 
 
 def save_state(run: _Run, step: int) -> None:

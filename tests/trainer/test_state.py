@@ -235,7 +235,7 @@ def test_metrics_lose_the_steps_that_come_again(tmp_path, capsys):
 
 def test_a_resume_in_another_dtype_is_refused(one_rank):
     class Kept:
-        folder = Path("run/state")
+        folder, world = Path("run/state"), one_rank
         began_with = {"data": "d", "dtype": "float32"}
 
         def load(self, tensors):
@@ -244,7 +244,7 @@ def test_a_resume_in_another_dtype_is_refused(one_rank):
     model = Qwen2(tiny.tiny_model(tied=True).config)
     rest = Kept(), model, AdamW(model, 1e-3, 0.0), Guards(SftConfig(), one_rank)
     with pytest.raises(UserError, match="the run in run began with --dtype float32, not bfloat16: give another --out"):
-        resume(*rest, {"data": "d", "dtype": "bfloat16"}, one_rank)
-    assert resume(*rest, {"data": "d", "dtype": "float32"}, one_rank) == 2
+        resume(*rest, {"data": "d", "dtype": "bfloat16"})
+    assert resume(*rest, {"data": "d", "dtype": "float32"}) == 2
     del Kept.began_with["dtype"]  # a state of former times
-    assert resume(*rest, {"data": "d", "dtype": "bfloat16"}, one_rank) == 2
+    assert resume(*rest, {"data": "d", "dtype": "bfloat16"}) == 2
