@@ -46,12 +46,6 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "config.json"
     config = check(str(path), read_json(path), _CONFIG_SHAPE)
-    _refuse_other_models(path, config)
-    return config
-
-
-def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
-    """Name what this Qwen2 would compute wrongly."""
     layers, window = config.get("num_hidden_layers", 0), config.get("sliding_window")
     slides = (config.get("max_window_layers") or layers) < layers
     if config.get("layer_types"):
@@ -72,6 +66,7 @@ def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: attention_dropout is {config['attention_dropout']}; nanoredi has none")
     if "quantization_config" in config:
         raise UserError(f"{path}: the weights are quantized; nanoredi reads float32, float16 and bfloat16")
+    return config
 
 
 def load_weights(
