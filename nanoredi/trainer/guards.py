@@ -162,9 +162,8 @@ def signals(where: Callable[[], str], world: World) -> Iterator[Callable[[], boo
         if world.rank == 0:
             os.write(2, f"{where()}\n".encode())  # print may be in the middle of a line
 
-    before = {
-        number: signal.signal(number, handler) for number, handler in ((signal.SIGTERM, stop), (signal.SIGUSR1, tell))
-    }
+    handlers = {signal.SIGTERM: stop, signal.SIGUSR1: tell}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield lambda: world.any(asked)
     finally:
