@@ -122,11 +122,10 @@ def shard_mesh(world: World, shard_size: int) -> DeviceMesh:
     """
     if shard_size in (0, world.size):
         return init_device_mesh(world.device.type, (world.size,))
-    if world.size % shard_size:
+    groups, left_over = divmod(world.size, shard_size)
+    if left_over:
         raise UserError(f"--shard_size {shard_size} does not divide the {world.size} ranks into equal groups")
-    return init_device_mesh(
-        world.device.type, (world.size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
-    )
+    return init_device_mesh(world.device.type, (groups, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -> Qwen2:
@@ -136,7 +135,6 @@ def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -
     Args:
         model: its parameters are moved to the rank's device. They may still be the file's, in another dtype: a rank never
             holds more fp32 weights than its shards and one unit.
-        world: the ranks to shard over.
         dtype: of the forward and backward; gradients are summed over ranks, and accumulated, in fp32.
         config: says what a block keeps for backward, and how weights are shared and where they lie. With a shard_size,
             gradients are summed over the groups of ranks, too; with offload they come to the host, and a GPU is sent a
@@ -182,12 +180,6 @@ def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -
         p.grad_dtype = torch.float32  # the whole unit's: it is reduced as one
     model.reshard()
     return model
-
-
-def exchange_gradients(model: Qwen2, wanted: bool) -> None:
-    """Whether the next backward sums its gradients over the ranks, or each rank adds up its own."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
 
 
 def local(tensor: Tensor) -> Tensor:
