@@ -41,7 +41,6 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
 
     Args:
         config: the stage, with model, data and out given; out is this run's own (runs.open_run).
-        world: the ranks.
 
     Raises:
         UserError: for anything wrong with the model or the data, and when a guard ends the run.
@@ -72,7 +71,6 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
                 run.states.wait()
                 what = f"{run.log.label} was asked to stop: step {number} is saved"
                 raise Stopped(f"{what}, the same command goes on from there")
-        run.guards.look(run.log.flush())
     save_model(run, out / "final", run.total, world)
     run.states.drop()
     world.say(f"{run.log.label}: saved {out / 'final'}")
@@ -162,15 +160,13 @@ def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World)
     for note in world.first(lambda: load().notes):  # fills the cache
         world.say(note)
     data = load()
-    longest = int(np.diff(data.offsets).max())
-    context = model.config.max_position_embeddings
+    longest, context = int(np.diff(data.offsets).max()), model.config.max_position_embeddings
     if longest > context:
         raise UserError(
             f"{path}: the longest sequence has {longest:,} tokens, the model's context {context:,}; "
             "raise max_position_embeddings or lower the limits on tokens"
         )
-    largest = int(data.tokens.max())
-    if largest >= model.config.vocab_size:
+    if (largest := int(data.tokens.max())) >= model.config.vocab_size:
         raise UserError(
             f"{path}: token {largest} is outside the model's vocabulary of {model.config.vocab_size}; "
             f"the tokenizer of {config.model} is not this model's"
