@@ -1,8 +1,9 @@
 """The losses: SFT and REDI as the weight of each token's log-probability, DPO and SimPO as functions of a pair's.
 
 SFT and REDI are linear in the per-token log-probabilities: loss = sum_t w_t * logp_t, with weights known before the
-forward pass. Hence kernels/cross_entropy.py can finish the gradient inside forward, and the result cannot depend on
-how an optimiser step is cut into micro-batches and ranks: every weight is divided by what the whole step holds.
+forward pass: sft() and redi() give w_t of each sequence's learned tokens. Hence kernels/cross_entropy.py can finish the
+gradient inside forward, and the result cannot depend on how an optimiser step is cut into micro-batches and ranks: every
+weight is divided by what the whole step holds.
 
 DPO, SimPO and REDI with weighted negatives are not linear. They want both log-probabilities of a pair at once, from
 kernels/logprob.py, so a pair's two sequences stay in one micro-batch. Their formulas take tensors (p,) of p pairs and
@@ -31,9 +32,6 @@ def sft(num_learned: list[int], row_weights: list[float] | None = None) -> list[
         num_learned: |y_i|, the number of learned tokens of each sequence of the step.
         row_weights: c_i, where rows have weights of their own: w_t = -c_i / sum_i |y_i|, so that a trace of a negative
             weight is unlearned.
-
-    Returns:
-        The weight of every learned token of each sequence.
     """
     total = sum(num_learned)
     return [-weight / total for weight in row_weights or [1.0] * len(num_learned)]
@@ -54,9 +52,6 @@ def redi(
         num_chosen, num_rejected: |y_w| and |y_l| of each pair of the step.
         alpha: weight of the incorrect traces.
         chosen_weight: of the correct ones, which the paper has at 1.
-
-    Returns:
-        The weight of every learned token of each chosen and each rejected sequence.
     """
     pairs = len(num_chosen)
     return [-chosen_weight / (pairs * n) for n in num_chosen], [alpha / (pairs * n) for n in num_rejected]

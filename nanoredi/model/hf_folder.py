@@ -148,14 +148,13 @@ def save_folder(
     """Write config, weights, tokenizer files and generation config. Every rank calls it; rank 0 writes.
 
     Args:
-        folder: must not exist, or be empty.
         config: config.json's content, without the dtype.
         weights: by Hugging Face's names; sharded ones (DTensor) are made whole one after the other.
         companions: None writes none.
         dtype: of the saved weights; None keeps theirs.
 
     Raises:
-        UserError: on rank 0, when the folder holds anything, or the disk refuses it; the other ranks come to the end.
+        UserError: on rank 0, when the folder exists and is not empty, or the disk refuses it; the other ranks come to the end.
     """
     folder = Path(folder)
     dtypes = {name: dtype or w.dtype for name, w in weights.items()}

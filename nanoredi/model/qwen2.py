@@ -154,13 +154,12 @@ class Qwen2(nn.Module):
         device: torch.device | str | None = None,
         **config_overrides: Any,
     ) -> "Qwen2":
-        """Load a Hugging Face folder.
+        """Load a Hugging Face folder, of config.json and one or more safetensors files.
 
         The weights are mapped from the files into the model, with no copy in between; asking for another dtype or
         device makes the one copy that this takes.
 
         Args:
-            folder: holds config.json and one or more safetensors files.
             dtype: of the parameters; None keeps the files'.
             device: None is the CPU.
             config_overrides: fields of config.json to replace, such as rope_theta.
@@ -181,11 +180,10 @@ class Qwen2(nn.Module):
         """Write a folder that transformers and vLLM load as it is. Under FSDP every rank must call it.
 
         Args:
-            folder: must not exist, or be empty.
             dtype: of the saved weights; None keeps the parameters'.
 
         Raises:
-            UserError: when the folder holds anything.
+            UserError: when the folder exists and is not empty.
         """
         save_folder(folder, self.config.to_dict(), dict(self.named_parameters()), self.companions, dtype)
 
