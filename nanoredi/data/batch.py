@@ -98,7 +98,6 @@ def divide(lengths: list[int], costs: list[float], world_size: int, max_tokens: 
     Args:
         lengths: tokens of each sequence.
         costs: of each sequence, in any unit (Qwen2Config.flops).
-        world_size: number of ranks.
         max_tokens: budget of a micro-batch.
 
     Returns:
