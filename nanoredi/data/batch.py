@@ -38,9 +38,7 @@ class PackedBatch(NamedTuple):
 
 
 def pack(sequences: list[Sequence], vocab_size: int) -> PackedBatch:
-    """Pack sequences; what the device will trust is checked here.
-
-    The last token of each is only ever a target and the first only an input, so n tokens make n - 1 rows.
+    """Pack sequences, n tokens as n - 1 rows (Sequence.num_inputs); what the device will trust is checked here.
 
     Raises:
         UserError: naming the sequence, for a token outside the vocabulary and for a weight that is not finite.

@@ -129,7 +129,6 @@ class Qwen2(nn.Module):
     """A Qwen2 language model.
 
     Attributes:
-        config: the architecture.
         companions: what save_pretrained puts beside the weights: the files of the folder that holds the tokenizer; None if
             there are none.
         compute_dtype: of activations and products where the weights are fp32 masters; None is the weights' own.
