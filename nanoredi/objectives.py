@@ -2,8 +2,8 @@
 
 SFT and REDI are linear in the per-token log-probabilities: loss = sum_t w_t * logp_t, with weights known before the
 forward pass: sft() and redi() give w_t of each sequence's learned tokens. Hence kernels/cross_entropy.py can finish the
-gradient inside forward, and the result cannot depend on how an optimiser step is cut into micro-batches and ranks: every
-weight is divided by what the whole step holds.
+gradient inside forward, and the result cannot depend on how an optimiser step is cut into micro-batches and ranks:
+every weight is divided by what the whole step holds.
 
 DPO, SimPO and REDI with weighted negatives are not linear. They want both log-probabilities of a pair at once, from
 kernels/logprob.py, so a pair's two sequences stay in one micro-batch. Their formulas take tensors (p,) of p pairs and

@@ -30,8 +30,8 @@ class Qwen2Config:
         width, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if width % heads or heads % kv_heads or self.head_dim % 2:
             raise UserError(
-                f"hidden_size {width}, num_attention_heads {heads} and num_key_value_heads {kv_heads} do not divide into "
-                "heads of even size"
+                f"hidden_size {width}, num_attention_heads {heads} and num_key_value_heads {kv_heads} "
+                "do not divide into heads of even size"
             )
 
     @property

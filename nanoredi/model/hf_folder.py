@@ -154,7 +154,7 @@ def save_folder(
         dtype: of the saved weights; None keeps theirs.
 
     Raises:
-        UserError: on rank 0, when the folder exists and is not empty, or the disk refuses it; the other ranks come to the end.
+        UserError: on rank 0, when the folder exists and is not empty, or the disk refuses it; the others finish.
     """
     folder = Path(folder)
     dtypes = {name: dtype or w.dtype for name, w in weights.items()}

@@ -129,8 +129,8 @@ def shard_mesh(world: World, shard_size: int) -> DeviceMesh:
 
 
 def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -> Qwen2:
-    """Make a model, in place, one to train: its weights fp32 masters, sharded, a unit a block, and one for embedding, norm
-    and head.
+    """Make a model, in place, one to train: its weights fp32 masters, sharded, a unit a block, and one for embedding,
+    norm and head.
 
     Args:
         model: its parameters are moved to the rank's device. They may still be the file's, in another dtype: a rank never

@@ -25,8 +25,8 @@ from nanoredi.trainer.scoring import trace_sums
 def reference_logps(
     config: RediConfig, model: Qwen2, data: TokenData, dtype: torch.dtype, world: World
 ) -> tuple[np.ndarray, str]:
-    """The log-probabilities under the config's model, which comes sharded, before its first step, and with the dtype of its
-    compute: from the cache, or worked out by all ranks.
+    """The log-probabilities under the config's model, which comes sharded, before its first step, and with the dtype of
+    its compute: from the cache, or worked out by all ranks.
 
     Returns:
         log p_ref(y|x) of each pair's chosen and rejected trace, (rows, 2) fp32; and the digest of what they belong to.

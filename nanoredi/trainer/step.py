@@ -22,7 +22,7 @@ from nanoredi.trainer.optimizer import AdamW, gradient_square
 def train_step(
     model: Qwen2, optimizer: AdamW, units: list[Unit], config: SftConfig | RediConfig, world: World
 ) -> tuple[Tensor, int, float]:
-    """One optimiser step of all ranks' units (objectives.units); it is skipped where its loss or gradient is not finite.
+    """One optimiser step of all ranks' units (objectives.units); skipped where its loss or gradient is not finite.
 
     Returns:
         Where the gradients are: chosen and rejected log-prob, gradient norm, update norm, loss (not all finite where the step
