@@ -38,9 +38,8 @@ from nanoredi.config import RediConfig  # noqa: E402
 from nanoredi.data.sequences import SIDES, Sequence  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
-from nanoredi.trainer.distributed import world  # noqa: E402
+from nanoredi.trainer.distributed import shard, world  # noqa: E402
 from nanoredi.trainer.dtype import compute_dtype, matrix_rate  # noqa: E402
-from nanoredi.trainer.loop import set_up  # noqa: E402
 from nanoredi.trainer.optimizer import AdamW  # noqa: E402
 from nanoredi.trainer.step import train_step  # noqa: E402
 
@@ -139,7 +138,7 @@ def nanoredi(kept: str, folder: str, size: Size, dtype: torch.dtype, num_steps: 
     units = objectives.units(config, rows)
     with world() as ranks:
         model = Qwen2.from_pretrained(folder)
-        set_up(model, config, dtype, ranks)
+        shard(model, ranks, dtype, config)
         optimizer = AdamW(model, LR, config.weight_decay)
         return timed(lambda: train_step(model, optimizer, units, config, ranks), num_steps, profiled)
 

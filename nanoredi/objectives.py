@@ -1,11 +1,13 @@
 """The losses: SFT and REDI as the weight of each token's log-probability, DPO and SimPO as functions of a pair's.
 
 SFT and REDI are linear in the per-token log-probabilities: loss = sum_t w_t * logp_t, with weights known before the
-forward pass. Hence kernels/cross_entropy.py can finish the gradient inside forward, and the result cannot depend on
-how an optimiser step is cut into micro-batches and ranks: every weight is divided by what the whole step holds.
+forward pass: sft() and redi() give w_t of each sequence's learned tokens. Hence kernels/cross_entropy.py can finish the
+gradient inside forward, and the result cannot depend on how an optimiser step is cut into micro-batches and ranks:
+every weight is divided by what the whole step holds.
 
 DPO, SimPO and REDI with weighted negatives are not linear. They want both log-probabilities of a pair at once, from
-kernels/logprob.py, so a pair's two sequences stay in one micro-batch. They too are means over the step's pairs.
+kernels/logprob.py, so a pair's two sequences stay in one micro-batch. Their formulas take tensors (p,) of p pairs and
+give the pairs' losses (p,); the step's loss is their mean, too.
 
 The formulas come first; below them, units() weighs an optimiser step by its objective, and pair_losses() is what the
 objectives that want pairs make of a micro-batch.
@@ -30,9 +32,6 @@ def sft(num_learned: list[int], row_weights: list[float] | None = None) -> list[
         num_learned: |y_i|, the number of learned tokens of each sequence of the step.
         row_weights: c_i, where rows have weights of their own: w_t = -c_i / sum_i |y_i|, so that a trace of a negative
             weight is unlearned.
-
-    Returns:
-        The weight of every learned token of each sequence.
     """
     total = sum(num_learned)
     return [-weight / total for weight in row_weights or [1.0] * len(num_learned)]
@@ -53,9 +52,6 @@ def redi(
         num_chosen, num_rejected: |y_w| and |y_l| of each pair of the step.
         alpha: weight of the incorrect traces.
         chosen_weight: of the correct ones, which the paper has at 1.
-
-    Returns:
-        The weight of every learned token of each chosen and each rejected sequence.
     """
     pairs = len(num_chosen)
     return [-chosen_weight / (pairs * n) for n in num_chosen], [alpha / (pairs * n) for n in num_rejected]
@@ -73,12 +69,9 @@ def weighted_redi(
     negative is pushed down no further than 1/gamma nats a token. gamma 0 is REDI.
 
     Args:
-        chosen, rejected: (p,) m_w and m_l of some pairs.
+        chosen, rejected: m_w and m_l.
         alpha, chosen_weight: as in redi.
         neg_weight_gamma: gamma.
-
-    Returns:
-        The pairs' losses (p,).
     """
     return -chosen_weight * chosen + alpha * (neg_weight_gamma * rejected).exp() * rejected
 
@@ -91,11 +84,8 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     where log p(y|x) is the sum over the trace's tokens, and the reference is the model that training started from.
 
     Args:
-        chosen, rejected: (p,) r_w and r_l of some pairs.
+        chosen, rejected: r_w and r_l.
         beta: how strongly the reference holds the model back; the smaller, the further it may go.
-
-    Returns:
-        The pairs' losses (p,).
     """
     return -F.logsigmoid(beta * (chosen - rejected))
 
@@ -108,12 +98,9 @@ def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor
     with no reference: what is compared is the mean log-probability a token.
 
     Args:
-        chosen, rejected: (p,) m_w and m_l of some pairs.
+        chosen, rejected: m_w and m_l.
         beta: scale of the difference.
         gamma: by how much it should be positive.
-
-    Returns:
-        The pairs' losses (p,).
     """
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
@@ -129,7 +116,6 @@ def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> l
     """The rows of an optimiser step as its units, each sequence with its weight and its share.
 
     Args:
-        config: the objective and its parameters.
         rows: of the whole step, as TokenData.row gives them.
 
     Raises:
@@ -165,24 +151,16 @@ def sequence_logps(sequences: list[Sequence], token_logps: Tensor) -> list[Tenso
 
 
 def pair_losses(config: RediConfig, pairs: list[Unit], token_logps: Tensor) -> Tensor:
-    """The losses of a micro-batch's pairs.
-
-    Args:
-        config: the objective and its parameters.
-        pairs: p of them, packed one after the other.
-        token_logps: (N,) fp32 of the packed sequences, 0 where nothing is learned.
-
-    Returns:
-        (p,) fp32, differentiable in token_logps.
-    """
+    """The losses (p,) fp32 of a micro-batch's p pairs, packed one after the other; differentiable in token_logps (N,)
+    fp32, which is 0 where nothing is learned."""
     sequences = [s for pair in pairs for s in pair]
     logps = sequence_logps(sequences, token_logps)
     if config.objective == "dpo":
         ratios = [logp - s.reference for logp, s in zip(logps, sequences)]
         return dpo(*torch.stack(ratios).view(-1, 2).unbind(1), config.beta)
     # A row's weight is 1 but where REDI's correct traces have another.
-    means = [logp / s.num_learned * s.row_weight for logp, s in zip(logps, sequences)]
-    means = torch.stack(means).view(-1, 2).unbind(1)
+    means = torch.stack([logp / s.num_learned * s.row_weight for logp, s in zip(logps, sequences)])
+    means = means.view(-1, 2).unbind(1)
     if config.objective == "simpo":
         return simpo(*means, config.beta, config.gamma)
     return weighted_redi(*means, config.alpha, config.neg_weight_gamma, config.chosen_weight)

@@ -37,15 +37,14 @@ with world() as ranks:
         ("many-dpo", dpo, np.arange(16)),
         ("one-dpo", dpo, np.arange(1)),
     ):
-        model = shard(Qwen2.from_pretrained(config.model), ranks, torch.float32, shard_size=shard_size)
-        if ranks.size > 1:  # one rank alone makes nothing again
-            for block in model.model.layers:
-                block.activation_checkpointing = "attention" if objective is dpo else "products"
+        # One rank alone makes nothing again.
+        kept = "off" if ranks.size == 1 else "attention" if objective is dpo else "products"
+        step = replace(objective, max_tokens_per_micro_batch=300, shard_size=shard_size, activation_checkpointing=kept)
+        model = shard(Qwen2.from_pretrained(config.model), ranks, torch.float32, step)
         if objective is dpo:
             reference, _ = reference_logps(dpo, model, data, torch.float32, ranks)
             data.reference = reference + np.arange(len(reference) * 2, dtype=np.float32).reshape(-1, 2)[::-1] % 7
         optimizer = KeepingAdamW(model)
-        step = replace(objective, max_tokens_per_micro_batch=300, shard_size=shard_size)
         train_step(model, optimizer, objectives.units(step, [data.row(i) for i in rows]), step, ranks)
         if ranks.rank == 0:
             save_file(optimizer.grads, out / f"{name}.safetensors")

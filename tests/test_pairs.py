@@ -66,7 +66,7 @@ def test_dpo_s_loss_and_gradients_are_trl_s(toy_data, tmp_path, one_rank):
     data.reference = -3.3 * np.array([[s.num_learned for s in data.row(i)] for i in range(len(data))], dtype=np.float32)
     pairs = units(config, [data.row(i) for i in step_rows(0, 40, 8, seed=3)])
     sequences = [s for side in zip(*pairs) for s in side]  # TRL wants all chosen ones first
-    ours = shard(Qwen2.from_pretrained(config.model), one_rank, torch.float32)
+    ours = shard(Qwen2.from_pretrained(config.model), one_rank, torch.float32, config)
     optimizer = KeepingAdamW(ours)
     figures, _, _ = train_step(ours, optimizer, pairs, config, one_rank)
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench import scaling, step_costs
 from bench.step_costs import MACHINE, MODELS, Device, Layout
+from nanoredi.config import SftConfig
 from nanoredi.kernels import cross_entropy, logits
 from nanoredi.model import qwen2 as model_module
 from nanoredi.model.qwen2 import Qwen2
@@ -184,9 +185,8 @@ def test_memory_is_what_a_step_keeps(kept, one_rank, plain, monkeypatch):
     for config in (dataclasses.replace(c, num_hidden_layers=4) for c in MODELS.values()):
         with FakeTensorMode(allow_non_fake_inputs=True):
             # As on a GPU, by FSDP2; a CPU's single rank goes without.
-            model = shard(Qwen2(config), dataclasses.replace(one_rank, device=torch.device("cuda")), torch.bfloat16)
-            for block in model.model.layers:
-                block.activation_checkpointing = kept
+            on_gpu = dataclasses.replace(one_rank, device=torch.device("cuda"))
+            model = shard(Qwen2(config), on_gpu, torch.bfloat16, SftConfig(activation_checkpointing=kept))
             ids, rows, ends = (torch.zeros(k, dtype=torch.int64) for k in (n, n, 2))
             with Peak(*(p.to_local() for p in model.parameters())) as peak:
                 for last in (False, True):

@@ -30,11 +30,6 @@ class PackedBatch(NamedTuple):
     shares: Tensor  # (2, N) fp32, of the target's log-probability in the step's means of chosen and of rejected traces
     max_seqlen: int  # the longest sequence
 
-    @property
-    def forward_arguments(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """What Qwen2.forward takes, in its order."""
-        return self.input_ids, self.position_ids, self.cu_seqlens, self.max_seqlen
-
     def to(self, device: torch.device) -> "PackedBatch":
         *tensors, max_seqlen = self
         if device.type == "cuda":
@@ -43,9 +38,7 @@ class PackedBatch(NamedTuple):
 
 
 def pack(sequences: list[Sequence], vocab_size: int) -> PackedBatch:
-    """Pack sequences; what the device will trust is checked here.
-
-    The last token of each is only ever a target and the first only an input, so n tokens make n - 1 rows.
+    """Pack sequences, n tokens as n - 1 rows (Sequence.num_inputs); what the device will trust is checked here.
 
     Raises:
         UserError: naming the sequence, for a token outside the vocabulary and for a weight that is not finite.
@@ -63,7 +56,6 @@ def pack(sequences: list[Sequence], vocab_size: int) -> PackedBatch:
         return torch.from_numpy(np.concatenate(list(parts)))
 
     lengths = [s.num_inputs for s in sequences]
-    shares = [joined(s.learned[1:] * np.float32(s.share * (s.side == side)) for s in sequences) for side in SIDES]
     return PackedBatch(
         input_ids=joined(s.tokens[:-1] for s in sequences).long(),
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
@@ -71,7 +63,9 @@ def pack(sequences: list[Sequence], vocab_size: int) -> PackedBatch:
         targets=joined(s.tokens[1:] for s in sequences).long(),
         weights=joined(s.learned[1:] * np.float32(s.weight) for s in sequences),
         rows=joined(s.learned[1:] for s in sequences).nonzero().squeeze(1),
-        shares=torch.stack(shares),
+        shares=torch.stack(
+            [joined(s.learned[1:] * np.float32(s.share * (s.side == side)) for s in sequences) for side in SIDES]
+        ),
         max_seqlen=max(lengths),
     )
 
@@ -102,7 +96,6 @@ def divide(lengths: list[int], costs: list[float], world_size: int, max_tokens: 
     Args:
         lengths: tokens of each sequence.
         costs: of each sequence, in any unit (Qwen2Config.flops).
-        world_size: number of ranks.
         max_tokens: budget of a micro-batch.
 
     Returns:

@@ -120,11 +120,7 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
 def load_pairs(
     path: str, tokenizer: Tokenizer, max_prompt_tokens: int, max_response_tokens: int, cache: str
 ) -> TokenData:
-    """Stage 2's sequences, two a row: chosen, rejected. Call on one rank first: it fills the cache.
-
-    Raises:
-        UserError: naming file and line of a malformed row; when no row is left.
-    """
+    """Stage 2's sequences, two a row: chosen, rejected. The cache and what is raised are as in load_sft."""
 
     def texts(where: str, row: Any, counts: Counter[str]) -> tuple[list[str], tuple[float, float]] | None:
         parts = _texts(where, tokenizer, *pair(where, row), counts)

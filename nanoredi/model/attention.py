@@ -36,12 +36,7 @@ class PackedAttention:
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int | None = None):
         """cu_seqlens (S+1,) int32 says where each sequence begins; without max_seqlen the device is asked for it."""
-        self.cu_seqlens = cu_seqlens
-        self._max_seqlen = max_seqlen
-
-    @cached_property
-    def max_seqlen(self) -> int:
-        return self._max_seqlen or max(self.lengths)
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen or int(cu_seqlens.diff().max())
 
     @cached_property
     def lengths(self) -> list[int]:

@@ -27,14 +27,11 @@ class Qwen2Config:
     initializer_range: float = option(0.02, "standard deviation of new weights", low=0, high=100)
 
     def __post_init__(self):
-        if (
-            self.hidden_size % self.num_attention_heads
-            or self.num_attention_heads % self.num_key_value_heads
-            or self.head_dim % 2
-        ):
+        width, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if width % heads or heads % kv_heads or self.head_dim % 2:
             raise UserError(
-                f"hidden_size {self.hidden_size}, num_attention_heads {self.num_attention_heads} and "
-                f"num_key_value_heads {self.num_key_value_heads} do not divide into heads of even size"
+                f"hidden_size {width}, num_attention_heads {heads} and num_key_value_heads {kv_heads} "
+                "do not divide into heads of even size"
             )
 
     @property
@@ -62,8 +59,7 @@ class Qwen2Config:
             if name not in fields:
                 raise UserError(f"Qwen2 has no setting {name!r} to override{nearest(name, fields)}")
         # transformers 5 writes rope_theta into rope_parameters, earlier ones beside the other fields.
-        rope = {k: v for k, v in (config.get("rope_parameters") or {}).items() if k == "rope_theta"}
-        given = {**config, **rope, **overrides}
+        given = {**config, **(config.get("rope_parameters") or {}), **overrides}
         if given.get("num_key_value_heads") is None:
             given["num_key_value_heads"] = given.get("num_attention_heads")
         missing = [name for name, f in fields.items() if f.default is MISSING and given.get(name) is None]

@@ -46,12 +46,6 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "config.json"
     config = check(str(path), read_json(path), _CONFIG_SHAPE)
-    _refuse_other_models(path, config)
-    return config
-
-
-def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
-    """Name what this Qwen2 would compute wrongly."""
     layers, window = config.get("num_hidden_layers", 0), config.get("sliding_window")
     slides = (config.get("max_window_layers") or layers) < layers
     if config.get("layer_types"):
@@ -72,6 +66,7 @@ def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: attention_dropout is {config['attention_dropout']}; nanoredi has none")
     if "quantization_config" in config:
         raise UserError(f"{path}: the weights are quantized; nanoredi reads float32, float16 and bfloat16")
+    return config
 
 
 def load_weights(
@@ -153,14 +148,13 @@ def save_folder(
     """Write config, weights, tokenizer files and generation config. Every rank calls it; rank 0 writes.
 
     Args:
-        folder: must not exist, or be empty.
         config: config.json's content, without the dtype.
         weights: by Hugging Face's names; sharded ones (DTensor) are made whole one after the other.
         companions: None writes none.
         dtype: of the saved weights; None keeps theirs.
 
     Raises:
-        UserError: on rank 0, when the folder holds anything, or the disk refuses it; the other ranks come to the end.
+        UserError: on rank 0, when the folder exists and is not empty, or the disk refuses it; the others finish.
     """
     folder = Path(folder)
     dtypes = {name: dtype or w.dtype for name, w in weights.items()}

@@ -129,7 +129,6 @@ class Qwen2(nn.Module):
     """A Qwen2 language model.
 
     Attributes:
-        config: the architecture.
         companions: what save_pretrained puts beside the weights: the files of the folder that holds the tokenizer; None if
             there are none.
         compute_dtype: of activations and products where the weights are fp32 masters; None is the weights' own.
@@ -154,13 +153,12 @@ class Qwen2(nn.Module):
         device: torch.device | str | None = None,
         **config_overrides: Any,
     ) -> "Qwen2":
-        """Load a Hugging Face folder.
+        """Load a Hugging Face folder, of config.json and one or more safetensors files.
 
         The weights are mapped from the files into the model, with no copy in between; asking for another dtype or
         device makes the one copy that this takes.
 
         Args:
-            folder: holds config.json and one or more safetensors files.
             dtype: of the parameters; None keeps the files'.
             device: None is the CPU.
             config_overrides: fields of config.json to replace, such as rope_theta.
@@ -172,9 +170,8 @@ class Qwen2(nn.Module):
         with torch.device("meta"):
             model = cls(config, tokenizer_folder=folder if (Path(folder) / "tokenizer.json").exists() else None)
         shapes = {name: p.shape for name, p in model.named_parameters()}
-        weights = load_weights(
-            folder, shapes, tied={"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
-        )
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+        weights = load_weights(folder, shapes, tied)
         model.load_state_dict({name: w.to(device=device, dtype=dtype) for name, w in weights}, assign=True)
         return model
 
@@ -182,23 +179,22 @@ class Qwen2(nn.Module):
         """Write a folder that transformers and vLLM load as it is. Under FSDP every rank must call it.
 
         Args:
-            folder: must not exist, or be empty.
             dtype: of the saved weights; None keeps the parameters'.
 
         Raises:
-            UserError: when the folder holds anything.
+            UserError: when the folder exists and is not empty.
         """
         save_folder(folder, self.config.to_dict(), dict(self.named_parameters()), self.companions, dtype)
 
+    @torch.no_grad()
     def init_weights(self, seed: int) -> "Qwen2":
         """Random weights: normal with the config's initializer_range, biases 0, norms 1."""
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, (nn.Linear, nn.Embedding)):
-                    module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    module.bias.zero_()
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                p.normal_(0.0, self.config.initializer_range, generator=generator)
+            else:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
 
     def pack(self) -> "Qwen2":

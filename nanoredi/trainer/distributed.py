@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from nanoredi.common.errors import UserError, sentence
+from nanoredi.config import TrainConfig
 from nanoredi.kernels.dispatch import prepare_for_training
 from nanoredi.model.qwen2 import Block, Qwen2
 from nanoredi.trainer.heartbeat import Heartbeat
@@ -60,8 +61,6 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. It waits for the other ranks, but not for the device."""
-        if self.size == 1:
-            return flag
         flags = torch.tensor(int(flag))
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
@@ -123,35 +122,27 @@ def shard_mesh(world: World, shard_size: int) -> DeviceMesh:
     """
     if shard_size in (0, world.size):
         return init_device_mesh(world.device.type, (world.size,))
-    if world.size % shard_size:
+    groups, left_over = divmod(world.size, shard_size)
+    if left_over:
         raise UserError(f"--shard_size {shard_size} does not divide the {world.size} ranks into equal groups")
-    return init_device_mesh(
-        world.device.type, (world.size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
-    )
+    return init_device_mesh(world.device.type, (groups, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
-def shard(
-    model: Qwen2,
-    world: World,
-    dtype: torch.dtype,
-    reshard_after_forward: bool = True,
-    shard_size: int = 0,
-    offload: bool = False,
-) -> Qwen2:
-    """Make a model's weights fp32 masters, sharded in place: a unit a block, and one for embedding, norm and head.
+def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -> Qwen2:
+    """Make a model, in place, one to train: its weights fp32 masters, sharded, a unit a block, and one for embedding,
+    norm and head.
 
     Args:
         model: its parameters are moved to the rank's device. They may still be the file's, in another dtype: a rank never
             holds more fp32 weights than its shards and one unit.
-        world: the ranks to shard over.
         dtype: of the forward and backward; gradients are summed over ranks, and accumulated, in fp32.
-        reshard_after_forward: let go of a block's whole weights after its forward, and gather them again in backward.
-        shard_size: ranks that share one copy of the weights, usually those of a machine; 0: all. Each group then has a
-            copy, and gradients are summed over the groups, too.
-        offload: the shards stay in the host's memory, where a step's summed gradients come, too; a GPU is sent those of
-            a unit when it gathers them.
+        config: says what a block keeps for backward, and how weights are shared and where they lie. With a shard_size,
+            gradients are summed over the groups of ranks, too; with offload they come to the host, and a GPU is sent a
+            unit's shards when it gathers them.
     """
-    offload = offload and world.device.type != "cpu"
+    for block in model.model.layers:
+        block.activation_checkpointing = config.activation_checkpointing
+    offload = config.offload and world.device.type != "cpu"
     if world.size == 1 and not offload and (world.device.type == "cpu" or dtype == torch.float32):
         # Nothing to share, and on a CPU FSDP2's own copies would cost much time and memory. A copy of the weights, because
         # they are the file's own memory.
@@ -160,7 +151,7 @@ def shard(
             prepare_for_training(p)
         model.compute_dtype = dtype
         return model
-    mesh = shard_mesh(world, shard_size)
+    mesh = shard_mesh(world, config.shard_size)
     # Inputs are not cast: the loss's weights must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     place: dict[str, Any] = {"offload_policy": CPUOffloadPolicy()} if offload else {}
@@ -173,7 +164,7 @@ def shard(
     for unit in units:
         for block in unit:
             block.float()
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward, **place)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward, **place)
     fully_shard(model.float(), mesh=mesh, mp_policy=policy, **place)
     for method in ("loss", "logprobs"):
         register_fsdp_forward_method(model, method)
@@ -189,12 +180,6 @@ def shard(
         p.grad_dtype = torch.float32  # the whole unit's: it is reduced as one
     model.reshard()
     return model
-
-
-def exchange_gradients(model: Qwen2, wanted: bool) -> None:
-    """Whether the next backward sums its gradients over the ranks, or each rank adds up its own."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -37,11 +37,10 @@ class Guards:
             UserError: when max_bad_steps in a row were skipped; when the log-probs collapse and on_collapse is stop.
         """
         for step, row in steps:
-            if row.get("skipped"):
+            self.in_a_row = self.in_a_row + 1 if row.get("skipped") else 0
+            if self.in_a_row:
                 self._bad(step)
-                continue
-            self.in_a_row = 0
-            if self.collapse.look(step.number, row["chosen_logp"], row["update_norm"]):
+            elif self.collapse.look(step.number, row["chosen_logp"], row["update_norm"]):
                 self._collapsed(step.number)
 
     def state(self) -> dict[str, Any]:
@@ -62,7 +61,6 @@ class Guards:
 
     def _bad(self, step: Step) -> None:
         self.skipped += 1
-        self.in_a_row += 1
         numbers = ", ".join(str(row + 1) for row in sorted(step.rows.tolist()))
         self.world.say(
             f"warning: step {step.number} was skipped, its loss or gradient is not finite (skipped so far: {self.skipped}); "
@@ -132,10 +130,10 @@ class CollapseWatch:
             self.last_good = step
         third, two_thirds = self.falls[n // 3], self.falls[2 * n // 3]
         accelerates = fall - two_thirds > max(two_thirds - third, 0.0)
-        if self.tripped is None and fall > self.nats and accelerates and self.update > self.update_mean:
+        trips = self.tripped is None and fall > self.nats and accelerates and self.update > self.update_mean
+        if trips:
             self.tripped = step
-            return True
-        return False
+        return trips
 
     def state(self) -> dict[str, Any]:
         """What a resume needs."""
@@ -152,21 +150,16 @@ def signals(where: Callable[[], str], world: World) -> Iterator[Callable[[], boo
     Yields:
         A function that tells every rank alike whether any was asked to stop.
     """
-    asked = False
-
-    def stop(*_: object) -> None:
-        nonlocal asked
-        asked = True
+    asked: list[int] = []  # the signals to stop so far
 
     def tell(*_: object) -> None:
         if world.rank == 0:
             os.write(2, f"{where()}\n".encode())  # print may be in the middle of a line
 
-    before = {
-        number: signal.signal(number, handler) for number, handler in ((signal.SIGTERM, stop), (signal.SIGUSR1, tell))
-    }
+    handlers = {signal.SIGTERM: lambda number, _: asked.append(number), signal.SIGUSR1: tell}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield lambda: world.any(asked)
+        yield lambda: world.any(bool(asked))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

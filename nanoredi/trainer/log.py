@@ -51,7 +51,7 @@ class Log:
         matrix_rate: float,
         world: World,
         label: str,
-        has_negatives: bool = False,
+        has_negatives: bool,
     ):
         """Begin after step number `first` of `total`: what the files hold of later steps is dropped.
 

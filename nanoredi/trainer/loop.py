@@ -8,7 +8,6 @@ state (state.py).
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -41,13 +40,12 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
 
     Args:
         config: the stage, with model, data and out given; out is this run's own (runs.open_run).
-        world: the ranks.
 
     Raises:
         UserError: for anything wrong with the model or the data, and when a guard ends the run.
         Stopped: when the run was asked to stop (SIGTERM); its state is saved.
     """
-    run, out = _begin(config, world), Path(config.out)
+    run, out = _Run(config, world), Path(config.out)
     steps_an_epoch = num_steps(len(run.data), config.batch_size, 1, 0)
     with signals(run.log.where, world) as asked_to_stop:
         for step in range(run.first, run.total):
@@ -66,101 +64,75 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
                 continue
             run.guards.look(run.log.flush())
             if saves:
-                save_model(run, out / f"step-{number:06d}", number, world)
-            save_state(run, number)
+                run.save_model(out / f"step-{number:06d}", number)
+            run.save_state(number)
             if stops:
                 run.states.wait()
-                what = f"{_stage(config)} was asked to stop: step {number} is saved"
+                what = f"{run.log.label} was asked to stop: step {number} is saved"
                 raise Stopped(f"{what}, the same command goes on from there")
-        run.guards.look(run.log.flush())
-    save_model(run, out / "final", run.total, world)
+    run.save_model(out / "final", run.total)
     run.states.drop()
-    world.say(f"{_stage(config)}: saved {out / 'final'}")
+    world.say(f"{run.log.label}: saved {out / 'final'}")
 
 
-@dataclass
 class _Run:
     """All that a stage's loop works with."""
 
-    model: Qwen2
-    data: TokenData
-    dtype: torch.dtype  # of the compute, and of the saved models
-    optimizer: AdamW
-    began_with: dict[str, str]  # what the run depends on beside its config: digests, and the dtype where that says auto
-    states: States
-    guards: Guards
-    log: Log
-    first: int  # steps that are done already
-    total: int  # steps in all
-    look: Callable[[], Tensor] | None  # works out the watched pairs' log-probs and entropies of now, if there are any
+    def __init__(self, config: SftConfig | RediConfig, world: World):
+        """Read the data and the model, share it among the ranks, and put the run where its newest state left it."""
+        self.world = world
+        overrides = {name: x for name in ("rope_theta", "max_position_embeddings") if (x := getattr(config, name))}
+        self.model = model = Qwen2.from_pretrained(config.model, **overrides)
+        self.data = data = _load(config, config.data, model, world)
+        # Works out the watched pairs' log-probs and entropies of now, if there are any.
+        self.look: Callable[[], Tensor] | None = None
+        if isinstance(config, RediConfig) and config.watch_every and config.watch:
+            watched = _load(config, config.watch, model, world)
+            self.look = partial(means_a_token, model, watched, config.max_tokens_per_micro_batch, world)
+        # The dtype of the compute, and of the saved models.
+        self.dtype = dtype = world.first(lambda: compute_dtype(config.dtype, world.device))
+        rate = world.first(lambda: matrix_rate(dtype, world.device))  # measured, so one rank decides
+        shard(model, world, dtype, config)
+        # What the run depends on beside its config: digests, and the dtype where that says auto.
+        self.began_with = {"data": data.digest, "dtype": str(dtype)[6:]}
+        if isinstance(config, RediConfig) and config.objective == "dpo":
+            data.reference, self.began_with["reference"] = reference_logps(config, model, data, dtype, world)
+        self.optimizer = AdamW(model, config.lr, config.weight_decay)
+        self.total = num_steps(len(data), config.batch_size, config.epochs, config.max_steps)
+        stage = "stage 1" if isinstance(config, SftConfig) else "stage 2"
+        parameters, how = sum(p.numel() for p in model.parameters()), str(dtype)[6:]
+        if world.device.type == "cuda" and dtype == torch.bfloat16:
+            how += f", {flash_attention()}"
+        world.say(
+            f"{stage}: {config.model} ({parameters:,} parameters, {how}), {len(data):,} rows of {config.data}, "
+            f"{self.total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}; "
+            f"kill -USR1 {os.getpid()} asks where it is"
+        )
+        self.states, self.guards = States(Path(config.out) / "state", world), Guards(config, world)
+        self.first = resume(self.states, model, self.optimizer, self.guards, self.began_with)  # steps that are done
+        has_negatives = bool((data.row_weights < 0).any())
+        self.log = Log(config, self.first, self.total, rate, world, stage, has_negatives)
 
+    def save_state(self, step: int) -> None:
+        notes = {**self.guards.state(), "began_with": self.began_with}
+        self.states.save(step, training_tensors(self.model, self.optimizer), notes)
 
-def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
-    """Read the data and the model, share it among the ranks, and put the run where its newest state left it."""
-    overrides = {
-        name: getattr(config, name) for name in ("rope_theta", "max_position_embeddings") if getattr(config, name)
-    }
-    model = Qwen2.from_pretrained(config.model, **overrides)
-    data = _load(config, config.data, model, world)
-    look = None
-    if isinstance(config, RediConfig) and config.watch_every and config.watch:
-        watched = _load(config, config.watch, model, world)
-        look = partial(means_a_token, model, watched, config.max_tokens_per_micro_batch, world)
-    dtype = world.first(lambda: compute_dtype(config.dtype, world.device))
-    rate = world.first(lambda: matrix_rate(dtype, world.device))  # measured, so one rank decides
-    set_up(model, config, dtype, world)
-    began_with = {"data": data.digest, "dtype": str(dtype)[6:]}
-    if isinstance(config, RediConfig) and config.objective == "dpo":
-        data.reference, began_with["reference"] = reference_logps(config, model, data, dtype, world)
-    optimizer = AdamW(model, config.lr, config.weight_decay)
-    total = num_steps(len(data), config.batch_size, config.epochs, config.max_steps)
-    parameters, how = sum(p.numel() for p in model.parameters()), str(dtype)[6:]
-    if world.device.type == "cuda" and dtype == torch.bfloat16:
-        how += f", {flash_attention()}"
-    world.say(
-        f"{_stage(config)}: {config.model} ({parameters:,} parameters, {how}), {len(data):,} rows of "
-        f"{config.data}, {total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}; "
-        f"kill -USR1 {os.getpid()} asks where it is"
-    )
-    states, guards = States(Path(config.out) / "state", world), Guards(config, world)
-    first = resume(states, model, optimizer, guards, began_with, world)
-    has_negatives = isinstance(config, SftConfig) and bool((data.row_weights < 0).any())
-    log = Log(config, first, total, rate, world, _stage(config), has_negatives)
-    return _Run(model, data, dtype, optimizer, began_with, states, guards, log, first, total, look)
+    def save_model(self, folder: Path, step: int) -> None:
+        """Save the model of a step, unless this run has done so before it was broken off.
 
-
-def _stage(config: SftConfig | RediConfig) -> str:
-    return "stage 1" if isinstance(config, SftConfig) else "stage 2"
-
-
-def set_up(model: Qwen2, config: SftConfig | RediConfig, dtype: torch.dtype, world: World) -> None:
-    """Make a model, in place, one that is trained in this compute dtype by these ranks."""
-    for block in model.model.layers:
-        block.activation_checkpointing = config.activation_checkpointing
-    shard(model, world, dtype, config.reshard_after_forward, config.shard_size, config.offload)
-
-
-def save_state(run: _Run, step: int) -> None:
-    notes = {**run.guards.state(), "began_with": run.began_with}
-    run.states.save(step, training_tensors(run.model, run.optimizer), notes)
-
-
-def save_model(run: _Run, folder: Path, step: int, world: World) -> None:
-    """Save the model of a step, unless this run has done so before it was broken off.
-
-    Raises:
-        UserError: when it cannot be saved; then the step's state is, and the same command tries again from there.
-    """
-    failure = None
-    try:
-        if not world.first(lambda: holds_model(folder)):
-            run.model.save_pretrained(folder, run.dtype)
-    except UserError as error:
-        failure = str(error)
-    if failure := world.first(lambda: failure):
-        save_state(run, step)
-        run.states.wait()
-        raise UserError(f"{failure}; the state of step {step} is saved, the same command goes on from there")
+        Raises:
+            UserError: when it cannot be saved; then the step's state is, and the same command tries again from there.
+        """
+        failure = None
+        try:
+            if not self.world.first(lambda: holds_model(folder)):
+                self.model.save_pretrained(folder, self.dtype)
+        except UserError as error:
+            failure = str(error)
+        if failure := self.world.first(lambda: failure):
+            self.save_state(step)
+            self.states.wait()
+            raise UserError(f"{failure}; the state of step {step} is saved, the same command goes on from there")
 
 
 def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World) -> TokenData:
@@ -175,15 +147,13 @@ def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World)
     for note in world.first(lambda: load().notes):  # fills the cache
         world.say(note)
     data = load()
-    longest = int(np.diff(data.offsets).max())
-    context = model.config.max_position_embeddings
+    longest, context = int(np.diff(data.offsets).max()), model.config.max_position_embeddings
     if longest > context:
         raise UserError(
             f"{path}: the longest sequence has {longest:,} tokens, the model's context {context:,}; "
             "raise max_position_embeddings or lower the limits on tokens"
         )
-    largest = int(data.tokens.max())
-    if largest >= model.config.vocab_size:
+    if (largest := int(data.tokens.max())) >= model.config.vocab_size:
         raise UserError(
             f"{path}: token {largest} is outside the model's vocabulary of {model.config.vocab_size}; "
             f"the tokenizer of {config.model} is not this model's"

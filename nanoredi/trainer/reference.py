@@ -25,19 +25,14 @@ from nanoredi.trainer.scoring import trace_sums
 def reference_logps(
     config: RediConfig, model: Qwen2, data: TokenData, dtype: torch.dtype, world: World
 ) -> tuple[np.ndarray, str]:
-    """The reference's log-probabilities, from the cache or computed by all ranks.
-
-    Args:
-        config: of the run; its model is the reference.
-        model: that model, sharded, before its first step.
-        data: the pairs.
-        dtype: of the model's compute.
-        world: the ranks.
+    """The log-probabilities under the config's model, which comes sharded, before its first step, and with the dtype of
+    its compute: from the cache, or worked out by all ranks.
 
     Returns:
         log p_ref(y|x) of each pair's chosen and rejected trace, (rows, 2) fp32; and the digest of what they belong to.
     """
-    belongs_to = world.first(lambda: _digest(config.model, model, data, dtype))
+    model_and_dtype = f"{model.config} {dtype}".encode()
+    belongs_to = world.first(lambda: digest(model_and_dtype, *weight_files(Path(config.model)), data.digest.encode()))
     path = Path(config.cache) / f"reference-{belongs_to}.safetensors"
     logps = world.first(lambda: _read(path, belongs_to, len(data)))
     if logps is None:
@@ -45,10 +40,6 @@ def reference_logps(
         logps = trace_sums(model, data, config.max_tokens_per_micro_batch, world, "reference")[0].cpu().numpy()
         world.first(lambda: _write(path, logps, belongs_to))
     return logps, belongs_to
-
-
-def _digest(folder: str, model: Qwen2, data: TokenData, dtype: torch.dtype) -> str:
-    return digest(f"{model.config} {dtype}".encode(), *weight_files(Path(folder)), data.digest.encode())
 
 
 def _write(path: Path, logps: np.ndarray, belongs_to: str) -> None:
@@ -61,15 +52,14 @@ def _read(path: Path, belongs_to: str, num_pairs: int) -> np.ndarray | None:
     """What was kept, or None when there is nothing, or nothing whole."""
     if not path.exists():
         return None
+    why = "it is not as it was written"
     try:
         with safe_open(path, framework="numpy") as file:
             about, logps = file.metadata() or {}, file.get_tensor("logps")
+        if about == {"belongs_to": belongs_to, "digest": digest(logps.tobytes())}:
+            if logps.shape == (num_pairs, 2) and logps.dtype == np.float32 and np.isfinite(logps).all():
+                return logps
     except (OSError, SafetensorError, ValueError, TypeError) as error:
-        about, why = {}, str(error)
-    else:
-        why = "it is not as it was written"
-    if about.get("belongs_to") == belongs_to and about.get("digest") == digest(logps.tobytes()):
-        if logps.shape == (num_pairs, 2) and logps.dtype == np.float32 and np.isfinite(logps).all():
-            return logps
+        why = str(error)
     print(f"warning: {path} is damaged ({why}) and is made again", flush=True)
     return None

@@ -37,7 +37,7 @@ def trace_sums(model: Qwen2, data: TokenData, max_tokens: int, world: World, wha
             sequences = [s for j in indices or [0] for s in rows[j]]
             batch = pack(sequences, model.config.vocab_size).to(world.device)
             entropies = torch.zeros_like(batch.weights)
-            logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments, entropies=entropies)
+            logps = model.logprobs(batch.targets, batch.rows, *batch[:3], batch.max_seqlen, entropies=entropies)
             for total, of_tokens in zip(totals, (logps, entropies)) if indices else ():
                 sums = torch.stack(sequence_logps(sequences, of_tokens))
                 total[[start + j for j in indices]] = sums.view(-1, len(data.sides))

@@ -155,21 +155,13 @@ class States:
         return None
 
 
-def resume(
-    states: States,
-    model: nn.Module,
-    optimizer: AdamW,
-    guards: Guards,
-    began_with: dict[str, str],
-    world: World,
-) -> int:
+def resume(states: States, model: nn.Module, optimizer: AdamW, guards: Guards, began_with: dict[str, str]) -> int:
     """Put the run where its newest state left it: the number of steps that are done.
 
     Raises:
         UserError: when the digests of what the run began with are not those of now.
     """
-    tensors = training_tensors(model, optimizer)
-    notes = states.load(tensors)
+    notes = states.load(training_tensors(model, optimizer))
     if notes is None:
         return 0
     guards.restore(notes)
@@ -184,7 +176,7 @@ def resume(
             raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
     for count in optimizer.num_steps:
         count.fill_(notes["step"] - notes["skipped"])
-    world.say(f"going on after step {notes['step']}")
+    states.world.say(f"going on after step {notes['step']}")
     return notes["step"]
 
 
@@ -212,14 +204,10 @@ def _notes_of(path: Path) -> dict[str, Any]:
 
 
 def _digests(paths: list[Path]) -> dict[str, list]:
-    """By name, several files at a time: they are as large as the model."""
+    """Each file's size and blake2b, by its name; several files at a time, since they are as large as the model."""
     with ThreadPoolExecutor() as pool:
-        return dict(zip((path.name for path in paths), pool.map(_digest, paths)))
-
-
-def _digest(path: Path) -> list:
-    """A file's size and blake2b."""
-    return [path.stat().st_size, file_digest(path, 16).hex()]
+        sizes_and_digests = pool.map(lambda path: [path.stat().st_size, file_digest(path, 16).hex()], paths)
+        return dict(zip((path.name for path in paths), sizes_and_digests))
 
 
 def _digest_of(kept: dict[str, Any]) -> str:

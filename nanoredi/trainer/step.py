@@ -8,23 +8,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.batch import divide, pack
 from nanoredi.kernels.dispatch import after_step
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.objectives import Unit, pair_losses, wants_pairs
-from nanoredi.trainer.distributed import World, exchange_gradients
+from nanoredi.trainer.distributed import World
 from nanoredi.trainer.optimizer import AdamW, gradient_square
 
 
 def train_step(
     model: Qwen2, optimizer: AdamW, units: list[Unit], config: SftConfig | RediConfig, world: World
 ) -> tuple[Tensor, int, float]:
-    """One optimiser step; it is skipped where its loss or gradient is not finite.
-
-    Args:
-        units: of all ranks, as objectives.units gives them.
+    """One optimiser step of all ranks' units (objectives.units); skipped where its loss or gradient is not finite.
 
     Returns:
         Where the gradients are: chosen and rejected log-prob, gradient norm, update norm, loss (not all finite where the step
@@ -35,8 +33,8 @@ def train_step(
     micro_batches = divide(lengths, costs, world.size, config.max_tokens_per_micro_batch)[world.rank]
     totals = torch.zeros(5, device=world.device)
     for i, indices in enumerate(micro_batches):
-        # Gradients add up on each rank; ranks exchange them once a step.
-        exchange_gradients(model, i == len(micro_batches) - 1)
+        if isinstance(model, FSDPModule):  # gradients add up on each rank; ranks exchange them once a step
+            model.set_requires_gradient_sync(i == len(micro_batches) - 1)
         mine = [units[j] for j in indices] or [_idle(units)]
         totals += forward_backward(model, mine, len(units), config, world.device)
     # With several copies of the weights, every shard is there as often as there are copies.
@@ -58,11 +56,8 @@ def train_step(
 def forward_backward(
     model: Qwen2, units: list[Unit], num_units: int, config: SftConfig | RediConfig, device: torch.device
 ) -> Tensor:
-    """A micro-batch forward and backward; its gradients are added to the parameters'.
-
-    Args:
-        units: the micro-batch's.
-        num_units: of the whole step, over which the losses of pairs are a mean.
+    """A micro-batch's units forward and backward; its gradients are added to the parameters'. The losses of pairs are a
+    mean over the num_units of the whole step.
 
     Returns:
         What it adds to the step's mean chosen and rejected log-prob, to its loss, and to its mean chosen and rejected
@@ -71,7 +66,7 @@ def forward_backward(
     batch = pack([s for unit in units for s in unit], model.config.vocab_size).to(device)
     entropies = torch.zeros_like(batch.weights)
     if wants_pairs(config) and len(batch.rows):
-        token_logps = model.logprobs(batch.targets, batch.rows, *batch.forward_arguments, entropies=entropies)
+        token_logps = model.logprobs(batch.targets, batch.rows, *batch[:3], batch.max_seqlen, entropies=entropies)
         loss = pair_losses(config, units, token_logps).sum() / num_units
     else:
         loss, token_logps = model.loss(*batch[:6], batch.max_seqlen, entropies)

@@ -30,7 +30,7 @@ from nanoredi.model.attention import PackedAttention  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Block, Qwen2, rotary_angles  # noqa: E402
 from nanoredi.sampler.sampler import Sampler  # noqa: E402
-from nanoredi.trainer import distributed, loop  # noqa: E402
+from nanoredi.trainer import distributed  # noqa: E402
 from nanoredi.trainer import step as trainer_step  # noqa: E402
 from nanoredi.trainer.optimizer import AdamW  # noqa: E402
 
@@ -83,7 +83,7 @@ def train(ranks: int, tied: bool, objective: str, shard_size: int = 0, offload: 
     with fake:
         with torch.device("cuda"):
             model = Qwen2(replace(SIZES, tie_word_embeddings=tied, num_hidden_layers=layers))
-        loop.set_up(model, config, torch.bfloat16, world)
+        distributed.shard(model, world, torch.bfloat16, config)
         optimizer = AdamW(model, config.lr, config.weight_decay)
         with Watch() as watch:
             figures, *_ = trainer_step.train_step(model, optimizer, units, config, world)

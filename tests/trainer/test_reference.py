@@ -47,7 +47,7 @@ def logps(config, one_rank):
     """A function that gives the reference's log-probs and their digest, as a run has them."""
 
     def logps(model_folder=config.model, max_prompt_tokens=800):
-        model = shard(Qwen2.from_pretrained(model_folder), one_rank, torch.float32)
+        model = shard(Qwen2.from_pretrained(model_folder), one_rank, torch.float32, config)
         data = load_pairs(config.data, Tokenizer(config.model), max_prompt_tokens, 19_000, config.cache)
         return reference_logps(replace(config, model=str(model_folder)), model, data, torch.float32, one_rank)
 

@@ -112,7 +112,7 @@ def test_another_number_of_ranks_goes_on(ranks, shard_size, flags, run, tmp_path
 @pytest.fixture
 def states(toy_data, one_rank, tmp_path):
     """A model's tensors, and its states at steps 5, 10 and 15."""
-    model = shard(Qwen2.from_pretrained(toy_data / "model"), one_rank, torch.float32)
+    model = shard(Qwen2.from_pretrained(toy_data / "model"), one_rank, torch.float32, SftConfig())
     tensors = training_tensors(model, AdamW(model, 1e-3, 0.0))
     states = States(tmp_path / "state", one_rank)
     for step in (5, 10, 15):
@@ -235,7 +235,7 @@ def test_metrics_lose_the_steps_that_come_again(tmp_path, capsys):
 
 def test_a_resume_in_another_dtype_is_refused(one_rank):
     class Kept:
-        folder = Path("run/state")
+        folder, world = Path("run/state"), one_rank
         began_with = {"data": "d", "dtype": "float32"}
 
         def load(self, tensors):
@@ -244,7 +244,7 @@ def test_a_resume_in_another_dtype_is_refused(one_rank):
     model = Qwen2(tiny.tiny_model(tied=True).config)
     rest = Kept(), model, AdamW(model, 1e-3, 0.0), Guards(SftConfig(), one_rank)
     with pytest.raises(UserError, match="the run in run began with --dtype float32, not bfloat16: give another --out"):
-        resume(*rest, {"data": "d", "dtype": "bfloat16"}, one_rank)
-    assert resume(*rest, {"data": "d", "dtype": "float32"}, one_rank) == 2
+        resume(*rest, {"data": "d", "dtype": "bfloat16"})
+    assert resume(*rest, {"data": "d", "dtype": "float32"}) == 2
     del Kept.began_with["dtype"]  # a state of former times
-    assert resume(*rest, {"data": "d", "dtype": "bfloat16"}, one_rank) == 2
+    assert resume(*rest, {"data": "d", "dtype": "bfloat16"}) == 2

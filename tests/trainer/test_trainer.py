@@ -117,7 +117,7 @@ def load(config):
 def one_step(config, world):
     """The figures of one optimiser step, the gradients it took (they are dropped by the step, so kept here), and the
     model."""
-    model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), world, torch.float32)
+    model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), world, torch.float32, config)
     data = load(config)
     rows = step_rows(0, 40, config.batch_size, seed=3)
     optimizer = KeepingAdamW(model, config.lr, 0.1)
@@ -287,7 +287,7 @@ def test_bfloat16_compute_keeps_fp32_masters_and_follows_fp32(stage, request, on
     config = request.getfixturevalue(stage)
     monkeypatch.setattr(logits, "MAX_CPU_ELEMENTS", 41 * 50)  # several chunks, whose sum is fp32
     _, grads, _, _ = one_step(config, one_rank)
-    model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), one_rank, torch.bfloat16)
+    model = shard(Qwen2.from_pretrained(config.model, dtype=torch.float32), one_rank, torch.bfloat16, config)
     optimizer = KeepingAdamW(model)
     data = load(config)
     train_step(model, optimizer, units_of(config, data, step_rows(0, 40, 16, seed=3)), config, one_rank)
