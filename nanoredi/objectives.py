@@ -1,13 +1,11 @@
 """The losses: SFT and REDI as the weight of each token's log-probability, DPO and SimPO as functions of a pair's.
 
 SFT and REDI are linear in the per-token log-probabilities: loss = sum_t w_t * logp_t, with weights known before the
-forward pass: sft() and redi() give w_t of each sequence's learned tokens. Hence kernels/cross_entropy.py can finish the
-gradient inside forward, and the result cannot depend on how an optimiser step is cut into micro-batches and ranks:
-every weight is divided by what the whole step holds.
+forward pass. Hence kernels/cross_entropy.py can finish the gradient inside forward, and the result cannot depend on
+how an optimiser step is cut into micro-batches and ranks: every weight is divided by what the whole step holds.
 
 DPO, SimPO and REDI with weighted negatives are not linear. They want both log-probabilities of a pair at once, from
-kernels/logprob.py, so a pair's two sequences stay in one micro-batch. Their formulas take tensors (p,) of p pairs and
-give the pairs' losses (p,); the step's loss is their mean, too.
+kernels/logprob.py, so a pair's two sequences stay in one micro-batch. They too are means over the step's pairs.
 
 The formulas come first; below them, units() weighs an optimiser step by its objective, and pair_losses() is what the
 objectives that want pairs make of a micro-batch.
@@ -26,7 +24,7 @@ Unit = tuple[Sequence, ...]
 
 
 def sft(num_learned: list[int], row_weights: list[float] | None = None) -> list[float]:
-    """SFT, the mean of -log p over all learned tokens of the optimiser step:  w_t = -1 / sum_i |y_i|.
+    """SFT, the mean of -log p over all learned tokens of the optimiser step: each sequence's w_t = -1 / sum_i |y_i|.
 
     Args:
         num_learned: |y_i|, the number of learned tokens of each sequence of the step.
@@ -44,7 +42,7 @@ def redi(
 
         -log p(y_w|x) / |y_w| + alpha * log p(y_l|x) / |y_l|
 
-    so w_t = -1 / (P |y_w|) on a chosen token and alpha / (P |y_l|) on a rejected one. There is no reference model and
+    so w_t = -1 / (P |y_w|) in each chosen trace and alpha / (P |y_l|) in each rejected one. There is no reference model and
     no KL term; alpha < 1 is what keeps it from collapse. With alpha 0 it is SFT on the chosen traces, each trace
     counting the same.
 
@@ -60,7 +58,7 @@ def redi(
 def weighted_redi(
     chosen: Tensor, rejected: Tensor, alpha: float, neg_weight_gamma: float, chosen_weight: float = 1.0
 ) -> Tensor:
-    """REDI with the option of the authors' code to learn less from negatives that are unlikely already:
+    """REDI with the option of the authors' code to learn less from negatives that are unlikely already; pairs' losses (p,):
 
         -m_w + alpha * exp(gamma * m_l) * m_l        m = log p(y|x) / |y|
 
@@ -69,7 +67,7 @@ def weighted_redi(
     negative is pushed down no further than 1/gamma nats a token. gamma 0 is REDI.
 
     Args:
-        chosen, rejected: m_w and m_l.
+        chosen, rejected: (p,) m_w and m_l.
         alpha, chosen_weight: as in redi.
         neg_weight_gamma: gamma.
     """
@@ -77,28 +75,28 @@ def weighted_redi(
 
 
 def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """DPO (arXiv 2305.18290, eq. 7):
+    """DPO (arXiv 2305.18290, eq. 7), the losses (p,) of some pairs:
 
         -log sigmoid(beta * (r_w - r_l))        r = log p(y|x) - log p_ref(y|x)
 
     where log p(y|x) is the sum over the trace's tokens, and the reference is the model that training started from.
 
     Args:
-        chosen, rejected: r_w and r_l.
+        chosen, rejected: (p,) r_w and r_l.
         beta: how strongly the reference holds the model back; the smaller, the further it may go.
     """
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
 def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
-    """SimPO (arXiv 2405.14734, eq. 6):
+    """SimPO (arXiv 2405.14734, eq. 6), the losses (p,) of some pairs:
 
         -log sigmoid(beta * (m_w - m_l) - gamma)        m = log p(y|x) / |y|
 
     with no reference: what is compared is the mean log-probability a token.
 
     Args:
-        chosen, rejected: m_w and m_l.
+        chosen, rejected: (p,) m_w and m_l.
         beta: scale of the difference.
         gamma: by how much it should be positive.
     """
