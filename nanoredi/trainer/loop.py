@@ -97,15 +97,14 @@ class _Run:
 
 def _begin(config: SftConfig | RediConfig, world: World) -> _Run:
     """Read the data and the model, share it among the ranks, and put the run where its newest state left it."""
-    overrides = {
-        name: getattr(config, name) for name in ("rope_theta", "max_position_embeddings") if getattr(config, name)
-    }
-    model = Qwen2.from_pretrained(config.model, **overrides)
+    names = ("rope_theta", "max_position_embeddings")
+    model = Qwen2.from_pretrained(config.model, **{name: value for name in names if (value := getattr(config, name))})
     data = _load(config, config.data, model, world)
     look = None
-    if isinstance(config, RediConfig) and config.watch_every and config.watch:
-        watched = _load(config, config.watch, model, world)
-        look = partial(means_a_token, model, watched, config.max_tokens_per_micro_batch, world)
+    if isinstance(config, RediConfig) and config.watch:
+        watched = _load(config, config.watch, model, world)  # for what is wrong with it, before hours of training
+        if config.watch_every:
+            look = partial(means_a_token, model, watched, config.max_tokens_per_micro_batch, world)
     dtype = world.first(lambda: compute_dtype(config.dtype, world.device))
     rate = world.first(lambda: matrix_rate(dtype, world.device))  # measured, so one rank decides
     set_up(model, config, dtype, world)
@@ -175,8 +174,7 @@ def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World)
     for note in world.first(lambda: load().notes):  # fills the cache
         world.say(note)
     data = load()
-    longest = int(np.diff(data.offsets).max())
-    context = model.config.max_position_embeddings
+    longest, context = int(np.diff(data.offsets).max()), model.config.max_position_embeddings
     if longest > context:
         raise UserError(
             f"{path}: the longest sequence has {longest:,} tokens, the model's context {context:,}; "

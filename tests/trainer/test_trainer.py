@@ -396,13 +396,21 @@ def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypa
     assert_same_weights(tmp_path / "run", tmp_path / "again")
 
 
-def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data):
+def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data, tmp_path):
     with pytest.raises(
         UserError, match="the longest sequence has .* tokens, the model's context 16; raise max_position_embeddings"
     ):
         train(replace(redi, max_position_embeddings=16), one_rank)
     with pytest.raises(UserError, match="--data"):
         train(replace(redi, data=""), one_rank)
+    # The watched pairs are read at the end alone; what is wrong with them is said before the first step.
+    with pytest.raises(UserError, match="sft.jsonl, line 1 has no field 'chosen'"):
+        loop._begin(replace(redi, watch=str(toy_data / "sft.jsonl")), one_rank)
+    (tmp_path / "other" / "final").mkdir(parents=True)
+    for name in ("config.toml", "final/config.json"):
+        (tmp_path / "other" / name).touch()
+    with pytest.raises(UserError, match="other is a run's folder and no model's: give .*other/final"):
+        loop._begin(replace(redi, model=str(tmp_path / "other")), one_rank)
 
 
 def test_no_share_is_above_one(redi, one_rank, tmp_path, monkeypatch):
