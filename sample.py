@@ -22,14 +22,14 @@ from typing import Any
 
 from nanoredi.chat import chat, ending
 from nanoredi.common.disk import regular
-from nanoredi.common.errors import UserError, run_script
+from nanoredi.common.errors import UserError, naming, run_script
 from nanoredi.common.files import parse_json, read_rows, write_row
 from nanoredi.common.flags import Tables, option, read_flags, read_recipe, resolve
 from nanoredi.common.progress import progress
 from nanoredi.common.runs import check_model, newest_model, recipe_of
 from nanoredi.config import EvaluateConfig, SamplingConfig
 from nanoredi.data import benchmarks
-from nanoredi.data.messages import check_messages
+from nanoredi.data.messages import behind_system, check_messages, with_system
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.evaluation.samples import claim, cut_torn_line, digest_of_files
 from nanoredi.model.hf_folder import stop_ids
@@ -142,7 +142,12 @@ def _read_prompts(path: str) -> list[tuple[str, Any]]:
 
 def _samples(rows: list[tuple[str, Any]], tokenizer: Tokenizer, config: SampleFlags) -> list[_Sample]:
     conversations = [_messages(where, row, config) for where, row in rows]
-    prompts = [tokenizer.encode(tokenizer.prompt(messages)) for messages in conversations]
+    prompts = []
+    for (where, _), messages in zip(rows, conversations):
+        with naming(where):
+            if messages[-1]["role"] == "assistant":
+                raise UserError("the last message is the assistant's; a prompt must end with the user's")
+            prompts.append(tokenizer.encode(tokenizer.prompt(messages)))
     requests = requests_for(prompts, config.n, config.seed, [where for where, _ in rows])
     samples = []
     for i, request in enumerate(requests):
@@ -158,9 +163,12 @@ def _messages(where: str, row: Any, config: SampleFlags) -> list[dict[str, str]]
     for name in ("messages", "prompt", "problem", "question"):
         value = fields.get(name)
         if isinstance(value, list):
-            return benchmarks.with_system(check_messages(f"{where}: {name!r}", value), config.system)
-        if isinstance(value, str) and value.strip() and name != "messages":
-            return benchmarks.frame(value, config.template, config.system)
+            messages = check_messages(f"{where}: {name!r}", value)
+        elif isinstance(value, str) and value.strip() and name != "messages":
+            messages = benchmarks.frame(value, config.template, "")
+        else:
+            continue
+        return with_system(behind_system(where, fields, messages), config.system)
     raise UserError(
         f"{where} must hold 'prompt', 'problem' or 'question', a text, or 'messages', a list; "
         f"it holds {', '.join(map(repr, fields)) or 'no fields'}"

@@ -19,6 +19,7 @@ from nanoredi.common.flags import read_flags, resolve
 from nanoredi.common.runs import dtype_of_run, final_name, open_run
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
 from nanoredi.data import benchmarks
+from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.evaluation.evaluate import evaluate_all
 from nanoredi.evaluation.samples import kept_results
 from nanoredi.evaluation.scores import unended
@@ -47,6 +48,7 @@ def main(argv: list[str]) -> None:
         configs = {"redi": config, "evaluate": evaluation, "sft": stage_1, "toy": toy_config}
     elif config.evaluate:
         _benchmarks(evaluation)  # for what is wrong with them, before hours of training
+        Tokenizer(config.model).prompt(benchmarks.frame("1", evaluation.template, evaluation.system))
 
     with world(config.timeout_minutes) as ranks:
         if ranks.first(lambda: open_run(config.out, configs)):

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.benchmarks import frame, with_system
+from nanoredi.data.benchmarks import frame
+from nanoredi.data.messages import with_system
 from nanoredi.data.tokenizer import Tokenizer, may_begin
 from nanoredi.sampler.sampler import Sampler
 from nanoredi.sampler.scheduler import Request, requests_for

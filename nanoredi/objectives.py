@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoredi.common.errors import UserError
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.sequences import SIDES, Sequence
 
@@ -116,25 +115,18 @@ def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> l
     Args:
         rows: of the whole step, as TokenData.row gives them.
 
-    Raises:
-        UserError: naming a row with a chosen_weight, which DPO and SimPO do not have.
-
     Returns:
-        Pairs where the objective wants them. Else sequences, first the chosen and then the rejected ones. Rejected ones of
-        weight 0 teach nothing and are left out; chosen ones stay, since their log-probability tells of a collapse.
+        Pairs where the objective wants them. Else sequences, first the chosen and then the rejected ones. Those of weight 0
+        teach nothing and are left out; REDI's chosen ones stay, since their log-probability tells of a collapse, and of SFT one.
     """
     if isinstance(config, SftConfig) or config.objective == "sft":
         traces = [row[0] for row in rows]
-        counts = [s.num_learned for s in traces]
-        weights = sft(counts, [s.row_weight for s in traces])
-        tokens = {side: sum(n for n, s in zip(counts, traces) if s.side == side) for side in SIDES}
-        units = [(s._replace(weight=w, share=1 / tokens[s.side]),) for s, w in zip(traces, weights)]
-        return [unit for unit in units if unit[0].weight] or units[:1]
+        weights = sft([s.num_learned for s in traces], [s.row_weight for s in traces])
+        kept = [(s, w) for s, w in zip(traces, weights) if w] or [(traces[0], 0.0)]
+        tokens = {side: sum(s.num_learned for s, _ in kept if s.side == side) for side in SIDES}
+        return [(s._replace(weight=w, share=1 / tokens[s.side]),) for s, w in kept]
     chosen, rejected = ([s._replace(share=1 / (len(rows) * s.num_learned)) for s in side] for side in zip(*rows))
     if wants_pairs(config):
-        for s in chosen:
-            if s.row_weight != 1 and config.objective != "redi":
-                raise UserError(f"{s.name}: {config.objective} knows no chosen_weight; take it out, or use redi or sft")
         return list(zip(chosen, rejected))
     counts = [[s.num_learned for s in side] for side in (chosen, rejected)]
     weights = redi(*counts, config.alpha, config.chosen_weight)

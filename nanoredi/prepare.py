@@ -41,7 +41,7 @@ PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all 
 # A table's other columns are not read.
 _FIELDS = (
     *("problem_is_valid", "source", "problem", "generations", "correctness"),
-    *("prompt", "messages", "completion", "finish_reason", "sample", "answer", "correct", *THINKING_NAMES),
+    *("system", "prompt", "messages", "completion", "finish_reason", "sample", "answer", "correct", *THINKING_NAMES),
 )
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 Rows = Iterable[tuple[str, dict[str, Any]]]  # each with where it stands, for messages

@@ -46,6 +46,13 @@ def said_no(done, *words):
     assert all(word in lines[0] for word in words), lines[0]
 
 
+def test_a_system_message_that_the_template_refuses_is_named_before_training(run, toy_data, tmp_path):
+    flags = ["--data", toy_data / "pairs.jsonl", "--out", "run", "--evaluate", "--evaluate.system", "S"]
+    done = run("train_redi.py", "--model", toy_data / "model", *flags, "--evaluate.benchmarks", toy_data / "toy.jsonl")
+    said_no(done, "the toy knows the roles user and assistant")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_main_job_on_a_shrunken_toy(run, tmp_path):
     done = run("train_redi.py", *SMALL)
     assert done.returncode == 0, done.stderr
@@ -185,7 +192,7 @@ BAD_INPUT = [
     (
         "train_redi.py",
         ["--model", "nowhere", "--data", "x.jsonl", "--out", "o"],
-        ["cannot read nowhere/config.json"],
+        ["there is no folder nowhere; give the one that holds the model's config.json"],
     ),
     (
         "train_redi.py",

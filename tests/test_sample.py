@@ -93,6 +93,24 @@ def test_what_is_no_prompt_is_named(said, tmp_path, name, text, words):
         said("--prompts", name)
 
 
+def test_a_row_s_own_system_message_comes_before_the_flag_s():
+    flags = sample.SampleFlags(system="F")
+    for row in ({"system": "S", "prompt": "Q"}, {"messages": [{"role": "user", "content": "Q"}], "System": "S"}):
+        assert [m["content"] for m in sample._messages("here", row, flags)] == ["S", "Q"]
+    assert [m["content"] for m in sample._messages("here", {"problem": "Q"}, flags)] == ["F", "Q"]
+
+
+def test_a_row_that_no_prompt_can_be_made_of_is_named(said, tmp_path):
+    write(tmp_path / "p.jsonl", {"messages": TURNS}, {"messages": TURNS[:2]})
+    with pytest.raises(
+        UserError, match="p.jsonl, line 2: the last message is the assistant's; a prompt must end with "
+    ):
+        said("--prompts", str(tmp_path / "p.jsonl"))
+    write(tmp_path / "p.jsonl", {"messages": TURNS}, {"prompt": [{"role": "tool", "content": "1"}]})
+    with pytest.raises(UserError, match="p.jsonl, line 2: .* the toy knows the roles"):
+        said("--prompts", str(tmp_path / "p.jsonl"))
+
+
 def test_a_prompt_needs_no_flag_and_is_framed(said, asked):
     text = said("a=1", "--n", "2", "--template", "b=2+{problem}")
     assert ": 2 samples at temperature" in text and "--- b=2+a=1\n" in text and "--- b=2+a=1  [sample 1]" in text

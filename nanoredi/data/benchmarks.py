@@ -14,7 +14,7 @@ from typing import Any
 
 from nanoredi.common.errors import UserError, nearest
 from nanoredi.common.files import read_rows
-from nanoredi.data.messages import user_message
+from nanoredi.data.messages import user_message, with_system
 from nanoredi.grader import extract_answer
 
 # Name: number of problems.
@@ -42,13 +42,6 @@ def frame(problem: str, template: str = "", system: str = "") -> list[dict[str, 
     """
     text = {"paper": PAPER_TEMPLATE, "plain": "{problem}", "": "{problem}"}.get(template, template)
     return with_system(user_message(text.replace("{problem}", problem)), system)
-
-
-def with_system(messages: list[dict[str, str]], system: str) -> list[dict[str, str]]:
-    """Messages behind a system message, unless it is empty or they begin with one of their own."""
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ _ANSWER, _THOUGHTS = "\ue000answer\ue001", "\ue000thoughts\ue001"
 _THINK, _THOUGHT = "<think>", "</think>"
 # What split remarks, of rows.
 _ENDED = "rows have the template's end on an answer: it is taken once"
+_GOES_ON = "rows have an answer that goes on after a token which ends completions: all is learned"
 _TEMPLATED = "rows have a prompt that is templated already: it is taken as it is"
 _REWRITTEN = "rows have an answer that the chat template writes in another way: its way is learned"
 _WHOLE = "rows have an answer that the chat template cuts, or puts after another prompt than sampling's: all is learned"
@@ -94,6 +95,8 @@ class Chat:
         if content != answer["content"]:
             remarks.add(_ENDED)
             answer = {**answer, "content": content}
+        if any(end in folded(answer)["content"] for end in self._ends):
+            remarks.add(_GOES_ON)
         if prompt := self._templated(before):
             remarks.add(_TEMPLATED)
             return prompt, self._continued(prompt, answer) + self.end

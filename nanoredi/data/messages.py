@@ -6,13 +6,14 @@ apart.
     stage 2   {"prompt", "chosen", "rejected"}; the prompt may stand inside chosen and rejected instead, as
               whole conversations
 
-A prompt is text (the user's) or a list of messages, an answer is text (the assistant's), a message or a list of one. A
-message may be written as ShareGPT does, {"from", "value"}, and its content as a list of parts of text.
+A prompt is text (the user's) or a list of messages, an answer is text (the assistant's), a message or a list of one. The
+system message may stand beside them, as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its content as a list of parts of text.
 """
 
 from typing import Any
 
 from nanoredi.common.errors import UserError
+from nanoredi.common.files import check
 
 Messages = list[dict[str, Any]]
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
@@ -23,6 +24,17 @@ SIDES = ("chosen", "rejected")
 
 def user_message(text: str) -> Messages:
     return [{"role": "user", "content": text}]
+
+
+def with_system(messages: Messages, system: str | None) -> Messages:
+    """Messages behind a system message, unless it is empty or they begin with one of their own."""
+    before = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
+    return [*before, *messages]
+
+
+def behind_system(where: str, row: dict[str, Any], messages: Messages) -> Messages:
+    """A row's messages behind the system message that stands beside them, in `system`, if one does."""
+    return with_system(messages, check(where, row.get("system"), (str, None), "system"))
 
 
 def check_messages(where: str, value: Any) -> Messages:
@@ -64,10 +76,9 @@ def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
     given = _given(row)
     if "completion" in given and "messages" not in given:
-        prompt = _prompt(where, given)
-        if not prompt:
+        if not (prompt := _prompt(where, given)):
             raise UserError(f"{where} has no field 'prompt'")
-        return [*prompt, *_answer(f"{where}: 'completion'", given["completion"])]
+        return behind_system(where, given, [*prompt, *_answer(f"{where}: 'completion'", given["completion"])])
     name = "conversations" if "conversations" in given and "messages" not in given else "messages"
     if name not in given:
         raise UserError(f"{where} has no field 'messages' (nor 'conversations', nor 'prompt' with 'completion')")
@@ -76,7 +87,7 @@ def conversation(where: str, row: Any) -> Messages:
     messages = check_messages(f"{where}: {name!r}", given[name])
     if messages[-1]["role"] != "assistant" or not _says(messages[-1]):
         raise UserError(f"{where}: the last message must be the assistant's, and not empty")
-    return messages
+    return behind_system(where, given, messages)
 
 
 def pair(where: str, row: Any) -> tuple[Messages, Messages]:
@@ -92,7 +103,7 @@ def pair(where: str, row: Any) -> tuple[Messages, Messages]:
         raise UserError(f"{where}: 'prompt' must be what stands in 'chosen' before the answer")
     if not (before or prompt):
         raise UserError(f"{where} has no field 'prompt'")
-    return before or prompt, [chosen, rejected]
+    return behind_system(where, given, before or prompt), [chosen, rejected]
 
 
 def _given(row: Any) -> dict[str, Any]:
@@ -108,10 +119,8 @@ def _prompt(where: str, given: dict[str, Any]) -> Messages:
 
 def _answer(where: str, value: Any) -> Messages:
     """A completion as messages: the assistant's, alone or behind the prompt."""
-    if isinstance(value, str):
-        messages = [{"role": "assistant", "content": value}]
-    else:
-        messages = check_messages(where, [value] if isinstance(value, dict) else value)
+    value = {"role": "assistant", "content": value} if isinstance(value, str) else value
+    messages = check_messages(where, [value] if isinstance(value, dict) else value)
     *before, last = messages
     behind_a_prompt = not before or any(message["role"] == "user" for message in before)
     if last["role"] != "assistant" or not _says(last) or not behind_a_prompt:

@@ -17,7 +17,7 @@ from nanoredi.common.errors import UserError
 from nanoredi.common.files import check
 from nanoredi.data.benchmarks import golds_of
 from nanoredi.data.filters import say_dropped
-from nanoredi.data.messages import THINKING_NAMES, check_messages, folded
+from nanoredi.data.messages import THINKING_NAMES, behind_system, check_messages, folded
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.grader import grade
@@ -109,7 +109,7 @@ def _prompt(where: str, row: Row) -> list[dict[str, str]]:
     prompt = check_messages(f"{where}: {name!r}", row[name])
     if prompt[-1]["role"] != "user":
         raise UserError(f"{where}: the last of {name!r} must be the user's message")
-    return prompt
+    return behind_system(where, row, prompt)
 
 
 def _golds(where: str, row: Row) -> list[str] | None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from nanoredi.common.errors import UserError
+from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_rows
 from nanoredi.data.benchmarks import Benchmark, golds_of
 from nanoredi.evaluation.layouts import LAYOUTS, Answers, Completion, read
@@ -247,4 +247,4 @@ def _graded(
 
 
 if __name__ == "__main__":
-    print("\n".join(f"{path:24}{who}" for path, who in LAYOUTS.items()))
+    run_script(lambda _: print("\n".join(f"{path:24}{who}" for path, who in LAYOUTS.items()), flush=True))

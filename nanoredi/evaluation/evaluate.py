@@ -8,8 +8,8 @@ from pathlib import Path
 from nanoredi.common.files import write_json
 from nanoredi.common.progress import progress
 from nanoredi.config import EvaluateConfig, RediConfig
-from nanoredi.data.benchmarks import Benchmark, with_system
-from nanoredi.data.messages import user_message
+from nanoredi.data.benchmarks import Benchmark
+from nanoredi.data.messages import user_message, with_system
 from nanoredi.data.sequences import load_pairs
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.evaluation.queue import Queue

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from nanoredi.common.disk import writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json
-from nanoredi.common.runs import INDEX, open_weights
+from nanoredi.common.runs import INDEX, check_model, open_weights
 from nanoredi.data.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -44,7 +44,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: when it is missing or broken, or says what this Qwen2 would compute wrongly.
     """
-    path = Path(folder) / "config.json"
+    path = Path(check_model(str(folder)), "config.json")
     config = check(str(path), read_json(path), _CONFIG_SHAPE)
     layers, window = config.get("num_hidden_layers", 0), config.get("sliding_window")
     slides = (config.get("max_window_layers") or layers) < layers

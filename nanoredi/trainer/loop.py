@@ -86,9 +86,10 @@ class _Run:
         self.data = data = _load(config, config.data, model, world)
         # Works out the watched pairs' log-probs and entropies of now, if there are any.
         self.look: Callable[[], Tensor] | None = None
-        if isinstance(config, RediConfig) and config.watch_every and config.watch:
-            watched = _load(config, config.watch, model, world)
-            self.look = partial(means_a_token, model, watched, config.max_tokens_per_micro_batch, world)
+        if isinstance(config, RediConfig) and config.watch:
+            watched = _load(config, config.watch, model, world)  # for what is wrong with it, before hours of training
+            if config.watch_every:
+                self.look = partial(means_a_token, model, watched, config.max_tokens_per_micro_batch, world)
         # The dtype of the compute, and of the saved models.
         self.dtype = dtype = world.first(lambda: compute_dtype(config.dtype, world.device))
         rate = world.first(lambda: matrix_rate(dtype, world.device))  # measured, so one rank decides
@@ -153,6 +154,10 @@ def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World)
             f"{path}: the longest sequence has {longest:,} tokens, the model's context {context:,}; "
             "raise max_position_embeddings or lower the limits on tokens"
         )
+    weighted = data.row_weights != 1
+    if isinstance(config, RediConfig) and config.objective in ("dpo", "simpo") and weighted.any():
+        name = data.row(int(weighted.argmax()) // 2)[0].name
+        raise UserError(f"{name}: {config.objective} knows no chosen_weight; take it out, or use redi or sft")
     if (largest := int(data.tokens.max())) >= model.config.vocab_size:
         raise UserError(
             f"{path}: token {largest} is outside the model's vocabulary of {model.config.vocab_size}; "

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.benchmarks import PAPER, PAPER_TEMPLATE, frame, golds_of, load, load_all, with_system
+from nanoredi.data.benchmarks import PAPER, PAPER_TEMPLATE, frame, golds_of, load, load_all
+from nanoredi.data.messages import with_system
 from nanoredi.grader import grade
 
 

@@ -274,6 +274,20 @@ def test_stage_2_rows(row):
     assert pair("here", row) == (TURNS[:1], [TURNS[1], WHOLE["rejected"][1]])
 
 
+def test_a_system_message_beside_the_others_is_the_first():
+    system = {"role": "system", "content": "S"}
+    for row in ({"messages": TURNS}, {"prompt": "Q", "completion": "B"}):
+        assert conversation("here", {"system": "S", **row}) == [system, *TURNS]
+    assert (
+        conversation("here", {"system": "S", "messages": [{**system, "content": "own"}, *TURNS]})[0]["content"] == "own"
+    )
+    for row in (WHOLE, {"prompt": "Q", "chosen": "B", "rejected": "C"}):
+        assert pair("here", {"system": "S", **row})[0] == [system, TURNS[0]]
+        assert pair("here", {"system": None, **row})[0] == TURNS[:1]
+    with pytest.raises(UserError, match=r"here: system is \['S'\]; it must be text or null"):
+        conversation("here", {"system": ["S"], "messages": TURNS})
+
+
 @pytest.mark.parametrize(
     "messages, words",
     [

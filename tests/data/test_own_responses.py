@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from templates import DEEPSEEK, small_folder
+from templates import CHATML, DEEPSEEK, small_folder
 
 from nanoredi import prepare, toy
 from nanoredi.common.errors import UserError
@@ -47,6 +47,12 @@ def prepared(tmp_path, tokenizer):
 
 def response(completion, sample=0, prompt="a=1b+2", answer="3", **more):
     return {"prompt": prompt, "answer": answer, "completion": completion, "sample": sample} | more
+
+
+def test_a_system_message_beside_the_prompt_belongs_to_it(tmp_path):
+    row = {"system": "S", "prompt": "Q", "generations": ["1"], "correct": [True]}
+    made = own.labelled("here", row, Tokenizer(small_folder(tmp_path, CHATML)), False)
+    assert [message["content"] for message in made["prompt"]] == ["S", "Q"] and made["problem"] == "Q"
 
 
 def test_a_row_a_response(prepared):

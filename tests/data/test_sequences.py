@@ -123,6 +123,17 @@ def test_rows_that_are_nothing_to_learn_from_are_counted(tokenizer, write, cache
     ]
 
 
+def test_an_answer_that_goes_on_after_an_end_is_counted(tokenizer, write, cache):
+    rows = conversation(), conversation("a=1", "1<eos>2<eos>"), {"prompt": "a=1", "completion": "1<eos>2"}
+    goes_on = "an answer that goes on after a token which ends completions: all is learned"
+    assert {note.split(": ", 1)[1] for note in load_sft(write(*rows), tokenizer, 50, cache).notes} == {
+        "1 of 3 rows have the template's end on an answer: it is taken once",
+        f"2 of 3 rows have {goes_on}",
+    }
+    notes = load_pairs(write(PAIR, {**PAIR, "chosen": "<think><eos></think>1"}), tokenizer, 50, 50, cache).notes
+    assert [note.split(": ", 1)[1] for note in notes] == [f"1 of 2 rows have {goes_on}"]
+
+
 def test_the_weight_of_a_row(tokenizer, write, cache):
     rows = [{**conversation(), "weight": weight} for weight in (None, 0.25, -1, 0)]
     assert load_sft(write(*rows), tokenizer, 50, cache).row_weights.tolist() == [1.0, 0.25, -1.0, 0.0]

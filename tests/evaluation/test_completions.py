@@ -1,7 +1,10 @@
 """Files of other engines, each in its layout, come to the same samples."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -473,3 +476,12 @@ def test_evaluate_grades_completions(run, tmp_path, benchmark):
     shown = run("nanoredi/report/__main__.py", "--failures", "out", "--only", "no_answer")
     assert shown.stdout.count("--- ") == 2 and "answer  none" in shown.stdout
     assert "two less one" in run("nanoredi/report/__main__.py", "out").stdout
+
+
+def test_a_reader_may_leave_before_the_list_of_layouts_is_printed():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "nanoredi.evaluation.completions"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -251,6 +251,23 @@ def test_objective_sft_goes_on_with_the_chosen(redi, one_rank):
     assert [s.name for (s,) in units] == [row[0].name for row in rows]
 
 
+def test_the_mean_of_the_chosen_is_over_those_that_are_learned(sft, redi, one_rank):
+    data = load(sft)
+    rows = [data.row(i)[0] for i in (3, 5, 7)]
+    for weights in ((0.0, 0.5, -1.0), (0.0, 0.0, 0.0)):
+        step = [(s._replace(row_weight=w, side="rejected" if w < 0 else "chosen"),) for s, w in zip(rows, weights)]
+        units = [unit[0] for unit in objectives.units(sft, step)]
+        assert len(units) == max(1, sum(w != 0 for w in weights))
+        assert [s.share * s.num_learned for s in units] == [1.0] * len(units)  # one of each side
+        assert sum(s.weight for s in units) == -sum(weights) / sum(s.num_learned for s in rows)
+
+
+def test_a_chosen_weight_that_the_objective_does_not_know_is_found_before_the_first_step(row_weights, simpo, one_rank):
+    config = replace(simpo, data=row_weights.data)
+    with pytest.raises(UserError, match="row 2 of .*weights.jsonl, chosen: simpo knows no chosen_weight; take it out"):
+        loop._begin(config, one_rank)
+
+
 def test_update_norm_is_what_the_weights_moved(redi, one_rank):
     before = Qwen2.from_pretrained(redi.model, dtype=torch.float32)
     figures, _, _, model = one_step(redi, one_rank)
@@ -379,13 +396,21 @@ def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypa
     assert_same_weights(tmp_path / "run", tmp_path / "again")
 
 
-def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data):
+def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data, tmp_path):
     with pytest.raises(
         UserError, match="the longest sequence has .* tokens, the model's context 16; raise max_position_embeddings"
     ):
         train(replace(redi, max_position_embeddings=16), one_rank)
     with pytest.raises(UserError, match="--data"):
         train(replace(redi, data=""), one_rank)
+    # The watched pairs are read at the end alone; what is wrong with them is said before the first step.
+    with pytest.raises(UserError, match="sft.jsonl, line 1 has no field 'chosen'"):
+        loop._begin(replace(redi, watch=str(toy_data / "sft.jsonl")), one_rank)
+    (tmp_path / "other" / "final").mkdir(parents=True)
+    for name in ("config.toml", "final/config.json"):
+        (tmp_path / "other" / name).touch()
+    with pytest.raises(UserError, match="other is a run's folder and no model's: give .*other/final"):
+        loop._begin(replace(redi, model=str(tmp_path / "other")), one_rank)
 
 
 def test_no_share_is_above_one(redi, one_rank, tmp_path, monkeypatch):
