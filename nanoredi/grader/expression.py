@@ -212,7 +212,7 @@ class _Evaluator:
     def factor(self) -> Number:
         result = self.atom()
         while self.accept("!"):
-            result = self.factorial(result)
+            result = self.double_factorial(result) if self.accept("!") else self.factorial(result)
         if self.accept("^"):
             result = self.power(result, self.exponent())
         if self.accept("°") and self.angles:  # elsewhere a unit like any other
@@ -358,6 +358,11 @@ class _Evaluator:
             return self.bounded(Fraction(math.factorial(int(x))))
         self.budget.spend(_FUNCTION_WORK)
         return numbers.factorial(inexact(x)) if abs(inexact(x)) <= MAX_FACTORIAL else _opaque("!", _digits(x))
+
+    def double_factorial(self, x: Number) -> Number:
+        if _is_whole(x) and 0 <= x <= MAX_FACTORIAL:
+            return self.bounded(Fraction(math.prod(range(int(x), 0, -2))))
+        return _opaque("!!", _digits(x))
 
     def binomial(self, n: Number, k: Number) -> Number:
         if _is_whole(n) and isinstance(k, Fraction) and not 0 <= k <= n:
