@@ -51,9 +51,7 @@ _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 _FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt|bb|cal|frak)|bm)\s*"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even} have no unit.
-_NO_UNIT_WORD = (
-    r"half|halves|thirds|fourths|fifths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less"
-)
+_NO_UNIT_WORD = "half|halves|thirds|fourths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less"
 _NO_UNIT = (
     r"(?!\s*(?:[,;:)]|(?:[ienxyz]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|\( ?(?:mod|extr|rej|disc)"
     rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
@@ -75,18 +73,12 @@ _REWRITES = [
     (re.compile(pattern), new)
     for pattern, new in [
         (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
-        (r":\s*=|\\coloneqq(?![a-z])", "="),
-        (r"\\not\s*=", "≠"),
         (
-            rf"(?<=[0-9])\s*\^\s*(?:\{{\s*)?{_FONT}\{{\s*(?:st|nd|rd|th|o)\s*\}}(?:\s*\}})?|(?<=[0-9])\^(?:o\b|\{{o\}})",
+            rf"(?<=[0-9]) ?\^ ?(?:\{{ ?{_FONT}\{{(?:st|nd|rd|th|o)\}} ?\}}|{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b|\{{o\}})",
             "",
         ),
-        (r"<=", "≤"),
-        (r">=", "≥"),
-        (r"!=", "≠"),
-        (r"\*\*", "^"),
-        (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color)\s*\*?\{[^{}]*\}", ""),
-        (r"\\textcolor\s*\{[^{}]*\}", ""),
+        *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])"), "≤≥≠^="),
+        (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
         (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
         (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
         (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
@@ -102,13 +94,10 @@ _REWRITES = [
         (r"(?<![\\A-Za-z{])(?:or|and)(?![A-Za-z}])|(?<=[0-9)\]}⦄])(?:or|and)(?=[A-Za-z]\b)", " , "),
         (_FONT + r"\{\s*,?\s*(?:or|and|,)\s*\}", " , "),
         (r"(?<=[0-9)}π°'])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+", " "),
-        (_FONT + r"\{([^{}]*)\}", r" \1 "),
-        (_FONT + r"\{([^{}]*)\}", r" \1 "),  # twice, for a font in a font
+        *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
         (_FONT + r"(?=[A-Za-z0-9\\])", " "),
-        (
-            r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|(?:the )?(?:final )?answer *(?:is\b|:)|(?:usd?|rs\.?)(?=[ 0-9]))",
-            "",
-        ),
+        (r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
+        (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
         (r"(?<!\\)\b(?:infinity|oo)\b", "∞"),
         (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
         (r"(?:\\|\b)ceil\s*\(([^()]*)\)", r"⌈\1⌉"),
@@ -178,7 +167,7 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = _compatible(text.translate(_BEFORE))
     text = re.sub(r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", "", text)  # these commas group digits, wherever they stand
-    text = re.sub(r"(?<=[0-9])'(?=[0-9]{3}(?![0-9]))", "", text)
+    text = re.sub(r"(?<![.0-9])[0-9]{1,3}(?:'[0-9]{3})+(?![0-9])", lambda found: found[0].replace("'", ""), text)
     text = re.sub(r"(?<=[0-9])\{,\}(?=[0-9])", ".", text)  # elsewhere it is a decimal comma
     text = re.sub(r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§", text)  # 17%6 is not 176
     text = re.sub(r"\\q?quad", " ", text)  # also where a letter is glued to it
