@@ -51,7 +51,7 @@ _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 _FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt|bb|cal|frak)|bm)\s*"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even} have no unit.
-_NO_UNIT_WORD = "half|halves|thirds|fourths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less"
+_NO_UNIT_WORD = r"hal(?:f|ves)|thirds|fourths|tenths|(?:hundre|thousan)dths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less"
 _NO_UNIT = (
     r"(?!\s*(?:[,;:)]|(?:[ienxyz]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|\( ?(?:mod|extr|rej|disc)"
     rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"

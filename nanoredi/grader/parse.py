@@ -101,18 +101,14 @@ class _Reader:
         if "≠" in pieces[0]:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
             name = pieces[0].partition("≠")[0]
             pieces = [piece if re.search("[=<>≤≥≠]", piece) else f"{name}≠{piece}" for piece in pieces]
-        if (
-            len(pieces) > 1
-            and any("≠" in piece for piece in pieces)
-            and len({_NO_LETTER.sub("", piece) for piece in pieces}) == 1
-        ):
-            with contextlib.suppress(Unreadable):  # x > 0, x ≠ 1 holds for both
-                return [self.one("∩".join(pieces))]
         parts = [one for piece in pieces for one in each_sign(piece.strip()) if one]
         if not 0 < len(parts) <= MAX_PARTS:
             raise Unreadable
         if len(parts) == 1:
             return [self.one(parts[0])]
+        if "≠" in "".join(parts) and len({_NO_LETTER.sub("", part) for part in parts}) == 1:
+            with contextlib.suppress(Unreadable):  # x > 0, x ≠ 1 hold together
+                return [self.one("∩".join(parts))]
         nodes = []
         for part in parts:
             node = self.read(part)
