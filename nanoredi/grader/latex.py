@@ -159,6 +159,10 @@ _NO_REMARK = re.compile(
     r"⟦|\b(?:exclu|except|extraneous|reject|discard|"
     rf"(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
 )
+# A unit may be left out, but 25% increase is not 25% decrease.
+_DIRECTION = re.compile(
+    r"(?<![\\a-z])(?:(?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right)(?![a-z])"
+)
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
 
 
@@ -190,7 +194,7 @@ def readings(text: str) -> Iterator[tuple[str, str]]:
     raw.append(_MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text))
     if "\\begin" not in text:
         raw.append(re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip()))
-    texts = {clean(one): "" for one in dict.fromkeys(raw)}
+    texts = {clean(one): ",".join(sorted(set(_DIRECTION.findall(text.lower())))) for one in dict.fromkeys(raw)}
     for one in list(texts):
         if choice := _CHOICE.fullmatch(one):
             texts |= dict.fromkeys(choice.groups(), "")
