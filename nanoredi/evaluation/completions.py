@@ -58,7 +58,11 @@ def grade_file(
                 own = found.setdefault(problem, {})
                 for one in row.completions:
                     opened = row.sample is None and (thinking or row.opens)
-                    own[len(own) if row.sample is None else row.sample] = one, opened
+                    number = len(own) if row.sample is None else row.sample
+                    if own.setdefault(number, (one, opened))[0] != one:
+                        raise UserError(
+                            f"{row.where} is sample {number} of its problem, as an earlier row of other words is"
+                        )
         shown = name if model is None else f"{name}: {model}"
         samples += _graded(path, shown, benchmarks, _shared(benchmarks, found), limit)
     return samples
@@ -99,7 +103,9 @@ def _own_benchmarks(path: str, answers: list[Answers]) -> tuple[list[Benchmark],
         if key is None or row.golds is None and key not in golds.get(benchmark, {}):
             raise UserError(f"{row.where} has no gold answer of its own: name the benchmark with --benchmarks")
         if row.golds is not None:
-            golds.setdefault(benchmark, {}).setdefault(key, golds_of(row.where, row.golds))
+            own = golds_of(row.where, row.golds)
+            if golds.setdefault(benchmark, {}).setdefault(key, own) != own:
+                raise UserError(f"{row.where} has another gold answer than an earlier row of the same problem")
         keys.append((benchmark, key))
     names = list(golds)
     # The problems of samples.jsonl are numbers, and its rows in the order in which they ended.

@@ -129,8 +129,8 @@ def _all(where: str, row: dict[str, Any], path: str | None) -> list[Completion]:
         counts = [_get(row, usage) for usage in usages if (path, usage) != ("content", "tokens")]
         found[0].tokens = _first(found[0].tokens, *counts)
         found[0].reason = _first(found[0].reason, *(_get(row, reason) for reason in _REASONS))
-        if path == "response":
-            _put_in_front(found[0], row.get("thinking"))
+        if "</think>" not in str(found[0].text):
+            _put_in_front(found[0], row.get("reasoning_content") or row.get("reasoning") or row.get("thinking"))
     for one in found:
         if isinstance(row.get("prompt"), str) and path == "generated_text" and isinstance(one.text, str):
             one.text = one.text.removeprefix(row["prompt"])  # transformers' pipelines repeat it
@@ -162,7 +162,9 @@ def _check(where: str, one: Completion) -> None:
 
 def _completions(value: Any) -> list[Completion]:
     """All that stand in a text, in an object, or in lists of these."""
-    if isinstance(value, list) and not _role(value) and _parts(value) is None:
+    if isinstance(value, list) and (_role(value) or _parts(value) is None):
+        if _role(value) and any(_role([message]) != "assistant" for message in value):
+            value = value[-1:]
         return [one for item in value for one in _completions(item)]
     if not isinstance(value, dict):
         return [Completion(_text(value) if isinstance(value, list) else "" if value is None else value)]
@@ -170,6 +172,10 @@ def _completions(value: Any) -> list[Completion]:
         return _completions(value["choices"])
     message = value["message"] if isinstance(value.get("message"), dict) else value
     content = next((message[key] for key in ("content", "text", "generated_text", "value") if key in message), message)
+    if (
+        {"role"} <= message.keys() <= {"role", "refusal", "tool_calls", "reasoning", "reasoning_content"}
+    ):  # filtered by the server
+        content = None
     ids = value.get("token_ids") or value.get("output_ids")
     tokens = len(ids) if isinstance(ids, list) else _get(value, "meta_info.completion_tokens")
     reason = _first(value.get("finish_reason"), _get(value, "meta_info.finish_reason"), value.get("stop_reason"))
@@ -184,8 +190,8 @@ def _completions(value: Any) -> list[Completion]:
 
 
 def _text(value: Any, prompt: bool = False) -> str | None:
-    """A text, the text parts of a content, or of messages the contents: all but the assistant's last one for a prompt, this
-    one alone for a completion. None where there is none."""
+    """A text, the text parts of a content, or of a prompt's messages the contents of all but the assistant's last one. None
+    where there is none."""
     if isinstance(value, str):
         if prompt and value.lstrip().startswith("[{"):  # messages, as lm-eval writes those of an API
             try:
@@ -198,8 +204,7 @@ def _text(value: Any, prompt: bool = False) -> str | None:
     if not isinstance(value, list):
         return None
     if _role(value):
-        ends = _role(value) == "assistant"
-        chosen = (value[:-1] if ends else value) if prompt else value[-1:]
+        chosen = value[:-1] if _role(value) == "assistant" else value
         contents = [_first(m.get("content"), m.get("value")) for m in chosen]
         return "\n".join(text for content in contents if (text := _text(content))) or None
     if _parts(value) is not None:

@@ -145,9 +145,8 @@ def compare(samples: Iterable[Row], first: str, second: str) -> list[Row]:
     scores: dict[str, dict[str, dict[int, list[bool]]]] = {}
     for s in samples:
         if s["model"] in (first, second):
-            scores.setdefault(s["benchmark"], {}).setdefault(s["model"], {}).setdefault(s["problem"], []).append(
-                s["correct"]
-            )
+            own = scores.setdefault(s["benchmark"], {}).setdefault(s["model"], {})
+            own.setdefault(s["problem"], []).append(s["correct"])
     draws, rows = {}, []
     for benchmark, models in scores.items():
         if len(models) == 2 and models[first].keys() == models[second].keys():

@@ -70,7 +70,7 @@ def same(a: Reading, b: Reading) -> bool:
     if a.kind != b.kind:
         return False
     if a.kind == "value" and agree(a.expression, b.expression):
-        return True
+        return not re.fullmatch("[A-Z]{3,}/[A-Z]{3,}", f"{a.text}/{b.text}")  # ACB is an order, not ABC
     if a.kind == "text" or re.fullmatch("[A-Za-z ]{2,}", a.text):
         return word(a.text) == word(b.text)  # a short word reads as a product
     if a.kind in ("list", "cases", "≠"):

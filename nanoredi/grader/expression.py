@@ -212,7 +212,7 @@ class _Evaluator:
     def factor(self) -> Number:
         result = self.atom()
         while self.accept("!"):
-            result = self.factorial(result)
+            result = self.factorial(result, step=2 if self.accept("!") else 1)
         if self.accept("^"):
             result = self.power(result, self.exponent())
         if self.accept("°") and self.angles:  # elsewhere a unit like any other
@@ -353,11 +353,13 @@ class _Evaluator:
                 return Fraction(*parts)
         return numbers.root(inexact(x), n)
 
-    def factorial(self, x: Number) -> Number:
+    def factorial(self, x: Number, step: int = 1) -> Number:
+        """x! or, with steps of 2, x!!."""
         if _is_whole(x) and 0 <= x <= MAX_FACTORIAL:
-            return self.bounded(Fraction(math.factorial(int(x))))
+            return self.bounded(Fraction(math.prod(range(int(x), 0, -step))))
         self.budget.spend(_FUNCTION_WORK)
-        return numbers.factorial(inexact(x)) if abs(inexact(x)) <= MAX_FACTORIAL else _opaque("!", _digits(x))
+        known = step == 1 and abs(inexact(x)) <= MAX_FACTORIAL
+        return numbers.factorial(inexact(x)) if known else _opaque("!" * step, _digits(x))
 
     def binomial(self, n: Number, k: Number) -> Number:
         if _is_whole(n) and isinstance(k, Fraction) and not 0 <= k <= n:

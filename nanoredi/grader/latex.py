@@ -18,7 +18,7 @@ _SIGNS = r"""
     smallsetminus ∖ in ∈ infty ∞ infin ∞ emptyset ∅ varnothing ∅ pi π circ ° degree ° textdegree ° prime ' lvert |
     rvert | vert | mid | lfloor ⌊ rfloor ⌋ lceil ⌈ rceil ⌉ { ⦃ lbrace ⦃ } ⦄ rbrace ⦄ langle ( rangle ) lbrack [ rbrack ]
     lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor , vee ,
-    ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac dbinom \binom tbinom \binom
+    ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j dbinom \binom tbinom \binom
     varepsilon \epsilon varphi \phi vartheta \theta varrho \rho
 """.split()
 _SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
@@ -48,14 +48,15 @@ for _letter in _GREEK.split():
     _BY_CHARACTER[unicodedata.lookup(f"GREEK CAPITAL LETTER {_name}")] = f"\\{_letter.title()} "
 _CHARACTERS = str.maketrans(_BY_CHARACTER)
 _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
-_FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|bb|cal)|bm)\s*"
+_FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt|bb|cal|frak)|bm)\s*"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
-# A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.} and 2\text{ if }x>0 have no unit.
+# A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even} have no unit.
+_NO_UNIT_WORD = r"hal(?:f|ves)|thirds|fourths|tenths|(?:hundre|thousan)dths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less"
 _NO_UNIT = (
-    r"(?!\s*(?:[,;:)]|(?:[ie]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}"
-    r"|(?:to|if|for|when|where|since|because|mod|base|in base|choose)\b))"
+    r"(?!\s*(?:[,;:)]|(?:[ienxyz]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|\( ?(?:mod|extr|rej|disc)"
+    rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
-_UNIT = _FONT + r"\{" + _NO_UNIT + r"[^{}0-9](?:[^{}]|\{[^{}]*\})*\}" + _POWER
+_UNIT = r"(?!\\math(?:bf|it|bb|cal|frak)|\\bm)" + _FONT + r"\{" + _NO_UNIT + r"[^{}0-9](?:[^{}]|\{[^{}]*\})*\}" + _POWER
 _MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
 _DERIVATIVE = (
     r"\\frac\s*\{\s*d\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([^{}]*(?:_\{\w+\})?)\s*\}"
@@ -65,16 +66,19 @@ _NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 ).split()
+_MULTIPLE = re.compile(r"(?<=[0-9])\s*(" + _FONT + r"\{)?\s*(hundred|thousand|million|billion|trillion)\b")
+_ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 _REWRITES = [
     (re.compile(pattern), new)
     for pattern, new in [
-        (r"<=", "≤"),
-        (r">=", "≥"),
-        (r"!=", "≠"),
-        (r"\*\*", "^"),
-        (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color)\s*\*?\{[^{}]*\}", ""),
-        (r"\\textcolor\s*\{[^{}]*\}", ""),
+        (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
+        (
+            rf"(?<=[0-9]) ?\^ ?(?:\{{ ?{_FONT}\{{(?:st|nd|rd|th|o)\}} ?\}}|{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b|\{{o\}})",
+            "",
+        ),
+        *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])"), "≤≥≠^="),
+        (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
         (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
         (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
         (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
@@ -82,16 +86,20 @@ _REWRITES = [
         (r"\\b?mod\b", " mod "),
         (r"\\(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R)", "ℝ"),
         (_FONT + r"\{\s*(?:base|in base)?\s*([0-9]+)\s*\}", r"\1"),
+        (r"_\s*" + _FONT + r"(\{[^{}]*\})", r"_\1"),
         (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
         (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
         (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
         (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}", r"\\\1 "),
         (r"(?<![\\A-Za-z{])(?:or|and)(?![A-Za-z}])|(?<=[0-9)\]}⦄])(?:or|and)(?=[A-Za-z]\b)", " , "),
         (_FONT + r"\{\s*,?\s*(?:or|and|,)\s*\}", " , "),
-        (r"(?<=[0-9)}π°'])\s*(?:" + _MANY_UNITS + r"[\s/*]*)+", " "),
-        (_FONT + r"\{([^{}]*)\}", r" \1 "),
-        (_FONT + r"\{([^{}]*)\}", r" \1 "),  # twice, for a font in a font
+        (r"(?<=[0-9)}π°'])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+", " "),
+        *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
         (_FONT + r"(?=[A-Za-z0-9\\])", " "),
+        (r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
+        (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
+        (r"(?<!\\)\b(?:infinity|oo)\b", "∞"),
+        (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
         (r"(?:\\|\b)ceil\s*\(([^()]*)\)", r"⌈\1⌉"),
         (r"(?:\\|\b)floor\s*\(([^()]*)\)", r"⌊\1⌋"),
         (r"\\frac\s*([0-9])", r"\\frac{\1}"),
@@ -114,7 +122,10 @@ _MIXED = [
     r"(?<![0-9./^_])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}",
     r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)",
 ]
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))")
+_REPEATING = re.compile(
+    r"([0-9]*)\.([0-9]*)(?:\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))|\(([0-9]{1,50})\)(?=[\s$\\)}]*$))"
+)
+_TWO_DOTS = re.compile(r"\\dot\s*\{?([0-9])\}?([0-9]{0,48})\\dot\s*\{?([0-9])\}?")
 
 # Bare units, by what may stand around them. One letter is a unit only over another: 3 m/s, but not 3 m.
 _SHORT_UNITS = (
@@ -124,7 +135,7 @@ _SHORT_UNITS = (
 _SMALL_UNITS = (
     r"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L)" + _POWER + r"\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b" + _POWER
 )
-_WORD = rf"(?:[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
+_WORD = rf"(?:(?!(?:{_NO_UNIT_WORD})\W*(?:$|,)|(?:more|less) than)[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
 _BARE_UNITS = re.compile(
     rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER})"
     r"\.?\s*(?=$|,)"
@@ -139,10 +150,18 @@ _BRACKETED = re.compile(
 _TAIL = re.compile(
     r"(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)", re.DOTALL
 )
+_CONDITION = re.compile(  # kπ, k ∈ ℤ: of a letter that stands before
+    r"([^∈<>≤≥≠]*?([a-z])[^∈<>≤≥≠]*?(?<![\s,;(+*/=^-]))[\s,;]+(\2\s*∈\s*(?:[ZNQ].*|ℝ[\s.]*))", re.DOTALL
+)
 _REASONS = "≈ approx approximately about since because".split()
 # In a remark: what changes the answer, or begins another.
 _NO_REMARK = re.compile(
-    rf"⟦|\b(?:exclu|except|(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
+    r"⟦|\b(?:exclu|except|extraneous|reject|discard|"
+    rf"(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
+)
+# A unit may be left out, but 25% increase is not 25% decrease.
+_DIRECTION = re.compile(
+    r"(?<![\\a-z])(?:(?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right)(?![a-z])"
 )
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
 
@@ -152,10 +171,11 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = _compatible(text.translate(_BEFORE))
     text = re.sub(r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", "", text)  # these commas group digits, wherever they stand
+    text = re.sub(r"(?<![.0-9])[0-9]{1,3}(?:'[0-9]{3})+(?![0-9])", lambda found: found[0].replace("'", ""), text)
     text = re.sub(r"(?<=[0-9])\{,\}(?=[0-9])", ".", text)  # elsewhere it is a decimal comma
-    text = re.sub(r"(?<=[0-9.])\\?[%$](?=[0-9.])", "§", text)  # 17%6 is not 176
+    text = re.sub(r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§", text)  # 17%6 is not 176
     text = re.sub(r"\\q?quad", " ", text)  # also where a letter is glued to it
-    text = _REPEATING.sub(_repeating, text)
+    text = _REPEATING.sub(_repeating, _TWO_DOTS.sub(r"\\overline{\1\2\3}", text))
     text = re.sub(r"\\([A-Za-z]+|[^A-Za-z])", lambda found: _MACROS.get(found[1], found[0]), text)
     text = text.translate(_CHARACTERS)
     for pattern, new in _REWRITES:
@@ -171,24 +191,28 @@ def readings(text: str) -> Iterator[tuple[str, str]]:
     number, 5 km a number with its unit or a product, (C) 12 the letter of a choice or the choice, a line a part of a
     list, 2x for x > 0 also 2x."""
     raw = [text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text)]
+    raw.append(_MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text))
     if "\\begin" not in text:
         raw.append(re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip()))
-    texts = {clean(one): "" for one in dict.fromkeys(raw)}
+    texts = {clean(one): ",".join(sorted(set(_DIRECTION.findall(text.lower())))) for one in dict.fromkeys(raw)}
     for one in list(texts):
         if choice := _CHOICE.fullmatch(one):
             texts |= dict.fromkeys(choice.groups(), "")
-        if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one):
+        if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one) or _CONDITION.fullmatch(one):
             head, word, tail = remark.groups()
             several = "," in tail and (word == "for" or "=" in tail)
             if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
                 harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
                 texts.setdefault(head, "" if harmless else re.sub(r"\s", "", tail))
+                if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # whatever its name is
+                    letter = rf"(?<![A-Za-z\\]){bound[1]}(?![A-Za-z])"
+                    texts.setdefault(re.sub(letter, r"\\zeta ", head), re.sub(rf"\s|{letter}", "", tail))
     for change in (lambda one: _BARE_UNITS.sub("", one), _without_grouping):
         texts = {change(one): restriction for one, restriction in reversed(texts.items())} | texts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
     for one, restriction in texts.items():
         one = re.sub(r"\s+", " ", one.strip())
-        yield re.sub(r"\s+(?=\W)|(?<=\W)\s+", "", one), restriction
+        yield re.sub(r"\s+(?=[\W_])|(?<=\W)\s+", "", one), restriction
 
 
 def _without_grouping(text: str) -> str:
@@ -206,6 +230,6 @@ def _compatible(text: str) -> str:
 
 def _repeating(found: re.Match) -> str:
     """0.1\\overline{6} as the fraction that it is: (16 - 1) / 90."""
-    whole, fixed, period = found[1], found[2], found[3] or found[4]
+    whole, fixed, period = found[1], found[2], found[3] or found[4] or found[5]
     numerator = int(whole + fixed + period) - int("0" + whole + fixed)
     return f"({numerator}/{'9' * len(period)}{'0' * len(fixed)})"

@@ -6,6 +6,7 @@ value, else a text.
 A grammar in functions, from the outside in: `several` takes lists apart, `one` knows what is none.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator
@@ -28,9 +29,10 @@ _STANDS_FOR = re.compile(rf"{_QUANTITY}|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}
 _NAMES_TUPLE = re.compile(rf"\({LETTER}(?:,{LETTER})+\)")
 _COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i+nt|oint|det|sup|inf) ?(?![A-Za-z])|\bmod\b|⟦vmatrix")
 _STACKED = re.compile(r"[^⟦]*⟦(cases|aligned|align|gathered)¦([^⟦]*)⟧", re.DOTALL)
-_BASE = re.compile(r"\(?([0-9A-Z]+)\)?(?:_\{(?:base ?)?| (?:in )?base )([0-9]{1,2})\}?")
-_TIME = re.compile(r"([0-9]{1,2}):([0-5][0-9])(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
+_BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{(?:base ?)?| (?:in )?base )([0-9]{1,2})\}?")
+_TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _ALL_REALS = re.compile(r"(?:the )?(?:set of )?all real(?: number)?s|ℝ", re.IGNORECASE)
+_NO_LETTER = re.compile(r"\\(?:frac|sqrt)|[^A-Za-z]")
 _SUCH_THAT = re.compile(r"(\w+)(?:∈ℝ)?[|:](.+)")
 _FLIP = {">": "<", "≥": "≤"}
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
@@ -98,12 +100,15 @@ class _Reader:
         """The members of a list; x=1,y=2,x=3,y=4 are two systems."""
         if "≠" in pieces[0]:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
             name = pieces[0].partition("≠")[0]
-            pieces = [piece if "≠" in piece else f"{name}≠{piece}" for piece in pieces]
+            pieces = [piece if re.search("[=<>≤≥≠]", piece) else f"{name}≠{piece}" for piece in pieces]
         parts = [one for piece in pieces for one in each_sign(piece.strip()) if one]
         if not 0 < len(parts) <= MAX_PARTS:
             raise Unreadable
         if len(parts) == 1:
             return [self.one(parts[0])]
+        if "≠" in "".join(parts) and len({_NO_LETTER.sub("", part) for part in parts}) == 1:
+            with contextlib.suppress(Unreadable):  # x > 0, x ≠ 1 hold together
+                return [self.one("∩".join(parts))]
         nodes = []
         for part in parts:
             node = self.read(part)
@@ -118,8 +123,10 @@ class _Reader:
     def one(self, text: str) -> Reading:
         """Not a list: a relation, a set, a matrix, a tuple, a base, a time, a ratio or a value."""
         members = split(text, "∈")
-        if len(members) == 3 and is_name(members[0]):
+        if len(members) == 3 and (is_name(members[0]) or _NAMES_TUPLE.fullmatch(members[0])):
             return self.read(members[2])
+        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):  # a date
+            raise Unreadable
         if _ALL_REALS.fullmatch(text):
             return self.read("(-∞,∞)")
         exact = split(text, "≈")[::2]  # x ≈ 3.2 says 3.2, √2 ≈ 1.4 says √2
@@ -136,7 +143,7 @@ class _Reader:
         if "⟦" in text:
             return self.matrix(text)
         if base := _BASE.fullmatch(text):
-            return Reading("base", f"{base[1].lstrip('0')}_{base[2]}")
+            return Reading("base", f"{base[1].lstrip('0').upper()}_{base[2]}")
         if time := _TIME.fullmatch(text.replace(" ", "")):
             return self.time(time, text)
         inner = inside(text) or ""
@@ -145,7 +152,7 @@ class _Reader:
             return Reading(text[0] + text[-1], text, tuple(map(self.read, parts)))
         ratio = split(text, ":")[::2]
         if len(ratio) > 2:
-            return Reading("ratio", text, tuple(map(self.read, ratio)))
+            return Reading("ratio", text, tuple(self.read(f"({part})/({ratio[0]})") for part in ratio))
         quotient = "/".join(f"({part})" for part in ratio) if len(ratio) == 2 else text
         return Reading("value", text, expression=Expression(quotient, self.budget))
 

@@ -97,6 +97,9 @@ def test_without_thinking_the_whole_text_counts(tmp_path, benchmark):
     assert not any(s["correct"] for s in samples)  # thinking never ended
 
 
+SAMPLE = {"model": "m", "benchmark": "b", "problem": 0, "sample": 0, "response": "1"}
+
+
 @pytest.mark.parametrize(
     "rows, words",
     [
@@ -107,6 +110,10 @@ def test_without_thinking_the_whole_text_counts(tmp_path, benchmark):
         ([{"prompt": "What is 1+1?", "completion": 2}], "line 1 has no text where its completion"),
         ([{"prompt": "What is 1+2?", "completion": "3"}], "line 1: its prompt holds no problem of b"),
         ([{"completion": "3"}], "line 1 has no prompt"),
+        (
+            [SAMPLE, {**SAMPLE, "response": "2"}],
+            "line 2 is sample 0 of its problem, as an earlier row of other words is",
+        ),
         ([{"prompt": "What is 1+1?", "completion": "3"}], "has 0 completions for problem 2 of b and 1 for others"),
     ],
 )
@@ -118,6 +125,9 @@ def test_what_is_wrong_is_named(tmp_path, benchmark, rows, words):
 def test_no_gold_answer_anywhere(tmp_path):
     with pytest.raises(UserError, match="line 1 has no gold answer of its own: name the benchmark"):
         grade_file(written(tmp_path, rows_of("vllm")), "m", [], thinking=True)
+    with pytest.raises(UserError, match="line 2 has another gold answer than an earlier row"):
+        rows = [{"prompt": "What is 1+1?", "answer": gold, "completion": "2"} for gold in "23"]
+        grade_file(written(tmp_path, rows), "m", [], thinking=True)
 
 
 EXAMPLES = re.findall(r"```json\n(.*?)\n```", (ROOT / "docs" / "layouts.md").read_text(), re.DOTALL)
@@ -171,6 +181,7 @@ def test_gold_answers_of_the_examples_themselves(tmp_path, example):
     [
         ({"text": [r"\boxed{2}", "2"], "meta_info": [{"completion_tokens": 3}] * 2}, [None, None]),
         ({"choices": [{"message": {"content": [r"\boxed{2}", "2"]}}]}, [None, None]),
+        ({"generations": [{"role": "assistant", "content": text} for text in (r"\boxed{2}", "2")]}, [None, None]),
         ({"message": {"role": "assistant", "content": r"\boxed{2}"}, "done_reason": "length"}, ["length"]),
         ({"content": r"\boxed{2}", "stop_type": "limit", "tokens": []}, ["length"]),
         (
@@ -206,13 +217,15 @@ def test_what_stands_beside_an_error_is_no_completion(tmp_path, row):
     [
         {"message": {"role": "assistant", "content": r"\boxed{2}", "thinking": "one and one"}},
         {"response": r"\boxed{2}", "thinking": "one and one", "done_reason": "stop"},
+        {"output": r"\boxed{2}", "reasoning_content": "one and one"},
+        {"messages": [{"role": "assistant", "content": r"\boxed{2}", "reasoning_content": "one and one"}]},
         {"question": "What is 1+1?", "content": "a passage", "code": [r"\boxed{2}"]},
         {"choices": ["1", "2"], "code": [r"\boxed{2}"]},
     ],
 )
 def test_thinking_and_words_that_are_no_completion(tmp_path, row):
     rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
-    thinks = "thinking" in str(row)
+    thinks = "one and one" in str(row)
     ((sample,),) = grade_file(written(tmp_path, rows), "m", [], thinking=thinks)
     assert sample["correct"] and ("one and one" in sample["response"]) == thinks
 
@@ -362,9 +375,11 @@ def test_empty_responses(tmp_path, benchmark):
     rows = [
         {"prompt": short, "choices": [{"message": {"content": None, "reasoning_content": None}}]},
         {"prompt": long, "output": None},
+        {"prompt": short, "choices": [{"message": {"role": "assistant"}, "finish_reason": "content_filter"}]},
+        {"messages": [{"role": "user", "content": long}, {"role": "assistant", "content": None}]},
     ]
     (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False)
-    assert [s["response"] for s in samples] == ["", ""] and not any(s["correct"] for s in samples)
+    assert [s["response"] for s in samples] == [""] * 4 and not any(s["correct"] for s in samples)
 
 
 @pytest.mark.parametrize(
