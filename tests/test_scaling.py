@@ -175,7 +175,7 @@ def test_memory_is_what_a_step_keeps(kept, one_rank, plain, monkeypatch):
     monkeypatch.setattr(model_module, "ATTENTION", {"nanoredi_tests::attention"})
     monkeypatch.setattr(model_module, "rms_norm", norm)
     # Triton's has no chunk of its own beside the logits.
-    monkeypatch.setattr(cross_entropy, "logprobs_", lambda logits, *_: torch.zeros(4, len(logits)).unbind())
+    monkeypatch.setattr(cross_entropy, "logprobs_", lambda logits, *_: torch.zeros(2, len(logits)).unbind())
     monkeypatch.setattr(nn.Module, "float", lambda self: self)  # it is fp32, and such tensors cannot be swapped
     monkeypatch.setattr(logits, "MAX_CPU_ELEMENTS", logits.MAX_GPU_ELEMENTS)
     monkeypatch.setattr(step_costs, "SEQUENCES", 4)

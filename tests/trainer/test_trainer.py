@@ -265,7 +265,7 @@ def test_the_mean_of_the_chosen_is_over_those_that_are_learned(sft, redi, one_ra
 def test_a_chosen_weight_that_the_objective_does_not_know_is_found_before_the_first_step(row_weights, simpo, one_rank):
     config = replace(simpo, data=row_weights.data)
     with pytest.raises(UserError, match="row 2 of .*weights.jsonl, chosen: simpo knows no chosen_weight; take it out"):
-        loop._begin(config, one_rank)
+        loop._Run(config, one_rank)
 
 
 def test_update_norm_is_what_the_weights_moved(redi, one_rank):
@@ -405,12 +405,12 @@ def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data, t
         train(replace(redi, data=""), one_rank)
     # The watched pairs are read at the end alone; what is wrong with them is said before the first step.
     with pytest.raises(UserError, match="sft.jsonl, line 1 has no field 'chosen'"):
-        loop._begin(replace(redi, watch=str(toy_data / "sft.jsonl")), one_rank)
+        loop._Run(replace(redi, watch=str(toy_data / "sft.jsonl")), one_rank)
     (tmp_path / "other" / "final").mkdir(parents=True)
     for name in ("config.toml", "final/config.json"):
         (tmp_path / "other" / name).touch()
     with pytest.raises(UserError, match="other is a run's folder and no model's: give .*other/final"):
-        loop._begin(replace(redi, model=str(tmp_path / "other")), one_rank)
+        loop._Run(replace(redi, model=str(tmp_path / "other")), one_rank)
 
 
 def test_no_share_is_above_one(redi, one_rank, tmp_path, monkeypatch):
