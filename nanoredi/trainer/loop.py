@@ -154,7 +154,7 @@ def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World)
             f"{path}: the longest sequence has {longest:,} tokens, the model's context {context:,}; "
             "raise max_position_embeddings or lower the limits on tokens"
         )
-    weighted = data.row_weights != 1
+    weighted = (data.row_weights != 1) & (path == config.data)
     if isinstance(config, RediConfig) and config.objective in ("dpo", "simpo") and weighted.any():
         name = data.row(int(weighted.argmax()) // 2)[0].name
         raise UserError(f"{name}: {config.objective} knows no chosen_weight; take it out, or use redi or sft")

@@ -266,6 +266,7 @@ def test_a_chosen_weight_that_the_objective_does_not_know_is_found_before_the_fi
     config = replace(simpo, data=row_weights.data)
     with pytest.raises(UserError, match="row 2 of .*weights.jsonl, chosen: simpo knows no chosen_weight; take it out"):
         loop._Run(config, one_rank)
+    loop._Run(replace(simpo, watch=config.data), one_rank)  # nothing is learned from what is watched
 
 
 def test_update_norm_is_what_the_weights_moved(redi, one_rank):
