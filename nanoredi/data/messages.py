@@ -7,7 +7,8 @@ apart.
               whole conversations
 
 A prompt is text (the user's) or a list of messages, an answer is text (the assistant's), a message or a list of one. The
-system message may stand beside them, as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its content as a list of parts of text.
+system message may stand beside them, as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its
+content as a list of parts of text.
 """
 
 from typing import Any

@@ -172,10 +172,8 @@ def _completions(value: Any) -> list[Completion]:
         return _completions(value["choices"])
     message = value["message"] if isinstance(value.get("message"), dict) else value
     content = next((message[key] for key in ("content", "text", "generated_text", "value") if key in message), message)
-    if (
-        {"role"} <= message.keys() <= {"role", "refusal", "tool_calls", "reasoning", "reasoning_content"}
-    ):  # filtered by the server
-        content = None
+    if {"role"} <= message.keys() <= {"role", "refusal", "tool_calls", "reasoning", "reasoning_content"}:
+        content = None  # filtered by the server
     ids = value.get("token_ids") or value.get("output_ids")
     tokens = len(ids) if isinstance(ids, list) else _get(value, "meta_info.completion_tokens")
     reason = _first(value.get("finish_reason"), _get(value, "meta_info.finish_reason"), value.get("stop_reason"))

@@ -404,7 +404,7 @@ def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data, t
         train(replace(redi, max_position_embeddings=16), one_rank)
     with pytest.raises(UserError, match="--data"):
         train(replace(redi, data=""), one_rank)
-    # The watched pairs are read at the end alone; what is wrong with them is said before the first step.
+    # What is wrong with the watched pairs is said before the first step, though they may be wanted at the end alone.
     with pytest.raises(UserError, match="sft.jsonl, line 1 has no field 'chosen'"):
         loop._Run(replace(redi, watch=str(toy_data / "sft.jsonl")), one_rank)
     (tmp_path / "other" / "final").mkdir(parents=True)
