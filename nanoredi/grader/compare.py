@@ -11,7 +11,7 @@ from nanoredi.grader.expression import GENERAL, LETTERS, NEGATIVE, WHOLE, Expres
 from nanoredi.grader.numbers import add, close, divide, is_real
 
 # A single name: x, S_{10}, \\theta, AB, \\angle ABC, [ABC], \\overline{AB}, f(x), P(A|B), The area.
-_INDEX = r"(?:_\{[^{}]*\})?"
+_INDEX = r"(?:_\{(?![^{}]*\w[+-])[^{}]*\})?"  # a_{n+1} is no single name
 LETTER = rf"(?:\\(?:{'|'.join(LETTERS)}) ?|[A-Za-z]){_INDEX}"
 _ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{4,}})"
 NAME = (
@@ -73,7 +73,7 @@ def same(a: Reading, b: Reading) -> bool:
         return not re.fullmatch("[A-Z]{3,}/[A-Z]{3,}", f"{a.text}/{b.text}")  # ACB is an order, not ABC
     if a.kind == "text" or re.fullmatch("[A-Za-z ]{2,}", a.text):
         return word(a.text) == word(b.text)  # a short word reads as a product
-    if a.kind in ("list", "cases", "≠"):
+    if a.kind in ("list", "cases", "≠", "∨"):
         return match(a.parts, b.parts)
     return len(a.parts) == len(b.parts) > 0 and all(map(same, a.parts, b.parts))
 

@@ -247,9 +247,8 @@ class _Evaluator:
             return self.repeated(add if token == "sum" else multiply)
         return self.function(token) if token in FUNCTIONS else self.symbol(token)
 
-    def several(self, name: str) -> Number:
-        """max(a, b); all that is known of it with letters is that the order does not matter."""
-        letters, self.letters = self.letters, False
+    def arguments(self) -> list[Number]:
+        """What stands in brackets, between commas."""
         bracket = self.next()
         if bracket not in ("(", "⦃"):
             raise Unreadable
@@ -257,6 +256,12 @@ class _Evaluator:
         while self.accept(","):
             values.append(self.nested(self.expression))
         self.expect(")" if bracket == "(" else "⦄")
+        return values
+
+    def several(self, name: str) -> Number:
+        """max(a, b); all that is known of it with letters is that the order does not matter."""
+        letters, self.letters = self.letters, False
+        values = self.arguments()
         variable, self.letters = self.letters, self.letters or letters
         if not variable and name in ("max", "min") and all(map(numbers.is_real, values)):
             return (max if name == "max" else min)(values, key=inexact)
@@ -323,11 +328,13 @@ class _Evaluator:
             return _CONSTANTS[name]
         while self.accept("'"):
             name += "'"
-        argument = self.tokens[self.position : self.position + 3]
-        if argument[0] == "(" and argument[-1] == ")" and NUMBER.fullmatch(argument[1]):
-            name += "".join(argument)  # I(0) is a value of I, no product
-            self.position += 3
         self.letters = True
+        if name[0] in "fgh" and self.tokens[self.position : self.position + 6] == [*"^{-1}("]:
+            name += "^{-1}"
+            self.position += 5
+        before, argument, after = (*self.tokens[self.position : self.position + 3], "", "")[:3]
+        if before == "(" and (name[0] == "f" or "^" in name or after == ")" and argument[-1].isalnum()):
+            return _opaque(name, str(self.point), *map(_digits, self.arguments()))  # f(2x), I(0): no product
         return _letter(name, self.point)
 
     def power(self, base: Number, exponent: Number) -> Number:
@@ -390,7 +397,7 @@ def _letter(name: str, point: int) -> Fraction:
     """What a letter stands for at a point."""
     rng = random.Random(f"{name} {point}")
     if point in WHOLE:
-        return Fraction(rng.randrange(2, 30))
+        return Fraction(rng.randrange(2, 30)) if name[0] not in "tuvwxyz" else Fraction(rng.randrange(200, 3_000), 100)
     return Fraction(rng.randrange(1_000, 5_000), _SCALES[point])
 
 

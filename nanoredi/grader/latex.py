@@ -17,7 +17,7 @@ _SIGNS = r"""
     cdot * times * ast * div / colon : ratio : pm ± mp ∓ cup ∪ bigcup ∪ cap ∩ bigcap ∩ setminus ∖ backslash ∖
     smallsetminus ∖ in ∈ infty ∞ infin ∞ emptyset ∅ varnothing ∅ pi π circ ° degree ° textdegree ° prime ' lvert |
     rvert | vert | mid | lfloor ⌊ rfloor ⌋ lceil ⌈ rceil ⌉ { ⦃ lbrace ⦃ } ⦄ rbrace ⦄ langle ( rangle ) lbrack [ rbrack ]
-    lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor , vee ,
+    lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor ,∨ vee ,∨
     ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j dbinom \binom tbinom \binom
     varepsilon \epsilon varphi \phi vartheta \theta varrho \rho
 """.split()
@@ -36,7 +36,7 @@ _GREEK = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
 )
 _CHARACTER_SIGNS = r"""
-    × * · * ⋅ * ∙ * • * ÷ / ∕ / ⁄ / ∣ | 〈 ( ⟨ ( 〉 ) ⟩ ) ∨ , 、 , 。 . ′ ' ’ ' − - ≦ ≤ ⩽ ≤ ≧ ≥ ⩾ ≥ √ \sqrt ∛ \cbrt
+    × * · * ⋅ * ∙ * • * ÷ / ∕ / ⁄ / ∣ | 〈 ( ⟨ ( 〉 ) ⟩ ) ∨ ,∨ 、 , 。 . ′ ' ’ ' − - ≦ ≤ ⩽ ≤ ≧ ≥ ⩾ ≥ √ \sqrt ∛ \cbrt
     ∜ \sqrt[4] ∑ \sum ∏ \prod ∫ \int ∠ \angle ∀ \forall ≡ \equiv ∆ \Delta
 """.split()
 _BY_CHARACTER = {"~": " ", "$": "", "%": ""}
@@ -51,7 +51,7 @@ _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 _FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt|bb|cal|frak)|bm)\s*"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even} have no unit.
-_NO_UNIT_WORD = r"hal(?:f|ves)|thirds|fourths|tenths|(?:hundre|thousan)dths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less"
+_NO_UNIT_WORD = r"hal(?:f|ves)|thirds|fourths|tenths|(?:hundre|thousan)dths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less|short|under|(?:degrees )?(?:below|under) zero"
 _NO_UNIT = (
     r"(?!\s*(?:[,;:)]|(?:[ienxyz]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|\( ?(?:mod|extr|rej|disc)"
     rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
@@ -62,10 +62,12 @@ _DERIVATIVE = (
     r"\\frac\s*\{\s*d\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([^{}]*(?:_\{\w+\})?)\s*\}"
     r"\s*\{\s*d\s*([A-Za-z]|\\[A-Za-z]+)\s*(?:\^\s*\{?\s*[0-9]\s*\}?)?\s*\}"
 )
-_NUMBERS = (
+_ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
+    "eighteen nineteen"
 ).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_NUMBERS = _ONES + [f"{ten}-{one}".removesuffix("-zero") for ten in _TENS for one in _ONES[:10]]
 _MULTIPLE = re.compile(r"(?<=[0-9])\s*(" + _FONT + r"\{)?\s*(hundred|thousand|million|billion|trillion)\b")
 _ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
@@ -91,13 +93,23 @@ _REWRITES = [
         (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
         (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
         (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}", r"\\\1 "),
-        (r"(?<![\\A-Za-z{])(?:or|and)(?![A-Za-z}])|(?<=[0-9)\]}⦄])(?:or|and)(?=[A-Za-z]\b)", " , "),
-        (_FONT + r"\{\s*,?\s*(?:or|and|,)\s*\}", " , "),
+        *[
+            (
+                rf"(?<![\\A-Za-z{{]){word}(?![A-Za-z}}])|(?<=[0-9)\]}}⦄]){word}(?=[A-Za-z]\b)"
+                rf"|{_FONT}\{{\s*,?\s*{word}\s*\}}",
+                f" ,{sign} ",
+            )
+            for word, sign in (("or", "∨"), ("and", "∧"))
+        ],
+        (_FONT + r"\{\s*,\s*\}", " , "),
+        (r"^(\s*[0-9.]+\s*)\*(?=\s*[0-9.]+\s*(?:" + _MANY_UNITS + r"|[A-Za-z]{2,}))", r"\1×"),  # a size, no product
         (r"(?<=[0-9)}π°'])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+", " "),
         *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
         (_FONT + r"(?=[A-Za-z0-9\\])", " "),
         (r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
         (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
+        (r"(?i)^\s*(?:negative|minus)\s+(?=\S+$)|^(?=.*[0-9].*\b(?:below|under) zero[\s.]*$)", "-"),
+        (r"(?i)\b(?:below|under) zero[\s.]*$", ""),
         (r"(?<!\\)\b(?:infinity|oo)\b", "∞"),
         (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
         (r"(?:\\|\b)ceil\s*\(([^()]*)\)", r"⌈\1⌉"),
@@ -159,9 +171,11 @@ _NO_REMARK = re.compile(
     r"⟦|\b(?:exclu|except|extraneous|reject|discard|"
     rf"(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
 )
-# A unit may be left out, but 25% increase is not 25% decrease.
-_DIRECTION = re.compile(
-    r"(?<![\\a-z])(?:(?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right)(?![a-z])"
+# These may be left out, but 25% increase is not 25% decrease, 5 cm are not 5 m, 5 million not 5 billion.
+_AGREEING = re.compile(
+    r"(?<![\\a-z])((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|noon|midnight|"
+    r"hundred|thousand|million|billion|trillion|cent|dollar|second|minute|hour|day|week|month|year|inch|feet|yard|mile|"
+    r"meter|[cdkmn]m|m(?=\s*[}/])|[km]g|g(?=\s*[}/]))(?:e?s)?(?![a-z])"
 )
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
 
@@ -182,31 +196,31 @@ def clean(text: str) -> str:
         text = pattern.sub(new, text)
     for pattern in _MIXED:
         text = re.sub(pattern, r"(\1+\2/\3)", text)
-    word = text.strip(" .").lower()
-    return str(_NUMBERS.index(word)) if word in _NUMBERS else text.rstrip(" \\")
+    word = text.strip(" .-").lower().replace(" ", "-")
+    return text[: text.find("-", 0, 2) + 1] + str(_NUMBERS.index(word)) if word in _NUMBERS else text.rstrip(" \\")
 
 
-def readings(text: str) -> Iterator[tuple[str, str]]:
-    """What an answer may mean, and the restriction that each leaves out: a bare 12,345 one number or two, 12 345 one
+def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
+    """What an answer may mean, and the restrictions that each leaves out: a bare 12,345 one number or two, 12 345 one
     number, 5 km a number with its unit or a product, (C) 12 the letter of a choice or the choice, a line a part of a
     list, 2x for x > 0 also 2x."""
     raw = [text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text)]
     raw.append(_MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text))
     if "\\begin" not in text:
         raw.append(re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip()))
-    texts = {clean(one): ",".join(sorted(set(_DIRECTION.findall(text.lower())))) for one in dict.fromkeys(raw)}
+    texts = {clean(one): frozenset(_AGREEING.findall(one.lower())) for one in dict.fromkeys(raw)}
     for one in list(texts):
         if choice := _CHOICE.fullmatch(one):
-            texts |= dict.fromkeys(choice.groups(), "")
+            texts |= {choice[1]: frozenset(), choice[2]: frozenset(choice[1])}
         if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one) or _CONDITION.fullmatch(one):
             head, word, tail = remark.groups()
             several = "," in tail and (word == "for" or "=" in tail)
             if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
                 harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
-                texts.setdefault(head, "" if harmless else re.sub(r"\s", "", tail))
+                texts.setdefault(head, texts[one] | (set() if harmless else {re.sub(r"\s", "", tail)}))
                 if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # whatever its name is
                     letter = rf"(?<![A-Za-z\\]){bound[1]}(?![A-Za-z])"
-                    texts.setdefault(re.sub(letter, r"\\zeta ", head), re.sub(rf"\s|{letter}", "", tail))
+                    texts.setdefault(re.sub(letter, r"\\zeta ", head), frozenset([re.sub(rf"\s|{letter}", "", tail)]))
     for change in (lambda one: _BARE_UNITS.sub("", one), _without_grouping):
         texts = {change(one): restriction for one, restriction in reversed(texts.items())} | texts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from nanoredi.grader import latex, matrices, sets
 from nanoredi.grader.compare import LETTER, NAME, Reading, distinct, same
 from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression, Unreadable
+from nanoredi.grader.sets import EMPTY
 
 MAX_PARTS = 100  # of a list; cells of a matrix
 _NODE_WORK = 50
@@ -32,14 +33,13 @@ _STACKED = re.compile(r"[^⟦]*⟦(cases|aligned|align|gathered)¦([^⟦]*)⟧",
 _BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{(?:base ?)?| (?:in )?base )([0-9]{1,2})\}?")
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _ALL_REALS = re.compile(r"(?:the )?(?:set of )?all real(?: number)?s|ℝ", re.IGNORECASE)
-_NO_LETTER = re.compile(r"\\(?:frac|sqrt)|[^A-Za-z]")
 _SUCH_THAT = re.compile(r"(\w+)(?:∈ℝ)?[|:](.+)")
 _FLIP = {">": "<", "≥": "≤"}
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
 
-def read(text: str) -> list[tuple[Reading, str]]:
-    """All that an answer may mean, and the restriction that each leaves out; the readings share one budget of work."""
+def read(text: str) -> list[tuple[Reading, frozenset[str]]]:
+    """All that an answer may mean, and the restrictions that each leaves out; the readings share one budget of work."""
     reader = _Reader(Budget())
     return [(reader.read(one), restriction) for one, restriction in latex.readings(text) if one]
 
@@ -64,7 +64,7 @@ class _Reader:
         return Reading("text", text.strip(" .,;").removeprefix("+"))
 
     def several(self, text: str) -> Reading:
-        text, braces = text.strip(" ,;").removesuffix(".").removeprefix("="), False
+        text, braces = text.strip(" ,;").removesuffix(".").removeprefix("="), ""
         while (inner := inside(text)) is not None and (
             text[0] in "{⦃" or text[0] in "([" and len(split(inner, ",;")) == 1
         ):  # brackets that only group
@@ -72,15 +72,17 @@ class _Reader:
                 raise Unreadable
             if not inner.strip():
                 return self.as_text("∅")
+            if text[0] == "⦃" in braces:  # a set of sets
+                return Reading("list", text, (self.read(text),), braces=True)
             such_that = _SUCH_THAT.fullmatch(inner) if text[0] == "⦃" else None
             such_that = such_that if such_that and is_name(such_that[1]) else None
-            braces |= text[0] in "{⦃" and not such_that
+            braces += "" if such_that else text[0].strip("([")
             text = such_that[2] if such_that else inner
         groups = [split(group, ",")[::2] for group in split(text, ";")[::2]]
         if len(groups) > 1 and len(groups[0]) > 1 and len({*map(len, groups)}) == 1:  # 1,2;3,4 are pairs
             nodes = [self.group(group) for group in groups]
         else:
-            nodes = self.members([piece for group in groups for piece in group])
+            nodes = self.members([piece for group in groups for piece in group], "⦃" in braces)
         if len(nodes) == 1:
             node = nodes[0]
         else:
@@ -89,30 +91,36 @@ class _Reader:
         if node.kind == "list" and (braces or solutions):  # where what is written twice is one
             nodes = distinct(node.parts)
             node = Reading("list", text, tuple(nodes)) if len(nodes) > 1 else nodes[0]
-        node.braces |= braces
+        node.braces |= bool(braces)
         return node
 
     def group(self, pieces: list[str]) -> Reading:
         nodes = tuple(map(self.read, pieces))
         return Reading("system" if is_system(nodes) else "()", ",".join(pieces), nodes)
 
-    def members(self, pieces: list[str]) -> list[Reading]:
-        """The members of a list; x=1,y=2,x=3,y=4 are two systems."""
-        if "≠" in pieces[0]:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
+    def members(self, pieces: list[str], of_set: bool) -> list[Reading]:
+        """The members of a list; conditions on one name are one member; x=1,y=2,x=3,y=4 are two systems."""
+        words = {piece.strip()[:1] for piece in pieces} & {"∨", "∧"}
+        pieces = [piece.strip(" ∨∧") for piece in pieces]
+        if "≠" in pieces[0] and "∨" not in words:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
             name = pieces[0].partition("≠")[0]
             pieces = [piece if re.search("[=<>≤≥≠]", piece) else f"{name}≠{piece}" for piece in pieces]
-        parts = [one for piece in pieces for one in each_sign(piece.strip()) if one]
+        parts = [one for piece in pieces for one in each_sign(piece) if one]
         if not 0 < len(parts) <= MAX_PARTS:
             raise Unreadable
         if len(parts) == 1:
             return [self.one(parts[0])]
-        if "≠" in "".join(parts) and len({_NO_LETTER.sub("", part) for part in parts}) == 1:
-            with contextlib.suppress(Unreadable):  # x > 0, x ≠ 1 hold together
-                return [self.one("∩".join(parts))]
+        if re.search("[<>≤≥≠]", "".join(parts)) and (condition := self.condition(parts, words)):
+            return [condition]
         nodes = []
         for part in parts:
             node = self.read(part)
-            nodes += node.parts if node.kind == "list" and len(split(part, "∪∈")) > 1 else [node]
+            several = (
+                node.kind == "list" and len(split(part, "∪∈")) > 1 or node.kind == "system" and part.count("=") > 1
+            )
+            if of_set and part[0] == "⦃" and node.kind != "list":
+                node = Reading("list", part, (node,))
+            nodes += node.parts if several else [node]
         names = [node.name for node in nodes]
         size = names.index(names[0], 1) if names[0] in names[1:] else 0
         if size > 1 and names == names[:size] * (len(names) // size) and is_system(nodes[:size]):
@@ -120,12 +128,22 @@ class _Reader:
             return [Reading("system", ",".join(node.text for node in chunk), chunk) for chunk in chunks]
         return nodes
 
+    def condition(self, parts: list[str], words: set[str]) -> Reading | None:
+        """Conditions on one name as one set: with "and" all hold, with "or" one does, with commas all where they can."""
+        names = [[side for side in split(part, "=<>≤≥≠")[::2] if is_name(side)] for part in parts]
+        for sign in ("∪" if "∨" in words else "∩" if "∧" in words else "∩∪") if len(names[0]) == 1 else "":
+            with contextlib.suppress(Unreadable):
+                node = self.one(sign.join(parts)) if all(one == names[0] for one in names) else EMPTY
+                if (node.text != EMPTY.text or "∧" in words) and not any(part.kind == "≠" for part in node.parts):
+                    return node
+        return Reading("∨", ",".join(parts), tuple(map(self.read, parts))) if "∨" in words else None
+
     def one(self, text: str) -> Reading:
         """Not a list: a relation, a set, a matrix, a tuple, a base, a time, a ratio or a value."""
         members = split(text, "∈")
         if len(members) == 3 and (is_name(members[0]) or _NAMES_TUPLE.fullmatch(members[0])):
             return self.read(members[2])
-        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):  # a date
+        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{1,2}/[0-9]{1,2}/(?:19|20)[0-9]{2}", text):  # a date
             raise Unreadable
         if _ALL_REALS.fullmatch(text):
             return self.read("(-∞,∞)")
@@ -220,6 +238,10 @@ class _Reader:
             pairs = list(zip(sides[0][1:-1].split(","), parts[1].parts))
             if len(pairs) == len(parts[0].parts) == len(parts[1].parts):
                 return self.group([f"{name}={value.text}" for name, value in pairs])
+        if (
+            len(sides) > 2 and not is_name(sides[-1]) and _NAMES_TUPLE.fullmatch(f"({','.join(sides[:-1])})")
+        ):  # x = y = 1
+            return self.group([f"{name}={sides[-1]}" for name in sides[:-1]])
         node = Reading("=", text, parts)
         if re.fullmatch("[A-Z]{2,}", sides[-1]) and is_name(sides[0]):  # MR = SRMC has no value
             return node
