@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from nanoredi.grader.expression import GENERAL, LETTERS, NEGATIVE, WHOLE, Expression
 from nanoredi.grader.numbers import add, close, divide, is_real
 
-# A single name: x, S_{10}, \\theta, AB, \\angle ABC, [ABC], \\overline{AB}, f(x), P(A|B), The area.
+# A single name: x, S_{10}, \\theta, AB, \\angle ABC, [ABC], \\bar{AB}, f(x), P(A|B), The area.
 _INDEX = r"(?:_\{(?![^{}]*\w[+-])[^{}]*\})?"  # a_{n+1} is no single name
 LETTER = rf"(?:\\(?:{'|'.join(LETTERS)}) ?|[A-Za-z]){_INDEX}"
 _ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{4,}})"
 NAME = (
     rf"(?:(?:m ?)?\\(?:angle|triangle|odot) ?)?"
     rf"(?:{LETTER}|[A-Z]{{2,}}{_INDEX}|(?!arc|sqrt|sinh|cosh|tanh)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
-    rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\(?:overline|bar)\{{[A-Z]{{2,}}\}}"
+    rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\bar\{{[A-Z]{{2,}}\}}"
 )
 
 
@@ -81,7 +81,7 @@ def same(a: Reading, b: Reading) -> bool:
 def word(text: str) -> str:
     """A text without what does not matter in it: spaces, the case of words, braces around one letter or macro."""
     if re.fullmatch(r"[A-Za-z ,.'-]+", text) and re.search("[A-Za-z]{4}", text):  # a phrase; "team B wins" too
-        text = text.lower()
+        text = re.sub("^(?:an?|the) ", "", text.lower())
     text = re.sub(_WORD, lambda found: found[0].lower(), text)
     return re.sub(r"\{(\w|\\[A-Za-z]+)\}", r"\1", re.sub(r"[ °]", "", text))
 
@@ -102,9 +102,11 @@ def same_definition(a: Reading, b: Reading) -> bool:
     """y = 2x and f(x) = 2x, whose left sides are names. p = q and r = q are equations between names."""
     if not (a.name and b.name and a.bare and b.bare):
         return False
-    if a.name != b.name and "(" in a.name and a.name.partition("(")[0] == b.name.partition("(")[0]:
+    stems, indices = zip(*(re.fullmatch(r"(.[^(_]*)(.*)", one.name, re.DOTALL).groups() for one in (a, b)))
+    if stems[0] == stems[1] and indices[0] != indices[1] and all(indices):
         # f(2) = 5 is not f(3) = 5; f(x) = 5 is f(n) = 5, but f(x) = n is not f(n) = n.
-        if re.search(r"\([^)]*[0-9]", a.name + b.name) or not (a.bare.expression and not a.bare.expression.letters):
+        letters = all(re.fullmatch(r"\([a-z]\)|_\{[a-z]\}", index) for index in indices)
+        if not letters or not (a.bare.expression and not a.bare.expression.letters):
             return False
     return ("(" in a.name + b.name or not re.fullmatch(NAME, a.bare.text)) and same(a.bare, b.bare)
 

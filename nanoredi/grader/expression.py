@@ -83,7 +83,7 @@ LETTERS = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi "
     "chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega hbar ell".split()
 )
-_MARKS = set("dot ddot bar hat tilde overline".split())  # over a letter
+_MARKS = set("dot ddot bar hat tilde".split())  # over a letter
 _SEVERAL = {"max", "min", "gcd", "lcm"}
 _CONSTANTS = {"pi": numbers.PI, "π": numbers.PI, "e": numbers.E, "i": numbers.IMAGINARY}
 _OPERATORS = {"over", "choose", "mod"}  # between two whole expressions
@@ -397,7 +397,8 @@ def _letter(name: str, point: int) -> Fraction:
     """What a letter stands for at a point."""
     rng = random.Random(f"{name} {point}")
     if point in WHOLE:
-        return Fraction(rng.randrange(2, 30)) if name[0] not in "tuvwxyz" else Fraction(rng.randrange(200, 3_000), 100)
+        parts = 100 if name[0] in "tuvwxyz" and point % 2 else 1  # these need not be whole
+        return Fraction(rng.randrange(2 * parts, 30 * parts), parts)
     return Fraction(rng.randrange(1_000, 5_000), _SCALES[point])
 
 

@@ -19,12 +19,12 @@ _SIGNS = r"""
     rvert | vert | mid | lfloor ⌊ rfloor ⌋ lceil ⌈ rceil ⌉ { ⦃ lbrace ⦃ } ⦄ rbrace ⦄ langle ( rangle ) lbrack [ rbrack ]
     lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor ,∨ vee ,∨
     ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j dbinom \binom tbinom \binom
-    varepsilon \epsilon varphi \phi vartheta \theta varrho \rho
+    overline \bar varepsilon \epsilon varphi \phi vartheta \theta varrho \rho
 """.split()
 _SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
 _LAYOUT = (
     "! $ % ( ) [ ] left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
-    "textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline vec overrightarrow "
+    "textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline "
     "boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar"
 ).split()
 _MACROS = dict.fromkeys(_LAYOUT, "") | dict.fromkeys(_SPACES, " ") | dict(zip(_SIGNS[::2], _SIGNS[1::2]))
@@ -39,7 +39,7 @@ _CHARACTER_SIGNS = r"""
     × * · * ⋅ * ∙ * • * ÷ / ∕ / ⁄ / ∣ | 〈 ( ⟨ ( 〉 ) ⟩ ) ∨ ,∨ 、 , 。 . ′ ' ’ ' − - ≦ ≤ ⩽ ≤ ≧ ≥ ⩾ ≥ √ \sqrt ∛ \cbrt
     ∜ \sqrt[4] ∑ \sum ∏ \prod ∫ \int ∠ \angle ∀ \forall ≡ \equiv ∆ \Delta
 """.split()
-_BY_CHARACTER = {"~": " ", "$": "", "%": ""}
+_BY_CHARACTER = {"~": " "} | dict.fromkeys('$%"“”', "") | {"或": " or ", "和": " and ", "与": " and "}
 for _char, _sign in zip(_CHARACTER_SIGNS[::2], _CHARACTER_SIGNS[1::2]):
     _BY_CHARACTER[_char] = f"{_sign} " if _sign[0] == "\\" else _sign
 for _letter in _GREEK.split():
@@ -56,7 +56,9 @@ _NO_UNIT = (
     r"(?!\s*(?:[,;:)]|(?:[ienxyz]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|\( ?(?:mod|extr|rej|disc)"
     rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
-_UNIT = r"(?!\\math(?:bf|it|bb|cal|frak)|\\bm)" + _FONT + r"\{" + _NO_UNIT + r"[^{}0-9](?:[^{}]|\{[^{}]*\})*\}" + _POWER
+_UNIT = (
+    r"(?!\\math(?:bf|it|bb|cal|frak)|\\bm)" + _FONT + r"\{" + _NO_UNIT + r"[^{}0-9‰](?:[^{}]|\{[^{}]*\})*\}" + _POWER
+)
 _MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
 _DERIVATIVE = (
     r"\\frac\s*\{\s*d\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([^{}]*(?:_\{\w+\})?)\s*\}"
@@ -79,7 +81,7 @@ _REWRITES = [
             rf"(?<=[0-9]) ?\^ ?(?:\{{ ?{_FONT}\{{(?:st|nd|rd|th|o)\}} ?\}}|{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b|\{{o\}})",
             "",
         ),
-        *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])"), "≤≥≠^="),
+        *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])", r"\+/-", r"\.\.\."), "≤≥≠^=±…"),
         (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
         (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
         (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
@@ -106,11 +108,15 @@ _REWRITES = [
         (r"(?<=[0-9)}π°'])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+", " "),
         *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
         (_FONT + r"(?=[A-Za-z0-9\\])", " "),
-        (r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
+        (
+            r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|答案[是为:]*|(?:the )?(?:final )?answer *(?:is\b|:)|(?:option|choice)\s+(?=\W*[A-J]\b))",
+            "",
+        ),
         (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
+        (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
         (r"(?i)^\s*(?:negative|minus)\s+(?=\S+$)|^(?=.*[0-9].*\b(?:below|under) zero[\s.]*$)", "-"),
         (r"(?i)\b(?:below|under) zero[\s.]*$", ""),
-        (r"(?<!\\)\b(?:infinity|oo)\b", "∞"),
+        (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
         (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
         (r"(?:\\|\b)ceil\s*\(([^()]*)\)", r"⌈\1⌉"),
         (r"(?:\\|\b)floor\s*\(([^()]*)\)", r"⌊\1⌋"),
@@ -119,6 +125,12 @@ _REWRITES = [
         (r"\\binom\s*([0-9])\s*([0-9])", r"\\binom{\1}{\2}"),
         (r"(\\sqrt\s*(?:\[[0-9]\])?)\s*([0-9]+)", r"\1{\2}"),
         (r"(?<=[0-9])'\s*'?(?!['\w])", ""),  # minutes and seconds of arc
+        (r"\\(?:vec|overrightarrow)\s*\{\s*([A-Z]{2})\s*\}", r"v_{\1}"),  # not that from B to A
+        (r"\\(?:vec|overrightarrow)(?![A-Za-z])", ""),
+        (r"(?<=[)\]}⦄])\s*U\s*(?=[(\[{⦃])", "∪"),
+        (r"ℝ\s*-\s*(?=[⦃{])", "ℝ∖"),
+        (r"(⦃[^⦃⦄:|]*[A-Za-z)ℝ]\s*):(?=[^⦃⦄]*[=<>≤≥≠∈])", r"\1|"),  # such that
+        (r"\^\s*(\{[^{}]*\}|\w)\s*_\{([^{}]*)\}", r"_{\2}^\1"),
         (r"(?:^|(?<=∪))\s*\]", "("),  # ]1,2[ is the open interval
         (r"\[\s*(?=$|∪)", ")"),
         (_DERIVATIVE, r"ð_{\3\1}\2"),  # one letter, so that its d is not cancelled
@@ -149,7 +161,7 @@ _SMALL_UNITS = (
 )
 _WORD = rf"(?:(?!(?:{_NO_UNIT_WORD})\W*(?:$|,)|(?:more|less) than)[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
 _BARE_UNITS = re.compile(
-    rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER})"
+    rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}|\s*(?![万亿千百十半成折分之多余点])[一-龥]{{1,4}})"
     r"\.?\s*(?=$|,)"
 )
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
@@ -173,9 +185,11 @@ _NO_REMARK = re.compile(
 )
 # These may be left out, but 25% increase is not 25% decrease, 5 cm are not 5 m, 5 million not 5 billion.
 _AGREEING = re.compile(
-    r"(?<![\\a-z])((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|noon|midnight|"
-    r"hundred|thousand|million|billion|trillion|cent|dollar|second|minute|hour|day|week|month|year|inch|feet|yard|mile|"
-    r"meter|[cdkmn]m|m(?=\s*[}/])|[km]g|g(?=\s*[}/]))(?:e?s)?(?![a-z])"
+    r"(?<![\\a-z])(?<!per )((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|late|from now|"
+    r"early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|celsius|fahrenheit|"
+    r"hundred|thousand|million|billion|trillion|cent|dollar|second|minute|hour|day|week|month|year|inch|"
+    r"feet|yard|mile|[cdkmn]m|m(?=eter|\s*[}/])|[km]g|g(?=\s*[}/]))(?:e?s|eters?|wards?)?(?![a-z])"
+    r"|(?:circ|°)\W*(?:[a-z]{4,6}\W*)?([cf])\b"
 )
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
 
@@ -208,10 +222,12 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     raw.append(_MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text))
     if "\\begin" not in text:
         raw.append(re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip()))
-    texts = {clean(one): frozenset(_AGREEING.findall(one.lower())) for one in dict.fromkeys(raw)}
+    texts = {
+        clean(one): frozenset(_AGREEING.findall(one.lower().replace("\\$", "dollar "))) for one in dict.fromkeys(raw)
+    }
     for one in list(texts):
         if choice := _CHOICE.fullmatch(one):
-            texts |= {choice[1]: frozenset(), choice[2]: frozenset(choice[1])}
+            texts |= {choice[1]: frozenset([choice[2]]), choice[2]: frozenset(choice[1])}
         if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one) or _CONDITION.fullmatch(one):
             head, word, tail = remark.groups()
             several = "," in tail and (word == "for" or "=" in tail)

@@ -22,7 +22,7 @@ _NODE_WORK = 50
 _NAME = re.compile(NAME)
 # More that a value may be of: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), P(X=2), E[X], Var(X); \\frac{m}{n}.
 _QUANTITY = (
-    rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|overline|Delta) ?\{{?(?:{NAME})\}}?"
+    rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|Delta) ?\{{?(?:{NAME})\}}?"
     rf"|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)"
     r"|[A-Z]\([^()]*[=<>≤≥][^()]*\)|[A-Z]\[\w+\]|\\?[A-Z][a-z]+ ?\(\w\))"
 )
@@ -70,10 +70,10 @@ class _Reader:
         ):  # brackets that only group
             if text[0] + text[-1] in ("(]", "[)"):
                 raise Unreadable
-            if not inner.strip():
-                return self.as_text("∅")
             if text[0] == "⦃" in braces:  # a set of sets
                 return Reading("list", text, (self.read(text),), braces=True)
+            if not inner.strip():
+                return self.as_text("∅")
             such_that = _SUCH_THAT.fullmatch(inner) if text[0] == "⦃" else None
             such_that = such_that if such_that and is_name(such_that[1]) else None
             braces += "" if such_that else text[0].strip("([")
@@ -90,7 +90,7 @@ class _Reader:
         solutions = node.kind == "list" and all(n.kind in ("system", "()") for n in node.parts)
         if node.kind == "list" and (braces or solutions):  # where what is written twice is one
             nodes = distinct(node.parts)
-            node = Reading("list", text, tuple(nodes)) if len(nodes) > 1 else nodes[0]
+            node = Reading("list", text, tuple(nodes)) if len(nodes) > 1 or nodes[0].kind == "list" else nodes[0]
         node.braces |= bool(braces)
         return node
 
@@ -110,7 +110,7 @@ class _Reader:
             raise Unreadable
         if len(parts) == 1:
             return [self.one(parts[0])]
-        if re.search("[<>≤≥≠]", "".join(parts)) and (condition := self.condition(parts, words)):
+        if re.search("[<>≤≥≠∈]", "".join(parts)) and (condition := self.condition(parts, words)):
             return [condition]
         nodes = []
         for part in parts:
@@ -118,7 +118,7 @@ class _Reader:
             several = (
                 node.kind == "list" and len(split(part, "∪∈")) > 1 or node.kind == "system" and part.count("=") > 1
             )
-            if of_set and part[0] == "⦃" and node.kind != "list":
+            if of_set and part[0] == "⦃" and node.kind != "list" and node.text != EMPTY.text:
                 node = Reading("list", part, (node,))
             nodes += node.parts if several else [node]
         names = [node.name for node in nodes]
@@ -130,10 +130,11 @@ class _Reader:
 
     def condition(self, parts: list[str], words: set[str]) -> Reading | None:
         """Conditions on one name as one set: with "and" all hold, with "or" one does, with commas all where they can."""
-        names = [[side for side in split(part, "=<>≤≥≠")[::2] if is_name(side)] for part in parts]
-        for sign in ("∪" if "∨" in words else "∩" if "∧" in words else "∩∪") if len(names[0]) == 1 else "":
+        names = [[side for side in split(part, "=<>≤≥≠∈")[::2] if is_name(side)] for part in parts]
+        signs = "∪" if "∨" in words else "∩" if "∧" in words else "∩∪"
+        for sign in signs if len(names[0]) == 1 and all(one == names[0] for one in names) else "":
             with contextlib.suppress(Unreadable):
-                node = self.one(sign.join(parts)) if all(one == names[0] for one in names) else EMPTY
+                node = self.union(sign.join(parts), [piece for part in parts for piece in (part, sign)][:-1])
                 if (node.text != EMPTY.text or "∧" in words) and not any(part.kind == "≠" for part in node.parts):
                     return node
         return Reading("∨", ",".join(parts), tuple(map(self.read, parts))) if "∨" in words else None
@@ -211,6 +212,7 @@ class _Reader:
 
     def relation(self, text: str, sides: list[str], signs: list[str]) -> Reading:
         """An equation, or an inequality from the smallest side up, with its interval where it is one of a name."""
+        sides[0] = sides[0] or "x"
         if set(signs) == {"="}:
             return self.equation(text, sides)
         if signs == ["≠"] and is_name(sides[0]):
@@ -248,7 +250,8 @@ class _Reader:
         if len(sides) == 2 and is_name(sides[1]) and not stands_for(sides[0]) and is_constant(parts[0]):
             sides, parts = sides[::-1], parts[::-1]
         node.name = sides[0] if is_name(sides[0]) else ""
-        rest = parts[1:] if stands_for(sides[0]) else parts
+        named = list(itertools.takewhile(stands_for, sides[: -1 if is_constant(parts[-1]) else 1]))
+        rest = parts[len(named) :]
         values = [part for side, part in zip(sides[-len(rest) :], rest) if not is_uncomputed(side, part)]
         if rest[-1] in values and all(same(x, y) for x, y in itertools.pairwise(values)):
             if len(rest) == len(parts) == len(values):

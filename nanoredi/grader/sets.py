@@ -40,7 +40,7 @@ def combine(operands: list[Reading], operators: list[str]) -> list[Reading]:
 
 
 def _members(one: Reading) -> list[Reading]:
-    one = one.bare if one.bare and one.kind != "=" else one
+    one = one.bare or one
     return [] if one.text == EMPTY.text else list(one.parts) if one.kind == "list" else [one]
 
 
