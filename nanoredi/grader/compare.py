@@ -126,8 +126,9 @@ def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
 
 def same_system(a: Reading, b: Reading) -> bool:
     """x = 1, y = 2 against the same names, other names or (1, 2), each in the order of its names, or against a list."""
-    if {a.kind, b.kind} == {"system", "list"}:
-        return match(a.parts, b.parts)
+    if {a.kind, b.kind} == {"system", "list"}:  # x_1 = 1, x_2 = 2 are values of x, but x = 1, y = 2 are not
+        names = [{part.name.partition("_")[0] for part in one.parts if part.name} for one in (a, b)]
+        return (not all(names) or len(names[0]) == len(names[1])) and match(a.parts, b.parts)
     if not {a.kind, b.kind} <= {"system", "()"} or len(a.parts) != len(b.parts):
         return False
     names = [{part.name for part in one.parts} for one in (a, b) if one.kind == "system"]

@@ -164,6 +164,9 @@ _BARE_UNITS = re.compile(
     rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}|\s*(?![万亿千百十半成折分之多余点])[一-龥]{{1,4}})"
     r"\.?\s*(?=$|,)"
 )
+_SURELY_GROUPED = re.compile(  # 3'600; 1,000, for no list has a member 000
+    r"(?<![.,0-9])[0-9]{1,3}(?:(?:'[0-9]{3})+|(?:,[0-9]{3})*,0[0-9]{2}(?:,[0-9]{3})*)(?![0-9])"
+)
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 # After an answer: a remark in brackets, or from a word to the end.
 _BRACKETED = re.compile(
@@ -199,7 +202,7 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = _compatible(text.translate(_BEFORE))
     text = re.sub(r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", "", text)  # these commas group digits, wherever they stand
-    text = re.sub(r"(?<![.0-9])[0-9]{1,3}(?:'[0-9]{3})+(?![0-9])", lambda found: found[0].replace("'", ""), text)
+    text = _SURELY_GROUPED.sub(lambda number: re.sub("[',]", "", number[0]), text)
     text = re.sub(r"(?<=[0-9])\{,\}(?=[0-9])", ".", text)  # elsewhere it is a decimal comma
     text = re.sub(r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§", text)  # 17%6 is not 176
     text = re.sub(r"\\q?quad", " ", text)  # also where a letter is glued to it

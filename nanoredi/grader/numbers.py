@@ -113,7 +113,7 @@ FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {
     "log": log,
     "lg": lambda z: log(z) / CONTEXT.log(10),
 }
-for _name in "sin cos tan sinh cosh tanh".split():
+for _name in "sin cos tan sinh cosh tanh sec csc".split():
     FUNCTIONS |= dict.fromkeys([f"{arc}{_name}" for arc in ("arc", "ar", "a")], getattr(CONTEXT, "a" + _name))
     FUNCTIONS.setdefault(_name, functools.partial(_apply, _name))
 

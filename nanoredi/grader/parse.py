@@ -71,7 +71,7 @@ class _Reader:
             if text[0] + text[-1] in ("(]", "[)"):
                 raise Unreadable
             if text[0] == "⦃" in braces:  # a set of sets
-                return Reading("list", text, (self.read(text),), braces=True)
+                return Reading("list", f"⦃{text}⦄", (self.read_set(text),), braces=True)
             if not inner.strip():
                 return self.as_text("∅")
             such_that = _SUCH_THAT.fullmatch(inner) if text[0] == "⦃" else None
@@ -83,14 +83,13 @@ class _Reader:
             nodes = [self.group(group) for group in groups]
         else:
             nodes = self.members([piece for group in groups for piece in group], "⦃" in braces)
-        if len(nodes) == 1:
-            node = nodes[0]
+        system = is_system(nodes)
+        if not system and (braces or all(one.kind in ("system", "()") for one in nodes)):
+            nodes = distinct(nodes)  # what is written twice is one
+        if len(nodes) > 1 or nodes[0].kind == "list" and "⦃" in braces:
+            node = Reading("system" if system else "list", text, tuple(nodes))
         else:
-            node = Reading("system" if is_system(nodes) else "list", text, tuple(nodes))
-        solutions = node.kind == "list" and all(n.kind in ("system", "()") for n in node.parts)
-        if node.kind == "list" and (braces or solutions):  # where what is written twice is one
-            nodes = distinct(node.parts)
-            node = Reading("list", text, tuple(nodes)) if len(nodes) > 1 or nodes[0].kind == "list" else nodes[0]
+            node = nodes[0]
         node.braces |= bool(braces)
         return node
 
@@ -114,12 +113,10 @@ class _Reader:
             return [condition]
         nodes = []
         for part in parts:
-            node = self.read(part)
+            node = self.read_set(part) if of_set and part[0] == "⦃" else self.read(part)
             several = (
                 node.kind == "list" and len(split(part, "∪∈")) > 1 or node.kind == "system" and part.count("=") > 1
             )
-            if of_set and part[0] == "⦃" and node.kind != "list" and node.text != EMPTY.text:
-                node = Reading("list", part, (node,))
             nodes += node.parts if several else [node]
         names = [node.name for node in nodes]
         size = names.index(names[0], 1) if names[0] in names[1:] else 0
@@ -127,6 +124,11 @@ class _Reader:
             chunks = [tuple(nodes[i : i + size]) for i in range(0, len(nodes), size)]
             return [Reading("system", ",".join(node.text for node in chunk), chunk) for chunk in chunks]
         return nodes
+
+    def read_set(self, text: str) -> Reading:
+        """A set that is a member of another, also where it has a single member."""
+        node = self.read(text)
+        return node if node.kind == "list" or node.text == EMPTY.text else Reading("list", text, (node,))
 
     def condition(self, parts: list[str], words: set[str]) -> Reading | None:
         """Conditions on one name as one set: with "and" all hold, with "or" one does, with commas all where they can."""
@@ -216,11 +218,11 @@ class _Reader:
         if set(signs) == {"="}:
             return self.equation(text, sides)
         if signs == ["≠"] and is_name(sides[0]):
-            point = self.read(sides[1])
-            try:
-                return self.union(text, ["ℝ", "∖", sides[1]])
-            except Unreadable:
-                return Reading("≠", text, (point,))
+            node = Reading("≠", text, (self.read(sides[1]),))
+            with contextlib.suppress(Unreadable):
+                node = self.union(text, ["ℝ", "∖", sides[1]])
+            node.name = sides[0]
+            return node
         if set(signs) <= {">", "≥"}:
             sides, signs = sides[::-1], [_FLIP[sign] for sign in signs[::-1]]
         node = Reading("".join(signs), text, tuple(map(self.read, sides)))
