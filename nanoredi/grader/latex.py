@@ -56,10 +56,9 @@ _NO_UNIT = (
     r"(?!\s*(?:[,;:)]|(?:[ienxyz]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|\( ?(?:mod|extr|rej|disc)"
     rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
-_UNIT = (
-    r"(?!\\math(?:bf|it|bb|cal|frak)|\\bm)" + _FONT + r"\{" + _NO_UNIT + r"[^{}0-9‰](?:[^{}]|\{[^{}]*\})*\}" + _POWER
-)
+_UNIT = rf"(?!\\math(?:bf|it|bb|cal|frak)|\\bm){_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}"
 _MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
+_JOINING = rf"(?<![\\A-Za-z{{])WORD(?![A-Za-z}}])|(?<=[0-9)\]}}⦄])WORD(?=[A-Za-z]\b)|{_FONT}\{{\s*,?\s*WORD\s*\}}"
 _DERIVATIVE = (
     r"\\frac\s*\{\s*d\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([^{}]*(?:_\{\w+\})?)\s*\}"
     r"\s*\{\s*d\s*([A-Za-z]|\\[A-Za-z]+)\s*(?:\^\s*\{?\s*[0-9]\s*\}?)?\s*\}"
@@ -77,10 +76,7 @@ _REWRITES = [
     (re.compile(pattern), new)
     for pattern, new in [
         (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
-        (
-            rf"(?<=[0-9]) ?\^ ?(?:\{{ ?{_FONT}\{{(?:st|nd|rd|th|o)\}} ?\}}|{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b|\{{o\}})",
-            "",
-        ),
+        (rf"(?<=[0-9]) ?\^ ?\{{? ?(?:{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b) ?\}}?", ""),
         *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])", r"\+/-", r"\.\.\."), "≤≥≠^=±…"),
         (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
         (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
@@ -95,23 +91,14 @@ _REWRITES = [
         (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
         (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
         (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}", r"\\\1 "),
-        *[
-            (
-                rf"(?<![\\A-Za-z{{]){word}(?![A-Za-z}}])|(?<=[0-9)\]}}⦄]){word}(?=[A-Za-z]\b)"
-                rf"|{_FONT}\{{\s*,?\s*{word}\s*\}}",
-                f" ,{sign} ",
-            )
-            for word, sign in (("or", "∨"), ("and", "∧"))
-        ],
+        *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
         (_FONT + r"\{\s*,\s*\}", " , "),
         (r"^(\s*[0-9.]+\s*)\*(?=\s*[0-9.]+\s*(?:" + _MANY_UNITS + r"|[A-Za-z]{2,}))", r"\1×"),  # a size, no product
         (r"(?<=[0-9)}π°'])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+", " "),
         *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
         (_FONT + r"(?=[A-Za-z0-9\\])", " "),
-        (
-            r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|答案[是为:]*|(?:the )?(?:final )?answer *(?:is\b|:)|(?:option|choice)\s+(?=\W*[A-J]\b))",
-            "",
-        ),
+        (r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|答案[是为:]*|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
+        (r"(?i)^\s*(?:option|choice)\s+(?=\W*[A-J]\b)", ""),
         (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
         (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
         (r"(?i)^\s*(?:negative|minus)\s+(?=\S+$)|^(?=.*[0-9].*\b(?:below|under) zero[\s.]*$)", "-"),
@@ -191,8 +178,8 @@ _AGREEING = re.compile(
     r"(?<![\\a-z])(?<!per )((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|late|from now|"
     r"early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|celsius|fahrenheit|"
     r"hundred|thousand|million|billion|trillion|cent|dollar|second|minute|hour|day|week|month|year|inch|"
-    r"feet|yard|mile|[cdkmn]m|m(?=eter|\s*[}/])|[km]g|g(?=\s*[}/]))(?:e?s|eters?|wards?)?(?![a-z])"
-    r"|(?:circ|°)\W*(?:[a-z]{4,6}\W*)?([cf])\b"
+    r"feet|yard|mile|[cdkmn]m|m(?=eter)|kg)(?:e?s|eters?|wards?)?(?![a-z])"
+    r"|(?:circ|°)\W*(?:[a-z]{4,6}\W*)?([cf])\b|(?:text|rm)\W*([mg])(?:eters?)?\b"
 )
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
 
@@ -225,9 +212,7 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     raw.append(_MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text))
     if "\\begin" not in text:
         raw.append(re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip()))
-    texts = {
-        clean(one): frozenset(_AGREEING.findall(one.lower().replace("\\$", "dollar "))) for one in dict.fromkeys(raw)
-    }
+    texts = {clean(one): _details(one) for one in dict.fromkeys(raw)}
     for one in list(texts):
         if choice := _CHOICE.fullmatch(one):
             texts |= {choice[1]: frozenset([choice[2]]), choice[2]: frozenset(choice[1])}
@@ -246,6 +231,10 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     for one, restriction in texts.items():
         one = re.sub(r"\s+", " ", one.strip())
         yield re.sub(r"\s+(?=[\W_])|(?<=\W)\s+", "", one), restriction
+
+
+def _details(text: str) -> frozenset[str]:
+    return frozenset(map("".join, _AGREEING.findall(text.lower().replace("\\$", "dollar "))))
 
 
 def _without_grouping(text: str) -> str:
