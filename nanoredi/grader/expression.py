@@ -79,10 +79,10 @@ class Expression:
         return self._values[point]
 
 
-LETTERS = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi "
-    "chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega hbar ell".split()
-)
+GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
+).split()
+LETTERS = {*GREEK, *map(str.title, GREEK), "hbar", "ell"}
 _MARKS = set("dot ddot bar hat tilde".split())  # over a letter
 _SEVERAL = {"max", "min", "gcd", "lcm"}
 _CONSTANTS = {"pi": numbers.PI, "π": numbers.PI, "e": numbers.E, "i": numbers.IMAGINARY}

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
+from nanoredi.grader.expression import GREEK
 from nanoredi.grader.numbers import FUNCTIONS
 
 # Macros and the signs that they are, in turn; the grader's own brackets ⦃ ⦄ are those of a set.
@@ -32,9 +33,6 @@ _MACROS = dict.fromkeys(_LAYOUT, "") | dict.fromkeys(_SPACES, " ") | dict(zip(_S
 _BEFORE = str.maketrans(
     {"º": "°", "ℓ": "\\ell ", "ℏ": "\\hbar "} | {c: f"\\mathbb{{{n}}}" for c, n in zip("ℝℤℕℚℂ", "RZNQC")}
 )
-_GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
-)
 _CHARACTER_SIGNS = r"""
     × * · * ⋅ * ∙ * • * ÷ / ∕ / ⁄ / ∣ | 〈 ( ⟨ ( 〉 ) ⟩ ) ∨ ,∨ 、 , 。 . ′ ' ’ ' − - ≦ ≤ ⩽ ≤ ≧ ≥ ⩾ ≥ √ \sqrt ∛ \cbrt
     ∜ \sqrt[4] ∑ \sum ∏ \prod ∫ \int ∠ \angle ∀ \forall ≡ \equiv ∆ \Delta
@@ -42,7 +40,7 @@ _CHARACTER_SIGNS = r"""
 _BY_CHARACTER = {"~": " "} | dict.fromkeys('$%"“”', "") | {"或": " or ", "和": " and ", "与": " and "}
 for _char, _sign in zip(_CHARACTER_SIGNS[::2], _CHARACTER_SIGNS[1::2]):
     _BY_CHARACTER[_char] = f"{_sign} " if _sign[0] == "\\" else _sign
-for _letter in _GREEK.split():
+for _letter in GREEK:
     _name = _letter.replace("lambda", "lamda")  # as Unicode spells it
     _BY_CHARACTER[unicodedata.lookup(f"GREEK SMALL LETTER {_name}")] = f"\\{_letter} "
     _BY_CHARACTER[unicodedata.lookup(f"GREEK CAPITAL LETTER {_name}")] = f"\\{_letter.title()} "
@@ -63,11 +61,9 @@ _DERIVATIVE = (
     r"\\frac\s*\{\s*d\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([^{}]*(?:_\{\w+\})?)\s*\}"
     r"\s*\{\s*d\s*([A-Za-z]|\\[A-Za-z]+)\s*(?:\^\s*\{?\s*[0-9]\s*\}?)?\s*\}"
 )
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_ONES += [f"{three}teen" for three in "thir four fif six seven eigh nine".split()]
+_TENS = [f"{three}ty" for three in "twen thir for fif six seven eigh nine".split()]
 _NUMBERS = _ONES + [f"{ten}-{one}".removesuffix("-zero") for ten in _TENS for one in _ONES[:10]]
 _MULTIPLE = re.compile(r"(?<=[0-9])\s*(" + _FONT + r"\{)?\s*(hundred|thousand|million|billion|trillion)\b")
 _ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -212,7 +208,9 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     raw.append(_MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text))
     if "\\begin" not in text:
         raw.append(re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip()))
-    texts = {clean(one): _details(one) for one in dict.fromkeys(raw)}
+    raw = [*dict.fromkeys(raw)]
+    details = [frozenset(map("".join, _AGREEING.findall(one.lower().replace("\\$", "dollar ")))) for one in raw]
+    texts = dict(zip(map(clean, raw), details))
     for one in list(texts):
         if choice := _CHOICE.fullmatch(one):
             texts |= {choice[1]: frozenset([choice[2]]), choice[2]: frozenset(choice[1])}
@@ -231,10 +229,6 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     for one, restriction in texts.items():
         one = re.sub(r"\s+", " ", one.strip())
         yield re.sub(r"\s+(?=[\W_])|(?<=\W)\s+", "", one), restriction
-
-
-def _details(text: str) -> frozenset[str]:
-    return frozenset(map("".join, _AGREEING.findall(text.lower().replace("\\$", "dollar "))))
 
 
 def _without_grouping(text: str) -> str:

@@ -86,10 +86,9 @@ class _Reader:
         system = is_system(nodes)
         if not system and (braces or all(one.kind in ("system", "()") for one in nodes)):
             nodes = distinct(nodes)  # what is written twice is one
-        if len(nodes) > 1 or nodes[0].kind == "list" and "⦃" in braces:
+        node, *others = nodes
+        if others or node.kind == "list" and "⦃" in braces:
             node = Reading("system" if system else "list", text, tuple(nodes))
-        else:
-            node = nodes[0]
         node.braces |= bool(braces)
         return node
 
@@ -114,9 +113,7 @@ class _Reader:
         nodes = []
         for part in parts:
             node = self.read_set(part) if of_set and part[0] == "⦃" else self.read(part)
-            several = (
-                node.kind == "list" and len(split(part, "∪∈")) > 1 or node.kind == "system" and part.count("=") > 1
-            )
+            several = node.kind == "system" and part[0] != "(" or node.kind == "list" and len(split(part, "∪∈")) > 1
             nodes += node.parts if several else [node]
         names = [node.name for node in nodes]
         size = names.index(names[0], 1) if names[0] in names[1:] else 0
@@ -242,9 +239,8 @@ class _Reader:
             pairs = list(zip(sides[0][1:-1].split(","), parts[1].parts))
             if len(pairs) == len(parts[0].parts) == len(parts[1].parts):
                 return self.group([f"{name}={value.text}" for name, value in pairs])
-        if (
-            len(sides) > 2 and not is_name(sides[-1]) and _NAMES_TUPLE.fullmatch(f"({','.join(sides[:-1])})")
-        ):  # x = y = 1
+        chained = _NAMES_TUPLE.fullmatch(f"({','.join(sides[:-1])})")  # x = y = 1
+        if chained and not is_name(sides[-1]):
             return self.group([f"{name}={sides[-1]}" for name in sides[:-1]])
         node = Reading("=", text, parts)
         if re.fullmatch("[A-Z]{2,}", sides[-1]) and is_name(sides[0]):  # MR = SRMC has no value
