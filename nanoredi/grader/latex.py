@@ -51,7 +51,7 @@ _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even} have no unit.
 _NO_UNIT_WORD = r"hal(?:f|ves)|thirds|fourths|tenths|(?:hundre|thousan)dths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less|short|under|(?:degrees )?(?:below|under) zero"
 _NO_UNIT = (
-    r"(?!\s*(?:[,;:)]|(?:[ienxyz]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|\( ?(?:mod|extr|rej|disc)"
+    r"(?!\s*(?:[,;:)]|(?:[ienxyz]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|(?:\( ?|is )(?:mod|extr|rej|disc)"
     rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
 _UNIT = rf"(?!\\math(?:bf|it|bb|cal|frak)|\\bm){_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}"
@@ -76,6 +76,7 @@ _REWRITES = [
         *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])", r"\+/-", r"\.\.\."), "≤≥≠^=±…"),
         (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
         (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
+        (r"(?<=[A-Za-z)}'])\s*°\s*(?=[A-Za-z(\\])(?![CFK]\b)", "∘"),  # f of g
         (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
         (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
         (r"\s*\\pmod\s*(?:\{([^{}]*)\}|(\w+))", r" (mod \1\2)"),
@@ -97,7 +98,7 @@ _REWRITES = [
         (r"(?i)^\s*(?:option|choice)\s+(?=\W*[A-J]\b)", ""),
         (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
         (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
-        (r"(?i)^\s*(?:negative|minus)\s+(?=\S+$)|^(?=.*[0-9].*\b(?:below|under) zero[\s.]*$)", "-"),
+        (r"(?i)^\s*(?:negative|minus)\s+(?=\S+$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
         (r"(?i)\b(?:below|under) zero[\s.]*$", ""),
         (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
         (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
