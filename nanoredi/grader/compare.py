@@ -69,8 +69,10 @@ def same(a: Reading, b: Reading) -> bool:
         return same_system(a, b)
     if a.kind != b.kind:
         return False
-    if a.kind == "value" and agree(a.expression, b.expression):
-        return not re.fullmatch("[A-Z]{3,}/[A-Z]{3,}", f"{a.text}/{b.text}")  # ACB is an order, not ABC
+    # ACB is an order, not ABC, and "is it" a phrase; neither is a product.
+    words = re.fullmatch("[A-Z]{3,}/[A-Z]{3,}|[A-Za-z ]*[a-z]{2} [A-Za-z /]*", f"{a.text}/{b.text}")
+    if a.kind == "value" and not words and agree(a.expression, b.expression):
+        return True
     if a.kind == "text" or re.fullmatch("[A-Za-z ]{2,}", a.text):
         return word(a.text) == word(b.text)  # a short word reads as a product
     if a.kind in ("list", "cases", "≠", "∨"):
