@@ -28,7 +28,8 @@ _ROOT_WORK, _FUNCTION_WORK = 50, 200
 
 # A point says which numbers the letters stand for. Small, middling and large ones, so that no term of e^{-30t} + 1
 # drowns at all of them. Negative points are asked only about absolute values, since sqrt(x^2) is x to everyone who
-# writes it for lengths; at the first all letters are negative, at the others some. Rounding asks only for whole numbers, which is what floor and ceil are written of.
+# writes it for lengths; at the first all letters are negative, at the others some. Rounding asks only for whole numbers,
+# which is what floor and ceil are written of, and for others where the letter is one of t to z.
 GENERAL, WHOLE, NEGATIVE = range(3), range(4, 16), range(16, 22)
 _SCALES = (9_000, 1_000, 300)
 
@@ -399,10 +400,10 @@ def _letter(name: str, point: int) -> Fraction:
     if point in WHOLE:
         parts = 100 if name[0] in "tuvwxyz" and point % 2 else 1  # these need not be whole
         return Fraction(rng.randrange(2 * parts, 30 * parts), parts)
-    if point in NEGATIVE:
-        negative = point == NEGATIVE[0] or sum(map(ord, name)) >> (point - NEGATIVE[1]) & 1
-        return Fraction(rng.randrange(1_000, 5_000), -1_000 if negative else 1_000)
-    return Fraction(rng.randrange(1_000, 5_000), _SCALES[point])
+    if point in GENERAL:
+        return Fraction(rng.randrange(1_000, 5_000), _SCALES[point])
+    negative = point == NEGATIVE[0] or sum(map(ord, name)) >> (point - NEGATIVE[1]) & 1
+    return Fraction(rng.randrange(1_000, 5_000), -1_000 if negative else 1_000)
 
 
 def _digits(x: Number) -> str:

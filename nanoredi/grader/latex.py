@@ -122,13 +122,10 @@ _REWRITES = [
         * 2,  # {{g}_{k}}
         (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # brackets like others
         (r"\\end\s*\{\w+\*?\}", "⟧"),
+        (r"(?<![0-9./^_])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"(\1+\2/\3)"),  # 1 1/2 is a sum
+        (r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
         (r"⦃\s*⟦array¦([^⟦⟧]*)⟧\s*\.", r"⟦cases¦\1⟧"),
     ]
-]
-# A mixed number is a sum.
-_MIXED = [
-    r"(?<![0-9./^_])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}",
-    r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)",
 ]
 _REPEATING = re.compile(
     r"([0-9]*)\.([0-9]*)(?:\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))|\(([0-9]{1,50})\)(?=[\s$\\)}]*$))"
@@ -148,9 +145,8 @@ _BARE_UNITS = re.compile(
     rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}|\s*(?![万亿千百十半成折分之多余点])[一-龥]{{1,4}})"
     r"\.?\s*(?=$|,)"
 )
-_SURELY_GROUPED = re.compile(  # 3'600; 1,000, for no list has a member 000
-    r"(?<![.,0-9])[0-9]{1,3}(?:(?:'[0-9]{3})+|(?:,[0-9]{3})*,0[0-9]{2}(?:,[0-9]{3})*)(?![0-9])"
-)
+# 3'600, and 1,000, for no list has a member 000.
+_THOUSANDS = re.compile(r"(?<![.,0-9])[0-9]{1,3}(?:('[0-9]{3})+|(,[0-9]{3})*,0[0-9]{2}(,[0-9]{3})*)(?![0-9])")
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 # After an answer: a remark in brackets, or from a word to the end.
 _BRACKETED = re.compile(
@@ -186,7 +182,7 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = _compatible(text.translate(_BEFORE))
     text = re.sub(r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", "", text)  # these commas group digits, wherever they stand
-    text = _SURELY_GROUPED.sub(lambda number: re.sub("[',]", "", number[0]), text)
+    text = _THOUSANDS.sub(lambda number: re.sub("[',]", "", number[0]), text)
     text = re.sub(r"(?<=[0-9])\{,\}(?=[0-9])", ".", text)  # elsewhere it is a decimal comma
     text = re.sub(r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§", text)  # 17%6 is not 176
     text = re.sub(r"\\q?quad", " ", text)  # also where a letter is glued to it
@@ -195,8 +191,6 @@ def clean(text: str) -> str:
     text = text.translate(_CHARACTERS)
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
-    for pattern in _MIXED:
-        text = re.sub(pattern, r"(\1+\2/\3)", text)
     word = text.strip(" .-").lower().replace(" ", "-")
     return text[: text.find("-", 0, 2) + 1] + str(_NUMBERS.index(word)) if word in _NUMBERS else text.rstrip(" \\")
 
