@@ -24,18 +24,14 @@ NAME = (
 def points_for(*expressions: Expression) -> list[int]:
     """The points at which expressions must agree."""
     tokens = {token for one in expressions for token in one.tokens}
-    if tokens & {"⌊", "⌈"}:
-        return list(WHOLE)
-    return [*GENERAL, *(NEGATIVE if "abs" in tokens else [])]
+    return [*WHOLE] if tokens & {"⌊", "⌈"} else [*GENERAL, *(NEGATIVE if "abs" in tokens else [])]
 
 
 def agree(a: Expression, b: Expression) -> bool:
     """Have they the same value at every point?"""
-    for point in points_for(a, b) if a.letters or b.letters else GENERAL[:1]:
-        x, y = a.at(point), b.at(point)
-        if x is None or y is None or not close(x, y):
-            return False
-    return True
+    points = points_for(a, b) if a.letters or b.letters else GENERAL[:1]
+    pairs = ((a.at(point), b.at(point)) for point in points)
+    return all(x is not None and y is not None and close(x, y) for x, y in pairs)
 
 
 @dataclass

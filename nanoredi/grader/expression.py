@@ -203,12 +203,9 @@ class _Evaluator:
     def at_factor(self) -> bool:
         """Does an implicit product go on here? A number goes on only after a bracket or a !: (n-2)2^n, but not 3 4."""
         token = self.peek()
-        return (
-            token.isalpha()
-            and token not in _OPERATORS
-            or token in _BRACKETS
-            or (token[:1].isdigit() and self.tokens[self.position - 1] in ")]}!")
-        )
+        if token[:1].isdigit():
+            return self.tokens[self.position - 1] in ")]}!"
+        return token in _BRACKETS or token.isalpha() and token not in _OPERATORS
 
     def factor(self) -> Number:
         result = self.atom()

@@ -199,11 +199,9 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     """What an answer may mean, and the restrictions that each leaves out: a bare 12,345 one number or two, 12 345 one
     number, 5 km a number with its unit or a product, (C) 12 the letter of a choice or the choice, a line a part of a
     list, 2x for x > 0 also 2x."""
-    raw = [text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text)]
-    raw.append(_MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text))
-    if "\\begin" not in text:
-        raw.append(re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip()))
-    raw = [*dict.fromkeys(raw)]
+    lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())
+    counted = _MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text)
+    raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines])
     details = [frozenset(map("".join, _AGREEING.findall(one.lower().replace("\\$", "dollar ")))) for one in raw]
     texts = dict(zip(map(clean, raw), details))
     for one in list(texts):

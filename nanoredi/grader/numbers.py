@@ -87,18 +87,15 @@ def log(z: Inexact) -> Inexact:
     return _tidy(CONTEXT.log(z), 1)
 
 
-def sin(z: Inexact) -> Inexact:
-    return _tidy(CONTEXT.sin(_bounded(z)), max(1, abs(z)))
-
-
-def cos(z: Inexact) -> Inexact:
-    return _tidy(CONTEXT.cos(_bounded(z)), max(1, abs(z)))
-
-
 def _apply(name: str, z: Inexact) -> Inexact:
     return getattr(CONTEXT, name)(_bounded(z))
 
 
+def _circular(name: str, z: Inexact) -> Inexact:
+    return _tidy(_apply(name, z), max(1, abs(z)))
+
+
+sin, cos = (functools.partial(_circular, name) for name in ("sin", "cos"))
 FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {
     "sin": sin,
     "cos": cos,
