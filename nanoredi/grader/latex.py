@@ -87,10 +87,10 @@ _REWRITES = [
         (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
         (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
         (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
-        (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}", r"\\\1 "),
+        (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}(?!\s*$)", r"\\\1 "),
         *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
         (_FONT + r"\{\s*,\s*\}", " , "),
-        (r"^(\s*[0-9.]+\s*)\*(?=\s*[0-9.]+\s*(?:" + _MANY_UNITS + r"|[A-Za-z]{2,}))", r"\1×"),  # a size, no product
+        (r"^(\s*[0-9.]+\s*)\*(?=\s*[0-9.]+\s*(?:" + _MANY_UNITS + r"|\s(?:[a-z]{4,}|cm|in|ft)\b))", r"\1×"),  # a size
         (r"(?<=[0-9)}π°'])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+", " "),
         *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
         (_FONT + r"(?=[A-Za-z0-9\\])", " "),
