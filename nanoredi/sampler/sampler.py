@@ -45,8 +45,7 @@ _GPU_SIZES, _CPU_SIZES, _ROOM = (256, 256), (64, 32), 2_048
 class _Drawn:
     """The tokens of a decode step, on their way to the host."""
 
-    places: np.ndarray  # (B,) int64
-    entered: np.ndarray  # (B,) int64: whose they are, should the place have another row by then
+    rows: list[Row]
     tokens: Tensor  # (B,) int64, on the host
     arrived: torch.cuda.Event | None
 
@@ -63,7 +62,7 @@ class Sampler:
             UserError: when the memory has no room for a single page.
         """
         self.model, self.config = model, config
-        self.stop_ids = np.array(stop_ids, dtype=np.int64)
+        self.stop_ids = set(stop_ids)
         self.device = model.lm_head_weight.device
         self.head = prepare_for_sampling(model.lm_head_weight, True)
         self.cache, self.batch_size = _cache(model, config, self.device)
@@ -75,19 +74,17 @@ class Sampler:
         self.newest, self.lengths = torch.zeros(2, batch_size + 1, dtype=torch.int64, device=self.device)
         num_columns = -(-context // page_size)
         self.page_table = torch.full((batch_size + 1, num_columns), self.cache.num_pages, device=self.device)
-        self.tokens = np.zeros((batch_size, 64), dtype=np.int64)  # each row's completion, as far as it was looked at
-        self.num_tokens, self.limits, self.num_drawn, self.keys = np.zeros((4, batch_size), dtype=np.int64)
         self.drawn: _Drawn | None = None
         self.graphs = decode_graphs(self.newest, self._advance, (batch_size, num_columns, page_size), self.full_size)
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.waiting or self.scheduler.num_rows)
+        return self.num_held > 0
 
     @property
     def num_held(self) -> int:
         """Requests that wait or are being completed."""
-        return len(self.scheduler.waiting) + self.scheduler.num_rows
+        return len(self.scheduler.waiting) + len(self.scheduler.rows)
 
     def check(self, requests: Iterable[Request]) -> None:
         """
@@ -128,20 +125,16 @@ class Sampler:
         """
         self._enter()
         ended = self._grow()
-        places = np.flatnonzero(self.scheduler.left)
-        drawn = None
-        if len(places):
-            self.scheduler.lengths[places] += 1
-            self.scheduler.left[places] -= 1
-            drawn = self._launch(places)
+        rows = self.scheduler.decoding()
+        drawn = self._launch(rows) if rows else None
         ended += self._look()
         self.drawn = drawn
         return ended
 
     def end(self, request: Request) -> None:
         """End a request that is being completed, with the tokens that it has."""
-        for row in self.scheduler.rows:
-            if row and row.request is request:
+        for row in list(self.scheduler.rows.values()):
+            if row.request is request:
                 self._end(row, "stop")
 
     def _enter(self) -> None:
@@ -160,12 +153,7 @@ class Sampler:
         pages = np.full((len(rows), self.page_table.shape[1]), self.cache.num_pages)
         for row, line in zip(rows, pages):
             line[: len(row.pages)] = row.pages
-            done = row.tokens[len(row.request.prompt) :]
-            self._make_room(len(done))
-            self.tokens[row.place, : len(done)] = done
-            self.num_tokens[row.place] = self.num_drawn[row.place] = len(done)
-            self.limits[row.place], self.keys[row.place] = self.scheduler.limit(row.request), row.request.key
-        state = np.array([(row.place, row.tokens[-1], row.to_cache) for row in rows])
+        state = np.array([(row.place, row.tokens[-1], row.cached) for row in rows])
         places, newest, lengths = upload(state, self.device).T
         self.newest[places], self.lengths[places] = newest, lengths
         self.page_table[places] = upload(pages, self.device)
@@ -177,30 +165,29 @@ class Sampler:
             if self.drawn:
                 ended += self._look()
             else:
-                row = self.scheduler.youngest()
-                row.request.tokens = max(row.request.tokens, self._tokens(row), key=len)
-                self.scheduler.put_back(row)
+                self.scheduler.put_back(self.scheduler.youngest())
         if new:
             places, numbers, pages = upload(np.array(new), self.device).T
             self.page_table[places, numbers] = pages
         return ended
 
-    def _launch(self, places: np.ndarray) -> _Drawn:
+    def _launch(self, rows: list[Row]) -> _Drawn:
         """Start a decode step."""
-        whose = self.scheduler.entered[places]
-        uniforms = uniform(self.keys[places], self.num_drawn[places])
-        self.num_drawn[places] += 1
+        places, keys, counters = np.array([(row.place, row.request.key, row.num_drawn) for row in rows]).T
+        uniforms = uniform(keys, counters)
+        for row in rows:
+            row.cached += 1
         if not self.graphs:
             filling = self._filling(len(places), self.batch_size)
             filled = np.pad(places, (0, filling), constant_values=self.batch_size)
             tokens = self._advance(upload(filled, self.device), upload(uniforms, self.device))
-            return _Drawn(places, whose, tokens.cpu(), None)
-        tokens = self.graphs(places, uniforms, int(self.scheduler.lengths[places].max()))
+            return _Drawn(rows, tokens.cpu(), None)
+        tokens = self.graphs(places, uniforms, max(row.cached for row in rows))
         there = torch.empty(len(places), dtype=torch.int64, pin_memory=True)
         there.copy_(tokens[: len(places)], non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return _Drawn(places, whose, there, arrived)
+        return _Drawn(rows, there, arrived)
 
     def _advance(self, places: Tensor, uniforms: Tensor, num_columns: int | None = None) -> Tensor:
         """Put the newest tokens of the rows in these places through the model, and draw the next ones by uniforms (B,): (B,)
@@ -231,44 +218,33 @@ class Sampler:
             return []
         if drawn.arrived:
             drawn.arrived.synchronize()
-        still = self.scheduler.entered[drawn.places] == drawn.entered
-        places, tokens = drawn.places[still], drawn.tokens.numpy()[still]
-        if (tokens < 0).any():
-            raise UserError("the model's logits over the temperature are not finite: its weights are broken")
-        stopped = np.isin(tokens, self.stop_ids)
-        going = places[~stopped]
-        self._make_room(int(self.num_tokens[going].max(initial=0)) + 1)
-        self.tokens[going, self.num_tokens[going]] = tokens[~stopped]
-        self.num_tokens[going] += 1
-        fulls = self.num_tokens[going] >= self.limits[going]
-        ended = [self._end(self.scheduler.rows[place], "stop") for place in places[stopped].tolist()]
-        for place, token, full in zip(going.tolist(), tokens[~stopped].tolist(), fulls):
-            row = self.scheduler.rows[place]
-            stream = row.request.stream
-            # Of a row that was put back the stream has the first tokens already.
-            if stream and self.num_tokens[place] > len(row.request.tokens):
-                stream.push(token)
-            if full or stream and stream.stopped:
-                ended.append(self._end(row, "stop" if stream and stream.stopped else "length"))
+        ended = []
+        for row, token in zip(drawn.rows, drawn.tokens.tolist()):
+            if self.scheduler.rows.get(row.place) is row and (reason := self._append(row, token)):
+                ended.append(self._end(row, reason))
         return ended
 
+    def _append(self, row: Row, token: int) -> str | None:
+        """Give a row its next token. Returns why it ends, if it does."""
+        if token < 0:
+            raise UserError("the model's logits over the temperature are not finite: its weights are broken")
+        if token in self.stop_ids:
+            return "stop"
+        row.tokens.append(token)
+        request, stream = row.request, row.request.stream
+        # Of a row that was put back the stream has the first tokens already.
+        if stream and len(row.tokens) > len(request.prompt) + len(request.tokens):
+            stream.push(token)
+            if stream.stopped:
+                return "stop"
+        return "length" if len(row.tokens) == row.longest else None
+
     def _end(self, row: Row, reason: str) -> Request:
-        row.request.tokens, row.request.finish_reason = self._tokens(row), reason
+        row.request.tokens, row.request.finish_reason = row.tokens[len(row.request.prompt) :], reason
         if row.request.stream:
             row.request.stream.finish()
         self.scheduler.release(row)
         return row.request
-
-    def _tokens(self, row: Row) -> list[int]:
-        if row is self.scheduler.entering:  # its place still has the last row's
-            return row.request.tokens
-        return self.tokens[row.place, : self.num_tokens[row.place]].tolist()
-
-    def _make_room(self, num_tokens: int) -> None:
-        """For completions of num_tokens."""
-        room = self.tokens.shape[1]
-        if num_tokens > room:
-            self.tokens = np.pad(self.tokens, ((0, 0), (0, max(room, num_tokens - room))))
 
 
 def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> tuple[PagedCache, int]:
