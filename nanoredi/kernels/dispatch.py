@@ -81,12 +81,6 @@ def prepare_for_sampling(weight: Tensor, is_factor: bool) -> Tensor:
 
 
 @operation
-def joins_layers(weight: Tensor) -> bool:
-    """Whether layers that have the same input, and are only sampled from, are one product; weight is one of theirs."""
-    return False
-
-
-@operation
 def decode_graphs(
     newest: Tensor, advance: Callable[..., Tensor], sizes: tuple[int, int, int], full_size: bool
 ) -> Callable[..., Tensor] | None:

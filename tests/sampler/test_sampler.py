@@ -14,7 +14,6 @@ from nanoredi.cuda.graphs import Graphs
 from nanoredi.kernels import dispatch, paged_attention
 from nanoredi.kernels.paged_attention import paged_decode
 from nanoredi.kernels.top_p import keep
-from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler import sampler
 from nanoredi.sampler.pages import Pages
 from nanoredi.sampler.sampler import Sampler
@@ -174,7 +173,7 @@ class Graph:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """What a GPU does, on the CPU: joined layers, and steps filled up with nobody's rows whose columns are few."""
+    """What a GPU does, on the CPU: steps filled up with nobody's rows whose columns are few."""
 
     def launch(self, rows):
         places, *given = np.array([(row.place, row.request.key, row.num_drawn) for row in rows]).T
@@ -188,16 +187,9 @@ def as_on_a_gpu(monkeypatch):
         graph = Graph(self, *size)
         return graph, graph.static, graph.tokens
 
-    def pack(self):
-        for block in self.model.layers:
-            block.self_attn.q_proj.join(block.self_attn.k_proj, block.self_attn.v_proj)
-            block.mlp.gate_proj.join(block.mlp.up_proj)
-        return self
-
     monkeypatch.setattr(Sampler, "_launch", launch)
     monkeypatch.setattr(Graphs, "_capture", capture)
     monkeypatch.setitem(dispatch.decode_graphs.faster, DEVICE.type, Graphs)
-    monkeypatch.setattr(Qwen2, "pack", pack)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="it stands in for a GPU")
