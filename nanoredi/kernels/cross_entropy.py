@@ -43,8 +43,7 @@ def weighted_cross_entropy(
         hidden: (N, D) final hidden states, fp32 or bf16.
         lm_head: (V, D) output embedding, of hidden's dtype or an fp32 master that is cast to it.
         targets: (N,) int64 in 0..V-1, the token each row must predict; read only where the weight is not 0.
-        weights: (N,) fp32, any mixture of signs; a row of weight 0 costs nothing. Targets and weights are trusted here:
-            batch.pack checks them.
+        weights: (N,) fp32, any mixture of signs; a row of weight 0 costs nothing.
         rows: (R,) int64, the indices of the rows whose weight is not 0. Made on the CPU with the batch, they spare the
             device a wait; without them they are looked up here.
         entropies: (N,) fp32, where the entropies of these rows' softmax are written, if given.

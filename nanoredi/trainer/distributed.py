@@ -27,12 +27,10 @@ from torch.distributed.tensor import DTensor
 from nanoredi.common.errors import UserError, sentence
 from nanoredi.config import TrainConfig
 from nanoredi.kernels.dispatch import prepare_for_training
-from nanoredi.model.qwen2 import Block, Qwen2
+from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer.heartbeat import Heartbeat
 
 Result = TypeVar("Result")
-
-MIN_UNIT_PARAMETERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -155,16 +153,9 @@ def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -
     # Inputs are not cast: the loss's weights must stay fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     place: dict[str, Any] = {"offload_policy": CPUOffloadPolicy()} if offload else {}
-    units: list[list[Block]] = []
     for block in model.model.layers:
-        # A unit is one message: blocks of a tiny model share one, since its latency would cost more than their compute.
-        if not units or sum(p.numel() for b in units[-1] for p in b.parameters()) >= MIN_UNIT_PARAMETERS:
-            units.append([])
-        units[-1].append(block)
-    for unit in units:
-        for block in unit:
-            block.float()
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward, **place)
+        reshard = config.reshard_after_forward
+        fully_shard(block.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **place)
     fully_shard(model.float(), mesh=mesh, mp_policy=policy, **place)
     for method in ("loss", "logprobs"):
         register_fsdp_forward_method(model, method)
