@@ -1,15 +1,11 @@
 """The loss of SFT and REDI, and its gradients, without ever holding tokens x vocabulary.
 
-Both losses are linear in the log-probabilities of the target tokens (objectives.py has the weights):
+Both losses are linear in the log-probabilities of the target tokens:
 
     loss = sum_t w_t * logp_t        logp_t = z_t[y_t] - logsumexp(z_t)        z_t = lm_head @ hidden_t
 
-All w_t are known before the forward pass, so the gradient with respect to a row of logits is known as soon as that row
-is:
-
-    d loss / d z_t = w_t * (onehot(y_t) - softmax(z_t))
-
-Hence forward walks over chunks of rows, makes a chunk's logits, overwrites them with their own gradient (logits.py),
+All w_t are known before the forward pass (objectives.py), so the gradient of a row of logits is known as soon as that row
+is. Hence forward walks over chunks of rows, makes a chunk's logits, overwrites them with their own gradient (logits.py),
 multiplies that into the gradients of hidden and lm_head, and forgets it. Backward only hands the two finished
 gradients over.
 """

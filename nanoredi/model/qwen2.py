@@ -248,16 +248,8 @@ class Qwen2(nn.Module):
         max_seqlen: int | None = None,
         entropies: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the targets' log-probabilities, and these: loss () fp32, logps (N,) fp32.
-
-        Under FSDP the head is whole only inside a forward, so the loss is computed here and not by the caller.
-
-        Args:
-            targets: (N,) int64.
-            weights: (N,) fp32, 0 where nothing is learned.
-            rows: (R,) int64, where the weights are not 0; spares the device a question, as max_seqlen does.
-            entropies: (N,) fp32, where the entropies of the predictions in rows are written, if given.
-        """
+        """The weighted sum of the targets' log-probabilities, and these: loss () fp32, logps (N,) fp32. What forward does not
+        take is weighted_cross_entropy's. Under FSDP the head is whole only inside a forward: hence this is a method."""
         hidden = Qwen2.forward(self, input_ids, position_ids, cu_seqlens, max_seqlen)
         return weighted_cross_entropy(hidden, self.lm_head_weight, targets, weights, rows, entropies)
 

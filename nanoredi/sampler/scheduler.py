@@ -82,9 +82,7 @@ class Entry:
     """What is to be done before the next decode step, in this order."""
 
     pieces: list[tuple[Row, int, int]] = field(default_factory=list)  # put a row's tokens start:end into its pages
-    copies: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # of pages (source, target), from whose end two rows part
+    copies: list[tuple[int, int]] = field(default_factory=list)  # of pages, (source, target)
     rows: list[Row] = field(default_factory=list)  # that decode from now on
 
 

@@ -14,14 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
 
 from nanoredi.common.errors import UserError, sentence
@@ -151,16 +145,16 @@ def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -
         return model
     mesh = shard_mesh(world, config.shard_size)
     # Inputs are not cast: the loss's weights must stay fp32.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    place: dict[str, Any] = {"offload_policy": CPUOffloadPolicy()} if offload else {}
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    place: dict[str, Any] = {"offload_policy": fsdp.CPUOffloadPolicy()} if offload else {}
     for block in model.model.layers:
         reshard = config.reshard_after_forward
-        fully_shard(block.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **place)
-    fully_shard(model.float(), mesh=mesh, mp_policy=policy, **place)
+        fsdp.fully_shard(block.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **place)
+    fsdp.fully_shard(model.float(), mesh=mesh, mp_policy=policy, **place)
     for method in ("loss", "logprobs"):
-        register_fsdp_forward_method(model, method)
+        fsdp.register_fsdp_forward_method(model, method)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             # The loss's weights are divided by the whole step already: gradients are summed, not averaged. Gloo knows
             # no scaled sum, hence the plain one for all.
             module.set_gradient_divide_factor(1.0)
