@@ -88,9 +88,7 @@ class RediConfig(TrainConfig):
             if self.objective in of and not given:
                 setattr(self, f.name, of[self.objective])
             elif of and self.objective not in of and given:
-                raise UserError(
-                    f"{f.name} is a parameter of the objective {' and '.join(of)}; the one here is {self.objective}"
-                )
+                raise UserError(f"{f.name} is a parameter of {' and '.join(of)}; the objective is {self.objective}")
 
 
 @dataclass

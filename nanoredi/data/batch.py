@@ -1,8 +1,6 @@
 """Which rows an optimiser step has, how they are dealt to ranks and micro-batches, and a micro-batch as packed tensors.
 
-A packed batch is its sequences one after the other with no padding. A step's rows depend on the seed and the step
-alone, and its loss is a sum over tokens with weights that are divided by the whole step (objectives.py), so ranks and
-micro-batches change how the work is done and not what is computed.
+A packed batch is its sequences one after the other with no padding. A step's rows depend on the seed and the step alone.
 """
 
 from collections.abc import Iterable

@@ -15,7 +15,6 @@ away, and nothing ever waits. On a GPU the step is a CUDA graph, one for each of
 import gc
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +40,8 @@ _GPU_SHARE, _CPU_SHARE = 0.9, 0.5
 _GPU_SIZES, _CPU_SIZES, _ROOM = (256, 256), (64, 32), 2_048
 
 
-@dataclass
-class _Drawn:
-    """The tokens of a decode step, on their way to the host."""
-
-    rows: list[Row]
-    tokens: Tensor  # (B,) int64, on the host
-    arrived: torch.cuda.Event | None
+# The tokens (B,) int64 of a decode step's rows, on their way to the host, and the event of their arrival.
+_Drawn = tuple[list[Row], Tensor, torch.cuda.Event | None]
 
 
 class Sampler:
@@ -57,10 +51,7 @@ class Sampler:
     """
 
     def __init__(self, model: Qwen2, stop_ids: list[int], config: SamplingConfig):
-        """
-        Raises:
-            UserError: when the memory has no room for a single page.
-        """
+        """Raises a UserError when the memory has no room for a single page."""
         self.model, self.config = model, config
         self.stop_ids = set(stop_ids)
         self.device = model.lm_head_weight.device
@@ -87,10 +78,7 @@ class Sampler:
         return len(self.scheduler.waiting) + len(self.scheduler.rows)
 
     def check(self, requests: Iterable[Request]) -> None:
-        """
-        Raises:
-            UserError: naming a prompt that can never be completed.
-        """
+        """Raise a UserError that names a prompt which can never be completed."""
         requests, vocabulary = list(requests), self.model.config.vocab_size
         for request in requests:
             if max(request.prompt, default=0) >= vocabulary:
@@ -101,11 +89,7 @@ class Sampler:
         self.scheduler.check(requests)
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Queue requests.
-
-        Raises:
-            UserError: naming a prompt that can never be completed; then none of the requests is queued.
-        """
+        """Queue requests: all of them, or with check's UserError none."""
         requests = list(requests)
         self.check(requests)
         self.scheduler.waiting.extend(requests)
@@ -165,7 +149,7 @@ class Sampler:
             if self.drawn:
                 ended += self._look()
             else:
-                self.scheduler.put_back(self.scheduler.youngest())
+                self.scheduler.put_back()
         if new:
             places, numbers, pages = upload(np.array(new), self.device).T
             self.page_table[places, numbers] = pages
@@ -181,13 +165,13 @@ class Sampler:
             filling = self._filling(len(places), self.batch_size)
             filled = np.pad(places, (0, filling), constant_values=self.batch_size)
             tokens = self._advance(upload(filled, self.device), upload(uniforms, self.device))
-            return _Drawn(rows, tokens.cpu(), None)
+            return rows, tokens.cpu(), None
         tokens = self.graphs(places, uniforms, max(row.cached for row in rows))
         there = torch.empty(len(places), dtype=torch.int64, pin_memory=True)
         there.copy_(tokens[: len(places)], non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return _Drawn(rows, there, arrived)
+        return rows, there, arrived
 
     def _advance(self, places: Tensor, uniforms: Tensor, num_columns: int | None = None) -> Tensor:
         """Put the newest tokens of the rows in these places through the model, and draw the next ones by uniforms (B,): (B,)
@@ -216,10 +200,11 @@ class Sampler:
         drawn, self.drawn = self.drawn, None
         if not drawn:
             return []
-        if drawn.arrived:
-            drawn.arrived.synchronize()
+        rows, tokens, arrived = drawn
+        if arrived:
+            arrived.synchronize()
         ended = []
-        for row, token in zip(drawn.rows, drawn.tokens.tolist()):
+        for row, token in zip(rows, tokens.tolist()):
             if self.scheduler.rows.get(row.place) is row and (reason := self._append(row, token)):
                 ended.append(self._end(row, reason))
         return ended

@@ -98,11 +98,8 @@ class Scheduler:
     def __init__(
         self, pages: Pages, batch_size: int, max_tokens: int, context: int, budget: int, begins_again: bool = False
     ):
-        """
-        Args:
-            budget: tokens that are put into the cache between two decode steps.
-            begins_again: whether a row that was put back makes its tokens again, and not only what the cache held of them.
-        """
+        """budget tokens are put into the cache between two decode steps; begins_again says whether a row that was put back
+        makes its tokens again, and not only what the cache held of them."""
         self.pages, self.page_size, self.batch_size = pages, pages.page_size, batch_size
         self.max_tokens, self.context, self.budget, self.begins_again = max_tokens, context, budget, begins_again
         self.waiting: deque[Request] = deque()
@@ -115,11 +112,7 @@ class Scheduler:
         return min(longest, self.context - len(request.prompt))
 
     def check(self, requests: Iterable[Request]) -> None:
-        """
-        Raises:
-            UserError: naming a prompt that is empty, leaves no room in the context, or can never be completed in this
-            cache.
-        """
+        """Raise a UserError that names a prompt which is empty, or leaves no room in the context or for ever in this cache."""
         for request in requests:
             length = len(request.prompt)
             if not length:
@@ -178,12 +171,9 @@ class Scheduler:
         """The rows of the next decode step."""
         return [row for row in self.rows.values() if row.decodes]
 
-    def youngest(self) -> Row:
-        """The row that entered last."""
-        return next(reversed(self.rows.values()))
-
-    def put_back(self, row: Row) -> None:
-        """Take a row out, to enter again as the next one, with the tokens that it has."""
+    def put_back(self) -> None:
+        """Take the row out that entered last, to enter again as the next one, with the tokens that it has."""
+        row = next(reversed(self.rows.values()))
         row.request.tokens = max(row.request.tokens, row.tokens[len(row.request.prompt) :], key=len)
         self.release(row)
         self.waiting.appendleft(row.request)

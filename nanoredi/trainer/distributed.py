@@ -114,10 +114,10 @@ def shard_mesh(world: World, shard_size: int) -> DeviceMesh:
     """
     if shard_size in (0, world.size):
         return init_device_mesh(world.device.type, (world.size,))
-    groups, left_over = divmod(world.size, shard_size)
-    if left_over:
+    if world.size % shard_size:
         raise UserError(f"--shard_size {shard_size} does not divide the {world.size} ranks into equal groups")
-    return init_device_mesh(world.device.type, (groups, shard_size), mesh_dim_names=("replicate", "shard"))
+    shape = world.size // shard_size, shard_size
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -> Qwen2:

@@ -56,7 +56,7 @@ class Run:
         for row in entry.rows:
             self.texts[id(row)] = list(row.tokens)
         while (new := scheduler.grow()) is None:
-            scheduler.put_back(scheduler.youngest())
+            scheduler.put_back()
             self.num_put_back += 1
         for place, number, page in new:
             assert scheduler.rows[place].pages[number] == page

@@ -154,7 +154,7 @@ def test_samples_do_not_depend_on_preemption_or_the_size_of_pieces(plain_samples
     monkeypatch.setattr(
         Scheduler,
         "put_back",
-        lambda self, row, put=Scheduler.put_back: (put(self, row), put_back.append(len(row.request.tokens))),
+        lambda self, put=Scheduler.put_back: (put(self), put_back.append(len(self.waiting[0].tokens))),
     )
     monkeypatch.setattr(sampler, "_PREFILL_TOKENS", budget)
     # 2 layers x 2 heads x 8 x (keys and values) x 4 bytes: room for 80 tokens in pages of 4; a row may need 54.
@@ -181,7 +181,7 @@ def as_on_a_gpu(monkeypatch):
             row.cached += 1
         tokens = self.graphs(places, sampler.uniform(*given), max(row.cached for row in rows))
         assert self.lengths[-1] == 0  # nobody's
-        return sampler._Drawn(rows, tokens[: len(rows)].clone(), None)
+        return rows, tokens[: len(rows)].clone(), None
 
     def capture(self, *size):
         graph = Graph(self, *size)
