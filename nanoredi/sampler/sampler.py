@@ -157,8 +157,8 @@ class Sampler:
 
     def _launch(self, rows: list[Row]) -> _Drawn:
         """Start a decode step."""
-        places, keys, counters = np.array([(row.place, row.request.key, row.num_drawn) for row in rows]).T
-        uniforms = uniform(keys, counters)
+        places, keys = np.array([row.place for row in rows]), np.array([row.request.key for row in rows])
+        uniforms = uniform(keys, np.array([row.num_drawn for row in rows]))
         for row in rows:
             row.cached += 1
         if not self.graphs:
@@ -205,24 +205,20 @@ class Sampler:
             arrived.synchronize()
         ended = []
         for row, token in zip(rows, tokens.tolist()):
-            if self.scheduler.rows.get(row.place) is row and (reason := self._append(row, token)):
-                ended.append(self._end(row, reason))
+            if self.scheduler.rows.get(row.place) is not row:
+                continue  # it has ended, or was put back, since
+            if token < 0:
+                raise UserError("the model's logits over the temperature are not finite: its weights are broken")
+            request, stream, stops = row.request, row.request.stream, token in self.stop_ids
+            if not stops:
+                row.tokens.append(token)
+                # Of a row that was put back the stream has the first tokens already.
+                if stream and len(row.tokens) > len(request.prompt) + len(request.tokens):
+                    stream.push(token)
+                    stops = stream.stopped
+            if stops or len(row.tokens) == row.longest:
+                ended.append(self._end(row, "stop" if stops else "length"))
         return ended
-
-    def _append(self, row: Row, token: int) -> str | None:
-        """Give a row its next token. Returns why it ends, if it does."""
-        if token < 0:
-            raise UserError("the model's logits over the temperature are not finite: its weights are broken")
-        if token in self.stop_ids:
-            return "stop"
-        row.tokens.append(token)
-        request, stream = row.request, row.request.stream
-        # Of a row that was put back the stream has the first tokens already.
-        if stream and len(row.tokens) > len(request.prompt) + len(request.tokens):
-            stream.push(token)
-            if stream.stopped:
-                return "stop"
-        return "length" if len(row.tokens) == row.longest else None
 
     def _end(self, row: Row, reason: str) -> Request:
         row.request.tokens, row.request.finish_reason = row.tokens[len(row.request.prompt) :], reason

@@ -71,11 +71,6 @@ class Row:
         """Tokens of its completion, with one that was not looked at yet."""
         return self.cached + 1 - len(self.request.prompt)
 
-    @property
-    def decodes(self) -> bool:
-        """Whether the row takes part in the next decode step: all but its last token are in the cache, and it may have more."""
-        return len(self.tokens) - 1 <= self.cached < self.longest - 1
-
 
 @dataclass
 class Entry:
@@ -168,8 +163,8 @@ class Scheduler:
         return new
 
     def decoding(self) -> list[Row]:
-        """The rows of the next decode step."""
-        return [row for row in self.rows.values() if row.decodes]
+        """The rows of the next decode step: all but their last token is in the cache, and they may have more."""
+        return [row for row in self.rows.values() if len(row.tokens) - 1 <= row.cached < row.longest - 1]
 
     def put_back(self) -> None:
         """Take the row out that entered last, to enter again as the next one, with the tokens that it has."""

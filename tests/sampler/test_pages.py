@@ -68,7 +68,7 @@ class Run:
             text.append(self.rng.randrange(9))
             row.tokens.append(text[-1])
             row.cached += 1
-            if not row.decodes or self.rng.random() < 0.05:
+            if row not in scheduler.decoding() or self.rng.random() < 0.05:
                 row.request.tokens = text[len(row.request.prompt) :]
                 scheduler.release(row)
                 self.ended.append(row.request)
