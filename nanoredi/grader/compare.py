@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nanoredi.grader.expression import GENERAL, LETTERS, NEGATIVE, WHOLE, Expression
+from nanoredi.grader.expression import Expression
 from nanoredi.grader.numbers import add, close, divide, is_real
+from nanoredi.grader.symbols import GENERAL, LETTERS, NEGATIVE, WHOLE
 
 # A single name: x, S_{10}, \\theta, AB, \\angle ABC, [ABC], \\bar{AB}, f(x), P(A|B), The area.
 _INDEX = r"(?:_\{(?![^{}]*\w[+-])[^{}]*\})?"  # a_{n+1} is no single name

@@ -19,7 +19,8 @@ import re
 import unicodedata
 
 from nanoredi.grader.compare import agree
-from nanoredi.grader.expression import GREEK, MAX_DEPTH, NO_VALUE, Budget, Expression
+from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
+from nanoredi.grader.symbols import GREEK
 
 _UNITS = "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard liter".split()
 # What a macro looks like; some are for layout and leave nothing, of any other its name stays.

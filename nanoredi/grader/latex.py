@@ -10,8 +10,8 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from nanoredi.grader.expression import GREEK
 from nanoredi.grader.numbers import FUNCTIONS
+from nanoredi.grader.symbols import GREEK
 
 # Macros and the signs that they are, in turn; the grader's own brackets ⦃ ⦄ are those of a set.
 _SIGNS = r"""

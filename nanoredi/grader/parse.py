@@ -13,8 +13,9 @@ from collections.abc import Iterator
 
 from nanoredi.grader import latex, matrices, sets
 from nanoredi.grader.compare import LETTER, NAME, Reading, distinct, same
-from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression, Unreadable
+from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
 from nanoredi.grader.sets import EMPTY
+from nanoredi.grader.symbols import Unreadable
 
 MAX_PARTS = 100  # of a list; cells of a matrix
 _NODE_WORK = 50

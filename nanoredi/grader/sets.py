@@ -9,8 +9,8 @@ import operator
 from collections.abc import Iterable
 
 from nanoredi.grader.compare import Reading, distinct, same
-from nanoredi.grader.expression import Unreadable
 from nanoredi.grader.numbers import CONTEXT, Inexact, close, inexact, is_real
+from nanoredi.grader.symbols import Unreadable
 
 _OPERATIONS = {"∪": operator.or_, "∩": operator.and_, "∖": operator.sub}
 EMPTY = Reading("text", "∅")
