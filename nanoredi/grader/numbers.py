@@ -41,7 +41,7 @@ def close(x: Number, y: Number) -> bool:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
     x, y = inexact(x), inexact(y)
-    return abs(x - y) <= _CLOSE * max(abs(x), abs(y))
+    return x == y or abs(x - y) <= _CLOSE * min(abs(x), abs(y))  # ∞ is close to itself alone
 
 
 def add(x: Number, y: Number) -> Number:

@@ -34,7 +34,7 @@ _STACKED = re.compile(r"[^⟦]*⟦(cases|aligned|align|gathered)¦([^⟦]*)⟧",
 _BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{(?:base ?)?| (?:in )?base )([0-9]{1,2})\}?")
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _ALL_REALS = re.compile(r"(?:the )?(?:set of )?all real(?: number)?s|ℝ", re.IGNORECASE)
-_SUCH_THAT = re.compile(r"(\w+)(?:∈ℝ)?[|:](.+)")
+_SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
 _FLIP = {">": "<", "≥": "≤"}
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
@@ -75,10 +75,9 @@ class _Reader:
                 return Reading("list", f"⦃{text}⦄", (self.read_set(text),), braces=True)
             if not inner.strip():
                 return self.as_text("∅")
-            such_that = _SUCH_THAT.fullmatch(inner) if text[0] == "⦃" else None
-            such_that = such_that if such_that and is_name(such_that[1]) else None
+            such_that = text[0] == "⦃" and _SUCH_THAT.fullmatch(inner)
             braces += "" if such_that else text[0].strip("([")
-            text = such_that[2] if such_that else inner
+            text = such_that[1] if such_that else inner
         groups = [split(group, ",")[::2] for group in split(text, ";")[::2]]
         if len(groups) > 1 and len(groups[0]) > 1 and len({*map(len, groups)}) == 1:  # 1,2;3,4 are pairs
             nodes = [self.group(group) for group in groups]
