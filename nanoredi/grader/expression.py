@@ -195,13 +195,13 @@ class _Evaluator:
 
     def arguments(self) -> list[Number]:
         """What stands in brackets, between commas."""
-        bracket = self.next()
-        if bracket not in ("(", "⦃"):
+        closing = {"(": ")", "[": "]", "⦃": "⦄"}.get(self.next())
+        if not closing:
             raise Unreadable
         values = [self.nested(self.expression)]
         while self.accept(","):
             values.append(self.nested(self.expression))
-        self.expect(")" if bracket == "(" else "⦄")
+        self.expect(closing)
         return values
 
     def several(self, name: str) -> Number:
@@ -279,7 +279,8 @@ class _Evaluator:
             name += "^{-1}"
             self.position += 5
         before, argument, after = (*self.tokens[self.position : self.position + 3], "", "")[:3]
-        if before == "(" and (name[0] == "f" or "^" in name or after == ")" and argument[-1].isalnum()):
+        always = name[0] == "f" or "^" in name or name + before == "E["
+        if before in ("(", "[") and (always or after in (")", "]") and argument[-1].isalnum()):
             return opaque(name, str(self.point), *map(digits, self.arguments()))  # f(2x), I(0): no product
         return letter(name, self.point)
 

@@ -51,7 +51,7 @@ _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even} have no unit.
 _NO_UNIT_WORD = r"hal(?:f|ves)|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less|short|under|(?:degrees )?(?:below|under) zero"
 _NO_UNIT = (
-    r"(?!\s*(?:[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|(?:\( ?|is )(?:mod|extr|rej|disc)"
+    r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|(?:\( ?|is )(?:mod|extr|rej|disc)"
     rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
 _UNIT = rf"(?!\\math(?:bf|it|bb|cal|frak)|\\bm){_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}"

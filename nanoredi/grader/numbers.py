@@ -113,6 +113,12 @@ FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {
 for _name in "sin cos tan sinh cosh tanh sec csc".split():
     FUNCTIONS |= dict.fromkeys([f"{arc}{_name}" for arc in ("arc", "ar", "a")], getattr(CONTEXT, "a" + _name))
     FUNCTIONS.setdefault(_name, functools.partial(_apply, _name))
+FUNCTIONS |= {
+    "tg": FUNCTIONS["tan"],
+    "ctg": FUNCTIONS["cot"],
+    "arctg": FUNCTIONS["arctan"],
+    "arcctg": FUNCTIONS["arccot"],
+}
 
 
 def factorial(z: Inexact) -> Inexact:

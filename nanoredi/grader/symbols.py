@@ -23,7 +23,7 @@ GREEK = (
 ).split()
 LETTERS = {*GREEK, *map(str.title, GREEK), "hbar", "ell"}
 SEVERAL = {"max", "min", "gcd", "lcm"}
-_NAMES = sorted([*FUNCTIONS, *SEVERAL, "sqrt", "cbrt", "pi", "mod"], key=len, reverse=True)
+_NAMES = sorted({*FUNCTIONS, *SEVERAL, "sqrt", "cbrt", "pi", "mod"} - {"tg"}, key=lambda name: (-len(name), name))
 BRACKETS = {"(": ")", "[": "]", "{": "}", "abs": "|", "⌊": "⌋", "⌈": "⌉"}
 NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
 _TOKEN = re.compile(NUMBER.pattern + r"|\\?[A-Za-z]+|[^ ]")
