@@ -211,8 +211,10 @@ class _Evaluator:
         variable, self.letters = self.letters, self.letters or letters
         if not variable and name in ("max", "min") and all(map(numbers.is_real, values)):
             return (max if name == "max" else min)(values, key=inexact)
-        if not variable and all(map(_is_whole, values)):
-            return self.bounded(Fraction((math.gcd if name == "gcd" else math.lcm)(*map(int, values))))
+        if not variable and all(isinstance(value, Fraction) for value in values):
+            scale = math.lcm(*(value.denominator for value in values))
+            whole = (math.gcd if name == "gcd" else math.lcm)(*(int(value * scale) for value in values))
+            return self.bounded(Fraction(whole, scale))
         return opaque(name, *sorted(map(digits, values)))
 
     def repeated(self, operation: Callable[[Number, Number], Number]) -> Number:
@@ -236,7 +238,8 @@ class _Evaluator:
 
     def residue(self, x: Number, modulus: Number) -> Number:
         """17 mod 5; where nothing is computed, 2 mod 5, it is a class of numbers and no value."""
-        if self.letters or not (_is_whole(x) and _is_whole(modulus)) or 0 <= x < modulus or modulus <= 0:
+        known = isinstance(x, Fraction) and isinstance(modulus, Fraction) and not self.letters
+        if not known or 0 <= x < modulus or modulus <= 0:
             raise Unreadable
         return x % modulus
 
