@@ -49,7 +49,7 @@ _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 _FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt|bb|cal|frak)|bm)\s*"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even} have no unit.
-_NO_UNIT_WORD = r"hal(?:f|ves)|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less|short|under|(?:degrees )?(?:below|under) zero"
+_NO_UNIT_WORD = r"hal(?:f|ves)|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less|fewer|short|under|(?:degrees )?(?:below|under) zero"
 _NO_UNIT = (
     r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|(?:\( ?|is )(?:mod|extr|rej|disc)"
     rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
@@ -91,7 +91,7 @@ _REWRITES = [
         *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
         (_FONT + r"\{\s*,\s*\}", " , "),
         (r"^(\s*[0-9.]+\s*)\*(?=\s*[0-9.]+\s*(?:" + _MANY_UNITS + r"|\s(?:[a-z]{4,}|cm|in|ft)\b))", r"\1×"),  # a size
-        (r"(?<=[0-9)}π°'])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
+        (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
         *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
         (_FONT + r"(?=[A-Za-z0-9\\])", " "),
         (r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|答案[是为:]*|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
@@ -163,7 +163,7 @@ _CONDITION = re.compile(  # kπ, k ∈ ℤ: of a letter that stands before
 _REASONS = "≈ approx approximately about since because".split()
 # In a remark: what changes the answer, or begins another.
 _NO_REMARK = re.compile(
-    r"⟦|\b(?:exclu|except|extraneous|reject|discard|"
+    r"⟦|\b(?:exclu|except|extraneous|reject|discard|squared|cubed|negative|"
     rf"(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
 )
 # These may be left out, but 25% increase is not 25% decrease, 5 cm are not 5 m, 5 million not 5 billion.
