@@ -112,15 +112,13 @@ def same_definition(a: Reading, b: Reading) -> bool:
 
 def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
     """Can the parts be paired off, in any order, each with one that is the same?"""
-    if len(left) != len(right):
-        return False
     rest = list(right)
     for part in left:
         twin = next((i for i, other in enumerate(rest) if same(part, other)), None)
         if twin is None:
             return False
         del rest[twin]
-    return True
+    return not rest
 
 
 def same_system(a: Reading, b: Reading) -> bool:

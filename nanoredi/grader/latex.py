@@ -19,13 +19,14 @@ _SIGNS = r"""
     smallsetminus ∖ in ∈ infty ∞ infin ∞ emptyset ∅ varnothing ∅ pi π circ ° degree ° textdegree ° prime ' lvert |
     rvert | vert | mid | lfloor ⌊ rfloor ⌋ lceil ⌈ rceil ⌉ { ⦃ lbrace ⦃ } ⦄ rbrace ⦄ langle ( rangle ) lbrack [ rbrack ]
     lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor ,∨ vee ,∨
-    ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j dbinom \binom tbinom \binom
-    lgroup ( rgroup ) ulcorner ⌈ urcorner ⌉ llcorner ⌊ lrcorner ⌋ overline \bar varepsilon \epsilon varphi \phi vartheta \theta varrho \rho
+    ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j
+    dbinom \binom tbinom \binom lgroup ( rgroup ) ulcorner ⌈ urcorner ⌉ llcorner ⌊ lrcorner ⌋ overline \bar
+    varepsilon \epsilon varphi \phi vartheta \theta varrho \rho
 """.split()
 _SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
 _LAYOUT = (
-    "! $ % ( ) [ ] left right mleft mright middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
-    "textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline "
+    "! $ % ( ) [ ] left right mleft mright middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr "
+    "displaystyle textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline "
     "boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar"
 ).split()
 _MACROS = dict.fromkeys(_LAYOUT, "") | dict.fromkeys(_SPACES, " ") | dict(zip(_SIGNS[::2], _SIGNS[1::2]))
@@ -49,7 +50,10 @@ _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 _FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt|bb|cal|frak)|bm)\s*"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even} have no unit.
-_NO_UNIT_WORD = r"hal(?:f|ves)|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less|fewer|short|under|(?:degrees )?(?:below|under) zero"
+_NO_UNIT_WORD = (
+    r"hal(?:f|ves)|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial|odd|"
+    r"even|prime|integer|negative|positive|more|less|fewer|short|under|(?:degrees )?(?:below|under) zero"
+)
 _NO_UNIT = (
     r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|(?:\( ?|is )(?:mod|extr|rej|disc)"
     rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
@@ -102,11 +106,9 @@ _REWRITES = [
         (r"(?i)\b(?:below|under) zero[\s.]*$", ""),
         (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
         (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
-        (r"(?:\\|\b)ceil\s*\(([^()]*)\)", r"⌈\1⌉"),
-        (r"(?:\\|\b)floor\s*\(([^()]*)\)", r"⌊\1⌋"),
-        (r"\\frac\s*([0-9])", r"\\frac{\1}"),
-        (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-        (r"\\binom\s*([0-9])\s*([0-9])", r"\\binom{\1}{\2}"),
+        *[(rf"(?:\\|\b){name}\s*\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
+        (r"\\(frac|binom)\s*([0-9])", r"\\\1{\2}"),
+        (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
         (r"(\\sqrt\s*(?:\[[0-9]\])?)\s*([0-9]+)", r"\1{\2}"),
         (r"(?<=[0-9])'\s*'?(?!['\w])", ""),  # minutes and seconds of arc
         (r"\\(?:vec|overrightarrow)\s*\{\s*([A-Z]{2})\s*\}", r"v_{\1}"),  # not that from B to A
@@ -142,8 +144,8 @@ _SMALL_UNITS = (
 )
 _WORD = rf"(?:(?!(?:{_NO_UNIT_WORD})\W*(?:$|,)|(?:more|less) than)[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
 _BARE_UNITS = re.compile(
-    rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}|\s*(?![万亿千百十半成折分之多余点])[一-龥]{{1,4}})"
-    r"\.?\s*(?=$|,)"
+    rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}"
+    r"|\s*(?![万亿千百十半成折分之多余点])[一-龥]{1,4})\.?\s*(?=$|,)"
 )
 # 3'600, and 1,000, for no list has a member 000.
 _THOUSANDS = re.compile(r"(?<![.,0-9])[0-9]{1,3}(?:('[0-9]{3})+|(,[0-9]{3})*,0[0-9]{2}(,[0-9]{3})*)(?![0-9])")
@@ -168,10 +170,10 @@ _NO_REMARK = re.compile(
 )
 # These may be left out, but 25% increase is not 25% decrease, 5 cm are not 5 m, 5 million not 5 billion.
 _AGREEING = re.compile(
-    r"(?<![\\a-z])(?<!per )((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|late|from now|"
-    r"early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|celsius|fahrenheit|"
-    r"hundred|thousand|million|billion|trillion|cent|dollar|second|minute|hour|day|week|month|year|inch|"
-    r"feet|yard|mile|[cdkmn]m|m(?=eter)|kg)(?:e?s|eters?|wards?)?(?![a-z])"
+    r"(?<![\\a-z])(?<!per )((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|"
+    r"late|from now|early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|"
+    r"celsius|fahrenheit|hundred|thousand|million|billion|trillion|cent|dollar|second|minute|hour|day|week|month|year|"
+    r"inch|feet|yard|mile|[cdkmn]m|m(?=eter)|kg)(?:e?s|eters?|wards?)?(?![a-z])"
     r"|(?:circ|°)\W*(?:[a-z]{4,6}\W*)?([cf])\b|(?:text|rm)\W*([mg])(?:eters?)?\b"
 )
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)

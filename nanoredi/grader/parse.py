@@ -128,7 +128,7 @@ class _Reader:
         return node if node.kind == "list" or node.text == EMPTY.text else Reading("list", text, (node,))
 
     def condition(self, parts: list[str], words: set[str]) -> Reading | None:
-        """Conditions on one name as one set: with "and" all hold, with "or" one does, with commas all where they can."""
+        """Conditions on one name as a set: with "and" all hold, with "or" one does, with commas all where they can."""
         names = [[side for side in split(part, "=<>≤≥≠∈")[::2] if is_name(side)] for part in parts]
         signs = "∪" if "∨" in words else "∩" if "∧" in words else "∩∪"
         for sign in signs if len(names[0]) == 1 and all(one == names[0] for one in names) else "":

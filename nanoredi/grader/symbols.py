@@ -13,8 +13,8 @@ from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, inexact
 
 # A point says which numbers the letters stand for. Small, middling and large ones, so that no term of e^{-30t} + 1
 # drowns at all of them. Negative points are asked only about absolute values, since sqrt(x^2) is x to everyone who
-# writes it for lengths; at the first all letters are negative, at the others some. Rounding asks only for whole numbers,
-# which is what floor and ceil are written of, and for others where the letter is one of t to z.
+# writes it for lengths; at the first all letters are negative, at the others some. Rounding asks only for whole
+# numbers, which is what floor and ceil are written of, and for others where the letter is one of t to z.
 GENERAL, WHOLE, NEGATIVE = range(3), range(4, 16), range(16, 22)
 _SCALES = (9_000, 1_000, 300)
 
