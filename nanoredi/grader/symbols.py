@@ -55,7 +55,7 @@ def tokens_of(text: str) -> list[str]:
         elif token.isascii() and token.isalpha() and token != "abs":
             name = next((n for n in _NAMES if token.startswith(n) and len(token) <= len(n) + 1), "")
             letters = token[len(name) :]
-            if len(letters) > 3 or token in _WORDS:
+            if len(letters) > 3 or token[0].lower() + token[1:] in _WORDS:
                 raise Unreadable
             tokens += [*([name] if name else []), *letters]
         else:
