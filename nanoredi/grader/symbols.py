@@ -24,7 +24,7 @@ GREEK = (
 LETTERS = {*GREEK, *map(str.title, GREEK), "hbar", "ell"}
 SEVERAL = {"max", "min", "gcd", "lcm"}
 _NAMES = sorted({*FUNCTIONS, *SEVERAL, "sqrt", "cbrt", "pi", "mod"} - {"tg"}, key=lambda name: (-len(name), name))
-_WORDS = set("if is of no on to for the not all any are has but".split())  # no products
+_WORDS = set("if is of to for the not all any are has but".split())  # no products
 BRACKETS = {"(": ")", "[": "]", "{": "}", "abs": "|", "⌊": "⌋", "⌈": "⌉"}
 NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
 _TOKEN = re.compile(NUMBER.pattern + r"|\\?[A-Za-z]+|[^ ]")
@@ -55,7 +55,7 @@ def tokens_of(text: str) -> list[str]:
         elif token.isascii() and token.isalpha() and token != "abs":
             name = next((n for n in _NAMES if token.startswith(n) and len(token) <= len(n) + 1), "")
             letters = token[len(name) :]
-            if len(letters) > 3 or token[0].lower() + token[1:] in _WORDS:
+            if len(letters) > 3 or token in _WORDS:
                 raise Unreadable
             tokens += [*([name] if name else []), *letters]
         else:
