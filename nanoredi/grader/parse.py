@@ -97,7 +97,8 @@ class _Reader:
         return Reading("system" if is_system(nodes) else "()", ",".join(pieces), nodes)
 
     def members(self, pieces: list[str], of_set: bool) -> list[Reading]:
-        """The members of a list; conditions on one name are one member; x=1,y=2,x=3,y=4 are two systems."""
+        """The members of a list; conditions on one name are one member, as are a=0 or b=0; x=1,y=2,x=3,y=4 are two
+        systems."""
         words = {piece.strip()[:1] for piece in pieces} & {"∨", "∧"}
         pieces = [piece.strip(" ∨∧") for piece in pieces]
         if "≠" in pieces[0] and "∨" not in words:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
@@ -116,6 +117,8 @@ class _Reader:
             several = node.kind == "system" and part[0] != "(" or node.kind == "list" and len(split(part, "∪∈")) > 1
             nodes += node.parts if several else [node]
         names = [node.name for node in nodes]
+        if "∨" in words and is_system(nodes) and len({name.partition("_")[0] for name in names}) > 1:
+            return [Reading("∨", ",".join(parts), (Reading("system", ",".join(parts), tuple(nodes)),))]
         size = names.index(names[0], 1) if names[0] in names[1:] else 0
         if size > 1 and names == names[:size] * (len(names) // size) and is_system(nodes[:size]):
             chunks = [tuple(nodes[i : i + size]) for i in range(0, len(nodes), size)]
