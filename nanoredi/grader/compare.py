@@ -135,8 +135,10 @@ def same_system(a: Reading, b: Reading) -> bool:
 
 
 def order(part: Reading) -> list[tuple[int, str]]:
-    """x_2 comes before x_10."""
-    return [(int(digits or -1), text) for digits, text in re.findall("([0-9]{1,9})|([^0-9]+)", part.name)]
+    """x_2 comes before x_10, r before θ."""
+    return [
+        (int(digits or -1), text) for digits, text in re.findall("([0-9]{1,9})|([^0-9]+)", part.name.replace("\\", "~"))
+    ]
 
 
 def proportional(a: Reading, b: Reading) -> bool:
