@@ -174,7 +174,7 @@ _AGREEING = re.compile(
     r"late|from now|early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|"
     r"celsius|fahrenheit|hundred|thousand|million|billion|trillion|cent|dollar|second|minute|hour|day|week|month|year|"
     r"inch|feet|yard|mile|[cdkmn]m|m(?=eter)|kg)(?:e?s|eters?|wards?)?(?![a-z])"
-    r"|(?:circ|°)\W*(?:[a-z]{4,6}\W*)?([cf])\b|(?:text|rm)\W*([mg])(?:eters?)?\b"
+    r"|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mg])(?:eters?)?\b"
 )
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
 
