@@ -102,7 +102,7 @@ _REWRITES = [
         (r"(?i)^\s*(?:option|choice)\s+(?=\W*[A-J]\b)", ""),
         (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
         (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
-        (r"(?i)^\s*(?:negative|minus)\s+(?=\S+$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
+        (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
         (r"(?i)\b(?:below|under) zero[\s.]*$", ""),
         (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
         (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
