@@ -37,8 +37,8 @@ def agree(a: Expression, b: Expression) -> bool:
 
 @dataclass
 class Reading:
-    """A node of the tree. Its kind is "value", "text", "list", "system" (named values), "cases", "matrix", "row", "base",
-    "time", "ratio", a relation ("=", "<", "≤", "≤<", ...), "≠", or a tuple's two brackets such as "[)"."""
+    """A node of the tree. Its kind is "value", "text", "list", "system" (named values), "cases", "matrix", "row",
+    "base", "time", "ratio", a relation ("=", "<", "≤", "≤<", ...), "≠", "∨" or a tuple's two brackets such as "[)"."""
 
     kind: str
     text: str  # the plain string
