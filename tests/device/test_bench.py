@@ -107,7 +107,8 @@ def test_all_of_it_runs_dry(forks, tmp_path):
     done = ended(forks.start(tmp_path, "bench/device.py", "--dry", "--out", "out"))
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out/device.json").read_text())["rows"]
-    parts = json.loads(json.dumps(device.parts(dry=True)))
+    # A GPU would have another way of sampling; forks have none.
+    parts = [part for part in json.loads(json.dumps(device.parts(dry=True))) if "batch" not in part.get("method", "")]
     assert all(part.items() <= row.items() for row, part in zip(rows, parts, strict=True))
     assert "passed" in rows[0]["note"] and "passed" in (tmp_path / "out/tests.txt").read_text()
     own = [row for row in rows if "nanoredi" in row.get("method", "") and row["attention"] == "FlashAttention-2"]
