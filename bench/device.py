@@ -39,7 +39,7 @@ from nanoredi.trainer.dtype import compute_dtype, matrix_rate  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 # Of all tests those in which a GPU runs what is its own, the ones that nothing else can stand in for first.
-TESTS = ["tests/device/test_gpu.py", "tests/kernels", "tests/sampler", "tests/model"]
+TESTS = ["tests/device/test_gpu.py", "tests/kernels", "tests/sampler", "tests/trainer"]
 # The longest that a part may take, in seconds.
 TESTS_TAKE, PART_TAKES = 150, 120
 
