@@ -261,6 +261,8 @@ def make_model(folder: Path, dry: bool) -> None:
     with kernels.DEVICE:  # which draws them in no time
         model = Qwen2(chosen["sampling"].config)
     model.init_weights(0).save_pretrained(folder, compute_dtype("auto", kernels.DEVICE))
+    del model
+    torch.cuda.empty_cache()  # the memory is the other processes' now
 
 
 if __name__ == "__main__":
