@@ -1,7 +1,7 @@
 """Messages to text, as a checkpoint's chat template writes them: what a model is asked, and what it is to answer.
 
-Two rules hold whatever the template does. The prompt that training sees is the text that sampling starts from. And no
-part of an answer is lost: many templates drop the thinking of an answer, since they are written for chatting, where it
+Three rules hold whatever the template does. The prompt that training sees is the text that sampling starts from. What
+the template writes behind an answer is learned, and ends a sample. And no part of an answer is lost: many templates drop the thinking of an answer, since they are written for chatting, where it
 is of no more use; whoever trains wants it learned.
 """
 
@@ -16,7 +16,7 @@ _ANSWER, _THOUGHTS = "\ue000answer\ue001", "\ue000thoughts\ue001"
 _THINK, _THOUGHT = "<think>", "</think>"
 # What split remarks, of rows.
 _ENDED = "rows have the template's end on an answer: it is taken once"
-_GOES_ON = "rows have an answer that goes on after a token which ends completions: all is learned"
+_GOES_ON = "rows have an answer that goes on after what ends completions: all is learned"
 _TEMPLATED = "rows have a prompt that is templated already: it is taken as it is"
 _REWRITTEN = "rows have an answer that the chat template writes in another way: its way is learned"
 _WHOLE = "rows have an answer that the chat template cuts, or puts after another prompt than sampling's: all is learned"
@@ -33,6 +33,8 @@ class Chat:
 
     Attributes:
         end: what the template writes after an answer.
+        stop_text: the part of it, before any token of the marks, that sampling would otherwise show as text; it ends a
+            completion. Empty where there is none but white space.
 
     Raises:
         UserError: from the constructor, for a template that is broken or does not show an answer once.
@@ -55,7 +57,10 @@ class Chat:
         self._bos = bos if head.startswith(bos) else ""
         self._header = max((mark for mark in marks if mark in head), key=head.rfind, default="")
         eos = special.get("eos_token", "")
-        self._ends = {mark for mark in marks if mark in self.end or mark == eos}
+        places = [place for mark in (*marks, eos) if mark and (place := self.end.find(mark)) >= 0]
+        plain = self.end[: min(places, default=None)]
+        self.stop_text = plain if plain.strip() else ""
+        self._ends = {mark for mark in marks if mark in self.end or mark == eos} | {self.stop_text} - {""}
 
     def prompt(self, messages: Messages, think: bool = False) -> str:
         """The conversation as text, up to where the model is to answer. What is templated already stays as it is.
@@ -189,7 +194,7 @@ class Chat:
 
     def _unended(self, text: str) -> str:
         """An answer without the template's end."""
-        while end := next((end for end in self._ends if text.rstrip().endswith(end)), None):
+        while end := next((end.rstrip() for end in self._ends if text.rstrip().endswith(end.rstrip())), None):
             text = text.rstrip().removesuffix(end)
         return text
 

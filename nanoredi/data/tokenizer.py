@@ -62,8 +62,7 @@ class Tokenizer(Chat):
         marks = {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
         super().__init__(self._template_source(config), str(folder), special, list(marks.values()))
         end = self.encode(self.end.strip())
-        stop = [i for i in end if i in marks] or (end if len(end) == 1 else [])
-        self.stop_ids = sorted({self.eos_id, *stop[:1]})
+        self.stop_ids = sorted({self.eos_id, *[i for i in end if i in marks][:1]})
         self._end_tokens = max(1, len(self.encode(self.end)))
 
     def ended(self, ids: list[int]) -> list[int]:
@@ -150,9 +149,11 @@ class Tokenizer(Chat):
         """The text of token ids, special tokens left out."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def stream(self, stops: Sequence[str] = ()) -> "Stream":
-        """Decodes a completion as its tokens come, up to where one of these texts begins."""
-        return Stream(self.backend, stops)
+    def stream(self, stops: Sequence[str] = (), shown: bool = True) -> "Stream | None":
+        """Decodes a completion as its tokens come, up to where one of these texts or the template's own stop text begins;
+        None where there is no such text and the completion is not shown as it comes."""
+        stops = [*stops, *filter(None, [self.stop_text])]
+        return Stream(self.backend, stops) if stops or shown else None
 
     def _template_source(self, config: dict[str, Any]) -> str:
         path = self.folder / "chat_template.jinja"

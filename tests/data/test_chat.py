@@ -178,6 +178,40 @@ def test_what_ends_a_turn_is_learned_in_both_stages(tmp_path, pad, template, lea
         assert tokenizer.encode(tokenizer.prompt(user_message("Q"))) == sequence.tokens[~sequence.learned].tolist()
 
 
+@pytest.mark.parametrize(
+    "end, stop",
+    [
+        ("\n\n###\n", "\n\n###\n"),
+        ("[/ANS]", "[/ANS]"),
+        ("[/ANS]<|im_end|>\n", "[/ANS]"),
+        ("<|im_end|>\n", ""),
+        ("\n\n", ""),
+    ],
+)
+def test_an_end_of_plain_text_is_learned_and_ends_a_sample_before_it(tmp_path, end, stop):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\nA: {% else %}{{ m.content }}"
+        f"{end}{{% endif %}}{{% endfor %}}"
+    )
+    tokenizer = Tokenizer(small_folder(tmp_path / "t", template, eos_token="<|endoftext|>"))
+    file, answer = tmp_path / "rows.jsonl", "# A\n\n### B\n[ANS] 2"
+    file.write_text(
+        "".join(json.dumps({"messages": answered(answer + more)}) + "\n" for more in ("", end, end.rstrip()))
+    )
+    data = load_sft(str(file), tokenizer, 500, str(tmp_path))
+    stream = tokenizer.stream()
+    for i in range(3 if stop.strip() else 1):  # the end that a row has already is taken once
+        sequence = data.row(i)[0]
+        learned = sequence.tokens[len(tokenizer.encode("Q: Q\nA: ")) :]
+        assert tokenizer.decode(learned.tolist()) == answer + end.replace("<|im_end|>", "")
+        assert learned[-1] == tokenizer.eos_id and ("<|im_end|>" in end or sequence.learned[-1])
+    for token in learned.tolist():
+        if token not in tokenizer.stop_ids and not stream.stopped:
+            stream.push(token)
+    assert stream.text.rstrip("\n") == answer and stream.stopped == bool(stop)
+    assert tokenizer.stop_text == stop and (tokenizer.stream(shown=False) is None) == (not stop)
+
+
 def test_the_originals_quirk_where_the_template_has_another_end(tmp_path):
     tokenizer = Tokenizer(small_folder(tmp_path / "t", CHATML, eos_token="<|endoftext|>"))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": answered(TRACE)}))

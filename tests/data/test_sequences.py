@@ -125,7 +125,7 @@ def test_rows_that_are_nothing_to_learn_from_are_counted(tokenizer, write, cache
 
 def test_an_answer_that_goes_on_after_an_end_is_counted(tokenizer, write, cache):
     rows = conversation(), conversation("a=1", "1<eos>2<eos>"), {"prompt": "a=1", "completion": "1<eos>2"}
-    goes_on = "an answer that goes on after a token which ends completions: all is learned"
+    goes_on = "an answer that goes on after what ends completions: all is learned"
     assert {note.split(": ", 1)[1] for note in load_sft(write(*rows), tokenizer, 50, cache).notes} == {
         "1 of 3 rows have the template's end on an answer: it is taken once",
         f"2 of 3 rows have {goes_on}",
