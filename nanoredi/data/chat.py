@@ -1,8 +1,8 @@
 """Messages to text, as a checkpoint's chat template writes them: what a model is asked, and what it is to answer.
 
 Three rules hold whatever the template does. The prompt that training sees is the text that sampling starts from. What
-the template writes behind an answer is learned, and ends a sample. And no part of an answer is lost: many templates drop the thinking of an answer, since they are written for chatting, where it
-is of no more use; whoever trains wants it learned.
+the template writes behind an answer is learned, and ends a sample. And no part of an answer is lost: many templates drop
+the thinking of an answer, since they are written for chatting, where it is of no more use; whoever trains wants it learned.
 """
 
 from typing import Any

@@ -83,7 +83,7 @@ class Guards:
         )
         if self.config.on_collapse == "stop":
             raise UserError(text)
-        self.world.say(f"\n{'!' * 100}\n{text}; --on_collapse stop stops there\n{'!' * 100}\n")
+        self.world.say(f"\n{'!' * 79}\n{text}; --on_collapse stop stops there\n{'!' * 79}\n")
 
 
 class CollapseWatch:

@@ -105,9 +105,9 @@ class _Run:
         if world.device.type == "cuda" and dtype == torch.bfloat16:
             how += f", {flash_attention()}"
         world.say(
-            f"{stage}: {config.model} ({parameters:,} parameters, {how}), {len(data):,} rows of {config.data}, "
-            f"{self.total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}; "
-            f"kill -USR1 {os.getpid()} asks where it is"
+            f"{stage}: {config.model} ({parameters:,} parameters, {how})\n"
+            f"  {len(data):,} rows of {config.data}, {self.total:,} steps of {config.batch_size}, "
+            f"{world.size} rank{'s' if world.size > 1 else ''}\n  kill -USR1 {os.getpid()} asks where it is"
         )
         self.states, self.guards = States(Path(config.out) / "state", world), Guards(config, world)
         self.first = resume(self.states, model, self.optimizer, self.guards, self.began_with)  # steps that are done

@@ -198,7 +198,7 @@ def test_a_dead_rank_takes_the_job_down_at_once(endless, tmp_path):
         for line in job.stdout:
             if "asks where it is" in line:
                 first = int(line.split("kill -USR1 ")[1].split()[0])
-            if line.startswith("step  "):
+            if "step  " in line:
                 break
         ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
         (other,) = (int(pid) for pid in ranks if int(pid) != first)

@@ -72,9 +72,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(kills, flags, fo
 def test_sigterm_saves_and_sigusr1_tells(flags, forks, tmp_path):
     """In the middle of a run; what it says names the step that is saved."""
     job = forks.start(tmp_path, "train_redi.py", *flags, "--epochs", "40", "--out", "run", OMP_NUM_THREADS="1")
-    job.wait_for(lambda: "step   9/" in job.stdout)
+    job.wait_for(lambda: "\n  9/" in job.stdout)
     job.kill(signal.SIGUSR1)
-    job.wait_for(lambda: "step " in job.stderr)
+    job.wait_for(lambda: "left\n" in job.stderr)
     job.kill(signal.SIGTERM)
     run = ended(job)
     assert run.returncode == 0
