@@ -19,7 +19,7 @@ from nanoredi.common.errors import Stopped, UserError
 from nanoredi.config import RediConfig
 from nanoredi.model import qwen2 as model_file
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.trainer.guards import CollapseWatch
+from nanoredi.trainer.guards import CollapseWatch, signals
 from nanoredi.trainer.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +163,27 @@ def test_collapse_stops_the_run_where_it_is_told_to(config, one_rank):
     wild = replace(config, max_steps=0, epochs=6, alpha=3.0, lr=0.02, log_every=1, save_every=10)
     with pytest.raises(UserError, match=r"COLLAPSE at step \d+: .* all was well; the last model saved by then is .*"):
         train(replace(wild, on_collapse="stop"), one_rank)
+
+
+@pytest.mark.parametrize("sent", [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
+def test_a_second_ctrl_c_ends_at_once(sent, one_rank):
+    child = os.fork()
+    if not child:
+        with signals(lambda: "", one_rank):
+            for number in sent:
+                os.kill(os.getpid(), number)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -sent[1]
+
+
+def test_a_ctrl_c_that_a_shell_s_background_ignores_stays_ignored(one_rank):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals(lambda: "", one_rank) as asked_to_stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not asked_to_stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
