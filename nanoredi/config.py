@@ -117,6 +117,8 @@ class RediConfig(TrainConfig):
                 raise UserError(
                     f"{f.name} is a parameter of the objective {' and '.join(of)}; the one here is {self.objective}"
                 )
+        if self.objective == "redi" and not (self.alpha or self.chosen_weight):
+            raise UserError("alpha and chosen_weight are both 0, so nothing would be learned")
 
 
 @dataclass

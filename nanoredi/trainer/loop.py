@@ -158,6 +158,8 @@ def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World)
     if isinstance(config, RediConfig) and config.objective in ("dpo", "simpo") and weighted.any():
         name = data.row(int(weighted.argmax()) // 2)[0].name
         raise UserError(f"{name}: {config.objective} knows no chosen_weight; take it out, or use redi or sft")
+    if path == config.data and not data.row_weights[:: len(data.sides)].any() and not getattr(config, "alpha", 0):
+        raise UserError(f"{path}: every row's weight is 0, so nothing would be learned")
     if (largest := int(data.tokens.max())) >= model.config.vocab_size:
         raise UserError(
             f"{path}: token {largest} is outside the model's vocabulary of {model.config.vocab_size}; "

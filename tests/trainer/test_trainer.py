@@ -413,6 +413,21 @@ def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypa
     assert_same_weights(tmp_path / "run", tmp_path / "again")
 
 
+@pytest.mark.parametrize("objective, alpha", [("redi", 0.0), ("sft", None)])
+def test_what_would_learn_nothing_is_refused(objective, alpha, redi, one_rank, toy_data, tmp_path):
+    rows = [json.loads(line) | {"chosen_weight": 0} for line in (toy_data / "pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "zeros.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    weight = 1.0 if objective == "redi" else None
+    more = {"objective": objective, "alpha": alpha, "chosen_weight": weight, "neg_weight_gamma": weight and 0.0}
+    config = replace(redi, data=str(tmp_path / "zeros.jsonl"), **more)
+    with pytest.raises(UserError, match="zeros.jsonl: every row's weight is 0, so nothing would be learned"):
+        train(config, one_rank)
+    if objective == "redi":
+        loop._Run(replace(config, alpha=0.8), one_rank)
+        with pytest.raises(UserError, match="alpha and chosen_weight are both 0, so nothing would be learned"):
+            replace(config, chosen_weight=0.0)
+
+
 def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data, tmp_path):
     with pytest.raises(
         UserError, match="the longest sequence has .* tokens, the model's context 16; raise max_position_embeddings"
