@@ -116,7 +116,7 @@ def _chosen(names: list[str], fields: tuple[str, ...] | None) -> list[str]:
 
 
 def parse_json(where: str, text: str, max_chars: int | None = None) -> Any:
-    """JSON from outside: of bounded size and depth, all its numbers finite.
+    """JSON from outside: of bounded size and depth, all its numbers finite, and an object's names of one value.
 
     Raises:
         UserError: naming `where`, when it is anything else.
@@ -147,4 +147,11 @@ def _finite(text: str) -> float:
     return value
 
 
-_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs) and (twice := [name for name, one in pairs if value[name] != one]):
+        raise ValueError(f"{twice[0][:80]!r} stands in it twice, with two values")
+    return value
+
+
+_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, object_pairs_hook=_object)
