@@ -284,6 +284,8 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"messages": [{**turn, "tool_calls": None, "name": None} for turn in TURNS]},
         {"prompt": "Q", "completion": "B"},
         {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {"question": "Q", "completion": "B", "label": True},
+        {"prompt": "Q", "completion": "B", "label": False, "weight": -1},
     ],
 )
 def test_stage_1_rows(row):
@@ -302,10 +304,21 @@ WHOLE = {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content"
         WHOLE,
         {"prompt": TURNS[:1], **WHOLE},
         {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "C"}},
+        {"messages": TURNS[:1], "chosen": TURNS[1], "rejected": WHOLE["rejected"][1]},
+        {"problem": "Q", "chosen": "B", "rejected": "C"},
+        {"messages": TURNS, "question": "other", **WHOLE},
     ],
 )
 def test_stage_2_rows(row):
     assert pair("here", row) == (TURNS[:1], [TURNS[1], WHOLE["rejected"][1]])
+
+
+def test_a_prompt_beside_whole_conversations_may_be_any_question_of_them():
+    sides = {
+        side: [*TURNS, *user_message("R"), {"role": "assistant", "content": side}] for side in ("chosen", "rejected")
+    }
+    for question in "QR":
+        assert pair("here", {"prompt": question, **sides})[0] == [*TURNS, *user_message("R")]
 
 
 def test_a_system_message_beside_the_others_is_the_first():
@@ -343,7 +356,10 @@ def test_messages_that_cannot_be_learned_are_named(messages, words):
         ({**WHOLE, "prompt": "other"}, "here: 'prompt' must be what stands in 'chosen' before the answer"),
         ({**WHOLE, "rejected": [*user_message("R"), TURNS[1]]}, "must differ in their last message alone"),
         ({**WHOLE, "rejected": "C"}, "must differ in their last message alone"),
-        ({"chosen": TURNS[1:], "rejected": TURNS[1:]}, "here has no field 'prompt'"),
+        (
+            {"text": "Q", "chosen": TURNS[1:], "rejected": "C"},
+            "here has no field 'prompt'; it holds 'text', 'chosen', 'rej",
+        ),
     ],
 )
 def test_pairs_that_do_not_fit_are_named(row, words):

@@ -113,7 +113,7 @@ def test_rows_that_are_nothing_to_learn_from_are_counted(tokenizer, write, cache
     assert [note.split(": ", 1)[1] for note in data.notes] == [
         "2 of 3 rows dropped: an answer is nothing but white space"
     ]
-    rows = PAIR, {**PAIR, "rejected": "  "}, {**PAIR, "rejected": PAIR["chosen"]}, {**PAIR, "chosen": "1<eos>"}
+    rows = PAIR, {**PAIR, "rejected": ""}, {**PAIR, "rejected": PAIR["chosen"]}, {**PAIR, "chosen": "1<eos>"}
     data = load_pairs(write(*rows), tokenizer, 50, 50, cache)
     assert len(data) == 2
     assert [note.split(": ", 1)[1] for note in data.notes] == [
@@ -304,7 +304,6 @@ def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path
         ({"prompt": "a=1", "chosen": "1"}, "line 2 has no field 'rejected'"),
         ({**PAIR, "prompt": ""}, "line 2: 'prompt' must be text"),
         ({**PAIR, "prompt": 5}, "line 2: 'prompt' must be text"),
-        ({**PAIR, "chosen": ""}, "line 2: 'chosen' must be one message"),
         (
             {**PAIR, "chosen": [{"role": "user", "content": "1"}]},
             "line 2: 'chosen' must be one message of the assistant",
@@ -320,10 +319,12 @@ def test_malformed_pairs_are_named(tokenizer, write, cache, row, words):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({"prompt": "a"}, "line 2 has no field 'messages'"),
+        ({"text": "a", "id": 3}, "line 2 has no field 'messages' .*; it holds 'text', 'id'"),
+        ({"prompt": "a", "completion": "1", "label": False}, "line 2: 'label' is false; give such a row a 'weight'"),
+        ({**conversation(), "correct": False}, "line 2: 'correct' is false; .* or leave it out"),
         ({"messages": "a"}, "line 2: 'messages' must be a list"),
         ({"messages": []}, "line 2: 'messages' must be text, or a list of messages"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "line 2: the last message must be the assistant's"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "must be the assistant's; its role is 'user'"),
     ],
 )
 def test_malformed_conversations_are_named(tokenizer, write, cache, row, words):
