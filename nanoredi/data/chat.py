@@ -5,6 +5,7 @@ the template writes behind an answer is learned, and ends a sample. And no part 
 the thinking of an answer, since they are written for chatting, where it is of no more use; whoever trains wants it learned.
 """
 
+import os
 from typing import Any
 
 from nanoredi.common.errors import UserError
@@ -15,7 +16,7 @@ from nanoredi.data.template import Template
 _ANSWER, _THOUGHTS = "\ue000answer\ue001", "\ue000thoughts\ue001"
 _THINK, _THOUGHT = "<think>", "</think>"
 # What split remarks, of rows.
-_ENDED = "rows have the template's end on an answer: it is taken once"
+_ENDED = "rows have the template's header or end on an answer: it is taken once"
 _GOES_ON = "rows have an answer that goes on after what ends completions: all is learned"
 _TEMPLATED = "rows have a prompt that is templated already: it is taken as it is"
 _REWRITTEN = "rows have an answer that the chat template writes in another way: its way is learned"
@@ -53,6 +54,9 @@ class Chat:
         self._takes_thinking = _THOUGHTS in self._tried([*question, thinking])
         self._shows_all = (text := folded(thinking)["content"]) in self._tried([{**answer, "content": text}])
         head, _, self._tail = self._tried(user_message(_ANSWER), True).partition(_ANSWER)
+        opening = self._tail.rstrip().removesuffix(_THINK)
+        begins = {0, *(i for mark in marks for i in range(len(opening)) if opening.startswith(mark, i))}
+        self._openings = sorted({opening[i:].strip() for i in begins} - {""}, key=len, reverse=True)
         bos = special.get("bos_token", "")
         self._bos = bos if head.startswith(bos) else ""
         self._header = max((mark for mark in marks if mark in head), key=head.rfind, default="")
@@ -96,7 +100,7 @@ class Chat:
         """
         remarks = set() if remarks is None else remarks
         *before, answer = messages
-        content = self._unended(answer["content"])
+        content = self._unwrapped(answer["content"])
         if content != answer["content"]:
             remarks.add(_ENDED)
             answer = {**answer, "content": content}
@@ -130,7 +134,7 @@ class Chat:
 
     def is_blank(self, answer: dict[str, Any]) -> bool:
         """Whether an answer says nothing but the template's end."""
-        return not (self._unended(answer["content"]).strip() or "reasoning_content" in answer)
+        return not (self._unwrapped(answer["content"]).strip() or "reasoning_content" in answer)
 
     def measured(self, prompt: Messages, answers: Messages) -> tuple[list[str], bool]:
         """A prompt and the answers to it, as text to be measured, and whether it is the text that training tokenises.
@@ -192,8 +196,10 @@ class Chat:
                 return self._bos + text.removeprefix(self._bos)
         return None
 
-    def _unended(self, text: str) -> str:
-        """An answer without the template's end."""
+    def _unwrapped(self, text: str) -> str:
+        """An answer without the template's header before it and its end behind it."""
+        if opening := next((opening for opening in self._openings if text.lstrip().startswith(opening)), None):
+            text = text.lstrip().removeprefix(opening).lstrip()
         while end := next((end.rstrip() for end in self._ends if text.rstrip().endswith(end.rstrip())), None):
             text = text.rstrip().removesuffix(end)
         return text
@@ -204,7 +210,8 @@ class Chat:
         if open_to.endswith(_THOUGHT) and (_THINK in text or _THOUGHT in text):
             raise UserError(f"{self._label} has the model answer without thinking; this answer thinks")
         if open_to.endswith(_THINK) and text.lstrip().startswith(_THINK):
-            text = text.lstrip().removeprefix(_THINK).removeprefix(prompt[len(open_to) :])
+            text = text.lstrip().removeprefix(_THINK)
+            text = text[len(os.path.commonprefix((text, prompt[len(open_to) :]))) :]
         return text
 
 

@@ -102,7 +102,7 @@ def test_an_answer_that_looks_changed_is_said(chats):
     assert remarks("chatml", answered("B")) == remarks("qwen3", answered(TRACE)) == []
     assert remarks("qwen3", answered("B")) == ["rows have an answer that the chat template writes in another way"]
     assert "cuts" in remarks("deepseek", answered(TRACE))[0]
-    assert remarks("chatml", answered("B" + IM)) == ["rows have the template's end on an answer"]
+    assert remarks("chatml", answered("B" + IM)) == ["rows have the template's header or end on an answer"]
     templated = user_message(chats["chatml"].prompt(user_message("Q")))
     assert remarks("chatml", answered("B", *templated)) == ["rows have a prompt that is templated already"]
 
@@ -113,6 +113,21 @@ def test_an_answer_that_looks_changed_is_said(chats):
 def test_the_templates_end_is_taken_once(chats, name, ends):
     for end in ends:
         assert chats[name].split(answered("B" + end)) == chats[name].split(answered("B"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_templates_header_is_taken_once(chats, name):
+    tail = chats[name].prompt(user_message("Q")).split("Q")[-1]
+    header = tail[max(tail.rfind("<|im_start|>"), tail.rfind("<｜Assistant｜>")) :].removesuffix("<think>\n")
+    for answer in ("B", "B" + (EOS if name == "deepseek" else IM)) if name == "qwen3-not" else ("B", TRACE):
+        for begun in (header, "\n" + header, tail.removesuffix("<think>\n")):
+            assert chats[name].split(answered(begun + answer)) == chats[name].split(answered(answer))
+
+
+def test_white_space_behind_an_opened_think_is_written_once(tmp_path):
+    wide = Tokenizer(small_folder(tmp_path, QWEN3_THINKING.replace("<think>\n{% endif", "<think>\n\n{% endif")))
+    for answer in ("<think>\nA</think>B", "<think>\n\nA</think>B", "<think>A</think>B"):
+        assert wide.split(answered(answer))[1] == "A</think>B" + IM
 
 
 @pytest.mark.parametrize("name", ["chatml", "deepseek", "qwen3", "qwen3-thinking"])
