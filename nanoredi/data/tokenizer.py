@@ -52,8 +52,11 @@ class Tokenizer(Chat):
         self.backend.no_truncation()
         self.backend.no_padding()
         self._config_file = self.folder / "tokenizer_config.json"
-        config = check(str(self._config_file), read_json(self._config_file), {f"{name}?": _TOKEN for name in _SPECIAL})
-        tokens = {name: config.get(name) for name in _SPECIAL}
+        # Former versions of transformers wrote the special tokens into a file of their own.
+        files = [path for path in (self.folder / "special_tokens_map.json",) if path.exists()]
+        shape = {f"{name}?": _TOKEN for name in _SPECIAL}
+        *older, config = (check(str(path), read_json(path), shape) for path in (*files, self._config_file))
+        tokens = {name: config.get(name) or next((one.get(name) for one in older), None) for name in _SPECIAL}
         texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
         # A token that is null is left out, so that a template which writes it writes nothing.
         special = {name: text for name, text in texts.items() if text is not None}
@@ -158,9 +161,13 @@ class Tokenizer(Chat):
     def _template_source(self, config: dict[str, Any]) -> str:
         path = self.folder / "chat_template.jinja"
         source = read_text(path) if path.exists() else config.get("chat_template")
-        if isinstance(source, list):  # several templates by name
-            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-            source = named.get("default")
+        if isinstance(source, list):
+            source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        if isinstance(source, dict):  # several templates by name
+            if "default" not in source:
+                names = ", ".join(map(str, source))
+                raise UserError(f"{self._config_file}: of the chat templates {names} none is the default")
+            source = source["default"]
         if not isinstance(source, str):
             raise UserError(f"{self.folder} has no chat template, in {self._config_file.name} or as {path.name}")
         return source
@@ -169,7 +176,10 @@ class Tokenizer(Chat):
         token = special.get(name)
         token_id = None if token is None else self.backend.token_to_id(token)
         if token_id is None:
-            raise UserError(f"{self._config_file}: {name} is {token!r}, which the vocabulary does not hold")
+            fault = (
+                f"there is no {name}" if token is None else f"{name} is {token!r}, which the vocabulary does not hold"
+            )
+            raise UserError(f"{self._config_file}: {fault}")
         return token_id
 
 
