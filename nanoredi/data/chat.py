@@ -55,7 +55,7 @@ class Chat:
         self._shows_all = (text := folded(thinking)["content"]) in self._tried([{**answer, "content": text}])
         head, _, self._tail = self._tried(user_message(_ANSWER), True).partition(_ANSWER)
         opening = self._tail.rstrip().removesuffix(_THINK)
-        begins = {0, *(i for mark in marks for i in range(len(opening)) if opening.startswith(mark, i))}
+        begins = {0, *(i for mark in (*marks, "\n") for i in range(len(opening)) if opening.startswith(mark, i))}
         self._openings = sorted({opening[i:].strip() for i in begins} - {""}, key=len, reverse=True)
         bos = special.get("bos_token", "")
         self._bos = bos if head.startswith(bos) else ""
@@ -171,7 +171,11 @@ class Chat:
         """That each message is seen: a template passes over a role that it does not know."""
         for number, message in enumerate(messages, 1):
             role, content = message["role"], message["content"]
-            known = role in ("user", "assistant") or role in self._template.source or role in text.replace(content, "")
+            known = (
+                role in ("user", "assistant")
+                or role in self._template.source
+                or role in text.replace(content, "").lower()
+            )
             marked = [*messages[: number - 1], {**message, "content": _ANSWER}, *messages[number:]]
             # A template may trim what it shows, or change it; a mark tells whether it shows anything.
             seen = role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)

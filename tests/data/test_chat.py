@@ -124,6 +124,16 @@ def test_the_templates_header_is_taken_once(chats, name):
             assert chats[name].split(answered(begun + answer)) == chats[name].split(answered(answer))
 
 
+@pytest.mark.parametrize("opening", ["<thinking>\n", "<|endoftext|>", "Answer:"])
+def test_whatever_the_prompt_opens_is_opened_once(tmp_path, opening):
+    tokenizer = Tokenizer(
+        small_folder(tmp_path, CHATML.replace("assistant\n{% endif", f"assistant\n{opening}{{% endif"))
+    )
+    assert tokenizer.prompt(user_message("Q")).endswith(f"assistant\n{opening}")
+    for begun in (opening, f"\n{opening}", f"<|im_start|>assistant\n{opening}"):
+        assert tokenizer.split(answered(begun + "A"))[1] == tokenizer.split(answered("A"))[1] == "A" + IM
+
+
 def test_white_space_behind_an_opened_think_is_written_once(tmp_path):
     wide = Tokenizer(small_folder(tmp_path, QWEN3_THINKING.replace("<think>\n{% endif", "<think>\n\n{% endif")))
     for answer in ("<think>\nA</think>B", "<think>\n\nA</think>B", "<think>A</think>B"):
@@ -168,6 +178,12 @@ def test_a_role_that_the_template_takes_for_another_is_refused(tmp_path):
     template = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% else %}<|im_end|>{% endif %}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="message 1, whose role is 'developer'"):
         Tokenizer(small_folder(tmp_path, template)).prompt([{"role": "developer", "content": "S"}, *user_message("Q")])
+
+
+def test_a_role_that_is_shown_in_capitals_is_known(tmp_path):
+    template = "{% for m in messages %}[{{ m.role | upper }}] {{ m.content }} [END]\n{% endfor %}"
+    asked = [{"role": "system", "content": "brief"}, *user_message("Q")]
+    assert Tokenizer(small_folder(tmp_path, template)).prompt(asked) == "[SYSTEM] brief [END]\n[USER] Q [END]\n"
 
 
 @pytest.mark.parametrize(
