@@ -52,14 +52,16 @@ class Tokenizer(Chat):
         self.backend.no_truncation()
         self.backend.no_padding()
         self._config_file = self.folder / "tokenizer_config.json"
-        # Former versions of transformers wrote the special tokens into a file of their own.
-        files = [path for path in (self.folder / "special_tokens_map.json",) if path.exists()]
-        shape = {f"{name}?": _TOKEN for name in _SPECIAL}
-        *older, config = (check(str(path), read_json(path), shape) for path in (*files, self._config_file))
-        tokens = {name: config.get(name) or next((one.get(name) for one in older), None) for name in _SPECIAL}
-        texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-        # A token that is null is left out, so that a template which writes it writes nothing.
-        special = {name: text for name, text in texts.items() if text is not None}
+        older = (
+            self.folder / "special_tokens_map.json"
+        )  # where former versions of transformers wrote the special tokens
+        special: dict[str, str] = {}
+        for path in [older] * older.exists() + [self._config_file]:
+            config = check(str(path), read_json(path), {f"{name}?": _TOKEN for name in _SPECIAL})
+            tokens = {name: config.get(name) for name in _SPECIAL}
+            texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+            # A token that is null is left out, so that a template which writes it writes nothing.
+            special |= {name: text for name, text in texts.items() if text is not None}
         self.eos_id = self._id_of("eos_token", special)
         self.pad_id = self._id_of("pad_token", special) if special.get("pad_token") else self.eos_id
         marks = {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
