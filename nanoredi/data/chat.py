@@ -56,7 +56,9 @@ class Chat:
         head, _, self._tail = self._tried(user_message(_ANSWER), True).partition(_ANSWER)
         opening = self._tail.rstrip().removesuffix(_THINK)
         begins = {0, *(i for mark in (*marks, "\n") for i in range(len(opening)) if opening.startswith(mark, i))}
-        self._openings = sorted({opening[i:].strip() for i in begins} - {""}, key=len, reverse=True)
+        # What an answer may begin with a second time; a bare word is its own.
+        openings = {opening[i:].strip() for i in begins} - {""}
+        self._openings = sorted((one for one in openings if not one.isalnum()), key=len, reverse=True)
         bos = special.get("bos_token", "")
         self._bos = bos if head.startswith(bos) else ""
         self._header = max((mark for mark in marks if mark in head), key=head.rfind, default="")
@@ -171,11 +173,8 @@ class Chat:
         """That each message is seen: a template passes over a role that it does not know."""
         for number, message in enumerate(messages, 1):
             role, content = message["role"], message["content"]
-            known = (
-                role in ("user", "assistant")
-                or role in self._template.source
-                or role in text.replace(content, "").lower()
-            )
+            elsewhere = self._template.source + text.replace(content, "").lower()
+            known = role in ("user", "assistant") or role in elsewhere
             marked = [*messages[: number - 1], {**message, "content": _ANSWER}, *messages[number:]]
             # A template may trim what it shows, or change it; a mark tells whether it shows anything.
             seen = role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)

@@ -124,6 +124,11 @@ def test_the_templates_header_is_taken_once(chats, name):
             assert chats[name].split(answered(begun + answer)) == chats[name].split(answered(answer))
 
 
+def test_a_word_that_the_prompt_ends_in_too_is_the_answer_s(tmp_path):
+    tokenizer = Tokenizer(small_folder(tmp_path, CHATML.replace("assistant\n{% endif", "\nassistant\n{% endif")))
+    assert tokenizer.split(answered("assistants"))[1] == "assistants" + IM
+
+
 @pytest.mark.parametrize("opening", ["<thinking>\n", "<|endoftext|>", "Answer:"])
 def test_whatever_the_prompt_opens_is_opened_once(tmp_path, opening):
     tokenizer = Tokenizer(
