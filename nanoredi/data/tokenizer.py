@@ -165,13 +165,11 @@ class Tokenizer(Chat):
         source = read_text(path) if path.exists() else config.get("chat_template")
         if isinstance(source, list):
             source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        names = ""
         if isinstance(source, dict):  # several templates by name
-            if "default" not in source:
-                names = ", ".join(map(str, source))
-                raise UserError(f"{self._config_file}: of the chat templates {names} none is the default")
-            source = source["default"]
+            source, names = source.get("default"), f" named default, only {', '.join(map(str, source))}"
         if not isinstance(source, str):
-            raise UserError(f"{self.folder} has no chat template, in {self._config_file.name} or as {path.name}")
+            raise UserError(f"{self.folder} has no chat template{names}, in {self._config_file.name} or as {path.name}")
         return source
 
     def _id_of(self, name: str, special: dict[str, str]) -> int:
