@@ -94,6 +94,8 @@ def conversation(where: str, row: Any) -> Messages:
     messages = check_messages(f"{where}: {name!r}", given[name])
     if (role := messages[-1]["role"]) != "assistant":
         raise UserError(f"{where}: the last message must be the assistant's; its role is {role!r}")
+    if len(messages) == 1:
+        raise UserError(f"{where}: there is no message before the assistant's")
     return behind_system(where, given, messages)
 
 

@@ -95,7 +95,11 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
         *prompt, answer = conversation(where, row)
         parts = _texts(where, tokenizer, prompt, [answer], counts)
         whole = "".join(parts or [])
-        return ([parts[0], whole], (len(parts[0]), whole, _weight(where, row, "weight", -1))) if parts else None
+        return (
+            ([parts[0], whole], (len(parts[0]), whole, _weight(where, {**answer, **row}, "weight", -1)))
+            if parts
+            else None
+        )
 
     def arrays(encodings: list[Encoding], kept: tuple[int, str, float], counts: Counter[str]) -> Iterator[Arrays]:
         (num_chars, text, weight), (before, ids) = kept, (encoding.ids for encoding in encodings)

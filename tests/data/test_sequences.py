@@ -137,6 +137,9 @@ def test_an_answer_that_goes_on_after_an_end_is_counted(tokenizer, write, cache)
 def test_the_weight_of_a_row(tokenizer, write, cache):
     rows = [{**conversation(), "weight": weight} for weight in (None, 0.25, -1, 0)]
     assert load_sft(write(*rows), tokenizer, 50, cache).row_weights.tolist() == [1.0, 0.25, -1.0, 0.0]
+    row = conversation()
+    row["messages"][1]["weight"] = 0  # as OpenAI's rows say that an answer is not to be learned
+    assert load_sft(write(row), tokenizer, 50, cache).row_weights.tolist() == [0.0]
     pairs = load_pairs(write(PAIR, {**PAIR, "chosen_weight": 0.5}), tokenizer, 50, 50, cache)
     assert pairs.row_weights.tolist() == [1.0, 1.0, 0.5, 1.0]
     for weight in (1.5, -2, "1", True):
@@ -325,6 +328,7 @@ def test_malformed_pairs_are_named(tokenizer, write, cache, row, words):
         ({"messages": "a"}, "line 2: 'messages' must be a list"),
         ({"messages": []}, "line 2: 'messages' must be text, or a list of messages"),
         ({"messages": [{"role": "user", "content": "a"}]}, "must be the assistant's; its role is 'user'"),
+        ({"messages": conversation()["messages"][1:]}, "line 2: there is no message before the assistant's"),
     ],
 )
 def test_malformed_conversations_are_named(tokenizer, write, cache, row, words):
