@@ -64,19 +64,13 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 if not line.strip():
                     continue
                 if first and line.lstrip().startswith(b"["):
-                    yield from ((f"{path}, row {i}", row) for i, row in enumerate(_list(path, line + file.read()), 1))
+                    rows = parse_json(f"{path}, which begins as a list,", line + file.read(), max_chars=1 << 34)
+                    yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
                     return
                 first = False
                 yield f"{path}, line {number}", line
     except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz that is cut short or damaged
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _list(path: Path, text: bytes) -> list[Any]:
-    try:
-        return parse_json(f"{path}, which begins as a list,", text.decode(), max_chars=1 << 34)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
 @contextmanager
@@ -115,8 +109,8 @@ def _chosen(names: list[str], fields: tuple[str, ...] | None) -> list[str]:
     return [name for name in names if fields is None or name in fields]
 
 
-def parse_json(where: str, text: str, max_chars: int | None = None) -> Any:
-    """JSON from outside: of bounded size and depth, all its numbers finite.
+def parse_json(where: str, text: str | bytes, max_chars: int | None = None) -> Any:
+    """JSON from outside: of bounded size and depth, all its numbers finite, and an object's names of one value.
 
     Raises:
         UserError: naming `where`, when it is anything else.
@@ -125,12 +119,14 @@ def parse_json(where: str, text: str, max_chars: int | None = None) -> Any:
     if len(text) > max_chars:
         raise UserError(f"{where} is longer than {max_chars:,} characters")
     try:
+        text = text.decode() if isinstance(text, bytes) else text
         value = _JSON.decode(text)
         deep = text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH
     except RecursionError:
         deep = True
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+        kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "JSON"
+        raise UserError(f"{where} is not {kind}: {error}") from None
     if deep:
         raise UserError(f"{where} is nested more than {MAX_DEPTH} levels deep")
     return value
@@ -147,4 +143,11 @@ def _finite(text: str) -> float:
     return value
 
 
-_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs) and (twice := [name for name, one in pairs if value[name] != one]):
+        raise ValueError(f"{twice[0][:80]!r} stands in it twice, with two values")
+    return value
+
+
+_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, object_pairs_hook=_object)
