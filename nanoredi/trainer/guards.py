@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,11 @@ def signals(where: Callable[[], str], world: World) -> Iterator[Callable[[], boo
         asked.append(number)
         if number == signal.SIGINT:
             say("\nstopping when this step is saved; Ctrl-C again ends at once")
-            for one in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(one, signal.SIG_DFL)
+            # Half a second for whoever started this and got the same Ctrl-C to pass it on, as SIGINT or as SIGTERM.
+            for seconds, then in ((0.5, signal.SIG_IGN), (0.0, signal.SIG_DFL)):
+                signal.signal(signal.SIGINT, then)
+                signal.signal(signal.SIGTERM, then)
+                time.sleep(seconds)
 
     handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGUSR1: lambda *_: say(where())}
     heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -174,6 +175,17 @@ def test_a_second_ctrl_c_ends_at_once(sent, one_rank):
                 os.kill(os.getpid(), number)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -sent[1]
+
+
+def test_a_ctrl_c_that_a_launcher_passes_on_is_one(one_rank):
+    child = os.fork()
+    if not child:
+        with signals(lambda: "", one_rank):
+            for seconds, number in ((0.1, signal.SIGINT), (0.2, signal.SIGINT), (0.3, signal.SIGTERM)):
+                threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+            time.sleep(0.8)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_ctrl_c_that_a_shell_s_background_ignores_stays_ignored(one_rank):
