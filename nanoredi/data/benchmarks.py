@@ -5,6 +5,7 @@ last box, `solution`, in whatever case; what else a row has does not matter.
 """
 
 import ast
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from nanoredi.grader import extract_answer
 # Name: number of problems.
 PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_bench": 675}
 NAMED = {**PAPER, "aime25": 30}
-SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".gz")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".gz")
 IDS = ("id", "unique_id", "problem_id", "question_id", "doc_id", "idx", "index", "uid")  # fields that name a row
 
 # The question's frame in the paper's evaluation, with the two spaces that both of its programs have after "clearly."
@@ -97,7 +98,7 @@ def find(name: str, folder: str) -> Path:
         if not found:
             raise UserError(f"{folder} holds neither {name}.json nor {name}.jsonl, {name}.parquet, {name}.arrow")
         return found[0]
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in SUFFIXES and not path.is_dir():
         raise UserError(
             f"there is no benchmark {name!r}{nearest(name, NAMED)}; it is one of {', '.join(NAMED)}, or a file that ends "
             f"in {', '.join(SUFFIXES)}"
@@ -165,16 +166,21 @@ def golds_of(where: str, answer: Any) -> list[str]:
     Raises:
         UserError: when it is nothing of that.
     """
-    if isinstance(answer, str) and answer.strip().startswith(("['", '["')):
-        try:
-            answer = ast.literal_eval(answer.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass  # not a list after all: LaTeX may begin so too
+    answer = listed(answer)
     answers = answer if isinstance(answer, list) else [answer]
     golds = [_gold(one) for one in answers]
     if not golds or not all(golds):
         raise UserError(f"{where} has no 'answer', which is text, a number, or a list of these")
     return golds
+
+
+def listed(value: Any) -> Any:
+    """A value, or the list of texts that it is written out as: "['9.6\\n', '9.60']"."""
+    if isinstance(value, str) and value.strip().startswith(("['", '["')):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # LaTeX may begin so, too
+            texts = ast.literal_eval(value.strip())
+            return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else value
+    return value
 
 
 def _gold(answer: Any) -> str:

@@ -79,6 +79,10 @@ def _read(path: str, say: Callable[[str], None]) -> list[Answers]:
         answers.append(read(where, row))
     if not answers:
         raise UserError(f"{path} holds no rows")
+    if len({row.model for row in answers} - {None}) < 2 and answers[0].problem is None:
+        for row in answers:
+            row.model = None
+    _take_bare_answers(path, answers, say)
     failed = [row for row in answers if row.error is not None]
     width = max(1, *(len(row.completions) for row in answers))
     for row in failed:
@@ -91,6 +95,20 @@ def _read(path: str, say: Callable[[str], None]) -> list[Answers]:
             f"{path}: {len(failed)} of {len(answers)} requests failed and count as wrong, the first in {failed[0].where}: {words}"
         )
     return answers
+
+
+def _take_bare_answers(path: str, answers: list[Answers], say: Callable[[str], None]) -> None:
+    """Where nothing has a box: what is called a prediction may be the answer that was found in a response; else the reader
+    should know."""
+    own = [one for row in answers for one in row.completions]
+    if any("\\boxed" in one.text for one in own) or not own:
+        return
+    if all(row.path in (None, "prediction", "predictions", "predict") for row in answers):
+        say(f"{path}: no {answers[0].path} has a boxed answer; each is taken for the answer itself")
+        for one in own:
+            one.text = f"</think>\\boxed{{{one.text}}}"
+    else:
+        say(f"{path}: no completion has a boxed answer, which is the one that counts")
 
 
 def _own_benchmarks(path: str, answers: list[Answers]) -> tuple[list[Benchmark], list[Problem]]:
@@ -124,19 +142,18 @@ def _assigned(
     for which, benchmark in enumerate(benchmarks):
         for i, text in enumerate(benchmark.problems):
             texts.setdefault(_words(text), (which, i))
-    known: dict[str, Problem | None] = {}
+    known: dict[str | None, Problem | None] = {None: None}
     found: list[Problem | None] = []
     for row in answers:
-        asked = row.prompt or row.ids.get("custom_id", "")
-        if row.problem is None and asked not in known:
-            prompt = _words(asked)
-            # The one that ends last; of those that end there the longest, for a problem may stand within another.
-            held = [(at + len(text), len(text), text) for text in texts if (at := prompt.rfind(text)) >= 0]
-            known[asked] = texts[max(held)[2]] if held else None
-            if row.prompt and not held:
-                names = ", ".join(b.name for b in benchmarks)
-                raise UserError(f"{row.where}: its prompt holds no problem of {names}")
-        found.append(known[asked] if row.problem is None else _numbered(row, benchmarks))
+        if row.problem is not None:
+            found.append(_numbered(row, benchmarks))
+            continue
+        if row.prompt not in known:
+            known[row.prompt] = _asked(row.prompt, texts)
+        found.append(known[row.prompt] or _asked(row.texts, texts))
+        if row.prompt and found[-1] is None:
+            names = ", ".join(b.name for b in benchmarks)
+            raise UserError(f"{row.where}: its prompt holds no problem of {names}")
     left = [row for row, problem in zip(answers, found) if problem is None]
     if not left:
         return found
@@ -150,6 +167,14 @@ def _assigned(
         say(f"{path}: rows without a prompt or an id of a problem are taken in the order of {benchmarks[0].name}")
         return [problem or (0, place) for place, problem in enumerate(found)]
     return [problem or by_id for problem, by_id in zip(found, named)]
+
+
+def _asked(text: str, problems: dict[str, Problem]) -> Problem | None:
+    """Of all problems that stand in a text the one that ends last; of those that end there the longest, for a problem may
+    stand within another."""
+    text = _words(text)
+    held = [(at + len(words), len(words), words) for words in problems if (at := text.rfind(words)) >= 0]
+    return problems[max(held)[2]] if held else None
 
 
 def _words(text: str) -> str:
