@@ -1,13 +1,14 @@
 """Benchmarks: problems with their gold answers.
 
-The five of the paper and AIME25 by name, and any file of rows with `problem` or `question` and with `answer` or, for its
-last box, `solution`, in whatever case; what else a row has does not matter.
+The five of the paper and AIME25 by name, and any file of rows with `problem` or `question` and with `answer`, another of
+GOLDS or, for its last box, `solution`, in whatever case; what else a row has does not matter.
 """
 
 import ast
 import contextlib
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -22,6 +23,15 @@ from nanoredi.grader import extract_answer
 PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_bench": 675}
 NAMED = {**PAPER, "aime25": 30}
 SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".gz")
+# A row's gold answers; what can be nothing else comes before what may also be a response.
+GOLDS = (
+    *("gold", "gts", "gt", "ground_truth", "gold_answer", "expected_answer", "correct_answer", "reference_answer"),
+    *("answer", "final_answer", "answer_number"),
+)
+_WORD, _MOST_WORDS = (
+    re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}"),
+    20,
+)  # of an answer; those of the named benchmarks have 12
 IDS = ("id", "unique_id", "problem_id", "question_id", "doc_id", "idx", "index", "uid")  # fields that name a row
 
 # The question's frame in the paper's evaluation, with the two spaces that both of its programs have after "clearly."
@@ -120,7 +130,12 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
         that of NAMED.
     """
     path = find(name, folder)
-    rows = [(golds_of(where, row["answer"]), row) for where, row in read_problems(path)]
+    rows = []
+    for where, row in read_problems(path):
+        for choices in ("choices", "options"):
+            if row.get(choices):
+                raise UserError(f"{where} is multiple choice; put its {choices!r} into the problem and drop the field")
+        rows.append((golds_of(where, row["answer"]), row))
     if not rows:
         raise UserError(f"{path} holds no problems")
     if name in NAMED and len(rows) != NAMED[name]:
@@ -129,6 +144,7 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
             f"--benchmarks {path}"
         )
     golds, rows = zip(*rows[: limit or None])
+    check_golds(path, golds)
     problems = [row["problem"] for row in rows]
     template = template or ("paper" if name in NAMED else "plain")
     questions = [frame(problem, template)[-1]["content"] for problem in problems]
@@ -146,10 +162,11 @@ def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
         problem = row.get("problem") or row.get("question")
         if not isinstance(problem, str) or not problem.strip():
-            raise UserError(f"{where} has no text in 'problem' or 'question'")
-        if "problem" not in row and isinstance(row.get("context"), str):  # OlympiadBench: what several questions share
-            problem = f"{row['context']}\n{problem}".strip()
-        answer = next((row[key] for key in ("answer", "final_answer") if row.get(key) is not None), None)
+            raise UserError(f"{where} has no text in 'problem' or 'question'; it has {', '.join(row) or 'no fields'}")
+        for name in ("context", "body"):  # what several questions share, and what one is about
+            if "problem" not in row and isinstance(row.get(name), str):
+                problem = f"{row[name]}\n{problem}".strip()
+        answer = next((row[key] for key in GOLDS if row.get(key) is not None), None)
         if answer is None and isinstance(row.get("solution"), str):
             answer = extract_answer(row["solution"])
         yield where, {**row, "problem": problem, "answer": answer}
@@ -172,6 +189,13 @@ def golds_of(where: str, answer: Any) -> list[str]:
     if not golds or not all(golds):
         raise UserError(f"{where} has no 'answer', which is text, a number, or a list of these")
     return golds
+
+
+def check_golds(path: str | Path, golds: Sequence[list[str]]) -> None:
+    """Refuse a file most of whose answers are whole sentences: solutions in which there is nothing to find the answer by."""
+    num_solutions = sum(any(len(_WORD.findall(gold)) > _MOST_WORDS for gold in own) for own in golds)
+    if 2 * num_solutions > len(golds):
+        raise UserError(f"{path}: {num_solutions} of {len(golds)} answers are solutions without a box or #### in them")
 
 
 def listed(value: Any) -> Any:

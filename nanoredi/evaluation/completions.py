@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_rows
-from nanoredi.data.benchmarks import Benchmark, golds_of
+from nanoredi.data.benchmarks import Benchmark, check_golds, golds_of
 from nanoredi.evaluation.layouts import LAYOUTS, Answers, Completion, read
 from nanoredi.evaluation.scores import Row, graded
 
@@ -128,6 +128,7 @@ def _own_benchmarks(path: str, answers: list[Answers]) -> tuple[list[Benchmark],
     names = list(golds)
     # The problems of samples.jsonl are numbers, and its rows in the order in which they ended.
     ordered = {b: sorted(own) if all(isinstance(key, int) for key in own) else list(own) for b, own in golds.items()}
+    check_golds(path, [gold for own in golds.values() for gold in own.values()])
     places = {(b, key): (names.index(b), i) for b, own in ordered.items() for i, key in enumerate(own)}
     texts = {b: [str(key) for key in own] for b, own in ordered.items()}
     benchmarks = [Benchmark(b, texts[b], texts[b], [golds[b][key] for key in own]) for b, own in ordered.items()]

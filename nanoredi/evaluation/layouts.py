@@ -15,7 +15,7 @@ from typing import Any
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.formats import parse_json
-from nanoredi.data.benchmarks import listed
+from nanoredi.data.benchmarks import GOLDS, listed
 from nanoredi.data.messages import THINKING_NAMES
 
 # The completions' field, and who writes it. The first that a row has counts.
@@ -63,11 +63,7 @@ _PROMPTS = (
     *("question", "query", "example", "arguments", "doc.query", "doc.problem", "doc.question", "request.body.messages"),
     *("body.messages", "raw_input.problem"),
 )
-# What can be nothing else comes before what may also be an answer that the model gave, or a label of it.
-_GOLDS = (
-    *("gold", "gts", "gt", "reward_model.ground_truth", "ground_truth", "gold_answer", "expected_answer"),
-    *("correct_answer", "reference_answer", "target", "answer", "label"),
-)
+_GOLDS = ("reward_model.ground_truth", *GOLDS, "target", "label")
 _IDS = (
     *("custom_id", "problem_id", "question_id", "unique_id", "doc_id", "idx", "index", "id", "uid", "key", "record_id"),
     *("request_id", "doc.id", "extra_info.index", "meta_info.id"),

@@ -162,7 +162,9 @@ def test_every_layout_has_an_example():
         assert any(f'"{path.split(".")[-1]}"' in example for example in EXAMPLES), path
 
 
-GOLDS = '("answer"|"gold"|"gold_answer"|"expected_answer"|"label"|"gts"|"gt"|"ground_truth"|"target"|"choices"(?=: \["))'
+GOLDS = (
+    r'("answer"|"gold"|"gold_answer"|"expected_answer"|"label"|"gts"|"gt"|"ground_truth"|"target"|"choices"(?=: \["))'
+)
 
 
 @pytest.mark.parametrize(
