@@ -143,8 +143,7 @@ def read(where: str, row: Any) -> Answers:
         )
     if found.error is None:
         found.completions = _all(where, row, found.path, prompts)
-    own = {one.text for one in found.completions}
-    found.texts = "\n".join(text for text in _texts(row) if text not in own)
+    found.texts = "\n".join(text for name, value in row.items() for text in _texts(value, name != found.path))
     return found
 
 
@@ -166,12 +165,15 @@ def _all(where: str, row: dict[str, Any], path: str, prompts: list[str]) -> list
 def _check(where: str, one: Completion) -> None:
     if not isinstance(one.text, str):
         raise UserError(f"{where} has no text where its completion should be, but {str(one.text)[:60]!r}")
+    if isinstance(one.tokens, float) and one.tokens.is_integer():
+        one.tokens = int(one.tokens)
     if not (one.tokens is None or type(one.tokens) is int and one.tokens >= 0):
         raise UserError(f"{where}: its number of tokens is {str(one.tokens)[:60]!r}; it must be a whole number")
     one.reason = one.reason.get("type") if isinstance(one.reason, dict) else one.reason
     if not (one.reason is None or isinstance(one.reason, str)):
         raise UserError(f"{where}: its finish_reason is {str(one.reason)[:60]!r}; it must be a text")
-    one.reason = "length" if one.reason and one.reason.lower() in _CUT_OFF else one.reason
+    if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF:
+        one.reason = "length"
 
 
 def _completions(value: Any) -> list[Completion]:
@@ -272,14 +274,16 @@ def _text(value: Any) -> str | None:
     return "\n".join(text for item in value if (text := _text(item))) or None
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All texts that are no thinking, however deep."""
-    if isinstance(value, str):
+def _texts(value: Any, is_asked: bool = True) -> Iterator[str]:
+    """All texts, however deep, that the model has neither said nor thought."""
+    if isinstance(value, str) and is_asked:
         yield value
     if isinstance(value, dict):
+        role = _role([value])
+        is_asked = role != "assistant" if role else is_asked
         value = [inner for name, inner in value.items() if name not in _THINKING]
     for inner in value if isinstance(value, list) else ():
-        yield from _texts(inner)
+        yield from _texts(inner, is_asked)
 
 
 def _role(messages: Any) -> str | None:
