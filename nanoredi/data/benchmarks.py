@@ -158,16 +158,23 @@ def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     `answer` what golds_of takes, if there is one."""
     for where, row in read_rows(str(path)):
         row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
-        problem = row.get("problem") or row.get("question")
-        if not isinstance(problem, str) or not problem.strip():
+        problem = problem_of(row)
+        if problem is None:
             raise UserError(f"{where} has no text in 'problem' or 'question'; it has {', '.join(row) or 'no fields'}")
-        for name in ("context", "body"):  # what several questions share, and what one is about
-            if "problem" not in row and isinstance(row.get(name), str):
-                problem = f"{row[name]}\n{problem}".strip()
         answer = next((row[key] for key in GOLDS if row.get(key) is not None), None)
         if answer is None and isinstance(row.get("solution"), str):
             answer = extract_answer(row["solution"])
         yield where, {**row, "problem": problem, "answer": answer}
+
+
+def problem_of(row: dict[str, Any]) -> str | None:
+    """What a row with keys in lower case asks: its problem; or its question, behind what several share or what it is about
+    (OlympiadBench, SVAMP). None where there is no text."""
+    problem = row.get("problem") or row.get("question")
+    if not isinstance(problem, str) or not problem.strip():
+        return None
+    before = [row.get(name) for name in ("context", "body")] if not row.get("problem") else []
+    return "\n".join([*(text for text in before if isinstance(text, str) and text.strip()), problem])
 
 
 def golds_of(where: str, answer: Any) -> list[str]:
