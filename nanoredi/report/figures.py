@@ -17,6 +17,7 @@ from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json, read_text
 from nanoredi.common.runs import metrics_row
 from nanoredi.evaluation.scores import step_of
+from nanoredi.report.tables import Table, as_text
 
 # (key of metrics.jsonl, heading, format)
 SERIES = [
@@ -89,16 +90,12 @@ def summary(run: Run) -> str:
     """The first, last, lowest and highest value of each of a run's series, as text."""
     if not run.rows:
         return f"{run.name}: no steps yet"
-    lines = [
-        f"{run.name}: steps {run.rows[0]['step']:,} to {run.rows[-1]['step']:,}",
-        f"  {'':<32}{'first':>12}{'last':>12}{'lowest':>12}{'highest':>12}",
-    ]
+    lines = [["", "first", "last", "lowest", "highest"]]
     for key, heading, form in SERIES:
         values = [v for v in run.series(key)[1] if math.isfinite(v)]
         if values:
-            shown = (format(v, form) for v in (values[0], values[-1], min(values), max(values)))
-            lines.append(f"  {heading:<32}" + "".join(f"{text:>12}" for text in shown))
-    return "\n".join(lines)
+            lines.append([heading, *(format(v, form) for v in (values[0], values[-1], min(values), max(values)))])
+    return f"{run.name}: steps {run.rows[0]['step']:,} to {run.rows[-1]['step']:,}\n{as_text(Table(lines))}"
 
 
 def check_figure(path: str) -> None:
@@ -191,6 +188,8 @@ def _label_panels(panels: Any, where: str) -> None:
     for axes in panels[-1]:
         axes.set_xlabel("optimiser step")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        low, high = axes.get_xlim()
+        axes.set_xlim(low - (high - low < 1), high + (high - low < 1))  # else a lone step stands among fractions
 
 
 def _label(axes: Any, title: str, unit: str, nothing: str) -> None:
