@@ -204,7 +204,7 @@ def watched(request) -> Iterator[subprocess.Popen | None]:
     process.wait()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def forks(server) -> Server:
     """Starts scripts on the CPU."""
     return server

@@ -88,8 +88,8 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
             lines = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
             first = list(islice(lines, 2))
             begins, ends = (first[0][1].strip()[i : i + 1 or None] for i in (0, -1)) if first else (b"", b"")
-            is_whole = ".json" in path.suffixes and (ends != b"}" or len(first) == 1)
-            if begins == b"[" or begins == b"{" and is_whole:
+            is_row = len(first) > 1 and begins + ends in (b"{}", b"[]")
+            if not is_row and (begins == b"[" or begins == b"{" and ".json" in path.suffixes):
                 rows = _rows(path, b"".join(line for _, line in first) + file.read())
                 yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
             else:
