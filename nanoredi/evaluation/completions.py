@@ -9,6 +9,7 @@ The gold answers are the benchmark's, or the file's own where no benchmark is na
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from nanoredi.common.errors import UserError, run_script
@@ -18,6 +19,7 @@ from nanoredi.evaluation.layouts import LAYOUTS, Answers, Completion, read
 from nanoredi.evaluation.scores import Row, graded
 
 Problem = tuple[int, int]  # (which benchmark, which of its problems)
+Found = dict[Problem, dict[int, Completion]]  # a problem's completions by the samples' numbers
 
 
 def grade_file(
@@ -49,17 +51,17 @@ def grade_file(
         problems = _assigned(path, answers, benchmarks, limit, say)
     else:
         benchmarks, problems = _own_benchmarks(path, answers)
-    models = list(dict.fromkeys(row.model for row in answers))
     samples = []
-    for model in models:
-        found: dict[Problem, dict[int, tuple[Completion, bool]]] = {}
+    for model in dict.fromkeys(row.model for row in answers):
+        found: Found = {}
         for row, problem in zip(answers, problems):
             if row.model == model:
                 own = found.setdefault(problem, {})
                 for one in row.completions:
-                    opened = row.sample is None and (thinking or row.opens)
+                    if row.sample is None and (thinking or row.opens) and "<think>" not in one.text:
+                        one = replace(one, text=f"<think>\n{one.text}")
                     number = len(own) if row.sample is None else row.sample
-                    if own.setdefault(number, (one, opened))[0] != one:
+                    if own.setdefault(number, one) != one:
                         raise UserError(
                             f"{row.where} is sample {number} of its problem, as an earlier row of other words is"
                         )
@@ -231,9 +233,7 @@ def _numbers(ids: list[str], benchmark: Benchmark, limit: int) -> dict[str, int]
     return found[0] if len(found) == 1 else {}
 
 
-def _shared(
-    benchmarks: list[Benchmark], found: dict[Problem, dict[int, tuple[Completion, bool]]]
-) -> dict[Problem, dict[int, tuple[Completion, bool]]]:
+def _shared(benchmarks: list[Benchmark], found: Found) -> Found:
     """The completions of a problem that stands several times, dealt to each in turn; all to each where there are no more
     than for another."""
     same: dict[str, list[Problem]] = {}
@@ -250,13 +250,7 @@ def _shared(
     return found
 
 
-def _graded(
-    path: str,
-    name: str,
-    benchmarks: list[Benchmark],
-    found: dict[Problem, dict[int, tuple[Completion, bool]]],
-    limit: int,
-) -> list[list[Row]]:
+def _graded(path: str, name: str, benchmarks: list[Benchmark], found: Found, limit: int) -> list[list[Row]]:
     """A model's completions graded, by benchmark."""
     samples = []
     for which, benchmark in enumerate(benchmarks):
@@ -270,11 +264,8 @@ def _graded(
                     f"{path} has {len(own)} completions for problem {i + 1} of {benchmark.name} and {n} for others; every "
                     "problem needs as many"
                 )
-        samples.append([])
-        for i, own in enumerate(problems):
-            for number, (one, opened) in sorted(own.items()):
-                response = f"<think>\n{one.text}" if opened and "<think>" not in one.text else one.text
-                samples[-1].append(graded(name, benchmark, i, number, response, one.tokens, one.reason))
+        numbered = [(i, number, own[number]) for i, own in enumerate(problems) for number in range(n)]
+        samples.append([graded(name, benchmark, i, k, one.text, one.tokens, one.reason) for i, k, one in numbered])
     return samples
 
 

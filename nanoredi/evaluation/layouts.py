@@ -7,7 +7,7 @@ counts, the innermost first. Names are read without regard to case and underscor
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -49,33 +49,22 @@ LAYOUTS = {
 _INNER = (*LAYOUTS, "body", "parts", "value")  # of an object within the row
 _SAID = ("content", "value", "parts", "prompt")  # of a message
 _PROMPTS = (
-    *(
-        "full_prompt",
-        "prompt",
-        "messages",
-        "conversations",
-        "origin_prompt",
-        "instruction",
-        "input",
-        "inputs",
-        "problem",
-    ),
-    *("question", "query", "example", "arguments", "doc.query", "doc.problem", "doc.question", "request.body.messages"),
-    *("body.messages", "raw_input.problem"),
-)
+    "full_prompt prompt messages conversations origin_prompt instruction input inputs problem question query example "
+    "arguments doc.query doc.problem doc.question"
+).split()
 _GOLDS = ("reward_model.ground_truth", *GOLDS, "target", "label")
 _IDS = (
-    *("custom_id", "problem_id", "question_id", "unique_id", "doc_id", "idx", "index", "id", "uid", "key", "record_id"),
-    *("request_id", "doc.id", "extra_info.index", "meta_info.id"),
-)
+    "custom_id problem_id question_id unique_id doc_id idx index id uid key record_id request_id doc.id "
+    "extra_info.index meta_info.id"
+).split()
 _MODELS = ("model", "model_name", "model_id", "generator", "response.body.model")
 # Of the completions in an object; these may stand in another one within it.
-_ABOUT = ("", "usage.", "meta_info.", "details.", "incomplete_details.")
+_ABOUT = ("", "usage.", "meta_info.", "details.")
 _TOKENS = (
-    *("completion_tokens", "output_tokens", "generated_tokens", "num_generated_tokens", "eval_count"),
-    *("tokens_predicted", "token_ids", "output_ids", "tokens"),
-)
-_REASONS = ("finish_reason", "done_reason", "stop_type", "stop_reason", "reason")
+    "completion_tokens output_tokens generated_tokens num_generated_tokens eval_count tokens_predicted token_ids "
+    "output_ids tokens"
+).split()
+_REASONS = ("finish_reason", "done_reason", "stop_type", "stop_reason", "incomplete_details.reason")
 _THINKING = (*THINKING_NAMES, "reasonings")
 _CUT_OFF = ("max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "limit")  # "length"
 
@@ -165,8 +154,6 @@ def _all(where: str, row: dict[str, Any], path: str, prompts: list[str]) -> list
 def _check(where: str, one: Completion) -> None:
     if not isinstance(one.text, str):
         raise UserError(f"{where} has no text where its completion should be, but {str(one.text)[:60]!r}")
-    if isinstance(one.tokens, float) and one.tokens.is_integer():
-        one.tokens = int(one.tokens)
     if not (one.tokens is None or type(one.tokens) is int and one.tokens >= 0):
         raise UserError(f"{where}: its number of tokens is {str(one.tokens)[:60]!r}; it must be a whole number")
     one.reason = one.reason.get("type") if isinstance(one.reason, dict) else one.reason
@@ -189,8 +176,8 @@ def _completions(value: Any) -> list[Completion]:
     if (name := _field(value, _INNER)) is not None:
         inner = value[name]
         return _described(_completions(inner) if name != "parts" else [Completion(_parts(inner, True))], value)
-    # Filtered by the server, or else no completion, which _check says.
-    return [Completion("" if {"role", "finish_reason"} & value.keys() else value)]
+    text: Any = "" if {"role", "finish_reason"} & value.keys() else value  # filtered by the server, or none: see _check
+    return [Completion(text)]
 
 
 def _described(found: list[Completion], value: dict[str, Any]) -> list[Completion]:
@@ -205,7 +192,7 @@ def _described(found: list[Completion], value: dict[str, Any]) -> list[Completio
     return found
 
 
-def _each(value: dict[str, Any], names: tuple[str, ...], num: int, count: Any = None) -> list[Any]:
+def _each(value: dict[str, Any], names: Iterable[str], num: int, count: Any = None) -> list[Any]:
     """What an object says under the first of some names, for each of its completions. Of several completions a list says
     it one by one; anything else is of all together. A list may also be what is counted."""
     for path in (about + name for about in _ABOUT for name in names):
@@ -217,7 +204,8 @@ def _each(value: dict[str, Any], names: tuple[str, ...], num: int, count: Any = 
         elif count and num == 1 and not (said and isinstance(said[0], list)):
             said = [len(said) or None]
         if len(said) == num and any(one is not None for one in said):
-            return [len(one) if count and isinstance(one, list) else one for one in said]
+            said = [len(one) if count and isinstance(one, list) else one for one in said]
+            return [int(one) if isinstance(one, float) and one.is_integer() else one for one in said]
     return [None] * num
 
 
