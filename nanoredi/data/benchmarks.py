@@ -6,8 +6,10 @@ GOLDS or, for its last box, `solution`, in whatever case; what else a row has do
 
 import ast
 import contextlib
+import io
 import math
 import re
+import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -204,11 +206,12 @@ def check_golds(path: str | Path, golds: Sequence[list[str]]) -> None:
 
 
 def listed(value: Any) -> Any:
-    """A value, or the list of texts that it is written out as: "['9.6\\n', '9.60']"."""
+    """A value, or the list of texts that it is written out as: "['9.6\\n', '9.60']", by numpy without commas."""
     if isinstance(value, str) and value.strip().startswith(("['", '["')):
-        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # LaTeX may begin so, too
-            texts = ast.literal_eval(value.strip())
-            return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else value
+        with contextlib.suppress(ValueError, SyntaxError, tokenize.TokenError):  # LaTeX may begin so, too
+            words = list(tokenize.generate_tokens(io.StringIO(value.strip()).readline))
+            if {word.string.strip() for word in words if word.type != tokenize.STRING} <= {"[", "]", ",", ""}:
+                return [ast.literal_eval(word.string) for word in words if word.type == tokenize.STRING]
     return value
 
 

@@ -261,7 +261,7 @@ def _graded(path: str, name: str, benchmarks: list[Benchmark], found: Found, lim
         for i, own in enumerate(problems):
             if sorted(own) != list(range(n)):
                 raise UserError(
-                    f"{path} has {len(own)} completions for problem {i + 1} of {benchmark.name} and {n} for others; every "
+                    f"{path}: {name} has {len(own)} completions for problem {i + 1} of {benchmark.name} and {n} for others; every "
                     "problem needs as many"
                 )
         numbered = [(i, number, own[number]) for i, own in enumerate(problems) for number in range(n)]
