@@ -47,7 +47,6 @@ LAYOUTS = {
     "predict": "LLaMA-Factory's generated_predictions.jsonl",
 }
 _INNER = (*LAYOUTS, "body", "parts", "value")  # of an object within the row
-_SAID = ("content", "value", "parts", "prompt")  # of a message
 _PROMPTS = (
     "full_prompt prompt messages conversations origin_prompt instruction input inputs problem question query example "
     "arguments doc.query doc.problem doc.question"
@@ -66,6 +65,7 @@ _TOKENS = (
 ).split()
 _REASONS = ("finish_reason", "done_reason", "stop_type", "stop_reason", "incomplete_details.reason")
 _THINKING = (*THINKING_NAMES, "reasonings")
+_UNASKED = (*_THINKING, "role", "from", "type")  # of a message
 _CUT_OFF = ("max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "limit")  # "length"
 
 
@@ -109,7 +109,7 @@ def read(where: str, row: Any) -> Answers:
     if not isinstance(given, dict):
         raise UserError(f"{where} holds no JSON object")
     row = _plain(given)
-    prompts = [text for path in _PROMPTS if (text := _text(_get(row, path)))]
+    prompts = [text for path in _PROMPTS if (text := "\n".join(_texts(_get(row, path))))]
     found = Answers(where, "\n".join(prompts) or None, [], any(p.rstrip().endswith("<think>") for p in prompts))
     found.golds = next((gold for path in _GOLDS if (gold := _get(row, path)) is not None), None)
     if isinstance(index := _get(row, "doc.gold_index"), (int, list)) and isinstance(row["doc"].get("choices"), list):
@@ -124,47 +124,48 @@ def read(where: str, row: Any) -> Answers:
         if type(found.sample) is not int:
             raise UserError(f"{where}: its 'sample' is {str(found.sample)[:60]!r}; it must be a whole number")
     found.path = _field(row, LAYOUTS)
-    found.error = _error(row, found.path)
-    if found.error is None and found.path is None:
-        raise UserError(
-            f"{where} is in no layout that is known here: it has the fields {', '.join(given) or 'none at all'}; known are "
-            f"{', '.join(f'{path} ({who})' for path, who in LAYOUTS.items())}"
-        )
+    if found.path is not None:
+        found.completions = _described(_completions(row[found.path]), row)
+    if not any(one.text for one in found.completions):
+        found.error = _error(row, found.completions)
     if found.error is None:
-        found.completions = _all(where, row, found.path, prompts)
+        _check(found, given, row, prompts)
+    else:
+        found.completions = []
     found.texts = "\n".join(text for name, value in row.items() for text in _texts(value, name != found.path))
     return found
 
 
-def _all(where: str, row: dict[str, Any], path: str, prompts: list[str]) -> list[Completion]:
-    """The completions that stand under a field."""
+def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: list[str]) -> None:
+    """Refuse a row without whole completions; say in one way why they ended."""
+    where, path = found.where, found.path
+    if path is None:
+        raise UserError(
+            f"{where} is in no layout that is known here: it has the fields {', '.join(given) or 'none at all'}; known are "
+            f"{', '.join(f'{path} ({who})' for path, who in LAYOUTS.items())}"
+        )
     is_piece = row.get("done") is False or path == "content" and row.get("stop") is False
     if is_piece or str(row.get("object")).endswith(".chunk"):
         raise UserError(f"{where} is a piece of a stream; a row must hold a whole completion: ask without streaming")
-    found = _described(_completions(row[path]), row)
-    if not found:
+    if not found.completions:
         raise UserError(f"{where}: its {path!r} holds no completion")
-    for one in found:
-        _check(where, one)
+    for one in found.completions:
+        if not isinstance(one.text, str):
+            raise UserError(f"{where} has no text where its completion should be, but {str(one.text)[:60]!r}")
+        if not (one.tokens is None or type(one.tokens) is int and one.tokens >= 0):
+            raise UserError(f"{where}: its number of tokens is {str(one.tokens)[:60]!r}; it must be a whole number")
+        one.reason = one.reason.get("type") if isinstance(one.reason, dict) else one.reason
+        if not (one.reason is None or isinstance(one.reason, str)):
+            raise UserError(f"{where}: its finish_reason is {str(one.reason)[:60]!r}; it must be a text")
+        if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF:
+            one.reason = "length"
         for prompt in prompts:  # transformers' pipelines repeat it
             one.text = one.text.removeprefix(prompt)
-    return found
-
-
-def _check(where: str, one: Completion) -> None:
-    if not isinstance(one.text, str):
-        raise UserError(f"{where} has no text where its completion should be, but {str(one.text)[:60]!r}")
-    if not (one.tokens is None or type(one.tokens) is int and one.tokens >= 0):
-        raise UserError(f"{where}: its number of tokens is {str(one.tokens)[:60]!r}; it must be a whole number")
-    one.reason = one.reason.get("type") if isinstance(one.reason, dict) else one.reason
-    if not (one.reason is None or isinstance(one.reason, str)):
-        raise UserError(f"{where}: its finish_reason is {str(one.reason)[:60]!r}; it must be a text")
-    if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF:
-        one.reason = "length"
 
 
 def _completions(value: Any) -> list[Completion]:
     """All that stand in a text, in an object, or in lists of these."""
+    text: Any
     value = _unquoted(value)
     if isinstance(value, list) and (parts := _parts(value)) is not None:
         return [Completion(parts)]
@@ -174,9 +175,10 @@ def _completions(value: Any) -> list[Completion]:
     if not isinstance(value, dict):
         return [Completion("" if value is None else value)]
     if (name := _field(value, _INNER)) is not None:
-        inner = value[name]
-        return _described(_completions(inner) if name != "parts" else [Completion(_parts(inner, True))], value)
-    text: Any = "" if {"role", "finish_reason"} & value.keys() else value  # filtered by the server, or none: see _check
+        inner = value[name] if name != "parts" else _parts(value[name], True)
+        return _described(_completions(inner), value)
+    # Filtered by the server, or else no completion, which _check says.
+    text = "" if {"role", "finish_reason"} & value.keys() else value
     return [Completion(text)]
 
 
@@ -247,29 +249,15 @@ def _unquoted(value: Any) -> Any:
     return listed(value)
 
 
-def _text(value: Any) -> str | None:
-    """The text of a prompt: of messages the contents of all but the assistant's last one. None where there is none."""
-    if isinstance(value, str):  # messages, as lm-eval writes those of an API
-        return value if (inner := _unquoted(value)) is value else _text(inner) or value
-    if isinstance(value, dict):  # lm-eval's arguments, and a message
-        value = [inner for name, inner in value.items() if name in _SAID] if _role([value]) else list(value.values())
-    if not isinstance(value, list):
-        return None
-    if (parts := _parts(value)) is not None:
-        return parts
-    if _role(value) == "assistant":
-        value = value[:-1]
-    return "\n".join(text for item in value if (text := _text(item))) or None
-
-
 def _texts(value: Any, is_asked: bool = True) -> Iterator[str]:
     """All texts, however deep, that the model has neither said nor thought."""
+    value = _unquoted(value)  # lm-eval writes the messages of an API so
     if isinstance(value, str) and is_asked:
         yield value
     if isinstance(value, dict):
         role = _role([value])
         is_asked = role != "assistant" if role else is_asked
-        value = [inner for name, inner in value.items() if name not in _THINKING]
+        value = [inner for name, inner in value.items() if name not in _UNASKED]
     for inner in value if isinstance(value, list) else ():
         yield from _texts(inner, is_asked)
 
@@ -300,23 +288,17 @@ def _part(part: Any) -> str:
     return said if isinstance(said, str) else "".join(map(_part, said)) if isinstance(said, list) else ""
 
 
-def _error(row: dict[str, Any], path: str | None) -> str | None:
-    """Why the server could not answer, in its own words; None where it could."""
+def _error(row: dict[str, Any], found: list[Completion]) -> str | None:
+    """Why the server could not answer a row without a text, in its own words; None where it could."""
     body = _get(row, "response.body")
     errors = [_get(body, "error"), body if isinstance(_get(body, "message"), str) else None, _get(row, "result.error")]
-    if path is None or _is_null(row[path]) or _get(body, "choices") == []:
-        errors += [row.get("error"), row if row.get("object") == "error" else None, _get(row, "result.type")]
-        errors += [_get(row, "response.prompt_feedback"), row.get("prompt_feedback")]
-        answered = row.get("response", "by no batch")
-        if not answered or isinstance(answered, dict) and {"body", "status_code"} & answered.keys():
-            errors.append("no response, and no word why")
+    errors += [row.get("error"), row if row.get("object") == "error" else None]
+    if not found:
+        errors += [_get(row, "response.prompt_feedback"), row.get("prompt_feedback"), _get(row, "result.type")]
+    answered = row.get("response", "by no batch")
+    if answered in (None, {}) or not found and isinstance(answered, dict) and {"body", "status_code"} & answered.keys():
+        errors.append("no response, and no word why")
     return next((_message(error) for error in errors if error), None)
-
-
-def _is_null(value: Any) -> bool:
-    """Whether null is where a completion should be."""
-    inner = _field(value, _INNER) if isinstance(value, dict) else None
-    return value is None or inner is not None and _is_null(value[inner])
 
 
 def _message(error: Any) -> str:

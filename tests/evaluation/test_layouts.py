@@ -175,15 +175,19 @@ def test_lm_eval_s_messages_and_filters(tmp_path, benchmark):
 
 
 def test_empty_responses(tmp_path, benchmark):
+    said = []
     short, long = benchmark.problems
     rows = [
         {"prompt": short, "choices": [{"message": {"content": None, "reasoning_content": None}}]},
         {"prompt": long, "output": None},
         {"prompt": short, "choices": [{"message": {"role": "assistant"}, "finish_reason": "content_filter"}]},
         {"messages": [{"role": "user", "content": long}, {"role": "assistant", "content": None}]},
+        {"prompt": short, "response": {"candidates": [{"content": {"parts": [], "role": "model"}}]}},
+        {"prompt": long, "response": ""},
     ]
-    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False)
-    assert [s["response"] for s in samples] == [""] * 4 and not any(s["correct"] for s in samples)
+    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False, say=said.append)
+    assert said == [f"{tmp_path}/c.jsonl: no completion has a boxed answer, which is the one that counts"]
+    assert [s["response"] for s in samples] == [""] * 6 and not any(s["correct"] for s in samples)
 
 
 @pytest.mark.parametrize(
