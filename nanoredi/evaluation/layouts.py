@@ -112,10 +112,13 @@ def read(where: str, row: Any) -> Answers:
     prompts = [text for path in _PROMPTS if (text := "\n".join(_texts(_get(row, path))))]
     found = Answers(where, "\n".join(prompts) or None, [], any(p.rstrip().endswith("<think>") for p in prompts))
     found.golds = next((gold for path in _GOLDS if (gold := _get(row, path)) is not None), None)
-    if isinstance(index := _get(row, "doc.gold_index"), (int, list)) and isinstance(row["doc"].get("choices"), list):
+    index, choices = _get(row, "doc.gold_index"), _get(row, "doc.choices")
+    if isinstance(index, (int, list)) and isinstance(choices, list):
         indices = index if isinstance(index, list) else [index]
-        choices = row["doc"]["choices"]
-        found.golds = [choices[i] for i in indices if isinstance(i, int) and i < len(choices)]
+        found.golds = [choices[i] for i in indices if isinstance(i, int) and i in range(len(choices))]
+    choices = row.get("choices") or row.get("options")
+    if isinstance(choices, list) and isinstance(found.golds, int) and found.golds in range(len(choices)):
+        found.golds = [chr(ord("A") + found.golds), str(choices[found.golds])]
     found.ids = {path: str(value) for path in _IDS if isinstance(value := _get(row, path), (str, int))}
     found.model = next((name for path in _MODELS if isinstance(name := _get(row, path), str)), None)
     if isinstance(row.get("problem"), int) and isinstance(row.get("benchmark"), str):

@@ -325,6 +325,12 @@ def test_a_gold_answer_and_a_response_named_answer(tmp_path):
     assert graded(tmp_path, rows) == ([(0, 0, False)], [])
 
 
+@pytest.mark.parametrize("box, right", [("B", True), ("5", True), ("1", False), ("A", False)])
+def test_a_gold_answer_that_is_a_place_among_choices(tmp_path, box, right):
+    rows = [{"question": "q", "choices": ["4", "5"], "answer": 1, "response": rf"</think>\boxed{{{box}}}"}]
+    assert graded(tmp_path, rows)[0] == [(0, 0, right)]
+
+
 def test_bare_answers(tmp_path, benchmark):
     rows = [{"question": problem, "prediction": "2"} for problem in benchmark.problems]
     done, (said,) = graded(tmp_path, rows, benchmark)
