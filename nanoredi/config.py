@@ -23,41 +23,25 @@ class TrainConfig:
     max_steps: int = option(0, "stop after this many optimiser steps; 0: after the epochs", low=0)
     batch_size: int = option(32, "pairs in an optimiser step, over all ranks", low=1)
     lr: float = option(1e-6, "peak learning rate", low=0)
-    warmup: float = option(
-        0.1, "share of the steps in which the learning rate rises to its peak; then it falls to 0", low=0, high=1
-    )
+    warmup: float = option(0.1, "share of the steps in which the rate rises; then it falls to 0", low=0, high=1)
     weight_decay: float = option(1e-4, "AdamW's decoupled weight decay", low=0)
     clip: float = option(1.0, "largest gradient norm; a longer gradient is scaled down to it", above=0)
-    dtype: str = option(
-        "auto", "of the compute; auto: bfloat16 where the device is good at it; masters are float32", choices=DTYPES
-    )
+    dtype: str = option("auto", "of the compute; auto: bfloat16 where the device is good at it", choices=DTYPES)
     activation_checkpointing: str = option(
         "attention",
-        "what a block keeps for backward: attention (its input and attention's result; it makes the rest again), products "
-        "(the linear layers' results, too), off (everything); each is faster and takes more memory than the one before",
+        "what a block keeps for backward: its input and attention's result (attention), the linear layers' results, too "
+        "(products), or everything (off); each is faster and takes more memory than the one before",
         choices=("attention", "products", "off"),
         free=True,
     )
-    reshard_after_forward: bool = option(
-        True, "drop a block's whole weights after forward and gather them again: less memory, more traffic", free=True
-    )
-    shard_size: int = option(
-        0, "ranks that share one copy of the weights, such as a machine's; 0: all of them", low=0, free=True
-    )
-    offload: bool = option(
-        False, "keep fp32 weights and AdamW's moments on the host, and step there: a GPU needs less memory", free=True
-    )
-    max_tokens_per_micro_batch: int = option(
-        40_000, "tokens of one forward pass on one rank; a longer sequence goes alone", low=1, free=True
-    )
-    save_every: int = option(
-        200, "steps between saved models, and between states to go on from; 0: only at the end", low=0, free=True
-    )
+    reshard_after_forward: bool = option(True, "gather a block's weights anew in backward: less memory", free=True)
+    shard_size: int = option(0, "ranks that share a copy of the weights; 0: all of them", low=0, free=True)
+    offload: bool = option(False, "keep fp32 weights and moments on the host: a GPU needs less memory", free=True)
+    max_tokens_per_micro_batch: int = option(40_000, "a longer sequence goes alone", low=1, free=True)
+    save_every: int = option(200, "steps between saved models and states; 0: only at the end", low=0, free=True)
     log_every: int = option(10, "steps between the lines on the screen", low=1, free=True)
     tensorboard: bool = option(False, "write the figures for TensorBoard, too (the package tensorboard)", free=True)
-    max_bad_steps: int = option(
-        5, "stop after this many steps in a row whose loss or gradient is not finite; each is skipped", low=1, free=True
-    )
+    max_bad_steps: int = option(5, "stop after so many steps in a row whose loss is not finite", low=1, free=True)
     timeout_minutes: float = option(10.0, "end the job when a rank has not answered for so long", above=0, free=True)
     seed: int = option(42, "of the data's order, and of everything the toy makes", low=0)
     rope_theta: float = option(0.0, "rotary base to train with; 0: the checkpoint's", low=0)
@@ -81,31 +65,21 @@ class SftConfig(TrainConfig):
 class RediConfig(TrainConfig):
     """Stage 2: pairs of a correct and an incorrect trace."""
 
-    objective: str = option(
-        "redi", "redi, dpo, simpo, or sft: go on with the correct traces alone", choices=("redi", "sft", "dpo", "simpo")
-    )
+    objective: str = option("redi", "sft: the correct traces alone", choices=("redi", "sft", "dpo", "simpo"))
     alpha: float | None = option(None, "weight of the incorrect trace", low=0, of={"redi": 0.8})
-    chosen_weight: float | None = option(
-        None, "weight of the correct trace; 0: learn from the incorrect ones alone", low=0, of={"redi": 1.0}
-    )
+    chosen_weight: float | None = option(None, "weight of the correct trace", low=0, of={"redi": 1.0})
     neg_weight_gamma: float | None = option(
-        None, "weigh it by exp(this * its mean log-prob a token), too; 0: do not", low=0, of={"redi": 0.0}
+        None, "weigh the incorrect one by exp(this * its mean log-prob a token), too", low=0, of={"redi": 0.0}
     )
     beta: float | None = option(None, "scale of the log-probs' difference", above=0, of={"dpo": 0.001, "simpo": 2.0})
     gamma: float | None = option(None, "margin aimed at", low=0, of={"simpo": 1.0})
     max_prompt_tokens: int = option(800, "longest prompt; of a longer one the last tokens are kept", low=1)
     max_response_tokens: int = option(19_000, "longest response; a longer one is cut on the right", low=1)
-    collapse_nats: float = option(
-        0.3, "warn of collapse when the chosen log-prob has fallen this far and falls ever faster", above=0, free=True
-    )
-    on_collapse: str = option("warn", "what then: warn, or stop", choices=("warn", "stop"), free=True)
+    collapse_nats: float = option(0.3, "warn when the chosen log-prob has fallen so far", above=0, free=True)
+    on_collapse: str = option("warn", "what to do then", choices=("warn", "stop"), free=True)
     watch: str = option("", "JSONL file of pairs kept out of training, for the log-probs in the final table")
-    watch_every: int = option(
-        0, "steps between looks at the watched pairs along the run; 0: only in the final table", low=0, free=True
-    )
-    evaluate: bool = option(
-        False, "at the end, compare the model of the start and the final one on [evaluate]'s benchmarks"
-    )
+    watch_every: int = option(0, "steps between looks at them along the run; 0: none", low=0, free=True)
+    evaluate: bool = option(False, "at the end, compare the start's model and the final one on [evaluate]'s benchmarks")
 
     def __post_init__(self):
         """Complete the objective's own parameters, and refuse another's."""
@@ -114,9 +88,7 @@ class RediConfig(TrainConfig):
             if self.objective in of and not given:
                 setattr(self, f.name, of[self.objective])
             elif of and self.objective not in of and given:
-                raise UserError(
-                    f"{f.name} is a parameter of the objective {' and '.join(of)}; the one here is {self.objective}"
-                )
+                raise UserError(f"{f.name} is a parameter of {' and '.join(of)}; the objective is {self.objective}")
 
 
 @dataclass
@@ -125,25 +97,15 @@ class SamplingConfig:
 
     n: int = option(16, "samples a prompt", low=1, high=2**16)
     temperature: float = option(0.6, "0: always the likeliest token", low=0)
-    top_p: float = option(
-        0.95, "sample among the fewest likeliest tokens of this probability; 1: among all", above=0, high=1
-    )
+    top_p: float = option(0.95, "sample among the fewest likeliest tokens of this probability", above=0, high=1)
     top_k: int = option(0, "sample among the k likeliest tokens; 0: among all", low=0)
     max_tokens: int = option(32_768, "longest completion; the end of the context comes first", low=1)
     seed: int = option(42, "of the samples", low=0)
-    batch_size: int = option(
-        0, "rows decoded at once on a rank; 0: 64 on a CPU, at most 256 on a GPU", low=0, high=2**16, free=True
-    )
-    cache_gb: float = option(
-        0.0, "GB of the key-value cache on a rank; 0: by what the device has free", low=0, high=1e6, free=True
-    )
-    page_size: int = option(
-        0, "tokens of a page of the key-value cache; 0: 32 on a CPU, 256 on a GPU", low=0, high=2**16, free=True
-    )
+    batch_size: int = option(0, "rows decoded at once; 0: 64 on a CPU, 256 on a GPU", low=0, high=2**16, free=True)
+    cache_gb: float = option(0.0, "of the cache; 0: by what the device has free", low=0, high=1e6, free=True)
+    page_size: int = option(0, "tokens of a page of it; 0: 32 on a CPU, 256 on a GPU", low=0, high=2**16, free=True)
     dtype: str = option("auto", "of the compute; auto: bfloat16 where the device is good at it", choices=DTYPES)
-    batch_invariant: bool = option(
-        True, "the same samples, bit for bit, whatever the batch; on a GPU every step then has its full size"
-    )
+    batch_invariant: bool = option(True, "the same samples, bit for bit, whatever else is in the batch")
     template: str = option(
         "",
         "what asks a problem: paper (its words), plain (the problem alone), or a text with {problem} in its place; empty: "
@@ -169,11 +131,7 @@ class EvaluateConfig(SamplingConfig):
     data: str = option("", "folder of the named benchmarks' files")
     limit: int = option(0, "problems a benchmark, from its start; 0: all", low=0)
     timeout_minutes: float = option(10.0, "end the job when a rank has not answered for so long", above=0, free=True)
-    think: str = option(
-        "forced",
-        "forced: the prompt opens <think>, as in the paper; own: the template's own",
-        choices=("forced", "own"),
-    )
+    think: str = option("forced", "forced: prompts open <think>; own: the template decides", choices=("forced", "own"))
 
 
 @table("toy")

@@ -147,10 +147,10 @@ def test_every_objective_has_its_own_parameters(tmp_path, objective, want):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--beta", "0.1"], "beta is a parameter of the objective dpo and simpo; the one here is redi"),
-        (["--objective", "dpo", "--alpha", "0.8"], "alpha is a parameter of the objective redi; the one here is dpo"),
-        (["--objective", "dpo", "--gamma", "0"], "gamma is a parameter of the objective simpo; the one here is dpo"),
-        (["--objective", "sft", "--neg_weight_gamma", "1"], "neg_weight_gamma is a parameter of .* redi; .* is sft"),
+        (["--beta", "0.1"], "beta is a parameter of dpo and simpo; the objective is redi"),
+        (["--objective", "dpo", "--alpha", "0.8"], "alpha is a parameter of redi; the objective is dpo"),
+        (["--objective", "dpo", "--gamma", "0"], "gamma is a parameter of simpo; the objective is dpo"),
+        (["--objective", "sft", "--neg_weight_gamma", "1"], "neg_weight_gamma is a parameter of redi; .* is sft"),
     ],
 )
 def test_another_objective_s_parameter_is_refused(argv, words):

@@ -119,7 +119,7 @@ def read_flags(
     flags = {f"--{f.name}": (main, f) for f in dataclasses.fields(main_type)}
     flags |= {f"--{table}.{f.name}": (table, f) for table in others for f in dataclasses.fields(TABLES[table])}
     for flag, (_, f) in flags.items():
-        parser.add_argument(flag, dest=flag, metavar=f.name.upper(), default=argparse.SUPPRESS, **_for_argparse(f))
+        parser.add_argument(flag, dest=flag, default=argparse.SUPPRESS, **_for_argparse(f))
     if positional:  # what follows --paper is a word of its own, unless it says true or false
         switches = {flag for flag, (_, f) in flags.items() if kind_of(f) is bool}
         pairs = zip(argv, [*argv[1:], ""])
@@ -153,6 +153,7 @@ def _for_argparse(f: dataclasses.Field) -> dict[str, Any]:
     default = f.default_factory() if kind_of(f) is list else f.default
     if f.metadata["of"]:
         default = ", ".join(f"{value:g} for {objective}" for objective, value in f.metadata["of"].items())
+    words["metavar"] = "|".join(f.metadata["choices"]) or f.name.upper()
     return {**words, "help": f"{f.metadata['help']} [{default}]".replace("%", "%%")}
 
 

@@ -9,11 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanoredi.cpu.native import call, library
+from nanoredi.kernels import layers
 from nanoredi.kernels.layers import rotate
 
 
+@layers.swiglu.on("cpu")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up: (N, F) each, of one dtype -> (N, F)."""
+    if library("pointwise", gate.dtype, gate.shape[1]) is None:
+        return NotImplemented
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     call_pointwise("swiglu", gate.contiguous(), up.contiguous(), out, gate.numel())
     return out

@@ -1,11 +1,8 @@
 """Which rows an optimiser step has, how they are dealt to ranks and micro-batches, and a micro-batch as packed tensors.
 
-A packed batch is its sequences one after the other with no padding. A step's rows depend on the seed and the step
-alone, and its loss is a sum over tokens with weights that are divided by the whole step (objectives.py), so ranks and
-micro-batches change how the work is done and not what is computed.
+A packed batch is its sequences one after the other with no padding. A step's rows depend on the seed and the step alone.
 """
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -13,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoredi.common.errors import UserError
 from nanoredi.data.sequences import SIDES, Sequence
 
 
@@ -37,20 +33,8 @@ class PackedBatch(NamedTuple):
         return PackedBatch(*(t.to(device, non_blocking=True) for t in tensors), max_seqlen)
 
 
-def pack(sequences: list[Sequence], vocab_size: int) -> PackedBatch:
-    """Pack sequences, n tokens as n - 1 rows (Sequence.num_inputs); what the device will trust is checked here.
-
-    Raises:
-        UserError: naming the sequence, for a token outside the vocabulary and for a weight that is not finite.
-    """
-    for s in sequences:
-        outside = (s.tokens < 0) | (s.tokens >= vocab_size)
-        if outside.any():
-            place = int(outside.argmax())
-            token = s.tokens[place]
-            raise UserError(f"{s.name}: token {token} at place {place} is outside the vocabulary of {vocab_size:,}")
-        if not math.isfinite(s.weight):
-            raise UserError(f"{s.name}: the weight of its tokens is {s.weight}; it must be finite")
+def pack(sequences: list[Sequence]) -> PackedBatch:
+    """Pack sequences, n tokens as n - 1 rows (Sequence.num_inputs)."""
 
     def joined(parts: Iterable[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.concatenate(list(parts)))

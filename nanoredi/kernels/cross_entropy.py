@@ -1,15 +1,11 @@
 """The loss of SFT and REDI, and its gradients, without ever holding tokens x vocabulary.
 
-Both losses are linear in the log-probabilities of the target tokens (objectives.py has the weights):
+Both losses are linear in the log-probabilities of the target tokens:
 
     loss = sum_t w_t * logp_t        logp_t = z_t[y_t] - logsumexp(z_t)        z_t = lm_head @ hidden_t
 
-All w_t are known before the forward pass, so the gradient with respect to a row of logits is known as soon as that row
-is:
-
-    d loss / d z_t = w_t * (onehot(y_t) - softmax(z_t))
-
-Hence forward walks over chunks of rows, makes a chunk's logits, overwrites them with their own gradient (logits.py),
+All w_t are known before the forward pass (objectives.py), so the gradient of a row of logits is known as soon as that row
+is. Hence forward walks over chunks of rows, makes a chunk's logits, overwrites them with their own gradient (logits.py),
 multiplies that into the gradients of hidden and lm_head, and forgets it. Backward only hands the two finished
 gradients over.
 """
@@ -43,8 +39,7 @@ def weighted_cross_entropy(
         hidden: (N, D) final hidden states, fp32 or bf16.
         lm_head: (V, D) output embedding, of hidden's dtype or an fp32 master that is cast to it.
         targets: (N,) int64 in 0..V-1, the token each row must predict; read only where the weight is not 0.
-        weights: (N,) fp32, any mixture of signs; a row of weight 0 costs nothing. Targets and weights are trusted here:
-            batch.pack checks them.
+        weights: (N,) fp32, any mixture of signs; a row of weight 0 costs nothing.
         rows: (R,) int64, the indices of the rows whose weight is not 0. Made on the CPU with the batch, they spare the
             device a wait; without them they are looked up here.
         entropies: (N,) fp32, where the entropies of these rows' softmax are written, if given.

@@ -81,23 +81,11 @@ def prepare_for_sampling(weight: Tensor, is_factor: bool) -> Tensor:
 
 
 @operation
-def joins_layers(weight: Tensor) -> bool:
-    """Whether layers that have the same input, and are only sampled from, are one product; weight is one of theirs."""
-    return False
-
-
-@operation
 def decode_graphs(
     newest: Tensor, advance: Callable[..., Tensor], sizes: tuple[int, int, int], full_size: bool
 ) -> Callable[..., Tensor] | None:
-    """What starts a sampler's decode steps at less cost than calling them, if anything does.
-
-    Args:
-        newest: on the rows' device.
-        advance: the step, of places (B,), uniforms (B,) and the number of columns of the page table that it reads.
-        sizes: rows of a full batch, all columns of the page table, and tokens of a page.
-        full_size: whether every step is to have all rows.
-    """
+    """What starts a sampler's decode steps (Sampler._advance) at less cost than calling them, if anything does: sizes are the
+    rows of a full batch, all columns of the page table and a page's tokens; newest is a tensor on the device."""
     return None
 
 

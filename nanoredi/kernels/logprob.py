@@ -24,11 +24,8 @@ def linear_logprob(
     up in fp32, as weighted_cross_entropy's does.
 
     Args:
-        hidden: (N, D) final hidden states, fp32 or bf16.
-        lm_head: (V, D) output embedding, of hidden's dtype or an fp32 master that is cast to it.
-        targets: (N,) int64 in 0..V-1; read only in `rows`.
-        rows: (R,) int64, the rows that are wanted, each once; None: all.
-        entropies: (N,) fp32, where the entropies of the wanted rows' softmax are written, if given.
+        hidden, lm_head, targets, entropies: as weighted_cross_entropy takes them.
+        rows: (R,) int64, the rows that are wanted, each once; None: all. Targets are read in these alone.
 
     Returns:
         logps (N,) fp32, differentiable once in hidden and lm_head; 0 where a row is not wanted.

@@ -75,12 +75,6 @@ class Qwen2Config:
 
     def to_dict(self) -> dict[str, Any]:
         """config.json's content, such as transformers and vLLM read."""
-        return {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            **dataclasses.asdict(self),
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "use_cache": True,
-            "use_sliding_window": False,
-        }
+        kind = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+        fixed = {"hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True, "use_sliding_window": False}
+        return {**kind, **dataclasses.asdict(self), **fixed}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoredi.kernels import embedding, linear, linear_logprob, mlp, qkv, rms_norm, swiglu, weighted_cross_entropy
-from nanoredi.kernels.dispatch import joins_layers, prepare_for_sampling
+from nanoredi.kernels.dispatch import prepare_for_sampling
 from nanoredi.kernels.layers import PRODUCTS
 from nanoredi.model.attention import ATTENTION, Attend, PackedAttention, Rope
 from nanoredi.model.config import Qwen2Config
@@ -199,12 +199,11 @@ class Qwen2(nn.Module):
 
     def pack(self) -> "Qwen2":
         """Lay the weights out as the device multiplies by them fastest, in place of what they were. From then on the
-        model can sample and score, but not be trained or saved. Layers with one input may become one."""
-        joined = joins_layers(self.lm_head_weight)
+        model can sample and score, but not be trained or saved. Layers with one input become one."""
         for module in self.modules():
-            if joined and isinstance(module, Attention):
+            if isinstance(module, Attention):
                 module.q_proj.join(module.k_proj, module.v_proj)
-            elif joined and isinstance(module, MLP):
+            elif isinstance(module, MLP):
                 module.gate_proj.join(module.up_proj)
             for name, p in module.named_parameters(recurse=False):
                 weight = prepare_for_sampling(p, name == "weight" and isinstance(module, Linear))
@@ -249,16 +248,8 @@ class Qwen2(nn.Module):
         max_seqlen: int | None = None,
         entropies: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the targets' log-probabilities, and these: loss () fp32, logps (N,) fp32.
-
-        Under FSDP the head is whole only inside a forward, so the loss is computed here and not by the caller.
-
-        Args:
-            targets: (N,) int64.
-            weights: (N,) fp32, 0 where nothing is learned.
-            rows: (R,) int64, where the weights are not 0; spares the device a question, as max_seqlen does.
-            entropies: (N,) fp32, where the entropies of the predictions in rows are written, if given.
-        """
+        """The weighted sum of the targets' log-probabilities, and these: loss () fp32, logps (N,) fp32. What forward does not
+        take is weighted_cross_entropy's. Under FSDP the head is whole only inside a forward: hence this is a method."""
         hidden = Qwen2.forward(self, input_ids, position_ids, cu_seqlens, max_seqlen)
         return weighted_cross_entropy(hidden, self.lm_head_weight, targets, weights, rows, entropies)
 

@@ -96,18 +96,14 @@ class PagedCache:
 
 
 def paged_prefill(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, ends: Tensor) -> Tensor:
-    """Attention of pieces of rows, packed one after the other, each the last tokens that its row has so far: one call of
-    torch's flash attention, which reads the pages where they lie. The order of a row's sums follows from the row alone if
-    it may not split rows, and never takes a lone query for a decode step's.
+    """Attention (N, H, E) of pieces of rows, packed one after the other, each the last tokens that its row has so far: one
+    call of torch's flash attention, which reads the pages where they lie. The order of a row's sums follows from the row
+    alone if it may not split rows, and never takes a lone query for a decode step's.
 
     Args:
-        q: (N, H, E).
         keys, values: (P, K, page, E), one layer's pool, which has all of the rows.
         page_table: (S, C) int32, each row's pages, then anything.
         ends: (2, S+1) int32, where each piece begins and the last one ends; the same of the rows, as if they were packed.
-
-    Returns:
-        (N, H, E).
     """
     # Versions later than the second do not want what that one does not look at.
     ends_k = None if torch.nn.attention.current_flash_attention_impl() else ends[1]

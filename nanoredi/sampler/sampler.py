@@ -15,7 +15,6 @@ away, and nothing ever waits. On a GPU the step is a CUDA graph, one for each of
 import gc
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +40,8 @@ _GPU_SHARE, _CPU_SHARE = 0.9, 0.5
 _GPU_SIZES, _CPU_SIZES, _ROOM = (256, 256), (64, 32), 2_048
 
 
-@dataclass
-class _Drawn:
-    """The tokens of a decode step, on their way to the host."""
-
-    places: np.ndarray  # (B,) int64
-    entered: np.ndarray  # (B,) int64: whose they are, should the place have another row by then
-    tokens: Tensor  # (B,) int64, on the host
-    arrived: torch.cuda.Event | None
+# The tokens (B,) int64 of a decode step's rows, on their way to the host, and the event of their arrival.
+_Drawn = tuple[list[Row], Tensor, torch.cuda.Event | None]
 
 
 class Sampler:
@@ -58,12 +51,9 @@ class Sampler:
     """
 
     def __init__(self, model: Qwen2, stop_ids: list[int], config: SamplingConfig):
-        """
-        Raises:
-            UserError: when the memory has no room for a single page.
-        """
+        """Raises a UserError when the memory has no room for a single page."""
         self.model, self.config = model, config
-        self.stop_ids = np.array(stop_ids, dtype=np.int64)
+        self.stop_ids = set(stop_ids)
         self.device = model.lm_head_weight.device
         self.head = prepare_for_sampling(model.lm_head_weight, True)
         self.cache, self.batch_size = _cache(model, config, self.device)
@@ -75,25 +65,20 @@ class Sampler:
         self.newest, self.lengths = torch.zeros(2, batch_size + 1, dtype=torch.int64, device=self.device)
         num_columns = -(-context // page_size)
         self.page_table = torch.full((batch_size + 1, num_columns), self.cache.num_pages, device=self.device)
-        self.tokens = np.zeros((batch_size, 64), dtype=np.int64)  # each row's completion, as far as it was looked at
-        self.num_tokens, self.limits, self.num_drawn, self.keys = np.zeros((4, batch_size), dtype=np.int64)
         self.drawn: _Drawn | None = None
         self.graphs = decode_graphs(self.newest, self._advance, (batch_size, num_columns, page_size), self.full_size)
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.waiting or self.scheduler.num_rows)
+        return self.num_held > 0
 
     @property
     def num_held(self) -> int:
         """Requests that wait or are being completed."""
-        return len(self.scheduler.waiting) + self.scheduler.num_rows
+        return len(self.scheduler.waiting) + len(self.scheduler.rows)
 
     def check(self, requests: Iterable[Request]) -> None:
-        """
-        Raises:
-            UserError: naming a prompt that can never be completed.
-        """
+        """Raise a UserError that names a prompt which can never be completed."""
         requests, vocabulary = list(requests), self.model.config.vocab_size
         for request in requests:
             if max(request.prompt, default=0) >= vocabulary:
@@ -104,11 +89,7 @@ class Sampler:
         self.scheduler.check(requests)
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Queue requests.
-
-        Raises:
-            UserError: naming a prompt that can never be completed; then none of the requests is queued.
-        """
+        """Queue requests: all of them, or with check's UserError none."""
         requests = list(requests)
         self.check(requests)
         self.scheduler.waiting.extend(requests)
@@ -128,20 +109,16 @@ class Sampler:
         """
         self._enter()
         ended = self._grow()
-        places = np.flatnonzero(self.scheduler.left)
-        drawn = None
-        if len(places):
-            self.scheduler.lengths[places] += 1
-            self.scheduler.left[places] -= 1
-            drawn = self._launch(places)
+        rows = self.scheduler.decoding()
+        drawn = self._launch(rows) if rows else None
         ended += self._look()
         self.drawn = drawn
         return ended
 
     def end(self, request: Request) -> None:
         """End a request that is being completed, with the tokens that it has."""
-        for row in self.scheduler.rows:
-            if row and row.request is request:
+        for row in list(self.scheduler.rows.values()):
+            if row.request is request:
                 self._end(row, "stop")
 
     def _enter(self) -> None:
@@ -160,12 +137,7 @@ class Sampler:
         pages = np.full((len(rows), self.page_table.shape[1]), self.cache.num_pages)
         for row, line in zip(rows, pages):
             line[: len(row.pages)] = row.pages
-            done = row.tokens[len(row.request.prompt) :]
-            self._make_room(len(done))
-            self.tokens[row.place, : len(done)] = done
-            self.num_tokens[row.place] = self.num_drawn[row.place] = len(done)
-            self.limits[row.place], self.keys[row.place] = self.scheduler.limit(row.request), row.request.key
-        state = np.array([(row.place, row.tokens[-1], row.to_cache) for row in rows])
+        state = np.array([(row.place, row.tokens[-1], row.cached) for row in rows])
         places, newest, lengths = upload(state, self.device).T
         self.newest[places], self.lengths[places] = newest, lengths
         self.page_table[places] = upload(pages, self.device)
@@ -177,30 +149,29 @@ class Sampler:
             if self.drawn:
                 ended += self._look()
             else:
-                row = self.scheduler.youngest()
-                row.request.tokens = max(row.request.tokens, self._tokens(row), key=len)
-                self.scheduler.put_back(row)
+                self.scheduler.put_back()
         if new:
             places, numbers, pages = upload(np.array(new), self.device).T
             self.page_table[places, numbers] = pages
         return ended
 
-    def _launch(self, places: np.ndarray) -> _Drawn:
+    def _launch(self, rows: list[Row]) -> _Drawn:
         """Start a decode step."""
-        whose = self.scheduler.entered[places]
-        uniforms = uniform(self.keys[places], self.num_drawn[places])
-        self.num_drawn[places] += 1
+        places, keys = np.array([row.place for row in rows]), np.array([row.request.key for row in rows])
+        uniforms = uniform(keys, np.array([row.num_drawn for row in rows]))
+        for row in rows:
+            row.cached += 1
         if not self.graphs:
             filling = self._filling(len(places), self.batch_size)
             filled = np.pad(places, (0, filling), constant_values=self.batch_size)
             tokens = self._advance(upload(filled, self.device), upload(uniforms, self.device))
-            return _Drawn(places, whose, tokens.cpu(), None)
-        tokens = self.graphs(places, uniforms, int(self.scheduler.lengths[places].max()))
+            return rows, tokens.cpu(), None
+        tokens = self.graphs(places, uniforms, max(row.cached for row in rows))
         there = torch.empty(len(places), dtype=torch.int64, pin_memory=True)
         there.copy_(tokens[: len(places)], non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return _Drawn(places, whose, there, arrived)
+        return rows, there, arrived
 
     def _advance(self, places: Tensor, uniforms: Tensor, num_columns: int | None = None) -> Tensor:
         """Put the newest tokens of the rows in these places through the model, and draw the next ones by uniforms (B,): (B,)
@@ -229,46 +200,32 @@ class Sampler:
         drawn, self.drawn = self.drawn, None
         if not drawn:
             return []
-        if drawn.arrived:
-            drawn.arrived.synchronize()
-        still = self.scheduler.entered[drawn.places] == drawn.entered
-        places, tokens = drawn.places[still], drawn.tokens.numpy()[still]
-        if (tokens < 0).any():
-            raise UserError("the model's logits over the temperature are not finite: its weights are broken")
-        stopped = np.isin(tokens, self.stop_ids)
-        going = places[~stopped]
-        self._make_room(int(self.num_tokens[going].max(initial=0)) + 1)
-        self.tokens[going, self.num_tokens[going]] = tokens[~stopped]
-        self.num_tokens[going] += 1
-        fulls = self.num_tokens[going] >= self.limits[going]
-        ended = [self._end(self.scheduler.rows[place], "stop") for place in places[stopped].tolist()]
-        for place, token, full in zip(going.tolist(), tokens[~stopped].tolist(), fulls):
-            row = self.scheduler.rows[place]
-            stream = row.request.stream
-            # Of a row that was put back the stream has the first tokens already.
-            if stream and self.num_tokens[place] > len(row.request.tokens):
-                stream.push(token)
-            if full or stream and stream.stopped:
-                ended.append(self._end(row, "stop" if stream and stream.stopped else "length"))
+        rows, tokens, arrived = drawn
+        if arrived:
+            arrived.synchronize()
+        ended = []
+        for row, token in zip(rows, tokens.tolist()):
+            if self.scheduler.rows.get(row.place) is not row:
+                continue  # it has ended, or was put back, since
+            if token < 0:
+                raise UserError("the model's logits over the temperature are not finite: its weights are broken")
+            request, stream, stops = row.request, row.request.stream, token in self.stop_ids
+            if not stops:
+                row.tokens.append(token)
+                # Of a row that was put back the stream has the first tokens already.
+                if stream and len(row.tokens) > len(request.prompt) + len(request.tokens):
+                    stream.push(token)
+                    stops = stream.stopped
+            if stops or len(row.tokens) == row.longest:
+                ended.append(self._end(row, "stop" if stops else "length"))
         return ended
 
     def _end(self, row: Row, reason: str) -> Request:
-        row.request.tokens, row.request.finish_reason = self._tokens(row), reason
+        row.request.tokens, row.request.finish_reason = row.tokens[len(row.request.prompt) :], reason
         if row.request.stream:
             row.request.stream.finish()
         self.scheduler.release(row)
         return row.request
-
-    def _tokens(self, row: Row) -> list[int]:
-        if row is self.scheduler.entering:  # its place still has the last row's
-            return row.request.tokens
-        return self.tokens[row.place, : self.num_tokens[row.place]].tolist()
-
-    def _make_room(self, num_tokens: int) -> None:
-        """For completions of num_tokens."""
-        room = self.tokens.shape[1]
-        if num_tokens > room:
-            self.tokens = np.pad(self.tokens, ((0, 0), (0, max(room, num_tokens - room))))
 
 
 def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> tuple[PagedCache, int]:

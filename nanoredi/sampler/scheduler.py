@@ -6,15 +6,13 @@ one first. So a prompt that is in the cache already, be it for another sample, c
 frees its pages and its place at once. When pages run out the youngest row is put back: it enters again later, with
 the tokens it has, and goes on to the same sample.
 
-Nothing here touches a device. What a decode step needs to know of every row is kept in arrays, by place in the batch.
+Nothing here touches a device.
 """
 
 import hashlib
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from nanoredi.common.errors import UserError
 from nanoredi.data.tokenizer import Stream
@@ -62,15 +60,16 @@ class Row:
     """A request in the batch."""
 
     request: Request
-    tokens: list[int]  # the prompt and what was completed when the row entered
+    tokens: list[int]  # the prompt, and what was completed as far as it was looked at
+    longest: int  # how many tokens it may have
     place: int  # in the batch
     pages: list[int]  # that hold its cache, in order
-    cached: int  # how many of its first tokens are in the cache, or in a piece that will be before the next decode step
+    cached: int  # tokens in the cache, with those of the piece and the decode step that are under way
 
     @property
-    def to_cache(self) -> int:
-        """Tokens to be in the cache before the row decodes."""
-        return len(self.tokens) - 1
+    def num_drawn(self) -> int:
+        """Tokens of its completion, with one that was not looked at yet."""
+        return self.cached + 1 - len(self.request.prompt)
 
 
 @dataclass
@@ -78,9 +77,7 @@ class Entry:
     """What is to be done before the next decode step, in this order."""
 
     pieces: list[tuple[Row, int, int]] = field(default_factory=list)  # put a row's tokens start:end into its pages
-    copies: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # of pages (source, target), from whose end two rows part
+    copies: list[tuple[int, int]] = field(default_factory=list)  # of pages, (source, target)
     rows: list[Row] = field(default_factory=list)  # that decode from now on
 
 
@@ -89,31 +86,20 @@ class Scheduler:
 
     Attributes:
         waiting: requests, the next one first.
-        rows: by place; None where the place is free.
-        lengths, rooms: (B,) int64, tokens in each row's cache, and how many its pages have room for.
-        left: (B,) int64, how many more decode steps each row may take; 0 for rows that do not decode.
-        entered: (B,) int64, a number for each entering of a row, ever rising; 0 where the place is free.
+        rows: in the batch, by place; those that entered first come first.
+        entering: the row whose prompt is not wholly in the cache yet, if there is one.
     """
 
     def __init__(
         self, pages: Pages, batch_size: int, max_tokens: int, context: int, budget: int, begins_again: bool = False
     ):
-        """
-        Args:
-            budget: tokens that are put into the cache between two decode steps.
-            begins_again: whether a row that was put back makes its tokens again, and not only what the cache held of them.
-        """
-        self.pages, self.page_size = pages, pages.page_size
+        """budget tokens are put into the cache between two decode steps; begins_again says whether a row that was put back
+        makes its tokens again, and not only what the cache held of them."""
+        self.pages, self.page_size, self.batch_size = pages, pages.page_size, batch_size
         self.max_tokens, self.context, self.budget, self.begins_again = max_tokens, context, budget, begins_again
         self.waiting: deque[Request] = deque()
-        self.rows: list[Row | None] = [None] * batch_size
-        self.entering: Row | None = None  # its prompt is not wholly in the cache yet
-        self.lengths, self.rooms, self.left, self.entered = np.zeros((4, batch_size), dtype=np.int64)
-        self._last_entered = 0
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.rows) - self.rows.count(None)
+        self.rows: dict[int, Row] = {}
+        self.entering: Row | None = None
 
     def limit(self, request: Request) -> int:
         """The longest completion of a request."""
@@ -121,11 +107,7 @@ class Scheduler:
         return min(longest, self.context - len(request.prompt))
 
     def check(self, requests: Iterable[Request]) -> None:
-        """
-        Raises:
-            UserError: naming a prompt that is empty, leaves no room in the context, or can never be completed in this
-            cache.
-        """
+        """Raise a UserError that names a prompt which is empty, or leaves no room in the context or for ever in this cache."""
         for request in requests:
             length = len(request.prompt)
             if not length:
@@ -147,12 +129,12 @@ class Scheduler:
         entry, budget = Entry(), self.budget
         while self.entering or self._admit(entry):
             row = self.entering
-            start = row.cached
-            row.cached = min(start + budget, row.to_cache)
+            start, to_cache = row.cached, len(row.tokens) - 1
+            row.cached = min(start + budget, to_cache)
             budget -= row.cached - start
             if row.cached > start:
                 entry.pieces.append((row, start, row.cached))
-            done = row.cached == row.to_cache
+            done = row.cached == to_cache
             # What is in a piece is known at once: whoever shares it computes after it, or with it.
             num_filled = -(-row.cached // self.page_size) if done else row.cached // self.page_size
             for number in range(start // self.page_size, num_filled):
@@ -160,9 +142,6 @@ class Scheduler:
             if not done:
                 break
             self.entering = None
-            self.lengths[row.place] = row.to_cache
-            self.rooms[row.place] = len(row.pages) * self.page_size
-            self.left[row.place] = self.limit(row.request) - (len(row.tokens) - len(row.request.prompt))
             entry.rows.append(row)
         for source, _ in entry.copies:
             self.pages.release(source)
@@ -174,23 +153,23 @@ class Scheduler:
         Returns:
             (place, number, page) of each new page; None when the pages ran out.
         """
-        needy = np.flatnonzero((self.left > 0) & (self.lengths == self.rooms))
+        needy = [row for row in self.decoding() if row.cached == len(row.pages) * self.page_size]
         if len(needy) > self.pages.num_free:
             return None
         new = []
-        for place in needy[np.argsort(self.entered[needy])].tolist():
-            row = self.rows[place]
-            new.append((place, len(row.pages), self.pages.take()))
+        for row in needy:
+            new.append((row.place, len(row.pages), self.pages.take()))
             row.pages.append(new[-1][2])
-            self.rooms[place] += self.page_size
         return new
 
-    def youngest(self) -> Row:
-        """The row that entered last."""
-        return max((row for row in self.rows if row), key=lambda row: self.entered[row.place])
+    def decoding(self) -> list[Row]:
+        """The rows of the next decode step: all but their last token is in the cache, and they may have more."""
+        return [row for row in self.rows.values() if len(row.tokens) - 1 <= row.cached < row.longest - 1]
 
-    def put_back(self, row: Row) -> None:
-        """Take a row out, to enter again as the next one."""
+    def put_back(self) -> None:
+        """Take the row out that entered last, to enter again as the next one, with the tokens that it has."""
+        row = next(reversed(self.rows.values()))
+        row.request.tokens = max(row.request.tokens, row.tokens[len(row.request.prompt) :], key=len)
         self.release(row)
         self.waiting.appendleft(row.request)
 
@@ -200,12 +179,11 @@ class Scheduler:
             self.entering = None
         for page in row.pages:
             self.pages.release(page)
-        self.rows[row.place] = None
-        self.left[row.place] = self.entered[row.place] = 0
+        del self.rows[row.place]
 
     def _admit(self, entry: Entry) -> bool:
         """Give the next waiting request a place and the pages of its prompt, if they are free."""
-        if not self.waiting or None not in self.rows:
+        if not self.waiting or len(self.rows) == self.batch_size:
             return False
         request = self.waiting[0]
         tokens = request.prompt + ([] if self.begins_again else request.tokens)
@@ -214,7 +192,7 @@ class Scheduler:
         num_pages = -(-to_cache // size)
         needed = num_pages - sum(self.pages.users[page] > 0 for page in known)
         # A page a row is kept free for those that are in: else they would soon put the new one back.
-        if needed + self.num_rows > self.pages.num_free and self.num_rows:
+        if needed + len(self.rows) > self.pages.num_free and self.rows:
             return False
         self.waiting.popleft()
         pages = list(known)
@@ -229,8 +207,7 @@ class Scheduler:
             entry.copies.append((begun, pages[-1]))
         pages += [self.pages.take() for _ in range(len(pages), num_pages)]
         cached = to_cache if begun is not None else len(known) * size
-        place = self.rows.index(None)
-        self.rows[place] = self.entering = Row(request, tokens, place, pages, cached)
-        self._last_entered += 1
-        self.entered[place] = self._last_entered
+        place = next(place for place in range(self.batch_size) if place not in self.rows)
+        longest = len(request.prompt) + self.limit(request)
+        self.rows[place] = self.entering = Row(request, tokens, longest, place, pages, cached)
         return True

@@ -14,25 +14,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
 
 from nanoredi.common.errors import UserError, sentence
 from nanoredi.config import TrainConfig
 from nanoredi.kernels.dispatch import prepare_for_training
-from nanoredi.model.qwen2 import Block, Qwen2
+from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer.heartbeat import Heartbeat
 
 Result = TypeVar("Result")
-
-MIN_UNIT_PARAMETERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -122,10 +114,10 @@ def shard_mesh(world: World, shard_size: int) -> DeviceMesh:
     """
     if shard_size in (0, world.size):
         return init_device_mesh(world.device.type, (world.size,))
-    groups, left_over = divmod(world.size, shard_size)
-    if left_over:
+    if world.size % shard_size:
         raise UserError(f"--shard_size {shard_size} does not divide the {world.size} ranks into equal groups")
-    return init_device_mesh(world.device.type, (groups, shard_size), mesh_dim_names=("replicate", "shard"))
+    shape = world.size // shard_size, shard_size
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -> Qwen2:
@@ -153,23 +145,16 @@ def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -
         return model
     mesh = shard_mesh(world, config.shard_size)
     # Inputs are not cast: the loss's weights must stay fp32.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    place: dict[str, Any] = {"offload_policy": CPUOffloadPolicy()} if offload else {}
-    units: list[list[Block]] = []
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    place: dict[str, Any] = {"offload_policy": fsdp.CPUOffloadPolicy()} if offload else {}
     for block in model.model.layers:
-        # A unit is one message: blocks of a tiny model share one, since its latency would cost more than their compute.
-        if not units or sum(p.numel() for b in units[-1] for p in b.parameters()) >= MIN_UNIT_PARAMETERS:
-            units.append([])
-        units[-1].append(block)
-    for unit in units:
-        for block in unit:
-            block.float()
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward, **place)
-    fully_shard(model.float(), mesh=mesh, mp_policy=policy, **place)
+        reshard = config.reshard_after_forward
+        fsdp.fully_shard(block.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **place)
+    fsdp.fully_shard(model.float(), mesh=mesh, mp_policy=policy, **place)
     for method in ("loss", "logprobs"):
-        register_fsdp_forward_method(model, method)
+        fsdp.register_fsdp_forward_method(model, method)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             # The loss's weights are divided by the whole step already: gradients are summed, not averaged. Gloo knows
             # no scaled sum, hence the plain one for all.
             module.set_gradient_divide_factor(1.0)

@@ -5,6 +5,7 @@ the device, which the fused AdamW reads there.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,24 +45,12 @@ class AdamW:
             skip: () fp32; where it is 1 nothing changes, the count of steps included.
         """
         scale = (longest / (norm + 1e-6)).clamp(max=1.0)
+        gradients = [local(p.grad).mul_(scale) for p in self.parameters]
         parameters, means, squares = ([local(x) for x in xs] for xs in (self.parameters, self.exp_avg, self.exp_avg_sq))
-        adamw(
-            parameters,
-            [local(p.grad).mul_(scale) for p in self.parameters],
-            means,
-            squares,
-            [],
-            self.num_steps,
-            fused=True,
-            found_inf=skip,  # what it knows from torch.amp
-            amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            eps=EPS,
-            maximize=False,
-        )
+        # found_inf is torch.amp's word for a step to be skipped.
+        kind: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "found_inf": skip}
+        kind |= {"beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "lr": self.lr, "weight_decay": self.weight_decay}
+        adamw(parameters, gradients, means, squares, [], self.num_steps, **kind)
         for p in self.parameters:
             drop_gradient(p)
 

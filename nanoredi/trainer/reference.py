@@ -6,6 +6,7 @@ the tokenised data and the compute dtype: any run on the same four finds them th
 and in the run's state, so that a file under a wrong name is made again, and a resume from another model refused.
 """
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -52,14 +53,11 @@ def _read(path: Path, belongs_to: str, num_pairs: int) -> np.ndarray | None:
     """What was kept, or None when there is nothing, or nothing whole."""
     if not path.exists():
         return None
-    why = "it is not as it was written"
-    try:
+    with contextlib.suppress(OSError, SafetensorError, ValueError, TypeError):
         with safe_open(path, framework="numpy") as file:
-            about, logps = file.metadata() or {}, file.get_tensor("logps")
-        if about == {"belongs_to": belongs_to, "digest": digest(logps.tobytes())}:
-            if logps.shape == (num_pairs, 2) and logps.dtype == np.float32 and np.isfinite(logps).all():
-                return logps
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
-        why = str(error)
-    print(f"warning: {path} is damaged ({why}) and is made again", flush=True)
+            about, logps = file.metadata(), file.get_tensor("logps")
+        whole = logps.shape == (num_pairs, 2) and logps.dtype == np.float32 and np.isfinite(logps).all()
+        if whole and about == {"belongs_to": belongs_to, "digest": digest(logps.tobytes())}:
+            return logps
+    print(f"warning: {path} is damaged and is made again", flush=True)
     return None

@@ -35,7 +35,7 @@ def trace_sums(model: Qwen2, data: TokenData, max_tokens: int, world: World, wha
         for indices in divide(lengths, costs, world.size, max_tokens)[world.rank]:
             # A rank with nothing to do takes part in the collectives all the same.
             sequences = [s for j in indices or [0] for s in rows[j]]
-            batch = pack(sequences, model.config.vocab_size).to(world.device)
+            batch = pack(sequences).to(world.device)
             entropies = torch.zeros_like(batch.weights)
             logps = model.logprobs(batch.targets, batch.rows, *batch[:3], batch.max_seqlen, entropies=entropies)
             for total, of_tokens in zip(totals, (logps, entropies)) if indices else ():

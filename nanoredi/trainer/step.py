@@ -63,7 +63,7 @@ def forward_backward(
         What it adds to the step's mean chosen and rejected log-prob, to its loss, and to its mean chosen and rejected
         entropy: (5,), on the device.
     """
-    batch = pack([s for unit in units for s in unit], model.config.vocab_size).to(device)
+    batch = pack([s for unit in units for s in unit]).to(device)
     entropies = torch.zeros_like(batch.weights)
     if wants_pairs(config) and len(batch.rows):
         token_logps = model.logprobs(batch.targets, batch.rows, *batch[:3], batch.max_seqlen, entropies=entropies)

@@ -56,32 +56,29 @@ class Run:
         for row in entry.rows:
             self.texts[id(row)] = list(row.tokens)
         while (new := scheduler.grow()) is None:
-            row = scheduler.youngest()
-            row.request.tokens = self.texts.get(id(row), row.tokens)[len(row.request.prompt) :]
-            scheduler.put_back(row)
+            scheduler.put_back()
             self.num_put_back += 1
         for place, number, page in new:
             assert scheduler.rows[place].pages[number] == page
-        for place, row in enumerate(scheduler.rows):
-            if row and scheduler.left[place] > 0:
-                text = self.texts[id(row)]
-                assert scheduler.lengths[place] == len(text) - 1
-                self.write(row, row.pages, len(text) - 1)
-                self.read(row, row.pages, len(text))
-                text.append(self.rng.randrange(9))
-                scheduler.lengths[place] += 1
-                scheduler.left[place] -= 1
-                if scheduler.left[place] == 0 or self.rng.random() < 0.05:
-                    row.request.tokens = text[len(row.request.prompt) :]
-                    scheduler.release(row)
-                    self.ended.append(row.request)
+        for row in scheduler.decoding():
+            text = self.texts[id(row)]
+            assert row.cached == len(text) - 1
+            self.write(row, row.pages, len(text) - 1)
+            self.read(row, row.pages, len(text))
+            text.append(self.rng.randrange(9))
+            row.tokens.append(text[-1])
+            row.cached += 1
+            if row not in scheduler.decoding() or self.rng.random() < 0.05:
+                row.request.tokens = text[len(row.request.prompt) :]
+                scheduler.release(row)
+                self.ended.append(row.request)
         self.check()
 
     def check(self):
         """Every page has as many users as rows have it; the free ones are those that none has."""
         pages = self.scheduler.pages
-        used = Counter(page for row in self.scheduler.rows if row for page in row.pages)
-        assert all(len(set(row.pages)) == len(row.pages) for row in self.scheduler.rows if row)
+        used = Counter(page for row in self.scheduler.rows.values() for page in row.pages)
+        assert all(len(set(row.pages)) == len(row.pages) for row in self.scheduler.rows.values())
         assert [used[page] for page in range(len(pages.users))] == pages.users
         assert pages.num_free == pages.users.count(0)
 
@@ -91,7 +88,7 @@ def test_a_thousand_random_schedules():
     for seed in range(1000):
         run = Run(random.Random(seed))
         for _ in range(5000):
-            if not (run.scheduler.waiting or run.scheduler.num_rows):
+            if not (run.scheduler.waiting or run.scheduler.rows):
                 break
             run.step()
         assert sorted(map(id, run.ended)) == sorted(map(id, run.requests))

@@ -1,5 +1,6 @@
 """Sampling: greedy equals transformers and no cache; samples depend on nothing but their prompt, number and seed."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,7 +14,6 @@ from nanoredi.cuda.graphs import Graphs
 from nanoredi.kernels import dispatch, paged_attention
 from nanoredi.kernels.paged_attention import paged_decode
 from nanoredi.kernels.top_p import keep
-from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler import sampler
 from nanoredi.sampler.pages import Pages
 from nanoredi.sampler.sampler import Sampler
@@ -154,7 +154,7 @@ def test_samples_do_not_depend_on_preemption_or_the_size_of_pieces(plain_samples
     monkeypatch.setattr(
         Scheduler,
         "put_back",
-        lambda self, row, put=Scheduler.put_back: (put_back.append(len(row.request.tokens)), put(self, row)),
+        lambda self, put=Scheduler.put_back: (put(self), put_back.append(len(self.waiting[0].tokens))),
     )
     monkeypatch.setattr(sampler, "_PREFILL_TOKENS", budget)
     # 2 layers x 2 heads x 8 x (keys and values) x 4 bytes: room for 80 tokens in pages of 4; a row may need 54.
@@ -173,29 +173,23 @@ class Graph:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """What a GPU does, on the CPU: joined layers, and steps filled up with nobody's rows whose columns are few."""
+    """What a GPU does, on the CPU: steps filled up with nobody's rows whose columns are few."""
 
-    def launch(self, places):
-        uniforms = sampler.uniform(self.keys[places], self.num_drawn[places])
-        self.num_drawn[places] += 1
-        tokens = self.graphs(places, uniforms, int(self.scheduler.lengths[places].max()))[: len(places)].clone()
+    def launch(self, rows):
+        places, *given = np.array([(row.place, row.request.key, row.num_drawn) for row in rows]).T
+        for row in rows:
+            row.cached += 1
+        tokens = self.graphs(places, sampler.uniform(*given), max(row.cached for row in rows))
         assert self.lengths[-1] == 0  # nobody's
-        return sampler._Drawn(places, self.scheduler.entered[places], tokens, None)
+        return rows, tokens[: len(rows)].clone(), None
 
     def capture(self, *size):
         graph = Graph(self, *size)
         return graph, graph.static, graph.tokens
 
-    def pack(self):
-        for block in self.model.layers:
-            block.self_attn.q_proj.join(block.self_attn.k_proj, block.self_attn.v_proj)
-            block.mlp.gate_proj.join(block.mlp.up_proj)
-        return self
-
     monkeypatch.setattr(Sampler, "_launch", launch)
     monkeypatch.setattr(Graphs, "_capture", capture)
     monkeypatch.setitem(dispatch.decode_graphs.faster, DEVICE.type, Graphs)
-    monkeypatch.setattr(Qwen2, "pack", pack)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="it stands in for a GPU")
