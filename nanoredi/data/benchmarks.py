@@ -172,11 +172,10 @@ def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def problem_of(row: dict[str, Any]) -> str | None:
     """What a row with keys in lower case asks: its problem; or its question, behind what several share or what it is about
     (OlympiadBench, SVAMP). None where there is no text."""
-    problem = row.get("problem") or row.get("question")
-    if not isinstance(problem, str) or not problem.strip():
-        return None
-    before = [row.get(name) for name in ("context", "body")] if not row.get("problem") else []
-    return "\n".join([*(text for text in before if isinstance(text, str) and text.strip()), problem])
+    texts = {name: text for name, text in row.items() if isinstance(text, str) and text.strip()}
+    if "problem" in texts or "question" not in texts:
+        return texts.get("problem")
+    return "\n".join(texts[name] for name in ("context", "body", "question") if name in texts)
 
 
 def golds_of(where: str, answer: Any) -> list[str]:

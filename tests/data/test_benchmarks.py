@@ -61,7 +61,7 @@ def test_malformed_rows_are_named(tmp_path, text, words):
         ({"Body": "9 apples.", "Question": "How many?", "Answer": 8.0}, "9 apples.\nHow many?", ["8"]),
         ({"context": "c", "question": "q", "final_answer": ["1", "2"]}, "c\nq", ["1", "2"]),
         ({"context": "c", "problem": "p", "ground_truth": "1"}, "p", ["1"]),
-        ({"question": "q", "answer": None, "answer_number": 18}, "q", ["18"]),
+        ({"problem": 7, "question": "q", "answer": None, "answer_number": 18}, "q", ["18"]),
         ({"problem": "p", "answer": "so it is 4 or 5", "expected_answer": "4"}, "p", ["4"]),
     ],
 )
