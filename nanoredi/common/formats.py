@@ -87,9 +87,9 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
             lines = enumerate(iter(partial(file.readline, MAX_CHARS + 1), b""), 1)
             lines = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
             first = list(islice(lines, 2))
-            begins, ends = (first[0][1].strip()[i : i + 1 or None] for i in (0, -1)) if first else (b"", b"")
-            is_row = len(first) > 1 and begins + ends in (b"{}", b"[]")
-            if not is_row and (begins == b"[" or begins == b"{" and ".json" in path.suffixes):
+            line = first[0][1].strip() if first else b""
+            is_row = len(first) > 1 and line[:1] + line[-1:] in (b"{}", b"[]")
+            if not is_row and (line[:1] == b"[" or line[:1] == b"{" and ".json" in path.suffixes):
                 rows = _rows(path, b"".join(line for _, line in first) + file.read())
                 yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
             else:
