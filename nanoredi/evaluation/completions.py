@@ -7,6 +7,7 @@ The gold answers are the benchmark's, or the file's own where no benchmark is na
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -181,7 +182,7 @@ def _asked(text: str, problems: dict[str, Problem]) -> Problem | None:
 
 
 def _words(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _numbered(row: Answers, benchmarks: list[Benchmark]) -> Problem:

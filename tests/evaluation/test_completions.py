@@ -237,6 +237,13 @@ def test_a_problem_under_a_name_that_is_not_known(tmp_path, many):
     assert graded(tmp_path, [[{"generated_text": text}] for text in texts[::-1]], many) == (ALL_RIGHT, [])
 
 
+def test_a_problem_in_another_form_of_unicode(tmp_path):
+    (tmp_path / "u.jsonl").write_text(json.dumps({"problem": "Où est l'angle ?", "answer": 1}))
+    prompt = "Ou\u0300 est\u00a0l'angle ?"
+    rows = [{"prompt": prompt, "output": r"</think>\boxed{1}"}]
+    assert graded(tmp_path, rows, load(str(tmp_path / "u.jsonl"), "")) == ([(0, 0, True)], [])
+
+
 def test_what_the_model_quotes_is_not_what_it_was_asked(tmp_path, many):
     rows = [batch(f"r{i}", rf"Unlike {many.problems[3]}</think>\boxed{{{i}}}") for i in range(12)]
     for row in rows:
