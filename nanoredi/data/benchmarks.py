@@ -25,11 +25,9 @@ from nanoredi.grader import extract_answer
 PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_bench": 675}
 NAMED = {**PAPER, "aime25": 30}
 SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".gz")
-# A row's gold answers; what can be nothing else comes before what may also be a response.
-GOLDS = (
-    *("gold", "gts", "gt", "ground_truth", "gold_answer", "expected_answer", "correct_answer", "reference_answer"),
-    *("answer", "final_answer", "answer_number"),
-)
+# A row's gold answers. Some names can be nothing else; `answer` may also be what a model has found, and comes after them.
+SURE_GOLDS = "gold gts gt ground_truth gold_answer expected_answer correct_answer reference_answer".split()
+GOLDS = (*SURE_GOLDS, "answer", "final_answer", "answer_number")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MOST_WORDS = 14  # of an answer; those of the named benchmarks have at most 12
 IDS = ("id", "unique_id", "problem_id", "question_id", "doc_id", "idx", "index", "uid")  # fields that name a row

@@ -15,7 +15,7 @@ from typing import Any
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.formats import parse_json
-from nanoredi.data.benchmarks import GOLDS, listed
+from nanoredi.data.benchmarks import SURE_GOLDS, listed
 from nanoredi.data.messages import THINKING_NAMES
 
 # The completions' field, and who writes it. The first that a row has counts.
@@ -51,7 +51,7 @@ _PROMPTS = (
     "full_prompt prompt messages conversations origin_prompt instruction input inputs problem question query example "
     "arguments doc.query doc.problem doc.question"
 ).split()
-_GOLDS = ("reward_model.ground_truth", *GOLDS, "target", "label")
+_GOLDS = ("reward_model.ground_truth", *SURE_GOLDS, "target", "answer", "label")
 _IDS = (
     "custom_id problem_id question_id unique_id doc_id idx index id uid key record_id request_id doc.id "
     "extra_info.index meta_info.id"

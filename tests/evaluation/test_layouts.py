@@ -320,8 +320,9 @@ def test_other_requests_that_failed(tmp_path, benchmark, row, words):
     assert done == [(0, 0, False), (1, 0, False)] and "1 of 2 requests failed" in said[0] and words in said[0]
 
 
-def test_a_gold_answer_and_a_response_named_answer(tmp_path):
-    rows = [{"problem": "What is 1+1?", "response": WRONG, "answer": WRONG, "gold_answer": "2"}]
+@pytest.mark.parametrize("name", ["gold_answer", "target"])
+def test_a_gold_answer_and_a_response_named_answer(tmp_path, name):
+    rows = [{"problem": "What is 1+1?", "response": WRONG, "answer": WRONG, name: "2"}]
     assert graded(tmp_path, rows) == ([(0, 0, False)], [])
 
 
