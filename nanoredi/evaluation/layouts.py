@@ -215,9 +215,9 @@ def _each(value: dict[str, Any], names: Iterable[str], num: int, count: Any = No
 
 
 def _field(value: dict[str, Any], names: Any) -> str | None:
-    """Which field of an object holds its completions; one that is null where no other does."""
+    """Which field of an object holds its completions; one that is null or empty where no other does."""
     there = [name for name in names if name in value and _may_hold_completions(value, name, names is LAYOUTS)]
-    return next((name for name in there if value[name] is not None), next(iter(there), None))
+    return next((name for name in there if value[name] not in (None, [])), next(iter(there), None))
 
 
 def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
