@@ -21,6 +21,7 @@ from nanoredi.common.errors import UserError
 
 MAX_CHARS, MAX_DEPTH = 1 << 28, 100  # of a JSON file, or of a line of a JSONL file
 _TABLES = (".parquet", ".arrow")
+_KINDS = (".jsonl", ".csv", *_TABLES)  # of files that hold nothing but rows
 _ROWS_AT_ONCE = 64
 _ROWS = ("data", "rows", "samples", "examples", "request_states", "results")  # where a JSON object may hold its rows
 
@@ -45,13 +46,9 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
         UserError: when the file cannot be read.
     """
     if path.is_dir():
-        kinds = (".jsonl", ".json", ".csv", *_TABLES)
-        inner = next(
-            (file for file in sorted(path.rglob("*")) if file.suffix in kinds and file.stem != "dataset_info"), None
-        )
-        raise UserError(
-            f"{path} is a folder: give the file in it that holds the rows{f', such as {inner}' if inner else ''}"
-        )
+        inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix in _KINDS)
+        such_as = f", such as {inside[0]}" if inside else ""
+        raise UserError(f"{path} is a folder: give the file in it that holds the rows{such_as}")
     if path.suffix not in _TABLES:
         yield from _csv_rows(path) if path.suffix in (".csv", ".tsv") else _text_rows(path)
         return

@@ -104,7 +104,7 @@ def _take_bare_answers(path: str, answers: list[Answers], say: Callable[[str], N
     """Where nothing has a box: what is called a prediction may be the answer that was found in a response; else the reader
     should know."""
     own = [one for row in answers for one in row.completions]
-    if any("\\boxed" in one.text for one in own) or not own:
+    if any("box" in one.text for one in own) or not own:
         return
     if all(row.path in (None, "prediction", "predictions", "predict") for row in answers):
         say(f"{path}: no {answers[0].path} has a boxed answer; each is taken for the answer itself")
@@ -262,8 +262,8 @@ def _graded(path: str, name: str, benchmarks: list[Benchmark], found: Found, lim
         for i, own in enumerate(problems):
             if sorted(own) != list(range(n)):
                 raise UserError(
-                    f"{path}: {name} has {len(own)} completions for problem {i + 1} of {benchmark.name} and {n} for others; every "
-                    "problem needs as many"
+                    f"{path}: {name} has {len(own)} completions for problem {i + 1} of {benchmark.name} and {n} for "
+                    "others; every problem needs as many"
                 )
         numbered = [(i, number, own[number]) for i, own in enumerate(problems) for number in range(n)]
         samples.append([graded(name, benchmark, i, k, one.text, one.tokens, one.reason) for i, k, one in numbered])

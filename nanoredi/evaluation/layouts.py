@@ -244,11 +244,11 @@ def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
 
 
 def _unquoted(value: Any) -> Any:
-    """A list of texts, messages or an API's response that was written as a text."""
+    """A list of texts, messages or an API's response that was written as a text; what else may be the model's own JSON."""
     if isinstance(value, str) and value[:2] in ("[{", '{"'):
         with suppress(UserError):
             inner = parse_json("it", value)
-            return _plain(inner) if isinstance(inner, list) or "choices" in inner else value
+            return _plain(inner) if _role(inner) or "choices" in inner else value
     return listed(value)
 
 

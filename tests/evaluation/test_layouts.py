@@ -266,6 +266,7 @@ GEMINI = {
         {"message": {"role": "assistant", "content": ANTHROPIC["content"]}, "usage": {"tokens": {"output_tokens": 3}}},
         {"Response": RIGHT, "prediction": "3"},
         {"choices": [], "outputs": None, "output": RIGHT},
+        {"output": '[{"step": 1}]' + RIGHT},
         {"completion": RIGHT, "tokens": 3.0},
     ],
 )
@@ -331,6 +332,11 @@ def test_a_gold_answer_and_a_response_named_answer(tmp_path, name):
 def test_a_gold_answer_that_is_a_place_among_choices(tmp_path, box, right):
     rows = [{"question": "q", "choices": ["4", "5"], "answer": 1, "response": rf"</think>\boxed{{{box}}}"}]
     assert graded(tmp_path, rows)[0] == [(0, 0, right)]
+
+
+def test_json_that_the_model_wrote(tmp_path, benchmark):
+    rows = [{"prompt": problem, "output": text} for problem, text in zip(benchmark.problems, ('[{"a": 2}]', RIGHT))]
+    assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, False), (1, 0, False)]
 
 
 def test_bare_answers(tmp_path, benchmark):
