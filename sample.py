@@ -155,8 +155,7 @@ def _samples(rows: list[tuple[str, Any]], tokenizer: Tokenizer, config: SampleFl
     requests = requests_for(prompts, config.n, config.seed, [where for where, _ in rows])
     samples = []
     for i, request in enumerate(requests):
-        if config.stop or not config.out:
-            request.stream = tokenizer.stream(config.stop)
+        request.stream = tokenizer.stream(config.stop, shown=not config.out)
         samples.append(_Sample(request, rows[i // config.n][1], conversations[i // config.n][-1]["content"]))
     return samples
 

@@ -5,12 +5,13 @@
 
 First the device's tests, whose output is kept in tests.txt, then nanoredi's loss, optimiser steps and sampling, then the
 peers that are installed, each in a fresh process; dry without a GPU, all but the tests in one process. Every row is written
-the moment it is there, so that a device that is taken away leaves what was measured by then; a part that fails or runs out
-of time is a row that says so. Floors are what the same device reaches in one large matrix product, or in reading memory; a
+the moment it is there, so that a device that is taken away leaves what was measured by then; a part that fails, runs out
+of time or wants what is not installed is a row that says so. Floors are what the same device reaches in one large matrix product, or in reading memory; a
 share is the floor's time over the measured one.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -31,24 +32,26 @@ import torch  # noqa: E402
 from allowance import allowance  # noqa: E402
 
 from bench import kernels, sampler, train_step  # noqa: E402
+from nanoredi.model import attention  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.trainer.dtype import compute_dtype, matrix_rate  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
-TESTS = ["tests/device", "tests/kernels", "tests/model", "tests/sampler"]
+# Of all tests those in which a GPU runs what is its own, the ones that nothing else can stand in for first.
+TESTS = ["tests/device/test_gpu.py", "tests/kernels", "tests/sampler", "tests/trainer"]
 # The longest that a part may take, in seconds.
 TESTS_TAKE, PART_TAKES = 150, 120
 
 # What a part of each kind is measured on.
 TOY = Qwen2Config(512, 64, 128, 2, 4, 2, 1_024, tie_word_embeddings=True)
-ATTENTION = {"FlashAttention 2": "", "FlashAttention 3": "FA3"}
+ATTENTION = {"FlashAttention-2": "torch", "FlashAttention-3": "flash-attn-3"}  # the package that each is in
 
 # The methods of each kind, in the order of what matters most, with the package that a peer is.
 OWN = {
     "kernels": ["nanoredi weighted_cross_entropy", "nanoredi linear_logprob"],
     "steps": ["nanoredi"],
-    "sampling": ["nanoredi"],
+    "sampling": ["nanoredi", *["nanoredi, not batch_invariant"] * ON_GPU],
 }
 PEERS = {
     "kernels": {
@@ -73,7 +76,8 @@ def sizes(dry: bool) -> dict[str, Any]:
         }
         sampling = sampler.Size("toy", TOY, 4, 2, (5, 20), (5, 40), 8, 4, 2)
         return {"kernels": [(200, 32, 512, "float32")], "steps": steps, "sampling": sampling}
-    sampling = replace(sampler.SIZE, prompts=16, completion=(20, 4_096))
+    # Of a length at which transformers' `generate` ends in a part's time, too; every row has a place from the start.
+    sampling = replace(sampler.SIZE, prompts=16, completion=(20, 2_048), batch_size=256)
     return {"kernels": kernels.SIZES, "steps": train_step.SIZES, "sampling": sampling}
 
 
@@ -84,9 +88,9 @@ def parts(dry: bool) -> list[Part]:
     found: list[Part] = [{"kind": "tests"}]
     for methods in (OWN, PEERS):
         for kind, sizes_of in names.items():
-            for attention in ATTENTION if (methods, kind) == (OWN, "steps") else ["FlashAttention 2"]:
+            for name in ATTENTION if (methods, kind) == (OWN, "steps") else ["FlashAttention-2"]:
                 found += [
-                    {"kind": kind, "size": size, "method": method, "attention": attention}
+                    {"kind": kind, "size": size, "method": method, "attention": name}
                     for size in sizes_of
                     for method in methods[kind]
                 ]
@@ -95,8 +99,10 @@ def parts(dry: bool) -> list[Part]:
 
 def measured(part: Part, folder: str, dry: bool) -> Row:
     """A part's figures, in this process."""
-    if ATTENTION[part["attention"]]:
-        torch.nn.attention.activate_flash_attention_impl(ATTENTION[part["attention"]])
+    if part["attention"] == "FlashAttention-2":
+        attention.flash_attention = lambda: "FlashAttention-2"  # nanoredi takes the third where it can
+    elif (said := attention.flash_attention()) != part["attention"]:
+        raise RuntimeError(said)
     size, device = sizes(dry)[part["kind"]], kernels.DEVICE
     name = compute_dtype("auto", device)
     if part["kind"] == "sampling":
@@ -124,6 +130,9 @@ def in_time(command: list[str], seconds: float) -> tuple[int | None, str, str]:
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)  # tests then say what has failed so far
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return None, *process.communicate(timeout=10)
         os.killpg(process.pid, signal.SIGKILL)
         return None, *process.communicate()
     return process.returncode, out, err
@@ -136,10 +145,17 @@ def row_of(part: Part, folder: Path, dry: bool, left: float) -> Row:
         folder: of the model's weights; the tests' output is kept beside it.
     """
     start = time.monotonic()
-    package = PEERS.get(part["kind"], {}).get(part.get("method"))
-    version = {"version": f"{package} {importlib.metadata.version(package)}"} if _is_installed(package) else {}
-    if left <= 0:
-        return {**part, **version, "note": "no time was left"}
+    peer = PEERS.get(part["kind"], {}).get(part.get("method"))
+    package, note = peer or ATTENTION.get(part.get("attention"), "torch"), None
+    if not _is_installed(package):
+        return {**part, "note": f"{package} is not installed"}
+    if peer == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        note = "this release has none"
+    elif left <= 0:
+        note = "no time was left"
+    version = {"version": f"{peer} {importlib.metadata.version(peer)}"} if peer else {}
+    if note:
+        return {**part, **version, "note": note}
     if part["kind"] == "tests":
         found = _tested(folder.parent / "tests.txt", dry, min(left, TESTS_TAKE))
     elif dry and not ON_GPU:
@@ -149,13 +165,13 @@ def row_of(part: Part, folder: Path, dry: bool, left: float) -> Row:
     return {**part, **version, **found, "took": round(time.monotonic() - start, 1)}
 
 
-def _is_installed(package: str | None) -> bool:
-    return any(importlib.metadata.distributions(name=package)) if package else False
+def _is_installed(package: str) -> bool:
+    return any(importlib.metadata.distributions(name=package))
 
 
 def _tested(output: Path, dry: bool, seconds: float) -> Row:
     tests = ["tests/device/test_world.py"] if dry else TESTS
-    code, out, err = in_time([sys.executable, "-m", "pytest", "-q", *tests], seconds)
+    code, out, err = in_time([sys.executable, "-m", "pytest", "-q", "--tb=short", *tests], seconds)
     output.write_text(out + err)
     return {"note": (f"ended after {seconds:.0f} s: " if code is None else "") + _last_line(out)}
 
@@ -186,8 +202,8 @@ def markdown(about: dict[str, str], rows: list[Row]) -> str:
         size = row.get("size", "")
         size = size if isinstance(size, str) else "N = {:,}, D = {:,}, V = {:,}, {}".format(*size)
         cells = [row["kind"], size, row.get("method", "")]
-        if row.get("attention") == "FlashAttention 3":
-            cells[2] += ", FlashAttention 3"
+        if row.get("attention") == "FlashAttention-3":
+            cells[2] += ", FlashAttention-3"
         if "version" in row:
             cells[2] += f" ({row['version']})"
         if "seconds" in row:
@@ -242,8 +258,11 @@ def make_model(folder: Path, dry: bool) -> None:
     """Random weights, which all steps and the sampling share."""
     chosen = sizes(dry)
     assert {size.config == chosen["sampling"].config for size in chosen["steps"].values()} == {True}
-    model = Qwen2(chosen["sampling"].config).init_weights(0)
-    model.save_pretrained(folder, compute_dtype("auto", kernels.DEVICE))
+    with kernels.DEVICE:  # which draws them in no time
+        model = Qwen2(chosen["sampling"].config)
+    model.init_weights(0).save_pretrained(folder, compute_dtype("auto", kernels.DEVICE))
+    del model
+    torch.cuda.empty_cache()  # the memory is the other processes' now
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@
 Same weights, prompts, lengths, temperature 0.6 and top-p 0.95. The weights are random, so every method is told how
 long each sample becomes; only those tokens count. Each method runs in a fresh process, which samples a little first.
 The time is that of one run over all prompts, prefill included, and is to be read as a ratio to another one of the
-same table; memory is the peak of the process on a CPU, weights and all, and of the tensors on a GPU. `generate` takes
-the samples in batches, because it pads each to its longest: a sample of the prompts is enough to time it
+same table; memory is the peak of the process on a CPU, weights and all, and of the tensors on a GPU, where nanoredi's
+cache, as vLLM's, takes what is free. There nanoredi is timed with steps of one size (--batch_invariant), and with those
+of the rows that are left. `generate` takes the samples in batches, because it pads each to its longest: a sample of the prompts is enough to time it
 (--generate_prompts), since batches are alike. The allowance is what a step's matrix products take alone, at the
 number of rows that decode at each step; on a GPU the floor is the time to read the weights and the live cache once a
 step at the measured bandwidth.
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,15 +103,21 @@ def requests_of(size: Size) -> list[Request]:
     return requests
 
 
-def nanoredi(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tuple[Callable[[], int], Callable]:
+def nanoredi(
+    batch_invariant: bool, folder: str, size: Size, dtype: torch.dtype, profiled: bool
+) -> tuple[Callable[[], int], Callable]:
     model = Qwen2.from_pretrained(folder, dtype=dtype, device=DEVICE).pack()
-    settings = SamplingConfig(temperature=TEMPERATURE, top_p=TOP_P, batch_size=size.batch_size)
+    sizes = {"batch_size": size.batch_size, "batch_invariant": batch_invariant}
+    settings = SamplingConfig(temperature=TEMPERATURE, top_p=TOP_P, **sizes)
     sampler = Sampler(model, [], settings)
 
     def warm_up() -> None:
-        # Fewer and fewer rows, so that a GPU's graphs are captured at every size.
+        # Fewer and fewer rows, so that a GPU's graphs are captured at every size; and longer and longer ones.
         lengths = [3 + int(2 * math.log2(size.batch_size / (row + 1))) for row in range(size.batch_size)]
         list(sampler.run([Request([1] * 8, max_tokens=n, key=row) for row, n in enumerate(lengths)]))
+        longest = size.prompt[1] + size.completion[1]
+        for length in [8 << i for i in range(longest.bit_length())] if ON_GPU else []:
+            list(sampler.run([Request([1] * min(length, longest), max_tokens=2)]))
 
     def run() -> int:
         sampler.add(requests_of(size))
@@ -226,12 +234,14 @@ def vllm(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tuple[C
 
 
 METHODS = {
-    "nanoredi": nanoredi,
+    "nanoredi": partial(nanoredi, True),
+    # On a CPU a step has the rows that there are in either way.
+    **({"nanoredi, not batch_invariant": partial(nanoredi, False)} if ON_GPU else {}),
     "transformers generate": generate,
     "transformers generate_batch": generate_batch,
     "vllm": vllm,
 }
-TIMED_ON_ALL = ("nanoredi", "vllm")  # of the prompts
+TIMED_ON_GENERATE_S = ("transformers generate", "transformers generate_batch")  # prompts; the others on all
 
 
 def measure(method: str, size: Size, dtype: torch.dtype, folder: str, profiled: bool) -> dict:
@@ -289,7 +299,7 @@ def main() -> None:
                 if result is None:
                     print(f"| {dtype} | {method} | failed, as said above | | | | |", flush=True)
                     continue
-                num = (SIZE.prompts if method in TIMED_ON_ALL else SIZE.generate_prompts) * SIZE.n
+                num = (SIZE.generate_prompts if method in TIMED_ON_GENERATE_S else SIZE.prompts) * SIZE.n
                 rate = result["tokens"] / result["seconds"]
                 cells = (
                     f"{num} | {result['seconds']:.0f} | {rate:.0f} | {rate * share:.0%} | {result['bytes'] / 1e9:.2f}"

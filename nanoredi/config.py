@@ -89,6 +89,8 @@ class RediConfig(TrainConfig):
                 setattr(self, f.name, of[self.objective])
             elif of and self.objective not in of and given:
                 raise UserError(f"{f.name} is a parameter of {' and '.join(of)}; the objective is {self.objective}")
+        if self.objective == "redi" and not (self.alpha or self.chosen_weight):
+            raise UserError("alpha and chosen_weight are both 0, so nothing would be learned")
 
 
 @dataclass

@@ -40,7 +40,7 @@ from nanoredi.data.tokenizer import Tokenizer
 PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all of OpenR1-Math-Raw
 # A table's other columns are not read.
 _FIELDS = (
-    *("problem_is_valid", "source", "problem", "generations", "correctness"),
+    *("problem_is_valid", "source", "problem", "question", "generations", "correctness"),
     *("system", "prompt", "messages", "completion", "finish_reason", "sample", "answer", "correct", *THINKING_NAMES),
 )
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
@@ -125,19 +125,10 @@ def find_files(paths: list[str]) -> list[Path]:
     return files
 
 
-def read_raw(file: Path) -> Rows:
-    """The rows of a file, each with where it stands, for messages about it; one at a time, since they do not fit in memory.
-
-    Raises:
-        UserError: when the file cannot be read, and for a row that is no object.
-    """
-    return ((where, check(where, row, dict)) for where, row in read_rows(str(file), _FIELDS))
-
-
 def _as_raw_rows(files: list[Path], total: int, spool: Spool, tokenizer: Tokenizer, grading: bool) -> tuple[int, Rows]:
     """How many raw rows come of the files' rows, and the raw rows, each with where it stands; one's own are labelled,
     and those of one problem made one."""
-    rows = chain.from_iterable(map(read_raw, files))
+    rows = ((where, check(where, row, dict)) for file in files for where, row in read_rows(str(file), _FIELDS))
     first = next(rows)
     rows = chain([first], rows)
     if "completion" in first[1]:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.flags import _builtin_recipes, read_flags, read_recipe, resolve, write_recipe
-from nanoredi.common.runs import check_model, dtype_of_run, open_run, recipe_of
+from nanoredi.common.runs import check_model, dtype_of_run, open_run, recipe_of, weight_files
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
 
 
@@ -327,6 +327,14 @@ def test_what_is_no_model_s_folder_is_named(given, files, words, tmp_path, monke
 def test_a_model_s_folder_is_taken(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert check_model(str(tmp_path)) == str(tmp_path)
+
+
+def test_weights_that_are_a_pickle_are_named(tmp_path):
+    with pytest.raises(UserError, match="holds no model.safetensors and no model.safetensors.index.json$"):
+        weight_files(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match="a .bin can run code when it is read: save it as safetensors"):
+        weight_files(tmp_path)
 
 
 def test_a_run_goes_on_in_its_dtype(tmp_path):

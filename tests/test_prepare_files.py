@@ -51,9 +51,9 @@ def test_a_row_group_is_not_held_in_memory(tmp_path):
         table, tmp_path / "raw.parquet", row_group_size=10_000, compression="none", use_dictionary=False
     )
     code = f"""
-import pathlib, pyarrow
-from nanoredi.prepare import read_raw
-rows = read_raw(pathlib.Path({str(tmp_path / "raw.parquet")!r}))
+import pyarrow
+from nanoredi.common.files import read_rows
+rows = read_rows({str(tmp_path / "raw.parquet")!r}, ("problem", "generations"))
 assert sum(len(row["generations"][0]) for _, row in rows) == 10**8
 print(pyarrow.default_memory_pool().max_memory())
 """

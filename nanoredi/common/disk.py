@@ -180,9 +180,12 @@ def lock(folder: Path) -> None:
 
 
 def regular(path: Path) -> Path:
-    """The path; a UserError where it leads to a pipe or a device: files are read again, and have an end."""
+    """The path; a UserError where it leads to a pipe or a device (files are read again, and have an end), and for what git
+    leaves in place of a large file."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is a pipe or a device; give a file, which can be read again")
+    if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} only points to a file that git-lfs has not fetched: git lfs pull")
     return path
 
 

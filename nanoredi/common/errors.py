@@ -17,6 +17,8 @@ class UserError(Exception):
 class Stopped(Exception):
     """The run was asked to stop, and all it needs to go on is saved. The message says so."""
 
+    code = 0  # of the exit
+
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
@@ -39,7 +41,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(stopped)
+            print(stopped, flush=True)
+        sys.exit(stopped.code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

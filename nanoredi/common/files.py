@@ -60,12 +60,14 @@ def read_rows(path: str, fields: tuple[str, ...] | None = None) -> Iterator[tupl
     Raises:
         UserError: when the file cannot be read or a line is not JSON.
     """
+    kinds = "; rows are JSONL (an object a line), a JSON list, either also as .gz, CSV, Parquet or Arrow"
     for where, row in file_rows(Path(path), fields):
         if isinstance(row, bytes):
             try:
-                row = parse_json(where, row.decode())
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where} is not UTF-8 text: {error}") from None
+                row = parse_json(where, row)
+            except UserError as error:
+                raise UserError(f"{error}{kinds}") from None
+        kinds = ""  # where the first row is one, the file is of a kind
         yield where, row
 
 

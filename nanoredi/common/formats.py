@@ -99,10 +99,7 @@ def _rows(path: Path, text: bytes) -> list[Any]:
     """The rows of one JSON value: a list; an object of rows by number, or of columns; one that holds its rows in a field;
     else the object itself."""
     kind = "a list" if text.lstrip().startswith(b"[") else "an object"
-    try:
-        value = parse_json(f"{path}, which begins as {kind},", text.decode(), max_chars=1 << 34)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    value = parse_json(f"{path}, which begins as {kind},", text, max_chars=1 << 34)
     if isinstance(value, list):
         return value
     inner = list(value.values())
@@ -152,8 +149,8 @@ def _chosen(names: list[str], fields: tuple[str, ...] | None) -> list[str]:
     return [name for name in names if fields is None or name in fields]
 
 
-def parse_json(where: str, text: str, max_chars: int | None = None) -> Any:
-    """JSON from outside: of bounded size and depth, all its numbers finite.
+def parse_json(where: str, text: str | bytes, max_chars: int | None = None) -> Any:
+    """JSON from outside: of bounded size and depth, all its numbers finite, and an object's names of one value.
 
     Raises:
         UserError: naming `where`, when it is anything else.
@@ -162,12 +159,14 @@ def parse_json(where: str, text: str, max_chars: int | None = None) -> Any:
     if len(text) > max_chars:
         raise UserError(f"{where} is longer than {max_chars:,} characters")
     try:
+        text = text.decode() if isinstance(text, bytes) else text
         value = _JSON.decode(text)
         deep = text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH
     except RecursionError:
         deep = True
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+        kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "JSON"
+        raise UserError(f"{where} is not {kind}: {error}") from None
     if deep:
         raise UserError(f"{where} is nested more than {MAX_DEPTH} levels deep")
     return value
@@ -184,4 +183,11 @@ def _finite(text: str) -> float:
     return value
 
 
-_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs) and (twice := [name for name, one in pairs if value[name] != one]):
+        raise ValueError(f"{twice[0][:80]!r} stands in it twice, with two values")
+    return value
+
+
+_JSON = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, object_pairs_hook=_object)

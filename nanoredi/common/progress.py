@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from nanoredi.common.errors import visible
 
-# Seconds between two states of the line: on a terminal it is replaced, in a log file each one stays.
+# Seconds before the line and between two states of it: on a terminal it is replaced, in a log file each one stays.
 _ON_A_TERMINAL, _IN_A_FILE = 0.1, 60.0
 
 
@@ -16,5 +16,6 @@ def progress(rows: Iterable[Any] | None, what: str, total: int | None, unit: str
     """Count rows as they are gone through, or, where rows is None, by update(). options: tqdm's."""
     interval = _ON_A_TERMINAL if sys.stderr.isatty() else _IN_A_FILE
     unit = f" {unit}"
-    often = {"mininterval": interval, "maxinterval": max(10.0, interval)}
-    return tqdm(rows, visible(what), total, unit=unit, file=sys.stderr, leave=False, **often, **options)
+    options |= {"mininterval": interval, "maxinterval": max(10.0, interval)}
+    options["delay"] = max(interval, options.get("delay", 0))
+    return tqdm(rows, visible(what), total, unit=unit, file=sys.stderr, leave=False, **options)

@@ -171,7 +171,9 @@ def check_model(folder: str, file: str = "config.json") -> str:
     found = [f for depth in range(1, 5) for f in path.glob("*/" * depth + file)]
     found.sort(key=lambda f: (f == path / "final" / file, f.stat().st_mtime), reverse=True)
     if not found:
-        raise UserError(f"{folder} has no {file}, so it is no model's folder")
+        is_model = (path / "config.json").exists()
+        end = "; copy that of the model that it was made from" if is_model else ", so it is no model's folder"
+        raise UserError(f"{folder} has no {file}{end}")
     kind = "a run's folder" if (path / "config.toml").exists() else "a folder of models"
     if (path / "snapshots").is_dir() or next(path.glob("models--*"), None):
         kind = "the hub's cache"
@@ -202,7 +204,8 @@ def weight_files(folder: Path) -> list[Path]:
         # Only names inside the folder: an index is data from elsewhere.
         return [folder / Path(name).name for name in sorted(set(weight_map.values()))]
     if not (folder / "model.safetensors").exists():
-        raise UserError(f"{folder} holds no model.safetensors and no {INDEX}")
+        bins = "; a .bin can run code when it is read: save it as safetensors" * any(folder.glob("*.bin"))
+        raise UserError(f"{folder} holds no model.safetensors and no {INDEX}{bins}")
     return [folder / "model.safetensors"]
 
 

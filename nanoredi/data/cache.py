@@ -34,6 +34,8 @@ def cached(
     Returns:
         tokens (total,), learned (total,), weights (M,), offsets (M+1,), notes for the user, and the key.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give one file of rows")
     try:
         folder = Path(cache) / digest(repr(rules).encode(), Path(path), *tokenizer.files)
     except OSError as error:

@@ -1,10 +1,11 @@
 """Messages to text, as a checkpoint's chat template writes them: what a model is asked, and what it is to answer.
 
-Two rules hold whatever the template does. The prompt that training sees is the text that sampling starts from. And no
-part of an answer is lost: many templates drop the thinking of an answer, since they are written for chatting, where it
-is of no more use; whoever trains wants it learned.
+Three rules hold whatever the template does. The prompt that training sees is the text that sampling starts from. What
+the template writes behind an answer is learned, and ends a sample. And no part of an answer is lost: many templates drop
+the thinking of an answer, since they are written for chatting, where it is of no more use; whoever trains wants it learned.
 """
 
+import os
 from typing import Any
 
 from nanoredi.common.errors import UserError
@@ -15,8 +16,8 @@ from nanoredi.data.template import Template
 _ANSWER, _THOUGHTS = "\ue000answer\ue001", "\ue000thoughts\ue001"
 _THINK, _THOUGHT = "<think>", "</think>"
 # What split remarks, of rows.
-_ENDED = "rows have the template's end on an answer: it is taken once"
-_GOES_ON = "rows have an answer that goes on after a token which ends completions: all is learned"
+_ENDED = "rows have the template's header or end on an answer: it is taken once"
+_GOES_ON = "rows have an answer that goes on after what ends completions: all is learned"
 _TEMPLATED = "rows have a prompt that is templated already: it is taken as it is"
 _REWRITTEN = "rows have an answer that the chat template writes in another way: its way is learned"
 _WHOLE = "rows have an answer that the chat template cuts, or puts after another prompt than sampling's: all is learned"
@@ -33,6 +34,8 @@ class Chat:
 
     Attributes:
         end: what the template writes after an answer.
+        stop_text: the part of it, before any token of the marks, that sampling would otherwise show as text; it ends a
+            completion. Empty where there is none but white space.
 
     Raises:
         UserError: from the constructor, for a template that is broken or does not show an answer once.
@@ -51,11 +54,19 @@ class Chat:
         self._takes_thinking = _THOUGHTS in self._tried([*question, thinking])
         self._shows_all = (text := folded(thinking)["content"]) in self._tried([{**answer, "content": text}])
         head, _, self._tail = self._tried(user_message(_ANSWER), True).partition(_ANSWER)
+        opening = self._tail.rstrip().removesuffix(_THINK)
+        begins = {0, *(i for mark in (*marks, "\n") for i in range(len(opening)) if opening.startswith(mark, i))}
+        # What an answer may begin with a second time; a bare word is its own.
+        openings = {opening[i:].strip() for i in begins} - {""}
+        self._openings = sorted((one for one in openings if not one.isalnum()), key=len, reverse=True)
         bos = special.get("bos_token", "")
         self._bos = bos if head.startswith(bos) else ""
         self._header = max((mark for mark in marks if mark in head), key=head.rfind, default="")
         eos = special.get("eos_token", "")
-        self._ends = {mark for mark in marks if mark in self.end or mark == eos}
+        places = [place for mark in (*marks, eos) if mark and (place := self.end.find(mark)) >= 0]
+        plain = self.end[: min(places, default=None)]
+        self.stop_text = plain if plain.strip() else ""
+        self._ends = {mark for mark in marks if mark in self.end or mark == eos} | {self.stop_text} - {""}
 
     def prompt(self, messages: Messages, think: bool = False) -> str:
         """The conversation as text, up to where the model is to answer. What is templated already stays as it is.
@@ -91,7 +102,7 @@ class Chat:
         """
         remarks = set() if remarks is None else remarks
         *before, answer = messages
-        content = self._unended(answer["content"])
+        content = self._unwrapped(answer["content"])
         if content != answer["content"]:
             remarks.add(_ENDED)
             answer = {**answer, "content": content}
@@ -125,7 +136,7 @@ class Chat:
 
     def is_blank(self, answer: dict[str, Any]) -> bool:
         """Whether an answer says nothing but the template's end."""
-        return not (self._unended(answer["content"]).strip() or "reasoning_content" in answer)
+        return not (self._unwrapped(answer["content"]).strip() or "reasoning_content" in answer)
 
     def measured(self, prompt: Messages, answers: Messages) -> tuple[list[str], bool]:
         """A prompt and the answers to it, as text to be measured, and whether it is the text that training tokenises.
@@ -162,7 +173,8 @@ class Chat:
         """That each message is seen: a template passes over a role that it does not know."""
         for number, message in enumerate(messages, 1):
             role, content = message["role"], message["content"]
-            known = role in ("user", "assistant") or role in self._template.source or role in text.replace(content, "")
+            elsewhere = self._template.source + text.replace(content, "").lower()
+            known = role in ("user", "assistant") or role in elsewhere
             marked = [*messages[: number - 1], {**message, "content": _ANSWER}, *messages[number:]]
             # A template may trim what it shows, or change it; a mark tells whether it shows anything.
             seen = role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)
@@ -187,9 +199,11 @@ class Chat:
                 return self._bos + text.removeprefix(self._bos)
         return None
 
-    def _unended(self, text: str) -> str:
-        """An answer without the template's end."""
-        while end := next((end for end in self._ends if text.rstrip().endswith(end)), None):
+    def _unwrapped(self, text: str) -> str:
+        """An answer without the template's header before it and its end behind it."""
+        if opening := next((opening for opening in self._openings if text.lstrip().startswith(opening)), None):
+            text = text.lstrip().removeprefix(opening).lstrip()
+        while end := next((end.rstrip() for end in self._ends if text.rstrip().endswith(end.rstrip())), None):
             text = text.rstrip().removesuffix(end)
         return text
 
@@ -199,7 +213,8 @@ class Chat:
         if open_to.endswith(_THOUGHT) and (_THINK in text or _THOUGHT in text):
             raise UserError(f"{self._label} has the model answer without thinking; this answer thinks")
         if open_to.endswith(_THINK) and text.lstrip().startswith(_THINK):
-            text = text.lstrip().removeprefix(_THINK).removeprefix(prompt[len(open_to) :])
+            text = text.lstrip().removeprefix(_THINK)
+            text = text[len(os.path.commonprefix((text, prompt[len(open_to) :]))) :]
         return text
 
 

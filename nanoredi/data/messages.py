@@ -6,7 +6,7 @@ apart.
     stage 2   {"prompt", "chosen", "rejected"}; the prompt may stand inside chosen and rejected instead, as
               whole conversations
 
-A prompt is text (the user's) or a list of messages, an answer is text (the assistant's), a message or a list of one. The
+The prompt may also be called problem or question, or be the messages beside an answer. A prompt is text (the user's) or a list of messages, an answer is text (the assistant's), a message or a list of one. The
 system message may stand beside them, as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its
 content as a list of parts of text.
 """
@@ -21,6 +21,7 @@ _SHAREGPT = {"human": "user", "gpt": "assistant"}
 # What servers call the thinking that they give beside the content.
 THINKING_NAMES = ("reasoning_content", "reasoning", "thinking")
 SIDES = ("chosen", "rejected")
+_PROMPTS = ("prompt", "conversations", "problem", "question", "messages")
 
 
 def user_message(text: str) -> Messages:
@@ -76,18 +77,25 @@ def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
 def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
     given = _given(row)
+    wrong = next((name for name in ("label", "correct") if given.get(name) is False), None)
+    if wrong and "weight" not in given:
+        raise UserError(
+            f"{where}: {wrong!r} is false; give such a row a 'weight' (below 0 to unlearn it), or leave it out"
+        )
     if "completion" in given and "messages" not in given:
         if not (prompt := _prompt(where, given)):
-            raise UserError(f"{where} has no field 'prompt'")
+            raise _missing(where, given, "'prompt'")
         return behind_system(where, given, [*prompt, *_answer(f"{where}: 'completion'", given["completion"])])
     name = "conversations" if "conversations" in given and "messages" not in given else "messages"
     if name not in given:
-        raise UserError(f"{where} has no field 'messages' (nor 'conversations', nor 'prompt' with 'completion')")
+        raise _missing(where, given, "'messages' (nor 'conversations', nor 'prompt' with 'completion')")
     if not isinstance(given[name], list):
         raise UserError(f"{where}: {name!r} must be a list of messages with role and content")
     messages = check_messages(f"{where}: {name!r}", given[name])
-    if messages[-1]["role"] != "assistant" or not _says(messages[-1]):
-        raise UserError(f"{where}: the last message must be the assistant's, and not empty")
+    if (role := messages[-1]["role"]) != "assistant":
+        raise UserError(f"{where}: the last message must be the assistant's; its role is {role!r}")
+    if len(messages) == 1:
+        raise UserError(f"{where}: there is no message before the assistant's")
     return behind_system(where, given, messages)
 
 
@@ -95,15 +103,16 @@ def pair(where: str, row: Any) -> tuple[Messages, Messages]:
     """The prompt of a stage 2 row, and its chosen and rejected answers."""
     given = _given(row)
     if missing := next((name for name in SIDES if name not in given), None):
-        raise UserError(f"{where} has no field {missing!r}")
-    prompt = _prompt(where, given)
+        raise _missing(where, given, repr(missing))
     (*before, chosen), (*others, rejected) = (_answer(f"{where}: {name!r}", given[name]) for name in SIDES)
     if before != others:
         raise UserError(f"{where}: 'chosen' and 'rejected' must differ in their last message alone")
-    if prompt and before and prompt not in (before, [m for m in before if m["role"] == "user"][:1]):
+    # Beside whole conversations the other names may hold anything.
+    prompt = _prompt(where, given, _PROMPTS[:2] if before else _PROMPTS)
+    if prompt and before and prompt not in (before, *([m] for m in before if m["role"] == "user")):
         raise UserError(f"{where}: 'prompt' must be what stands in 'chosen' before the answer")
     if not (before or prompt):
-        raise UserError(f"{where} has no field 'prompt'")
+        raise _missing(where, given, "'prompt'")
     return behind_system(where, given, before or prompt), [chosen, rejected]
 
 
@@ -112,9 +121,13 @@ def _given(row: Any) -> dict[str, Any]:
     return {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else {}
 
 
-def _prompt(where: str, given: dict[str, Any]) -> Messages:
+def _missing(where: str, given: dict[str, Any], name: str) -> UserError:
+    return UserError(f"{where} has no field {name}; it holds {', '.join(map(repr, given))[:200] or 'no fields'}")
+
+
+def _prompt(where: str, given: dict[str, Any], names: tuple[str, ...] = _PROMPTS) -> Messages:
     """A row's prompt; empty where it has none."""
-    name = next((name for name in ("prompt", "conversations") if name in given), None)
+    name = next((name for name in names if name in given), None)
     return check_messages(f"{where}: {name!r}", given[name]) if name else []
 
 
@@ -124,13 +137,9 @@ def _answer(where: str, value: Any) -> Messages:
     messages = check_messages(where, [value] if isinstance(value, dict) else value)
     *before, last = messages
     behind_a_prompt = not before or any(message["role"] == "user" for message in before)
-    if last["role"] != "assistant" or not _says(last) or not behind_a_prompt:
-        raise UserError(f"{where} must be one message of the assistant, and not empty")
+    if last["role"] != "assistant" or not behind_a_prompt:
+        raise UserError(f"{where} must be one message of the assistant")
     return messages
-
-
-def _says(message: dict[str, Any]) -> bool:
-    return bool(message["content"] or message.get("reasoning_content"))
 
 
 def folded(message: dict[str, Any]) -> dict[str, Any]:

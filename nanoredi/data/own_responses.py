@@ -3,9 +3,9 @@
     a row a problem     {"problem", "generations": [...], "answer"}
     a row a response    {"prompt", "completion", "answer"}: what sample.py writes; a problem's rows may stand anywhere
 
-The problem is `problem` or `prompt` (text or messages) or `messages`. Labels come with the rows, as `correct` (true or
-false; in the first layout a list of these), or the grader makes them from `answer`, which is the gold answer or a list
-of several that count as right.
+The problem is `problem`, `question` or `prompt` (text or messages) or `messages`. Labels come with the rows, as `correct`
+(true or false; in the first layout a list of these), or the grader makes them from `answer`, which is the gold answer or a
+list of several that count as right.
 """
 
 import json
@@ -103,9 +103,9 @@ def gathered(spool: Spool) -> Iterator[tuple[str, Row]]:
 
 
 def _prompt(where: str, row: Row) -> list[dict[str, str]]:
-    name = next((name for name in ("prompt", "problem", "messages") if row.get(name) is not None), None)
+    name = next((name for name in ("prompt", "problem", "question", "messages") if row.get(name) is not None), None)
     if name is None:
-        raise UserError(f"{where} has no field 'problem', 'prompt' or 'messages'")
+        raise UserError(f"{where} has no field 'problem', 'question', 'prompt' or 'messages'")
     prompt = check_messages(f"{where}: {name!r}", row[name])
     if prompt[-1]["role"] != "user":
         raise UserError(f"{where}: the last of {name!r} must be the user's message")

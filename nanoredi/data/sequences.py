@@ -25,7 +25,7 @@ from nanoredi.data.messages import SIDES, Messages, conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
 
 # Part of the cache's key: raise it when the rules above change.
-_RULES = 4
+_RULES = 5
 
 
 class Sequence(NamedTuple):
@@ -95,7 +95,11 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
         *prompt, answer = conversation(where, row)
         parts = _texts(where, tokenizer, prompt, [answer], counts)
         whole = "".join(parts or [])
-        return ([parts[0], whole], (len(parts[0]), whole, _weight(where, row, "weight", -1))) if parts else None
+        return (
+            ([parts[0], whole], (len(parts[0]), whole, _weight(where, {**answer, **row}, "weight", -1)))
+            if parts
+            else None
+        )
 
     def arrays(encodings: list[Encoding], kept: tuple[int, str, float], counts: Counter[str]) -> Iterator[Arrays]:
         (num_chars, text, weight), (before, ids) = kept, (encoding.ids for encoding in encodings)

@@ -52,18 +52,22 @@ class Tokenizer(Chat):
         self.backend.no_truncation()
         self.backend.no_padding()
         self._config_file = self.folder / "tokenizer_config.json"
-        config = check(str(self._config_file), read_json(self._config_file), {f"{name}?": _TOKEN for name in _SPECIAL})
-        tokens = {name: config.get(name) for name in _SPECIAL}
-        texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-        # A token that is null is left out, so that a template which writes it writes nothing.
-        special = {name: text for name, text in texts.items() if text is not None}
+        older = (
+            self.folder / "special_tokens_map.json"
+        )  # where former versions of transformers wrote the special tokens
+        special: dict[str, str] = {}
+        for path in [older] * older.exists() + [self._config_file]:
+            config = check(str(path), read_json(path), {f"{name}?": _TOKEN for name in _SPECIAL})
+            tokens = {name: config.get(name) for name in _SPECIAL}
+            texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+            # A token that is null is left out, so that a template which writes it writes nothing.
+            special |= {name: text for name, text in texts.items() if text is not None}
         self.eos_id = self._id_of("eos_token", special)
         self.pad_id = self._id_of("pad_token", special) if special.get("pad_token") else self.eos_id
         marks = {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
         super().__init__(self._template_source(config), str(folder), special, list(marks.values()))
         end = self.encode(self.end.strip())
-        stop = [i for i in end if i in marks] or (end if len(end) == 1 else [])
-        self.stop_ids = sorted({self.eos_id, *stop[:1]})
+        self.stop_ids = sorted({self.eos_id, *[i for i in end if i in marks][:1]})
         self._end_tokens = max(1, len(self.encode(self.end)))
 
     def ended(self, ids: list[int]) -> list[int]:
@@ -150,25 +154,32 @@ class Tokenizer(Chat):
         """The text of token ids, special tokens left out."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def stream(self, stops: Sequence[str] = ()) -> "Stream":
-        """Decodes a completion as its tokens come, up to where one of these texts begins."""
-        return Stream(self.backend, stops)
+    def stream(self, stops: Sequence[str] = (), shown: bool = True) -> "Stream | None":
+        """Decodes a completion as its tokens come, up to where one of these texts or the template's own stop text begins;
+        None where there is no such text and the completion is not shown as it comes."""
+        stops = [*stops, *filter(None, [self.stop_text])]
+        return Stream(self.backend, stops) if stops or shown else None
 
     def _template_source(self, config: dict[str, Any]) -> str:
         path = self.folder / "chat_template.jinja"
         source = read_text(path) if path.exists() else config.get("chat_template")
-        if isinstance(source, list):  # several templates by name
-            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-            source = named.get("default")
+        if isinstance(source, list):
+            source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        names = ""
+        if isinstance(source, dict):  # several templates by name
+            source, names = source.get("default"), f" named default, only {', '.join(map(str, source))}"
         if not isinstance(source, str):
-            raise UserError(f"{self.folder} has no chat template, in {self._config_file.name} or as {path.name}")
+            raise UserError(f"{self.folder} has no chat template{names}, in {self._config_file.name} or as {path.name}")
         return source
 
     def _id_of(self, name: str, special: dict[str, str]) -> int:
         token = special.get(name)
         token_id = None if token is None else self.backend.token_to_id(token)
         if token_id is None:
-            raise UserError(f"{self._config_file}: {name} is {token!r}, which the vocabulary does not hold")
+            fault = (
+                f"there is no {name}" if token is None else f"{name} is {token!r}, which the vocabulary does not hold"
+            )
+            raise UserError(f"{self._config_file}: {fault}")
         return token_id
 
 

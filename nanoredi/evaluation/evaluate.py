@@ -130,7 +130,8 @@ def _sample(run: _Evaluation) -> None:
                     whose.update((id(request), missing[number]) for request in missing[number].requests)
             for request in sampler.step():
                 problem = whose.pop(id(request))
-                response = problem.opened + run.tokenizer.decode(request.tokens)
+                text = request.stream.text if request.stream else run.tokenizer.decode(request.tokens)
+                response = problem.opened + text
                 figures = request.sample, response, len(request.tokens), request.finish_reason
                 run.samples.append(graded(run.name, problem.benchmark, problem.number, *figures))
                 finished.update()
@@ -196,7 +197,7 @@ def _problems(run: _Evaluation) -> list[_Problem]:
             opened = "<think>\n" if text.rstrip().endswith("<think>") else ""
             own = requests[number * config.n : (number + 1) * config.n]
             for sample, request in enumerate(own):  # a problem that stands twice has two rows of n
-                request.sample = sample
+                request.sample, request.stream = sample, run.tokenizer.stream(shown=False)
             problems.append(_Problem(benchmark, number, own, opened))
     return problems
 

@@ -106,6 +106,6 @@ def equal(answer: str, gold: str) -> bool:
     if max(len(answer), len(gold)) > MAX_LENGTH:
         return False
     return any(
-        same(x, y) and (not left_out or not also or left_out == also)
+        same(x, y) and (left_out <= also or also <= left_out)
         for (x, left_out), (y, also) in itertools.product(read(answer), read(gold))
     )

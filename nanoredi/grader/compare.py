@@ -7,41 +7,38 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nanoredi.grader.expression import GENERAL, LETTERS, NEGATIVE, WHOLE, Expression
+from nanoredi.grader.expression import Expression
 from nanoredi.grader.numbers import add, close, divide, is_real
+from nanoredi.grader.symbols import GENERAL, LETTERS, NEGATIVE, WHOLE
 
-# A single name: x, S_{10}, \\theta, AB, \\angle ABC, [ABC], \\overline{AB}, f(x), P(A|B), The area.
-_INDEX = r"(?:_\{[^{}]*\})?"
+# A single name: x, S_{10}, \\theta, AB, \\angle ABC, [ABC], \\bar{AB}, f(x), P(A|B), The area.
+_INDEX = r"(?:_\{(?![^{}]*\w[+-])[^{}]*\})?"  # a_{n+1} is no single name
 LETTER = rf"(?:\\(?:{'|'.join(LETTERS)}) ?|[A-Za-z]){_INDEX}"
 _ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{4,}})"
 NAME = (
     rf"(?:(?:m ?)?\\(?:angle|triangle|odot) ?)?"
     rf"(?:{LETTER}|[A-Z]{{2,}}{_INDEX}|(?!arc|sqrt|sinh|cosh|tanh)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
-    rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\(?:overline|bar)\{{[A-Z]{{2,}}\}}"
+    rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\bar\{{[A-Z]{{2,}}\}}"
 )
 
 
 def points_for(*expressions: Expression) -> list[int]:
     """The points at which expressions must agree."""
     tokens = {token for one in expressions for token in one.tokens}
-    if tokens & {"⌊", "⌈"}:
-        return list(WHOLE)
-    return [*GENERAL, *(NEGATIVE if "abs" in tokens else [])]
+    return [*WHOLE] if tokens & {"⌊", "⌈"} else [*GENERAL, *(NEGATIVE if "abs" in tokens else [])]
 
 
 def agree(a: Expression, b: Expression) -> bool:
     """Have they the same value at every point?"""
-    for point in points_for(a, b) if a.letters or b.letters else GENERAL[:1]:
-        x, y = a.at(point), b.at(point)
-        if x is None or y is None or not close(x, y):
-            return False
-    return True
+    points = points_for(a, b) if a.letters or b.letters else GENERAL[:1]
+    pairs = ((a.at(point), b.at(point)) for point in points)
+    return all(x is not None and y is not None and close(x, y) for x, y in pairs)
 
 
 @dataclass
 class Reading:
-    """A node of the tree. Its kind is "value", "text", "list", "system" (named values), "cases", "matrix", "row", "base",
-    "time", "ratio", a relation ("=", "<", "≤", "≤<", ...), "≠", or a tuple's two brackets such as "[)"."""
+    """A node of the tree. Its kind is "value", "text", "list", "system" (named values), "cases", "matrix", "row",
+    "base", "time", "ratio", a relation ("=", "<", "≤", "≤<", ...), "≠", "∨" or a tuple's two brackets such as "[)"."""
 
     kind: str
     text: str  # the plain string
@@ -69,11 +66,13 @@ def same(a: Reading, b: Reading) -> bool:
         return same_system(a, b)
     if a.kind != b.kind:
         return False
-    if a.kind == "value" and agree(a.expression, b.expression):
-        return not re.fullmatch("[A-Z]{3,}/[A-Z]{3,}", f"{a.text}/{b.text}")  # ACB is an order, not ABC
+    # ACB is an order, not ABC, and "is it" a phrase; neither is a product.
+    words = re.fullmatch("[A-Z]{3,}/[A-Z]{3,}|[A-Za-z ]*[a-z]{2} [A-Za-z /]*", f"{a.text}/{b.text}")
+    if a.kind == "value" and not words and agree(a.expression, b.expression):
+        return True
     if a.kind == "text" or re.fullmatch("[A-Za-z ]{2,}", a.text):
         return word(a.text) == word(b.text)  # a short word reads as a product
-    if a.kind in ("list", "cases", "≠"):
+    if a.kind in ("list", "cases", "≠", "∨"):
         return match(a.parts, b.parts)
     return len(a.parts) == len(b.parts) > 0 and all(map(same, a.parts, b.parts))
 
@@ -81,7 +80,7 @@ def same(a: Reading, b: Reading) -> bool:
 def word(text: str) -> str:
     """A text without what does not matter in it: spaces, the case of words, braces around one letter or macro."""
     if re.fullmatch(r"[A-Za-z ,.'-]+", text) and re.search("[A-Za-z]{4}", text):  # a phrase; "team B wins" too
-        text = text.lower()
+        text = re.sub("^(?:an?|the) ", "", text.lower())
     text = re.sub(_WORD, lambda found: found[0].lower(), text)
     return re.sub(r"\{(\w|\\[A-Za-z]+)\}", r"\1", re.sub(r"[ °]", "", text))
 
@@ -102,30 +101,31 @@ def same_definition(a: Reading, b: Reading) -> bool:
     """y = 2x and f(x) = 2x, whose left sides are names. p = q and r = q are equations between names."""
     if not (a.name and b.name and a.bare and b.bare):
         return False
-    if a.name != b.name and "(" in a.name and a.name.partition("(")[0] == b.name.partition("(")[0]:
+    stems, indices = zip(*(re.fullmatch(r"(.[^(_]*)(.*)", one.name, re.DOTALL).groups() for one in (a, b)))
+    if stems[0] == stems[1] and indices[0] != indices[1] and all(indices):
         # f(2) = 5 is not f(3) = 5; f(x) = 5 is f(n) = 5, but f(x) = n is not f(n) = n.
-        if re.search(r"\([^)]*[0-9]", a.name + b.name) or not (a.bare.expression and not a.bare.expression.letters):
+        letters = all(re.fullmatch(r"\([a-z]\)|_\{[a-z]\}", index) for index in indices)
+        if not letters or not (a.bare.expression and not a.bare.expression.letters):
             return False
     return ("(" in a.name + b.name or not re.fullmatch(NAME, a.bare.text)) and same(a.bare, b.bare)
 
 
 def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
     """Can the parts be paired off, in any order, each with one that is the same?"""
-    if len(left) != len(right):
-        return False
     rest = list(right)
     for part in left:
         twin = next((i for i, other in enumerate(rest) if same(part, other)), None)
         if twin is None:
             return False
         del rest[twin]
-    return True
+    return not rest
 
 
 def same_system(a: Reading, b: Reading) -> bool:
     """x = 1, y = 2 against the same names, other names or (1, 2), each in the order of its names, or against a list."""
-    if {a.kind, b.kind} == {"system", "list"}:
-        return match(a.parts, b.parts)
+    if {a.kind, b.kind} == {"system", "list"}:  # x_1 = 1, x_2 = 2 are values of x, but x = 1, y = 2 are not
+        names = [{part.name.partition("_")[0] for part in one.parts if part.name} for one in (a, b)]
+        return (not all(names) or len(names[0]) == len(names[1])) and match(a.parts, b.parts)
     if not {a.kind, b.kind} <= {"system", "()"} or len(a.parts) != len(b.parts):
         return False
     names = [{part.name for part in one.parts} for one in (a, b) if one.kind == "system"]
@@ -135,8 +135,10 @@ def same_system(a: Reading, b: Reading) -> bool:
 
 
 def order(part: Reading) -> list[tuple[int, str]]:
-    """x_2 comes before x_10."""
-    return [(int(digits or -1), text) for digits, text in re.findall("([0-9]{1,9})|([^0-9]+)", part.name)]
+    """x_2 comes before x_10, r before θ."""
+    return [
+        (int(digits or -1), text) for digits, text in re.findall("([0-9]{1,9})|([^0-9]+)", part.name.replace("\\", "~"))
+    ]
 
 
 def proportional(a: Reading, b: Reading) -> bool:

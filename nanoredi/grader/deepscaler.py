@@ -20,6 +20,7 @@ import unicodedata
 
 from nanoredi.grader.compare import agree
 from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
+from nanoredi.grader.symbols import GREEK
 
 _UNITS = "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard liter".split()
 # What a macro looks like; some are for layout and leave nothing, of any other its name stays.
@@ -32,9 +33,8 @@ _LAYOUT = (
     "left right big Big bigg Bigg displaystyle mathrm mathbf mathit mathcal boldsymbol bf rm it limits boxed phantom "
     "underline ! ( ) [ ] { } $"
 ).split()
-_GREEK = "alpha beta gamma delta zeta eta theta kappa lambda mu nu xi rho sigma tau chi psi omega".split()
-_MACROS = dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
-_MACROS |= {name: unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('lambda', 'lamda')}") for name in _GREEK}
+_MACROS = {name: unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('lambda', 'lamda')}") for name in GREEK}
+_MACROS |= dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
 _MACROS |= dict.fromkeys(_LAYOUT, "")
 
 

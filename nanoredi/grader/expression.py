@@ -2,8 +2,7 @@
 
 A value is exact (a Fraction) until a root, pi or a function makes it a complex number of 60 digits (numbers.py).
 Letters stand for fixed pseudo-random numbers, so that an expression with letters has a value too, and two expressions
-are equal when they agree at every point (compare.py). What the grader cannot compute, such as the derivative x' or a
-power of millions of digits, is a fixed pseudo-random function of what it stands on.
+are equal when they agree at every point (symbols.py, compare.py).
 
 Nothing is executed: the parser below is all there is. Depth, sizes and the work on one answer are bounded.
 What it reads is the grader's plain string (latex.py), not LaTeX as it comes.
@@ -11,31 +10,19 @@ What it reads is the grader's plain string (latex.py), not LaTeX as it comes.
 
 import functools
 import math
-import random
-import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import TypeGuard
 
 from nanoredi.grader import numbers
 from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, add, divide, inexact, multiply
+from nanoredi.grader.symbols import BRACKETS, LETTERS, NUMBER, SEVERAL, Unreadable, digits, letter, opaque, tokens_of
 
 MAX_DEPTH = 20  # brackets, or powers and functions without brackets, inside each other
 MAX_BITS = 10_000  # of an exact value
 MAX_FACTORIAL = 500
 MAX_WORK = 10_000  # on one answer, in units of about a microsecond
 _ROOT_WORK, _FUNCTION_WORK = 50, 200
-
-# A point says which numbers the letters stand for. Small, middling and large ones, so that no term of e^{-30t} + 1
-# drowns at all of them. A negative point is asked only about absolute values, since sqrt(x^2) is x to everyone who
-# writes it for lengths. Rounding asks only for whole numbers, which is what floor and ceil are written of.
-GENERAL, NEGATIVE, WHOLE = range(3), range(3, 4), range(4, 16)
-_SCALES = (9_000, 1_000, 300, -1_000)
-
-
-class Unreadable(Exception):
-    """The text is nothing that we know: compare it as a string."""
-
 
 NO_VALUE = (Unreadable, ArithmeticError, ValueError)  # what Expression raises
 
@@ -79,47 +66,9 @@ class Expression:
         return self._values[point]
 
 
-LETTERS = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi "
-    "chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega hbar ell".split()
-)
-_MARKS = set("dot ddot bar hat tilde overline".split())  # over a letter
-_SEVERAL = {"max", "min", "gcd", "lcm"}
+_MARKS = set("dot ddot bar hat tilde".split())  # over a letter
 _CONSTANTS = {"pi": numbers.PI, "π": numbers.PI, "e": numbers.E, "i": numbers.IMAGINARY}
 _OPERATORS = {"over", "choose", "mod"}  # between two whole expressions
-_NAMES = sorted([*FUNCTIONS, *_SEVERAL, "sqrt", "cbrt", "pi", "mod"], key=len, reverse=True)
-_BRACKETS = {"(": ")", "[": "]", "{": "}", "abs": "|", "⌊": "⌋", "⌈": "⌉"}
-NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
-_TOKEN = re.compile(NUMBER.pattern + r"|\\?[A-Za-z]+|[^ ]")
-
-
-def tokens_of(text: str) -> list[str]:
-    """Names without their backslash; letters side by side are a product, unless so many that they are a word; the bar
-    that opens an absolute value is "abs"; "" ends the list."""
-    tokens: list[str] = []
-    bars = [False]  # for each open bracket, and outside: is an absolute value open in it?
-    for found in _TOKEN.finditer(text):
-        token = found[0]
-        if token == "|":
-            after_value = bool(tokens) and (tokens[-1][-1].isalnum() or tokens[-1] in ")]}|!'⌋⌉π°")
-            if not (bars[-1] and after_value):
-                token = "abs"
-            bars[-1] = token == "abs"
-        elif token in _BRACKETS:
-            bars.append(False)
-        elif token in _BRACKETS.values():
-            bars[-2:] = bars[-2:-1] or [False]
-        if token[0] == "\\" and len(token) > 1:
-            tokens.append(token[1:])
-        elif token.isascii() and token.isalpha() and token != "abs":
-            name = next((n for n in _NAMES if token.startswith(n) and len(token) <= len(n) + 1), "")
-            letters = token[len(name) :]
-            if len(letters) > 3:
-                raise Unreadable
-            tokens += [*([name] if name else []), *letters]
-        else:
-            tokens.append(token)
-    return [*tokens, ""]
 
 
 class _Evaluator:
@@ -202,12 +151,9 @@ class _Evaluator:
     def at_factor(self) -> bool:
         """Does an implicit product go on here? A number goes on only after a bracket or a !: (n-2)2^n, but not 3 4."""
         token = self.peek()
-        return (
-            token.isalpha()
-            and token not in _OPERATORS
-            or token in _BRACKETS
-            or (token[:1].isdigit() and self.tokens[self.position - 1] in ")]}!")
-        )
+        if token[:1].isdigit():
+            return self.tokens[self.position - 1] in ")]}!"
+        return token in BRACKETS or token.isalpha() and token not in _OPERATORS
 
     def factor(self) -> Number:
         result = self.atom()
@@ -228,9 +174,9 @@ class _Evaluator:
         number = NUMBER.fullmatch(token)
         if number:
             return multiply(Fraction(number[1]), self.power(Fraction(10), Fraction(number[2] or 0)))
-        if token in _BRACKETS:
+        if token in BRACKETS:
             result = self.nested(self.expression)
-            self.expect(_BRACKETS[token])
+            self.expect(BRACKETS[token])
             return abs(result) if token == "abs" else _floor(token, result) if token in "⌊⌈" else result
         if token == "frac":
             return self.bounded(divide(self.nested(self.atom), self.nested(self.atom)))
@@ -240,29 +186,36 @@ class _Evaluator:
             index = self.nested(self.atom) if self.peek() == "[" else Fraction(2 if token == "sqrt" else 3)
             return self.power(self.nested(self.atom), 1 / index)
         if token in _MARKS:
-            return _opaque(token, _digits(self.nested(self.atom)))
-        if token in _SEVERAL:
+            return opaque(token, digits(self.nested(self.atom)))
+        if token in SEVERAL:
             return self.several(token)
         if token in ("sum", "prod"):
             return self.repeated(add if token == "sum" else multiply)
         return self.function(token) if token in FUNCTIONS else self.symbol(token)
 
-    def several(self, name: str) -> Number:
-        """max(a, b); all that is known of it with letters is that the order does not matter."""
-        letters, self.letters = self.letters, False
-        bracket = self.next()
-        if bracket not in ("(", "⦃"):
+    def arguments(self) -> list[Number]:
+        """What stands in brackets, between commas."""
+        closing = {"(": ")", "[": "]", "⦃": "⦄"}.get(self.next())
+        if not closing:
             raise Unreadable
         values = [self.nested(self.expression)]
         while self.accept(","):
             values.append(self.nested(self.expression))
-        self.expect(")" if bracket == "(" else "⦄")
+        self.expect(closing)
+        return values
+
+    def several(self, name: str) -> Number:
+        """max(a, b); all that is known of it with letters is that the order does not matter."""
+        letters, self.letters = self.letters, False
+        values = self.arguments()
         variable, self.letters = self.letters, self.letters or letters
         if not variable and name in ("max", "min") and all(map(numbers.is_real, values)):
             return (max if name == "max" else min)(values, key=inexact)
-        if not variable and all(map(_is_whole, values)):
-            return self.bounded(Fraction((math.gcd if name == "gcd" else math.lcm)(*map(int, values))))
-        return _opaque(name, *sorted(map(_digits, values)))
+        if not variable and all(isinstance(value, Fraction) for value in values):
+            scale = math.lcm(*(value.denominator for value in values))
+            whole = (math.gcd if name == "gcd" else math.lcm)(*(int(value * scale) for value in values))
+            return self.bounded(Fraction(whole, scale))
+        return opaque(name, *sorted(map(digits, values)))
 
     def repeated(self, operation: Callable[[Number, Number], Number]) -> Number:
         """The sum or product of a term from k = a to b, two whole numbers."""
@@ -285,7 +238,8 @@ class _Evaluator:
 
     def residue(self, x: Number, modulus: Number) -> Number:
         """17 mod 5; where nothing is computed, 2 mod 5, it is a class of numbers and no value."""
-        if self.letters or not (_is_whole(x) and _is_whole(modulus)) or 0 <= x < modulus or modulus <= 0:
+        known = isinstance(x, Fraction) and isinstance(modulus, Fraction) and not self.letters
+        if not known or 0 <= x < modulus or modulus <= 0:
             raise Unreadable
         return x % modulus
 
@@ -323,12 +277,15 @@ class _Evaluator:
             return _CONSTANTS[name]
         while self.accept("'"):
             name += "'"
-        argument = self.tokens[self.position : self.position + 3]
-        if argument[0] == "(" and argument[-1] == ")" and NUMBER.fullmatch(argument[1]):
-            name += "".join(argument)  # I(0) is a value of I, no product
-            self.position += 3
         self.letters = True
-        return _letter(name, self.point)
+        if name[0] in "fgh" and self.tokens[self.position : self.position + 6] == [*"^{-1}("]:
+            name += "^{-1}"
+            self.position += 5
+        before, argument, after = (*self.tokens[self.position : self.position + 3], "", "")[:3]
+        always = name[0] == "f" or "^" in name or name + before == "E["
+        if before in ("(", "[") and (always or after in (")", "]") and argument[-1].isalnum()):
+            return opaque(name, str(self.point), *map(digits, self.arguments()))  # f(2x), I(0): no product
+        return letter(name, self.point)
 
     def power(self, base: Number, exponent: Number) -> Number:
         if isinstance(exponent, Fraction) and exponent.denominator <= 100:
@@ -336,7 +293,7 @@ class _Evaluator:
             if isinstance(base, Fraction) and max(1, _bits_of(base)) * abs(exponent) <= MAX_BITS:
                 return self.bounded(base ** int(exponent))
             if _is_whole(base):  # rounded, it would equal its neighbours
-                return _opaque("^", str(base), str(exponent))
+                return opaque("^", str(base), str(exponent))
             if not isinstance(base, Fraction) and 1 <= exponent <= 10:
                 return self.bounded(functools.reduce(multiply, [base] * int(exponent)))
         self.budget.spend(_FUNCTION_WORK)
@@ -359,7 +316,7 @@ class _Evaluator:
             return self.bounded(Fraction(math.prod(range(int(x), 0, -step))))
         self.budget.spend(_FUNCTION_WORK)
         known = step == 1 and abs(inexact(x)) <= MAX_FACTORIAL
-        return numbers.factorial(inexact(x)) if known else _opaque("!" * step, _digits(x))
+        return numbers.factorial(inexact(x)) if known else opaque("!" * step, digits(x))
 
     def binomial(self, n: Number, k: Number) -> Number:
         if _is_whole(n) and isinstance(k, Fraction) and not 0 <= k <= n:
@@ -378,28 +335,8 @@ def _bits_of(x: Number) -> int:
 
 def _floor(bracket: str, x: Number) -> Fraction:
     if not numbers.is_real(x):  # of a root of n - 1 at a small n, say; what counts are the whole points
-        return _opaque(bracket, _digits(x))
+        return opaque(bracket, digits(x))
     if not isinstance(x, Fraction):
         nearest = Fraction(int(CONTEXT.nint(x)))
         x = nearest if numbers.close(x, nearest) else Fraction(int(CONTEXT.floor(x))) + Fraction(1, 2)
     return Fraction(math.floor(x) if bracket == "⌊" else math.ceil(x))
-
-
-@functools.lru_cache(maxsize=4096)
-def _letter(name: str, point: int) -> Fraction:
-    """What a letter stands for at a point."""
-    rng = random.Random(f"{name} {point}")
-    if point in WHOLE:
-        return Fraction(rng.randrange(2, 30))
-    return Fraction(rng.randrange(1_000, 5_000), _SCALES[point])
-
-
-def _digits(x: Number) -> str:
-    """The same text for numbers that are close."""
-    z = inexact(x)
-    return CONTEXT.nstr(z.real, 25) + " " + CONTEXT.nstr(z.imag, 25)
-
-
-def _opaque(*names: str) -> Fraction:
-    """A fixed pseudo-random function."""
-    return Fraction(random.Random(" ".join(names)).randrange(2**40, 2**43), 2**40)

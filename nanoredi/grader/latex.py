@@ -11,20 +11,22 @@ import unicodedata
 from collections.abc import Iterator
 
 from nanoredi.grader.numbers import FUNCTIONS
+from nanoredi.grader.symbols import GREEK
 
 # Macros and the signs that they are, in turn; the grader's own brackets ⦃ ⦄ are those of a set.
 _SIGNS = r"""
     cdot * times * ast * div / colon : ratio : pm ± mp ∓ cup ∪ bigcup ∪ cap ∩ bigcap ∩ setminus ∖ backslash ∖
     smallsetminus ∖ in ∈ infty ∞ infin ∞ emptyset ∅ varnothing ∅ pi π circ ° degree ° textdegree ° prime ' lvert |
     rvert | vert | mid | lfloor ⌊ rfloor ⌋ lceil ⌈ rceil ⌉ { ⦃ lbrace ⦃ } ⦄ rbrace ⦄ langle ( rangle ) lbrack [ rbrack ]
-    lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor , vee ,
-    ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j dbinom \binom tbinom \binom
+    lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor ,∨ vee ,∨
+    ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j
+    dbinom \binom tbinom \binom lgroup ( rgroup ) ulcorner ⌈ urcorner ⌉ llcorner ⌊ lrcorner ⌋ overline \bar
     varepsilon \epsilon varphi \phi vartheta \theta varrho \rho
 """.split()
 _SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
 _LAYOUT = (
-    "! $ % ( ) [ ] left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle "
-    "textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline vec overrightarrow "
+    "! $ % ( ) [ ] left right mleft mright middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr "
+    "displaystyle textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline "
     "boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar"
 ).split()
 _MACROS = dict.fromkeys(_LAYOUT, "") | dict.fromkeys(_SPACES, " ") | dict(zip(_SIGNS[::2], _SIGNS[1::2]))
@@ -32,17 +34,14 @@ _MACROS = dict.fromkeys(_LAYOUT, "") | dict.fromkeys(_SPACES, " ") | dict(zip(_S
 _BEFORE = str.maketrans(
     {"º": "°", "ℓ": "\\ell ", "ℏ": "\\hbar "} | {c: f"\\mathbb{{{n}}}" for c, n in zip("ℝℤℕℚℂ", "RZNQC")}
 )
-_GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
-)
 _CHARACTER_SIGNS = r"""
-    × * · * ⋅ * ∙ * • * ÷ / ∕ / ⁄ / ∣ | 〈 ( ⟨ ( 〉 ) ⟩ ) ∨ , 、 , 。 . ′ ' ’ ' − - ≦ ≤ ⩽ ≤ ≧ ≥ ⩾ ≥ √ \sqrt ∛ \cbrt
+    × * · * ⋅ * ∙ * • * ÷ / ∕ / ⁄ / ∣ | 〈 ( ⟨ ( 〉 ) ⟩ ) ∨ ,∨ 、 , 。 . ′ ' ’ ' − - ≦ ≤ ⩽ ≤ ≧ ≥ ⩾ ≥ √ \sqrt ∛ \cbrt
     ∜ \sqrt[4] ∑ \sum ∏ \prod ∫ \int ∠ \angle ∀ \forall ≡ \equiv ∆ \Delta
 """.split()
-_BY_CHARACTER = {"~": " ", "$": "", "%": ""}
+_BY_CHARACTER = {"~": " "} | dict.fromkeys('$%"“”', "") | {"或": " or ", "和": " and ", "与": " and "}
 for _char, _sign in zip(_CHARACTER_SIGNS[::2], _CHARACTER_SIGNS[1::2]):
     _BY_CHARACTER[_char] = f"{_sign} " if _sign[0] == "\\" else _sign
-for _letter in _GREEK.split():
+for _letter in GREEK:
     _name = _letter.replace("lambda", "lamda")  # as Unicode spells it
     _BY_CHARACTER[unicodedata.lookup(f"GREEK SMALL LETTER {_name}")] = f"\\{_letter} "
     _BY_CHARACTER[unicodedata.lookup(f"GREEK CAPITAL LETTER {_name}")] = f"\\{_letter.title()} "
@@ -51,21 +50,25 @@ _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 _FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt|bb|cal|frak)|bm)\s*"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
 # A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even} have no unit.
-_NO_UNIT_WORD = r"hal(?:f|ves)|thirds|fourths|tenths|(?:hundre|thousan)dths|squared|cubed|factorial|odd|even|prime|integer|negative|positive|more|less"
+_NO_UNIT_WORD = (
+    r"hal(?:f|ves)|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial|odd|"
+    r"even|prime|integer|negative|positive|more|less|fewer|short|under|(?:degrees )?(?:below|under) zero"
+)
 _NO_UNIT = (
-    r"(?!\s*(?:[,;:)]|(?:[ienxyz]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|\( ?(?:mod|extr|rej|disc)"
+    r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|[^{}]*\bnot?\b|(?:\( ?|is )(?:mod|extr|rej|disc)"
     rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
-_UNIT = r"(?!\\math(?:bf|it|bb|cal|frak)|\\bm)" + _FONT + r"\{" + _NO_UNIT + r"[^{}0-9](?:[^{}]|\{[^{}]*\})*\}" + _POWER
+_UNIT = rf"(?!\\math(?:bf|it|bb|cal|frak)|\\bm){_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}"
 _MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
+_JOINING = rf"(?<![\\A-Za-z{{])WORD(?![A-Za-z}}])|(?<=[0-9)\]}}⦄])WORD(?=[A-Za-z]\b)|{_FONT}\{{\s*,?\s*WORD\s*\}}"
 _DERIVATIVE = (
     r"\\frac\s*\{\s*d\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([^{}]*(?:_\{\w+\})?)\s*\}"
     r"\s*\{\s*d\s*([A-Za-z]|\\[A-Za-z]+)\s*(?:\^\s*\{?\s*[0-9]\s*\}?)?\s*\}"
 )
-_NUMBERS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_ONES += [f"{three}teen" for three in "thir four fif six seven eigh nine".split()]
+_TENS = [f"{three}ty" for three in "twen thir for fif six seven eigh nine".split()]
+_NUMBERS = _ONES + [f"{ten}-{one}".removesuffix("-zero") for ten in _TENS for one in _ONES[:10]]
 _MULTIPLE = re.compile(r"(?<=[0-9])\s*(" + _FONT + r"\{)?\s*(hundred|thousand|million|billion|trillion)\b")
 _ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
@@ -73,13 +76,11 @@ _REWRITES = [
     (re.compile(pattern), new)
     for pattern, new in [
         (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
-        (
-            rf"(?<=[0-9]) ?\^ ?(?:\{{ ?{_FONT}\{{(?:st|nd|rd|th|o)\}} ?\}}|{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b|\{{o\}})",
-            "",
-        ),
-        *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])"), "≤≥≠^="),
+        (rf"(?<=[0-9]) ?\^ ?\{{? ?(?:{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b) ?\}}?", ""),
+        *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])", r"\+/-", r"\.\.\."), "≤≥≠^=±…"),
         (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
         (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
+        (r"(?<=[A-Za-z)}'])\s*°\s*(?=[A-Za-z(\\])(?![CFK]\b)", "∘"),  # f of g
         (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
         (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
         (r"\s*\\pmod\s*(?:\{([^{}]*)\}|(\w+))", r" (mod \1\2)"),
@@ -90,23 +91,32 @@ _REWRITES = [
         (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
         (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
         (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
-        (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}", r"\\\1 "),
-        (r"(?<![\\A-Za-z{])(?:or|and)(?![A-Za-z}])|(?<=[0-9)\]}⦄])(?:or|and)(?=[A-Za-z]\b)", " , "),
-        (_FONT + r"\{\s*,?\s*(?:or|and|,)\s*\}", " , "),
-        (r"(?<=[0-9)}π°'])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+", " "),
+        (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}(?!\s*$)", r"\\\1 "),
+        *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
+        (_FONT + r"\{\s*,\s*\}", " , "),
+        (r"^(\s*[0-9.]+\s*)\*(?=\s*[0-9.]+\s*(?:" + _MANY_UNITS + r"|\s(?:[a-z]{4,}|cm|in|ft)\b))", r"\1×"),  # a size
+        (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
         *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
         (_FONT + r"(?=[A-Za-z0-9\\])", " "),
-        (r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
+        (r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|答案[是为:]*|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
+        (r"(?i)^\s*(?:option|choice)\s+(?=\W*[A-J]\b)", ""),
         (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
-        (r"(?<!\\)\b(?:infinity|oo)\b", "∞"),
+        (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
+        (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
+        (r"(?i)\b(?:below|under) zero[\s.]*$", ""),
+        (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
         (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
-        (r"(?:\\|\b)ceil\s*\(([^()]*)\)", r"⌈\1⌉"),
-        (r"(?:\\|\b)floor\s*\(([^()]*)\)", r"⌊\1⌋"),
-        (r"\\frac\s*([0-9])", r"\\frac{\1}"),
-        (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-        (r"\\binom\s*([0-9])\s*([0-9])", r"\\binom{\1}{\2}"),
+        *[(rf"(?:\\|\b){name}\s*\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
+        (r"\\(frac|binom)\s*([0-9])", r"\\\1{\2}"),
+        (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
         (r"(\\sqrt\s*(?:\[[0-9]\])?)\s*([0-9]+)", r"\1{\2}"),
         (r"(?<=[0-9])'\s*'?(?!['\w])", ""),  # minutes and seconds of arc
+        (r"\\(?:vec|overrightarrow)\s*\{\s*([A-Z]{2})\s*\}", r"v_{\1}"),  # not that from B to A
+        (r"\\(?:vec|overrightarrow)(?![A-Za-z])", ""),
+        (r"(?<=[)\]}⦄])\s*U\s*(?=[(\[{⦃])", "∪"),
+        (r"ℝ\s*-\s*(?=[⦃{])", "ℝ∖"),
+        (r"(⦃[^⦃⦄:|]*[A-Za-z)ℝ]\s*):(?=[^⦃⦄]*[=<>≤≥≠∈])", r"\1|"),  # such that
+        (r"\^\s*(\{[^{}]*\}|\w)\s*_\{([^{}]*)\}", r"_{\2}^\1"),
         (r"(?:^|(?<=∪))\s*\]", "("),  # ]1,2[ is the open interval
         (r"\[\s*(?=$|∪)", ")"),
         (_DERIVATIVE, r"ð_{\3\1}\2"),  # one letter, so that its d is not cancelled
@@ -114,13 +124,10 @@ _REWRITES = [
         * 2,  # {{g}_{k}}
         (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # brackets like others
         (r"\\end\s*\{\w+\*?\}", "⟧"),
+        (r"(?<![0-9./^_])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"(\1+\2/\3)"),  # 1 1/2 is a sum
+        (r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
         (r"⦃\s*⟦array¦([^⟦⟧]*)⟧\s*\.", r"⟦cases¦\1⟧"),
     ]
-]
-# A mixed number is a sum.
-_MIXED = [
-    r"(?<![0-9./^_])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}",
-    r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)",
 ]
 _REPEATING = re.compile(
     r"([0-9]*)\.([0-9]*)(?:\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))|\(([0-9]{1,50})\)(?=[\s$\\)}]*$))"
@@ -137,9 +144,11 @@ _SMALL_UNITS = (
 )
 _WORD = rf"(?:(?!(?:{_NO_UNIT_WORD})\W*(?:$|,)|(?:more|less) than)[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
 _BARE_UNITS = re.compile(
-    rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER})"
-    r"\.?\s*(?=$|,)"
+    rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}"
+    r"|\s*(?![万亿千百十半成折分之多余点])[一-龥]{1,4})\.?\s*(?=$|,)"
 )
+# 3'600, and 1,000, for no list has a member 000.
+_THOUSANDS = re.compile(r"(?<![.,0-9])[0-9]{1,3}(?:('[0-9]{3})+|(,[0-9]{3})*,0[0-9]{2}(,[0-9]{3})*)(?![0-9])")
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 # After an answer: a remark in brackets, or from a word to the end.
 _BRACKETED = re.compile(
@@ -156,12 +165,16 @@ _CONDITION = re.compile(  # kπ, k ∈ ℤ: of a letter that stands before
 _REASONS = "≈ approx approximately about since because".split()
 # In a remark: what changes the answer, or begins another.
 _NO_REMARK = re.compile(
-    r"⟦|\b(?:exclu|except|extraneous|reject|discard|"
+    r"⟦|\b(?:exclu|except|extraneous|reject|discard|squared|cubed|negative|"
     rf"(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
 )
-# A unit may be left out, but 25% increase is not 25% decrease.
-_DIRECTION = re.compile(
-    r"(?<![\\a-z])(?:(?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right)(?![a-z])"
+# These may be left out, but 25% increase is not 25% decrease, 5 cm are not 5 m, 5 million not 5 billion.
+_AGREEING = re.compile(
+    r"(?<![\\a-z])(?<!per )((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|"
+    r"late|from now|early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|"
+    r"celsius|fahrenheit|hundred|thousand|million|billion|trillion|cent|dollar|second|minute|hour|day|week|month|year|"
+    r"inch|feet|yard|mile|[cdkmn]m|m(?=eter)|kg)(?:e?s|eters?|wards?)?(?![a-z])"
+    r"|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mg])(?:eters?)?\b"
 )
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
 
@@ -171,7 +184,7 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = _compatible(text.translate(_BEFORE))
     text = re.sub(r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", "", text)  # these commas group digits, wherever they stand
-    text = re.sub(r"(?<![.0-9])[0-9]{1,3}(?:'[0-9]{3})+(?![0-9])", lambda found: found[0].replace("'", ""), text)
+    text = _THOUSANDS.sub(lambda number: re.sub("[',]", "", number[0]), text)
     text = re.sub(r"(?<=[0-9])\{,\}(?=[0-9])", ".", text)  # elsewhere it is a decimal comma
     text = re.sub(r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§", text)  # 17%6 is not 176
     text = re.sub(r"\\q?quad", " ", text)  # also where a letter is glued to it
@@ -180,33 +193,31 @@ def clean(text: str) -> str:
     text = text.translate(_CHARACTERS)
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
-    for pattern in _MIXED:
-        text = re.sub(pattern, r"(\1+\2/\3)", text)
-    word = text.strip(" .").lower()
-    return str(_NUMBERS.index(word)) if word in _NUMBERS else text.rstrip(" \\")
+    word = text.strip(" .-").lower().replace(" ", "-")
+    return text[: text.find("-", 0, 2) + 1] + str(_NUMBERS.index(word)) if word in _NUMBERS else text.rstrip(" \\")
 
 
-def readings(text: str) -> Iterator[tuple[str, str]]:
-    """What an answer may mean, and the restriction that each leaves out: a bare 12,345 one number or two, 12 345 one
+def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
+    """What an answer may mean, and the restrictions that each leaves out: a bare 12,345 one number or two, 12 345 one
     number, 5 km a number with its unit or a product, (C) 12 the letter of a choice or the choice, a line a part of a
     list, 2x for x > 0 also 2x."""
-    raw = [text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text)]
-    raw.append(_MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text))
-    if "\\begin" not in text:
-        raw.append(re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip()))
-    texts = {clean(one): ",".join(sorted(set(_DIRECTION.findall(text.lower())))) for one in dict.fromkeys(raw)}
+    lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())
+    counted = _MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text)
+    raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines])
+    details = [frozenset(map("".join, _AGREEING.findall(one.lower().replace("\\$", "dollar ")))) for one in raw]
+    texts = dict(zip(map(clean, raw), details))
     for one in list(texts):
         if choice := _CHOICE.fullmatch(one):
-            texts |= dict.fromkeys(choice.groups(), "")
+            texts |= {choice[1]: frozenset([choice[2]]), choice[2]: frozenset(choice[1])}
         if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one) or _CONDITION.fullmatch(one):
             head, word, tail = remark.groups()
             several = "," in tail and (word == "for" or "=" in tail)
             if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
                 harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
-                texts.setdefault(head, "" if harmless else re.sub(r"\s", "", tail))
+                texts.setdefault(head, texts[one] | (set() if harmless else {re.sub(r"\s", "", tail)}))
                 if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # whatever its name is
                     letter = rf"(?<![A-Za-z\\]){bound[1]}(?![A-Za-z])"
-                    texts.setdefault(re.sub(letter, r"\\zeta ", head), re.sub(rf"\s|{letter}", "", tail))
+                    texts.setdefault(re.sub(letter, r"\\zeta ", head), frozenset([re.sub(rf"\s|{letter}", "", tail)]))
     for change in (lambda one: _BARE_UNITS.sub("", one), _without_grouping):
         texts = {change(one): restriction for one, restriction in reversed(texts.items())} | texts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.

@@ -3,7 +3,7 @@ like any other value."""
 
 import re
 
-from nanoredi.grader.expression import Unreadable
+from nanoredi.grader.symbols import Unreadable
 
 MAX_CELL = 1_000  # characters
 _GRID = r"⟦(?:[pbB]?matrix|smallmatrix|array)¦([^⟦⟧]*)⟧"

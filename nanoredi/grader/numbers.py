@@ -41,7 +41,7 @@ def close(x: Number, y: Number) -> bool:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
     x, y = inexact(x), inexact(y)
-    return abs(x - y) <= _CLOSE * max(abs(x), abs(y))
+    return x == y or abs(x - y) <= _CLOSE * min(abs(x), abs(y))  # ∞ is close to itself alone
 
 
 def add(x: Number, y: Number) -> Number:
@@ -87,18 +87,15 @@ def log(z: Inexact) -> Inexact:
     return _tidy(CONTEXT.log(z), 1)
 
 
-def sin(z: Inexact) -> Inexact:
-    return _tidy(CONTEXT.sin(_bounded(z)), max(1, abs(z)))
-
-
-def cos(z: Inexact) -> Inexact:
-    return _tidy(CONTEXT.cos(_bounded(z)), max(1, abs(z)))
-
-
 def _apply(name: str, z: Inexact) -> Inexact:
     return getattr(CONTEXT, name)(_bounded(z))
 
 
+def _circular(name: str, z: Inexact) -> Inexact:
+    return _tidy(_apply(name, z), max(1, abs(z)))
+
+
+sin, cos = (functools.partial(_circular, name) for name in ("sin", "cos"))
 FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {
     "sin": sin,
     "cos": cos,
@@ -113,9 +110,15 @@ FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {
     "log": log,
     "lg": lambda z: log(z) / CONTEXT.log(10),
 }
-for _name in "sin cos tan sinh cosh tanh".split():
+for _name in "sin cos tan sinh cosh tanh sec csc".split():
     FUNCTIONS |= dict.fromkeys([f"{arc}{_name}" for arc in ("arc", "ar", "a")], getattr(CONTEXT, "a" + _name))
     FUNCTIONS.setdefault(_name, functools.partial(_apply, _name))
+FUNCTIONS |= {
+    "tg": FUNCTIONS["tan"],
+    "ctg": FUNCTIONS["cot"],
+    "arctg": FUNCTIONS["arctan"],
+    "arcctg": FUNCTIONS["arccot"],
+}
 
 
 def factorial(z: Inexact) -> Inexact:

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 
 from nanoredi.grader import latex, matrices, sets
 from nanoredi.grader.compare import LETTER, NAME, Reading, distinct, same
-from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression, Unreadable
+from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
+from nanoredi.grader.sets import EMPTY
+from nanoredi.grader.symbols import Unreadable
 
 MAX_PARTS = 100  # of a list; cells of a matrix
 _NODE_WORK = 50
@@ -21,25 +23,24 @@ _NODE_WORK = 50
 _NAME = re.compile(NAME)
 # More that a value may be of: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), P(X=2), E[X], Var(X); \\frac{m}{n}.
 _QUANTITY = (
-    rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|overline|Delta) ?\{{?(?:{NAME})\}}?"
+    rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|Delta) ?\{{?(?:{NAME})\}}?"
     rf"|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)"
     r"|[A-Z]\([^()]*[=<>≤≥][^()]*\)|[A-Z]\[\w+\]|\\?[A-Z][a-z]+ ?\(\w\))"
 )
 _STANDS_FOR = re.compile(rf"{_QUANTITY}|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}")
 _NAMES_TUPLE = re.compile(rf"\({LETTER}(?:,{LETTER})+\)")
 _COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i+nt|oint|det|sup|inf) ?(?![A-Za-z])|\bmod\b|⟦vmatrix")
-_STACKED = re.compile(r"[^⟦]*⟦(cases|aligned|align|gathered)¦([^⟦]*)⟧", re.DOTALL)
+_STACKED = re.compile(r"[^⟦]*⟦(cases|align(?:ed)?|gather(?:ed)?|equation|split)¦([^⟦]*)⟧", re.DOTALL)
 _BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{(?:base ?)?| (?:in )?base )([0-9]{1,2})\}?")
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _ALL_REALS = re.compile(r"(?:the )?(?:set of )?all real(?: number)?s|ℝ", re.IGNORECASE)
-_NO_LETTER = re.compile(r"\\(?:frac|sqrt)|[^A-Za-z]")
-_SUCH_THAT = re.compile(r"(\w+)(?:∈ℝ)?[|:](.+)")
+_SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
 _FLIP = {">": "<", "≥": "≤"}
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
 
-def read(text: str) -> list[tuple[Reading, str]]:
-    """All that an answer may mean, and the restriction that each leaves out; the readings share one budget of work."""
+def read(text: str) -> list[tuple[Reading, frozenset[str]]]:
+    """All that an answer may mean, and the restrictions that each leaves out; the readings share one budget of work."""
     reader = _Reader(Budget())
     return [(reader.read(one), restriction) for one, restriction in latex.readings(text) if one]
 
@@ -64,68 +65,88 @@ class _Reader:
         return Reading("text", text.strip(" .,;").removeprefix("+"))
 
     def several(self, text: str) -> Reading:
-        text, braces = text.strip(" ,;").removesuffix(".").removeprefix("="), False
+        text, braces = text.strip(" ,;").removesuffix(".").removeprefix("="), ""
         while (inner := inside(text)) is not None and (
             text[0] in "{⦃" or text[0] in "([" and len(split(inner, ",;")) == 1
         ):  # brackets that only group
             if text[0] + text[-1] in ("(]", "[)"):
                 raise Unreadable
+            if text[0] == "⦃" in braces:  # a set of sets
+                return Reading("list", f"⦃{text}⦄", (self.read_set(text),), braces=True)
             if not inner.strip():
                 return self.as_text("∅")
-            such_that = _SUCH_THAT.fullmatch(inner) if text[0] == "⦃" else None
-            such_that = such_that if such_that and is_name(such_that[1]) else None
-            braces |= text[0] in "{⦃" and not such_that
-            text = such_that[2] if such_that else inner
+            such_that = text[0] == "⦃" and _SUCH_THAT.fullmatch(inner)
+            braces += "" if such_that else text[0].strip("([")
+            text = such_that[1] if such_that else inner
         groups = [split(group, ",")[::2] for group in split(text, ";")[::2]]
         if len(groups) > 1 and len(groups[0]) > 1 and len({*map(len, groups)}) == 1:  # 1,2;3,4 are pairs
             nodes = [self.group(group) for group in groups]
         else:
-            nodes = self.members([piece for group in groups for piece in group])
-        if len(nodes) == 1:
-            node = nodes[0]
-        else:
-            node = Reading("system" if is_system(nodes) else "list", text, tuple(nodes))
-        solutions = node.kind == "list" and all(n.kind in ("system", "()") for n in node.parts)
-        if node.kind == "list" and (braces or solutions):  # where what is written twice is one
-            nodes = distinct(node.parts)
-            node = Reading("list", text, tuple(nodes)) if len(nodes) > 1 else nodes[0]
-        node.braces |= braces
+            nodes = self.members([piece for group in groups for piece in group], "⦃" in braces)
+        system = is_system(nodes)
+        if not system and (braces or all(one.kind in ("system", "()") for one in nodes)):
+            nodes = distinct(nodes)  # what is written twice is one
+        node, *others = nodes
+        if others or node.kind == "list" and "⦃" in braces:
+            node = Reading("system" if system else "list", text, tuple(nodes))
+        node.braces |= bool(braces)
         return node
 
     def group(self, pieces: list[str]) -> Reading:
         nodes = tuple(map(self.read, pieces))
         return Reading("system" if is_system(nodes) else "()", ",".join(pieces), nodes)
 
-    def members(self, pieces: list[str]) -> list[Reading]:
-        """The members of a list; x=1,y=2,x=3,y=4 are two systems."""
-        if "≠" in pieces[0]:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
+    def members(self, pieces: list[str], of_set: bool) -> list[Reading]:
+        """The members of a list; conditions on one name are one member, as are a=0 or b=0; x=1,y=2,x=3,y=4 are two
+        systems."""
+        words = {piece.strip()[:1] for piece in pieces} & {"∨", "∧"}
+        pieces = [piece.strip(" ∨∧") for piece in pieces]
+        if "≠" in pieces[0] and "∨" not in words:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
             name = pieces[0].partition("≠")[0]
             pieces = [piece if re.search("[=<>≤≥≠]", piece) else f"{name}≠{piece}" for piece in pieces]
-        parts = [one for piece in pieces for one in each_sign(piece.strip()) if one]
+        parts = [one for piece in pieces for one in each_sign(piece) if one]
         if not 0 < len(parts) <= MAX_PARTS:
             raise Unreadable
         if len(parts) == 1:
             return [self.one(parts[0])]
-        if "≠" in "".join(parts) and len({_NO_LETTER.sub("", part) for part in parts}) == 1:
-            with contextlib.suppress(Unreadable):  # x > 0, x ≠ 1 hold together
-                return [self.one("∩".join(parts))]
+        if re.search("[<>≤≥≠∈]", "".join(parts)) and (condition := self.condition(parts, words)):
+            return [condition]
         nodes = []
         for part in parts:
-            node = self.read(part)
-            nodes += node.parts if node.kind == "list" and len(split(part, "∪∈")) > 1 else [node]
+            node = self.read_set(part) if of_set and part[0] == "⦃" else self.read(part)
+            several = node.kind == "system" and part[0] != "(" or node.kind == "list" and len(split(part, "∪∈")) > 1
+            nodes += node.parts if several else [node]
         names = [node.name for node in nodes]
+        if "∨" in words and is_system(nodes) and len({name.partition("_")[0] for name in names}) > 1:
+            return [Reading("∨", ",".join(parts), (Reading("system", ",".join(parts), tuple(nodes)),))]
         size = names.index(names[0], 1) if names[0] in names[1:] else 0
         if size > 1 and names == names[:size] * (len(names) // size) and is_system(nodes[:size]):
             chunks = [tuple(nodes[i : i + size]) for i in range(0, len(nodes), size)]
             return [Reading("system", ",".join(node.text for node in chunk), chunk) for chunk in chunks]
         return nodes
 
+    def read_set(self, text: str) -> Reading:
+        """A set that is a member of another, also where it has a single member."""
+        node = self.read(text)
+        return node if node.kind == "list" or node.text == EMPTY.text else Reading("list", text, (node,))
+
+    def condition(self, parts: list[str], words: set[str]) -> Reading | None:
+        """Conditions on one name as a set: with "and" all hold, with "or" one does, with commas all where they can."""
+        names = [[side for side in split(part, "=<>≤≥≠∈")[::2] if is_name(side)] for part in parts]
+        signs = "∪" if "∨" in words else "∩" if "∧" in words else "∩∪"
+        for sign in signs if len(names[0]) == 1 and all(one == names[0] for one in names) else "":
+            with contextlib.suppress(Unreadable):
+                node = self.union(sign.join(parts), [piece for part in parts for piece in (part, sign)][:-1])
+                if (node.text != EMPTY.text or "∧" in words) and not any(part.kind == "≠" for part in node.parts):
+                    return node
+        return Reading("∨", ",".join(parts), tuple(map(self.read, parts))) if "∨" in words else None
+
     def one(self, text: str) -> Reading:
         """Not a list: a relation, a set, a matrix, a tuple, a base, a time, a ratio or a value."""
         members = split(text, "∈")
         if len(members) == 3 and (is_name(members[0]) or _NAMES_TUPLE.fullmatch(members[0])):
             return self.read(members[2])
-        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):  # a date
+        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{1,2}/[0-9]{1,2}/(?:19|20)[0-9]{2}", text):  # a date
             raise Unreadable
         if _ALL_REALS.fullmatch(text):
             return self.read("(-∞,∞)")
@@ -167,7 +188,7 @@ class _Reader:
         be a ratio."""
         hour, minute, second = (int(part or 0) for part in time.groups()[:3])
         half = f"{time[4]}m".lower() if time[4] else "pm" if hour > 12 else "am" if hour == 0 else ""
-        ratio = None if time[3] or time[4] else Expression(text.replace(":", "/"), self.budget)
+        ratio = None if time[3] or time[4] or not minute else Expression(text.replace(":", "/"), self.budget)
         return Reading("time", str((hour % 12 * 60 + minute) * 60 + second), expression=ratio, name=half)
 
     def matrix(self, text: str) -> Reading:
@@ -193,14 +214,15 @@ class _Reader:
 
     def relation(self, text: str, sides: list[str], signs: list[str]) -> Reading:
         """An equation, or an inequality from the smallest side up, with its interval where it is one of a name."""
+        sides[0] = sides[0] or "x"
         if set(signs) == {"="}:
             return self.equation(text, sides)
         if signs == ["≠"] and is_name(sides[0]):
-            point = self.read(sides[1])
-            try:
-                return self.union(text, ["ℝ", "∖", sides[1]])
-            except Unreadable:
-                return Reading("≠", text, (point,))
+            node = Reading("≠", text, (self.read(sides[1]),))
+            with contextlib.suppress(Unreadable):
+                node = self.union(text, ["ℝ", "∖", sides[1]])
+            node.name = sides[0]
+            return node
         if set(signs) <= {">", "≥"}:
             sides, signs = sides[::-1], [_FLIP[sign] for sign in signs[::-1]]
         node = Reading("".join(signs), text, tuple(map(self.read, sides)))
@@ -220,13 +242,17 @@ class _Reader:
             pairs = list(zip(sides[0][1:-1].split(","), parts[1].parts))
             if len(pairs) == len(parts[0].parts) == len(parts[1].parts):
                 return self.group([f"{name}={value.text}" for name, value in pairs])
+        chained = _NAMES_TUPLE.fullmatch(f"({','.join(sides[:-1])})")  # x = y = 1
+        if chained and not is_name(sides[-1]):
+            return self.group([f"{name}={sides[-1]}" for name in sides[:-1]])
         node = Reading("=", text, parts)
         if re.fullmatch("[A-Z]{2,}", sides[-1]) and is_name(sides[0]):  # MR = SRMC has no value
             return node
         if len(sides) == 2 and is_name(sides[1]) and not stands_for(sides[0]) and is_constant(parts[0]):
             sides, parts = sides[::-1], parts[::-1]
         node.name = sides[0] if is_name(sides[0]) else ""
-        rest = parts[1:] if stands_for(sides[0]) else parts
+        named = list(itertools.takewhile(stands_for, sides[: -1 if is_constant(parts[-1]) else 1]))
+        rest = parts[len(named) :]
         values = [part for side, part in zip(sides[-len(rest) :], rest) if not is_uncomputed(side, part)]
         if rest[-1] in values and all(same(x, y) for x, y in itertools.pairwise(values)):
             if len(rest) == len(parts) == len(values):

@@ -9,8 +9,8 @@ import operator
 from collections.abc import Iterable
 
 from nanoredi.grader.compare import Reading, distinct, same
-from nanoredi.grader.expression import Unreadable
 from nanoredi.grader.numbers import CONTEXT, Inexact, close, inexact, is_real
+from nanoredi.grader.symbols import Unreadable
 
 _OPERATIONS = {"∪": operator.or_, "∩": operator.and_, "∖": operator.sub}
 EMPTY = Reading("text", "∅")
@@ -40,7 +40,7 @@ def combine(operands: list[Reading], operators: list[str]) -> list[Reading]:
 
 
 def _members(one: Reading) -> list[Reading]:
-    one = one.bare if one.bare and one.kind != "=" else one
+    one = one.bare or one
     return [] if one.text == EMPTY.text else list(one.parts) if one.kind == "list" else [one]
 
 
@@ -60,15 +60,11 @@ def _place(end: Reading) -> Inexact | None:
     return inexact(value) if value is not None and is_real(value) else None
 
 
-def _at_one(x: Inexact, y: Inexact) -> bool:
-    return x == y or CONTEXT.isfinite(x) and CONTEXT.isfinite(y) and close(x, y)
-
-
 def _intervals(sets: list[list[Reading]], operators: list[str]) -> list[Reading]:
     ends: list[Reading] = []
     cell = {}  # of each end, by its id
     for end in sorted((end for members in sets for one in members for end in _ends(one)), key=_place):
-        if not ends or not _at_one(_place(end), _place(ends[-1])):
+        if not ends or not close(_place(end), _place(ends[-1])):
             ends.append(end)
         cell[id(end)] = 2 * len(ends) - 2
 

@@ -47,7 +47,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(check_model(str(folder)), "config.json")
     config = check(str(path), read_json(path), _CONFIG_SHAPE)
     layers, window = config.get("num_hidden_layers", 0), config.get("sliding_window")
-    slides = (config.get("max_window_layers") or layers) < layers
+    full = config.get("max_window_layers")
+    slides = (28 if full is None else full) < layers  # transformers' default
     if config.get("layer_types"):
         slides = "sliding_attention" in config["layer_types"]
     if config.get("model_type") != "qwen2":

@@ -189,7 +189,7 @@ class Qwen2(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Qwen2":
         """Random weights: normal with the config's initializer_range, biases 0, norms 1."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(self.lm_head_weight.device).manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 p.normal_(0.0, self.config.initializer_range, generator=generator)

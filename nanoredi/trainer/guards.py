@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.errors import UserError
+from nanoredi.common.errors import Stopped, UserError
 from nanoredi.common.files import check
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.trainer.distributed import World
@@ -83,7 +83,7 @@ class Guards:
         )
         if self.config.on_collapse == "stop":
             raise UserError(text)
-        self.world.say(f"\n{'!' * 100}\n{text}; --on_collapse stop stops there\n{'!' * 100}\n")
+        self.world.say(f"\n{'!' * 79}\n{text}; --on_collapse stop stops there\n{'!' * 79}\n")
 
 
 class CollapseWatch:
@@ -145,21 +145,33 @@ class CollapseWatch:
 
 @contextlib.contextmanager
 def signals(where: Callable[[], str], world: World) -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM asks the run to stop and SIGUSR1 asks where it is.
+    """Inside, SIGTERM and Ctrl-C ask the run to stop, and SIGUSR1 asks where it is. After a Ctrl-C the next signal ends it at
+    once. What is ignored, as a shell's background ignores Ctrl-C, stays so.
 
     Yields:
         A function that tells every rank alike whether any was asked to stop.
     """
     asked: list[int] = []  # the signals to stop so far
 
-    def tell(*_: object) -> None:
+    def say(text: str) -> None:
         if world.rank == 0:
-            os.write(2, f"{where()}\n".encode())  # print may be in the middle of a line
+            os.write(2, f"{text}\n".encode())  # print may be in the middle of a line
 
-    handlers = {signal.SIGTERM: lambda number, _: asked.append(number), signal.SIGUSR1: tell}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    def stop(number: int, _: object) -> None:
+        asked.append(number)
+        if number == signal.SIGINT:
+            say("\nstopping when this step is saved; Ctrl-C again ends at once")
+            for one in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(one, signal.SIG_DFL)
+
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGUSR1: lambda *_: say(where())}
+    heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     try:
         yield lambda: world.any(bool(asked))
+    except Stopped as stopped:
+        stopped.code = 130 if signal.SIGINT in asked else 0
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -21,6 +21,7 @@ from nanoredi.common.runs import metrics_row
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.trainer.distributed import World
 
+_LINES_A_HEAD = 20  # on the screen, under the names of their columns
 COLUMNS = ("chosen_logp", "rejected_logp", "chosen_entropy", "rejected_entropy")  # means a token
 
 
@@ -66,7 +67,7 @@ class Log:
         self.waiting: list[Step] = []
         self.first, self.start = first, time.perf_counter()
         self.last = self.start
-        self.line = "no step yet"
+        self.line, self.num_lines = "no step yet", 0
         self.board = None
         if world.rank == 0:
             drop_steps_after(self.path, first)
@@ -101,11 +102,16 @@ class Log:
             with open(self.path, "ab", buffering=0) as file:
                 for _, row in pairs:
                     write_row(file, row)
-            self.line = self._line(pairs[-1][1], now)
-            print(self.line, flush=True)
+            row_now = pairs[-1][1]
+            head, self.line = self._lines(row_now, now)
+            print(self.line if self.num_lines % _LINES_A_HEAD else f"{head}\n{self.line}", flush=True)
+            self.num_lines, self.line = self.num_lines + 1, f"{head}\n{self.line}"
             for row in (row for _, row in pairs if "watch_chosen_logp" in row):
                 chosen, rejected = (_show(row[f"watch_{side}_logp"], ".4f") for side in ("chosen", "rejected"))
                 print(f"watched pairs after step {row['step']}: chosen {chosen}  rejected {rejected}", flush=True)
+            if row_now["step"] == self.total:
+                share = f"{row_now['matrix_share']:.0%} of the rate in a large matrix product"
+                print(f"{self.label}: at most {row_now['peak_memory_gb']:.1f} GB, {share}", flush=True)
             for _, row in pairs if self.board else []:
                 for key, value in row.items():
                     if value is not None and key != "step":
@@ -141,18 +147,21 @@ class Log:
             },
         }
 
-    def _line(self, row: dict[str, Any], now: float) -> str:
-        pair = ""
-        if self.has_rejected:
-            pair = f"  rejected {_show(row['rejected_logp'], '8.4f')}  margin {_show(row['margin'], '7.4f')}"
-        done = row["step"] - self.first
-        left = (now - self.start) / done * (self.total - row["step"])
-        return (
-            f"step {row['step']:>{len(str(self.total))}}/{self.total}  loss {_show(row['loss'], '8.4f')}  "
-            f"chosen {_show(row['chosen_logp'], '8.4f')}{pair}  grad {_show(row['grad_norm'], '.2e')}  "
-            f"update {_show(row['update_norm'], '.2e')}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s "
-            f"({row['matrix_share']:.0%} of matmul)  {row['peak_memory_gb']:.1f} GB  left {clock(left)}"
-        )
+    def _lines(self, row: dict[str, Any], now: float) -> tuple[str, str]:
+        """The names of columns and a step's figures under them; they fit into a terminal of 80 columns."""
+        left = (now - self.start) / (row["step"] - self.first) * (self.total - row["step"])
+        columns = {
+            "step": f"{row['step']}/{self.total}".rjust(max(4, 2 * len(str(self.total)) + 1)),
+            "loss": _show(row["loss"], "7.4f"),
+            "chosen": _show(row["chosen_logp"], "7.4f"),
+            **({"rejected": _show(row["rejected_logp"], "8.4f")} if self.has_rejected else {}),
+            "grad": _show(row["grad_norm"], "7.1e"),
+            "update": _show(row["update_norm"], "7.1e"),
+            "lr": f"{row['lr']:7.1e}",
+            "tok/s": f"{row['tokens_per_s']:8,.0f}",
+            "left": f"{clock(left):>8}",
+        }
+        return " ".join(name.rjust(len(text)) for name, text in columns.items()), " ".join(columns.values())
 
 
 def _finite(values: list[float]) -> list[float | None]:

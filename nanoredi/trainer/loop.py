@@ -105,9 +105,9 @@ class _Run:
         if world.device.type == "cuda" and dtype == torch.bfloat16:
             how += f", {flash_attention()}"
         world.say(
-            f"{stage}: {config.model} ({parameters:,} parameters, {how}), {len(data):,} rows of {config.data}, "
-            f"{self.total:,} steps of {config.batch_size}, {world.size} rank{'s' if world.size > 1 else ''}; "
-            f"kill -USR1 {os.getpid()} asks where it is"
+            f"{stage}: {config.model} ({parameters:,} parameters, {how})\n"
+            f"  {len(data):,} rows of {config.data}, {self.total:,} steps of {config.batch_size}, "
+            f"{world.size} rank{'s' if world.size > 1 else ''}\n  kill -USR1 {os.getpid()} asks where it is"
         )
         self.states, self.guards = States(Path(config.out) / "state", world), Guards(config, world)
         self.first = resume(self.states, model, self.optimizer, self.guards, self.began_with)  # steps that are done
@@ -158,6 +158,8 @@ def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World)
     if isinstance(config, RediConfig) and config.objective in ("dpo", "simpo") and weighted.any():
         name = data.row(int(weighted.argmax()) // 2)[0].name
         raise UserError(f"{name}: {config.objective} knows no chosen_weight; take it out, or use redi or sft")
+    if path == config.data and not data.row_weights[:: len(data.sides)].any() and not getattr(config, "alpha", 0):
+        raise UserError(f"{path}: every row's weight is 0, so nothing would be learned")
     if (largest := int(data.tokens.max())) >= model.config.vocab_size:
         raise UserError(
             f"{path}: token {largest} is outside the model's vocabulary of {model.config.vocab_size}; "

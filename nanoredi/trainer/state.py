@@ -35,7 +35,7 @@ from nanoredi.trainer.optimizer import AdamW
 
 KEEP = 2
 _NOTES = "state.json"
-_SHAPE = {"step": range(1, 10**9), "notes": dict, "files": {str: [(int, str)]}, "digest?": str}
+_SHAPE = {"step": range(1, 10**9), "notes": dict, "files": {str: [(int, str)]}, "digest": str}
 
 
 def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
@@ -165,15 +165,14 @@ def resume(states: States, model: nn.Module, optimizer: AdamW, guards: Guards, b
     if notes is None:
         return 0
     guards.restore(notes)
-    for what, now in began_with.items():
-        before = notes["began_with"].get(what, now)  # former states have no dtype
-        if before != now:
-            other = {
-                "data": "other data, or another tokenizer",
-                "dtype": f"--dtype {before}, not {now}",
-                "reference": "another model as DPO's reference",
-            }[what]
-            raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
+    before = notes["began_with"]
+    others = {
+        "data": "other data, or another tokenizer",
+        "dtype": f"--dtype {before.get('dtype')}, not {began_with.get('dtype')}",
+        "reference": "another model as DPO's reference",
+    }
+    if other := next((other for what, other in others.items() if before.get(what) != began_with.get(what)), None):
+        raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
     for count in optimizer.num_steps:
         count.fill_(notes["step"] - notes["skipped"])
     states.world.say(f"going on after step {notes['step']}")
@@ -187,8 +186,7 @@ def _notes_of(path: Path) -> dict[str, Any]:
         UserError: when it is not whole: as it was written, and with nothing added.
     """
     kept = check(str(path / _NOTES), read_json(path / _NOTES), _SHAPE)
-    # States of earlier versions have no digest of their notes.
-    if kept.pop("digest", None) not in (None, _digest_of(kept)):
+    if kept["digest"] != _digest_of(kept):
         raise UserError(f"the training state {path} is damaged ({_NOTES})")
     if kept["step"] != int(path.name[5:]):
         raise UserError(f"the training state {path} is that of step {kept['step']}")

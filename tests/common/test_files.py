@@ -17,6 +17,7 @@ from nanoredi.common.files import check, parse_json, read_json, read_rows, write
         ("9" * 5000, "is not JSON"),
         ("", "is not JSON"),
         ('{"a": 1', "is not JSON"),
+        ('{"a": [{"b": 1, "c": 2, "b": null}]}', "is not JSON: 'b' stands in it twice, with two values"),
     ],
 )
 def test_json_beyond_its_bounds(text, words, tmp_path):
@@ -34,6 +35,7 @@ def test_json_beyond_its_bounds(text, words, tmp_path):
 def test_json_within_its_bounds():
     text = '{"a": ' + "[" * 98 + '"' + "{[" * 1000 + '"' + "]" * 98 + "}"
     assert parse_json("here", text)
+    assert parse_json("here", '{"a": 1, "b": 2, "a": 1}') == {"a": 1, "b": 2}
     assert parse_json("here", "[1e300, 12345678901234567890]") == [1e300, 12345678901234567890]
 
 

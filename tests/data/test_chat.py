@@ -102,7 +102,7 @@ def test_an_answer_that_looks_changed_is_said(chats):
     assert remarks("chatml", answered("B")) == remarks("qwen3", answered(TRACE)) == []
     assert remarks("qwen3", answered("B")) == ["rows have an answer that the chat template writes in another way"]
     assert "cuts" in remarks("deepseek", answered(TRACE))[0]
-    assert remarks("chatml", answered("B" + IM)) == ["rows have the template's end on an answer"]
+    assert remarks("chatml", answered("B" + IM)) == ["rows have the template's header or end on an answer"]
     templated = user_message(chats["chatml"].prompt(user_message("Q")))
     assert remarks("chatml", answered("B", *templated)) == ["rows have a prompt that is templated already"]
 
@@ -113,6 +113,36 @@ def test_an_answer_that_looks_changed_is_said(chats):
 def test_the_templates_end_is_taken_once(chats, name, ends):
     for end in ends:
         assert chats[name].split(answered("B" + end)) == chats[name].split(answered("B"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_templates_header_is_taken_once(chats, name):
+    tail = chats[name].prompt(user_message("Q")).split("Q")[-1]
+    header = tail[max(tail.rfind("<|im_start|>"), tail.rfind("<｜Assistant｜>")) :].removesuffix("<think>\n")
+    for answer in ("B", "B" + (EOS if name == "deepseek" else IM)) if name == "qwen3-not" else ("B", TRACE):
+        for begun in (header, "\n" + header, tail.removesuffix("<think>\n")):
+            assert chats[name].split(answered(begun + answer)) == chats[name].split(answered(answer))
+
+
+def test_a_word_that_the_prompt_ends_in_too_is_the_answer_s(tmp_path):
+    tokenizer = Tokenizer(small_folder(tmp_path, CHATML.replace("assistant\n{% endif", "\nassistant\n{% endif")))
+    assert tokenizer.split(answered("assistants"))[1] == "assistants" + IM
+
+
+@pytest.mark.parametrize("opening", ["<thinking>\n", "<|endoftext|>", "Answer:"])
+def test_whatever_the_prompt_opens_is_opened_once(tmp_path, opening):
+    tokenizer = Tokenizer(
+        small_folder(tmp_path, CHATML.replace("assistant\n{% endif", f"assistant\n{opening}{{% endif"))
+    )
+    assert tokenizer.prompt(user_message("Q")).endswith(f"assistant\n{opening}")
+    for begun in (opening, f"\n{opening}", f"<|im_start|>assistant\n{opening}"):
+        assert tokenizer.split(answered(begun + "A"))[1] == tokenizer.split(answered("A"))[1] == "A" + IM
+
+
+def test_white_space_behind_an_opened_think_is_written_once(tmp_path):
+    wide = Tokenizer(small_folder(tmp_path, QWEN3_THINKING.replace("<think>\n{% endif", "<think>\n\n{% endif")))
+    for answer in ("<think>\nA</think>B", "<think>\n\nA</think>B", "<think>A</think>B"):
+        assert wide.split(answered(answer))[1] == "A</think>B" + IM
 
 
 @pytest.mark.parametrize("name", ["chatml", "deepseek", "qwen3", "qwen3-thinking"])
@@ -155,6 +185,12 @@ def test_a_role_that_the_template_takes_for_another_is_refused(tmp_path):
         Tokenizer(small_folder(tmp_path, template)).prompt([{"role": "developer", "content": "S"}, *user_message("Q")])
 
 
+def test_a_role_that_is_shown_in_capitals_is_known(tmp_path):
+    template = "{% for m in messages %}[{{ m.role | upper }}] {{ m.content }} [END]\n{% endfor %}"
+    asked = [{"role": "system", "content": "brief"}, *user_message("Q")]
+    assert Tokenizer(small_folder(tmp_path, template)).prompt(asked) == "[SYSTEM] brief [END]\n[USER] Q [END]\n"
+
+
 @pytest.mark.parametrize(
     "pad, template, learned",
     [
@@ -176,6 +212,40 @@ def test_what_ends_a_turn_is_learned_in_both_stages(tmp_path, pad, template, lea
         ends = (sequence.tokens == tokenizer.eos_id) & sequence.learned
         assert ends.sum() == learned and ends[-2:].any()
         assert tokenizer.encode(tokenizer.prompt(user_message("Q"))) == sequence.tokens[~sequence.learned].tolist()
+
+
+@pytest.mark.parametrize(
+    "end, stop",
+    [
+        ("\n\n###\n", "\n\n###\n"),
+        ("[/ANS]", "[/ANS]"),
+        ("[/ANS]<|im_end|>\n", "[/ANS]"),
+        ("<|im_end|>\n", ""),
+        ("\n\n", ""),
+    ],
+)
+def test_an_end_of_plain_text_is_learned_and_ends_a_sample_before_it(tmp_path, end, stop):
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\nA: {% else %}{{ m.content }}"
+        f"{end}{{% endif %}}{{% endfor %}}"
+    )
+    tokenizer = Tokenizer(small_folder(tmp_path / "t", template, eos_token="<|endoftext|>"))
+    file, answer = tmp_path / "rows.jsonl", "# A\n\n### B\n[ANS] 2"
+    file.write_text(
+        "".join(json.dumps({"messages": answered(answer + more)}) + "\n" for more in ("", end, end.rstrip()))
+    )
+    data = load_sft(str(file), tokenizer, 500, str(tmp_path))
+    stream = tokenizer.stream()
+    for i in range(3 if stop.strip() else 1):  # the end that a row has already is taken once
+        sequence = data.row(i)[0]
+        learned = sequence.tokens[len(tokenizer.encode("Q: Q\nA: ")) :]
+        assert tokenizer.decode(learned.tolist()) == answer + end.replace("<|im_end|>", "")
+        assert learned[-1] == tokenizer.eos_id and ("<|im_end|>" in end or sequence.learned[-1])
+    for token in learned.tolist():
+        if token not in tokenizer.stop_ids and not stream.stopped:
+            stream.push(token)
+    assert stream.text.rstrip("\n") == answer and stream.stopped == bool(stop)
+    assert tokenizer.stop_text == stop and (tokenizer.stream(shown=False) is None) == (not stop)
 
 
 def test_the_originals_quirk_where_the_template_has_another_end(tmp_path):
@@ -250,6 +320,8 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"messages": [{**turn, "tool_calls": None, "name": None} for turn in TURNS]},
         {"prompt": "Q", "completion": "B"},
         {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {"question": "Q", "completion": "B", "label": True},
+        {"prompt": "Q", "completion": "B", "label": False, "weight": -1},
     ],
 )
 def test_stage_1_rows(row):
@@ -268,10 +340,21 @@ WHOLE = {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content"
         WHOLE,
         {"prompt": TURNS[:1], **WHOLE},
         {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "C"}},
+        {"messages": TURNS[:1], "chosen": TURNS[1], "rejected": WHOLE["rejected"][1]},
+        {"problem": "Q", "chosen": "B", "rejected": "C"},
+        {"messages": TURNS, "question": "other", **WHOLE},
     ],
 )
 def test_stage_2_rows(row):
     assert pair("here", row) == (TURNS[:1], [TURNS[1], WHOLE["rejected"][1]])
+
+
+def test_a_prompt_beside_whole_conversations_may_be_any_question_of_them():
+    sides = {
+        side: [*TURNS, *user_message("R"), {"role": "assistant", "content": side}] for side in ("chosen", "rejected")
+    }
+    for question in "QR":
+        assert pair("here", {"prompt": question, **sides})[0] == [*TURNS, *user_message("R")]
 
 
 def test_a_system_message_beside_the_others_is_the_first():
@@ -309,7 +392,10 @@ def test_messages_that_cannot_be_learned_are_named(messages, words):
         ({**WHOLE, "prompt": "other"}, "here: 'prompt' must be what stands in 'chosen' before the answer"),
         ({**WHOLE, "rejected": [*user_message("R"), TURNS[1]]}, "must differ in their last message alone"),
         ({**WHOLE, "rejected": "C"}, "must differ in their last message alone"),
-        ({"chosen": TURNS[1:], "rejected": TURNS[1:]}, "here has no field 'prompt'"),
+        (
+            {"text": "Q", "chosen": TURNS[1:], "rejected": "C"},
+            "here has no field 'prompt'; it holds 'text', 'chosen', 'rej",
+        ),
     ],
 )
 def test_pairs_that_do_not_fit_are_named(row, words):

@@ -50,8 +50,9 @@ def response(completion, sample=0, prompt="a=1b+2", answer="3", **more):
 
 
 def test_a_system_message_beside_the_prompt_belongs_to_it(tmp_path):
-    row = {"system": "S", "prompt": "Q", "generations": ["1"], "correct": [True]}
-    made = own.labelled("here", row, Tokenizer(small_folder(tmp_path, CHATML)), False)
+    row, tokenizer = {"system": "S", "generations": ["1"], "correct": [True]}, Tokenizer(small_folder(tmp_path, CHATML))
+    made = own.labelled("here", {**row, "prompt": "Q"}, tokenizer, False)
+    assert made == own.labelled("here", {**row, "question": "Q"}, tokenizer, False)
     assert [message["content"] for message in made["prompt"]] == ["S", "Q"] and made["problem"] == "Q"
 
 
@@ -147,7 +148,7 @@ def test_thinking_that_the_template_opened_belongs_to_the_response(tmp_path, tok
         (response("1", prompt="a=2", answer=True), True, "line 2 has no 'answer'"),
         (response(1), True, "line 2 must hold 'completion'"),
         ({"generations": ["1"], "answer": "1"}, True, "line 2 must hold 'completion'"),
-        ({"completion": "1", "answer": "1"}, True, "line 2 has no field 'problem', 'prompt' or 'messages'"),
+        ({"completion": "1", "answer": "1"}, True, "line 2 has no field 'problem', 'question', 'prompt' or 'messages'"),
         (response("1", prompt=[{"role": "assistant", "content": "1"}]), True, "line 2: the last of 'prompt' must be"),
         (response("1"), False, "line 1: 'correct' must say true or false of each response; or let --grade label"),
     ],

@@ -113,21 +113,21 @@ def test_rows_that_are_nothing_to_learn_from_are_counted(tokenizer, write, cache
     assert [note.split(": ", 1)[1] for note in data.notes] == [
         "2 of 3 rows dropped: an answer is nothing but white space"
     ]
-    rows = PAIR, {**PAIR, "rejected": "  "}, {**PAIR, "rejected": PAIR["chosen"]}, {**PAIR, "chosen": "1<eos>"}
+    rows = PAIR, {**PAIR, "rejected": ""}, {**PAIR, "rejected": PAIR["chosen"]}, {**PAIR, "chosen": "1<eos>"}
     data = load_pairs(write(*rows), tokenizer, 50, 50, cache)
     assert len(data) == 2
     assert [note.split(": ", 1)[1] for note in data.notes] == [
         "1 of 4 rows dropped: an answer is nothing but white space",
         "1 of 4 rows dropped: chosen and rejected are the same",
-        "1 of 4 rows have the template's end on an answer: it is taken once",
+        "1 of 4 rows have the template's header or end on an answer: it is taken once",
     ]
 
 
 def test_an_answer_that_goes_on_after_an_end_is_counted(tokenizer, write, cache):
     rows = conversation(), conversation("a=1", "1<eos>2<eos>"), {"prompt": "a=1", "completion": "1<eos>2"}
-    goes_on = "an answer that goes on after a token which ends completions: all is learned"
+    goes_on = "an answer that goes on after what ends completions: all is learned"
     assert {note.split(": ", 1)[1] for note in load_sft(write(*rows), tokenizer, 50, cache).notes} == {
-        "1 of 3 rows have the template's end on an answer: it is taken once",
+        "1 of 3 rows have the template's header or end on an answer: it is taken once",
         f"2 of 3 rows have {goes_on}",
     }
     notes = load_pairs(write(PAIR, {**PAIR, "chosen": "<think><eos></think>1"}), tokenizer, 50, 50, cache).notes
@@ -137,6 +137,9 @@ def test_an_answer_that_goes_on_after_an_end_is_counted(tokenizer, write, cache)
 def test_the_weight_of_a_row(tokenizer, write, cache):
     rows = [{**conversation(), "weight": weight} for weight in (None, 0.25, -1, 0)]
     assert load_sft(write(*rows), tokenizer, 50, cache).row_weights.tolist() == [1.0, 0.25, -1.0, 0.0]
+    row = conversation()
+    row["messages"][1]["weight"] = 0  # as OpenAI's rows say that an answer is not to be learned
+    assert load_sft(write(row), tokenizer, 50, cache).row_weights.tolist() == [0.0]
     pairs = load_pairs(write(PAIR, {**PAIR, "chosen_weight": 0.5}), tokenizer, 50, 50, cache)
     assert pairs.row_weights.tolist() == [1.0, 1.0, 0.5, 1.0]
     for weight in (1.5, -2, "1", True):
@@ -304,7 +307,6 @@ def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path
         ({"prompt": "a=1", "chosen": "1"}, "line 2 has no field 'rejected'"),
         ({**PAIR, "prompt": ""}, "line 2: 'prompt' must be text"),
         ({**PAIR, "prompt": 5}, "line 2: 'prompt' must be text"),
-        ({**PAIR, "chosen": ""}, "line 2: 'chosen' must be one message"),
         (
             {**PAIR, "chosen": [{"role": "user", "content": "1"}]},
             "line 2: 'chosen' must be one message of the assistant",
@@ -320,10 +322,13 @@ def test_malformed_pairs_are_named(tokenizer, write, cache, row, words):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({"prompt": "a"}, "line 2 has no field 'messages'"),
+        ({"text": "a", "id": 3}, "line 2 has no field 'messages' .*; it holds 'text', 'id'"),
+        ({"prompt": "a", "completion": "1", "label": False}, "line 2: 'label' is false; give such a row a 'weight'"),
+        ({**conversation(), "correct": False}, "line 2: 'correct' is false; .* or leave it out"),
         ({"messages": "a"}, "line 2: 'messages' must be a list"),
         ({"messages": []}, "line 2: 'messages' must be text, or a list of messages"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "line 2: the last message must be the assistant's"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "must be the assistant's; its role is 'user'"),
+        ({"messages": conversation()["messages"][1:]}, "line 2: there is no message before the assistant's"),
     ],
 )
 def test_malformed_conversations_are_named(tokenizer, write, cache, row, words):
@@ -334,6 +339,8 @@ def test_malformed_conversations_are_named(tokenizer, write, cache, row, words):
 def test_missing_and_empty_files(tokenizer, write, cache, tmp_path):
     with pytest.raises(UserError, match="cannot read .*nowhere"):
         load_sft(str(tmp_path / "nowhere.jsonl"), tokenizer, 50, cache)
+    with pytest.raises(UserError, match="is a folder; give one file of rows"):
+        load_sft(str(tmp_path), tokenizer, 50, cache)
     with pytest.raises(UserError, match="holds no rows"):
         load_sft(write(), tokenizer, 50, cache)
     (tmp_path / "latin.jsonl").write_bytes(b'{"messages": "\xe9"}\n')

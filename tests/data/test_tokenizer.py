@@ -103,6 +103,14 @@ def test_templates_in_a_list_and_in_a_file(toy_data, tmp_path):
         .prompt(user_message("a"))
         .endswith("<think>")
     )
+    config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
+    special = {name: config.pop(name) for name in ("eos_token", "pad_token")}
+    config["chat_template"] = {"default": R1_TEMPLATE}
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "t" / "special_tokens_map.json").write_text(json.dumps(special))
+    tokenizer = Tokenizer(tmp_path / "t")
+    assert tokenizer.prompt(user_message("a")).endswith("<think>")
+    assert (tokenizer.eos_id, tokenizer.pad_id) == tuple(map(tokenizer.backend.token_to_id, special.values()))
     (tmp_path / "t" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}~{% endfor %}")
     assert Tokenizer(tmp_path / "t").prompt(user_message("a=1")) == "a=1~"
 
@@ -115,6 +123,11 @@ def test_templates_in_a_list_and_in_a_file(toy_data, tmp_path):
         ({"chat_template": "nothing"}, "shows the last answer 0 times"),
         ({"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, "refuses the messages"),
         ({"eos_token": "<nope>"}, "eos_token is '<nope>', which the vocabulary does not hold"),
+        ({"eos_token": None}, "tokenizer_config.json: there is no eos_token$"),
+        (
+            {"chat_template": [{"name": "rag", "template": "x"}, {"name": "tools"}]},
+            "no chat template named default, only rag, tools",
+        ),
         ({"bos_token": 5}, "tokenizer_config.json: bos_token is 5; it must be text or an object or null"),
         ({"pad_token": {"content": ["x"]}}, "tokenizer_config.json: pad_token is "),
     ],
@@ -139,6 +152,14 @@ def test_a_folder_that_holds_a_tokenizer_further_down_is_told_apart_from_a_hub_n
 
 def test_broken_files(tmp_path):
     with pytest.raises(UserError, match="has no tokenizer.json, so it is no model's folder"):
+        Tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="has no tokenizer.json; copy that of the model that it was made from"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(
+        UserError, match="tokenizer.json only points to a file that git-lfs has not fetched: git lfs pull"
+    ):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot read the tokenizer .*tokenizer.json"):

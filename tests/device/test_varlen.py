@@ -163,6 +163,8 @@ IN_PIECES = [[(0, 0, 1), (1, 0, 1)], [(0, 1, 257), (1, 1, 300)], [(0, 257, 258)]
 
 
 def test_a_prompt_s_pieces_attend_by_one_call_of_the_kernel(flash, monkeypatch):
+    if not kv_cache._reads_pages(torch.float32, 256, 8):
+        pytest.skip("torch's variable-length attention reads no pages in this release")
     calls = []
     paged = kv_cache.paged_prefill
     monkeypatch.setattr(kv_cache, "paged_prefill", lambda *args: calls.append(args) or paged(*args))

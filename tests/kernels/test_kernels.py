@@ -197,8 +197,9 @@ def test_nothing_cancels_where_the_model_is_sure(way, gap):
     lm_head = torch.tensor([[1.0], [0.0]], device=DEVICE, requires_grad=True)
     _, logp, _, grad_head = way(hidden, lm_head, torch.tensor([0], device=DEVICE), torch.ones(1, device=DEVICE))
     missing = 1 / (1 + torch.tensor(gap, dtype=torch.float64).exp())
-    assert logp.item() == pytest.approx(torch.log1p(-missing).item(), rel=1e-6)
-    assert grad_head[0].item() == pytest.approx(gap * missing.item(), rel=1e-6)
+    # A GPU's exp is right to some units of the last place.
+    assert logp.item() == pytest.approx(torch.log1p(-missing).item(), rel=3e-6)
+    assert grad_head[0].item() == pytest.approx(gap * missing.item(), rel=3e-6)
 
 
 @BOTH

@@ -205,6 +205,7 @@ def test_nothing_is_overwritten(folder):
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}, "sliding window of 4096"),
+        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0}, "sliding window of 4096"),
         (
             {
                 "use_sliding_window": True,

@@ -19,7 +19,7 @@ from nanoredi.common.errors import Stopped, UserError
 from nanoredi.config import RediConfig
 from nanoredi.model import qwen2 as model_file
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.trainer.guards import CollapseWatch
+from nanoredi.trainer.guards import CollapseWatch, signals
 from nanoredi.trainer.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +165,27 @@ def test_collapse_stops_the_run_where_it_is_told_to(config, one_rank):
         train(replace(wild, on_collapse="stop"), one_rank)
 
 
+@pytest.mark.parametrize("sent", [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
+def test_a_second_ctrl_c_ends_at_once(sent, one_rank):
+    child = os.fork()
+    if not child:
+        with signals(lambda: "", one_rank):
+            for number in sent:
+                os.kill(os.getpid(), number)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -sent[1]
+
+
+def test_a_ctrl_c_that_a_shell_s_background_ignores_stays_ignored(one_rank):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals(lambda: "", one_rank) as asked_to_stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not asked_to_stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def endless(toy_data) -> list:
     """A run of two ranks, for hours."""
@@ -198,7 +219,7 @@ def test_a_dead_rank_takes_the_job_down_at_once(endless, tmp_path):
         for line in job.stdout:
             if "asks where it is" in line:
                 first = int(line.split("kill -USR1 ")[1].split()[0])
-            if line.startswith("step  "):
+            if "step  " in line:
                 break
         ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
         (other,) = (int(pid) for pid in ranks if int(pid) != first)

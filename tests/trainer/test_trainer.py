@@ -26,6 +26,7 @@ from nanoredi.kernels.dispatch import after_step
 from nanoredi.model.qwen2 import Block, Qwen2
 from nanoredi.trainer import distributed, loop
 from nanoredi.trainer.distributed import local, shard
+from nanoredi.trainer.log import Log
 from nanoredi.trainer.loop import train
 from nanoredi.trainer.step import train_step
 
@@ -367,10 +368,25 @@ def test_a_run_s_files(redi, one_rank, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["final", "metrics.jsonl", "step-000002"]
     trained, start = Qwen2.from_pretrained(tmp_path / "run" / "final"), Qwen2.from_pretrained(redi.model)
     assert not torch.equal(trained.lm_head_weight, start.lm_head_weight)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
-    assert len(lines) == 3 and all(
-        word in lines[0] for word in ("loss", "chosen", "rejected", "margin", "grad", "update", "lr", "tok/s", "left")
-    )
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("step"))
+    assert lines[head].split() == ["step", "loss", "chosen", "rejected", "grad", "update", "lr", "tok/s", "left"]
+    steps = lines[head + 1 : head + 4]
+    assert [line.split()[0] for line in steps] == ["1/4", "2/4", "4/4"]
+    for line, row in zip(steps, (rows[0], rows[1], rows[3])):
+        assert [float(x) for x in line.split()[1:4]] == pytest.approx(
+            [row[name] for name in ("loss", "chosen_logp", "rejected_logp")], abs=6e-5
+        )
+        assert len(line) == len(lines[head])
+
+
+def test_a_step_fits_a_terminal_of_80_columns(one_rank, tmp_path):
+    config = RediConfig(out=str(tmp_path), log_every=1)
+    log = Log(config, 0, 99_999, 1e9, one_rank, "stage 2", False)
+    row = dict.fromkeys(("loss", "chosen_logp", "rejected_logp"), -9.87654)
+    row |= {"step": 99_998, "grad_norm": None, "update_norm": 1e-9, "lr": 1e-6, "tokens_per_s": 999_999.0}
+    for line in log._lines(row, log.start + 99 * 3600 * 99_998):
+        assert len(line) <= 80 and len(line.split()) == 9
 
 
 def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypatch):
@@ -395,6 +411,21 @@ def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypa
     (tmp_path / "again").mkdir()
     train(again, one_rank)
     assert_same_weights(tmp_path / "run", tmp_path / "again")
+
+
+@pytest.mark.parametrize("objective, alpha", [("redi", 0.0), ("sft", None)])
+def test_what_would_learn_nothing_is_refused(objective, alpha, redi, one_rank, toy_data, tmp_path):
+    rows = [json.loads(line) | {"chosen_weight": 0} for line in (toy_data / "pairs.jsonl").read_text().splitlines()]
+    (tmp_path / "zeros.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    weight = 1.0 if objective == "redi" else None
+    more = {"objective": objective, "alpha": alpha, "chosen_weight": weight, "neg_weight_gamma": weight and 0.0}
+    config = replace(redi, data=str(tmp_path / "zeros.jsonl"), **more)
+    with pytest.raises(UserError, match="zeros.jsonl: every row's weight is 0, so nothing would be learned"):
+        train(config, one_rank)
+    if objective == "redi":
+        loop._Run(replace(config, alpha=0.8), one_rank)
+        with pytest.raises(UserError, match="alpha and chosen_weight are both 0, so nothing would be learned"):
+            replace(config, chosen_weight=0.0)
 
 
 def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data, tmp_path):

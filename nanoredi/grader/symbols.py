@@ -1,0 +1,87 @@
+"""The symbols of an expression, for the grader: how a text falls into tokens, and which numbers its letters stand for.
+
+What the grader cannot compute, such as the derivative x' or a power of millions of digits, is a fixed pseudo-random
+function of what it stands on.
+"""
+
+import functools
+import random
+import re
+from fractions import Fraction
+
+from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, inexact
+
+# A point says which numbers the letters stand for. Small, middling and large ones, so that no term of e^{-30t} + 1
+# drowns at all of them. Negative points are asked only about absolute values, since sqrt(x^2) is x to everyone who
+# writes it for lengths; at the first all letters are negative, at the others some. Rounding asks only for whole
+# numbers, which is what floor and ceil are written of, and for others where the letter is one of t to z.
+GENERAL, WHOLE, NEGATIVE = range(3), range(4, 16), range(16, 22)
+_SCALES = (9_000, 1_000, 300)
+
+GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
+).split()
+LETTERS = {*GREEK, *map(str.title, GREEK), "hbar", "ell"}
+SEVERAL = {"max", "min", "gcd", "lcm"}
+_NAMES = sorted({*FUNCTIONS, *SEVERAL, "sqrt", "cbrt", "pi", "mod"} - {"tg"}, key=lambda name: (-len(name), name))
+_WORDS = set("if is of to for the not all any are has but".split())  # no products
+BRACKETS = {"(": ")", "[": "]", "{": "}", "abs": "|", "⌊": "⌋", "⌈": "⌉"}
+NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
+_TOKEN = re.compile(NUMBER.pattern + r"|\\?[A-Za-z]+|[^ ]")
+
+
+class Unreadable(Exception):
+    """The text is nothing that we know: compare it as a string."""
+
+
+def tokens_of(text: str) -> list[str]:
+    """Names without their backslash; letters side by side are a product, unless so many that they are a word; the bar
+    that opens an absolute value is "abs"; "" ends the list."""
+    tokens: list[str] = []
+    bars = [False]  # for each open bracket, and outside: is an absolute value open in it?
+    for found in _TOKEN.finditer(text):
+        token = found[0]
+        if token == "|":
+            after_value = bool(tokens) and (tokens[-1][-1].isalnum() or tokens[-1] in ")]}|!'⌋⌉π°")
+            if not (bars[-1] and after_value):
+                token = "abs"
+            bars[-1] = token == "abs"
+        elif token in BRACKETS:
+            bars.append(False)
+        elif token in BRACKETS.values():
+            bars[-2:] = bars[-2:-1] or [False]
+        if token[0] == "\\" and len(token) > 1:
+            tokens.append(token[1:])
+        elif token.isascii() and token.isalpha() and token != "abs":
+            name = next((n for n in _NAMES if token.startswith(n) and len(token) <= len(n) + 1), "")
+            letters = token[len(name) :]
+            if len(letters) > 3 or token in _WORDS:
+                raise Unreadable
+            tokens += [*([name] if name else []), *letters]
+        else:
+            tokens.append(token)
+    return [*tokens, ""]
+
+
+@functools.lru_cache(maxsize=4096)
+def letter(name: str, point: int) -> Fraction:
+    """What a letter stands for at a point."""
+    rng = random.Random(f"{name} {point}")
+    if point in WHOLE:
+        parts = 100 if name[0] in "tuvwxyz" and point % 2 else 1  # these need not be whole
+        return Fraction(rng.randrange(2 * parts, 30 * parts), parts)
+    if point in GENERAL:
+        return Fraction(rng.randrange(1_000, 5_000), _SCALES[point])
+    negative = point == NEGATIVE[0] or sum(map(ord, name)) >> (point - NEGATIVE[1]) & 1
+    return Fraction(rng.randrange(1_000, 5_000), -1_000 if negative else 1_000)
+
+
+def digits(x: Number) -> str:
+    """The same text for numbers that are close."""
+    z = inexact(x)
+    return CONTEXT.nstr(z.real, 25) + " " + CONTEXT.nstr(z.imag, 25)
+
+
+def opaque(*names: str) -> Fraction:
+    """A fixed pseudo-random function."""
+    return Fraction(random.Random(" ".join(names)).randrange(2**40, 2**43), 2**40)
