@@ -8,6 +8,7 @@ import csv
 import gzip
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,12 +46,16 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
     Raises:
         UserError: when the file cannot be read.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # which a name that is too long is not, without an error
         inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix in _KINDS)
         such_as = f", such as {inside[0]}" if inside else ""
         raise UserError(f"{path} is a folder: give the file in it that holds the rows{such_as}")
     if path.suffix not in _TABLES:
-        yield from _csv_rows(path) if path.suffix in (".csv", ".tsv") else _text_rows(path)
+        rows_of = _csv_rows if path.suffix in (".csv", ".tsv") else _text_rows
+        try:
+            yield from rows_of(regular(path))
+        except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:  # EOFError: a .gz is cut short
+            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
         return
     with _table(path) as (_, batches):
         number = 0
@@ -63,36 +68,30 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(MAX_CHARS)
-    try:
-        with open(regular(path), encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t", strict=True)
-            for number, row in enumerate(table, 1):
-                if None in row:
-                    raise UserError(f"{path}, row {number} has more cells than the file's first line has names")
-                yield f"{path}, row {number}", row
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        table = csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t", strict=True)
+        for number, row in enumerate(table, 1):
+            if None in row:
+                raise UserError(f"{path}, row {number} has more cells than the file's first line has names")
+            yield f"{path}, row {number}", row
 
 
 def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with open(regular(path), "rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if zipped else open(path, "rb") as file:
-            if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark
-                file.seek(0)
-            lines = enumerate(iter(partial(file.readline, MAX_CHARS + 1), b""), 1)
-            lines = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
-            first = list(islice(lines, 2))
-            line = first[0][1].strip() if first else b""
-            is_row = len(first) > 1 and line[:1] + line[-1:] in (b"{}", b"[]")
-            if not is_row and (line[:1] == b"[" or line[:1] == b"{" and ".json" in path.suffixes):
-                rows = _rows(path, b"".join(line for _, line in first) + file.read())
-                yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
-            else:
-                yield from chain(first, lines)
-    except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz that is cut short or damaged
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if zipped else open(path, "rb") as file:
+        if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark
+            file.seek(0)
+        lines = enumerate(iter(partial(file.readline, MAX_CHARS + 1), b""), 1)
+        lines = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
+        first = list(islice(lines, 2))
+        line = first[0][1].strip() if first else b""
+        is_row = len(first) > 1 and line[:1] + line[-1:] in (b"{}", b"[]")
+        if not is_row and (line[:1] == b"[" or line[:1] == b"{" and ".json" in path.suffixes):
+            rows = _rows(path, b"".join(line for _, line in first) + file.read())
+            yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
+        else:
+            yield from chain(first, lines)
 
 
 def _rows(path: Path, text: bytes) -> list[Any]:

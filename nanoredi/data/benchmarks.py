@@ -8,6 +8,7 @@ import ast
 import contextlib
 import io
 import math
+import os
 import re
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -106,7 +107,7 @@ def find(name: str, folder: str) -> Path:
         if not found:
             raise UserError(f"{folder} holds neither {name}.json nor {name}.jsonl, {name}.parquet, {name}.arrow")
         return found[0]
-    if path.suffix not in SUFFIXES and not path.is_dir():
+    if path.suffix not in SUFFIXES and not os.path.isdir(path):
         raise UserError(
             f"there is no benchmark {name!r}{nearest(name, NAMED)}; it is one of {', '.join(NAMED)}, or a file that ends "
             f"in {', '.join(SUFFIXES)}"
