@@ -105,6 +105,8 @@ def use_triton(monkeypatch: pytest.MonkeyPatch, *operations: dispatch.operation)
     """On the CPU, too, where Triton's interpreter runs."""
     if dispatch.triton is None:
         pytest.skip("Triton is not installed")
+    if DEVICE.type == "cpu":
+        import interpreter  # noqa: F401  it learns to multiply and to round bf16
     for device_type in (DEVICE.type, "cuda"):
         dispatch._import_package(device_type)  # each registers its own once
     for operation in operations:

@@ -187,7 +187,7 @@ class _Reader:
         """Of day, as seconds from midnight or noon; the name is the half of the day, where it is known. 10:30 may also
         be a ratio."""
         hour, minute, second = (int(part or 0) for part in time.groups()[:3])
-        half = f"{time[4]}m".lower() if time[4] else "pm" if hour > 12 else "am" if hour == 0 else ""
+        half = f"{time[4]}m".lower() if time[4] else "pm" if hour >= 12 else "am" if hour == 0 else ""
         ratio = None if time[3] or time[4] or not minute else Expression(text.replace(":", "/"), self.budget)
         return Reading("time", str((hour % 12 * 60 + minute) * 60 + second), expression=ratio, name=half)
 

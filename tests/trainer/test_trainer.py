@@ -291,7 +291,7 @@ def test_offloaded_training_comes_to_the_same(stage, request, one_rank, tmp_path
         return places[-1]
 
     monkeypatch.setattr(distributed, "shard_mesh", lambda *_: mesh)
-    monkeypatch.setattr(distributed, "CPUOffloadPolicy", place)
+    monkeypatch.setattr(distributed.fsdp, "CPUOffloadPolicy", place)
     monkeypatch.setattr(loop, "shard", lambda model, world, *how: shard(model, replace(world, device=device), *how))
     train(replace(config, offload=True), one_rank)
     assert len(places) == 1
