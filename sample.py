@@ -15,6 +15,7 @@ import dataclasses
 import fcntl
 import json
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -113,7 +114,7 @@ def _rows(config: SampleFlags, tables: Tables) -> list[tuple[str, Any]]:
     if config.prompts:
         rows = _read_prompts(config.prompts)
         if not rows:
-            raise UserError(f"{config.prompts} holds no rows")
+            raise UserError(f"{'standard input' if config.prompts == '-' else config.prompts} holds no rows")
         return rows
     known = resolve(EvaluateConfig, "evaluate", tables).benchmarks[0]
     if known in benchmarks.PAPER:
@@ -123,7 +124,7 @@ def _rows(config: SampleFlags, tables: Tables) -> list[tuple[str, Any]]:
 
 def _read_prompts(path: str) -> list[tuple[str, Any]]:
     """The rows of a file by its name; or of a text, or standard input, whose lines are prompts unless they begin as JSON."""
-    if Path(path).suffix in (".jsonl", ".json", ".gz", ".parquet", ".arrow"):
+    if Path(path).suffix in benchmarks.SUFFIXES:
         return list(read_rows(path))
     name = "standard input" if path == "-" else path
     if path != "-" and Path(path).exists() and not Path(path).is_file():
@@ -134,6 +135,9 @@ def _read_prompts(path: str) -> list[tuple[str, Any]]:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text: {error}") from None
+    if Path(path).suffix != ".txt" and text.lstrip().startswith("["):
+        with suppress(UserError):  # else it is a text that begins so
+            return [(f"{name}, row {n}", row) for n, row in enumerate(parse_json(name, text), 1)]
     lines = [(f"{name}, line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if Path(path).suffix == ".txt" or lines and not lines[0][1].startswith("{"):
         return [(where, {"prompt": line}) for where, line in lines]
@@ -159,12 +163,13 @@ def _samples(rows: list[tuple[str, Any]], tokenizer: Tokenizer, config: SampleFl
 def _messages(where: str, row: Any, config: SampleFlags) -> list[dict[str, str]]:
     """What a row asks: its conversation as it is, or its text in the template."""
     fields = {name.lower(): value for name, value in row.items()} if isinstance(row, dict) else {}
-    for name in ("messages", "prompt", "problem", "question"):
+    for name in ("messages", "conversations", "prompt", "problem", "question"):
         value = fields.get(name)
         if isinstance(value, list):
             messages = check_messages(f"{where}: {name!r}", value)
-        elif isinstance(value, str) and value.strip() and name != "messages":
-            messages = benchmarks.frame(value, config.template, "")
+        elif isinstance(value, str) and value.strip() and name not in ("messages", "conversations"):
+            asked = value if name == "prompt" else benchmarks.problem_of(fields)
+            messages = benchmarks.frame(asked, config.template, "")
         else:
             continue
         return with_system(behind_system(where, fields, messages), config.system)

@@ -28,10 +28,12 @@ from nanoredi.common import disk  # noqa: E402
 from nanoredi.config import ToyConfig  # noqa: E402
 from nanoredi.data.tokenizer import Tokenizer  # noqa: E402
 from nanoredi.kernels import dispatch  # noqa: E402
-from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.trainer import distributed, loop  # noqa: E402
 from nanoredi.trainer.distributed import World, world  # noqa: E402
+
+# isort: split
+from tiny import tiny_config  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,15 +139,8 @@ def toy_data(tmp_path_factory) -> Path:
 def byte_model(tmp_path_factory) -> Path:
     """A tiny random model whose tokenizer's tokens are bytes: it can write anything."""
     tokenizer = small_folder(tmp_path_factory.mktemp("bytes") / "tokenizer", CHATML)
-    config = Qwen2Config(
-        vocab_size=280,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-    )
+    sizes = {"vocab_size": 280, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4}
+    config = tiny_config(**sizes, num_hidden_layers=1, max_position_embeddings=2048)
     folder = tokenizer.with_name("model")
     Qwen2(config, tokenizer_folder=tokenizer).init_weights(0).save_pretrained(folder)
     return folder
@@ -206,7 +201,7 @@ def watched(request) -> Iterator[subprocess.Popen | None]:
     process.wait()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def forks(server) -> Server:
     """Starts scripts on the CPU."""
     return server

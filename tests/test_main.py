@@ -229,7 +229,7 @@ BAD_INPUT = [
 
 
 @pytest.fixture(scope="module")
-def outcomes(server, toy_data, tmp_path_factory):
+def outcomes(forks, toy_data, tmp_path_factory):
     """What each of them comes to, and the folder it ran in."""
     jobs = []
     for script, flags, _ in BAD_INPUT:
@@ -240,7 +240,7 @@ def outcomes(server, toy_data, tmp_path_factory):
         (folder / "full").mkdir()
         (folder / "full" / "thesis.txt").write_text("mine")
         words = [toy_data / "model" if flag == "MODEL" else flag for flag in flags]
-        jobs.append((folder, ended(server.start(folder, script, *words))))
+        jobs.append((folder, ended(forks.start(folder, script, *words))))
     return jobs
 
 

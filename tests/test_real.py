@@ -7,23 +7,15 @@ Its scores mean nothing; that the parts fit does.
 import json
 
 import pytest
+from tiny import tiny_config
 
 from nanoredi.data.benchmarks import PAPER
-from nanoredi.model.config import Qwen2Config
 from nanoredi.model.qwen2 import Qwen2
 
 
 def test_from_raw_rows_to_the_table(run, shared, tmp_path):
-    config = Qwen2Config(
-        vocab_size=151_936,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
+    sizes = {"vocab_size": 151_936, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = tiny_config(**sizes, max_position_embeddings=4096, tie_word_embeddings=True)
     Qwen2(config, tokenizer_folder=shared / "qwen2.5-tokenizer").init_weights(0).save_pretrained(tmp_path / "base")
 
     def done(*words, **options):
@@ -95,16 +87,8 @@ def test_from_raw_rows_to_the_table(run, shared, tmp_path):
 
 def test_the_saved_folder_loads_in_transformers(shared, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = Qwen2Config(
-        vocab_size=151_936,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
+    sizes = {"vocab_size": 151_936, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = tiny_config(**sizes, num_hidden_layers=1, max_position_embeddings=4096, tie_word_embeddings=True)
     Qwen2(config, tokenizer_folder=shared / "qwen2.5-tokenizer").init_weights(0).save_pretrained(tmp_path / "m")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
     assert not any(info.values()) and sorted(model.generation_config.eos_token_id) == [151643, 151645]

@@ -9,6 +9,7 @@ The golden file stands in for transformers where that is not installed.
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,20 +21,23 @@ GOLDEN = Path(__file__).parent / "golden_logps.json"
 LENGTHS = (5, 17, 2, 30)
 
 
+def tiny_config(**others: Any) -> Qwen2Config:
+    """Two grouped-query layers; others replace their sizes."""
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return Qwen2Config(**{**sizes, **others})
+
+
 def tiny_model(tied: bool) -> Qwen2:
-    """Two grouped-query layers with biases and norms away from their initial values."""
-    config = Qwen2Config(
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        rope_theta=300_000.0,
-        tie_word_embeddings=tied,
-    )
-    model = Qwen2(config)
+    """With biases and norms away from their initial values."""
+    model = Qwen2(tiny_config(rope_theta=300_000.0, tie_word_embeddings=tied))
     rng = np.random.default_rng(7)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):

@@ -60,7 +60,7 @@ def read_rows(path: str, fields: tuple[str, ...] | None = None) -> Iterator[tupl
     Raises:
         UserError: when the file cannot be read or a line is not JSON.
     """
-    kinds = "; rows are JSONL (an object a line), a JSON list, either also as .gz, Parquet or Arrow"
+    kinds = "; rows are JSONL (an object a line), a JSON list, either also as .gz, CSV, Parquet or Arrow"
     for where, row in file_rows(Path(path), fields):
         if isinstance(row, bytes):
             try:

@@ -1,16 +1,19 @@
-"""Rows out of the files that people keep them in: JSONL or a list in JSON, plain or compressed with gzip, Parquet and
-Arrow. One row at a time, so that a file which does not fit in memory passes through it (a JSON list must fit).
+"""Rows out of the files that people keep them in: JSONL or one value in JSON, plain or compressed with gzip, Parquet, Arrow
+and CSV. One row at a time, so that a file which does not fit in memory passes through it (one JSON value must fit).
 
 Parquet and Arrow ask for pyarrow.
 """
 
+import csv
 import gzip
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ from nanoredi.common.errors import UserError
 
 MAX_CHARS, MAX_DEPTH = 1 << 28, 100  # of a JSON file, or of a line of a JSONL file
 _TABLES = (".parquet", ".arrow")
+_KINDS = (".jsonl", ".csv", *_TABLES)  # of files that hold nothing but rows
 _ROWS_AT_ONCE = 64
+_ROWS = ("data", "rows", "samples", "examples", "request_states", "results")  # where a JSON object may hold its rows
 
 
 def num_rows(path: Path) -> int:
@@ -27,7 +32,7 @@ def num_rows(path: Path) -> int:
     if path.suffix in _TABLES:
         with _table(path) as (total, _):
             return total
-    return sum(1 for _ in _text_rows(path))
+    return sum(1 for _ in file_rows(path))
 
 
 def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tuple[str, Any]]:
@@ -35,14 +40,22 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
     others as values.
 
     Args:
-        path: a file; .parquet and .arrow are tables by their names, whatever else is text.
+        path: a file; .parquet, .arrow, .csv and .tsv are tables by their names, whatever else is JSON.
         fields: the columns of a table that are wanted; all without it.
 
     Raises:
         UserError: when the file cannot be read.
     """
+    if os.path.isdir(path):  # which a name that is too long is not, without an error
+        inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix in _KINDS)
+        such_as = f", such as {inside[0]}" if inside else ""
+        raise UserError(f"{path} is a folder: give the file in it that holds the rows{such_as}")
     if path.suffix not in _TABLES:
-        yield from _text_rows(path)
+        rows_of = _csv_rows if path.suffix in (".csv", ".tsv") else _text_rows
+        try:
+            yield from rows_of(regular(path))
+        except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:  # EOFError: a .gz is cut short
+            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
         return
     with _table(path) as (_, batches):
         number = 0
@@ -53,24 +66,50 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
                     yield f"{path}, row {number}", row
 
 
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(MAX_CHARS)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        table = csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t", strict=True)
+        for number, row in enumerate(table, 1):
+            if None in row:
+                raise UserError(f"{path}, row {number} has more cells than the file's first line has names")
+            yield f"{path}, row {number}", row
+
+
 def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with open(regular(path), "rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if zipped else open(path, "rb") as file:
-            first = True
-            for number, line in enumerate(iter(partial(file.readline, MAX_CHARS + 1), b""), 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if not line.strip():
-                    continue
-                if first and line.lstrip().startswith(b"["):
-                    rows = parse_json(f"{path}, which begins as a list,", line + file.read(), max_chars=1 << 34)
-                    yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
-                    return
-                first = False
-                yield f"{path}, line {number}", line
-    except (OSError, EOFError, zlib.error) as error:  # the last two: a .gz that is cut short or damaged
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if zipped else open(path, "rb") as file:
+        if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark
+            file.seek(0)
+        lines = enumerate(iter(partial(file.readline, MAX_CHARS + 1), b""), 1)
+        lines = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
+        first = list(islice(lines, 2))
+        line = first[0][1].strip() if first else b""
+        is_row = len(first) > 1 and line[:1] + line[-1:] in (b"{}", b"[]")
+        if not is_row and (line[:1] == b"[" or line[:1] == b"{" and ".json" in path.suffixes):
+            rows = _rows(path, b"".join(line for _, line in first) + file.read())
+            yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
+        else:
+            yield from chain(first, lines)
+
+
+def _rows(path: Path, text: bytes) -> list[Any]:
+    """The rows of one JSON value: a list; an object of rows by number, or of columns; one that holds its rows in a field;
+    else the object itself."""
+    kind = "a list" if text.lstrip().startswith(b"[") else "an object"
+    value = parse_json(f"{path}, which begins as {kind},", text, max_chars=1 << 34)
+    if isinstance(value, list):
+        return value
+    inner = list(value.values())
+    if inner and all(isinstance(one, dict) for one in inner):
+        if all(name.isdigit() for name in value):
+            return inner
+        if all(one.keys() == inner[0].keys() and all(name.isdigit() for name in one) for one in inner):
+            inner = [list(one.values()) for one in inner]  # columns as pandas writes them
+    if len(inner) > 1 and all(isinstance(one, list) and len(one) == len(inner[0]) for one in inner):
+        return [dict(zip(value, row)) for row in zip(*inner)]
+    return next((value[name] for name in _ROWS if isinstance(value.get(name), list)), [value])
 
 
 @contextmanager

@@ -1,12 +1,17 @@
 """Benchmarks: problems with their gold answers.
 
-The five of the paper and AIME25 by name, and any file of rows with `problem` or `question` and with `answer` or, for its
-last box, `solution`, in whatever case; what else a row has does not matter.
+The five of the paper and AIME25 by name, and any file of rows with `problem` or `question` and with `answer`, another of
+GOLDS or, for its last box, `solution`, in whatever case; what else a row has does not matter.
 """
 
 import ast
+import contextlib
+import io
 import math
-from collections.abc import Iterator
+import os
+import re
+import tokenize
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -20,7 +25,12 @@ from nanoredi.grader import extract_answer
 # Name: number of problems.
 PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_bench": 675}
 NAMED = {**PAPER, "aime25": 30}
-SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".gz")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".gz")
+# A row's gold answers. Some names can be nothing else; `answer` may also be what a model has found, and comes after them.
+SURE_GOLDS = "gold gts gt ground_truth gold_answer expected_answer correct_answer reference_answer".split()
+GOLDS = (*SURE_GOLDS, "answer", "final_answer", "answer_number")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_MOST_WORDS = 14  # of an answer; those of the named benchmarks have at most 12
 IDS = ("id", "unique_id", "problem_id", "question_id", "doc_id", "idx", "index", "uid")  # fields that name a row
 
 # The question's frame in the paper's evaluation, with the two spaces that both of its programs have after "clearly."
@@ -97,7 +107,7 @@ def find(name: str, folder: str) -> Path:
         if not found:
             raise UserError(f"{folder} holds neither {name}.json nor {name}.jsonl, {name}.parquet, {name}.arrow")
         return found[0]
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in SUFFIXES and not os.path.isdir(path):
         raise UserError(
             f"there is no benchmark {name!r}{nearest(name, NAMED)}; it is one of {', '.join(NAMED)}, or a file that ends "
             f"in {', '.join(SUFFIXES)}"
@@ -119,7 +129,12 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
         that of NAMED.
     """
     path = find(name, folder)
-    rows = [(golds_of(where, row["answer"]), row) for where, row in read_problems(path)]
+    rows = []
+    for where, row in read_problems(path):
+        for choices in ("choices", "options"):
+            if row.get(choices):
+                raise UserError(f"{where} is multiple choice; put its {choices!r} into the problem and drop the field")
+        rows.append((golds_of(where, row["answer"]), row))
     if not rows:
         raise UserError(f"{path} holds no problems")
     if name in NAMED and len(rows) != NAMED[name]:
@@ -128,6 +143,7 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
             f"--benchmarks {path}"
         )
     golds, rows = zip(*rows[: limit or None])
+    check_golds(path, golds)
     problems = [row["problem"] for row in rows]
     template = template or ("paper" if name in NAMED else "plain")
     questions = [frame(problem, template)[-1]["content"] for problem in problems]
@@ -143,15 +159,22 @@ def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     `answer` what golds_of takes, if there is one."""
     for where, row in read_rows(str(path)):
         row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
-        problem = row.get("problem") or row.get("question")
-        if not isinstance(problem, str) or not problem.strip():
-            raise UserError(f"{where} has no text in 'problem' or 'question'")
-        if "problem" not in row and isinstance(row.get("context"), str):  # OlympiadBench: what several questions share
-            problem = f"{row['context']}\n{problem}".strip()
-        answer = next((row[key] for key in ("answer", "final_answer") if row.get(key) is not None), None)
+        problem = problem_of(row)
+        if problem is None:
+            raise UserError(f"{where} has no text in 'problem' or 'question'; it has {', '.join(row) or 'no fields'}")
+        answer = next((row[key] for key in GOLDS if row.get(key) is not None), None)
         if answer is None and isinstance(row.get("solution"), str):
             answer = extract_answer(row["solution"])
         yield where, {**row, "problem": problem, "answer": answer}
+
+
+def problem_of(row: dict[str, Any]) -> str | None:
+    """What a row with keys in lower case asks: its problem; or its question, behind what several share or what it is about
+    (OlympiadBench, SVAMP). None where there is no text."""
+    texts = {name: text for name, text in row.items() if isinstance(text, str) and text.strip()}
+    if "problem" in texts or "question" not in texts:
+        return texts.get("problem")
+    return "\n".join(texts[name] for name in ("context", "body", "question") if name in texts)
 
 
 def golds_of(where: str, answer: Any) -> list[str]:
@@ -165,16 +188,29 @@ def golds_of(where: str, answer: Any) -> list[str]:
     Raises:
         UserError: when it is nothing of that.
     """
-    if isinstance(answer, str) and answer.strip().startswith(("['", '["')):
-        try:
-            answer = ast.literal_eval(answer.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass  # not a list after all: LaTeX may begin so too
+    answer = listed(answer)
     answers = answer if isinstance(answer, list) else [answer]
     golds = [_gold(one) for one in answers]
     if not golds or not all(golds):
         raise UserError(f"{where} has no 'answer', which is text, a number, or a list of these")
     return golds
+
+
+def check_golds(path: str | Path, golds: Sequence[list[str]]) -> None:
+    """Refuse a file most of whose answers are whole sentences: solutions in which there is nothing to find the answer by."""
+    num_solutions = sum(any(len(_WORD.findall(gold)) > _MOST_WORDS for gold in own) for own in golds)
+    if 2 * num_solutions > len(golds):
+        raise UserError(f"{path}: {num_solutions} of {len(golds)} answers are solutions without a box or #### in them")
+
+
+def listed(value: Any) -> Any:
+    """A value, or the list of texts that it is written out as: "['9.6\\n', '9.60']", by numpy without commas."""
+    if isinstance(value, str) and value.strip().startswith(("['", '["')):
+        with contextlib.suppress(ValueError, SyntaxError, tokenize.TokenError):  # LaTeX may begin so, too
+            words = list(tokenize.generate_tokens(io.StringIO(value.strip()).readline))
+            if {word.string.strip() for word in words if word.type != tokenize.STRING} <= {"[", "]", ",", ""}:
+                return [ast.literal_eval(word.string) for word in words if word.type == tokenize.STRING]
+    return value
 
 
 def _gold(answer: Any) -> str:

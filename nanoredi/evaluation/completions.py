@@ -7,17 +7,20 @@ The gold answers are the benchmark's, or the file's own where no benchmark is na
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_rows
-from nanoredi.data.benchmarks import Benchmark, golds_of
+from nanoredi.data.benchmarks import Benchmark, check_golds, golds_of
 from nanoredi.evaluation.layouts import LAYOUTS, Answers, Completion, read
 from nanoredi.evaluation.scores import Row, graded
 
 Problem = tuple[int, int]  # (which benchmark, which of its problems)
+Found = dict[Problem, dict[int, Completion]]  # a problem's completions by the samples' numbers
 
 
 def grade_file(
@@ -49,17 +52,17 @@ def grade_file(
         problems = _assigned(path, answers, benchmarks, limit, say)
     else:
         benchmarks, problems = _own_benchmarks(path, answers)
-    models = list(dict.fromkeys(row.model for row in answers))
     samples = []
-    for model in models:
-        found: dict[Problem, dict[int, tuple[Completion, bool]]] = {}
+    for model in dict.fromkeys(row.model for row in answers):
+        found: Found = {}
         for row, problem in zip(answers, problems):
             if row.model == model:
                 own = found.setdefault(problem, {})
                 for one in row.completions:
-                    opened = row.sample is None and (thinking or row.opens)
+                    if row.sample is None and (thinking or row.opens) and "<think>" not in one.text:
+                        one = replace(one, text=f"<think>\n{one.text}")
                     number = len(own) if row.sample is None else row.sample
-                    if own.setdefault(number, (one, opened))[0] != one:
+                    if own.setdefault(number, one) != one:
                         raise UserError(
                             f"{row.where} is sample {number} of its problem, as an earlier row of other words is"
                         )
@@ -79,6 +82,10 @@ def _read(path: str, say: Callable[[str], None]) -> list[Answers]:
         answers.append(read(where, row))
     if not answers:
         raise UserError(f"{path} holds no rows")
+    if len({row.model for row in answers} - {None}) < 2 and answers[0].problem is None:
+        for row in answers:
+            row.model = None
+    _take_bare_answers(path, answers, say)
     failed = [row for row in answers if row.error is not None]
     width = max(1, *(len(row.completions) for row in answers))
     for row in failed:
@@ -91,6 +98,20 @@ def _read(path: str, say: Callable[[str], None]) -> list[Answers]:
             f"{path}: {len(failed)} of {len(answers)} requests failed and count as wrong, the first in {failed[0].where}: {words}"
         )
     return answers
+
+
+def _take_bare_answers(path: str, answers: list[Answers], say: Callable[[str], None]) -> None:
+    """Where nothing has a box: what is called a prediction may be the answer that was found in a response; else the reader
+    should know."""
+    own = [one for row in answers for one in row.completions]
+    if any("box" in one.text for one in own) or not own:
+        return
+    if all(row.path in (None, "prediction", "predictions", "predict") for row in answers):
+        say(f"{path}: no {answers[0].path} has a boxed answer; each is taken for the answer itself")
+        for one in own:
+            one.text = f"</think>\\boxed{{{one.text}}}"
+    else:
+        say(f"{path}: no completion has a boxed answer, which is the one that counts")
 
 
 def _own_benchmarks(path: str, answers: list[Answers]) -> tuple[list[Benchmark], list[Problem]]:
@@ -110,6 +131,7 @@ def _own_benchmarks(path: str, answers: list[Answers]) -> tuple[list[Benchmark],
     names = list(golds)
     # The problems of samples.jsonl are numbers, and its rows in the order in which they ended.
     ordered = {b: sorted(own) if all(isinstance(key, int) for key in own) else list(own) for b, own in golds.items()}
+    check_golds(path, [gold for own in golds.values() for gold in own.values()])
     places = {(b, key): (names.index(b), i) for b, own in ordered.items() for i, key in enumerate(own)}
     texts = {b: [str(key) for key in own] for b, own in ordered.items()}
     benchmarks = [Benchmark(b, texts[b], texts[b], [golds[b][key] for key in own]) for b, own in ordered.items()]
@@ -124,19 +146,18 @@ def _assigned(
     for which, benchmark in enumerate(benchmarks):
         for i, text in enumerate(benchmark.problems):
             texts.setdefault(_words(text), (which, i))
-    known: dict[str, Problem | None] = {}
+    known: dict[str | None, Problem | None] = {None: None}
     found: list[Problem | None] = []
     for row in answers:
-        asked = row.prompt or row.ids.get("custom_id", "")
-        if row.problem is None and asked not in known:
-            prompt = _words(asked)
-            # The one that ends last; of those that end there the longest, for a problem may stand within another.
-            held = [(at + len(text), len(text), text) for text in texts if (at := prompt.rfind(text)) >= 0]
-            known[asked] = texts[max(held)[2]] if held else None
-            if row.prompt and not held:
-                names = ", ".join(b.name for b in benchmarks)
-                raise UserError(f"{row.where}: its prompt holds no problem of {names}")
-        found.append(known[asked] if row.problem is None else _numbered(row, benchmarks))
+        if row.problem is not None:
+            found.append(_numbered(row, benchmarks))
+            continue
+        if row.prompt not in known:
+            known[row.prompt] = _asked(row.prompt, texts)
+        found.append(known[row.prompt] or _asked(row.texts, texts))
+        if row.prompt and found[-1] is None:
+            names = ", ".join(b.name for b in benchmarks)
+            raise UserError(f"{row.where}: its prompt holds no problem of {names}")
     left = [row for row, problem in zip(answers, found) if problem is None]
     if not left:
         return found
@@ -152,8 +173,16 @@ def _assigned(
     return [problem or by_id for problem, by_id in zip(found, named)]
 
 
+def _asked(text: str, problems: dict[str, Problem]) -> Problem | None:
+    """Of all problems that stand in a text the one that ends last; of those that end there the longest, for a problem may
+    stand within another."""
+    text = _words(text)
+    held = [(at + len(words), len(words), words) for words in problems if (at := text.rfind(words)) >= 0]
+    return problems[max(held)[2]] if held else None
+
+
 def _words(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _numbered(row: Answers, benchmarks: list[Benchmark]) -> Problem:
@@ -205,9 +234,7 @@ def _numbers(ids: list[str], benchmark: Benchmark, limit: int) -> dict[str, int]
     return found[0] if len(found) == 1 else {}
 
 
-def _shared(
-    benchmarks: list[Benchmark], found: dict[Problem, dict[int, tuple[Completion, bool]]]
-) -> dict[Problem, dict[int, tuple[Completion, bool]]]:
+def _shared(benchmarks: list[Benchmark], found: Found) -> Found:
     """The completions of a problem that stands several times, dealt to each in turn; all to each where there are no more
     than for another."""
     same: dict[str, list[Problem]] = {}
@@ -224,13 +251,7 @@ def _shared(
     return found
 
 
-def _graded(
-    path: str,
-    name: str,
-    benchmarks: list[Benchmark],
-    found: dict[Problem, dict[int, tuple[Completion, bool]]],
-    limit: int,
-) -> list[list[Row]]:
+def _graded(path: str, name: str, benchmarks: list[Benchmark], found: Found, limit: int) -> list[list[Row]]:
     """A model's completions graded, by benchmark."""
     samples = []
     for which, benchmark in enumerate(benchmarks):
@@ -241,14 +262,11 @@ def _graded(
         for i, own in enumerate(problems):
             if sorted(own) != list(range(n)):
                 raise UserError(
-                    f"{path} has {len(own)} completions for problem {i + 1} of {benchmark.name} and {n} for others; every "
-                    "problem needs as many"
+                    f"{path}: {name} has {len(own)} completions for problem {i + 1} of {benchmark.name} and {n} for "
+                    "others; every problem needs as many"
                 )
-        samples.append([])
-        for i, own in enumerate(problems):
-            for number, (one, opened) in sorted(own.items()):
-                response = f"<think>\n{one.text}" if opened and "<think>" not in one.text else one.text
-                samples[-1].append(graded(name, benchmark, i, number, response, one.tokens, one.reason))
+        numbered = [(i, number, own[number]) for i, own in enumerate(problems) for number in range(n)]
+        samples.append([graded(name, benchmark, i, k, one.text, one.tokens, one.reason) for i, k, one in numbered])
     return samples
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 from nanoredi.common.disk import regular, writing
 from nanoredi.common.errors import UserError
-from nanoredi.common.files import check, read_json, read_text
+from nanoredi.common.files import read_text
 from nanoredi.common.runs import metrics_row
+from nanoredi.evaluation.samples import read_results
 from nanoredi.evaluation.scores import step_of
+from nanoredi.report.tables import Table, as_text
 
 # (key of metrics.jsonl, heading, format)
 SERIES = [
@@ -44,15 +46,16 @@ MARKERS = "osD^v*"
 DRAWN_BY = "nanoredi.report.__main__"
 
 
+Accuracy = dict[str, list[tuple[int, float, float]]]  # of each benchmark (step, pass@1, its error), in order of steps
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run's folder tells of its course."""
 
     name: str  # the folder's, with as much of its path as tells it from the others
     rows: list[dict[str, Any]]  # of metrics.jsonl
-    accuracy: dict[
-        str, list[tuple[int, float, float]]
-    ]  # of each benchmark (step, pass@1, its error), in order of steps
+    accuracy: Accuracy
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a column of metrics.jsonl; NaN where a row has none."""
@@ -89,16 +92,12 @@ def summary(run: Run) -> str:
     """The first, last, lowest and highest value of each of a run's series, as text."""
     if not run.rows:
         return f"{run.name}: no steps yet"
-    lines = [
-        f"{run.name}: steps {run.rows[0]['step']:,} to {run.rows[-1]['step']:,}",
-        f"  {'':<32}{'first':>12}{'last':>12}{'lowest':>12}{'highest':>12}",
-    ]
+    lines = [["", "first", "last", "lowest", "highest"]]
     for key, heading, form in SERIES:
         values = [v for v in run.series(key)[1] if math.isfinite(v)]
         if values:
-            shown = (format(v, form) for v in (values[0], values[-1], min(values), max(values)))
-            lines.append(f"  {heading:<32}" + "".join(f"{text:>12}" for text in shown))
-    return "\n".join(lines)
+            lines.append([heading, *(format(v, form) for v in (values[0], values[-1], min(values), max(values)))])
+    return f"{run.name}: steps {run.rows[0]['step']:,} to {run.rows[-1]['step']:,}\n{as_text(Table(lines))}"
 
 
 def check_figure(path: str) -> None:
@@ -191,6 +190,8 @@ def _label_panels(panels: Any, where: str) -> None:
     for axes in panels[-1]:
         axes.set_xlabel("optimiser step")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        low, high = axes.get_xlim()
+        axes.set_xlim(low - (high - low < 1), high + (high - low < 1))  # else a lone step stands among fractions
 
 
 def _label(axes: Any, title: str, unit: str, nothing: str) -> None:
@@ -215,7 +216,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _accuracy(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float, float]]]:
+def _accuracy(path: Path, rows: list[dict[str, Any]]) -> Accuracy:
     """The evaluations in a run's results.json, each at its model's step.
 
     A model's name tells its step; a second SFT is the end of a run whose own objective is sft.
@@ -223,8 +224,7 @@ def _accuracy(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[tuple[in
     if not rows or not path.exists():
         return {}
     benchmarks: dict[str, dict[int, tuple[float, float]]] = {}
-    shape = [{"model": str, "benchmark": str, "pass@1": float, "sem": float}]
-    for row in check(str(path), read_json(path, list), shape):
+    for row in read_results(path.parent):
         model, points = row["model"], benchmarks.setdefault(row["benchmark"], {})
         step = min(step_of(model), rows[-1]["step"])
         points[rows[-1]["step"] if step in points else step] = row["pass@1"], row["sem"]

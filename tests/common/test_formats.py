@@ -33,6 +33,43 @@ def test_text(tmp_path, name):
     assert num_rows(path) == len(ROWS)
 
 
+SMALL = [{"problem": 'a, "b"\nc', "answer": "1"}, {"problem": "é", "answer": "2"}]
+COLUMNS = {name: [row[name] for row in SMALL] for name in SMALL[0]}
+WHOLE = {
+    "rows.json": {str(i): row for i, row in enumerate(SMALL)},
+    "columns.json": COLUMNS,
+    "pandas.json": {name: {str(i): value for i, value in enumerate(own)} for name, own in COLUMNS.items()},
+    "samples.json": {"version": 2, "samples": SMALL},
+}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", WHOLE)
+def test_rows_of_one_json_object(tmp_path, name, indent):
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf\n" + json.dumps(WHOLE[name], indent=indent).encode())
+    assert [row for _, row in read_rows(str(path))] == SMALL and num_rows(path) == 2
+
+
+def test_an_object_that_is_itself_the_row(tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps({"choices": [{"text": "x"}], "usage": {}}, indent=1))
+    assert [row for _, row in read_rows(str(tmp_path / "one.json"))] == [{"choices": [{"text": "x"}], "usage": {}}]
+
+
+@pytest.mark.parametrize("name, between", [("a.csv", ","), ("a.tsv", "\t")])
+def test_csv(tmp_path, name, between):
+    text = f'\ufeffproblem{between}answer\r\n"a, ""b""\nc"{between}1\r\né{between}2\r\n'
+    (tmp_path / name).write_bytes(text.encode())
+    assert [row for _, row in read_rows(str(tmp_path / name))] == SMALL and num_rows(tmp_path / name) == 2
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "data-00000-of-00001.arrow").touch()
+    with pytest.raises(UserError, match="is a folder: give the file .* such as .*test/data-00000-of-00001.arrow"):
+        list(read_rows(str(tmp_path)))
+
+
 def test_tables(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -58,11 +95,15 @@ def test_tables(tmp_path):
         ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', "a.jsonl, line 2 is not UTF-8 text: [^;]*$"),
         ("a.jsonl", b'{"a": 1}\n\n[}\n', "a.jsonl, line 3 is not JSON: [^;]*$"),
         (
-            "a.csv",
+            "a.txt",
             b"prompt,answer\n",
-            r"a.csv, line 1 is not JSON: .*; rows are JSONL \(an object a line\), a JSON list",
+            r"a.txt, line 1 is not JSON: .*; rows are JSONL \(an object a line\), a JSON list",
         ),
         ("a.zst", b"(\xb5/\xfd", "a.zst, line 1 is not UTF-8 text: .*; rows are JSONL"),
+        ("a.csv", b"a,b\n1,2,3\n", "a.csv, row 1 has more cells than"),
+        ("a.csv", b'a\n"x', "cannot read .*a.csv: unexpected end of data"),
+        ("a.csv", b"a\n\xe9\n", "cannot read .*a.csv: .*utf-8"),
+        ("a.json", b'{\n"a": 1}\n{\n"a": 2}', "a.json, which begins as an object, is not JSON: Extra data"),
         ("a.parquet", b"PAR1", "cannot read .*a.parquet: "),
         ("a.arrow", b"ARROW1\0\0\0\0", "cannot read .*a.arrow: "),
     ],

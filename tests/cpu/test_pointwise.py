@@ -3,10 +3,10 @@
 import pytest
 import torch
 from conftest import skip_without_gcc
+from tiny import tiny_config
 
 from nanoredi.cpu import native
 from nanoredi.kernels.layers import rotate
-from nanoredi.model.config import Qwen2Config
 from nanoredi.model.qwen2 import rotary_angles
 
 PLACES = torch.tensor([0, 1, 2, 700, 31])
@@ -22,7 +22,7 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_pairs_turn_by_their_angles_and_their_gradients_back(dtype, bound, way):
-    config = Qwen2Config(97, 128, 200, 1, 2, 1, 1024)
+    config = tiny_config(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024)
     cos, sin = rotary_angles(PLACES, config, dtype)
     generator = torch.Generator().manual_seed(0)
     x, upstream = (torch.randn(5, 3, 64, generator=generator).to(dtype) for _ in range(2))

@@ -55,6 +55,36 @@ def test_malformed_rows_are_named(tmp_path, text, words):
         load(str(tmp_path / "b.jsonl"), "")
 
 
+@pytest.mark.parametrize(
+    "row, problem, golds",
+    [
+        ({"Body": "9 apples.", "Question": "How many?", "Answer": 8.0}, "9 apples.\nHow many?", ["8"]),
+        ({"context": "c", "question": "q", "final_answer": ["1", "2"]}, "c\nq", ["1", "2"]),
+        ({"context": "c", "problem": "p", "ground_truth": "1"}, "p", ["1"]),
+        ({"problem": 7, "question": "q", "answer": None, "answer_number": 18}, "q", ["18"]),
+        ({"problem": "p", "answer": "so it is 4 or 5", "expected_answer": "4"}, "p", ["4"]),
+    ],
+)
+def test_what_a_row_asks_and_its_answer(tmp_path, row, problem, golds):
+    (tmp_path / "b.jsonl").write_text(json.dumps(row))
+    benchmark = load(str(tmp_path / "b.jsonl"), "")
+    assert (benchmark.problems, benchmark.golds) == ([problem], [golds])
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([{"question": "q", "choices": ["1", "2"], "answer": 1}], "line 1 is multiple choice; put its 'choices' into"),
+        ([{"query": "q", "answer": 1}], "in 'problem' or 'question'; it has query, answer"),
+        ([{"problem": "p", "answer": "it is so " * 9}] * 2, "2 of 2 answers are solutions without a box or ####"),
+    ],
+)
+def test_what_would_be_scored_wrong_is_refused(tmp_path, rows, words):
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=words):
+        load(str(tmp_path / "b.jsonl"), "")
+
+
 def test_what_is_missing_or_of_another_length(tmp_path):
     with pytest.raises(UserError, match=r"no benchmark 'math50' \(did you mean 'math500'\?\)"):
         load("math50", "")
@@ -112,6 +142,8 @@ def test_a_named_benchmark_may_be_jsonl(tmp_path):
         ("So \\boxed{1} or rather \\boxed{\\frac{1}{2}}.", ["\\frac{1}{2}"]),
         ("['9.6\\n']", ["9.6"]),
         ("['0.01\\n', \"0.02\"]", ["0.01", "0.02"]),
+        ("['9.6' \n '9.60']", ["9.6", "9.60"]),  # as numpy writes it
+        ("['a', 2]", ["['a', 2]"]),
         (["a ", "b\n"], ["a", "b"]),
         ("[1,2]", ["[1,2]"]),  # an interval
         ("['", ["['"]),

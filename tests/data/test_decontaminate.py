@@ -107,8 +107,8 @@ def test_bad_benchmarks(tmp_path):
         Overlap([str(tmp_path / "a.jsonl")])
     with pytest.raises(UserError, match="cannot read .*b.json: No such file"):
         Overlap([str(tmp_path / "b.json")])
-    with pytest.raises(UserError, match="a.csv, line 1 is not JSON"):
-        (tmp_path / "a.csv").write_text("problem\n1\n")
-        Overlap([str(tmp_path / "a.csv")])
+    with pytest.raises(UserError, match="a.txt, line 1 is not JSON"):
+        (tmp_path / "a.txt").write_text("problem\n1\n")
+        Overlap([str(tmp_path / "a.txt")])
     with pytest.raises(UserError, match="--drop needs --decontaminate FILE"):
         prepare.main(["--raw", "x", "--tokenizer", "y", "--out", "z", "--drop"])

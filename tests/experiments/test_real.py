@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_config
 from tokenizers import pre_tokenizers
 
 from evaluate import EvaluateFlags
@@ -72,24 +73,16 @@ FACTS = {
 }
 
 
-def tiny_config() -> Qwen2Config:
-    return Qwen2Config(
-        vocab_size=len(BYTES),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )
+def byte_config() -> Qwen2Config:
+    sizes = {"vocab_size": len(BYTES), "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4}
+    return tiny_config(**sizes, max_position_embeddings=256, tie_word_embeddings=True)
 
 
 @pytest.fixture
 def model(tmp_path) -> Path:
     """A random Qwen2 with a token a byte."""
     write_tokenizer(FACTS, tmp_path / "tokenizer", real.PAD, real.TEMPLATE)
-    Qwen2(tiny_config(), tmp_path / "tokenizer").init_weights(0).save_pretrained(tmp_path / "model")
+    Qwen2(byte_config(), tmp_path / "tokenizer").init_weights(0).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -261,7 +254,7 @@ def test_a_verdict_follows_the_interval(low, high, want):
 def test_a_llama_of_a_gguf_file_computes_the_same_as_a_qwen2(tmp_path):
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = tiny_config()
+    config = byte_config()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     names += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
     rope = {"rope_type": "default", "rope_theta": 500.0}

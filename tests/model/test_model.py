@@ -15,7 +15,6 @@ from nanoredi.common.errors import UserError
 from nanoredi.kernels.layers import PRODUCTS
 from nanoredi.model import hf_folder as checkpoint
 from nanoredi.model.attention import ATTENTION
-from nanoredi.model.config import Qwen2Config
 from nanoredi.model.qwen2 import Qwen2
 
 
@@ -124,7 +123,8 @@ def test_activation_checkpointing_changes_no_gradient_and_repeats_what_it_says(k
 @pytest.mark.parametrize("mlp_size", [200, 128, 80])
 def test_activation_checkpointing_of_any_mlp(mlp_size, kept, version):
     """By whatever attends and multiplies here; down_proj may narrow, widen or do neither."""
-    config = Qwen2Config(97, 128, mlp_size, 2, 2, 1, 64)
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = tiny.tiny_config(hidden_size=128, intermediate_size=mlp_size, **sizes)
     (want, calls_off), (got, calls) = (
         calls_of_a_step(Qwen2(config).init_weights(0), setting) for setting in ("off", kept)
     )

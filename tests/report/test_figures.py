@@ -124,6 +124,9 @@ def test_summary(make):
     loss = next(line for line in figures.summary(run).splitlines() if "loss" in line)
     assert loss.split() == ["loss", "2.0000", "1.0000", "0.5000", "2.0000"]
     assert "margin" not in figures.summary(run)
+    wide = dict.fromkeys((key for key, *_ in figures.SERIES), -1234.5)
+    make("wide", [metrics(1, **wide)])
+    assert max(map(len, figures.summary(*figures.read_runs(["wide"])).splitlines())) <= 80
     assert figures.summary(new) == "new: no steps yet"
 
 

@@ -1,0 +1,348 @@
+"""Rows of other engines, each in its layout, come to the same samples."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from completions import PROBLEMS, graded, rows_of, written
+from conftest import ROOT
+
+from nanoredi.common.errors import UserError
+from nanoredi.evaluation.completions import grade_file
+from nanoredi.evaluation.layouts import LAYOUTS as FIELDS
+
+LAYOUTS = ["vllm", "run-batch", "rllm", "lighteval", "older lighteval", "sample.py"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(tmp_path, benchmark, layout):
+    (samples,) = grade_file(written(tmp_path, rows_of(layout)), "m", [benchmark], thinking=True)
+    assert [(s["problem"], s["sample"], s["correct"]) for s in samples] == [
+        (0, 0, True),
+        (0, 1, False),
+        (1, 0, True),
+        (1, 1, False),
+    ]
+    assert samples[3]["response"] == "<think>\nWait" and samples[3]["waits"] == 1
+    assert {s["tokens"] for s in samples} == ({9} if layout in ("vllm", "lighteval", "sample.py") else {None})
+    assert {s["finish_reason"] for s in samples} == (
+        {"stop"} if layout in ("vllm", "run-batch", "sample.py") else {None}
+    )
+
+
+@pytest.mark.parametrize("layout", ["rllm", "lighteval", "older lighteval"])
+def test_gold_answers_of_the_file_itself(tmp_path, layout):
+    (samples,) = grade_file(written(tmp_path, rows_of(layout)), "m", [], thinking=True)
+    assert [s["correct"] for s in samples] == [True, False, True, False] and samples[0]["benchmark"] == "c"
+
+
+def test_thinking_that_the_server_split_off(tmp_path, benchmark):
+    messages = [{"reasoning_content": r"\boxed{9}", "content": r"\boxed{2}"}, {"reasoning": "hm", "content": None}]
+    rows = [{"response": {"body": {"choices": [{"message": m}], "usage": {"completion_tokens": 3}}}} for m in messages]
+    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False)
+    assert [(s["correct"], s["answer"], s["tokens"]) for s in samples] == [(True, "2", 3), (False, None, 3)]
+
+
+def test_without_thinking_the_whole_text_counts(tmp_path, benchmark):
+    rows = [{"prompt": p, "completion": f"\\boxed{{{a}}}"} for p, a in PROBLEMS]
+    path = written(tmp_path, rows)
+    (samples,) = grade_file(path, "m", [benchmark], thinking=False)
+    assert all(s["correct"] for s in samples)
+    (samples,) = grade_file(path, "m", [benchmark], thinking=True)
+    assert not any(s["correct"] for s in samples)  # thinking never ended
+
+
+EXAMPLES = re.findall(r"```json\n(.*?)\n```", (ROOT / "docs" / "layouts.md").read_text(), re.DOTALL)
+
+
+def second(example):
+    """The same row for problem 2."""
+    text = example.replace("1+1?", "1+1? And 2+2?").replace("boxed{2}", "boxed{4}").replace('"2"', '"4"')
+    row = json.loads(text.replace("request-1", "request-2").replace('"doc_id": 0', '"doc_id": 1'))
+    return {**row, "problem": 1} if row.get("problem") == 0 else row
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_examples_of_the_docs(tmp_path, benchmark, example):
+    rows = [second(example), json.loads(example)]
+    said = []
+    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=True, say=said.append)
+    failed = "not done in time" in example
+    assert [(s["problem"], s["correct"], s["gold"]) for s in samples] == [
+        (0, not failed, ["2"]),
+        (1, not failed, ["4"]),
+    ]
+    assert len(said) == failed and (
+        not failed or "2 of 2 requests failed" in said[0] and "'not done in time'" in said[0]
+    )
+    counted = any(word in example for word in ("token_ids", "_tokens", '"tokens"', "eval_count", "tokens_"))
+    assert {s["tokens"] for s in samples} == ({3} if counted else {None})
+
+
+def test_every_layout_has_an_example():
+    for path in FIELDS:
+        assert any(f'"{path.split(".")[-1]}"' in example for example in EXAMPLES), path
+
+
+GOLDS = (
+    r'("answer"|"gold"|"gold_answer"|"expected_answer"|"label"|"gts"|"gt"|"ground_truth"|"target"|"choices"(?=: \["))'
+)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [e for e in EXAMPLES if re.search(GOLDS, e)],
+)
+def test_gold_answers_of_the_examples_themselves(tmp_path, example):
+    (samples,) = grade_file(written(tmp_path, [json.loads(example), second(example)]), "m", [], thinking=True)
+    assert [(s["correct"], s["gold"]) for s in samples] == [(True, ["2"]), (True, ["4"])]
+    other = re.sub(GOLDS + r': ("2"|\["2"\])', r'\1: "7"', example)
+    other = other.replace('"choices": "7"', '"choices": ["7"]')
+    assert not grade_file(written(tmp_path, [json.loads(other)]), "m", [], thinking=True)[0][0]["correct"]
+
+
+@pytest.mark.parametrize(
+    "row, reasons",
+    [
+        ({"text": [r"\boxed{2}", "2"], "meta_info": [{"completion_tokens": 3}] * 2}, [None, None]),
+        ({"choices": [{"message": {"content": [r"\boxed{2}", "2"]}}]}, [None, None]),
+        ({"generations": [{"role": "assistant", "content": text} for text in (r"\boxed{2}", "2")]}, [None, None]),
+        ({"message": {"role": "assistant", "content": r"\boxed{2}"}, "done_reason": "length"}, ["length"]),
+        ({"content": r"\boxed{2}", "stop_type": "limit", "tokens": []}, ["length"]),
+        (
+            {"inputs": "What is 1+1?", "generated_text": r"\boxed{2}", "details": {"finish_reason": "length"}},
+            ["length"],
+        ),
+    ],
+)
+def test_lists_of_texts_and_why_a_completion_ended(tmp_path, row, reasons):
+    rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
+    (samples,) = grade_file(written(tmp_path, rows), "m", [], thinking=False)
+    assert [(s["correct"], s["finish_reason"]) for s in samples] == list(zip([True, False], reasons))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"error": {"message": "down"}, "content": "q"},
+        {"error": {"message": "down"}, "message": {"role": "user", "content": "What is 1+1?"}},
+        {"error": "down", "code": ["E42"]},
+        {"response": None, "error": {"message": "down"}, "message": {"role": "assistant", "content": "2"}},
+    ],
+)
+def test_what_stands_beside_an_error_is_no_completion(tmp_path, row):
+    said = []
+    rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
+    grade_file(written(tmp_path, rows), "m", [], thinking=False, say=said.append)
+    assert "1 of 1 requests failed" in said[0] and "'down'" in said[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"message": {"role": "assistant", "content": r"\boxed{2}", "thinking": "one and one"}},
+        {"response": r"\boxed{2}", "thinking": "one and one", "done_reason": "stop"},
+        {"output": r"\boxed{2}", "reasoning_content": "one and one"},
+        {"messages": [{"role": "assistant", "content": r"\boxed{2}", "reasoning_content": "one and one"}]},
+        {"question": "What is 1+1?", "content": "a passage", "code": [r"\boxed{2}"]},
+        {"choices": ["1", "2"], "code": [r"\boxed{2}"]},
+    ],
+)
+def test_thinking_and_words_that_are_no_completion(tmp_path, row):
+    rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
+    thinks = "one and one" in str(row)
+    ((sample,),) = grade_file(written(tmp_path, rows), "m", [], thinking=thinks)
+    assert sample["correct"] and ("one and one" in sample["response"]) == thinks
+
+
+def test_a_response_of_another_api_is_no_failed_request(tmp_path, benchmark):
+    rows = [{"key": "1", "response": {"results": [{"generated": "2"}]}}]
+    with pytest.raises(UserError, match="line 1 is in no layout"):
+        grade_file(written(tmp_path, rows), "m", [benchmark], thinking=True)
+
+
+def test_lm_eval_s_messages_and_filters(tmp_path, benchmark):
+    rows = []
+    for i, problem in enumerate(benchmark.problems):
+        chat = json.dumps([{"role": "user", "content": f"\\frac: {problem}\n"}])
+        of = {"doc_id": i, "doc": {}, "arguments": {"gen_args_0": {"arg_0": [chat], "arg_1": {"until": ["Q:"]}}}}
+        row = {**of, "resps": [[rf"</think>\boxed{{{2 * i + 2}}}", "x"]], "filtered_resps": [["x"]]}
+        rows += [{**row, "filter": "strict-match"}, {**row, "filter": "flexible-extract"}]
+    assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, True), (0, 1, False), (1, 0, True), (1, 1, False)]
+
+
+def test_empty_responses(tmp_path, benchmark):
+    said = []
+    short, long = benchmark.problems
+    rows = [
+        {"prompt": short, "choices": [{"message": {"content": None, "reasoning_content": None}}]},
+        {"prompt": long, "output": None},
+        {"prompt": short, "choices": [{"message": {"role": "assistant"}, "finish_reason": "content_filter"}]},
+        {"messages": [{"role": "user", "content": long}, {"role": "assistant", "content": None}]},
+        {"prompt": short, "response": {"candidates": [{"content": {"parts": [], "role": "model"}}]}},
+        {"prompt": long, "response": ""},
+    ]
+    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False, say=said.append)
+    assert said == [f"{tmp_path}/c.jsonl: no completion has a boxed answer, which is the one that counts"]
+    assert [s["response"] for s in samples] == [""] * 6 and not any(s["correct"] for s in samples)
+
+
+@pytest.mark.parametrize(
+    "reason, kept",
+    [({"type": "length", "length": 9}, "length"), ({"type": "stop", "matched": 1}, "stop"), ("MAX_TOKENS", "length")],
+)
+def test_finish_reasons(tmp_path, benchmark, reason, kept):
+    outputs = [[{"text": "x", "finish_reason": reason}], [{"text": "x", "meta_info": {"finish_reason": reason}}]]
+    rows = [{"prompt": p, "outputs": out} for p, out in zip(benchmark.problems, outputs)]
+    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False)
+    assert [s["finish_reason"] for s in samples] == [kept, kept]
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"tokens": "9"}, "line 1: its number of tokens is '9'; it must be a whole number"),
+        ({"tokens": True}, "its number of tokens is 'True'"),
+        ({"tokens": -1}, "its number of tokens is '-1'"),
+        ({"finish_reason": 3}, "its finish_reason is '3'; it must be a text"),
+        ({"finish_reason": [3]}, "its finish_reason is '3'; it must be a text"),
+        ({"benchmark": "b", "problem": 0, "sample": []}, r"its 'sample' is '\[\]'; it must be a whole number"),
+        ({"completion": {"a": 1}}, "no text where its completion should be"),
+        ({"completion": []}, "its 'completion' holds no completion"),
+    ],
+)
+def test_fields_of_a_wrong_type_are_named(tmp_path, benchmark, more, words):
+    with pytest.raises(UserError, match=words):
+        graded(tmp_path, [{"prompt": "What is 1+1?", "completion": "x", **more}], benchmark)
+
+
+def test_an_unknown_layout_is_described(tmp_path, benchmark):
+    with pytest.raises(
+        UserError, match=r"it has the fields prompt, reply; known are .*outputs \(vLLM's RequestOutput\)"
+    ):
+        graded(tmp_path, [{"prompt": "What is 1+1?", "reply": "2"}], benchmark)
+
+
+def test_parquet_is_read_as_it_is(tmp_path, benchmark):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [*rows_of("lighteval")]
+    for row in rows:
+        row["metric"] = {"score": 1.0}
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "details.parquet")
+    (samples,) = grade_file(str(tmp_path / "details.parquet"), "m", [benchmark], thinking=True)
+    assert [s["correct"] for s in samples] == [True, False, True, False] and samples[0]["tokens"] == 9
+
+
+def test_a_reader_may_leave_before_the_list_of_layouts_is_printed():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "nanoredi.evaluation.completions"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+RIGHT, WRONG = r"</think>\boxed{2}", r"</think>\boxed{3}"
+ANTHROPIC = {"type": "message", "role": "assistant", "content": [{"type": "text", "text": RIGHT}]}
+GEMINI = {
+    "candidates": [{"content": {"parts": [{"text": RIGHT[:4]}, {"text": RIGHT[4:]}]}, "finishReason": "MAX_TOKENS"}]
+}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"response": ANTHROPIC},
+        {"response": GEMINI},
+        {"modelInput": {"messages": []}, "modelOutput": ANTHROPIC},
+        {"custom_id": "request-1", "response": {"choices": [{"message": {"content": RIGHT}}]}},
+        {"response": json.dumps({"choices": [{"message": {"content": RIGHT}}]})},
+        {"inputs": {"question": "?"}, "outputs": {"output": RIGHT}},
+        {"output": [{"generated_text": RIGHT}]},
+        {"message": {"role": "assistant", "content": ANTHROPIC["content"]}, "usage": {"tokens": {"output_tokens": 3}}},
+        {"Response": RIGHT, "prediction": "3"},
+        {"choices": [], "outputs": None, "output": RIGHT},
+        {"output": '[{"step": 1}]' + RIGHT},
+        {"completion": RIGHT, "tokens": 3.0},
+    ],
+)
+def test_objects_within_objects(tmp_path, row):
+    rows = [{"question": "What is 1+1?", "answer": "2", **row}]
+    (samples,) = grade_file(written(tmp_path, rows), "m", [], thinking=True)
+    assert [s["correct"] for s in samples] == [True]
+    assert samples[0]["finish_reason"] == ("length" if row.get("response") is GEMINI else None)
+
+
+@pytest.mark.parametrize("texts", [[RIGHT, WRONG], repr([RIGHT, WRONG]), json.dumps([RIGHT, WRONG])])
+@pytest.mark.parametrize("name", ["predictions", "responses", "generation"])
+def test_several_completions_and_what_is_said_of_each(tmp_path, name, texts):
+    row = {
+        "problem": "What is 1+1?",
+        "gold": "['2']",
+        name: texts,
+        "finish_reason": ["stop", "length"],
+        "tokens": [3, 4],
+    }
+    (samples,) = grade_file(written(tmp_path, [row]), "m", [], thinking=True)
+    assert [(s["correct"], s["finish_reason"], s["tokens"]) for s in samples] == [
+        (True, "stop", 3),
+        (False, "length", 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        {"response": "2", "done": False},
+        {"message": {"role": "assistant", "content": "2"}, "done": False},
+        {"content": "2", "stop": False, "tokens": [5]},
+        {"object": "chat.completion.chunk", "choices": [{"delta": {"content": "2"}, "finish_reason": None}]},
+    ],
+)
+def test_a_piece_of_a_stream_is_no_completion(tmp_path, benchmark, piece):
+    with pytest.raises(UserError, match="line 1 is a piece of a stream"):
+        graded(tmp_path, [piece] * 2, benchmark)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"custom_id": "request-1", "result": {"type": "expired"}}, "'expired'"),
+        ({"key": "1", "response": {"promptFeedback": {"blockReason": "SAFETY"}}}, "SAFETY"),
+        ({"model_output": {"content": None}, "response": "x", "error": "down"}, "'down'"),
+    ],
+)
+def test_other_requests_that_failed(tmp_path, benchmark, row, words):
+    rows = [{"prompt": benchmark.problems[0], **row}, {"prompt": benchmark.problems[1], "response": RIGHT}]
+    done, said = graded(tmp_path, rows, benchmark)
+    assert done == [(0, 0, False), (1, 0, False)] and "1 of 2 requests failed" in said[0] and words in said[0]
+
+
+@pytest.mark.parametrize("name", ["gold_answer", "target"])
+def test_a_gold_answer_and_a_response_named_answer(tmp_path, name):
+    rows = [{"problem": "What is 1+1?", "response": WRONG, "answer": WRONG, name: "2"}]
+    assert graded(tmp_path, rows) == ([(0, 0, False)], [])
+
+
+@pytest.mark.parametrize("box, right", [("B", True), ("5", True), ("1", False), ("A", False)])
+def test_a_gold_answer_that_is_a_place_among_choices(tmp_path, box, right):
+    rows = [{"question": "q", "choices": ["4", "5"], "answer": 1, "response": rf"</think>\boxed{{{box}}}"}]
+    assert graded(tmp_path, rows)[0] == [(0, 0, right)]
+
+
+def test_json_that_the_model_wrote(tmp_path, benchmark):
+    rows = [{"prompt": problem, "output": text} for problem, text in zip(benchmark.problems, ('[{"a": 2}]', RIGHT))]
+    assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, False), (1, 0, False)]
+
+
+def test_bare_answers(tmp_path, benchmark):
+    rows = [{"question": problem, "prediction": "2"} for problem in benchmark.problems]
+    done, (said,) = graded(tmp_path, rows, benchmark)
+    assert done == [(0, 0, True), (1, 0, False)] and "no prediction has a boxed answer; each is taken for" in said
+    rows = [{"question": problem, "output": "2"} for problem in benchmark.problems]
+    done, (said,) = graded(tmp_path, rows, benchmark)
+    assert done == [(0, 0, False), (1, 0, False)] and "no completion has a boxed answer" in said
