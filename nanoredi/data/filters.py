@@ -50,8 +50,11 @@ class Traces:
         """The row of stage 1, given the lengths of prompt and answers."""
         return {
             "messages": [*self.prompt, self.answers[0]],
-            **{"original_index": self.index, "source": self.source, "generation_index": self.chosen},
-            **dict(zip(("prompt_tokens", "response_tokens"), lengths)),
+            "original_index": self.index,
+            "source": self.source,
+            "generation_index": self.chosen,
+            "prompt_tokens": lengths[0],
+            "response_tokens": lengths[1],
         }
 
     def pair(self, lengths: list[int]) -> dict[str, Any]:
@@ -61,9 +64,13 @@ class Traces:
             "prompt": self.prompt,
             "chosen": [chosen],
             "rejected": [rejected],
-            **{"original_index": self.index, "source": self.source},
-            **{"chosen_index": self.chosen, "rejected_index": self.rejected},
-            **dict(zip(("prompt_tokens", "chosen_tokens", "rejected_tokens"), lengths)),
+            "original_index": self.index,
+            "source": self.source,
+            "chosen_index": self.chosen,
+            "rejected_index": self.rejected,
+            "prompt_tokens": lengths[0],
+            "chosen_tokens": lengths[1],
+            "rejected_tokens": lengths[2],
         }
 
 

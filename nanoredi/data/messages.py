@@ -6,9 +6,10 @@ apart.
     stage 2   {"prompt", "chosen", "rejected"}; the prompt may stand inside chosen and rejected instead, as
               whole conversations
 
-The prompt may also be called problem or question, or be the messages beside an answer. A prompt is text (the user's) or a list of messages, an answer is text (the assistant's), a message or a list of one. The
-system message may stand beside them, as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its
-content as a list of parts of text.
+The prompt may also be called problem or question, or be the messages beside an answer. A prompt is text (the user's) or a
+list of messages, an answer is text (the assistant's), a message or a list of one. The system message may stand beside
+them, as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its content as a list of parts of
+text.
 """
 
 from typing import Any

@@ -52,9 +52,7 @@ class Tokenizer(Chat):
         self.backend.no_truncation()
         self.backend.no_padding()
         self._config_file = self.folder / "tokenizer_config.json"
-        older = (
-            self.folder / "special_tokens_map.json"
-        )  # where former versions of transformers wrote the special tokens
+        older = self.folder / "special_tokens_map.json"  # of former transformers
         special: dict[str, str] = {}
         for path in [older] * older.exists() + [self._config_file]:
             config = check(str(path), read_json(path), {f"{name}?": _TOKEN for name in _SPECIAL})
