@@ -14,8 +14,8 @@ each when it is done; broken off, the same command goes on. Where a flag is not 
 import dataclasses
 import fcntl
 import json
+import re
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -135,9 +135,9 @@ def _read_prompts(path: str) -> list[tuple[str, Any]]:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text: {error}") from None
-    if Path(path).suffix != ".txt" and text.lstrip().startswith("["):
-        with suppress(UserError):  # else it is a text that begins so
-            return [(f"{name}, row {n}", row) for n, row in enumerate(parse_json(name, text), 1)]
+    if Path(path).suffix != ".txt" and re.match(r'\s*\[\s*[{"]', text):
+        rows = ({"prompt": row} if isinstance(row, str) else row for row in parse_json(name, text))
+        return [(f"{name}, row {n}", row) for n, row in enumerate(rows, 1)]
     lines = [(f"{name}, line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if Path(path).suffix == ".txt" or lines and not lines[0][1].startswith("{"):
         return [(where, {"prompt": line}) for where, line in lines]

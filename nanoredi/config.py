@@ -41,7 +41,9 @@ class TrainConfig:
     save_every: int = option(200, "steps between saved models and states; 0: only at the end", low=0, free=True)
     log_every: int = option(10, "steps between the lines on the screen", low=1, free=True)
     tensorboard: bool = option(False, "write the figures for TensorBoard, too (the package tensorboard)", free=True)
-    max_bad_steps: int = option(5, "stop after so many steps in a row whose loss is not finite", low=1, free=True)
+    max_bad_steps: int = option(
+        5, "stop after so many steps in a row whose loss or gradient is not finite", low=1, free=True
+    )
     timeout_minutes: float = option(10.0, "end the job when a rank has not answered for so long", above=0, free=True)
     seed: int = option(42, "of the data's order, and of everything the toy makes", low=0)
     rope_theta: float = option(0.0, "rotary base to train with; 0: the checkpoint's", low=0)
@@ -76,9 +78,9 @@ class RediConfig(TrainConfig):
     max_prompt_tokens: int = option(800, "longest prompt; of a longer one the last tokens are kept", low=1)
     max_response_tokens: int = option(19_000, "longest response; a longer one is cut on the right", low=1)
     collapse_nats: float = option(0.3, "warn when the chosen log-prob has fallen so far", above=0, free=True)
-    on_collapse: str = option("warn", "what to do then", choices=("warn", "stop"), free=True)
+    on_collapse: str = option("warn", "what to do at a collapse", choices=("warn", "stop"), free=True)
     watch: str = option("", "JSONL file of pairs kept out of training, for the log-probs in the final table")
-    watch_every: int = option(0, "steps between looks at them along the run; 0: none", low=0, free=True)
+    watch_every: int = option(0, "steps between looks at the watched pairs; 0: none", low=0, free=True)
     evaluate: bool = option(False, "at the end, compare the start's model and the final one on [evaluate]'s benchmarks")
 
     def __post_init__(self):
@@ -103,9 +105,11 @@ class SamplingConfig:
     top_k: int = option(0, "sample among the k likeliest tokens; 0: among all", low=0)
     max_tokens: int = option(32_768, "longest completion; the end of the context comes first", low=1)
     seed: int = option(42, "of the samples", low=0)
-    batch_size: int = option(0, "rows decoded at once; 0: 64 on a CPU, 256 on a GPU", low=0, high=2**16, free=True)
-    cache_gb: float = option(0.0, "of the cache; 0: by what the device has free", low=0, high=1e6, free=True)
-    page_size: int = option(0, "tokens of a page of it; 0: 32 on a CPU, 256 on a GPU", low=0, high=2**16, free=True)
+    batch_size: int = option(0, "rows decoded at once; 0: 64, or on a GPU up to 256", low=0, high=2**16, free=True)
+    cache_gb: float = option(0.0, "GB of the key-value cache; 0: by what is free", low=0, high=1e6, free=True)
+    page_size: int = option(
+        0, "tokens in a page of the cache; 0: 32 on a CPU, 256 on a GPU", low=0, high=2**16, free=True
+    )
     dtype: str = option("auto", "of the compute; auto: bfloat16 where the device is good at it", choices=DTYPES)
     batch_invariant: bool = option(True, "the same samples, bit for bit, whatever else is in the batch")
     template: str = option(

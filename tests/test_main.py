@@ -214,7 +214,7 @@ BAD_INPUT = [
     (
         "evaluate.py",
         ["--model", "MODEL", "--benchmarks", "math500", "--data", "full"],
-        ["full holds neither math500.json"],
+        ["full holds no file math500 that ends in"],
     ),
     ("evaluate.py", ["--model", "MODEL", "--benchmarks", "one.jsonl", "--out", "full"], ["full is not empty"]),
     ("evaluate.py", ["--completions", "x.jsonl", "--model", "MODEL"], ["--model says nothing about --completions"]),

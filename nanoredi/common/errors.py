@@ -17,7 +17,7 @@ class UserError(Exception):
 class Stopped(Exception):
     """The run was asked to stop, and all it needs to go on is saved. The message says so."""
 
-    code = 0  # of the exit
+    code = 0  # what the process exits with
 
 
 @contextlib.contextmanager

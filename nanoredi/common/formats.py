@@ -70,6 +70,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(MAX_CHARS)
     with open(path, encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t", strict=True)
+        names = list(table.fieldnames or ())
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{path}: its first line has the name {twice[0]!r} twice")
         for number, row in enumerate(table, 1):
             if None in row:
                 raise UserError(f"{path}, row {number} has more cells than the file's first line has names")
@@ -108,8 +111,11 @@ def _rows(path: Path, text: bytes) -> list[Any]:
         if all(one.keys() == inner[0].keys() and all(name.isdigit() for name in one) for one in inner):
             inner = [list(one.values()) for one in inner]  # columns as pandas writes them
     if len(inner) > 1 and all(isinstance(one, list) and len(one) == len(inner[0]) for one in inner):
-        return [dict(zip(value, row)) for row in zip(*inner)]
-    return next((value[name] for name in _ROWS if isinstance(value.get(name), list)), [value])
+        if not any(isinstance(cell, dict) for one in inner for cell in one):
+            return [dict(zip(value, row)) for row in zip(*inner)]
+    lists = [one for name in _ROWS if isinstance(one := value.get(name), list) and isinstance((one or [{}])[0], dict)]
+    is_row = {"problem", "question", "prompt"} & {name.lower() for name in value}
+    return [value] if is_row or not lists else lists[0]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -105,7 +105,7 @@ def find(name: str, folder: str) -> Path:
             raise UserError(f"the benchmark {name} needs its file: give --data DIR, the folder that holds {name}.json")
         found = [file for suffix in SUFFIXES if (file := Path(folder, name + suffix)).exists()]
         if not found:
-            raise UserError(f"{folder} holds neither {name}.json nor {name}.jsonl, {name}.parquet, {name}.arrow")
+            raise UserError(f"{folder} holds no file {name} that ends in {', '.join(SUFFIXES)}")
         return found[0]
     if path.suffix not in SUFFIXES and not os.path.isdir(path):
         raise UserError(
@@ -158,14 +158,22 @@ def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a benchmark's file, their keys in lower case, each with where it stands, a text in `problem`, and in
     `answer` what golds_of takes, if there is one."""
     for where, row in read_rows(str(path)):
-        row = {key.lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
+        row = in_one_case(where, row, str.lower) if isinstance(row, dict) else {}
         problem = problem_of(row)
         if problem is None:
             raise UserError(f"{where} has no text in 'problem' or 'question'; it has {', '.join(row) or 'no fields'}")
-        answer = next((row[key] for key in GOLDS if row.get(key) is not None), None)
+        answer = next((row[key] for key in GOLDS if row.get(key) not in (None, "")), None)
         if answer is None and isinstance(row.get("solution"), str):
             answer = extract_answer(row["solution"])
         yield where, {**row, "problem": problem, "answer": answer}
+
+
+def in_one_case(where: str, row: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
+    """A row by names as `name` writes them. Raises a UserError where two of different values become one."""
+    named = {name(key): value for key, value in row.items()}
+    if other := next((key for key, value in row.items() if named[name(key)] != value), None):
+        raise UserError(f"{where} has {other!r} in two spellings, with two values")
+    return named
 
 
 def problem_of(row: dict[str, Any]) -> str | None:

@@ -66,7 +66,8 @@ class Chat:
         places = [place for mark in (*marks, eos) if mark and (place := self.end.find(mark)) >= 0]
         plain = self.end[: min(places, default=None)]
         self.stop_text = plain if plain.strip() else ""
-        self._ends = {mark for mark in marks if mark in self.end or mark == eos} | {self.stop_text} - {""}
+        ends = {mark for mark in marks if mark in self.end or mark == eos} | {self.stop_text}
+        self._ends = sorted({end.rstrip() for end in ends} - {""})
 
     def prompt(self, messages: Messages, think: bool = False) -> str:
         """The conversation as text, up to where the model is to answer. What is templated already stays as it is.
@@ -203,7 +204,7 @@ class Chat:
         """An answer without the template's header before it and its end behind it."""
         if opening := next((opening for opening in self._openings if text.lstrip().startswith(opening)), None):
             text = text.lstrip().removeprefix(opening).lstrip()
-        while end := next((end.rstrip() for end in self._ends if text.rstrip().endswith(end.rstrip())), None):
+        while end := next((end for end in self._ends if text.rstrip().endswith(end)), None):
             text = text.rstrip().removesuffix(end)
         return text
 

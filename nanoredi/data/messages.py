@@ -78,12 +78,14 @@ def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
 def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
     given = _given(row)
+    messages = given.get("messages")
+    last = messages[-1] if isinstance(messages, list) and messages and isinstance(messages[-1], dict) else {}
     wrong = next((name for name in ("label", "correct") if given.get(name) is False), None)
-    if wrong and "weight" not in given:
+    if wrong and "weight" not in given and last.get("weight") is None:
         raise UserError(
             f"{where}: {wrong!r} is false; give such a row a 'weight' (below 0 to unlearn it), or leave it out"
         )
-    if "completion" in given and "messages" not in given:
+    if "completion" in given and (messages is None or last.get("role", "assistant") != "assistant"):
         if not (prompt := _prompt(where, given)):
             raise _missing(where, given, "'prompt'")
         return behind_system(where, given, [*prompt, *_answer(f"{where}: 'completion'", given["completion"])])

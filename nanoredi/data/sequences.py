@@ -94,12 +94,8 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
     def texts(where: str, row: Any, counts: Counter[str]) -> tuple[list[str], tuple[int, str, float]] | None:
         *prompt, answer = conversation(where, row)
         parts = _texts(where, tokenizer, prompt, [answer], counts)
-        whole = "".join(parts or [])
-        return (
-            ([parts[0], whole], (len(parts[0]), whole, _weight(where, {**answer, **row}, "weight", -1)))
-            if parts
-            else None
-        )
+        whole, weighed = "".join(parts or []), answer if row.get("weight") is None else row
+        return ([parts[0], whole], (len(parts[0]), whole, _weight(where, weighed, "weight", -1))) if parts else None
 
     def arrays(encodings: list[Encoding], kept: tuple[int, str, float], counts: Counter[str]) -> Iterator[Arrays]:
         (num_chars, text, weight), (before, ids) = kept, (encoding.ids for encoding in encodings)

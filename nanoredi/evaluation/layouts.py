@@ -15,7 +15,7 @@ from typing import Any
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.formats import parse_json
-from nanoredi.data.benchmarks import SURE_GOLDS, listed
+from nanoredi.data.benchmarks import SURE_GOLDS, in_one_case, listed
 from nanoredi.data.messages import THINKING_NAMES
 
 # The completions' field, and who writes it. The first that a row has counts.
@@ -51,6 +51,7 @@ _PROMPTS = (
     "full_prompt prompt messages conversations origin_prompt instruction input inputs problem question query example "
     "arguments doc.query doc.problem doc.question"
 ).split()
+# A final_answer may be what the model has come to.
 _GOLDS = ("reward_model.ground_truth", *SURE_GOLDS, "target", "answer", "label")
 _IDS = (
     "custom_id problem_id question_id unique_id doc_id idx index id uid key record_id request_id doc.id "
@@ -108,10 +109,10 @@ def read(where: str, row: Any) -> Answers:
     given = {"outputs": row} if isinstance(row, list) else row  # the samples of a problem
     if not isinstance(given, dict):
         raise UserError(f"{where} holds no JSON object")
-    row = _plain(given)
+    row = _plain(in_one_case(where, given, _name))
     prompts = [text for path in _PROMPTS if (text := "\n".join(_texts(_get(row, path))))]
     found = Answers(where, "\n".join(prompts) or None, [], any(p.rstrip().endswith("<think>") for p in prompts))
-    found.golds = next((gold for path in _GOLDS if (gold := _get(row, path)) is not None), None)
+    found.golds = next((gold for path in _GOLDS if (gold := _get(row, path)) not in (None, "")), None)
     index, choices = _get(row, "doc.gold_index"), _get(row, "doc.choices")
     if isinstance(index, (int, list)) and isinstance(choices, list):
         indices = index if isinstance(index, list) else [index]

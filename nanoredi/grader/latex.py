@@ -172,9 +172,9 @@ _NO_REMARK = re.compile(
 _AGREEING = re.compile(
     r"(?<![\\a-z])(?<!per )((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|"
     r"late|from now|early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|"
-    r"celsius|fahrenheit|hundred|thousand|million|billion|trillion|cent|dollar|second|minute|hour|day|week|month|year|"
-    r"inch|feet|yard|mile|[cdkmn]m|m(?=eter)|kg)(?:e?s|eters?|wards?)?(?![a-z])"
-    r"|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mg])(?:eters?)?\b"
+    r"c(?=elsius)|f(?=ahrenheit)|hundred|thousand|million|billion|trillion|cent|dollar|second|minute|hour|day|week|month|year|"
+    r"inch|feet|yard|mile|[cdkmn]m|m(?=et)|g(?=ram)|kg)(?:e?s|et(?:er|re)s?|rams?|elsius|ahrenheit|wards?)?(?![a-z])"
+    r"|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mg])(?:et(?:er|re)s?|rams?)?\b"
 )
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
 
@@ -204,7 +204,8 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())
     counted = _MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text)
     raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines])
-    details = [frozenset(map("".join, _AGREEING.findall(one.lower().replace("\\$", "dollar ")))) for one in raw]
+    lower = [re.sub("(k)ilo|(c)enti|(m)illi(?=[gm])", r"\1\2\3", one.lower().replace("\\$", "dollar ")) for one in raw]
+    details = [frozenset(map("".join, _AGREEING.findall(one))) for one in lower]
     texts = dict(zip(map(clean, raw), details))
     for one in list(texts):
         if choice := _CHOICE.fullmatch(one):

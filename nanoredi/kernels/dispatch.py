@@ -85,7 +85,8 @@ def decode_graphs(
     newest: Tensor, advance: Callable[..., Tensor], sizes: tuple[int, int, int], full_size: bool
 ) -> Callable[..., Tensor] | None:
     """What starts a sampler's decode steps (Sampler._advance) at less cost than calling them, if anything does: sizes are the
-    rows of a full batch, all columns of the page table and a page's tokens; newest is a tensor on the device."""
+    rows of a full batch, all columns of the page table and a page's tokens; newest is a tensor on the device; full_size
+    says that every step has all rows."""
     return None
 
 

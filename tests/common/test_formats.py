@@ -51,9 +51,17 @@ def test_rows_of_one_json_object(tmp_path, name, indent):
     assert [row for _, row in read_rows(str(path))] == SMALL and num_rows(path) == 2
 
 
-def test_an_object_that_is_itself_the_row(tmp_path):
-    (tmp_path / "one.json").write_text(json.dumps({"choices": [{"text": "x"}], "usage": {}}, indent=1))
-    assert [row for _, row in read_rows(str(tmp_path / "one.json"))] == [{"choices": [{"text": "x"}], "usage": {}}]
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"choices": [{"text": "x"}], "usage": {}},
+        {"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "y"}]},
+        {"problem": "x", "examples": [{"problem": "y", "answer": "1"}], "answer": "2"},
+    ],
+)
+def test_an_object_that_is_itself_the_row(tmp_path, row):
+    (tmp_path / "one.json").write_text(json.dumps(row, indent=1))
+    assert [row for _, row in read_rows(str(tmp_path / "one.json"))] == [row]
 
 
 @pytest.mark.parametrize("name, between", [("a.csv", ","), ("a.tsv", "\t")])
@@ -101,6 +109,7 @@ def test_tables(tmp_path):
         ),
         ("a.zst", b"(\xb5/\xfd", "a.zst, line 1 is not UTF-8 text: .*; rows are JSONL"),
         ("a.csv", b"a,b\n1,2,3\n", "a.csv, row 1 has more cells than"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv: its first line has the name 'a' twice"),
         ("a.csv", b'a\n"x', "cannot read .*a.csv: unexpected end of data"),
         ("a.csv", b"a\n\xe9\n", "cannot read .*a.csv: .*utf-8"),
         ("a.json", b'{\n"a": 1}\n{\n"a": 2}', "a.json, which begins as an object, is not JSON: Extra data"),

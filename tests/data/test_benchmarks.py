@@ -63,6 +63,9 @@ def test_malformed_rows_are_named(tmp_path, text, words):
         ({"context": "c", "problem": "p", "ground_truth": "1"}, "p", ["1"]),
         ({"problem": 7, "question": "q", "answer": None, "answer_number": 18}, "q", ["18"]),
         ({"problem": "p", "answer": "so it is 4 or 5", "expected_answer": "4"}, "p", ["4"]),
+        ({"problem": "p", "gold": "", "answer": "4"}, "p", ["4"]),
+        ({"problem": "p", "answer": "", "solution": "\\boxed{4}"}, "p", ["4"]),
+        ({"Problem": "p", "problem": "p", "answer": 4}, "p", ["4"]),
     ],
 )
 def test_what_a_row_asks_and_its_answer(tmp_path, row, problem, golds):
@@ -76,6 +79,7 @@ def test_what_a_row_asks_and_its_answer(tmp_path, row, problem, golds):
     [
         ([{"question": "q", "choices": ["1", "2"], "answer": 1}], "line 1 is multiple choice; put its 'choices' into"),
         ([{"query": "q", "answer": 1}], "in 'problem' or 'question'; it has query, answer"),
+        ([{"Problem": "p", "problem": "q", "answer": 1}], "line 1 has 'Problem' in two spellings, with two values"),
         ([{"problem": "p", "answer": "it is so " * 9}] * 2, "2 of 2 answers are solutions without a box or ####"),
     ],
 )
@@ -90,7 +94,7 @@ def test_what_is_missing_or_of_another_length(tmp_path):
         load("math50", "")
     with pytest.raises(UserError, match="give --data DIR"):
         load("math500", "")
-    with pytest.raises(UserError, match="holds neither aime24.json nor aime24.jsonl"):
+    with pytest.raises(UserError, match="holds no file aime24 that ends in .json, .jsonl"):
         load("aime24", str(tmp_path))
     (tmp_path / "aime24.json").write_text(json.dumps([{"problem": "x", "answer": "1"}]))
     with pytest.raises(UserError, match="holds 1 problems; aime24 has 30"):

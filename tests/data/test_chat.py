@@ -13,6 +13,7 @@ from templates import (
 )
 
 from nanoredi.common.errors import UserError
+from nanoredi.data.chat import Chat
 from nanoredi.data.messages import check_messages, conversation, pair, user_message
 from nanoredi.data.sequences import load_pairs, load_sft
 from nanoredi.data.tokenizer import Tokenizer
@@ -113,6 +114,12 @@ def test_an_answer_that_looks_changed_is_said(chats):
 def test_the_templates_end_is_taken_once(chats, name, ends):
     for end in ends:
         assert chats[name].split(answered("B" + end)) == chats[name].split(answered("B"))
+
+
+def test_white_space_that_is_a_token_is_no_end():
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '<e>\\n' if m.role == 'assistant' }}{% endfor %}"
+    chat = Chat(source, "x", {}, ["<e>", "\n"])
+    assert chat.split(answered("B<e>\n")) == chat.split(answered("B"))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -322,10 +329,16 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"prompt": TURNS[:1], "completion": TURNS[1:]},
         {"question": "Q", "completion": "B", "label": True},
         {"prompt": "Q", "completion": "B", "label": False, "weight": -1},
+        {"messages": TURNS[:1], "completion": "B"},
     ],
 )
 def test_stage_1_rows(row):
     assert conversation("here", row) == TURNS
+
+
+def test_a_wrong_answer_may_bear_its_weight_itself():
+    turns = [TURNS[0], {**TURNS[1], "weight": -1}]
+    assert conversation("here", {"messages": turns, "label": False}) == turns
 
 
 WHOLE = {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "C"}]}

@@ -139,7 +139,8 @@ def test_the_weight_of_a_row(tokenizer, write, cache):
     assert load_sft(write(*rows), tokenizer, 50, cache).row_weights.tolist() == [1.0, 0.25, -1.0, 0.0]
     row = conversation()
     row["messages"][1]["weight"] = 0  # as OpenAI's rows say that an answer is not to be learned
-    assert load_sft(write(row), tokenizer, 50, cache).row_weights.tolist() == [0.0]
+    rows = row, {**row, "weight": None}, {**row, "weight": 0.5}
+    assert load_sft(write(*rows), tokenizer, 50, cache).row_weights.tolist() == [0.0, 0.0, 0.5]
     pairs = load_pairs(write(PAIR, {**PAIR, "chosen_weight": 0.5}), tokenizer, 50, 50, cache)
     assert pairs.row_weights.tolist() == [1.0, 1.0, 0.5, 1.0]
     for weight in (1.5, -2, "1", True):
