@@ -3,11 +3,11 @@
     python -m bench.device --minutes 9       into runs/device: device.md and device.json
     python -m bench.device --dry             the same parts at toy size, to see that all of it runs
 
-First the device's tests, whose output is kept in tests.txt, then nanoredi's loss, optimiser steps and sampling, then the
-peers that are installed, each in a fresh process; dry without a GPU, all but the tests in one process. Every row is written
-the moment it is there, so that a device that is taken away leaves what was measured by then; a part that fails, runs out
-of time or wants what is not installed is a row that says so. Floors are what the same device reaches in one large matrix product, or in reading memory; a
-share is the floor's time over the measured one.
+First the device's tests, whose output is kept in tests.txt, then nanoredi's loss, optimiser steps and sampling, then
+the peers that are installed, each in a fresh process; dry without a GPU, all but the tests in one process. Every row is
+written the moment it is there, so that a device that is taken away leaves what was measured by then; a part that fails,
+runs out of time or wants what is not installed is a row that says so. Floors are what the same device reaches in one
+large matrix product, or in reading memory; a share is the floor's time over the measured one.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.trainer.dtype import compute_dtype, matrix_rate  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
-# Of all tests those in which a GPU runs what is its own, the ones that nothing else can stand in for first.
+# The tests that run a GPU's own code; those that nothing else can stand in for come first.
 TESTS = ["tests/device/test_gpu.py", "tests/kernels", "tests/sampler", "tests/trainer"]
 # The longest that a part may take, in seconds.
 TESTS_TAKE, PART_TAKES = 150, 120

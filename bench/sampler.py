@@ -4,15 +4,15 @@
     python bench/sampler.py --prompts 8 --methods nanoredi "transformers generate"     shorter
     python bench/sampler.py --profile                    where the time of one decode step goes
 
-Same weights, prompts, lengths, temperature 0.6 and top-p 0.95. The weights are random, so every method is told how
-long each sample becomes; only those tokens count. Each method runs in a fresh process, which samples a little first.
-The time is that of one run over all prompts, prefill included, and is to be read as a ratio to another one of the
-same table; memory is the peak of the process on a CPU, weights and all, and of the tensors on a GPU, where nanoredi's
-cache, as vLLM's, takes what is free. There nanoredi is timed with steps of one size (--batch_invariant), and with those
-of the rows that are left. `generate` takes the samples in batches, because it pads each to its longest: a sample of the prompts is enough to time it
-(--generate_prompts), since batches are alike. The allowance is what a step's matrix products take alone, at the
-number of rows that decode at each step; on a GPU the floor is the time to read the weights and the live cache once a
-step at the measured bandwidth.
+Same weights, prompts, lengths, temperature 0.6 and top-p 0.95. The weights are random, so every method is told how long
+each sample becomes; only those tokens count. Each method runs in a fresh process, which samples a little first. The
+time is that of one run over all prompts, prefill included, and is to be read as a ratio to another one of the same
+table; memory is the peak of the process on a CPU, weights and all, and of the tensors on a GPU, where nanoredi's cache,
+as vLLM's, takes what is free. There nanoredi is timed with steps of one size (--batch_invariant), and with those of the
+rows that are left. `generate` takes the samples in batches, because it pads each to its longest: a sample of the
+prompts is enough to time it (--generate_prompts), since batches are alike. The allowance is what a step's matrix
+products take alone, at the number of rows that decode at each step; on a GPU the floor is the time to read the weights
+and the live cache once a step at the measured bandwidth.
 """
 
 import argparse

@@ -180,8 +180,8 @@ def lock(folder: Path) -> None:
 
 
 def regular(path: Path) -> Path:
-    """The path; a UserError where it leads to a pipe or a device (files are read again, and have an end), and for what git
-    leaves in place of a large file."""
+    """The path. Raises a UserError for a pipe or a device, since files are read again and must end, and for the pointer that
+    git-lfs leaves in place of a large file."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is a pipe or a device; give a file, which can be read again")
     if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):

@@ -35,6 +35,14 @@ def num_rows(path: Path) -> int:
     return sum(1 for _ in file_rows(path))
 
 
+def refuse_folder(path: Path) -> None:
+    """Raise a UserError where a path is a folder, with a file in it that may be meant."""
+    if os.path.isdir(path):  # which a name that is too long is not, without an error
+        inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix in _KINDS)
+        such_as = f", such as {inside[0]}" if inside else ""
+        raise UserError(f"{path} is a folder: give the file in it that holds the rows{such_as}")
+
+
 def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tuple[str, Any]]:
     """The rows of a file, each with where it stands, for messages about it: lines of JSONL as bytes, to be parsed, all
     others as values.
@@ -46,10 +54,7 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
     Raises:
         UserError: when the file cannot be read.
     """
-    if os.path.isdir(path):  # which a name that is too long is not, without an error
-        inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix in _KINDS)
-        such_as = f", such as {inside[0]}" if inside else ""
-        raise UserError(f"{path} is a folder: give the file in it that holds the rows{such_as}")
+    refuse_folder(path)
     if path.suffix not in _TABLES:
         rows_of = _csv_rows if path.suffix in (".csv", ".tsv") else _text_rows
         try:

@@ -12,7 +12,7 @@ import numpy as np
 from nanoredi.common.disk import digest, remove, remove_leftovers, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json, read_rows
-from nanoredi.common.formats import num_rows
+from nanoredi.common.formats import num_rows, refuse_folder
 from nanoredi.common.progress import progress
 from nanoredi.data.tokenizer import Tokenizer
 
@@ -34,8 +34,7 @@ def cached(
     Returns:
         tokens (total,), learned (total,), weights (M,), offsets (M+1,), notes for the user, and the key.
     """
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a folder; give one file of rows")
+    refuse_folder(Path(path))
     try:
         folder = Path(cache) / digest(repr(rules).encode(), Path(path), *tokenizer.files)
     except OSError as error:

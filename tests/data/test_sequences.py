@@ -340,7 +340,7 @@ def test_malformed_conversations_are_named(tokenizer, write, cache, row, words):
 def test_missing_and_empty_files(tokenizer, write, cache, tmp_path):
     with pytest.raises(UserError, match="cannot read .*nowhere"):
         load_sft(str(tmp_path / "nowhere.jsonl"), tokenizer, 50, cache)
-    with pytest.raises(UserError, match="is a folder; give one file of rows"):
+    with pytest.raises(UserError, match="is a folder: give the file in it that holds the rows"):
         load_sft(str(tmp_path), tokenizer, 50, cache)
     with pytest.raises(UserError, match="holds no rows"):
         load_sft(write(), tokenizer, 50, cache)
