@@ -14,7 +14,7 @@ from templates import (
 
 from nanoredi.common.errors import UserError
 from nanoredi.data.chat import Chat
-from nanoredi.data.messages import check_messages, conversation, pair, user_message
+from nanoredi.data.messages import conversation, user_message
 from nanoredi.data.sequences import load_pairs, load_sft
 from nanoredi.data.tokenizer import Tokenizer
 
@@ -309,108 +309,3 @@ def test_as_transformers_renders_it(chats, name):
             [messages], chat_template=config["chat_template"], add_generation_prompt=True, **special
         )
         assert chats[name].prompt(messages) == rendered[0]
-
-
-TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}]
-SHAREGPT = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "B"}]
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"messages": TURNS},
-        {"conversations": SHAREGPT},
-        {"conversations": TURNS},
-        {"messages": SHAREGPT},
-        {"messages": PARTS},
-        {"messages": [{**turn, "tool_calls": None, "name": None} for turn in TURNS]},
-        {"prompt": "Q", "completion": "B"},
-        {"prompt": TURNS[:1], "completion": TURNS[1:]},
-        {"question": "Q", "completion": "B", "label": True},
-        {"prompt": "Q", "completion": "B", "label": False, "weight": -1},
-        {"messages": TURNS[:1], "completion": "B"},
-    ],
-)
-def test_stage_1_rows(row):
-    assert conversation("here", row) == TURNS
-
-
-def test_a_wrong_answer_may_bear_its_weight_itself():
-    turns = [TURNS[0], {**TURNS[1], "weight": -1}]
-    assert conversation("here", {"messages": turns, "label": False}) == turns
-
-
-WHOLE = {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "C"}]}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "Q", "chosen": "B", "rejected": "C"},
-        {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": WHOLE["rejected"][1:]},
-        {"prompt": "Q", **WHOLE},  # UltraFeedback's
-        WHOLE,
-        {"prompt": TURNS[:1], **WHOLE},
-        {"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "C"}},
-        {"messages": TURNS[:1], "chosen": TURNS[1], "rejected": WHOLE["rejected"][1]},
-        {"problem": "Q", "chosen": "B", "rejected": "C"},
-        {"messages": TURNS, "question": "other", **WHOLE},
-    ],
-)
-def test_stage_2_rows(row):
-    assert pair("here", row) == (TURNS[:1], [TURNS[1], WHOLE["rejected"][1]])
-
-
-def test_a_prompt_beside_whole_conversations_may_be_any_question_of_them():
-    sides = {
-        side: [*TURNS, *user_message("R"), {"role": "assistant", "content": side}] for side in ("chosen", "rejected")
-    }
-    for question in "QR":
-        assert pair("here", {"prompt": question, **sides})[0] == [*TURNS, *user_message("R")]
-
-
-def test_a_system_message_beside_the_others_is_the_first():
-    system = {"role": "system", "content": "S"}
-    for row in ({"messages": TURNS}, {"prompt": "Q", "completion": "B"}):
-        assert conversation("here", {"system": "S", **row}) == [system, *TURNS]
-    assert (
-        conversation("here", {"system": "S", "messages": [{**system, "content": "own"}, *TURNS]})[0]["content"] == "own"
-    )
-    for row in (WHOLE, {"prompt": "Q", "chosen": "B", "rejected": "C"}):
-        assert pair("here", {"system": "S", **row})[0] == [system, TURNS[0]]
-        assert pair("here", {"system": None, **row})[0] == TURNS[:1]
-    with pytest.raises(UserError, match=r"here: system is \['S'\]; it must be text or null"):
-        conversation("here", {"system": ["S"], "messages": TURNS})
-
-
-@pytest.mark.parametrize(
-    "messages, words",
-    [
-        ([*TURNS[:1], {"role": "assistant", "content": None}], r"message 2 \(assistant\): its content is null"),
-        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], r"message 1 \(assistant\) has tool_calls"),
-        ([{"role": "user", "content": [{"type": "image"}]}], r"message 1 \(user\): its content is no text"),
-        ([{"content": "Q"}], "message 1 has no role"),
-        ([{"role": "assistant", "content": "B", "reasoning": ["A"]}], "its thinking is no text"),
-    ],
-)
-def test_messages_that_cannot_be_learned_are_named(messages, words):
-    with pytest.raises(UserError, match=words):
-        check_messages("here", messages)
-
-
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        ({**WHOLE, "prompt": "other"}, "here: 'prompt' must be what stands in 'chosen' before the answer"),
-        ({**WHOLE, "rejected": [*user_message("R"), TURNS[1]]}, "must differ in their last message alone"),
-        ({**WHOLE, "rejected": "C"}, "must differ in their last message alone"),
-        (
-            {"text": "Q", "chosen": TURNS[1:], "rejected": "C"},
-            "here has no field 'prompt'; it holds 'text', 'chosen', 'rej",
-        ),
-    ],
-)
-def test_pairs_that_do_not_fit_are_named(row, words):
-    with pytest.raises(UserError, match=words):
-        pair("here", row)
