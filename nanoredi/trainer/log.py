@@ -110,7 +110,7 @@ class Log:
                 chosen, rejected = (_show(row[f"watch_{side}_logp"], ".4f") for side in ("chosen", "rejected"))
                 print(f"watched pairs after step {row['step']}: chosen {chosen}  rejected {rejected}", flush=True)
             if row_now["step"] == self.total:
-                share = f"{row_now['matrix_share']:.0%} of the rate in a large matrix product in the last steps"
+                share = f"{row_now['matrix_share']:.0%} of a large matrix product's rate at the end"
                 print(f"{self.label}: at most {row_now['peak_memory_gb']:.1f} GB, {share}", flush=True)
             for _, row in pairs if self.board else []:
                 for key, value in row.items():
