@@ -40,8 +40,8 @@ from nanoredi.data.tokenizer import Tokenizer
 PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all of OpenR1-Math-Raw
 # A table's other columns are not read.
 _FIELDS = (
-    *("problem_is_valid", "source", "problem", "question", "generations", "correctness"),
-    *("system", "prompt", "messages", "completion", "finish_reason", "sample", "answer", "correct", *THINKING_NAMES),
+    *("problem_is_valid", "source", "problem", "question", "generations", "correctness", "answer", "correct", "tools"),
+    *("system", "system_prompt", "prompt", "messages", "completion", "finish_reason", "sample", *THINKING_NAMES),
 )
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 Rows = Iterable[tuple[str, dict[str, Any]]]  # each with where it stands, for messages

@@ -17,7 +17,7 @@ from nanoredi.common.errors import UserError
 from nanoredi.common.files import check
 from nanoredi.data.benchmarks import golds_of
 from nanoredi.data.filters import say_dropped
-from nanoredi.data.messages import THINKING_NAMES, behind_system, check_messages, folded
+from nanoredi.data.messages import behind_system, check_messages, folded, said
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.grader import grade
@@ -75,16 +75,15 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
     for where, row in rows:
         if not isinstance(row.get("completion"), str):
             raise UserError(f"{where} must hold 'completion', a text, like the rows before it")
-        thinking = {name: row[name] for name in THINKING_NAMES if isinstance(row.get(name), str)}
-        [said] = check_messages(where, [{"role": "assistant", "content": row["completion"], **thinking}])
-        alone = {**row, "generations": [folded(said)["content"]], "correct": [row.get("correct")]}
+        [answer] = check_messages(where, [said(row)])
+        alone = {**row, "generations": [folded(answer)["content"]], "correct": [row.get("correct")]}
         raw = labelled(where, alone, tokenizer, grading)
         if grading and raw["correct"] and row.get("finish_reason") == "length":
             # A response that was cut off never stopped at its answer: it is nothing to learn from, whatever it boxed.
             raw["correct"] = [False]
-        answer = _golds(where, row) if grading else row.get("answer")
-        number, first, known = problems.setdefault(json.dumps(raw["prompt"]), (len(problems), where, answer))
-        if answer != known:
+        gold = _golds(where, row) if grading else row.get("answer")
+        number, first, known = problems.setdefault(json.dumps(raw["prompt"]), (len(problems), where, gold))
+        if gold != known:
             unclear.setdefault(number, f"{first} and {where}")
         sample = row.get("sample") if isinstance(row.get("sample"), int) else 0
         spool.add((number, sample), {"where": where, "number": number, **raw})

@@ -25,7 +25,7 @@ from nanoredi.data.messages import SIDES, Messages, conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
 
 # Part of the cache's key: raise it when the rules above change.
-_RULES = 5
+_RULES = 6
 
 
 class Sequence(NamedTuple):
@@ -153,7 +153,7 @@ def _texts(
     if len(set(completions)) < len(completions):
         counts["rows dropped: chosen and rejected are the same"] += 1
         return None
-    counts.update(remarks)
+    counts.update(sorted(remarks))
     return [parts[0][0], *completions]
 
 
