@@ -72,7 +72,7 @@ def test_the_prompt_is_samplings_and_the_answer_is_whole(chats, name, answer, co
 
 def test_an_answer_that_thinks_where_the_prompt_has_closed_the_thinking_is_refused(chats):
     for answer in (TRACE, "A\n</think>\n\nB", "<think>\nA"):
-        with pytest.raises(UserError, match="has the model answer without thinking; this answer thinks"):
+        with pytest.raises(UserError, match="closes the thinking in the prompt, but this answer thinks"):
             chats["qwen3-not"].split(answered(answer))
 
 
@@ -86,6 +86,8 @@ def test_thinking_beside_the_content_is_thinking(chats, name, field):
     assert completion({"content": "B", field: "C"}) != completion(TRACE)
     assert completion({"content": "B", field: None}) == completion("B")
     assert completion({"content": TRACE, field: "A"}) == completion(TRACE)
+    # Thinking that says the same as the answer is thinking all the same.
+    assert completion({"content": "A, so B", field: "A"}) == completion("<think>\nA\n</think>\n\nA, so B")
 
 
 def test_a_template_writes_the_thinking_in_its_own_way(tmp_path):
@@ -106,6 +108,11 @@ def test_an_answer_that_looks_changed_is_said(chats):
     assert remarks("chatml", answered("B" + IM)) == ["rows have the template's header or end on an answer"]
     templated = user_message(chats["chatml"].prompt(user_message("Q")))
     assert remarks("chatml", answered("B", *templated)) == ["rows have a prompt that is templated already"]
+    assert remarks("chatml", answered("B", *answered("A"), *user_message("Q"))) == ["rows have several answers"]
+    unclosed = "rows have an answer that never closes the <think> that their prompt opens"
+    for name in ("deepseek", "qwen3-thinking"):
+        assert unclosed in remarks(name, answered("<think>\nA")) and unclosed not in remarks(name, answered(TRACE))
+    assert unclosed in remarks("deepseek", answered("B")) and unclosed not in remarks("qwen3-thinking", answered("B"))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,8 @@ def test_an_answer_that_looks_changed_is_said(chats):
 )
 def test_the_templates_end_is_taken_once(chats, name, ends):
     for end in ends:
-        assert chats[name].split(answered("B" + end)) == chats[name].split(answered("B"))
+        for padding in ("", chats[name].backend.id_to_token(chats[name].pad_id) * 9):
+            assert chats[name].split(answered("B" + end + padding)) == chats[name].split(answered("B"))
 
 
 def test_white_space_that_is_a_token_is_no_end():
@@ -173,10 +181,14 @@ def test_a_prompt_that_is_templated_already_stays_as_it_is(chats, name):
         (
             "chatml",
             [{"role": "human", "content": "Q"}],
-            "does not show message 1, whose role is 'human'; .*system, user",
+            "does not show message 1, whose role is 'human', as such; .*system, user",
         ),
         ("chatml", [{"role": "developer", "content": "S"}, *user_message("Q")], "message 1, whose role is 'developer'"),
-        ("deepseek", [{"role": "system", "content": s} for s in "XY"] + user_message("Q"), "message 1, .* 'system'"),
+        (
+            "deepseek",
+            [{"role": "system", "content": s} for s in "XY"] + user_message("Q"),
+            "message 1, .* 'system', as such; it knows the roles user, assistant$",
+        ),
     ],
 )
 def test_a_message_that_the_template_passes_over_is_refused(chats, name, before, words):
