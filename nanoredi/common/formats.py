@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,9 +67,22 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
         number = 0
         for batch in batches(fields):
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                for row in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
+                part = batch.slice(start, _ROWS_AT_ONCE)
+                columns = {name: _cells(column) for name, column in zip(part.schema.names, part.columns)}
+                for i in range(part.num_rows):
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield f"{path}, row {number}", {name: cells[i] for name, cells in columns.items()}
+
+
+def _cells(column: Any) -> list[Any]:
+    """A table's column as values that JSON has too: times, decimals and bytes as text, a number that is not finite as null."""
+    if not re.search("float|double|time|date|duration|decimal|binary", str(column.type)):
+        return column.to_pylist()
+    try:
+        cells = column.to_pylist()
+    except ValueError:  # nanoseconds, which Python's times do not have
+        cells = column.cast("string").to_pylist()
+    return json.loads(json.dumps(cells, default=str), parse_constant=lambda _: None)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -196,7 +210,7 @@ def _finite(text: str) -> float:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs) and (twice := [name for name, one in pairs if value[name] != one]):
-        raise ValueError(f"{twice[0][:80]!r} stands in it twice, with two values")
+        raise ValueError(f"it has {twice[0][:80]!r} twice, with two values")
     return value
 
 

@@ -17,7 +17,7 @@ from nanoredi.common.files import check, parse_json, read_json, read_rows, write
         ("9" * 5000, "is not JSON"),
         ("", "is not JSON"),
         ('{"a": 1', "is not JSON"),
-        ('{"a": [{"b": 1, "c": 2, "b": null}]}', "is not JSON: 'b' stands in it twice, with two values"),
+        ('{"a": [{"b": 1, "c": 2, "b": null}]}', "is not JSON: it has 'b' twice, with two values"),
     ],
 )
 def test_json_beyond_its_bounds(text, words, tmp_path):

@@ -1,8 +1,10 @@
 """Every format gives the rows that JSONL gives, and a damaged file is named."""
 
+import datetime
 import gzip
 import json
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,33 @@ def test_tables(tmp_path):
         assert [row for _, row in read_rows(str(path))] == ROWS
         assert list(read_rows(str(path), ("n", "none")))[149] == (f"{path}, row 150", {"n": 149})
         assert num_rows(path) == len(ROWS)
+
+
+def test_a_table_s_values_are_json_s(tmp_path):
+    """Times beside the rows, and within messages, do no harm."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    day = datetime.datetime(2026, 1, 2, 3, 4, 5)
+    table = pyarrow.table(
+        {
+            "prompt": ["Q", "R"],
+            "score": [float("nan"), 0.1],
+            "at": pyarrow.array([1, None], pyarrow.timestamp("ns")),
+            "bytes": [b"\xff", None],
+            "messages": [[{"content": "x", "at": day, "cost": Decimal("1.50")}], []],
+        }
+    )
+    parquet.write_table(table, tmp_path / "a.parquet")
+    first, second = (row for _, row in read_rows(str(tmp_path / "a.parquet")))
+    assert first == {
+        "prompt": "Q",
+        "score": None,
+        "at": "1970-01-01 00:00:00.000000001",
+        "bytes": "b'\\xff'",
+        "messages": [{"content": "x", "at": "2026-01-02 03:04:05", "cost": "1.50"}],
+    }
+    assert second == {"prompt": "R", "score": 0.1, "at": None, "bytes": None, "messages": []}
+    assert list(read_rows(str(tmp_path / "a.parquet"), ("none",)))[1] == (f"{tmp_path / 'a.parquet'}, row 2", {})
 
 
 @pytest.mark.parametrize(
