@@ -169,10 +169,10 @@ def test_a_recipe_over_its_base(tmp_path):
     (tmp_path / "s.toml").write_text("base = 'base.toml'\n[redi]\nobjective = 'simpo'\n")
     assert read_recipe(tmp_path / "s.toml")["redi"] == {"objective": "simpo", "lr": 1e-3}  # not DPO's beta
     (tmp_path / "t.toml").write_text("base = 's.toml'\n")
-    with pytest.raises(UserError, match="s.toml: base is 'base.toml'; .* that one without a base"):
+    with pytest.raises(UserError, match="s.toml: base is 'base.toml'; .* of a recipe that has no base itself"):
         read_recipe(tmp_path / "t.toml")
     (tmp_path / "u.toml").write_text("base = 1\n")
-    with pytest.raises(UserError, match="u.toml: base is 1; it must be a recipe's name or file"):
+    with pytest.raises(UserError, match="u.toml: base is 1; it must be the name or file of a recipe"):
         read_recipe(tmp_path / "u.toml")
 
 
@@ -249,14 +249,14 @@ def test_a_run_s_folder(tmp_path):
     (tmp_path / "run" / "final").mkdir()
     assert open_run(out, {"redi": config}) is False  # an empty folder is no model
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="final is no whole model .*: move it away"):
+    with pytest.raises(UserError, match="final is not a complete model .*: move it away"):
         open_run(out, {"redi": config})
     save_file({"w": torch.zeros(9)}, tmp_path / "run" / "final" / "model.safetensors")
     assert open_run(out, {"redi": config}) is True
     names = [".lock", "config.toml", "final", "metrics.jsonl"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
     (tmp_path / "run" / "final" / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(UserError, match="final is no whole model .*: move it away"):
+    with pytest.raises(UserError, match="final is not a complete model .*: move it away"):
         open_run(out, {"redi": config})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
@@ -289,7 +289,7 @@ def test_a_template_says_where_the_problem_goes():
     for template in ("", "paper", "plain", "Solve {problem}!"):
         assert resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": template}}).template == template
     with pytest.raises(
-        UserError, match=r"--template takes paper, plain, or a text that says \{problem\}.* not 'papre'"
+        UserError, match=r"--template takes paper, plain, or a text with \{problem\} where.* not 'papre'"
     ):
         resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": "papre"}})
 
@@ -303,16 +303,16 @@ def test_a_template_says_where_the_problem_goes():
         ("nowhere", [], "there is no folder nowhere; give the one that holds the model's config.json"),
         ("m/x.gguf", ["m/x.gguf"], "m/x.gguf is a file; give the folder"),
         ("run", ["run/config.toml", "run/final/config.json", "run/step-000002/config.json"], "run's.*give run/final,"),
-        ("run", ["run/config.toml", "run/step-000002/config.json"], "a run's folder .*give run/step-000002$"),
+        ("run", ["run/config.toml", "run/step-000002/config.json"], "a run's folder, .*give run/step-000002$"),
         (
             "hub/models--a--b",
             ["hub/models--a--b/snapshots/c0/config.json"],
-            "cache .*give hub/models--a--b/snapshots/c0",
+            "cache, .*give hub/models--a--b/snapshots/c0",
         ),
-        ("hub", ["hub/models--a--b/snapshots/c0/config.json"], "the hub's cache .*give hub/models--a--b/snapshots/c0"),
-        ("runs", ["runs/a/final/config.json"], "a folder of models and no model's: give runs/a/final"),
-        ("m", ["m/adapter_config.json"], "an adapter and no whole model"),
-        ("m", ["m/model.safetensors"], "m has no config.json, so it is no model's folder"),
+        ("hub", ["hub/models--a--b/snapshots/c0/config.json"], "the hub's cache, .*give hub/models--a--b/snapshots/c0"),
+        ("runs", ["runs/a/final/config.json"], "a folder of models, not a model's: give runs/a/final"),
+        ("m", ["m/adapter_config.json"], "holds only an adapter"),
+        ("m", ["m/model.safetensors"], "m has no config.json, so it is not a model's folder"),
     ],
 )
 def test_what_is_no_model_s_folder_is_named(given, files, words, tmp_path, monkeypatch):
@@ -330,7 +330,7 @@ def test_a_model_s_folder_is_taken(tmp_path):
 
 
 def test_weights_that_are_a_pickle_are_named(tmp_path):
-    with pytest.raises(UserError, match="holds no model.safetensors and no model.safetensors.index.json$"):
+    with pytest.raises(UserError, match="has neither model.safetensors nor model.safetensors.index.json$"):
         weight_files(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match="a .bin can run code when it is read: save it as safetensors"):

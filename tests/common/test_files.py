@@ -11,9 +11,9 @@ from nanoredi.common.files import check, parse_json, read_json, read_rows, write
     [
         ("[" * 100_000, "nested more than 100 levels deep"),
         ("[" * 101 + "]" * 101, "nested more than 100 levels deep"),
-        ('{"a": NaN}', "NaN is no finite number"),
-        ('{"a": [-Infinity]}', "-Infinity is no finite number"),
-        ("1e999", "1e999 is no finite number"),
+        ('{"a": NaN}', "NaN is not a finite number"),
+        ('{"a": [-Infinity]}', "-Infinity is not a finite number"),
+        ("1e999", "1e999 is not a finite number"),
         ("9" * 5000, "is not JSON"),
         ("", "is not JSON"),
         ('{"a": 1', "is not JSON"),

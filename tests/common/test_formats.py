@@ -138,7 +138,7 @@ def test_a_table_s_values_are_json_s(tmp_path):
         ),
         ("a.zst", b"(\xb5/\xfd", "a.zst, line 1 is not UTF-8 text: .*; rows are JSONL"),
         ("a.csv", b"a,b\n1,2,3\n", "a.csv, row 1 has more cells than"),
-        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv: its first line has the name 'a' twice"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv: its first line names the column 'a' twice"),
         ("a.csv", b'a\n"x', "cannot read .*a.csv: unexpected end of data"),
         ("a.csv", b"a\n\xe9\n", "cannot read .*a.csv: .*utf-8"),
         ("a.json", b'{\n"a": 1}\n{\n"a": 2}', "a.json, which begins as an object, is not JSON: Extra data"),

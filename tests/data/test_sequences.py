@@ -146,7 +146,7 @@ def test_the_weight_of_a_row(tokenizer, write, cache):
     for weight in (1.5, -2, "1", True):
         with pytest.raises(UserError, match="line 1: 'weight' must be a number from -1 to 1, not "):
             load_sft(write({**conversation(), "weight": weight}), tokenizer, 50, cache)
-    with pytest.raises(UserError, match="line 1 is not JSON: NaN is no finite number"):
+    with pytest.raises(UserError, match="line 1 is not JSON: NaN is not a finite number"):
         load_sft(write({**conversation(), "weight": float("nan")}), tokenizer, 50, cache)
     with pytest.raises(UserError, match="line 1: 'chosen_weight' must be a number from 0 to 1, not '-1'"):
         load_pairs(write({**PAIR, "chosen_weight": -1}), tokenizer, 50, 50, cache)

@@ -144,17 +144,17 @@ def test_the_template_may_refuse(toy_data):
 
 def test_a_folder_that_holds_a_tokenizer_further_down_is_told_apart_from_a_hub_name(toy_data, tmp_path):
     shutil.copytree(toy_data / "model", tmp_path / "models--org--name" / "snapshots" / "1a2b")
-    with pytest.raises(UserError, match="is the hub's cache and no model's: give .*/snapshots/1a2b$"):
+    with pytest.raises(UserError, match="is the hub's cache, not a model's: give .*/snapshots/1a2b$"):
         Tokenizer(tmp_path / "models--org--name")
     with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B; then give"):
         Tokenizer("Qwen/Qwen2.5-Math-1.5B")
 
 
 def test_broken_files(tmp_path):
-    with pytest.raises(UserError, match="has no tokenizer.json, so it is no model's folder"):
+    with pytest.raises(UserError, match="has no tokenizer.json, so it is not a model's folder"):
         Tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="has no tokenizer.json; copy that of the model that it was made from"):
+    with pytest.raises(UserError, match="has no tokenizer.json; copy the one of the model that it was made from"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(

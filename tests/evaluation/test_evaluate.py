@@ -213,11 +213,11 @@ def test_two_ranks_with_nothing_missing(models, run):
         (["--model", "a", "--benchmarks", "toy.jsonl", "./toy.jsonl"], "--benchmarks names toy.jsonl twice"),
         (["--model", "a", "--out", "toy.jsonl/x"], "toy.jsonl/x"),
         (["--model", "Qwen/Qwen2.5-Math-1.5B"], "hf download Qwen/Qwen2.5-Math-1.5B"),
-        (["--model", "."], "a folder of models and no model's: give "),
-        (["--model", "a", "--along"], "a is no run's folder, which holds its config.toml and metrics.jsonl"),
+        (["--model", "."], "a folder of models, not a model's: give "),
+        (["--model", "a", "--along"], "a is not a run's folder: it has no config.toml"),
         (["--model", "a", "b", "--along"], "--along takes one run"),
         (["--along"], "there is no model under runs/ yet"),
-        (["--model", "a", "--template", "Solve it"], "--template takes paper, plain, or a text that says {problem}"),
+        (["--model", "a", "--template", "Solve it"], "--template takes paper, plain, or a text with {problem} where"),
     ],
 )
 def test_what_is_refused(models, flags, words):
