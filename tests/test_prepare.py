@@ -161,7 +161,7 @@ def test_generations_that_teach_nothing_are_passed_over_and_counted(tmp_path, to
     ]
     said = capsys.readouterr().err
     assert "2 generations are empty or white space: neither correct nor incorrect." in said
-    assert "2 generations are incorrect, and the very text of the correct one: passed over." in said
+    assert "2 generations are incorrect, but have the same text as the correct one: skipped." in said
 
 
 def test_a_row_that_no_tokenizer_can_write_is_dropped_and_named(tmp_path, tokenizer, capsys):

@@ -120,7 +120,7 @@ def read_flags(
     """
     width = shutil.get_terminal_size().columns - 2
     parts = [part if part.startswith(" ") else textwrap.fill(part, width) for part in description.split("\n\n")]
-    text = {"description": "\n\n".join(parts), "usage": f"%(prog)s [FLAGS] {positional.upper()}"}
+    text = {"description": "\n\n".join(parts), "usage": f"%(prog)s [FLAGS] [{positional.upper()}]".removesuffix(" []")}
     parser = _Parser(**text, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     if main in TABLES:
         parser.add_argument("--recipe", metavar="R", help=f"a TOML file, or one of {', '.join(_builtin_recipes())}")

@@ -77,9 +77,15 @@ def test_what_a_row_asks_and_its_answer(tmp_path, row, problem, golds):
 @pytest.mark.parametrize(
     "rows, words",
     [
-        ([{"question": "q", "choices": ["1", "2"], "answer": 1}], "line 1 is multiple choice; put its 'choices' into"),
+        (
+            [{"question": "q", "choices": ["1", "2"], "answer": 1}],
+            "line 1 is multiple choice; write its 'choices' into",
+        ),
         ([{"query": "q", "answer": 1}], "in 'problem' or 'question'; it has query, answer"),
-        ([{"Problem": "p", "problem": "q", "answer": 1}], "line 1 has 'Problem' in two spellings, with two values"),
+        (
+            [{"Problem": "p", "problem": "q", "answer": 1}],
+            "line 1 has 'Problem' in two spellings, with different values",
+        ),
         ([{"problem": "p", "answer": "it is so " * 9}] * 2, "2 of 2 answers are solutions without a box or ####"),
     ],
 )
@@ -228,7 +234,7 @@ def test_aime25_by_name(tmp_path):
     benchmark = load("aime25", str(tmp_path))
     assert (benchmark.name, len(benchmark.problems)) == ("aime25", 30) and benchmark.questions[0].startswith("Solve")
     (tmp_path / "amc23.jsonl").write_text('{"question": "p", "answer": "1"}\n' * 40)
-    with pytest.raises(UserError, match="holds 40 problems; amc23 has 83, and another set goes by its path"):
+    with pytest.raises(UserError, match="holds 40 problems, but amc23 has 83; give another set by its path"):
         load("amc23", str(tmp_path))
 
 

@@ -237,7 +237,7 @@ def test_a_damaged_cache_is_made_again(tokenizer, write, cache, name):
         file.write_bytes(content)
         again = load_pairs(path, tokenizer, 50, 50, cache)
         assert np.array_equal(again.tokens, tokens)
-        assert again.notes[-1].endswith("was damaged, and has been made again")
+        assert again.notes[-1].endswith("was damaged and has been rebuilt")
     assert load_pairs(path, tokenizer, 50, 50, cache).notes == first.notes
 
 
@@ -261,7 +261,7 @@ def test_two_runs_fill_one_cache(tokenizer, write, cache, monkeypatch):
 def test_what_stands_beside_a_cache_that_failed(tokenizer, write, cache):
     with pytest.raises(UserError, match="line 2 has no field 'rejected'"):
         load_pairs(write(PAIR, {"prompt": "a=1", "chosen": "1"}), tokenizer, 50, 50, cache)
-    with pytest.raises(UserError, match="rows.jsonl, line 3: the tokenizer of .* cannot write 'xyz"):
+    with pytest.raises(UserError, match="rows.jsonl, line 3: the tokenizer of .* cannot encode 'xyz"):
         load_pairs(write(PAIR, PAIR, {**PAIR, "chosen": "xyz"}, PAIR), tokenizer, 50, 50, cache)
     assert list(Path(cache).iterdir()) == []
 

@@ -82,7 +82,7 @@ def test_toy_round_trip(toy_data):
         text,
     )
     assert tokenizer.stop_ids == [tokenizer.eos_id] != [tokenizer.pad_id]
-    with pytest.raises(UserError, match="cannot write 'xyz'"):
+    with pytest.raises(UserError, match="cannot encode 'xyz'"):
         tokenizer.encode("xyz")
 
 
