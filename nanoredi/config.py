@@ -1,4 +1,4 @@
-"""The options of every command. Each dataclass is a table of a recipe, each field an option with its help and its bounds.
+"""The options of every command. Each dataclass is a table of a recipe, each field an option with help and bounds.
 
 common/flags.py reads them from flags and recipes.
 """
@@ -29,7 +29,7 @@ class TrainConfig:
     dtype: str = option("auto", "compute dtype; auto: bfloat16 if the device is fast at it", choices=DTYPES)
     activation_checkpointing: str = option(
         "attention",
-        "what a block keeps for backward: its input and attention's result (attention), also the linear layers' results "
+        "what a block keeps for backward: its input and attention's result (attention), also its matrix products "
         "(products), or everything (off); each is faster and takes more memory than the one before",
         choices=("attention", "products", "off"),
         free=True,
@@ -114,15 +114,15 @@ class SamplingConfig:
     batch_invariant: bool = option(True, "make the same samples, bit for bit, whatever else is in the batch")
     template: str = option(
         "",
-        "how a problem is asked: paper (the paper's words), plain (the problem alone), or a text with {problem} where it "
-        "goes; empty: paper for the paper's benchmarks, plain for all others",
+        "how a problem is asked: paper (the paper's words), plain (the problem alone), or a text with {problem} where "
+        "it goes; empty: paper for the paper's benchmarks, plain for all others",
     )
     system: str = option("", "system message; empty: the chat template's default")
 
     def __post_init__(self):
         if self.template not in ("", "paper", "plain") and "{problem}" not in self.template:
             raise UserError(
-                f"--template takes paper, plain, or a text with {{problem}} where the problem goes, not {self.template!r}"
+                f"--template takes paper, plain, or a text with {{problem}} where that goes, not {self.template!r}"
             )
 
 

@@ -7,8 +7,8 @@ how an optimiser step is cut into micro-batches and ranks: every weight is divid
 DPO, SimPO and REDI with weighted negatives are not linear. They need both log-probabilities of a pair at once, from
 kernels/logprob.py, so a pair's two sequences stay in one micro-batch. They too are means over the step's pairs.
 
-The formulas come first. Below them, units() assigns the weights in an optimiser step, and pair_losses() computes the losses
-of a micro-batch of pairs.
+The formulas come first. Below them, units() assigns the weights in an optimiser step, and pair_losses() computes the
+losses of a micro-batch of pairs.
 """
 
 import torch
@@ -40,9 +40,9 @@ def redi(
 
         -log p(y_w|x) / |y_w| + alpha * log p(y_l|x) / |y_l|
 
-    so w_t = -1 / (P |y_w|) in each chosen trace and alpha / (P |y_l|) in each rejected one. There is no reference model and
-    no KL term; alpha < 1 is what prevents a collapse. With alpha 0 it is SFT on the chosen traces, in which each trace has
-    the same weight.
+    so w_t = -1 / (P |y_w|) in each chosen trace and alpha / (P |y_l|) in each rejected one. There is no reference model
+    and no KL term; alpha < 1 is what prevents a collapse. With alpha 0 it is SFT on the chosen traces, in which each
+    trace has the same weight.
 
     Args:
         num_chosen, num_rejected: |y_w| and |y_l| of each pair of the step.
@@ -56,13 +56,13 @@ def redi(
 def weighted_redi(
     chosen: Tensor, rejected: Tensor, alpha: float, neg_weight_gamma: float, chosen_weight: float = 1.0
 ) -> Tensor:
-    """REDI with the option of the authors' code to learn less from negatives that are already unlikely; pairs' losses (p,):
+    """REDI with the option of the authors' code to learn less from negatives that are already unlikely; losses (p,):
 
         -m_w + alpha * exp(gamma * m_l) * m_l        m = log p(y|x) / |y|
 
-    As there, the gradient goes through the weight: it is alpha * exp(gamma * m_l) * (1 + gamma * m_l) with respect to m_l.
-    So it not only shrinks as the negative becomes less likely: it is 0 at m_l = -1/gamma and changes sign below, hence a
-    negative is not pushed below -1/gamma nats per token. gamma 0 is REDI.
+    As there, the gradient goes through the weight: it is alpha * exp(gamma * m_l) * (1 + gamma * m_l) with respect to
+    m_l. So it not only shrinks as the negative becomes less likely: it is 0 at m_l = -1/gamma and changes sign below,
+    hence a negative is not pushed below -1/gamma nats per token. gamma 0 is REDI.
 
     Args:
         chosen, rejected: (p,) m_w and m_l.
@@ -115,9 +115,9 @@ def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> l
         rows: of the whole step, as returned by TokenData.row.
 
     Returns:
-        Pairs if the objective needs them. Otherwise single sequences, first the chosen and then the rejected ones. Those of
-        weight 0 are left out, except REDI's chosen ones, whose log-probability shows a collapse, and one for an SFT step of
-        nothing else.
+        Pairs if the objective needs them. Otherwise single sequences, first the chosen and then the rejected ones.
+        Those of weight 0 are left out, except REDI's chosen ones, whose log-probability shows a collapse, and one for
+        an SFT step of nothing else.
     """
     if isinstance(config, SftConfig) or config.objective == "sft":
         traces = [row[0] for row in rows]
@@ -135,14 +135,14 @@ def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> l
 
 
 def sequence_logps(sequences: list[Sequence], token_logps: Tensor) -> list[Tensor]:
-    """log p(y|x) of each packed sequence, () fp32 each: the sum of its part of token_logps (N,), which is 0 where nothing is
-    learned."""
+    """log p(y|x) of each packed sequence, () fp32 each: the sum of its part of token_logps (N,), which is 0 where
+    nothing is learned."""
     return [part.sum() for part in token_logps.split([s.num_inputs for s in sequences])]
 
 
 def pair_losses(config: RediConfig, pairs: list[Unit], token_logps: Tensor) -> Tensor:
-    """The losses (p,) fp32 of a micro-batch's p packed pairs, differentiable with respect to token_logps (N,) fp32, which is
-    0 where nothing is learned."""
+    """The losses (p,) fp32 of a micro-batch's p packed pairs, differentiable with respect to token_logps (N,) fp32,
+    which is 0 where nothing is learned."""
     sequences = [s for pair in pairs for s in pair]
     logps = sequence_logps(sequences, token_logps)
     if config.objective == "dpo":

@@ -4,12 +4,12 @@
     python -m nanoredi.prepare ... --decontaminate benchmarks/*.json --drop
     python -m nanoredi.prepare ... --raw samples.jsonl --grade
 
-PATH is a file (JSONL, JSON, CSV, Parquet or Arrow), or a folder of JSONL, Parquet or Arrow files, read in the order of their
-names. The rows are those of OpenR1-Math-Raw, or your own (docs/data.md), which --grade labels with nanoredi's grader.
-Numbering, shuffle, filters and lengths are the original's, to reproduce its counts and its order.
+PATH is a file (JSONL, JSON, CSV, Parquet or Arrow), or a folder of JSONL, Parquet or Arrow files, read in the order of
+their names. The rows are those of OpenR1-Math-Raw, or your own (docs/data.md), which --grade labels with nanoredi's
+grader. Numbering, shuffle, filters and lengths are the original's, to reproduce its counts and its order.
 
-The raw rows may be larger than the memory. They are read once, in their own order; what is kept goes to a temporary file,
-which is then copied in the shuffled order. For a moment the disk holds the kept rows twice.
+The raw rows may be larger than the memory. They are read once, in their own order; what is kept goes to a temporary
+file, which is then copied in the shuffled order. For a moment the disk holds the kept rows twice.
 """
 
 import json
@@ -67,7 +67,7 @@ class PrepareFlags:
 def prepare(
     files: list[Path], tokenizer: Tokenizer, out: Path, flags: PrepareFlags, overlap: Overlap
 ) -> dict[str, int]:
-    """Write sft.jsonl, pairs.jsonl, too_long.jsonl (lengths of pairs beyond the limits) and, with benchmarks, overlaps.jsonl.
+    """Write sft.jsonl, pairs.jsonl, too_long.jsonl (lengths of pairs beyond the limits) and maybe overlaps.jsonl.
 
     Args:
         files: files of raw rows.
@@ -126,8 +126,8 @@ def find_files(paths: list[str]) -> list[Path]:
 
 
 def _as_raw_rows(files: list[Path], total: int, spool: Spool, tokenizer: Tokenizer, grading: bool) -> tuple[int, Rows]:
-    """The number of raw rows in the files, and the raw rows. The user's own rows are labelled and, if there is a row for each
-    response, those of one problem joined."""
+    """The number of raw rows in the files, and the raw rows. The user's own rows are labelled and, if there is a row
+    for each response, those of one problem joined."""
     rows = ((where, check(where, row, dict)) for file in files for where, row in read_rows(str(file), _FIELDS))
     first = next(rows)
     rows = chain([first], rows)
@@ -144,8 +144,8 @@ def _sift(
 ) -> None:
     """Pass rows through the gates to the spools of SFT rows, of pairs, and of pairs that are too long."""
     sft, pairs, too_long = spools
-    # Shuffled row k is raw row permutation[k], so the inverse gives a raw row's new place. Each gate looks at a single row, so
-    # dropping rows before the shuffle leaves the same rows in the same order as dropping them after it.
+    # Shuffled row k is raw row permutation[k], so the inverse gives a raw row's new place. Each gate looks at a single
+    # row, so dropping rows before the shuffle leaves the same rows in the same order as dropping them after it.
     place = np.argsort(np.random.default_rng(seed).permutation(total))
     learned = (gates.sift(where, row, index) for index, (where, row) in enumerate(rows))
     parts = ((traces.where, traces.prompt, traces.answers, traces) for traces in learned if traces)
@@ -167,7 +167,7 @@ def _sift(
 
 
 def _swapped(spool: Spool, flags: PrepareFlags) -> Iterator[bytes]:
-    """The spool's pairs, with chosen and rejected swapped in a fraction of them (the paper's ablation of the verifier)."""
+    """The spool's pairs, chosen and rejected swapped in a fraction of them (the paper's ablation of the verifier)."""
     order = np.random.default_rng((flags.seed, 1)).permutation(len(spool))
     swapped = set(order[: round(flags.swap * len(spool))].tolist())
     for number, line in enumerate(spool.lines()):
@@ -189,7 +189,7 @@ def _summary(counts: dict[str, int]) -> str:
 
 
 def table(counts: dict[str, int]) -> str:
-    """The rows left after each gate, as a table to print, with a note if the counts should be the paper's and are not."""
+    """The rows left after each gate, as a table to print, with a note if they should be the paper's and are not."""
     width = max(map(len, counts))
     lines = [f"{gate:{width}}  {rows:>9,}" for gate, rows in counts.items()]
     rows_read, *_, pairs = counts.values()

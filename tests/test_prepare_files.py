@@ -95,7 +95,7 @@ def test_parquet_faults(tmp_path, tokenizer, monkeypatch):
         (raw(generations=["b", 2]), r"line 3: generations\[1\] is 2; it must be text or null"),
         (raw(correctness=[True]), r"line 3: correctness is \[True\]; it must be an object"),
         (raw(llama=("yes", "no")), r"line 3: llama_verification\[0\] is 'yes'; it must be true or false or null"),
-        (raw(problem="an unknown word"), "line 3: the tokenizer of .* cannot write"),
+        (raw(problem="an unknown word"), "line 3: the tokenizer of .* cannot encode"),
     ],
 )
 def test_malformed_rows_are_named(tmp_path, tokenizer, row, words):

@@ -1,8 +1,8 @@
 """Writing files so that a file under its final name is always complete, and only one process writes at a time.
 
-A file or folder is written under a temporary name next to its final one, synced to the disk, and renamed (writing). What a
-killed process leaves behind is recognised by its temporary name and removed by the next process (remove_leftovers). A
-folder that only one process may write into is locked until that process ends.
+A file or folder is written under a temporary name next to its final one, synced to the disk, and renamed (writing).
+What a killed process leaves behind is recognised by its temporary name and removed by the next process
+(remove_leftovers). A folder that only one process may write into is locked until that process ends.
 """
 
 import contextlib
@@ -133,8 +133,8 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, locked: bool = False) -> None:
-    """Remove what killed processes left half-written in a folder. If this process has locked it, that is everything with a
-    temporary name; otherwise only what processes of this machine that have ended have left."""
+    """Remove what killed processes left half-written in a folder. If this process has locked it, that is everything
+    with a temporary name; otherwise only what processes of this machine that have ended have left."""
     for path in folder.glob("*.writing"):
         own = re.fullmatch(rf".*\.{re.escape(_HOST)}\.([0-9]+)\.writing", path.name)
         if locked or own and not _is_alive(int(own[1])):
@@ -179,8 +179,8 @@ def lock(folder: Path) -> None:
 
 
 def regular(path: Path) -> Path:
-    """The path itself. Raises a UserError for a pipe or a device, since input is read more than once, and for a pointer file
-    that git-lfs leaves in place of a large file."""
+    """The path itself. Raises a UserError for a pipe or a device, since input is read more than once, and for a pointer
+    file that git-lfs leaves in place of a large file."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UserError(f"{path} is a pipe or a device; give a file, since it is read more than once")
     if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):

@@ -30,8 +30,8 @@ def naming(where: str) -> Iterator[None]:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main on its flags. Errors of the user or the machine end with one sentence and exit code 2, Ctrl-C with
-    130. Control characters in printed text are shown escaped, since the text may come from a file or a model."""
+    """Run a script's main on its flags. Errors of the user or the machine end with one sentence and exit code 2, Ctrl-C
+    with 130. Control characters in printed text are shown escaped, since the text may come from a file or a model."""
     write = sys.stdout.write
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -73,22 +73,22 @@ def sentence(error: BaseException) -> str | None:
 
 _NO_MEMORY = "out of memory|can't allocate memory|not enough memory"
 _LESS_MEMORY = (
-    "training takes less with a smaller --max_tokens_per_micro_batch, --activation_checkpointing attention, --offload or more "
-    "GPUs, sampling with a smaller --cache_gb or --batch_size"
+    "training takes less with a smaller --max_tokens_per_micro_batch, --activation_checkpointing attention, --offload or "
+    "more GPUs, sampling with a smaller --cache_gb or --batch_size"
 )
 _CONTROLS = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {ord("\n"), ord("\t")}
 _ESCAPED = {c: ascii(chr(c))[1:-1] for c in _CONTROLS}
 
 
 def visible(text: str) -> str:
-    """The text with a terminal's control characters escaped, except for the two harmless sequences that chat uses: dim, and
-    reset."""
+    """The text with a terminal's control characters escaped, except for the two harmless sequences that chat uses: dim,
+    and reset."""
     return re.sub(r"\\x1b\[([02])m", "\x1b[\\1m", text.translate(_ESCAPED))
 
 
 def _say(text: str) -> None:
-    """Under torchrun an error usually occurs on every rank, and only rank 0 should print it: the others wait, and are ended by
-    torchrun. An error on one rank alone is printed by that rank after the wait."""
+    """Under torchrun an error usually occurs on every rank, and only rank 0 should print it: the others wait, and are
+    ended by torchrun. An error on one rank alone is printed by that rank after the wait."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(2)

@@ -1,5 +1,5 @@
-"""Reading JSON and rows with bounds and checks against a declared shape, and writing them as whole files (disk.py) or whole
-lines."""
+"""Reading JSON and rows with bounds and checks against a declared shape, and writing them as whole files (disk.py) or
+whole lines."""
 
 import contextlib
 import json
@@ -12,15 +12,8 @@ from nanoredi.common.disk import may_crash, regular, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.formats import MAX_CHARS, file_rows, parse_json
 
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    dict: "an object",
-    list: "a list",
-    None: "null",
-}
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", None: "null"}
+_KINDS |= {dict: "an object", list: "a list"}
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -51,8 +44,8 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: str, fields: tuple[str, ...] | None = None) -> Iterator[tuple[str, Any]]:
-    """The rows of a file in any of the formats (formats.py), each with its place ("file, line n") for error messages. Empty
-    lines are skipped.
+    """The rows of a file in any of the formats (formats.py), each with its place ("file, line n") for error messages.
+    Empty lines are skipped.
 
     Args:
         fields: the columns to read of a Parquet or Arrow file; None: all.
@@ -76,9 +69,9 @@ def check(where: str, value: Any, shape: Any, name: str = "") -> Any:
 
     Args:
         where: file and line, for error messages.
-        shape: a type; None; range(low, end) for whole numbers; [shape] for a list of such items; {name: shape} for an object
-            with these fields, optional if the name ends in "?"; {str: shape} for an object with any names; a tuple of
-            alternative shapes.
+        shape: a type; None; range(low, end) for whole numbers; [shape] for a list of such items; {name: shape} for an
+            object with these fields, optional if the name ends in "?"; {str: shape} for an object with any names; a
+            tuple of alternative shapes.
 
     Raises:
         UserError: naming where, the field, its value and what it must be.

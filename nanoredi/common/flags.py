@@ -1,10 +1,10 @@
 """Options: fields of dataclasses, read from flags and recipes.
 
-A recipe is a TOML file with one table for each dataclass of config.py: [sft], [redi], [evaluate], [toy]. The fields of a
-script's main table are its flags (`train_redi.py --alpha 0.5`); fields of its other tables are flags with the table's name
-in front (`train_redi.py --evaluate.n 4`). Flags override the recipe, the recipe overrides the defaults. A recipe with
-`base = "qwen2.5-math-1.5b"` before its tables holds only the differences from that recipe. The resolved options are
-written into the run's folder as config.toml, which is itself a recipe.
+A recipe is a TOML file with one table for each dataclass of config.py: [sft], [redi], [evaluate], [toy]. The fields of
+a script's main table are its flags (`train_redi.py --alpha 0.5`); fields of its other tables are flags with the table's
+name in front (`train_redi.py --evaluate.n 4`). Flags override the recipe, the recipe overrides the defaults. A recipe
+with `base = "qwen2.5-math-1.5b"` before its tables holds only the differences from that recipe. The resolved options
+are written into the run's folder as config.toml, which is itself a recipe.
 """
 
 import argparse
@@ -46,12 +46,8 @@ def option(
     free: bool = False,
     of: dict[str, float] | None = None,
 ) -> Any:
-    """A dataclass field with its help text and the values it may take.
-
-    Args:
-        free: the option affects how the work is done, but not its result, so a run may be resumed with another value.
-        of: for a parameter of some objectives only: {objective: default}.
-    """
+    """A dataclass field with its help and the values it may take. free: it changes how the work is done, but not the
+    result, so a run may be resumed with another value. of: {objective: default}, if it is a parameter of these alone."""
     metadata = dict(help=help, low=low, above=above, high=high, choices=choices, free=free, of=of or {})
     made = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return dataclasses.field(**made, metadata=metadata)
@@ -167,7 +163,7 @@ def _for_argparse(f: dataclasses.Field) -> dict[str, Any]:
 
 
 def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
-    """Read a recipe, by the name of a built-in one or the path of a TOML file, with its base's values where it sets none.
+    """Read a recipe and its base, by the name of a built-in recipe or the path of a TOML file.
 
     Raises:
         UserError: when it cannot be read, for a table or key that does not exist, for a value that its field does not

@@ -1,5 +1,5 @@
-"""Reading rows from files: JSONL or a single JSON value, either also compressed with gzip, CSV, Parquet and Arrow (the last
-two need pyarrow). Rows are read one at a time, so a file may be larger than the memory, unless it is one JSON value.
+"""Reading rows from files: JSONL or a single JSON value, either also compressed with gzip, CSV, Parquet and Arrow (the
+last two need pyarrow). Rows are read one at a time: except for one JSON value, a file may be larger than the memory.
 """
 
 import csv
@@ -50,7 +50,7 @@ def refuse_folder(path: Path) -> None:
 
 
 def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, each with its place for error messages. Rows of JSONL are unparsed lines (bytes), all others values.
+    """The rows of a file, each with its place for error messages. Rows of JSONL are unparsed bytes, all others values.
 
     Args:
         path: a file. Its suffix says whether it is .parquet, .arrow, .csv or .tsv; everything else is read as JSON.
@@ -72,7 +72,7 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
         for batch in batches(fields):
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 part = batch.slice(start, _ROWS_AT_ONCE)
-                columns = {name: _cells(column) for name, column in zip(part.schema.names, part.columns)}
+                columns = {n: _cells(c) for n, c in zip(part.schema.names, part.columns) if not fields or n in fields}
                 for i in range(part.num_rows):
                     number += 1
                     yield f"{path}, row {number}", {name: cells[i] for name, cells in columns.items()}
@@ -121,8 +121,8 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _rows(path: Path, text: bytes) -> list[Any]:
-    """The rows of one JSON value: the items of a list; of an object rows by number, or columns, or the rows in one of its
-    fields; otherwise the object itself is the only row."""
+    """The rows of one JSON value: the items of a list; of an object rows by number, or columns, or the rows in one of
+    its fields; otherwise the object itself is the only row."""
     kind = "a list" if text.lstrip().startswith(b"[") else "an object"
     value = parse_json(f"{path}, which begins as {kind},", text, max_chars=1 << 34)
     if isinstance(value, list):
@@ -143,7 +143,7 @@ def _rows(path: Path, text: bytes) -> list[Any]:
 
 @contextmanager
 def _table(path: Path) -> Iterator[tuple[int, Any]]:
-    """The number of rows of a Parquet or Arrow file, and a function that takes the columns to read and returns batches."""
+    """The number of rows of a Parquet or Arrow file, and a function from the columns to read to batches."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -154,11 +154,7 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
         if path.suffix == ".parquet":
             # By default whole row groups are loaded, and kept, and a row group may be the whole file.
             with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
-                names = table.schema_arrow.names
-                yield (
-                    table.metadata.num_rows,
-                    lambda fields: table.iter_batches(_ROWS_AT_ONCE, columns=_chosen(names, fields)),
-                )
+                yield table.metadata.num_rows, lambda fields: table.iter_batches(_ROWS_AT_ONCE, columns=fields)
             return
         with pyarrow.memory_map(str(path)) as source:
             try:  # the format that pyarrow and pandas write, then the one that `datasets` writes
@@ -167,14 +163,9 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
             except pyarrow.ArrowInvalid:
                 source.seek(0)
                 batches = list(pyarrow.ipc.open_stream(source))
-            total = sum(batch.num_rows for batch in batches)
-            yield total, lambda fields: (batch.select(_chosen(batch.schema.names, fields)) for batch in batches)
+            yield sum(batch.num_rows for batch in batches), lambda _: batches
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-
-
-def _chosen(names: list[str], fields: tuple[str, ...] | None) -> list[str]:
-    return [name for name in names if fields is None or name in fields]
 
 
 def parse_json(where: str, text: str | bytes, max_chars: int | None = None) -> Any:

@@ -1,7 +1,7 @@
 """A run's folder: starting or resuming a run in it, finding the models in it, and checking that a model is complete.
 
-The folder holds config.toml (all resolved options), metrics.jsonl (one row per step), Hugging Face folders step-000200/ ...
-and final/, and results.json if the run was evaluated.
+The folder holds config.toml (all resolved options), metrics.jsonl (one row per step), Hugging Face folders such as
+step-000200/ and final/, and results.json if the run was evaluated.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 def open_run(out: str, configs: dict[str, Any]) -> bool:
     """Take the folder `out` for a run with the options {table: dataclass}, and lock it. Call on one rank.
 
-    Nothing is overwritten. Files that a killed process left half-written are removed, and a finished run's resume states.
+    Nothing is overwritten. Half-written files of a killed process are removed, and a finished run's resume states.
 
     Returns:
         True when the folder holds this very run, finished; False when training may begin or resume.
@@ -93,8 +93,8 @@ def dtype_of_run(out: str, table: str) -> str:
 
 
 def recipe_of(model: str | Path) -> Tables:
-    """The recipe of the run that a model's folder belongs to; empty if there is none. Its relative paths, which are relative
-    to where the run was started, are changed to work from here if they still exist at the same place beside the run."""
+    """The recipe of the run that a model's folder belongs to; empty if there is none. Its relative paths, which start
+    from where the run was started, are changed to start from here, if they still exist at the same place."""
     folder = Path(model).parent
     is_run = (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists()
     tables = read_recipe(folder / "config.toml") if is_run else {}

@@ -1,4 +1,4 @@
-"""From rows to packed batches: raw traces, chat templates, token sequences, and the micro-batches of an optimiser step."""
+"""From rows to packed batches: raw traces, chat templates, token sequences, and an optimiser step's micro-batches."""
 
 from nanoredi.data.sequences import load_pairs, load_sft
 

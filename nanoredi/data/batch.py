@@ -1,4 +1,4 @@
-"""The rows of an optimiser step, their distribution over ranks and micro-batches, and packing a micro-batch into tensors.
+"""The rows of an optimiser step, their distribution over ranks and micro-batches, and packing these into tensors.
 
 A packed batch is its sequences concatenated, without padding. A step's rows depend only on the seed and the step.
 """
@@ -14,8 +14,8 @@ from nanoredi.data.sequences import SIDES, Sequence
 
 
 class PackedBatch(NamedTuple):
-    """N packed input tokens of S sequences and their targets; the fields are Qwen2.loss's arguments, and shares. rows and
-    max_seqlen are computed here, on the CPU, to avoid waiting for the device."""
+    """N packed input tokens of S sequences and their targets; the fields are Qwen2.loss's arguments, and shares. rows
+    and max_seqlen are computed here, on the CPU, to avoid waiting for the device."""
 
     input_ids: Tensor  # (N,) int64
     position_ids: Tensor  # (N,) int64, counted from 0 in each sequence
@@ -55,20 +55,20 @@ def pack(sequences: list[Sequence]) -> PackedBatch:
 
 
 def num_steps(num_rows: int, batch_size: int, epochs: int, max_steps: int) -> int:
-    """The number of optimiser steps of a run. An epoch's last step takes the rows that are left, so no row is skipped."""
+    """The number of optimiser steps of a run. An epoch's last step takes the rows that are left: none is skipped."""
     steps = epochs * -(-num_rows // batch_size)
     return min(steps, max_steps) if max_steps else steps
 
 
 def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarray:
-    """The rows of an optimiser step, both counted from 0: a slice of the epoch's shuffle. To resume, only the step is needed."""
+    """The rows of an optimiser step, both counted from 0: a slice of the epoch's shuffle. To resume takes no more."""
     epoch, i = divmod(step, -(-num_rows // batch_size))
     order = np.random.default_rng((seed, epoch)).permutation(num_rows)
     return order[i * batch_size : (i + 1) * batch_size]
 
 
 def divide(lengths: list[int], costs: list[float], world_size: int, max_tokens: int) -> list[list[list[int]]]:
-    """Distribute sequences over micro-batches and ranks: each rank gets the same number of micro-batches, of similar total cost.
+    """Distribute sequences over micro-batches, the same number for each rank, so that the ranks' costs are similar.
 
     The most expensive sequences are assigned first, each to the cheapest micro-batch that has room for it, with as few
     micro-batches as keep all within max_tokens (a longer sequence goes alone). Then each rank gets one micro-batch per

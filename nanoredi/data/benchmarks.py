@@ -1,7 +1,7 @@
 """Benchmarks: problems with their gold answers.
 
-The five of the paper and AIME25 by name, and any file of rows with `problem` or `question`, and with `answer`, another name
-of GOLDS, or a `solution` with the answer in its last box. Upper and lower case of names and all other fields are ignored.
+The five of the paper and AIME25 by name, and any file of rows with `problem` or `question`, and with `answer`, another
+name of GOLDS, or a `solution` with the answer in its last box. The case of names and all other fields are ignored.
 """
 
 import ast
@@ -26,7 +26,7 @@ from nanoredi.grader import extract_answer
 PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_bench": 675}
 NAMED = {**PAPER, "aime25": 30}
 SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".gz")
-# Fields with gold answers. The sure ones cannot be anything else; `answer` may also be a model's, so it comes after them.
+# Fields with gold answers. The sure ones can be nothing else; `answer` may also be a model's, so it comes after them.
 SURE_GOLDS = "gold gts gt ground_truth gold_answer expected_answer correct_answer reference_answer".split()
 GOLDS = (*SURE_GOLDS, "answer", "final_answer", "answer_number")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
@@ -46,8 +46,8 @@ def frame(problem: str, template: str = "", system: str = "") -> list[dict[str, 
     """The messages that ask a problem.
 
     Args:
-        template: the user's message: paper (PAPER_TEMPLATE), plain or empty (the problem alone), or a text in which {problem} is
-            replaced; other braces stay.
+        template: the user's message: paper (PAPER_TEMPLATE), plain or empty (the problem alone), or a text in which
+            {problem} is replaced; other braces stay.
         system: the system message; empty: none, so that the chat template may write its default.
     """
     text = {"paper": PAPER_TEMPLATE, "plain": "{problem}", "": "{problem}"}.get(template, template)
@@ -94,7 +94,7 @@ def unique_names(paths: list[Path]) -> list[str]:
 
 
 def find(name: str, folder: str) -> Path:
-    """The file of a benchmark: for one of NAMED name.json or similar in the folder, otherwise the name itself as a path.
+    """The file of a benchmark: for one of NAMED name.json or similar in the folder, otherwise the name as a path.
 
     Raises:
         UserError: for an unknown name, and when the folder has no such file.
@@ -109,8 +109,8 @@ def find(name: str, folder: str) -> Path:
         return found[0]
     if path.suffix not in SUFFIXES and not os.path.isdir(path):
         raise UserError(
-            f"there is no benchmark {name!r}{nearest(name, NAMED)}; give one of {', '.join(NAMED)}, or a file that ends "
-            f"in {', '.join(SUFFIXES)}"
+            f"there is no benchmark {name!r}{nearest(name, NAMED)}; give one of {', '.join(NAMED)}, or a file that "
+            f"ends in {', '.join(SUFFIXES)}"
         )
     return path
 
@@ -157,8 +157,8 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
 
 
 def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a benchmark's file, each with its place. Their keys are in lower case, `problem` is a text, and `answer` is
-    what golds_of takes, or None."""
+    """The rows of a benchmark's file, each with its place. Their keys are in lower case, `problem` is a text, and
+    `answer` is what golds_of takes, or None."""
     for where, row in read_rows(str(path)):
         row = in_one_case(where, row, str.lower) if isinstance(row, dict) else {}
         problem = problem_of(row)
@@ -179,8 +179,8 @@ def in_one_case(where: str, row: dict[str, Any], name: Callable[[str], str]) -> 
 
 
 def problem_of(row: dict[str, Any]) -> str | None:
-    """What a row with keys in lower case asks: its problem, or its question after the context or body that belongs to it
-    (OlympiadBench, SVAMP). None if there is no text."""
+    """What a row with keys in lower case asks: its problem, or its question after the context or body that belongs to
+    it (OlympiadBench, SVAMP). None if there is no text."""
     texts = {name: text for name, text in row.items() if isinstance(text, str) and text.strip()}
     if "problem" in texts or "question" not in texts:
         return texts.get("problem")
@@ -214,7 +214,7 @@ def check_golds(path: str | Path, golds: Sequence[list[str]]) -> None:
 
 
 def listed(value: Any) -> Any:
-    """The list of texts that a text such as "['9.6\\n', '9.60']" spells (numpy writes no commas), or any other value itself."""
+    """The list of texts that a text such as "['9.6\\n', '9.60']" spells (numpy omits commas); else the value."""
     if isinstance(value, str) and value.strip().startswith(("['", '["')):
         with contextlib.suppress(ValueError, SyntaxError, tokenize.TokenError):  # LaTeX may begin like this, too
             words = list(tokenize.generate_tokens(io.StringIO(value.strip()).readline))

@@ -1,5 +1,5 @@
-"""Token sequences cached on disk, keyed by the data's content, the tokenizer and the rules: a second start only maps them
-into memory."""
+"""Token sequences cached on disk, keyed by the data's content, the tokenizer and the rules: a second start only maps
+them into memory."""
 
 import json
 from collections import Counter
@@ -27,8 +27,8 @@ def cached(
 
     Args:
         rules: everything else that the sequences depend on.
-        texts: a function of (place, row, counts of what was cut or dropped) that returns the texts to encode and anything
-            else that `arrays` needs, or None to drop the row.
+        texts: a function of (place, row, counts of what was cut or dropped) that returns the texts to encode and
+            anything else that `arrays` needs, or None to drop the row.
         arrays: a function of (encodings, the other result of `texts`, counts) that returns the row's sequences.
 
     Returns:
@@ -89,7 +89,7 @@ def _arrays(folder: Path) -> list[np.ndarray]:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a cache is undamaged: the arrays have their digests (hashing takes about a second per gigabyte) and fit together."""
+    """Whether a cache is undamaged: the arrays match their digests (about a second per gigabyte) and each other."""
     try:
         whole = check(str(folder), read_json(folder / "whole.json"), {"notes": [str], "digests": {str: str}})
         if whole["digests"] != _digests(folder):

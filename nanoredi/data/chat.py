@@ -36,8 +36,8 @@ class Chat:
 
     Attributes:
         end: what the template writes after an answer.
-        stop_text: the text at its beginning, before any of the marks; a sample ends there, as at a stop string. Empty if
-            that is nothing but white space.
+        stop_text: the text at its beginning, before any of the marks; a sample ends there, as at a stop string. Empty
+            if that is nothing but white space.
 
     Raises:
         UserError: from the constructor, for a template that is broken or does not show an answer exactly once.
@@ -74,7 +74,7 @@ class Chat:
         self._ends = sorted({end.rstrip() for end in ends} - {""})
 
     def prompt(self, messages: Messages, think: bool = False) -> str:
-        """The conversation as text, up to where the model is to answer. A prompt that is templated already stays as it is.
+        """The conversation as text, up to where the model is to answer. A prompt that is templated already is kept.
 
         Args:
             messages: [{"role", "content"}], the last one the user's.
@@ -94,9 +94,9 @@ class Chat:
     def split(self, messages: Messages, remarks: set[str] | None = None) -> tuple[str, str]:
         """The conversation as text, cut before the last message, which is the assistant's: (prompt, completion).
 
-        The completion is what the template writes after the prompt, if that contains the whole answer. If it does not, or
-        if the template writes another prompt before an answer than for sampling, the completion is the answer as given plus
-        the template's end; a <think> that the prompt has opened is not opened again.
+        The completion is what the template writes after the prompt, if that contains the whole answer. If it does not,
+        or if the template writes another prompt before an answer than for sampling, the completion is the answer as
+        given plus the template's end; a <think> that the prompt has opened is not opened again.
 
         Args:
             remarks: receives what was done to the messages, as sentences for the user.
@@ -153,10 +153,10 @@ class Chat:
         return not (self._unwrapped(answer["content"]).strip() or "reasoning_content" in answer)
 
     def measured(self, prompt: Messages, answers: Messages) -> tuple[list[str], bool]:
-        """A prompt and the answers to it, as texts whose tokens are counted, and whether training tokenises these very texts.
+        """A prompt and the answers to it, as texts to count the tokens of, and whether training tokenises these texts.
 
-        The original applied the template to each part separately, so the default system prompt comes before an answer, and
-        no generation prompt after a prompt. Where the template drops nothing, this does the same, to reproduce the
+        The original applied the template to each part separately, so the default system prompt comes before an answer,
+        and no generation prompt after a prompt. Where the template drops nothing, this does the same, to reproduce the
         original's counts.
         """
         if self._shows_all:
@@ -184,7 +184,7 @@ class Chat:
         return {"messages": shown, "add_generation_prompt": add_generation_prompt, **none, **self._special}
 
     def _check(self, messages: Messages, text: str) -> None:
-        """Refuse a message that the text does not show: a template skips a role that it does not know, or shows it as another."""
+        """Refuse a message that the text does not show, or shows as another role: templates know only some roles."""
         for number, message in enumerate(messages, 1):
             role, content = message["role"], message["content"]
             elsewhere = self._template.source + text.replace(content, "").lower()
@@ -193,13 +193,12 @@ class Chat:
             # A template may trim or change what it shows; a placeholder tells whether it shows anything.
             seen = role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)
             if not (known and seen):
-                others = [name for name in ("system", "user", "assistant", "tool") if name != role]
-                roles = [name for name in others if name in self._template.source]
-                hint = f"; it knows the roles {', '.join(roles)}" if roles else ""
+                roles = [one for one in ("system", "user", "assistant", "tool") if one in self._template.source]
+                hint = f"; it knows the roles {', '.join(one for one in roles if one != role)}" if roles else ""
                 raise UserError(f"{self._label} does not show message {number}, whose role is {role!r}, as such{hint}")
 
     def _templated(self, messages: Messages) -> str | None:
-        """A prompt whose text is templated already, with the generation prompt completed at its end; None for any other."""
+        """A prompt whose text is templated already, its generation prompt completed; None for any other prompt."""
         text = messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else ""
         if self._header not in text:
             return None

@@ -1,8 +1,8 @@
-"""Finding training problems that share eight consecutive words with a benchmark problem, lower-cased and split at white space.
-The original, and Open-R1 before it, look for contamination in this way.
+"""Finding training problems that share eight consecutive words with a benchmark problem, lower-cased and split at white
+space. The original, and Open-R1 before it, look for contamination in this way.
 
-Formulas and stock phrases also overlap by chance, so overlaps are listed, and dropped only on demand. A benchmark problem
-of fewer than eight words overlaps with a problem of exactly the same words.
+Formulas and stock phrases also overlap by chance, so overlaps are listed, and dropped only on demand. A benchmark
+problem of fewer than eight words overlaps with a problem of exactly the same words.
 """
 
 import json
@@ -44,7 +44,7 @@ class Overlap:
                 self._problems.append((file, where, len(grams)))
 
     def check(self, traces: Traces, in_pairs: bool) -> bool:
-        """Whether a training problem overlaps; if so, the overlaps are added to rows. in_pairs: it is in stage 2's data, too."""
+        """Whether a training problem overlaps; adds the overlaps to rows. in_pairs: it is in stage 2's data, too."""
         shared: dict[int, list[str]] = {}
         for gram in _grams(traces.problem):
             for number in self._having.get(gram, ()):

@@ -1,8 +1,8 @@
 """The filters ("gates") between raw traces and training rows, in the original's order.
 
-A raw row holds a problem, several generations for it, and verdicts on each; a generation is correct if all its verdicts are
-true. Stage 1 learns a problem's first correct generation, at any length; stage 2 learns the first correct and the first
-incorrect one as a pair, if the prompt and both responses are within the limits. Each gate looks at a single row.
+A raw row holds a problem, several generations for it, and verdicts on each; a generation is correct if all its verdicts
+are true. Stage 1 learns a problem's first correct generation, at any length; stage 2 learns the first correct and the
+first incorrect one as a pair, if the prompt and both responses are within the limits. Each gate looks at a single row.
 """
 
 import sys

@@ -1,14 +1,13 @@
-"""Rows in the layouts that people use, read as messages: [{"role", "content"}], with "reasoning_content" where a row keeps
-the thinking apart.
+"""Rows in people's layouts, read as messages: [{"role", "content"}], with "reasoning_content" if the thinking is apart.
 
     stage 1   {"messages"} or ShareGPT's {"conversations"}: a conversation that ends with the assistant's answer
               {"prompt", "completion"}
     stage 2   {"prompt", "chosen", "rejected"}; chosen and rejected may be whole conversations that include the prompt
 
-The prompt may also be called problem or question, or be the messages beside an answer. A prompt is text (the user's) or a
-list of messages; an answer is text (the assistant's), a message, or a list that ends with one. A row may have the system
-message as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its content may be a list of parts
-of text.
+The prompt may also be called problem or question, or be the messages beside an answer. A prompt is text (the user's) or
+a list of messages; an answer is text (the assistant's), a message, or a list that ends with one. A row may have the
+system message as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its content may be a
+list of parts of text.
 """
 
 from typing import Any
@@ -35,7 +34,7 @@ def with_system(messages: Messages, system: str | None) -> Messages:
 
 
 def behind_system(where: str, row: dict[str, Any], messages: Messages) -> Messages:
-    """A row's messages with the row's `system` in front, if it has one. Raises a UserError for tools, which no prompt shows."""
+    """A row's messages with the row's `system` in front, if any. Raises a UserError for tools: no prompt shows them."""
     if row.get("tools") not in (None, "", "[]", []):
         raise UserError(f"{where} has 'tools', which prompts do not show: drop the field, or the row if it needs them")
     name = "system" if row.get("system") is not None else "system_prompt"
@@ -90,12 +89,10 @@ def conversation(where: str, row: Any) -> Messages:
     verdicts = ((name, str(given.get(name)).strip("[]")) for name in ("label", "correct", "is_correct"))
     wrong = next((name for name, verdict in verdicts if verdict.lower() == "false"), None)
     if wrong and "weight" not in given and last.get("weight") is None:
-        raise UserError(
-            f"{where}: {wrong!r} is false; give such a row a 'weight' (below 0 to unlearn it), or leave it out"
-        )
+        raise UserError(f"{where}: {wrong!r} is false; give the row a 'weight' (below 0 to unlearn it), or drop it")
     if "completion" in given and (messages is None or last.get("role", "assistant") != "assistant"):
         *before, answer = _answer(where, "completion", said(given))
-        return [*_prompt(where, given, "completion", before), answer]
+        return [*prompt_of(where, given, "completion", before), answer]
     name = "conversations" if "conversations" in given and "messages" not in given else "messages"
     if name not in given:
         raise _missing(where, given, "'messages' (nor 'conversations', nor 'prompt' with 'completion')")
@@ -117,7 +114,7 @@ def pair(where: str, row: Any) -> tuple[Messages, Messages]:
     (*before, chosen), (*others, rejected) = (_answer(where, name, given[name]) for name in SIDES)
     if before != others:
         raise UserError(f"{where}: 'chosen' and 'rejected' must differ in their last message alone")
-    return _prompt(where, given, "chosen", before), [chosen, rejected]
+    return prompt_of(where, given, "chosen", before), [chosen, rejected]
 
 
 def _given(row: Any) -> dict[str, Any]:
@@ -129,17 +126,17 @@ def _missing(where: str, given: dict[str, Any], name: str) -> UserError:
     return UserError(f"{where} has no field {name}; it holds {', '.join(map(repr, given))[:200] or 'no fields'}")
 
 
-def _prompt(where: str, given: dict[str, Any], answer: str, before: Messages) -> Messages:
-    """A row's prompt, its system message included. `before`: the messages before the answer, in the field `answer`."""
+def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messages | None = None) -> Messages:
+    """A row's prompt with its system message. `before`: the messages before the answer, if the field `answer` has any."""
     names = _PROMPTS[:2] if before else _PROMPTS  # beside whole conversations the other names may hold anything
-    name = next((name for name in names if name in given), None)
+    name = next((name for name in names if given.get(name) is not None), None)
     prompt = check_messages(f"{where}: {name!r}", given[name]) if name else before
     if not prompt:
         raise _missing(where, given, "'prompt'")
     if before and prompt not in (before, *([m] for m in before if m["role"] == "user")):
         raise UserError(f"{where}: 'prompt' must be what stands in {answer!r} before the answer")
     if not before and prompt[-1]["role"] == "assistant":
-        raise UserError(f"{where}: the last message of {name!r} is the assistant's, and must be what it is to answer")
+        raise UserError(f"{where}: {name!r} must not end with a message of the assistant")
     return behind_system(where, given, before or prompt)
 
 

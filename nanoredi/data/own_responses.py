@@ -3,8 +3,8 @@
     one row per problem     {"problem", "generations": [...], "answer"}
     one row per response    {"prompt", "completion", "answer"}: what sample.py writes; a problem's rows may be anywhere
 
-The problem is `problem`, `question` or `prompt` (text or messages), or `messages`. The rows are labelled by `correct` (true
-or false; in the first layout a list of these), or by the grader from `answer`, the gold answer or a list of right answers.
+The problem is `problem`, `question` or `prompt` (text or messages), or `messages`. The rows are labelled by `correct`
+(true or false; in the first layout a list of these), or by the grader from `answer`: one right answer, or a list.
 """
 
 import json
@@ -16,7 +16,7 @@ from nanoredi.common.errors import UserError
 from nanoredi.common.files import check
 from nanoredi.data.benchmarks import golds_of
 from nanoredi.data.filters import say_dropped
-from nanoredi.data.messages import behind_system, check_messages, folded, said
+from nanoredi.data.messages import check_messages, folded, prompt_of, said
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.grader import grade
@@ -39,7 +39,7 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
     generations = [] if row.get("generations") is None else row["generations"]
     check(where, generations, [(str, None)], "generations")
     # As in the raw set, a row whose problem is null or empty is stopped by a gate.
-    prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else _prompt(where, row)
+    prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else prompt_of(where, row)
     if prompt:
         generations = [tokenizer.opened(prompt, text) if text else text for text in generations]
     correct = row.get("correct")
@@ -60,8 +60,8 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
 
 
 def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, grading: bool) -> int:
-    """Label rows of the second layout, as `labelled` does, and put them on the spool, sorted by problem and sample. A problem
-    whose rows have different gold answers is dropped, and reported.
+    """Label rows of the second layout, as `labelled` does, and put them on the spool, sorted by problem and sample. A
+    problem whose rows have different gold answers is dropped, and reported.
 
     Returns:
         The number of problems that `gathered` will yield.
@@ -98,16 +98,6 @@ def gathered(spool: Spool) -> Iterator[tuple[str, Row]]:
         generations, correct = ([row[name] for row in rows] for name in ("generations", "correct"))
         labels = None if None in correct else list(chain.from_iterable(correct))
         yield rows[0]["where"], rows[0] | {"generations": list(chain.from_iterable(generations)), "correct": labels}
-
-
-def _prompt(where: str, row: Row) -> list[dict[str, str]]:
-    name = next((name for name in ("prompt", "problem", "question", "messages") if row.get(name) is not None), None)
-    if name is None:
-        raise UserError(f"{where} has no field 'problem', 'question', 'prompt' or 'messages'")
-    prompt = check_messages(f"{where}: {name!r}", row[name])
-    if prompt[-1]["role"] != "user":
-        raise UserError(f"{where}: the last of {name!r} must be the user's message")
-    return behind_system(where, row, prompt)
 
 
 def _golds(where: str, row: Row) -> list[str] | None:

@@ -2,7 +2,7 @@
 
 messages.py lists the layouts of rows. Both stages follow the original's token rules, which differ:
 
-    stage 1   the whole templated conversation is tokenised at once, and cut on the right; everything after the prompt is
+    stage 1   the whole templated conversation is tokenised at once, and cut on the right; what follows the prompt is
               learned, except the padding token if that is also eos and the template ends answers with another token, as
               with Qwen2.5's base models
     stage 2   prompt and completion are tokenised separately; a long prompt is cut on the left, a long completion on the
@@ -99,8 +99,8 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
 
     def arrays(encodings: list[Encoding], kept: tuple[int, str, float], counts: Counter[str]) -> Iterator[Arrays]:
         (num_chars, text, weight), (before, ids) = kept, (encoding.ids for encoding in encodings)
-        # Usually the whole starts with the prompt's own tokens. If not, a token straddles the border; it counts as part of
-        # the prompt, as in the original, unless the prompt ends with <think>, where sampling continues with its own tokens.
+        # Usually the whole starts with the prompt's own tokens. If not, a token straddles the border; as in the original
+        # it counts as the prompt's, unless that ends with <think>, from where sampling goes on with a new token.
         if ids[: len(before)] != before and text[:num_chars].rstrip().endswith("<think>"):
             ids = before + tokenizer.encode(text[num_chars:])
         first = len(before) if ids[: len(before)] == before else tokenizer.num_before(text, num_chars)

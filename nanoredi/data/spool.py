@@ -1,12 +1,13 @@
-"""A temporary file of rows that are written in one order and read in another: memory holds about two numbers per row."""
+"""A temporary file of rows, written in one order and read in another: memory holds about two numbers per row."""
 
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 
-class Spool:
+class Spool(AbstractContextManager):
     """Takes rows with sort keys in any order, and returns them sorted.
 
     Args:
@@ -30,9 +31,6 @@ class Spool:
         for _, offset in sorted(self.rows):
             self.file.seek(offset)
             yield self.file.readline()
-
-    def __enter__(self) -> "Spool":
-        return self
 
     def __exit__(self, *_) -> None:
         self.file.close()

@@ -31,7 +31,7 @@ class Template:
         with _lock:
             _, answer = _worker(source, os.getpid())
         if isinstance(answer, str):
-            raise UserError(f"the chat template of {name} is broken: {_sentence(answer)}")
+            raise UserError(f"the chat template of {name} is broken: {answer}")
 
     def render(self, *jobs: dict[str, Any]) -> list[str]:
         """The rendered texts, one for each dict of variables.
@@ -43,7 +43,7 @@ class Template:
             process, _ = _worker(self.source, os.getpid())
             answer = _ask(process, jobs)
         if isinstance(answer, str):
-            raise UserError(f"the chat template of {self.name} refuses the messages: {_sentence(answer)}")
+            raise UserError(f"the chat template of {self.name} refuses the messages: {answer}")
         return answer
 
 
@@ -70,8 +70,5 @@ def _ask(process: subprocess.Popen, request: Any) -> Any:
         with contextlib.suppress(OSError):  # raised if there is unread input
             process.stdin.close()
         return "it took too long, or ended the process that ran it"
-    return json.loads(answer)
-
-
-def _sentence(words: str) -> str:
-    return " ".join(words.split())[:300]
+    answer = json.loads(answer)
+    return " ".join(answer.split())[:300] if isinstance(answer, str) else answer

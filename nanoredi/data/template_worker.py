@@ -1,10 +1,10 @@
 """The program that runs a chat template, in a process of its own.
 
-A template is a program from somebody else's checkpoint. Jinja's sandbox lets it read nothing but the messages, but does not
-keep it from looping forever or filling the memory; limits on the process do.
+A template is a program from somebody else's checkpoint. Jinja's sandbox lets it read nothing but the messages, but does
+not keep it from looping forever or filling the memory; limits on the process do.
 
-The first line of the input is the template's source. Every further line is a list of dicts of variables, one for each text to
-render; the answer to each line is a line with the list of texts, or with an error message. All lines are JSON.
+The first line of the input is the template's source. Every further line is a list of dicts of variables, one for each
+text to render; the answer to each line is a line with the list of texts, or with an error message. All lines are JSON.
 """
 
 import contextlib

@@ -77,7 +77,7 @@ class Tokenizer(Chat):
         return self.encode_batch([text])[0].ids
 
     def encode_batch(self, texts: list[str]) -> list[tokenizers.Encoding]:
-        """The encodings of the texts, made on all cores; without character offsets, which would take a quarter of the time.
+        """The encodings of the texts, made on all cores; without character offsets, which would take a third longer.
 
         Raises:
             UserError: when the vocabulary has no token for something in a text.
@@ -153,8 +153,8 @@ class Tokenizer(Chat):
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def stream(self, stops: Sequence[str] = (), shown: bool = True) -> "Stream | None":
-        """A decoder of a completion, token by token, up to the first of these stop strings or the template's own. None if
-        there are none and the completion is not shown while it is sampled."""
+        """A decoder of a completion, token by token, up to the first of these stop strings or the template's own. None
+        if there are none and the completion is not shown while it is sampled."""
         stops = [*stops, *filter(None, [self.stop_text])]
         return Stream(self.backend, stops) if stops or shown else None
 
@@ -174,10 +174,8 @@ class Tokenizer(Chat):
         token = special.get(name)
         token_id = None if token is None else self.backend.token_to_id(token)
         if token_id is None:
-            fault = (
-                f"there is no {name}" if token is None else f"{name} is {token!r}, which the vocabulary does not hold"
-            )
-            raise UserError(f"{self._config_file}: {fault}")
+            fault = "is missing" if token is None else f"is {token!r}, which is not in the vocabulary"
+            raise UserError(f"{self._config_file}: {name} {fault}")
         return token_id
 
 

@@ -103,7 +103,7 @@ def test_what_is_missing_or_of_another_length(tmp_path):
     with pytest.raises(UserError, match="holds no file aime24 that ends in .json, .jsonl"):
         load("aime24", str(tmp_path))
     (tmp_path / "aime24.json").write_text(json.dumps([{"problem": "x", "answer": "1"}]))
-    with pytest.raises(UserError, match="holds 1 problems; aime24 has 30"):
+    with pytest.raises(UserError, match="holds 1 problems, but aime24 has 30"):
         load("aime24", str(tmp_path))
 
 

@@ -42,7 +42,7 @@ def test_thinking_beside_a_completion_is_its_thinking():
 @pytest.mark.parametrize("field", ["label", "correct", "is_correct"])
 def test_what_is_called_wrong_in_any_way_is_not_learned_as_right(field):
     for verdict in (False, "False", "false", [False]):
-        with pytest.raises(UserError, match=f"here: {field!r} is false; give such a row a 'weight'"):
+        with pytest.raises(UserError, match=f"here: {field!r} is false; give the row a 'weight'"):
             conversation("here", {"messages": TURNS, field: verdict})
 
 
@@ -133,7 +133,7 @@ def test_pairs_that_do_not_fit_are_named(row, words):
 @pytest.mark.parametrize("name", ["prompt", "messages", "conversations"])
 def test_a_prompt_that_holds_an_answer_already_is_refused(name):
     """An answer that is learned must not stand in its own prompt, nor a question twice."""
-    words = f"here: the last message of {name!r} is the assistant's, and must be what it is to answer"
+    words = f"here: {name!r} must not end with a message of the assistant"
     with pytest.raises(UserError, match=words):
         pair("here", {name: TURNS, "chosen": "B", "rejected": "C"})
     if name != "messages":  # which is a row by itself

@@ -148,8 +148,12 @@ def test_thinking_that_the_template_opened_belongs_to_the_response(tmp_path, tok
         (response("1", prompt="a=2", answer=True), True, "line 2 has no 'answer'"),
         (response(1), True, "line 2 must hold 'completion'"),
         ({"generations": ["1"], "answer": "1"}, True, "line 2 must hold 'completion'"),
-        ({"completion": "1", "answer": "1"}, True, "line 2 has no field 'problem', 'question', 'prompt' or 'messages'"),
-        (response("1", prompt=[{"role": "assistant", "content": "1"}]), True, "line 2: the last of 'prompt' must be"),
+        ({"completion": "1", "answer": "1"}, True, "line 2 has no field 'prompt'; it holds 'completion', 'answer'"),
+        (
+            response("1", prompt=[{"role": "assistant", "content": "1"}]),
+            True,
+            "line 2: 'prompt' must not end with a message of the assistant",
+        ),
         (response("1"), False, "line 1: 'correct' must say true or false of each response; or let --grade label"),
     ],
 )
