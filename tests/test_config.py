@@ -348,3 +348,21 @@ def test_a_run_goes_on_in_its_dtype(tmp_path):
         assert not open_run(out, {"redi": RediConfig(dtype="bfloat16")})
     with pytest.raises(UserError, match="redi.dtype is 'bfloat16' there and 'float32' here"):
         open_run(out, {"redi": RediConfig(dtype="float32")})
+
+
+def test_help_fits_the_terminal_and_shows_no_empty_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = "In a word.\n\n" + "word " * 30 + "\n\n    python x.py" + " " * 60 + "an example"
+    with pytest.raises(SystemExit):
+        read_flags(text, ["--help"], "evaluate", EvaluateConfig)
+    shown = capsys.readouterr().out
+    assert [line for line in shown.splitlines() if len(line) > 80] == [
+        line for line in text.splitlines() if "x.py" in line
+    ]
+    assert (
+        " []" not in shown
+        and "[[" not in shown
+        and "[math500 aime24 " in " ".join(shown.split())
+        and "[true|false]\n" in shown
+    )
+    assert shown.startswith("usage: ") and "[FLAGS]\n" in shown

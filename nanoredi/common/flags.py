@@ -101,7 +101,7 @@ def read_flags(
     """Read a script's flags.
 
     Args:
-        description: shown by --help, its paragraphs wrapped to the terminal; indented ones stay as they are.
+        description: shown by --help, its paragraphs wrapped to the terminal, except for examples and tables.
         argv: the words after the script's name.
         main: the table whose fields are plain flags; if recipes have this table, there is also a flag --recipe.
         main_type: its dataclass, or a subclass with more flags.
@@ -115,7 +115,7 @@ def read_flags(
         UserError: for a flag that does not exist, and for a value that its field does not allow.
     """
     width = shutil.get_terminal_size().columns - 2
-    parts = [part if part.startswith(" ") else textwrap.fill(part, width) for part in description.split("\n\n")]
+    parts = [part if "  " in part else textwrap.fill(part, width) for part in description.split("\n\n")]
     text = {"description": "\n\n".join(parts), "usage": f"%(prog)s [FLAGS] [{positional.upper()}]".removesuffix(" []")}
     parser = _Parser(**text, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     if main in TABLES:
