@@ -37,6 +37,8 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
         UserError: naming what is missing or malformed.
     """
     generations = [] if row.get("generations") is None else row["generations"]
+    if not generations and row.get("completion") is not None:
+        raise UserError(f"{where} has a 'completion', unlike the rows before it, which have 'generations'")
     check(where, generations, [(str, None)], "generations")
     # As in the raw set, a row whose problem is null or empty is stopped by a gate.
     prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else prompt_of(where, row)

@@ -186,6 +186,11 @@ def test_bad_problems_are_named(prepared, row, grading, words):
         prepared(row, grading=grading)
 
 
+def test_rows_of_the_other_layout_are_named(prepared):
+    with pytest.raises(UserError, match="line 2 has a 'completion', unlike the rows before it"):
+        prepared({"problem": "a=1", "generations": ["1"], "answer": "1"}, response(RIGHT))
+
+
 @pytest.mark.slow
 def test_the_loop_of_self_distillation(run, tmp_path):
     """Train stage 1 on the toy, sample from it, label the samples, train stage 2 on them."""
