@@ -68,9 +68,8 @@ class Chat:
         places = [place for mark in (*marks, eos) if mark and (place := self.end.find(mark)) >= 0]
         plain = self.end[: min(places, default=None)]
         self.stop_text = plain if plain.strip() else ""
-        ends = {mark for mark in marks if mark in self.end or mark in (eos, special.get("pad_token"))} | {
-            self.stop_text
-        }
+        named = (eos, special.get("pad_token"))
+        ends = {mark for mark in marks if mark in self.end or mark in named} | {self.stop_text}
         self._ends = sorted({end.rstrip() for end in ends} - {""})
 
     def prompt(self, messages: Messages, think: bool = False) -> str:

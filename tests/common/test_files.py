@@ -1,4 +1,4 @@
-"""What comes in from outside: bounded, of a declared shape, or refused in one sentence."""
+"""Input from outside is bounded and has a declared shape, or is refused in one sentence."""
 
 import pytest
 

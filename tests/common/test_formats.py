@@ -94,8 +94,8 @@ def test_tables(tmp_path):
         assert num_rows(path) == len(ROWS)
 
 
-def test_a_table_s_values_are_json_s(tmp_path):
-    """Times beside the rows, and within messages, do no harm."""
+def test_a_table_s_values_become_json_values(tmp_path):
+    """Times in other columns, or inside messages, do no harm."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     day = datetime.datetime(2026, 1, 2, 3, 4, 5)

@@ -1,4 +1,4 @@
-"""Messages to text: the prompt is sampling's, the end is learned, nothing of an answer is lost, and what is odd is said."""
+"""Messages to text: training and sampling share the prompt, the end is learned, answers are whole, changes are reported."""
 
 import json
 
@@ -45,7 +45,7 @@ def answered(answer: str | dict, *before: dict) -> list[dict]:
     [
         ("chatml", TRACE, TRACE + IM),
         ("chatml", "B", "B" + IM),
-        # DeepSeek's prompt opens the thinking: it is opened once, whatever the answer begins with.
+        # DeepSeek's prompt opens <think>, so the completion must not, whatever the answer begins with.
         ("deepseek", TRACE, "A\n</think>\n\nB" + EOS),
         ("deepseek", "<think>A</think>B", "A</think>B" + EOS),
         ("deepseek", "A\n</think>\n\nB", "A\n</think>\n\nB" + EOS),
@@ -86,7 +86,7 @@ def test_thinking_beside_the_content_is_thinking(chats, name, field):
     assert completion({"content": "B", field: "C"}) != completion(TRACE)
     assert completion({"content": "B", field: None}) == completion("B")
     assert completion({"content": TRACE, field: "A"}) == completion(TRACE)
-    # Thinking that says the same as the answer is thinking all the same.
+    # Thinking is not dropped if the answer repeats it.
     assert completion({"content": "A, so B", field: "A"}) == completion("<think>\nA\n</think>\n\nA, so B")
 
 
@@ -96,7 +96,7 @@ def test_a_template_writes_the_thinking_in_its_own_way(tmp_path):
     assert Tokenizer(small_folder(tmp_path, own)).split(answered(message))[1] == "[A]B" + IM
 
 
-def test_an_answer_that_looks_changed_is_said(chats):
+def test_what_is_done_to_an_answer_is_reported(chats):
     def remarks(name, messages):
         found = set()
         chats[name].split(messages, found)
@@ -124,7 +124,7 @@ def test_the_templates_end_is_taken_once(chats, name, ends):
             assert chats[name].split(answered("B" + end + padding)) == chats[name].split(answered("B"))
 
 
-def test_white_space_that_is_a_token_is_no_end():
+def test_a_white_space_token_is_not_an_end():
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '<e>\\n' if m.role == 'assistant' }}{% endfor %}"
     chat = Chat(source, "x", {}, ["<e>", "\n"])
     assert chat.split(answered("B<e>\n")) == chat.split(answered("B"))
@@ -139,7 +139,7 @@ def test_the_templates_header_is_taken_once(chats, name):
             assert chats[name].split(answered(begun + answer)) == chats[name].split(answered(answer))
 
 
-def test_a_word_that_the_prompt_ends_in_too_is_the_answer_s(tmp_path):
+def test_a_word_that_also_ends_the_prompt_belongs_to_the_answer(tmp_path):
     tokenizer = Tokenizer(small_folder(tmp_path, CHATML.replace("assistant\n{% endif", "\nassistant\n{% endif")))
     assert tokenizer.split(answered("assistants"))[1] == "assistants" + IM
 
@@ -191,14 +191,14 @@ def test_a_prompt_that_is_templated_already_stays_as_it_is(chats, name):
         ),
     ],
 )
-def test_a_message_that_the_template_passes_over_is_refused(chats, name, before, words):
+def test_a_message_that_the_template_skips_is_refused(chats, name, before, words):
     with pytest.raises(UserError, match=words):
         chats[name].split(answered("B", *before))
     with pytest.raises(UserError, match=words):
         chats[name].prompt(before)
 
 
-def test_a_role_that_the_template_takes_for_another_is_refused(tmp_path):
+def test_a_role_that_the_template_shows_as_another_is_refused(tmp_path):
     template = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% else %}<|im_end|>{% endif %}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="message 1, whose role is 'developer'"):
         Tokenizer(small_folder(tmp_path, template)).prompt([{"role": "developer", "content": "S"}, *user_message("Q")])
@@ -255,7 +255,7 @@ def test_an_end_of_plain_text_is_learned_and_ends_a_sample_before_it(tmp_path, e
     )
     data = load_sft(str(file), tokenizer, 500, str(tmp_path))
     stream = tokenizer.stream()
-    for i in range(3 if stop.strip() else 1):  # the end that a row has already is taken once
+    for i in range(3 if stop.strip() else 1):  # an end that a row already has is not doubled
         sequence = data.row(i)[0]
         learned = sequence.tokens[len(tokenizer.encode("Q: Q\nA: ")) :]
         assert tokenizer.decode(learned.tolist()) == answer + end.replace("<|im_end|>", "")
@@ -267,7 +267,7 @@ def test_an_end_of_plain_text_is_learned_and_ends_a_sample_before_it(tmp_path, e
     assert tokenizer.stop_text == stop and (tokenizer.stream(shown=False) is None) == (not stop)
 
 
-def test_the_originals_quirk_where_the_template_has_another_end(tmp_path):
+def test_eos_is_not_learned_in_stage_1_if_it_is_padding_and_not_the_template_s_end(tmp_path):
     tokenizer = Tokenizer(small_folder(tmp_path / "t", CHATML, eos_token="<|endoftext|>"))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": answered(TRACE)}))
     data = load_sft(str(tmp_path / "rows.jsonl"), tokenizer, 500, str(tmp_path))
@@ -287,7 +287,7 @@ def test_the_originals_quirk_where_the_template_has_another_end(tmp_path):
         ("{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}", "refuses the messages: RecursionError"),
     ],
 )
-def test_a_templates_own_fault_is_a_sentence(tmp_path, template, words):
+def test_an_error_of_the_template_is_one_sentence(tmp_path, template, words):
     with pytest.raises(UserError, match=words):
         Tokenizer(small_folder(tmp_path, template))
 

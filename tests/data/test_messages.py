@@ -1,4 +1,4 @@
-"""Rows to messages, in the layouts that people have, and what is refused by name."""
+"""Rows in people's layouts to messages, and refused rows."""
 
 import pytest
 
@@ -33,20 +33,20 @@ def test_stage_1_rows(row):
     assert conversation("here", row) == TURNS
 
 
-def test_thinking_beside_a_completion_is_its_thinking():
+def test_thinking_beside_a_completion_belongs_to_it():
     for field in ("reasoning_content", "reasoning", "thinking"):
         thought = {"prompt": "Q", "completion": "B", field: "A"}
         assert conversation("here", thought) == [TURNS[0], {**TURNS[1], "reasoning_content": "A"}]
 
 
 @pytest.mark.parametrize("field", ["label", "correct", "is_correct"])
-def test_what_is_called_wrong_in_any_way_is_not_learned_as_right(field):
+def test_what_is_labelled_wrong_is_not_learned_as_right(field):
     for verdict in (False, "False", "false", [False]):
         with pytest.raises(UserError, match=f"here: {field!r} is false; give the row a 'weight'"):
             conversation("here", {"messages": TURNS, field: verdict})
 
 
-def test_a_wrong_answer_may_bear_its_weight_itself():
+def test_a_wrong_answer_may_have_the_weight_in_its_message():
     turns = [TURNS[0], {**TURNS[1], "weight": -1}]
     assert conversation("here", {"messages": turns, "label": False}) == turns
 
@@ -132,11 +132,11 @@ def test_pairs_that_do_not_fit_are_named(row, words):
 
 @pytest.mark.parametrize("name", ["prompt", "messages", "conversations"])
 def test_a_prompt_that_holds_an_answer_already_is_refused(name):
-    """An answer that is learned must not stand in its own prompt, nor a question twice."""
+    """Otherwise an answer would be learned after a prompt that contains it, or a question asked twice."""
     words = f"here: {name!r} must not end with a message of the assistant"
     with pytest.raises(UserError, match=words):
         pair("here", {name: TURNS, "chosen": "B", "rejected": "C"})
-    if name != "messages":  # which is a row by itself
+    if name != "messages":  # which may be a whole row of stage 1 without the completion
         with pytest.raises(UserError, match=words):
             conversation("here", {name: TURNS, "completion": "B"})
     with pytest.raises(UserError, match="'prompt' must be what stands in 'completion' before the answer"):

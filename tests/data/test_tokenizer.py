@@ -14,7 +14,7 @@ CONVERSATION = [
     {"role": "user", "content": "What is 1+1?"},
     {"role": "assistant", "content": "<think>\nAdd.\n</think>\n\\boxed{2}"},
 ]
-# DeepSeek-R1-Distill's manner: <think> opened in the generation prompt, and dropped from the answers shown.
+# Like DeepSeek-R1-Distill's: <think> is opened in the generation prompt, and thinking dropped from answers.
 R1_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}{% else %}<assistant>"
     "{% set c = m['content'] %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
@@ -132,7 +132,7 @@ def test_templates_in_a_list_and_in_a_file(toy_data, tmp_path):
         ({"pad_token": {"content": ["x"]}}, "tokenizer_config.json: pad_token is "),
     ],
 )
-def test_templates_and_tokens_that_cannot_serve(toy_data, tmp_path, changes, words):
+def test_unusable_templates_and_tokens(toy_data, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         edited(toy_data, tmp_path, **changes)
 
@@ -142,7 +142,7 @@ def test_the_template_may_refuse(toy_data):
         Tokenizer(toy_data / "model").prompt([{"role": "system", "content": "a"}])
 
 
-def test_a_folder_that_holds_a_tokenizer_further_down_is_told_apart_from_a_hub_name(toy_data, tmp_path):
+def test_a_folder_with_a_tokenizer_further_down_is_not_mistaken_for_a_hub_name(toy_data, tmp_path):
     shutil.copytree(toy_data / "model", tmp_path / "models--org--name" / "snapshots" / "1a2b")
     with pytest.raises(UserError, match="is the hub's cache, not a model's: give .*/snapshots/1a2b$"):
         Tokenizer(tmp_path / "models--org--name")
@@ -167,7 +167,7 @@ def test_broken_files(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["", "  ", [], None, 3, [{"role": "user"}], [{"role": "user", "content": 1}], ["a"]])
-def test_what_is_no_message(value):
+def test_what_is_not_a_message(value):
     with pytest.raises(UserError, match="here must be text, or a list of messages"):
         check_messages("here", value)
 
@@ -175,10 +175,10 @@ def test_what_is_no_message(value):
 @pytest.mark.parametrize(
     "stops, text, stopped",
     [
-        (["b+2"], "a=1", True),  # a stop text of several tokens
-        (["+2c", "b+"], "a=1", True),  # the one that is whole first
+        (["b+2"], "a=1", True),  # a stop string of several tokens
+        (["+2c", "b+"], "a=1", True),  # the one that is complete first
         (["2d"], "a=1b+2c*3", False),
-        (["3d"], "a=1b+2c*3", False),  # what may begin a stop text is shown at the end
+        (["3d"], "a=1b+2c*3", False),  # the possible start of a stop string is shown at the end
     ],
 )
 def test_streaming_ends_before_a_stop_text(toy_data, stops, text, stopped):
