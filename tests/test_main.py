@@ -207,7 +207,7 @@ BAD_INPUT = [
     ("sample.py", [], ["there is no model under runs/ yet"]),
     ("sample.py", ["--model", "MODEL"], ["give a prompt, --prompts FILE or --chat"]),
     ("sample.py", ["--model", "Qwen/Qwen2-7B", "Hi"], ["hf download Qwen/Qwen2-7B"]),
-    ("sample.py", ["--model", "MODEL", "--prompt", "xyz"], ["cannot write"]),
+    ("sample.py", ["--model", "MODEL", "--prompt", "xyz"], ["cannot encode"]),
     ("sample.py", ["--model", "MODEL", "--prompt", "a" * 300], ["fills the context of 256"]),
     ("sample.py", ["--model", "MODEL", "--prompts", "broken.jsonl"], ["broken.jsonl, line 2 is not JSON"]),
     ("evaluate.py", ["--model", "MODEL", "--benchmarks", "math50"], ["math50", "math500"]),

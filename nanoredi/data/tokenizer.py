@@ -191,18 +191,23 @@ class Stream:
     def __init__(self, backend: tokenizers.Tokenizer, stops: Sequence[str] = ()):
         self.backend, self.stops = backend, stops
         self.decoder = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
-        self.text, self.stopped, self._waiting = "", False, ""
+        self.text, self.stopped, self._waiting, self._tokens = "", False, "", []
 
     def push(self, token: int) -> None:
-        text = self._waiting + (self.decoder.step(self.backend, token) or "")
+        self._tokens.append(token)
+        self._add(self._waiting + (self.decoder.step(self.backend, token) or ""))
+
+    def finish(self) -> None:
+        """The completion has ended: release the text that is held back, so that the text is all that decode() returns."""
+        if not self.stopped:
+            self._add(self.backend.decode(self._tokens, skip_special_tokens=True)[len(self.text) :])
+            self.text += self._waiting * (not self.stopped)
+
+    def _add(self, text: str) -> None:
         first = min((text.find(stop) for stop in self.stops if stop in text), default=-1)
         self.stopped = self.stopped or first >= 0
         end = first if first >= 0 else len(text) - may_begin(text, self.stops)
         self.text, self._waiting = self.text + text[:end], text[end:]
-
-    def finish(self) -> None:
-        """The completion has ended: release the text that is held back."""
-        self.text, self._waiting = self.text + self._waiting * (not self.stopped), ""
 
 
 def may_begin(text: str, marks: Sequence[str]) -> int:

@@ -70,6 +70,13 @@ def test_real_streaming_holds_half_characters_back(real_tokenizer):
         stream.push(i)
         pieces.append(stream.text[len("".join(pieces)) :])
     assert "".join(pieces) == "∑ 😀 ü" and "\ufffd" not in "".join(pieces)
+    # Ended within a character, behind bytes that are none: the text is that of decode().
+    for ids in ([198, 84200, 44474, 139816], real_tokenizer.encode("🤖🧮")[:-1]):
+        stream = real_tokenizer.stream()
+        for i in ids:
+            stream.push(i)
+        stream.finish()
+        assert stream.text == real_tokenizer.decode(ids) and stream.text.endswith("\ufffd")
 
 
 def test_toy_round_trip(toy_data):
