@@ -330,7 +330,7 @@ def test_a_model_s_folder_is_taken(tmp_path):
 
 
 def test_weights_that_are_a_pickle_are_named(tmp_path):
-    with pytest.raises(UserError, match="has neither model.safetensors nor model.safetensors.index.json$"):
+    with pytest.raises(UserError, match="has no model.safetensors and no model.safetensors.index.json$"):
         weight_files(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match="a .bin can run code when it is read: save it as safetensors"):

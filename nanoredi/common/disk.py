@@ -67,10 +67,10 @@ def writing_together(out: Path) -> Iterator[Path]:
             may_crash()
             try:
                 os.link(path, out / path.name)
-            except FileExistsError:
-                raise
-            except OSError:  # a file system without hard links
-                path.rename(out / path.name)
+            except OSError:
+                if (out / path.name).exists():
+                    raise
+                path.rename(out / path.name)  # the file system has no hard links
         _sync_entry(out)
     finally:
         _take_back(beside, out)
@@ -145,10 +145,8 @@ def remove_leftovers(folder: Path, locked: bool = False) -> None:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it is another user's
     return True
 
 

@@ -12,10 +12,8 @@ from nanoredi.common.errors import visible
 _ON_A_TERMINAL, _IN_A_FILE = 0.1, 60.0
 
 
-def progress(rows: Iterable[Any] | None, what: str, total: int | None, unit: str, **options: Any) -> tqdm:
+def progress(rows: Iterable[Any] | None, what: str, total: int | None, unit: str, delay: float = 0, **options) -> tqdm:
     """A tqdm bar over rows or, if rows is None, one that is advanced by update(). options: tqdm's own."""
     interval = _ON_A_TERMINAL if sys.stderr.isatty() else _IN_A_FILE
-    unit = f" {unit}"
-    options |= {"mininterval": interval, "maxinterval": max(10.0, interval)}
-    options["delay"] = max(interval, options.get("delay", 0))
-    return tqdm(rows, visible(what), total, unit=unit, file=sys.stderr, leave=False, **options)
+    options |= {"mininterval": interval, "maxinterval": max(10.0, interval), "delay": max(interval, delay)}
+    return tqdm(rows, visible(what), total, unit=f" {unit}", file=sys.stderr, leave=False, **options)

@@ -203,7 +203,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / Path(name).name for name in sorted(set(weight_map.values()))]
     if not (folder / "model.safetensors").exists():
         bins = "; a .bin can run code when it is read: save it as safetensors" * any(folder.glob("*.bin"))
-        raise UserError(f"{folder} has neither model.safetensors nor {INDEX}{bins}")
+        raise UserError(f"{folder} has no model.safetensors and no {INDEX}{bins}")
     return [folder / "model.safetensors"]
 
 

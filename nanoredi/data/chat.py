@@ -131,7 +131,8 @@ class Chat:
             return given + self.end
         written, content = whole.removeprefix(prompt), answer["content"]
         parts = (content, answer.get("reasoning_content", "")) if self._takes_thinking else (given,)
-        lost = written == whole or any(_bare(part) not in _bare(written) for part in parts)
+        # Compared without white space, which templates trim in many ways.
+        lost = written == whole or any("".join(part.split()) not in "".join(written.split()) for part in parts)
         # The template has put an empty <think> block before an answer that opens its thinking and never closes it.
         doubled = _THINK in content and whole.count(_THINK) > (prompt + given).count(_THINK)
         if lost or doubled:
@@ -229,8 +230,3 @@ class Chat:
             text = text.lstrip().removeprefix(_THINK)
             text = text[len(os.path.commonprefix((text, prompt[len(open_to) :]))) :]
         return text
-
-
-def _bare(text: str) -> str:
-    """The text without white space, which templates trim in many ways."""
-    return "".join(text.split())
