@@ -161,7 +161,7 @@ def _sift(
             facts = traces.pair(lengths).items()
             too_long.add(at, {name: fact for name, fact in facts if name not in ("prompt", *SIDES)})
     print("".join(f"{count:,} {what}.\n" for what, count in gates.remarks.items() if count), end="", file=sys.stderr)
-    say_dropped("rows", "text holds half a surrogate pair, which is no character", gates.unreadable, total)
+    say_dropped("rows", "text holds half a surrogate pair, which is not a character", gates.unreadable, total)
     if not len(sft):
         raise UserError(f"no row is left: {_summary(gates.counts)}")
 

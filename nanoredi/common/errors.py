@@ -73,8 +73,8 @@ def sentence(error: BaseException) -> str | None:
 
 _NO_MEMORY = "out of memory|can't allocate memory|not enough memory"
 _LESS_MEMORY = (
-    "training takes less with a smaller --max_tokens_per_micro_batch, --activation_checkpointing attention, --offload or "
-    "more GPUs, sampling with a smaller --cache_gb or --batch_size"
+    "training takes less with a smaller --max_tokens_per_micro_batch, --activation_checkpointing attention, --offload "
+    "or more GPUs, sampling with a smaller --cache_gb or --batch_size"
 )
 _CONTROLS = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {ord("\n"), ord("\t")}
 _ESCAPED = {c: ascii(chr(c))[1:-1] for c in _CONTROLS}

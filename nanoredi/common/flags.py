@@ -47,7 +47,7 @@ def option(
     of: dict[str, float] | None = None,
 ) -> Any:
     """A dataclass field with its help and the values it may take. free: it changes how the work is done, but not the
-    result, so a run may be resumed with another value. of: {objective: default}, if it is a parameter of these alone."""
+    result, so a run may be resumed with another value. of: {objective: default}, if only these have the parameter."""
     metadata = dict(help=help, low=low, above=above, high=high, choices=choices, free=free, of=of or {})
     made = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return dataclasses.field(**made, metadata=metadata)

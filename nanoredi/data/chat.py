@@ -16,11 +16,11 @@ from nanoredi.data.template import Template
 _ANSWER, _THOUGHTS = "\ue000answer\ue001", "\ue000thoughts\ue001"
 _THINK, _THOUGHT = "<think>", "</think>"
 # What split() reports, each with the number of rows that it is true of.
-_ENDED = "rows have the template's header or end on an answer: it is taken once"
-_GOES_ON = "rows have an answer that goes on after what ends completions: all is learned"
-_TEMPLATED = "rows have a prompt that is templated already: it is taken as it is"
-_REWRITTEN = "rows have an answer that the chat template writes in another way: its way is learned"
-_WHOLE = "rows have an answer that the chat template cuts, or puts after another prompt than sampling's: all is learned"
+_ENDED = "rows have an answer with the template's own header or end: it is not doubled"
+_GOES_ON = "rows have an answer that continues after an end of turn: all of it is learned"
+_TEMPLATED = "rows have a prompt that is templated already: it is used as it is"
+_REWRITTEN = "rows have an answer that the chat template rewrites: the template's form is learned"
+_WHOLE = "rows have an answer that the chat template cuts, or writes after another prompt: all of it is learned"
 _UNCLOSED = "rows have an answer that never closes the <think> that their prompt opens: it is learned as it is"
 _EARLIER = "rows have several answers: only the last one is learned"
 

@@ -127,14 +127,14 @@ def _missing(where: str, given: dict[str, Any], name: str) -> UserError:
 
 
 def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messages | None = None) -> Messages:
-    """A row's prompt with its system message. `before`: the messages before the answer, if the field `answer` has any."""
+    """A row's prompt with its system message. `before`: what comes before the answer in the field `answer`."""
     names = _PROMPTS[:2] if before else _PROMPTS  # beside whole conversations the other names may hold anything
     name = next((name for name in names if given.get(name) is not None), None)
     prompt = check_messages(f"{where}: {name!r}", given[name]) if name else before
     if not prompt:
         raise _missing(where, given, "'prompt'")
     if before and prompt not in (before, *([m] for m in before if m["role"] == "user")):
-        raise UserError(f"{where}: 'prompt' must be what stands in {answer!r} before the answer")
+        raise UserError(f"{where}: 'prompt' must be the messages before the answer in {answer!r}")
     if not before and prompt[-1]["role"] == "assistant":
         raise UserError(f"{where}: {name!r} must not end with a message of the assistant")
     return behind_system(where, given, before or prompt)

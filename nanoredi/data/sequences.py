@@ -99,8 +99,8 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
 
     def arrays(encodings: list[Encoding], kept: tuple[int, str, float], counts: Counter[str]) -> Iterator[Arrays]:
         (num_chars, text, weight), (before, ids) = kept, (encoding.ids for encoding in encodings)
-        # Usually the whole starts with the prompt's own tokens. If not, a token straddles the border; as in the original
-        # it counts as the prompt's, unless that ends with <think>, from where sampling goes on with a new token.
+        # Usually the whole starts with the prompt's own tokens. If not, a token straddles the border; as originally
+        # it counts as the prompt's, unless that ends with <think>, after which sampling starts a new token.
         if ids[: len(before)] != before and text[:num_chars].rstrip().endswith("<think>"):
             ids = before + tokenizer.encode(text[num_chars:])
         first = len(before) if ids[: len(before)] == before else tokenizer.num_before(text, num_chars)

@@ -1,4 +1,4 @@
-"""The program that runs a chat template, in a process of its own.
+"""The program that runs a chat template, in a separate process.
 
 A template is a program from somebody else's checkpoint. Jinja's sandbox lets it read nothing but the messages, but does
 not keep it from looping forever or filling the memory; limits on the process do.

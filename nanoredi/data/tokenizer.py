@@ -89,7 +89,7 @@ class Tokenizer(Chat):
                 return [self.encode_batch([text])[0] for text in texts]  # raises the error of the text at fault
             if half := half_pair(texts[0]):
                 place = f"...{texts[0][max(0, half.start() - 20) : half.end()]}"
-                raise UserError(f"half a surrogate pair, which is no character, ends this text: {place!r}") from None
+                raise UserError(f"half a surrogate pair, which is not a character, ends this text: {place!r}") from None
             raise UserError(f"the tokenizer of {self.folder} cannot encode {texts[0][:80]!r}: {error}") from None
 
     def num_before(self, text: str, num_chars: int) -> int:
@@ -198,7 +198,7 @@ class Stream:
         self._add(self._waiting + (self.decoder.step(self.backend, token) or ""))
 
     def finish(self) -> None:
-        """The completion has ended: release the text that is held back, so that the text is all that decode() returns."""
+        """The completion has ended: release the text that is held back, so that the text is decode()'s."""
         if not self.stopped:
             self._add(self.backend.decode(self._tokens, skip_special_tokens=True)[len(self.text) :])
             self.text += self._waiting * (not self.stopped)

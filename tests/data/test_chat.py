@@ -103,9 +103,9 @@ def test_what_is_done_to_an_answer_is_reported(chats):
         return [remark.split(":")[0] for remark in found]
 
     assert remarks("chatml", answered("B")) == remarks("qwen3", answered(TRACE)) == []
-    assert remarks("qwen3", answered("B")) == ["rows have an answer that the chat template writes in another way"]
+    assert remarks("qwen3", answered("B")) == ["rows have an answer that the chat template rewrites"]
     assert "cuts" in remarks("deepseek", answered(TRACE))[0]
-    assert remarks("chatml", answered("B" + IM)) == ["rows have the template's header or end on an answer"]
+    assert remarks("chatml", answered("B" + IM)) == ["rows have an answer with the template's own header or end"]
     templated = user_message(chats["chatml"].prompt(user_message("Q")))
     assert remarks("chatml", answered("B", *templated)) == ["rows have a prompt that is templated already"]
     assert remarks("chatml", answered("B", *answered("A"), *user_message("Q"))) == ["rows have several answers"]

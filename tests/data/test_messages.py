@@ -116,7 +116,7 @@ def test_messages_that_cannot_be_learned_are_named(messages, words):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({**WHOLE, "prompt": "other"}, "here: 'prompt' must be what stands in 'chosen' before the answer"),
+        ({**WHOLE, "prompt": "other"}, "here: 'prompt' must be the messages before the answer in 'chosen'"),
         ({**WHOLE, "rejected": [*user_message("R"), TURNS[1]]}, "must differ in their last message alone"),
         ({**WHOLE, "rejected": "C"}, "must differ in their last message alone"),
         (
@@ -139,5 +139,5 @@ def test_a_prompt_that_holds_an_answer_already_is_refused(name):
     if name != "messages":  # which may be a whole row of stage 1 without the completion
         with pytest.raises(UserError, match=words):
             conversation("here", {name: TURNS, "completion": "B"})
-    with pytest.raises(UserError, match="'prompt' must be what stands in 'completion' before the answer"):
+    with pytest.raises(UserError, match="'prompt' must be the messages before the answer in 'completion'"):
         conversation("here", {"prompt": "other", "completion": TURNS})

@@ -119,15 +119,15 @@ def test_rows_without_anything_to_learn_are_counted(tokenizer, write, cache):
     assert [note.split(": ", 1)[1] for note in data.notes] == [
         "1 of 4 rows dropped: an answer is nothing but white space",
         "1 of 4 rows dropped: chosen and rejected are the same",
-        "1 of 4 rows have the template's header or end on an answer: it is taken once",
+        "1 of 4 rows have an answer with the template's own header or end: it is not doubled",
     ]
 
 
 def test_an_answer_that_goes_on_after_an_end_is_counted(tokenizer, write, cache):
     rows = conversation(), conversation("a=1", "1<eos>2<eos>"), {"prompt": "a=1", "completion": "1<eos>2"}
-    goes_on = "an answer that goes on after what ends completions: all is learned"
+    goes_on = "an answer that continues after an end of turn: all of it is learned"
     assert {note.split(": ", 1)[1] for note in load_sft(write(*rows), tokenizer, 50, cache).notes} == {
-        "1 of 3 rows have the template's header or end on an answer: it is taken once",
+        "1 of 3 rows have an answer with the template's own header or end: it is not doubled",
         f"2 of 3 rows have {goes_on}",
     }
     notes = load_pairs(write(PAIR, {**PAIR, "chosen": "<think><eos></think>1"}), tokenizer, 50, 50, cache).notes
