@@ -129,8 +129,7 @@ def _as_raw_rows(files: list[Path], total: int, spool: Spool, tokenizer: Tokeniz
     """The number of raw rows in the files, and the raw rows. The user's own rows are labelled and, if there is a row
     for each response, those of one problem joined."""
     rows = ((where, check(where, row, dict)) for file in files for where, row in read_rows(str(file), _FIELDS))
-    first = next(rows)
-    rows = chain([first], rows)
+    rows = chain([first := next(rows)], rows)
     if "completion" in first[1]:
         total = own.gather(progress(rows, "gathering", total, "rows", delay=1), spool, tokenizer, grading)
         return total, own.gathered(spool)

@@ -114,7 +114,7 @@ def read_flags(
     Raises:
         UserError: for a flag that does not exist, and for a value that its field does not allow.
     """
-    width = shutil.get_terminal_size().columns - 2
+    width = max(40, shutil.get_terminal_size().columns - 2)
     parts = [part if "  " in part else textwrap.fill(part, width) for part in description.split("\n\n")]
     text = {"description": "\n\n".join(parts), "usage": f"%(prog)s [FLAGS] [{positional.upper()}]".removesuffix(" []")}
     parser = _Parser(**text, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -199,16 +199,17 @@ class Chat:
 
     def _templated(self, messages: Messages) -> str | None:
         """A prompt whose text is templated already, its generation prompt completed; None for any other prompt."""
-        text = messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else ""
+        text = messages[-1]["content"] if messages[-1]["role"] == "user" else ""
         if self._header not in text:
             return None
         bare, tail = text.rstrip(), self._tail.strip()
         forced = bare.endswith(_THINK) and _THINK not in tail
-        if forced:
-            bare = bare.removesuffix(_THINK).rstrip()
+        bare = bare.removesuffix(_THINK).rstrip() if forced else bare
         for length in range(len(tail), 0, -1):
             begun = tail[:length]
             if bare.endswith(begun) and (begun == tail or any(mark in begun for mark in self._marks)):
+                if len(messages) > 1:
+                    raise UserError("the last message is templated already, so no other may stand before it")
                 text = text if forced else bare + tail[length:] + self._tail[len(self._tail.rstrip()) :]
                 return self._bos + text.removeprefix(self._bos)
         return None

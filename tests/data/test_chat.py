@@ -173,6 +173,9 @@ def test_a_prompt_that_is_templated_already_stays_as_it_is(chats, name):
     forced = chats[name].prompt(user_message("Q"), think=True)
     assert chats[name].prompt(user_message(forced)) == forced
     assert chats[name].prompt(user_message("What is <|im_end|>?")).count("What") == 1
+    for text in (prompt, begun):
+        with pytest.raises(UserError, match="the last message is templated already, so no other may stand before it"):
+            chats[name].prompt([{"role": "system", "content": "S"}, *user_message(text)])
 
 
 @pytest.mark.parametrize(
