@@ -203,8 +203,7 @@ def table(counts: dict[str, int]) -> str:
 def main(argv: list[str]) -> None:
     _, given = read_flags(__doc__, argv, "prepare", PrepareFlags)
     flags = resolve(PrepareFlags, "prepare", given)
-    missing = [f"--{name}" for name in ("raw", "tokenizer", "out") if not getattr(flags, name)]
-    if missing:
+    if missing := [f"--{name}" for name in ("raw", "tokenizer", "out") if not getattr(flags, name)]:
         raise UserError(f"{' and '.join(missing)} must be given; --help lists the flags")
     if flags.drop and not flags.decontaminate:
         raise UserError("--drop needs --decontaminate FILE ..., the benchmarks whose overlaps it drops")

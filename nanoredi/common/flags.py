@@ -101,7 +101,7 @@ def read_flags(
     """Read a script's flags.
 
     Args:
-        description: shown by --help, its paragraphs wrapped to the terminal, except for examples and tables.
+        description: shown by --help, paragraphs wrapped to the terminal, wide examples' comments on a line of their own.
         argv: the words after the script's name.
         main: the table whose fields are plain flags; if recipes have this table, there is also a flag --recipe.
         main_type: its dataclass, or a subclass with more flags.
@@ -115,11 +115,13 @@ def read_flags(
         UserError: for a flag that does not exist, and for a value that its field does not allow.
     """
     width = max(40, shutil.get_terminal_size().columns - 2)
-    parts = [part if "  " in part else textwrap.fill(part, width) for part in description.split("\n\n")]
+    apart = [re.sub(r"(?<=\S)  +", "\n" + 8 * " ", s) if len(s) > width else s for s in description.split("\n")]
+    parts = [part if "  " in part else textwrap.fill(part, width) for part in "\n".join(apart).split("\n\n")]
     text = {"description": "\n\n".join(parts), "usage": f"%(prog)s [FLAGS] [{positional.upper()}]".removesuffix(" []")}
     parser = _Parser(**text, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     if main in TABLES:
-        parser.add_argument("--recipe", metavar="R", help=f"a TOML file, or one of {', '.join(_builtin_recipes())}")
+        names, arms = ", ".join(_builtin_recipes()).replace(f" {ARMS.stem}-", " -").split(", -", 1)
+        parser.add_argument("--recipe", metavar="R", help=f"a TOML file; {names}; or {ARMS.stem} followed by -{arms}")
     flags = {f"--{f.name}": (main, f) for f in dataclasses.fields(main_type)}
     flags |= {f"--{table}.{f.name}": (table, f) for table in others for f in dataclasses.fields(TABLES[table])}
     for flag, (_, f) in flags.items():

@@ -31,8 +31,7 @@ class Overlap:
     """
 
     def __init__(self, files: list[str], drop: bool = False):
-        self.files = files
-        self.drop = drop
+        self.files, self.drop = files, drop
         self.rows: list[dict[str, Any]] = []
         self._problems: list[tuple[str, str, int]] = []  # (file, file and line, number of its n-grams)
         self._having: dict[str, list[int]] = {}  # {n-gram: indices of the problems that have it}
