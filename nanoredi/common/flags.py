@@ -121,7 +121,7 @@ def read_flags(
     parser = _Parser(**text, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     if main in TABLES:
         names, arms = ", ".join(_builtin_recipes()).replace(f" {ARMS.stem}-", " -").split(", -", 1)
-        parser.add_argument("--recipe", metavar="R", help=f"a TOML file; {names}; or {ARMS.stem} followed by -{arms}")
+        parser.add_argument("--recipe", metavar="R", help=f"a TOML file, {names}, or {ARMS.stem} and one of -{arms}")
     flags = {f"--{f.name}": (main, f) for f in dataclasses.fields(main_type)}
     flags |= {f"--{table}.{f.name}": (table, f) for table in others for f in dataclasses.fields(TABLES[table])}
     for flag, (_, f) in flags.items():
