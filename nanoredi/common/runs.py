@@ -189,9 +189,7 @@ def holds_model(folder: Path) -> bool:
         read_json(folder / "config.json")
         open_weights(folder)
     except UserError as error:
-        raise UserError(
-            f"{folder} is not a complete model ({error}): move it away and start the same command again"
-        ) from None
+        raise UserError(f"{folder} is not a complete model ({error}): move it away and start again") from None
     return True
 
 
