@@ -80,11 +80,11 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
 
 def _cells(column: Any) -> list[Any]:
     """A column as JSON values: times, decimals and bytes become text, numbers that are not finite null."""
-    if not re.search("float|double|time|date|duration|decimal|binary", str(column.type)):
+    if not re.search("float|double|time|date|duration|decimal|binary|interval|extension", str(column.type)):
         return column.to_pylist()
     try:
         cells = column.to_pylist()
-    except ValueError:  # a time with nanoseconds, which Python's datetime does not have
+    except (ValueError, OverflowError):  # a time that Python's datetime cannot hold: nanoseconds, or a far year
         cells = column.cast("string").to_pylist()
     return json.loads(json.dumps(cells, default=str), parse_constant=lambda _: None)
 
