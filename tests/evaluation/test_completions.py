@@ -17,14 +17,14 @@ SAMPLE = {"model": "m", "benchmark": "b", "problem": 0, "sample": 0, "response":
     [
         ([], "holds no rows"),
         ([7], "line 1 holds no JSON object"),
-        ([{"prompt": "What is 1+1?", "text": "2"}], "line 1 is in no layout"),
-        ([{"prompt": "What is 1+1?", "outputs": [{"txt": "2"}]}], "line 1 has no text where its completion"),
-        ([{"prompt": "What is 1+1?", "completion": 2}], "line 1 has no text where its completion"),
+        ([{"prompt": "What is 1+1?", "text": "2"}], "line 1 is in no known layout"),
+        ([{"prompt": "What is 1+1?", "outputs": [{"txt": "2"}]}], "line 1 has .* for a completion; it must be a text"),
+        ([{"prompt": "What is 1+1?", "completion": 2}], "line 1 has '2' for a completion; it must be a text"),
         ([{"prompt": "What is 1+2?", "completion": "3"}], "line 1: its prompt holds no problem of b"),
         ([{"completion": "3"}], "line 1 has no prompt"),
         (
             [SAMPLE, {**SAMPLE, "response": "2"}],
-            "line 2 is sample 0 of its problem, as an earlier row of other words is",
+            "line 2 is sample 0 of its problem, as is an earlier row with other text",
         ),
         ([{"prompt": "What is 1+1?", "completion": "3"}], "has 0 completions for problem 2 of b and 1 for others"),
     ],
@@ -40,6 +40,9 @@ def test_no_gold_answer_anywhere(tmp_path):
     with pytest.raises(UserError, match="line 2 has another gold answer than an earlier row"):
         rows = [{"prompt": "What is 1+1?", "answer": gold, "completion": "2"} for gold in "23"]
         grade_file(written(tmp_path, rows), "m", [], thinking=True)
+
+    with pytest.raises(UserError, match="line 1 has neither a prompt nor an id"):
+        graded(tmp_path, [{"gold": "2", "completion": "2"}])
 
 
 def answer(text=r"</think>\boxed{2}", **more):
@@ -103,6 +106,8 @@ def test_by_place_only_where_nothing_else_is_there(tmp_path, many):
     rows = [answer(rf"</think>\boxed{{{i}}}", id=f"chatcmpl-{i * 7919:x}", prompt=None) for i in range(12)]
     done, (said,) = graded(tmp_path, rows, many)
     assert done == ALL_RIGHT and "are taken in the order of many" in said
+    named = [{**row, "problem_idx": i + 1} for i, row in enumerate(rows)]
+    assert graded(tmp_path, named[::-1], many) == (ALL_RIGHT, [])
     with pytest.raises(UserError, match="line 1 has no prompt, and no id that names its problem"):
         graded(tmp_path, rows[1:], many)
 
@@ -273,3 +278,44 @@ def test_solutions_are_no_gold_answers(tmp_path):
         graded(tmp_path, rows)
     rows += [{"prompt": str(i), "output": "7", "answer": "7"} for i in range(3, 6)]
     graded(tmp_path, rows)
+
+
+def test_rows_that_stand_twice(tmp_path, many):
+    """sample.py numbers a prompt's samples, so a file that was appended to itself is recognised; of others it is said."""
+    texts = [(p, rf"</think>\boxed{{{i}}}") for i, p in enumerate(many.problems)]
+    own = [
+        {"prompt": p, "completion": text, "finish_reason": "stop", "tokens": 3, "sample": k}
+        for p, text in texts
+        for k in (0, 1)
+    ]
+    done, (said,) = graded(tmp_path, own * 2, many)
+    assert done == [(i, k, True) for i in range(12) for k in (0, 1)] and "every completion of many more than" in said
+    other_seed = [{**row, "completion": row["completion"] + "."} for row in own]
+    assert len(graded(tmp_path, own + other_seed + own, many)[0]) == 48
+    done, (said,) = graded(tmp_path, [{"prompt": p, "output": text} for p, text in texts] * 2, many)
+    assert len(done) == 24 and "m has every completion of many more than once, word for word" in said
+
+
+def test_a_few_shot_prompt_is_no_answer(tmp_path, benchmark):
+    shots = r"Q: What is 3+3? A: \boxed{6}. Q: "
+    rows = [{"question": p, "generated_text": f"{shots}{p} A: I do not know."} for p in benchmark.problems]
+    with pytest.raises(UserError, match="2 of 2 completions have a boxed answer in front of the problem itself"):
+        graded(tmp_path, rows, benchmark, thinking=False)
+    for row in rows:
+        row["prompt"] = shots + row["question"]  # then it is known, and cut off
+    assert graded(tmp_path, rows, benchmark, thinking=False)[0] == [(0, 0, False), (1, 0, False)]
+
+
+def test_text_cells_of_a_csv_file(tmp_path):
+    """Numbers are text there, and empty cells are empty text."""
+    path = tmp_path / "c.csv"
+    path.write_text("prompt,completion,tokens,finish_reason,gold\nq,</think>\\boxed{2},12,stop,2\nr,,,,3\n")
+    said = []
+    (samples,) = grade_file(str(path), "m", [], thinking=True, say=said.append)
+    assert [(s["correct"], s["tokens"], s["finish_reason"]) for s in samples] == [(True, 12, "stop"), (False, None, "")]
+    assert said == [f"{path}: 1 of 2 completions are empty and count as wrong"]
+    path.write_text(
+        "model,benchmark,problem,sample,gold,response\na,b,1,0,['4'],\\boxed{4}\na,b,0,0,['2'],\\boxed{2}\n"
+    )
+    (samples,) = grade_file(str(path), "m", [], thinking=True)
+    assert [(s["model"], s["problem"], s["correct"]) for s in samples] == [("m: a", 0, True), ("m: a", 1, True)]

@@ -1,6 +1,7 @@
 """Rows of other engines, each in its layout, come to the same samples."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -160,7 +161,7 @@ def test_thinking_and_words_that_are_no_completion(tmp_path, row):
 
 def test_a_response_of_another_api_is_no_failed_request(tmp_path, benchmark):
     rows = [{"key": "1", "response": {"results": [{"generated": "2"}]}}]
-    with pytest.raises(UserError, match="line 1 is in no layout"):
+    with pytest.raises(UserError, match="line 1 is in no known layout"):
         grade_file(written(tmp_path, rows), "m", [benchmark], thinking=True)
 
 
@@ -186,7 +187,7 @@ def test_empty_responses(tmp_path, benchmark):
         {"prompt": long, "response": ""},
     ]
     (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False, say=said.append)
-    assert said == [f"{tmp_path}/c.jsonl: no completion has a boxed answer, which is the one that counts"]
+    assert said[0] == f"{tmp_path}/c.jsonl: 6 of 6 completions are empty and count as wrong"
     assert [s["response"] for s in samples] == [""] * 6 and not any(s["correct"] for s in samples)
 
 
@@ -204,13 +205,13 @@ def test_finish_reasons(tmp_path, benchmark, reason, kept):
 @pytest.mark.parametrize(
     "more, words",
     [
-        ({"tokens": "9"}, "line 1: its number of tokens is '9'; it must be a whole number"),
+        ({"tokens": "9.5"}, "line 1: its number of tokens is '9.5'; it must be a whole number"),
         ({"tokens": True}, "its number of tokens is 'True'"),
         ({"tokens": -1}, "its number of tokens is '-1'"),
         ({"finish_reason": 3}, "its finish_reason is '3'; it must be a text"),
         ({"finish_reason": [3]}, "its finish_reason is '3'; it must be a text"),
         ({"benchmark": "b", "problem": 0, "sample": []}, r"its 'sample' is '\[\]'; it must be a whole number"),
-        ({"completion": {"a": 1}}, "no text where its completion should be"),
+        ({"completion": {"a": 1}}, "line 1 has .* for a completion; it must be a text"),
         ({"completion": []}, "its 'completion' holds no completion"),
     ],
 )
@@ -221,7 +222,8 @@ def test_fields_of_a_wrong_type_are_named(tmp_path, benchmark, more, words):
 
 def test_an_unknown_layout_is_described(tmp_path, benchmark):
     with pytest.raises(
-        UserError, match=r"it has the fields prompt, reply; known are .*outputs \(vLLM's RequestOutput\)"
+        UserError,
+        match="no known layout: it has the fields prompt, reply, and completions are looked for in .* outputs,",
     ):
         graded(tmp_path, [{"prompt": "What is 1+1?", "reply": "2"}], benchmark)
 
@@ -235,6 +237,10 @@ def test_parquet_is_read_as_it_is(tmp_path, benchmark):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "details.parquet")
     (samples,) = grade_file(str(tmp_path / "details.parquet"), "m", [benchmark], thinking=True)
     assert [s["correct"] for s in samples] == [True, False, True, False] and samples[0]["tokens"] == 9
+    rows = [{"prompt": p, "output": "x", "tokens": n} for p, n in zip(benchmark.problems, (3.0, math.nan))]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "pandas.parquet")
+    (samples,) = grade_file(str(tmp_path / "pandas.parquet"), "m", [benchmark], thinking=True)
+    assert [s["tokens"] for s in samples] == [3, None]
 
 
 def test_a_reader_may_leave_before_the_list_of_layouts_is_printed():
