@@ -175,6 +175,6 @@ def test_the_same_command_goes_on(said, tmp_path):
         said(*words)
     assert path.read_text() == before
     (tmp_path / "mine").write_text("my own\n")
-    with pytest.raises(UserError, match="mine is there, and no mine.settings.json that says of what"):
+    with pytest.raises(UserError, match="mine exists without the mine.settings.json that describes it"):
         said("a=1", "--out", "mine")
     assert (tmp_path / "mine").read_text() == "my own\n"

@@ -1,15 +1,15 @@
 """Grade completions that another engine wrote, whatever its layout (layouts.py).
 
-A row's prompt says which problem it answers: of all problems whose text it contains the last one, since those before it
-may be few-shot examples. A row without a prompt is matched by an id, a benchmark's own or a number, and a row with neither
-by its position in the file, with a note. Several rows of one problem are several samples of it. The gold answers are the
-benchmark's, or the file's own where no benchmark is named.
+A row's prompt says which problem it answers: of all problems whose text it contains, the last one, since those before
+may be few-shot examples. A row without a prompt is matched by an id, a benchmark's own or a number, and one with neither
+by its position in the file, with a note. Several rows of one problem are several samples of it. The gold answers are
+the benchmark's, or the file's own if no benchmark is named.
 """
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,15 +23,8 @@ Problem = tuple[int, int]  # (index of the benchmark, index of the problem in it
 Found = dict[Problem, dict[int, Completion]]  # each problem's completions, by sample number
 
 
-def grade_file(
-    path: str,
-    name: str,
-    benchmarks: list[Benchmark],
-    thinking: bool,
-    limit: int = 0,
-    say: Callable[[str], None] = print,
-) -> list[list[Row]]:
-    """Grade a file of completions.
+def grade_file(path: str, name: str, benchmarks: list[Benchmark], thinking: bool, limit: int = 0) -> list[list[Row]]:
+    """Grade a file of completions, and print notes on what may not be meant.
 
     Args:
         path: rows in one of the layouts.
@@ -39,7 +32,6 @@ def grade_file(
         benchmarks: the benchmarks that are answered; none: the file's own prompts and gold answers make one.
         thinking: whether the prompts opened <think>, so that the completions do not contain it.
         limit: grade only this many problems from each benchmark's start; 0: all.
-        say: prints a note.
 
     Returns:
         The samples (for the keys see graded) of each model on each benchmark that the file answers, equally many for
@@ -48,21 +40,21 @@ def grade_file(
     Raises:
         UserError: for an unknown layout, a row of no problem, and problems with different numbers of completions.
     """
-    answers = _read(path, say)
+    answers = _read(path)
     if benchmarks:
-        problems = _assigned(path, answers, benchmarks, limit, say)
+        problems = _assigned(path, answers, benchmarks, limit)
         _refuse_prompts(path, answers, [benchmarks[which].problems[i] for which, i in problems])
     else:
-        benchmarks, problems = _own_benchmarks(path, answers, say)
+        benchmarks, problems = _own_benchmarks(path, answers)
     samples = []
     for model in dict.fromkeys(row.model for row in answers):
         own = ((row, problem) for row, problem in zip(answers, problems) if row.model == model)
         found = _with_repeated_problems(benchmarks, _by_problem(own, thinking))
-        samples += _graded(path, name if model is None else f"{name}: {model}", benchmarks, found, limit, say)
+        samples += _graded(path, name if model is None else f"{name}: {model}", benchmarks, found, limit)
     return samples
 
 
-def _read(path: str, say: Callable[[str], None]) -> list[Answers]:
+def _read(path: str) -> list[Answers]:
     """The rows of the file. A failed request gets as many empty completions as other requests have completions."""
     answers, metrics = [], None
     for where, row in read_rows(path):
@@ -76,7 +68,7 @@ def _read(path: str, say: Callable[[str], None]) -> list[Answers]:
     if len({row.model for row in answers} - {None}) < 2 and answers[0].problem is None:
         for row in answers:
             row.model = None
-    _check_texts(path, answers, say)
+    _check_texts(path, answers)
     failed = [row for row in answers if row.error is not None]
     width = max(1, *(len(row.completions) for row in answers))
     for row in failed:
@@ -85,31 +77,31 @@ def _read(path: str, say: Callable[[str], None]) -> list[Answers]:
         words = "; ".join(
             f"{count} x {words[:200]!r}" for words, count in Counter(r.error for r in failed).most_common(3)
         )
-        say(
+        print(
             f"{path}: {len(failed)} of {len(answers)} requests failed and count as wrong, the first in "
             f"{failed[0].where}: {words}"
         )
     return answers
 
 
-def _check_texts(path: str, answers: list[Answers], say: Callable[[str], None]) -> None:
+def _check_texts(path: str, answers: list[Answers]) -> None:
     """Say how many completions are empty, and what happens if none has a box: a "prediction" without a box may be the
     final answer itself."""
     own = [one for row in answers for one in row.completions]
     if empty := sum(not one.text.strip() for one in own):
-        say(f"{path}: {empty:,} of {len(own):,} completions are empty and count as wrong")
+        print(f"{path}: {empty:,} of {len(own):,} completions are empty and count as wrong")
     if any("box" in one.text for one in own) or empty == len(own):
         return
     if all(row.path in (None, "prediction", "predictions", "predict") for row in answers):
-        say(f"{path}: no {answers[0].path} has a boxed answer; each is taken for the answer itself")
+        print(f"{path}: no {answers[0].path} has a boxed answer; each is taken for the answer itself")
         for one in own:
             one.text = f"</think>\\boxed{{{one.text}}}"
     else:
-        say(f"{path}: no completion has a boxed answer, which is the one that counts")
+        print(f"{path}: no completion has a boxed answer, which is the one that counts")
 
 
 def _by_problem(rows: Iterable[tuple[Answers, Problem]], thinking: bool) -> Found:
-    """One model's completions of each problem. A sample number that comes again with the same text is the same sample."""
+    """One model's completions of each problem. A repeated sample number with the same text is the same sample."""
     found: Found = {}
     seen = set()
     for row, problem in rows:
@@ -127,9 +119,7 @@ def _by_problem(rows: Iterable[tuple[Answers, Problem]], thinking: bool) -> Foun
     return found
 
 
-def _own_benchmarks(
-    path: str, answers: list[Answers], say: Callable[[str], None]
-) -> tuple[list[Benchmark], list[Problem]]:
+def _own_benchmarks(path: str, answers: list[Answers]) -> tuple[list[Benchmark], list[Problem]]:
     """The file's prompts as benchmarks, with the file's own gold answers, and the problem of each row."""
     golds: dict[str, dict[str | int, list[str]]] = {}
     keys = []
@@ -146,7 +136,7 @@ def _own_benchmarks(
                 raise UserError(f"{row.where} has another gold answer than an earlier row of the same problem")
         keys.append((benchmark, key))
     if unsure := {row.gold_field for row in answers} & {"answer", "label"}:
-        say(f"{path}: its own {' and '.join(sorted(unsure))!r} is taken for the gold answer")
+        print(f"{path}: its own {' and '.join(sorted(unsure))!r} is taken for the gold answer")
     # In samples.jsonl problems are numbers, and rows are in the order in which they were finished.
     ordered = {b: sorted(own) if all(isinstance(key, int) for key in own) else list(own) for b, own in golds.items()}
     places, benchmarks = {}, []
@@ -158,9 +148,7 @@ def _own_benchmarks(
     return benchmarks, [places[key] for key in keys]
 
 
-def _assigned(
-    path: str, answers: list[Answers], benchmarks: list[Benchmark], limit: int, say: Callable[[str], None]
-) -> list[Problem]:
+def _assigned(path: str, answers: list[Answers], benchmarks: list[Benchmark], limit: int) -> list[Problem]:
     """The problem that each row answers."""
     texts: dict[str, Problem] = {}  # of problems with the same text the first
     for which, benchmark in enumerate(benchmarks):
@@ -185,10 +173,10 @@ def _assigned(
     if named is None:
         if len(benchmarks) > 1 or len(answers) not in (len(benchmarks[0].problems), limit):
             raise UserError(
-                f"{left[0].where} has no prompt, and no id that names its problem; then the file must have a row for each "
-                "problem of one benchmark"
+                f"{left[0].where} has no prompt, and no id that names its problem; then the file must have a row for "
+                "each problem of one benchmark"
             )
-        say(f"{path}: rows without a prompt or an id of a problem are taken in the order of {benchmarks[0].name}")
+        print(f"{path}: rows without a prompt or an id of a problem are taken in the order of {benchmarks[0].name}")
         return [problem or (0, place) for place, problem in enumerate(found)]
     return [problem or by_id for problem, by_id in zip(found, named)]
 
@@ -199,8 +187,8 @@ def _refuse_prompts(path: str, answers: list[Answers], problems: list[str]) -> N
     num_boxed = sum("\\box" in before and bool(asked) for before, asked, _ in parts)
     if 2 * num_boxed > len(parts):
         raise UserError(
-            f"{path}: {num_boxed:,} of {len(parts):,} completions have a boxed answer in front of the problem itself, so they "
-            "seem to begin with their prompts; a row must hold the completion alone"
+            f"{path}: {num_boxed:,} of {len(parts):,} completions have a boxed answer in front of the problem itself, so "
+            "they seem to begin with their prompts; a row must hold the completion alone"
         )
 
 
@@ -225,32 +213,33 @@ def _numbered(row: Answers, benchmarks: list[Benchmark]) -> Problem:
 
 
 def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list[Problem] | None:
-    """The problem of each row by the first of its ids that identifies a problem in every row; None if there is no such id.
+    """The problem of each row by the first of its ids that identifies a problem in every row; None if there is none.
 
     Raises:
         UserError: if the rows have a custom_id that identifies no problem: engines that write one promise no order.
     """
     for name in rows[0].ids:
         ids = [row.ids.get(name, "") for row in rows]
-        # With several benchmarks an id begins with the name of one.
-        whose = [[i for i, b in enumerate(benchmarks) if len(benchmarks) == 1 or id.startswith(b.name)] for id in ids]
-        problems = {}
+        # With several benchmarks an id begins with the name of one; of several such names the longest is meant.
+        names = [b.name for b in benchmarks] if len(benchmarks) > 1 else [""]
+        whose = [max((name for name in names if id.startswith(name)), key=len, default=None) for id in ids]
+        problems: dict[str, Problem] = {}
         for which, benchmark in enumerate(benchmarks):
-            own = [id for id, those in zip(ids, whose) if those and those[-1] == which]
-            problems |= {(id, which): (which, i) for id, i in _numbers(own, benchmark, limit).items()}
-        if all(those and (id, those[-1]) in problems for id, those in zip(ids, whose)):
-            return [problems[id, those[-1]] for id, those in zip(ids, whose)]
+            own = [id for id, begin in zip(ids, whose) if begin == names[which]]
+            problems |= {id: (which, i) for id, i in _numbers(own, benchmark, limit).items()}
+        if problems.keys() >= {*ids}:
+            return [problems[id] for id in ids]
         if name == "custom_id":
             raise UserError(
-                f"{rows[0].where}: its custom_id {ids[0]!r} names no problem of {', '.join(b.name for b in benchmarks)}, "
-                "neither by an id of the benchmark nor by its number; give the rows their prompts"
+                f"{rows[0].where}: its custom_id {ids[0]!r} names no problem of "
+                f"{', '.join(b.name for b in benchmarks)}, by no id and by no number; give the rows their prompts"
             )
     return None
 
 
 def _numbers(ids: list[str], benchmark: Benchmark, limit: int) -> dict[str, int]:
-    """{id: index of its problem} for the benchmark's own ids, or for ids with a number that runs over all problems, from
-    0 or 1. Empty if the ids are neither, or contain several such numbers."""
+    """{id: index of its problem} for the benchmark's own ids, or for ids with a number that runs over all problems, from 0
+    or 1. Empty if the ids are neither, or contain several such numbers."""
     if len(benchmark.problems) == 1:
         return dict.fromkeys(ids, 0)
     for own in benchmark.ids.values():
@@ -266,8 +255,8 @@ def _numbers(ids: list[str], benchmark: Benchmark, limit: int) -> dict[str, int]
 
 
 def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:
-    """Completions of a problem that a benchmark has several times, split between its copies; every copy gets all of them
-    if there are only as many as another problem has."""
+    """Completions of a problem that a benchmark has several times, split among its copies; every copy gets all of them if
+    there are only as many as another problem has."""
     same: dict[str, list[Problem]] = {}
     for which, benchmark in enumerate(benchmarks):
         for i, text in enumerate(benchmark.problems):
@@ -282,9 +271,7 @@ def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:
     return found
 
 
-def _graded(
-    path: str, name: str, benchmarks: list[Benchmark], found: Found, limit: int, say: Callable[[str], None]
-) -> list[list[Row]]:
+def _graded(path: str, name: str, benchmarks: list[Benchmark], found: Found, limit: int) -> list[list[Row]]:
     """One model's completions graded, by benchmark."""
     samples = []
     for which, benchmark in enumerate(benchmarks):
@@ -299,7 +286,7 @@ def _graded(
                     "others; every problem needs as many"
                 )
         if n > 1 and all(min(Counter(one.text for one in own.values()).values()) > 1 for own in problems):
-            say(f"{path}: {name} has every completion of {benchmark.name} more than once, word for word")
+            print(f"{path}: {name} has every completion of {benchmark.name} more than once, word for word")
         numbered = [(i, number, own[number]) for i, own in enumerate(problems) for number in range(n)]
         samples.append([graded(name, benchmark, i, k, one.text, one.tokens, one.reason) for i, k, one in numbered])
     return samples

@@ -1,7 +1,7 @@
 """The layouts in which engines write completions, as one table; docs/layouts.md has an example of each.
 
-A layout is recognised by the field that holds its completions. The value is a text, an object that again has one of these
-fields, or a list of either. Token counts, thinking and finish reasons are taken from the innermost object that has them.
+A layout is recognised by the field that holds its completions. Its value is a text, an object that again has one of
+these fields, or a list of either. Token counts, thinking and finish reasons come from the innermost object that has them.
 Names are compared without regard to case and to underscores around them (finishReason, __doc__).
 """
 
@@ -105,8 +105,8 @@ def read(where: str, row: Any) -> Answers:
     """Read a row in whichever layout it has.
 
     Raises:
-        UserError: if it has none, with its fields' names; if a completion is not text, or a token count or finish reason
-            has the wrong type.
+        UserError: if it has none, with the names of its fields; if a completion is not text, or a token count or finish
+            reason has the wrong type.
     """
     given = {"outputs": row} if isinstance(row, list) else row  # the samples of a problem
     if not isinstance(given, dict):
@@ -151,8 +151,8 @@ def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: 
     where, path = found.where, found.path
     if path is None:
         raise UserError(
-            f"{where} is in no known layout: it has the fields {', '.join(given)[:500] or 'none at all'}, and completions are "
-            f"looked for in {', '.join(LAYOUTS)} (docs/layouts.md has an example of each)"
+            f"{where} is in no known layout: it has the fields {', '.join(given)[:500] or 'none at all'}, and completions "
+            f"are looked for in {', '.join(LAYOUTS)} (docs/layouts.md has an example of each)"
         )
     is_piece = row.get("done") is False or path == "content" and row.get("stop") is False
     if is_piece or str(row.get("object")).endswith(".chunk"):
@@ -205,8 +205,8 @@ def _described(found: list[Completion], value: dict[str, Any]) -> list[Completio
 
 
 def _each(value: dict[str, Any], names: Iterable[str], num: int, count: Any = None) -> list[Any]:
-    """What an object says about each of its completions, by the first of some names that it has. For several completions
-    that is a list, since a single value is about all together. With `count` a list may also be what is counted."""
+    """What an object says about each of its completions, by the first of some names that it has. For several completions it
+    must be a list: a single value is about all together. With `count` a list may also be what is counted."""
     for path in (about + name for about in _ABOUT for name in names):
         said = _get(value, path)
         if count and isinstance(said, dict):
@@ -222,7 +222,7 @@ def _each(value: dict[str, Any], names: Iterable[str], num: int, count: Any = No
 
 
 def _count(value: Any) -> Any:
-    """A whole number as one, also if a table has it as text or as a float; None for a table's empty cell; else the value."""
+    """A whole number that a table has as text or as a float, or None for its empty cell; else the value itself."""
     if value == "" or value != value:
         return None
     if isinstance(value, float) and value.is_integer() or isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):

@@ -1,6 +1,7 @@
 """Each completion finds its problem, and a file that does not fit its benchmark is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from completions import graded, rows_of, written
@@ -85,6 +86,10 @@ def test_a_custom_id_that_names_no_problem_is_refused(tmp_path, many, name):
 
 
 def test_ids_of_two_benchmarks(tmp_path, many, benchmark):
+    longer = replace(benchmark, name="many-b")  # begins with the other's name
+    rows = [batch(f"many-{i}", rf"</think>\boxed{{{i}}}") for i in range(12)]
+    rows += [batch("many-b-1"), batch("many-b-2", r"</think>\boxed{4}")]
+    assert graded(tmp_path, rows[::-1], longer, many)[0] == [(0, 0, True), (1, 0, True), *ALL_RIGHT]
     rows = [batch(f"many-{i}", rf"</think>\boxed{{{i}}}") for i in range(12)]
     rows += [batch("b-1"), batch("b-2", r"</think>\boxed{4}")]
     assert graded(tmp_path, rows[::-1], benchmark, many)[0] == [(0, 0, True), (1, 0, True), *ALL_RIGHT]
@@ -155,7 +160,7 @@ def test_failed_requests_are_wrong_and_shown(tmp_path, many):
     done, (said,) = graded(tmp_path, failed + right[6:], many)
     assert done == [(i, 0, i >= 6) for i in range(12)]
     assert "6 of 12 requests failed" in said and "line 1" in said and "2 x 'Rate limit'" in said and "\x1b" not in said
-    (samples,) = grade_file(written(tmp_path, failed + right[6:]), "m", [many], True, say=lambda _: None)
+    (samples,) = grade_file(written(tmp_path, failed + right[6:]), "m", [many], True)
     assert samples[0]["response"] == "<think>\n" and samples[0]["finish_reason"] == "error"
     # Of a request for several samples each failed.
     for row in right:
@@ -306,14 +311,13 @@ def test_a_few_shot_prompt_is_no_answer(tmp_path, benchmark):
     assert graded(tmp_path, rows, benchmark, thinking=False)[0] == [(0, 0, False), (1, 0, False)]
 
 
-def test_text_cells_of_a_csv_file(tmp_path):
+def test_text_cells_of_a_csv_file(tmp_path, capsys):
     """Numbers are text there, and empty cells are empty text."""
     path = tmp_path / "c.csv"
     path.write_text("prompt,completion,tokens,finish_reason,gold\nq,</think>\\boxed{2},12,stop,2\nr,,,,3\n")
-    said = []
-    (samples,) = grade_file(str(path), "m", [], thinking=True, say=said.append)
+    (samples,) = grade_file(str(path), "m", [], thinking=True)
     assert [(s["correct"], s["tokens"], s["finish_reason"]) for s in samples] == [(True, 12, "stop"), (False, None, "")]
-    assert said == [f"{path}: 1 of 2 completions are empty and count as wrong"]
+    assert capsys.readouterr().out == f"{path}: 1 of 2 completions are empty and count as wrong\n"
     path.write_text(
         "model,benchmark,problem,sample,gold,response\na,b,1,0,['4'],\\boxed{4}\na,b,0,0,['2'],\\boxed{2}\n"
     )

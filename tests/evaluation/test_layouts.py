@@ -67,15 +67,15 @@ def second(example):
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_the_examples_of_the_docs(tmp_path, benchmark, example):
+def test_the_examples_of_the_docs(tmp_path, benchmark, example, capsys):
     rows = [second(example), json.loads(example)]
-    said = []
-    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=True, say=said.append)
+    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=True)
     failed = "not done in time" in example
     assert [(s["problem"], s["correct"], s["gold"]) for s in samples] == [
         (0, not failed, ["2"]),
         (1, not failed, ["4"]),
     ]
+    said = capsys.readouterr().out.splitlines()
     assert len(said) == failed and (
         not failed or "2 of 2 requests failed" in said[0] and "'not done in time'" in said[0]
     )
@@ -134,11 +134,11 @@ def test_lists_of_texts_and_why_a_completion_ended(tmp_path, row, reasons):
         {"response": None, "error": {"message": "down"}, "message": {"role": "assistant", "content": "2"}},
     ],
 )
-def test_what_stands_beside_an_error_is_no_completion(tmp_path, row):
-    said = []
+def test_what_stands_beside_an_error_is_no_completion(tmp_path, row, capsys):
     rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
-    grade_file(written(tmp_path, rows), "m", [], thinking=False, say=said.append)
-    assert "1 of 1 requests failed" in said[0] and "'down'" in said[0]
+    grade_file(written(tmp_path, rows), "m", [], thinking=False)
+    said = capsys.readouterr().out
+    assert "1 of 1 requests failed" in said and "'down'" in said
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,7 @@ def test_lm_eval_s_messages_and_filters(tmp_path, benchmark):
     assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, True), (0, 1, False), (1, 0, True), (1, 1, False)]
 
 
-def test_empty_responses(tmp_path, benchmark):
-    said = []
+def test_empty_responses(tmp_path, benchmark, capsys):
     short, long = benchmark.problems
     rows = [
         {"prompt": short, "choices": [{"message": {"content": None, "reasoning_content": None}}]},
@@ -186,8 +185,8 @@ def test_empty_responses(tmp_path, benchmark):
         {"prompt": short, "response": {"candidates": [{"content": {"parts": [], "role": "model"}}]}},
         {"prompt": long, "response": ""},
     ]
-    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False, say=said.append)
-    assert said[0] == f"{tmp_path}/c.jsonl: 6 of 6 completions are empty and count as wrong"
+    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False)
+    assert f"{tmp_path}/c.jsonl: 6 of 6 completions are empty and count as wrong" in capsys.readouterr().out
     assert [s["response"] for s in samples] == [""] * 6 and not any(s["correct"] for s in samples)
 
 
