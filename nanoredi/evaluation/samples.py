@@ -170,15 +170,12 @@ def read_results(folder: str | Path) -> list[Row]:
     """The rows of a run's results.json.
 
     Raises:
-        UserError: if it is missing or broken, or has two rows of one model and benchmark.
+        UserError: if it is missing or broken.
     """
     path = Path(folder) / "results.json"
     rows = check(str(path), read_json(path, list), [_RESULT])
     if not rows:
         raise UserError(f"{path} holds no results")
-    for (model, benchmark), count in Counter((row["model"], row["benchmark"]) for row in rows).items():
-        if count > 1:
-            raise UserError(f"{path} has {count} rows of {model} on {benchmark}; it must have one")
     check(str(path), [{**row, "model": None, "benchmark": None} for row in rows], [{str: (float, bool, None)}])
     return rows
 
