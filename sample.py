@@ -32,7 +32,7 @@ from nanoredi.config import EvaluateConfig, SamplingConfig
 from nanoredi.data import benchmarks
 from nanoredi.data.messages import behind_system, check_messages, with_system
 from nanoredi.data.tokenizer import Tokenizer
-from nanoredi.evaluation.samples import claim, cut_torn_line, digest_of_files
+from nanoredi.evaluation.samples import claim, digest_of_files
 from nanoredi.model.hf_folder import stop_ids
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.sampler import Sampler
@@ -203,7 +203,8 @@ def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: Sa
         except OSError:
             raise UserError(f"another process writes to {path}: wait for it, or give another --out") from None
         config.dtype = _claim(path, folder, config)
-        cut_torn_line(path)
+        with open(path, "rb+") as whole:  # without the partial line that a killed job leaves at the end
+            whole.truncate(sum(len(line) for line in whole if line.endswith(b"\n")))
         missing = {_key({**sample.row, "sample": sample.request.sample}): sample for sample in samples}
         for where, row in read_rows(str(path)):
             if missing.pop(_key(row), None) is None:

@@ -23,7 +23,7 @@ from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.evaluation.evaluate import evaluate_all
 from nanoredi.evaluation.samples import kept_results
 from nanoredi.evaluation.scores import unended
-from nanoredi.report.tables import table
+from nanoredi.report.tables import details, show
 from nanoredi.trainer.distributed import World, world
 from nanoredi.trainer.dtype import settled_dtype
 from nanoredi.trainer.loop import train
@@ -71,7 +71,7 @@ def show_results(config: RediConfig, evaluation: EvaluateConfig, ranks: World) -
     rows = ranks.first(lambda: kept_results(out))
     if models.keys() - {row["model"] for row in rows}:
         rows = evaluate_all(models, _benchmarks(evaluation), evaluation, out, ranks, pairs=config, adds=True)
-    ranks.say("\n" + table(rows))
+    ranks.say("\n" + show([details(rows)]))
     if evaluation.think == "forced" and (samples := out / "samples.jsonl").exists():
         flag = "--think own to evaluate.py, or --evaluate.think own to a new run"
         ranks.say(ranks.first(lambda: "\n".join(unended((row for _, row in read_rows(str(samples))), flag))))

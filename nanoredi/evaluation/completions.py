@@ -1,9 +1,9 @@
 """Grade completions that another engine wrote, whatever its layout (layouts.py).
 
 A row's prompt says which problem it answers: of all problems whose text it contains, the last one, since those before
-may be few-shot examples. A row without a prompt is matched by an id, a benchmark's own or a number, and one with neither
-by its position in the file, with a note. Several rows of one problem are several samples of it. The gold answers are
-the benchmark's, or the file's own if no benchmark is named.
+may be few-shot examples. A row without a prompt is matched by an id, a benchmark's own or a number; without either, by
+its position in the file, with a note. Several rows of one problem are several samples of it. The gold answers are the
+benchmark's, or the file's own if no benchmark is named.
 """
 
 import re
@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 from nanoredi.common.errors import UserError, run_script
@@ -74,9 +75,8 @@ def _read(path: str) -> list[Answers]:
     for row in failed:
         row.completions = [Completion("", reason="error")] * width
     if failed:
-        words = "; ".join(
-            f"{count} x {words[:200]!r}" for words, count in Counter(r.error for r in failed).most_common(3)
-        )
+        errors = Counter(row.error for row in failed).most_common(3)
+        words = "; ".join(f"{count} x {error[:200]!r}" for error, count in errors)
         print(
             f"{path}: {len(failed)} of {len(answers)} requests failed and count as wrong, the first in "
             f"{failed[0].where}: {words}"
@@ -125,16 +125,14 @@ def _own_benchmarks(path: str, answers: list[Answers]) -> tuple[list[Benchmark],
     keys = []
     for row in answers:
         key = row.prompt or next(iter(row.ids.values()), None) if row.problem is None else row.problem
-        benchmark = row.benchmark or Path(path).stem
+        keys.append((row.benchmark or Path(path).stem, key))
+        own = golds.setdefault(keys[-1][0], {})
         if key is None:
             raise UserError(f"{row.where} has neither a prompt nor an id, which would say what problem it answers")
-        if row.golds is None and key not in golds.get(benchmark, {}):
+        if row.golds is None and key not in own:
             raise UserError(f"{row.where} has no gold answer of its own: name the benchmark with --benchmarks")
-        if row.golds is not None:
-            own = golds_of(row.where, row.golds)
-            if golds.setdefault(benchmark, {}).setdefault(key, own) != own:
-                raise UserError(f"{row.where} has another gold answer than an earlier row of the same problem")
-        keys.append((benchmark, key))
+        if row.golds is not None and own.setdefault(key, gold := golds_of(row.where, row.golds)) != gold:
+            raise UserError(f"{row.where} has another gold answer than an earlier row of the same problem")
     if unsure := {row.gold_field for row in answers} & {"answer", "label"}:
         print(f"{path}: its own {' and '.join(sorted(unsure))!r} is taken for the gold answer")
     # In samples.jsonl problems are numbers, and rows are in the order in which they were finished.
@@ -154,30 +152,23 @@ def _assigned(path: str, answers: list[Answers], benchmarks: list[Benchmark], li
     for which, benchmark in enumerate(benchmarks):
         for i, text in enumerate(benchmark.problems):
             texts.setdefault(_words(text), (which, i))
-    known: dict[str | None, Problem | None] = {None: None}
+    asked = lru_cache(None)(partial(_asked, problems=texts))
     found: list[Problem | None] = []
     for row in answers:
-        if row.problem is not None:
-            found.append(_numbered(row, benchmarks))
-            continue
-        if row.prompt not in known:
-            known[row.prompt] = _asked(row.prompt, texts)
-        found.append(known[row.prompt] or _asked(row.texts, texts))
+        found.append(asked(row.prompt or "") or asked(row.texts) if row.problem is None else _numbered(row, benchmarks))
         if row.prompt and found[-1] is None:
-            names = ", ".join(b.name for b in benchmarks)
-            raise UserError(f"{row.where}: its prompt holds no problem of {names}")
-    left = [row for row, problem in zip(answers, found) if problem is None]
-    if not left:
+            raise UserError(f"{row.where}: its prompt holds no problem of {', '.join(b.name for b in benchmarks)}")
+    if None not in found:
         return found
     named = _by_id(answers, benchmarks, limit)
     if named is None:
         if len(benchmarks) > 1 or len(answers) not in (len(benchmarks[0].problems), limit):
             raise UserError(
-                f"{left[0].where} has no prompt, and no id that names its problem; then the file must have a row for "
-                "each problem of one benchmark"
+                f"{answers[found.index(None)].where} has no prompt, and no id that names its problem; then the file "
+                "must have a row for each problem of one benchmark"
             )
         print(f"{path}: rows without a prompt or an id of a problem are taken in the order of {benchmarks[0].name}")
-        return [problem or (0, place) for place, problem in enumerate(found)]
+        named = [(0, place) for place in range(len(found))]
     return [problem or by_id for problem, by_id in zip(found, named)]
 
 
@@ -187,8 +178,8 @@ def _refuse_prompts(path: str, answers: list[Answers], problems: list[str]) -> N
     num_boxed = sum("\\box" in before and bool(asked) for before, asked, _ in parts)
     if 2 * num_boxed > len(parts):
         raise UserError(
-            f"{path}: {num_boxed:,} of {len(parts):,} completions have a boxed answer in front of the problem itself, so "
-            "they seem to begin with their prompts; a row must hold the completion alone"
+            f"{path}: {num_boxed:,} of {len(parts):,} completions have a boxed answer in front of the problem itself, "
+            "so they seem to begin with their prompts; a row must hold the completion alone"
         )
 
 
@@ -238,8 +229,8 @@ def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list
 
 
 def _numbers(ids: list[str], benchmark: Benchmark, limit: int) -> dict[str, int]:
-    """{id: index of its problem} for the benchmark's own ids, or for ids with a number that runs over all problems, from 0
-    or 1. Empty if the ids are neither, or contain several such numbers."""
+    """{id: index of its problem} for the benchmark's own ids, or for ids with a number that runs over all problems, from
+    0 or 1. Empty if the ids are neither, or contain several such numbers."""
     if len(benchmark.problems) == 1:
         return dict.fromkeys(ids, 0)
     for own in benchmark.ids.values():
@@ -255,8 +246,8 @@ def _numbers(ids: list[str], benchmark: Benchmark, limit: int) -> dict[str, int]
 
 
 def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:
-    """Completions of a problem that a benchmark has several times, split among its copies; every copy gets all of them if
-    there are only as many as another problem has."""
+    """Completions of a problem that a benchmark has several times, split among its copies; every copy gets all of them
+    if there are only as many as another problem has."""
     same: dict[str, list[Problem]] = {}
     for which, benchmark in enumerate(benchmarks):
         for i, text in enumerate(benchmark.problems):

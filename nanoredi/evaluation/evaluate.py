@@ -81,9 +81,8 @@ def evaluate(
     model = Qwen2.from_pretrained(folder, dtype=dtype, device=world.device).pack()
     logps = {}
     if pairs is not None and pairs.watch:
-        load = partial(
-            load_pairs, pairs.watch, tokenizer, pairs.max_prompt_tokens, pairs.max_response_tokens, pairs.cache
-        )
+        limits = pairs.max_prompt_tokens, pairs.max_response_tokens
+        load = partial(load_pairs, pairs.watch, tokenizer, *limits, pairs.cache)
         world.first(lambda: load().notes)  # one rank fills the cache for all
         means, _ = means_a_token(model, load(), pairs.max_tokens_per_micro_batch, world).tolist()
         logps = dict(zip(("chosen_logp", "rejected_logp"), means))
@@ -119,8 +118,7 @@ def _sample(run: _Evaluation) -> None:
     room = min(sampler.batch_size, -(-num_missing // world.size))
     queue, whose, more = Queue(world, len(missing)), {}, True
     total = num_missing if world.size == 1 else None  # a rank does not see the others' progress
-    finished = progress(None, run.name, total, "samples", disable=world.rank > 0)
-    with finished:
+    with progress(None, run.name, total, "samples", disable=world.rank > 0) as finished:
         while more or sampler.busy:
             while more and sampler.num_held < room:
                 number = queue.next()
@@ -203,8 +201,8 @@ def _problems(run: _Evaluation) -> list[_Problem]:
 
 
 def _so_far(run: _Evaluation) -> tuple[set[tuple[str, int, int]], dict[tuple[str, int], float]]:
-    """The model's finished samples, as (benchmark, problem, sample), and the mean tokens of each problem's samples, those
-    of other models included."""
+    """The model's finished samples, as (benchmark, problem, sample), and the mean tokens of each problem's samples,
+    including those of other models."""
     done, tokens = set(), {}
     for row in run.samples.rows():
         key = row["benchmark"], row["problem"]
@@ -215,9 +213,6 @@ def _so_far(run: _Evaluation) -> tuple[set[tuple[str, int, int]], dict[tuple[str
 
 
 def _summary(run: _Evaluation) -> list[Row]:
-    of_benchmark: dict[str, list[Row]] = {benchmark.name: [] for benchmark in run.benchmarks}
-    for row in run.samples.rows():
-        if row["model"] == run.name:
-            of_benchmark[row["benchmark"]].append(row)
-    named = of_benchmark.items()
-    return [{"model": run.name, "benchmark": name, **summarise(rows, run.config.n)} for name, rows in named]
+    rows = [row for row in run.samples.rows() if row["model"] == run.name]
+    named = [(b.name, [row for row in rows if row["benchmark"] == b.name]) for b in run.benchmarks]
+    return [{"model": run.name, "benchmark": name, **summarise(own, run.config.n)} for name, own in named]

@@ -1,7 +1,7 @@
 """The layouts in which engines write completions, as one table; docs/layouts.md has an example of each.
 
 A layout is recognised by the field that holds its completions. Its value is a text, an object that again has one of
-these fields, or a list of either. Token counts, thinking and finish reasons come from the innermost object that has them.
+these fields, or a list of either. Token counts, thinking and finish reasons come from the innermost object that has any.
 Names are compared without regard to case and to underscores around them (finishReason, __doc__).
 """
 
@@ -53,14 +53,10 @@ _PROMPTS = (
 ).split()
 # Not final_answer: that may be the model's.
 _GOLDS = ("reward_model.ground_truth", *SURE_GOLDS, "target", "answer", "label")
-_IDS = (
-    "custom_id problem_id question_id unique_id doc_id idx index id uid key record_id request_id doc.id "
-    "extra_info.index meta_info.id"
-).split()
-_ID = re.compile(r"(?:.*_)?(?:id|idx|index)")  # any other field with such a name is tried after those
+_IDS = "custom_id problem_id question_id doc_id idx index id uid key doc.id extra_info.index meta_info.id".split()
+_ID = re.compile(r"(?:.*_)?(?:id|idx|index)")  # any other field with such a name is tried after these
 _MODELS = ("model", "model_name", "model_id", "generator", "response.body.model")
-# What an object says about its completions may be in one of these objects within it.
-_ABOUT = ("", "usage.", "meta_info.", "details.")
+_ABOUT = ("", "usage.", "meta_info.", "details.")  # objects in an object, with what it says about its completions
 _TOKENS = (
     "completion_tokens output_tokens generated_tokens num_generated_tokens eval_count tokens_predicted token_ids "
     "output_ids tokens"
@@ -96,8 +92,7 @@ class Answers:
     texts: str = ""  # all text of the row except its completions
     model: str | None = None  # the model's name, if the row has it
     sample: int | None = None  # the sample's number, if nanoredi wrote the row
-    # Only in rows of samples.jsonl:
-    benchmark: str | None = None
+    benchmark: str | None = None  # only in rows of samples.jsonl, like the next one
     problem: int | None = None
 
 
@@ -151,8 +146,8 @@ def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: 
     where, path = found.where, found.path
     if path is None:
         raise UserError(
-            f"{where} is in no known layout: it has the fields {', '.join(given)[:500] or 'none at all'}, and completions "
-            f"are looked for in {', '.join(LAYOUTS)} (docs/layouts.md has an example of each)"
+            f"{where} is in no known layout: it has the fields {', '.join(given)[:500] or 'none at all'}, and "
+            f"completions are looked for in {', '.join(LAYOUTS)} (docs/layouts.md has an example of each)"
         )
     is_piece = row.get("done") is False or path == "content" and row.get("stop") is False
     if is_piece or str(row.get("object")).endswith(".chunk"):
@@ -195,7 +190,7 @@ def _completions(value: Any) -> list[Completion]:
 def _described(found: list[Completion], value: dict[str, Any]) -> list[Completion]:
     """Add what the object around the completions says about them, unless an object within it has said so already."""
     num = len(found)
-    about = _each(value, _TOKENS, num, len), _each(value, _REASONS, num), _each(value, _THINKING, num)
+    about = _each(value, _TOKENS, num, count=True), _each(value, _REASONS, num), _each(value, _THINKING, num)
     for one, tokens, reason, thinking in zip(found, *about):
         one.tokens = one.tokens if one.tokens is not None else tokens
         one.reason = one.reason if one.reason is not None else reason
@@ -204,9 +199,9 @@ def _described(found: list[Completion], value: dict[str, Any]) -> list[Completio
     return found
 
 
-def _each(value: dict[str, Any], names: Iterable[str], num: int, count: Any = None) -> list[Any]:
-    """What an object says about each of its completions, by the first of some names that it has. For several completions it
-    must be a list: a single value is about all together. With `count` a list may also be what is counted."""
+def _each(value: dict[str, Any], names: Iterable[str], num: int, count: bool = False) -> list[Any]:
+    """What an object says about each of its completions, by the first of some names that it has. For several completions
+    it must be a list: a single value is about all together. With `count` a list may also be what is counted."""
     for path in (about + name for about in _ABOUT for name in names):
         said = _get(value, path)
         if count and isinstance(said, dict):
@@ -225,9 +220,8 @@ def _count(value: Any) -> Any:
     """A whole number that a table has as text or as a float, or None for its empty cell; else the value itself."""
     if value == "" or value != value:
         return None
-    if isinstance(value, float) and value.is_integer() or isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
-        return int(value)
-    return value
+    is_text = isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value)
+    return int(value) if is_text or isinstance(value, float) and value.is_integer() else value
 
 
 def _field(value: dict[str, Any], names: Any) -> str | None:
@@ -246,11 +240,11 @@ def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
     if top and name == "text":
         return "meta_info" in row
     if top and name in ("code", "message", "content"):  # errors and prompts have such fields, too
-        if row.get("error") or {"response", "text"} & row.keys():
-            return False
-        if name == "content" and row.get("role") != "assistant" and not {"stop_type", "stop"} & row.keys():
-            return False
-        if name == "message" and _role([value]) != "assistant":
+        role = _role([value if name == "message" else row])
+        is_completion = (
+            name == "code" or role == "assistant" or name == "content" and {"stop_type", "stop"} & row.keys()
+        )
+        if row.get("error") or {"response", "text"} & row.keys() or not is_completion:
             return False
     if name in ("code", "parts", "message"):
         return isinstance(value, dict if name == "message" else list)
@@ -292,9 +286,9 @@ def _role(messages: Any) -> str | None:
 def _parts(content: list[Any], is_sure: bool = False) -> str | None:
     """The text of a content in parts, [{"type": "text", "text": TEXT}, ...], after its thinking; None if the list is
     something else, such as messages or samples."""
-    if not content or not all(isinstance(part, dict) for part in content):
+    if not content or not all(isinstance(part, dict) and (is_sure or "type" in part) for part in content):
         return None
-    if not is_sure and not (all("type" in part for part in content) and any("role" not in part for part in content)):
+    if not is_sure and all("role" in part for part in content):
         return None
     thinks = [part.get("thought") is True or part.get("type") in ("thinking", "reasoning") for part in content]
     thinking, text = ("".join(_part(p) for p, own in zip(content, thinks) if own is which) for which in (True, False))
@@ -314,7 +308,7 @@ def _error(row: dict[str, Any], found: list[Completion]) -> str | None:
     errors += [row.get("error"), row if row.get("object") == "error" else None]
     if not found:
         errors += [_get(row, "response.prompt_feedback"), row.get("prompt_feedback"), _get(row, "result.type")]
-    answered = row.get("response", "by no batch")
+    answered = row.get("response", "not a batch")
     if answered in (None, {}) or not found and isinstance(answered, dict) and {"body", "status_code"} & answered.keys():
         errors.append("no response, for no given reason")
     return next((_message(error) for error in errors if error), None)

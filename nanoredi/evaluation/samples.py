@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import fields
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,12 @@ class Samples:
     def claim(
         self, models: Mapping[str, str | Path], benchmarks: list[Benchmark], config: EvaluateConfig, adds: bool = False
     ) -> str:
-        """Claim the folder for samples of these models on these benchmarks, new or resumed. Call on one rank.
+        """Claim the folder for samples of these models on these benchmarks, new or resumed, as claim does for a file.
+        Returns their dtype. Call on one rank.
 
         Args:
             models: {name in the table: Hugging Face folder}.
             adds: whether the folder may also hold samples of other models, which are kept.
-
-        Returns:
-            The samples' compute dtype.
-
-        Raises:
-            UserError: if the folder's samples were made with anything else.
         """
         settings = {f.name: getattr(config, f.name) for f in fields(EvaluateConfig) if not f.metadata["free"]}
         about = {
@@ -78,9 +74,8 @@ class Samples:
         remove_leftovers(self.path.parent, locked=True)
         dtype = claim(self.path, self.about, about, "model" if adds else "")
         if self.path.exists():
-            self._drop_damaged_rows(
-                about["model"], {b.name: range(len(b.questions)) for b in benchmarks}, range(config.n)
-            )
+            problems = {b.name: range(len(b.questions)) for b in benchmarks}
+            self._drop_damaged_rows(about["model"], problems, range(config.n))
         return dtype
 
     def append(self, row: Row) -> None:
@@ -99,29 +94,26 @@ class Samples:
     def _drop_damaged_rows(self, models: Container[str], problems: dict[str, range], numbers: range) -> None:
         """Keep only undamaged rows of this evaluation, each sample once. The others are made again."""
         seen: set[tuple] = set()
-        damaged: set[int] = set()
-        for number, line in enumerate(self._lines(), 1):
-            where = f"{self.path}, line {number}"
-            try:
-                row = check(where, parse_json(where, line.decode(errors="replace")), SAMPLE)
-                model, benchmark, problem, sample = key = tuple(row[name] for name in _KEY)
-                is_wanted = model in models and problem in problems.get(benchmark, ()) and sample in numbers
-                if key in seen or not is_wanted:
-                    raise UserError(
-                        f"{where} holds {'a second sample' if key in seen else 'no sample'} of this evaluation"
-                    )
-                seen.add(key)
-            except UserError as error:
-                damaged.add(number)
-                if line.endswith(b"\n"):  # without it: the partial line of a killed job
-                    print(f"warning: {error}; it is dropped and made again", flush=True)
-        if damaged:
-            with writing(self.path) as beside, open(beside, "wb") as kept:
-                kept.writelines(line for number, line in enumerate(self._lines(), 1) if number not in damaged)
-
-    def _lines(self) -> Iterator[bytes]:
-        with open(self.path, "rb") as file:
-            yield from file
+        kept: list[bool] = []
+        with open(self.path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{self.path}, line {number}"
+                try:
+                    row = check(where, parse_json(where, line.decode(errors="replace")), SAMPLE)
+                    model, benchmark, problem, sample = key = tuple(row[name] for name in _KEY)
+                    is_wanted = model in models and problem in problems.get(benchmark, ()) and sample in numbers
+                    if key in seen or not is_wanted:
+                        which = "a second" if key in seen else "no"
+                        raise UserError(f"{where} holds {which} sample of this evaluation")
+                    seen.add(key)
+                    kept.append(True)
+                except UserError as error:
+                    kept.append(False)
+                    if line.endswith(b"\n"):  # without it: the partial line of a killed job
+                        print(f"warning: {error}; it is dropped and made again", flush=True)
+        if not all(kept):
+            with writing(self.path) as beside, open(beside, "wb") as file, open(self.path, "rb") as lines:
+                file.writelines(compress(lines, kept))
 
 
 def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: str = "") -> str:
@@ -190,18 +182,10 @@ def kept_results(folder: Path, num_samples: int = 0) -> list[Row]:
         return []
 
 
-def cut_torn_line(path: Path) -> None:
-    """Drop the partial line that a killed job leaves at the end of a file."""
-    with open(path, "rb+") as file:
-        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
-
-
 def _refuse_others(path: Path, kind: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     for name in {**before, **now}:
-        if name not in now:
-            how = "is part of it and is not asked for"
-        elif name not in before:
-            how = "is not part of it and is asked for"
+        if name not in before or name not in now:
+            how = f"is {'not ' * (name in now)}part of it and is {'not ' * (name in before)}asked for"
         elif before[name] != now[name]:
             how = f"is {before[name]!r} there and {now[name]!r} here" if kind == "setting" else "has changed since"
         else:

@@ -57,8 +57,8 @@ def graded(
 
 
 def summarise(samples: list[Row], n: int) -> Row:
-    """The scores of a benchmark's samples, n for each problem. Shares are fractions of 1; a score is None if the samples
-    lack what it needs.
+    """The scores of a benchmark's samples, n for each problem. Shares are fractions of 1; a score is None if the
+    samples lack what it needs.
 
     pass@1 is the mean over problems and samples. Its standard error is the paper's: s / sqrt(n), s being the standard
     deviation (ddof 0) of the n benchmark-wide accuracies, one for each sample number. pass@k, for KS and n, is the mean
@@ -93,7 +93,7 @@ def step_of(model: str) -> float:
 
 def mark_best(rows: list[Row]) -> tuple[list[Row], str]:
     """A run's rows sorted by step, with "best" true for the best of its checkpoints, and a line that names it and the
-    last one. The best has the highest pass@1 on MATH-500 (the paper's choice), or else on average; of equals the first."""
+    last one. The best has the highest pass@1 on MATH-500 (the paper's choice), or else on average; on a tie the first."""
     rows = sorted(rows, key=lambda row: step_of(row["model"]))
     own = [row for row in rows if step_of(row["model"])]
     own = [row for row in own if row["benchmark"] == "math500"] or own

@@ -45,8 +45,8 @@ _PAPER = {
     },
 }
 
-# (key, heading, format), the most compared ones first; shares are shown in percent. pass@K stands for the largest k that
-# the rows have, pass@k for the others.
+# (key, heading, format), the most compared ones first; shares are shown in percent. pass@K stands for the largest k in
+# the rows, pass@k for the others.
 _COLUMNS = [
     ("model", "model", "{}"),
     ("benchmark", "benchmark", "{}"),
@@ -78,11 +78,6 @@ class Table:
     least: int = 0  # columns shown at least, 0 for all: the first column moves above its lines before there are fewer
 
 
-def table(rows: list[Row]) -> str:
-    """Rows of results.json as text for a terminal (details has the columns)."""
-    return as_text(details(rows), _WIDTH)
-
-
 def details(rows: list[Row]) -> Table:
     """A line for each model and benchmark, and an average if a model has several: shares in percent, log-probs in nats
     a token. Columns without any value are left out."""
@@ -109,12 +104,7 @@ def scores(rows: list[Row], metric: str = "pass@1", paper: bool = False) -> Tabl
         if not all(name in own for name in names):
             own.pop("average", None)
         cells = [own.get(name, {}) for name in columns]
-        lines.append(
-            [
-                _name(next(iter(own.values()))),
-                *(_with_error(c.get(metric), c.get("sem") if metric == "pass@1" else None) for c in cells),
-            ]
-        )
+        lines.append([_name(next(iter(own.values()))), *(_with_error(cell, metric) for cell in cells)])
     for title, known in _PAPER[metric].items() if paper else ():
         lines.append([f"the paper's {title} (*: {_BASE})"])
         for model, recipe, figures in known:
@@ -184,7 +174,7 @@ def as_markdown(table: Table) -> str:
 
 
 def tables(rows: list[Row], compared: list[Row], paper: bool) -> list[Table]:
-    """All tables of some results: details, scores if there are several benchmarks or `paper` is set, and the differences
+    """All tables of some results: details, scores if there are several benchmarks or `paper` is set, and differences
     of two models."""
     shown = [details(rows)]
     if paper or len({row["benchmark"] for row in rows}) > 1:
@@ -194,8 +184,8 @@ def tables(rows: list[Row], compared: list[Row], paper: bool) -> list[Table]:
     return [*shown, differences(compared)] if compared else shown
 
 
-def show(shown: list[Table], wide: bool) -> str:
-    """Tables as text for the terminal."""
+def show(shown: list[Table], wide: bool = False) -> str:
+    """Tables as text for a terminal."""
     return "\n\n".join(as_text(one, 0 if wide else _WIDTH) for one in shown)
 
 
@@ -225,5 +215,6 @@ def _cell(form: str, value: Any) -> str:
     return "-" if value is None else form.format(value).rstrip("%")
 
 
-def _with_error(share: float | None, error: float | None) -> str:
-    return _cell("{:.1%}", share) + (f" ± {100 * error:.1f}" if error is not None else "")
+def _with_error(row: Row, metric: str) -> str:
+    has_error = metric == "pass@1" and row.get("sem") is not None
+    return _cell("{:.1%}", row.get(metric)) + (f" ± {100 * row['sem']:.1f}" if has_error else "")

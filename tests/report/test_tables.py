@@ -14,7 +14,7 @@ from nanoredi.report import tables
 from nanoredi.report.__main__ import ReportFlags
 from nanoredi.report.__main__ import main as report
 from nanoredi.report.failures import KINDS, failures
-from nanoredi.report.tables import Table, as_markdown, as_text, details, differences, scores, table
+from nanoredi.report.tables import Table, as_markdown, as_text, details, differences, scores, show
 
 
 def rows_of(names, benchmarks=("toy",)):
@@ -33,7 +33,7 @@ def rows_of(names, benchmarks=("toy",)):
 
 def test_table(tmp_path):
     rows = rows_of((("SFT", False), ("REDI", True)))
-    assert [line.split() for line in table(rows).splitlines()[2:]] == [
+    assert [line.split() for line in show([details(rows)]).splitlines()[2:]] == [
         ["SFT", "toy", "0.0", "0.0", "0.0", "10.0", "0.0", "-0.500"],
         ["REDI", "toy", "50.0", "35.4", "100.0", "10.0", "0.0", "-0.500"],
         ["4", "more", "columns:", "python", "-m", "nanoredi.report", "RUN", "--wide"],
