@@ -42,7 +42,7 @@ def chat(sampler: Sampler, tokenizer: Tokenizer, stops: list[str], template: str
             request.stream = tokenizer.stream(stops)
             sampler.add([request])
         except UserError as error:
-            print(f"({error}; /reset begins anew)")
+            print(f"({error}; /reset starts a new conversation)")
             continue
         thinking = prompt.rstrip().endswith("<think>")
         _answer(sampler, request, thinking)

@@ -229,8 +229,8 @@ def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list
 
 
 def _numbers(ids: list[str], benchmark: Benchmark, limit: int) -> dict[str, int]:
-    """{id: index of its problem} for the benchmark's own ids, or for ids with a number that runs over all problems, from
-    0 or 1. Empty if the ids are neither, or contain several such numbers."""
+    """{id: index of its problem} for the benchmark's own ids, or for ids with a number that runs over all problems,
+    from 0 or 1. Empty if the ids are neither, or contain several such numbers."""
     if len(benchmark.problems) == 1:
         return dict.fromkeys(ids, 0)
     for own in benchmark.ids.values():

@@ -1,7 +1,7 @@
 """The layouts in which engines write completions, as one table; docs/layouts.md has an example of each.
 
 A layout is recognised by the field that holds its completions. Its value is a text, an object that again has one of
-these fields, or a list of either. Token counts, thinking and finish reasons come from the innermost object that has any.
+these fields, or a list of either. Token counts, thinking and finish reasons are the innermost object's that has any.
 Names are compared without regard to case and to underscores around them (finishReason, __doc__).
 """
 
@@ -200,8 +200,8 @@ def _described(found: list[Completion], value: dict[str, Any]) -> list[Completio
 
 
 def _each(value: dict[str, Any], names: Iterable[str], num: int, count: bool = False) -> list[Any]:
-    """What an object says about each of its completions, by the first of some names that it has. For several completions
-    it must be a list: a single value is about all together. With `count` a list may also be what is counted."""
+    """What an object says about each of its completions, under the first of some names that it has. For several
+    completions it must be a list: a single value is about all together. With `count` a list may also be counted."""
     for path in (about + name for about in _ABOUT for name in names):
         said = _get(value, path)
         if count and isinstance(said, dict):

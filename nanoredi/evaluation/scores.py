@@ -93,7 +93,7 @@ def step_of(model: str) -> float:
 
 def mark_best(rows: list[Row]) -> tuple[list[Row], str]:
     """A run's rows sorted by step, with "best" true for the best of its checkpoints, and a line that names it and the
-    last one. The best has the highest pass@1 on MATH-500 (the paper's choice), or else on average; on a tie the first."""
+    last one. The best has the highest pass@1 on MATH-500 (as in the paper), or else on average; if equal, the first."""
     rows = sorted(rows, key=lambda row: step_of(row["model"]))
     own = [row for row in rows if step_of(row["model"])]
     own = [row for row in own if row["benchmark"] == "math500"] or own
