@@ -1,4 +1,4 @@
-"""Grade completions that another engine wrote, whatever its layout (layouts.py).
+"""Grade completions that another engine wrote, in any of the layouts of layouts.py.
 
 A row's prompt says which problem it answers: of all problems whose text it contains, the last one, since those before
 may be few-shot examples. A row without a prompt is matched by an id, a benchmark's own or a number; without either, by
@@ -25,7 +25,7 @@ Found = dict[Problem, dict[int, Completion]]  # each problem's completions, by s
 
 
 def grade_file(path: str, name: str, benchmarks: list[Benchmark], thinking: bool, limit: int = 0) -> list[list[Row]]:
-    """Grade a file of completions, and print notes on what may not be meant.
+    """Grade a file of completions, and print notes on what may not be intended.
 
     Args:
         path: rows in one of the layouts.
@@ -174,11 +174,11 @@ def _assigned(path: str, answers: list[Answers], benchmarks: list[Benchmark], li
 
 def _refuse_prompts(path: str, answers: list[Answers], problems: list[str]) -> None:
     """Refuse completions that begin with a few-shot prompt, whose boxes would count as answers."""
-    parts = [one.text.partition(asked) for row, asked in zip(answers, problems) for one in row.completions]
-    num_boxed = sum("\\box" in before and bool(asked) for before, asked, _ in parts)
-    if 2 * num_boxed > len(parts):
+    texts = [(one.text, asked) for row, asked in zip(answers, problems) for one in row.completions]
+    num_boxed = sum(asked in text and "\\box" in text.partition(asked)[0] for text, asked in texts)
+    if 2 * num_boxed > len(texts):
         raise UserError(
-            f"{path}: {num_boxed:,} of {len(parts):,} completions have a boxed answer in front of the problem itself, "
+            f"{path}: {num_boxed:,} of {len(texts):,} completions have a boxed answer in front of the problem itself, "
             "so they seem to begin with their prompts; a row must hold the completion alone"
         )
 

@@ -54,7 +54,7 @@ _PROMPTS = (
 # Not final_answer: that may be the model's.
 _GOLDS = ("reward_model.ground_truth", *SURE_GOLDS, "target", "answer", "label")
 _IDS = "custom_id problem_id question_id doc_id idx index id uid key doc.id extra_info.index meta_info.id".split()
-_ID = re.compile(r"(?:.*_)?(?:id|idx|index)")  # any other field with such a name is tried after these
+_ID = re.compile("(example|instance|item|problem|prompt|query|question|record|request|row|task|unique)_(id|idx|index)")
 _MODELS = ("model", "model_name", "model_id", "generator", "response.body.model")
 _ABOUT = ("", "usage.", "meta_info.", "details.")  # objects in an object, with what it says about its completions
 _TOKENS = (
@@ -117,7 +117,8 @@ def read(where: str, row: Any) -> Answers:
         found.golds = [choices[i] for i in indices if isinstance(i, int) and i in range(len(choices))]
     choices = row.get("choices") or row.get("options")
     if isinstance(choices, list) and isinstance(found.golds, int) and found.golds in range(len(choices)):
-        found.golds = [chr(ord("A") + found.golds), str(choices[found.golds])]
+        if not isinstance(choices[found.golds], dict):  # else they are chat.completion's
+            found.golds = [chr(ord("A") + found.golds), str(choices[found.golds])]
     ids = dict.fromkeys([*_IDS, *filter(_ID.fullmatch, row)])
     found.ids = {path: str(value) for path in ids if isinstance(value := _get(row, path), (str, int))}
     found.model = next((name for path in _MODELS if isinstance(name := _get(row, path), str)), None)
@@ -240,11 +241,9 @@ def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
     if top and name == "text":
         return "meta_info" in row
     if top and name in ("code", "message", "content"):  # errors and prompts have such fields, too
-        role = _role([value if name == "message" else row])
-        is_completion = (
-            name == "code" or role == "assistant" or name == "content" and {"stop_type", "stop"} & row.keys()
-        )
-        if row.get("error") or {"response", "text"} & row.keys() or not is_completion:
+        is_said = name == "code" or _role([value if name == "message" else row]) == "assistant"
+        is_said = is_said or name == "content" and bool({"stop_type", "stop"} & row.keys())
+        if row.get("error") or {"response", "text"} & row.keys() or not is_said:
             return False
     if name in ("code", "parts", "message"):
         return isinstance(value, dict if name == "message" else list)

@@ -113,6 +113,8 @@ def test_by_place_only_where_nothing_else_is_there(tmp_path, many):
     assert done == ALL_RIGHT and "are taken in the order of many" in said
     named = [{**row, "problem_idx": i + 1} for i, row in enumerate(rows)]
     assert graded(tmp_path, named[::-1], many) == (ALL_RIGHT, [])
+    with pytest.raises(UserError, match="line 1 has no prompt, and no id"):
+        graded(tmp_path, [{**row, "sample_idx": k} for row in rows for k in range(12)], many)
     with pytest.raises(UserError, match="line 1 has no prompt, and no id that names its problem"):
         graded(tmp_path, rows[1:], many)
 

@@ -339,6 +339,13 @@ def test_a_gold_answer_that_is_a_place_among_choices(tmp_path, box, right):
     assert graded(tmp_path, rows)[0] == [(0, 0, right)]
 
 
+def test_a_number_among_the_choices_of_a_completion_is_a_number(tmp_path):
+    rows = [
+        {"question": "q", "answer": 0, "choices": [{"message": {"role": "assistant", "content": r"</think>\boxed{0}"}}]}
+    ]
+    assert graded(tmp_path, rows)[0] == [(0, 0, True)]
+
+
 def test_json_that_the_model_wrote(tmp_path, benchmark):
     rows = [{"prompt": problem, "output": text} for problem, text in zip(benchmark.problems, ('[{"a": 2}]', RIGHT))]
     assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, False), (1, 0, False)]
