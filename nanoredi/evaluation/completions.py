@@ -85,8 +85,11 @@ def _read(path: str) -> list[Answers]:
 
 
 def _check_texts(path: str, answers: list[Answers]) -> None:
-    """Say how many completions are empty, and what happens if none has a box: a "prediction" without a box may be the
-    final answer itself."""
+    """Say which of several fields is read, how many completions are empty, and what happens if none has a box: a
+    "prediction" without a box may be the final answer itself."""
+    if others := sorted({name for row in answers for name in row.others}):
+        read = ", ".join(sorted({row.path for row in answers if row.others}))
+        print(f"{path}: completions are taken from the field {read}, and not from {', '.join(others)}")
     own = [one for row in answers for one in row.completions]
     if empty := sum(not one.text.strip() for one in own):
         print(f"{path}: {empty:,} of {len(own):,} completions are empty and count as wrong")
@@ -197,10 +200,10 @@ def _words(text: str) -> str:
 
 def _numbered(row: Answers, benchmarks: list[Benchmark]) -> Problem:
     """The problem of a row of samples.jsonl."""
-    which = next((i for i, b in enumerate(benchmarks) if b.name == row.benchmark), None)
-    if which is None or not 0 <= row.problem < len(benchmarks[which].problems):
-        raise UserError(f"{row.where} is of problem {row.problem} of {row.benchmark}, which is not among those named")
-    return which, row.problem
+    for which, benchmark in enumerate(benchmarks):
+        if benchmark.name == row.benchmark and 0 <= row.problem < len(benchmark.problems):
+            return which, row.problem
+    raise UserError(f"{row.where} is of problem {row.problem} of {row.benchmark}, which is not among those named")
 
 
 def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list[Problem] | None:
@@ -271,14 +274,14 @@ def _graded(path: str, name: str, benchmarks: list[Benchmark], found: Found, lim
             continue
         n = max(map(len, problems))
         for i, own in enumerate(problems):
-            if sorted(own) != list(range(n)):
+            if len(own) != n:
                 raise UserError(
                     f"{path}: {name} has {len(own)} completions for problem {i + 1} of {benchmark.name} and {n} for "
                     "others; every problem needs as many"
                 )
         if n > 1 and all(min(Counter(one.text for one in own.values()).values()) > 1 for own in problems):
             print(f"{path}: {name} has every completion of {benchmark.name} more than once, word for word")
-        numbered = [(i, number, own[number]) for i, own in enumerate(problems) for number in range(n)]
+        numbered = [(i, k, own[number]) for i, own in enumerate(problems) for k, number in enumerate(sorted(own))]
         samples.append([graded(name, benchmark, i, k, one.text, one.tokens, one.reason) for i, k, one in numbered])
     return samples
 

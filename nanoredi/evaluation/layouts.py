@@ -89,6 +89,7 @@ class Answers:
     ids: dict[str, str] = field(default_factory=dict)  # every field that may identify the problem
     error: str | None = None  # the server's message if the request failed; then there are no completions
     path: str | None = None  # the field that holds the completions
+    others: list[str] = field(default_factory=list)  # other fields that may hold completions, with other values
     texts: str = ""  # all text of the row except its completions
     model: str | None = None  # the model's name, if the row has it
     sample: int | None = None  # the sample's number, if nanoredi wrote the row
@@ -123,15 +124,15 @@ def read(where: str, row: Any) -> Answers:
     found.ids = {path: str(value) for path in ids if isinstance(value := _get(row, path), (str, int))}
     found.model = next((name for path in _MODELS if isinstance(name := _get(row, path), str)), None)
     sample, problem = (_count(row.get(name)) for name in ("sample", "problem"))
-    if isinstance(problem, int) and isinstance(row.get("benchmark"), str):
+    if type(problem) is int and isinstance(row.get("benchmark"), str):
         found.benchmark, found.problem, found.model = row["benchmark"], problem, str(row.get("model"))
         if type(sample) is not int:
             raise UserError(f"{where}: its 'sample' is {str(sample)[:60]!r}; it must be a whole number")
     if found.problem is not None or type(sample) is int and {"completion", "finish_reason", "tokens"} <= row.keys():
         found.sample = sample
-    found.path = _field(row, LAYOUTS)
-    if found.path is not None:
-        found.completions = _described(_completions(row[found.path]), row)
+    if fields := _fields(row, LAYOUTS):
+        found.path, found.completions = fields[0], _described(_completions(row[fields[0]]), row)
+        found.others = [name for name in fields[1:] if row[name] not in (None, [], "", row[fields[0]])]
     if not any(one.text for one in found.completions):
         found.error = _error(row, found.completions)
     if found.error is None:
@@ -158,7 +159,7 @@ def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: 
     for one in found.completions:
         if not isinstance(one.text, str):
             raise UserError(f"{where} has {str(one.text)[:60]!r} for a completion; it must be a text")
-        if not (one.tokens is None or type(one.tokens) is int and one.tokens >= 0):
+        if not (one.tokens is None or type(one.tokens) is int and one.tokens in range(2**31)):
             raise UserError(f"{where}: its number of tokens is {str(one.tokens)[:60]!r}; it must be a whole number")
         one.reason = one.reason.get("type") if isinstance(one.reason, dict) else one.reason
         if not (one.reason is None or isinstance(one.reason, str)):
@@ -171,21 +172,19 @@ def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: 
 
 def _completions(value: Any) -> list[Completion]:
     """All completions in a text, in an object, or in a list of these."""
-    text: Any
     value = _unquoted(value)
     if isinstance(value, list) and (parts := _parts(value)) is not None:
         return [Completion(parts)]
     if isinstance(value, list):
         is_asked = _role(value) and any(_role([message]) != "assistant" for message in value)
         return [one for item in (value[-1:] if is_asked else value) for one in _completions(item)]
-    if not isinstance(value, dict):
-        return [Completion("" if value is None else value)]
-    if (name := _field(value, _INNER)) is not None:
-        inner = value[name] if name != "parts" else _parts(value[name], True)
-        return _described(_completions(inner), value)
-    # Empty if the server filtered it; anything else is no completion, which _check reports.
-    text = "" if {"role", "finish_reason"} & value.keys() else value
-    return [Completion(text)]
+    if isinstance(value, dict):
+        if fields := _fields(value, _INNER):
+            inner = value[fields[0]] if fields[0] != "parts" else _parts(value["parts"], True)
+            return _described(_completions(inner), value)
+        if {"role", "finish_reason"} & value.keys():  # filtered by the server
+            value = None
+    return [Completion("" if value is None else value)]  # _check refuses what is no text
 
 
 def _described(found: list[Completion], value: dict[str, Any]) -> list[Completion]:
@@ -225,10 +224,10 @@ def _count(value: Any) -> Any:
     return int(value) if is_text or isinstance(value, float) and value.is_integer() else value
 
 
-def _field(value: dict[str, Any], names: Any) -> str | None:
-    """The field of an object that holds its completions, rather one that is not null or empty."""
+def _fields(value: dict[str, Any], names: Any) -> list[str]:
+    """The fields of an object that may hold its completions, those that are null or empty last."""
     there = [name for name in names if name in value and _may_hold_completions(value, name, names is LAYOUTS)]
-    return next((name for name in there if value[name] not in (None, [])), next(iter(there), None))
+    return sorted(there, key=lambda name: value[name] in (None, []))
 
 
 def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
@@ -248,7 +247,7 @@ def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
     if name in ("code", "parts", "message"):
         return isinstance(value, dict if name == "message" else list)
     if name in ("response", "result", "body", "model_response", "model_output") and isinstance(value, dict):
-        return _field(value, _INNER) is not None
+        return bool(_fields(value, _INNER))
     return name != "result"
 
 

@@ -107,10 +107,9 @@ def mark_best(rows: list[Row]) -> tuple[list[Row], str]:
 def unended(samples: Iterable[Row], flag: str) -> list[str]:
     """A warning for each model with a box but no end of thinking in over half of its responses, with a flag to try."""
     all_of, boxed = Counter(), Counter()
-    for s in samples:
-        all_of[s["model"]] += 1
-        response = s["response"]
-        boxed[s["model"]] += "\\boxed" in response and "<think>" in response and "</think>" not in response
+    for model, response in ((s["model"], s["response"]) for s in samples):
+        all_of[model] += 1
+        boxed[model] += "\\boxed" in response and "<think>" in response and "</think>" not in response
     return [
         f"{model}: over half of the responses have a boxed answer and no </think>, and count as wrong; for a model "
         f"that does not think give {flag}"

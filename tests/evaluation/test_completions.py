@@ -325,3 +325,20 @@ def test_text_cells_of_a_csv_file(tmp_path, capsys):
     )
     (samples,) = grade_file(str(path), "m", [], thinking=True)
     assert [(s["model"], s["problem"], s["correct"]) for s in samples] == [("m: a", 0, True), ("m: a", 1, True)]
+
+
+def test_of_two_fields_with_completions_it_is_said_which_is_read(tmp_path, benchmark):
+    rows = [{"prompt": p, "completion": r"</think>\boxed{2}", "generated_text": "?"} for p in benchmark.problems]
+    done, (said,) = graded(tmp_path, rows, benchmark)
+    assert done == [(0, 0, True), (1, 0, False)]
+    assert said.endswith("completions are taken from the field completion, and not from generated_text")
+    rows = [{**row, "generated_text": row["completion"]} for row in rows]
+    assert graded(tmp_path, rows, benchmark) == (done, [])
+
+
+def test_sample_numbers_may_have_gaps_but_not_be_missing(tmp_path, benchmark):
+    rows = [{**SAMPLE, "problem": p, "sample": k, "response": r"\boxed{4}"} for p in (0, 1) for k in (7, 2)]
+    done, _ = graded(tmp_path, rows, benchmark)
+    assert done == [(0, 0, False), (0, 1, False), (1, 0, True), (1, 1, True)]
+    with pytest.raises(UserError, match="m: m has 1 completions for problem 2 of b and 2 for others"):
+        graded(tmp_path, rows[:-1], benchmark)
