@@ -218,7 +218,7 @@ BAD_INPUT = [
     ),
     ("evaluate.py", ["--model", "MODEL", "--benchmarks", "one.jsonl", "--out", "full"], ["full is not empty"]),
     ("evaluate.py", ["--completions", "x.jsonl", "--model", "MODEL"], ["--model has no effect on --completions"]),
-    ("evaluate.py", ["--completions", "broken.jsonl"], ["broken.jsonl, line 1 is in no layout"]),
+    ("evaluate.py", ["--completions", "broken.jsonl"], ["broken.jsonl, line 1 is in no known layout"]),
     ("nanoredi/report/__main__.py", ["--failures", "full"], ["cannot read full/samples.jsonl"]),
     (
         "nanoredi/report/__main__.py",
