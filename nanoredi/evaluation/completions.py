@@ -88,8 +88,7 @@ def _check_texts(path: str, answers: list[Answers]) -> None:
     """Say which of several fields is read, how many completions are empty, and what happens if none has a box: a
     "prediction" without a box may be the final answer itself."""
     if others := sorted({name for row in answers for name in row.others}):
-        read = ", ".join(sorted({row.path for row in answers if row.others}))
-        print(f"{path}: completions are taken from the field {read}, and not from {', '.join(others)}")
+        print(f"{path}: completions are taken from the field {answers[0].path}, and not from {', '.join(others)}")
     own = [one for row in answers for one in row.completions]
     if empty := sum(not one.text.strip() for one in own):
         print(f"{path}: {empty:,} of {len(own):,} completions are empty and count as wrong")
@@ -271,6 +270,7 @@ def _graded(path: str, name: str, benchmarks: list[Benchmark], found: Found, lim
     for which, benchmark in enumerate(benchmarks):
         problems = [found.get((which, i), {}) for i in range(len(benchmark.problems))][: limit or None]
         if not any(problems):
+            print(f"{path}: {name} has no completions for {benchmark.name}")
             continue
         n = max(map(len, problems))
         for i, own in enumerate(problems):

@@ -194,7 +194,7 @@ def _problems(run: _Evaluation) -> list[_Problem]:
             # A <think> that the prompt opens is still part of the response.
             opened = "<think>\n" if text.rstrip().endswith("<think>") else ""
             own = requests[number * config.n : (number + 1) * config.n]
-            for sample, request in enumerate(own):  # a repeated problem is numbered anew
+            for sample, request in enumerate(own):  # from 0 for each copy of a problem
                 request.sample, request.stream = sample, run.tokenizer.stream(shown=False)
             problems.append(_Problem(benchmark, number, own, opened))
     return problems

@@ -91,7 +91,7 @@ def _show_runs(flags: ReportFlags) -> None:
     if rows:
         print(show(tables(rows, compared, flags.paper), flags.wide))
     elif flags.paper:
-        raise UserError("--paper needs results to stand beside: give the folder of a run that was evaluated")
+        raise UserError("--paper needs results to compare: give the folder of a run that was evaluated")
     if flags.out:
         draw(runs, flags.out, flags.entropy)
         print(f"drawn in {flags.out}")

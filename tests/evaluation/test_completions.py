@@ -90,6 +90,8 @@ def test_ids_of_two_benchmarks(tmp_path, many, benchmark):
     rows = [batch(f"many-{i}", rf"</think>\boxed{{{i}}}") for i in range(12)]
     rows += [batch("many-b-1"), batch("many-b-2", r"</think>\boxed{4}")]
     assert graded(tmp_path, rows[::-1], longer, many)[0] == [(0, 0, True), (1, 0, True), *ALL_RIGHT]
+    done, (said,) = graded(tmp_path, rows[:12], longer, many)
+    assert done == ALL_RIGHT and "m has no completions for many-b" in said
     rows = [batch(f"many-{i}", rf"</think>\boxed{{{i}}}") for i in range(12)]
     rows += [batch("b-1"), batch("b-2", r"</think>\boxed{4}")]
     assert graded(tmp_path, rows[::-1], benchmark, many)[0] == [(0, 0, True), (1, 0, True), *ALL_RIGHT]
