@@ -171,9 +171,8 @@ def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def in_one_case(where: str, row: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
     """A row by names as `name` writes them. Raises a UserError where two of different values become one."""
     named = {name(key): value for key, value in row.items()}
-    # A cell of a table may be NaN, which differs from itself.
-    same = (named[name(key)] is value or named[name(key)] == value for key, value in row.items())
-    if other := next((key for key, is_same in zip(row, same) if not is_same), None):
+    # `in` also holds for NaN, which a table may have and which differs from itself.
+    if other := next((key for key, value in row.items() if value not in [named[name(key)]]), None):
         raise UserError(f"{where} has {other!r} in two spellings, with two values")
     return named
 

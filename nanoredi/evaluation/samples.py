@@ -110,7 +110,7 @@ class Samples:
                 except UserError as error:
                     kept.append(False)
                     if line.endswith(b"\n"):  # without it: the partial line of a killed job
-                        print(f"warning: {error}; it is dropped and made again", flush=True)
+                        print(f"warning: {error}; it is dropped, and missing samples are made again", flush=True)
         if not all(kept):
             with writing(self.path) as beside, open(beside, "wb") as file, open(self.path, "rb") as lines:
                 file.writelines(compress(lines, kept))
