@@ -122,7 +122,7 @@ def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: 
     Args:
         about: {kind: {name: value}}: what the samples depend on, kept in about_path. Its setting dtype, if "auto", is
             replaced by the existing samples' dtype, or else by the best one for this device.
-        adds: a kind of which new names may come in addition to those before.
+        adds: a kind that may gain new names; about and about_path then have the former ones, too.
 
     Returns:
         The dtype.
