@@ -1,10 +1,13 @@
 """Evaluate models, or the completions of another engine, on benchmarks.
 
-    python evaluate.py                                    the newest model under runs/, on its own benchmarks
-    torchrun --standalone --nproc_per_node=8 evaluate.py --model runs/sft/final runs/redi/final --data benchmarks/
-    python evaluate.py --model DIR --benchmarks math500 my_problems.jsonl --data benchmarks/ --n 4 --limit 100
-    python evaluate.py --model runs/redi --along          a run's initial model and checkpoints; marks the best one
-    python evaluate.py --completions vllm.jsonl --benchmarks math500 --data benchmarks/ --paper
+    python evaluate.py           # the newest run's model on its benchmarks
+    torchrun --standalone --nproc_per_node=8 evaluate.py \\
+        --model runs/sft/final runs/redi/final --data benchmarks
+    python evaluate.py --model DIR --benchmarks math500 my_problems.jsonl \\
+        --data benchmarks --n 4 --limit 100
+    python evaluate.py --model runs/redi --along   # its checkpoints; the best
+    python evaluate.py --completions vllm.jsonl --benchmarks math500 \\
+        --data benchmarks
 
 Every sample is written to samples.jsonl in the out folder as soon as it is finished; the same command with the same
 --out makes only those that are missing. The table goes to results.json, results.txt and results.md. Two models are

@@ -1,9 +1,9 @@
 """Sample completions from a model.
 
-    python sample.py                                      the newest model under runs/, on problems of its own benchmark
+    python sample.py     # the newest run's model on its benchmark's problems
     python sample.py "What is 7 * 8?" --model DIR --n 4
-    python sample.py --model DIR --chat                   a conversation; /reset starts a new one, Ctrl-C ends an answer
-    python sample.py --model DIR --prompts prompts.jsonl --n 16 --out samples.jsonl
+    python sample.py --model DIR --chat  # /reset: anew; Ctrl-C: stop the answer
+    python sample.py --model DIR --prompts prompts.jsonl --n 16 --out out.jsonl
 
 Prompts are rows of JSONL with a text in "prompt", "problem" or "question", or a conversation in "messages"; or the lines
 of a plain text. "-" reads them from standard input. Each completion is written to --out as soon as it is finished: the

@@ -1,9 +1,10 @@
 """Stage 2: Reinforcement Distillation from pairs of a correct and an incorrect trace.
 
-    python train_redi.py                                  the whole method on the embedded toy, including stage 1
-    torchrun --standalone --nproc_per_node=8 train_redi.py --recipe qwen2.5-math-1.5b \\
+    python train_redi.py               # both stages on the embedded toy
+    torchrun --standalone --nproc_per_node=8 train_redi.py \\
+        --recipe qwen2.5-math-1.5b \\
         --model runs/sft/final --data pairs.jsonl --out runs/redi
-    torchrun ... train_redi.py --recipe qwen2.5-math-1.5b-dpo ...        its rivals: --objective dpo, simpo, sft
+    python train_redi.py --objective dpo ...       # a rival: sft, dpo, simpo
 
 Rows of the data are {"prompt", "chosen", "rejected"}, each a text or a list of messages.
 """

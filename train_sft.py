@@ -1,8 +1,8 @@
 """Stage 1: supervised fine-tuning on correct traces.
 
-    python train_sft.py                                   on the embedded toy
-    torchrun --standalone --nproc_per_node=8 train_sft.py --recipe qwen2.5-math-1.5b \\
-        --model DIR --data sft.jsonl --out runs/sft
+    python train_sft.py                                     # the embedded toy
+    torchrun --standalone --nproc_per_node=8 train_sft.py \\
+        --recipe qwen2.5-math-1.5b --model DIR --data sft.jsonl --out runs/sft
 
 Rows of the data are {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}.
 """

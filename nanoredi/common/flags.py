@@ -14,6 +14,7 @@ import math
 import operator
 import re
 import shutil
+import sys
 import textwrap
 import tomllib
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def read_flags(
     """Read a script's flags.
 
     Args:
-        description: shown by --help, paragraphs wrapped to the terminal, wide examples' comments on a line of their own.
+        description: shown by --help, with its paragraphs wrapped to the terminal.
         argv: the words after the script's name.
         main: the table whose fields are plain flags; if recipes have this table, there is also a flag --recipe.
         main_type: its dataclass, or a subclass with more flags.
@@ -114,11 +115,7 @@ def read_flags(
     Raises:
         UserError: for a flag that does not exist, and for a value that its field does not allow.
     """
-    width = max(40, shutil.get_terminal_size().columns - 2)
-    apart = [re.sub(r"(?<=\S)  +", "\n" + 8 * " ", s) if len(s) > width else s for s in description.split("\n")]
-    parts = [part if "  " in part else textwrap.fill(part, width) for part in "\n".join(apart).split("\n\n")]
-    text = {"description": "\n\n".join(parts), "usage": f"%(prog)s [FLAGS] [{positional.upper()}]".removesuffix(" []")}
-    parser = _Parser(**text, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description, positional)
     if main in TABLES:
         names, arms = ", ".join(_builtin_recipes()).replace(f" {ARMS.stem}-", " -").split(", -", 1)
         parser.add_argument("--recipe", metavar="R", help=f"a TOML file, {names}, or {ARMS.stem} and one of -{arms}")
@@ -224,6 +221,19 @@ def write_recipe(path: Path, configs: dict[str, Any]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, description: str, positional: str):
+        """The description's paragraphs are wrapped to the terminal, but for its examples, which are indented."""
+        width = max(40, shutil.get_terminal_size().columns - 2)
+        parts = [part if part.startswith("  ") else textwrap.fill(part, width) for part in description.split("\n\n")]
+        module = sys.modules["__main__"].__spec__  # where it was started with python -m
+        program = f"python -m {module.name.removesuffix('.__main__')}" if module else "%(prog)s"
+        super().__init__(
+            usage=f"{program} [FLAGS] [{positional.upper()}]".removesuffix(" []"),
+            description="\n\n".join(parts),
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
     def error(self, message: str):
         raise UserError(message)
 

@@ -1,10 +1,9 @@
-"""What came of runs, and what went wrong in them.
+"""Show the training curves and results of runs, what went wrong in them, and how long the rows of data are.
 
-python -m nanoredi.report RUN ... [--paper] [--wide]     training curves in numbers, and results; --paper adds the
-                                                        paper's rows, --wide all columns
-python -m nanoredi.report RUN ... --out FIGURE.png      also draws the four panels of figures.py; --entropy: all eight
-python -m nanoredi.report --failures RUN [--only KIND]  the incorrect samples; KIND: wrong, cut_off, no_answer
-python -m nanoredi.report --lengths DATA                how long rows are (lengths.py)
+python -m nanoredi.report RUN ...            # curves in numbers, results
+python -m nanoredi.report RUN ... --out FIGURE.png     # and as a figure
+python -m nanoredi.report --failures RUN           # the incorrect samples
+python -m nanoredi.report --lengths DATA
 """
 
 import pydoc
