@@ -36,7 +36,7 @@ def tripped(out: Path) -> tuple[int | None, int]:
     watch = CollapseWatch(RediConfig().collapse_nats)
     for line in (out / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        if watch.look(row["step"], row["chosen_logp"], row["update_norm"]):
+        if watch.observe(row["step"], row["chosen_logp"], row["update_norm"]):
             break
     return watch.tripped, watch.last_good
 

@@ -127,14 +127,14 @@ class Broken(Exception):
 
 
 def break_off_after(step, monkeypatch):
-    look = Guards.look
+    observe = Guards.observe
 
-    def look_and_break(self, steps):
-        look(self, steps)
+    def observe_and_break(self, steps):
+        observe(self, steps)
         if any(s.number == step for s, _ in steps):
             raise Broken
 
-    monkeypatch.setattr(Guards, "look", look_and_break)
+    monkeypatch.setattr(Guards, "observe", observe_and_break)
 
 
 def test_a_run_that_was_broken_off_goes_on_bit_for_bit(config, one_rank, tmp_path, monkeypatch, toy_data):
