@@ -124,7 +124,7 @@ def nanoredi(
         ended = []
         for step in range(10**9):
             # When every prompt is in, or the batch is full: a step of decoding, and of little else.
-            if profiled and step >= 40 and not sampler.scheduler.entering:
+            if profiled and step >= 40 and not sampler.scheduler.prefilling:
                 with torch.profiler.profile() as profiler:
                     ended += sampler.step()
                 order = "self_device_time_total" if ON_GPU else "self_cpu_time_total"

@@ -100,10 +100,10 @@ def test_graphs_in_bfloat16_draw_what_the_same_kernels_draw_without(settings, mo
     by_graphs, sampling = complete(torch.bfloat16, DEVICE, **settings)
     assert sampling.graphs or DEVICE == "cpu"
 
-    def replay(self, places, uniforms, longest):
-        places, num = torch.from_numpy(self.filled_up(places)).to(self.device), len(places)
-        uniforms = torch.nn.functional.pad(torch.from_numpy(uniforms), (0, len(places) - num)).to(self.device)
-        return self.advance(places, uniforms, self.num_columns)
+    def replay(self, slots, uniforms, longest):
+        slots, num = torch.from_numpy(self.padded(slots)).to(self.device), len(slots)
+        uniforms = torch.nn.functional.pad(torch.from_numpy(uniforms), (0, len(slots) - num)).to(self.device)
+        return self.advance(slots, uniforms, self.num_columns)
 
     monkeypatch.setattr(Graphs, "__call__", replay)
     assert complete(torch.bfloat16, DEVICE, **settings)[0] == by_graphs
