@@ -1,12 +1,15 @@
 """Attention over pages, in plain PyTorch, by the machine's own version and in Triton, against dense attention in float64;
 prefill in pieces; copies."""
 
+import errno
+
 import pytest
 import torch
 from conftest import DEVICE, use_triton
 from dense import dense, qkv
 from pool import assert_rows_equal_dense, pool_of, rows_of
 
+from nanoredi.common.errors import sentence
 from nanoredi.kernels import dispatch, paged_attention
 from nanoredi.kernels.paged_attention import paged_decode, write
 from nanoredi.sampler.kv_cache import PagedCache
@@ -145,3 +148,13 @@ def test_prefill_in_pieces_and_decode_equal_one_pass(page_size):
         lengths = lengths + 1
     for (row, layer), parts in got.items():
         torch.testing.assert_close(torch.cat(parts).double(), dense(*whole[row][layer], [n]), atol=1e-5, rtol=0)
+
+
+def test_memory_that_the_system_refuses_is_no_fault_of_the_disk(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    with pytest.raises(OSError) as caught:
+        PagedCache((1, 1, 1, 4, 8), torch.float32, torch.device("cpu"))
+    assert "there is not enough memory" in sentence(caught.value) and "--cache_gb" in sentence(caught.value)

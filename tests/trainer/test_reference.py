@@ -118,7 +118,7 @@ def test_a_damaged_file_is_said_and_made_again(damage, logps, toy_data, tmp_path
     capsys.readouterr()
     assert (logps()[0] == want).all()
     said = capsys.readouterr().out
-    assert f"warning: {file} is damaged" in said and "made again" in said
+    assert f"warning: {file} is damaged" in said and "computed again" in said
     assert (logps()[0] == want).all() and not capsys.readouterr().out
 
 
