@@ -1,5 +1,5 @@
-"""What exists only to be fast on a GPU, apart from the Triton kernels of the loss and of the sampler (kernels/). Importing it
-registers everything with kernels/dispatch.py, which alone imports it; without it the plain versions run."""
+"""What exists only to be fast on a GPU, apart from the Triton kernels of the loss and of the sampler (kernels/).
+Only kernels/dispatch.py imports it, where it registers itself; without it the plain versions run."""
 
 from nanoredi.kernels.dispatch import triton
 

@@ -28,8 +28,8 @@ class Graphs:
         self.warm_up = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, slots: np.ndarray, uniforms: np.ndarray, longest: int) -> Tensor:
-        """Decode the rows in slots (B,) int64 by uniforms (B,) fp64; the longest row has so many tokens. Returns their next
-        tokens (B or more,) int64, which the next call overwrites."""
+        """Decode the rows in slots (B,) int64 by uniforms (B,) fp64; the longest row has so many tokens. Returns their
+        next tokens (B or more,) int64, which the next call overwrites."""
         padded = self.padded(slots)
         inputs = np.stack((padded, np.pad(uniforms, (0, len(padded) - len(slots))).view(np.int64)))
         size = len(padded), self.columns(longest)
@@ -47,8 +47,8 @@ class Graphs:
         return min(self.num_columns, -(-num_spans * SPAN // self.page_size))
 
     def padded(self, slots: np.ndarray) -> np.ndarray:
-        """The slots, padded to the next batch size that has graphs: batch_size, if every step is to have the full size, or one
-        of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ..."""
+        """The slots, padded to the next batch size that has graphs: batch_size, if every step is to have the full size,
+        or one of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ..."""
         size = self.batch_size if self.full_size else 1 << (len(slots) - 1).bit_length()
         if not self.full_size and size >= 32 and len(slots) <= size * 3 // 4:
             size = size * 3 // 4

@@ -1,8 +1,8 @@
-"""What a block computes between its matrix products, on a GPU: Triton kernels with their backwards, which read and write each
-tensor once. They compute in fp32 and round where they store.
+"""What a block computes between its matrix products, on a GPU: Triton kernels with their backwards, which read and
+write each tensor once. They compute in fp32 and round where they store.
 
-RMSNorm of the residual stream s = x + added, with r = 1 / sqrt(mean(s^2) + eps), is y = s r w. With the gradients gy of y and
-gs of s, which continues past the norm, and since dr/ds_i = -r^3 s_i / D,
+RMSNorm of the residual stream s = x + added, with r = 1 / sqrt(mean(s^2) + eps), is y = s r w. With the gradients gy of
+y and gs of s, which continues past the norm, and since dr/ds_i = -r^3 s_i / D,
 
     dw = sum_rows gy s r            dx = dadded = gs + r (gy w - s r^2 mean(gy w s))
 
@@ -12,8 +12,8 @@ SwiGLU is y = g p u, where p = sigmoid(g), whose derivative is p (1 - p):
 
 A rotation's backward rotates the gradient by the negative angle.
 
-The gradients of w and of the biases before the rotation are sums over rows. Each program adds up a part of the rows in fp32,
-and one more operation adds up the parts, so that the order of the sum is always the same.
+The gradients of w and of the biases before the rotation are sums over rows. Each program adds up a part of the rows in
+fp32, and one more operation adds up the parts, so that the order of the sum is always the same.
 """
 
 import torch
@@ -70,9 +70,9 @@ class _Norm(torch.autograd.Function):
 
 
 class _MLP(torch.autograd.Function):
-    """The MLP but for its last product, and the backward of all of it. Since what backward needs is saved before that product,
-    activation checkpointing, which recomputes a block as far as the last saved tensor, need not recompute the product.
-    Nor is swiglu(gate, up) saved: backward reads gate and up anyway, and recomputes it."""
+    """The MLP but for its last product, and the backward of all of it. Since what backward needs is saved before that
+    product, activation checkpointing, which recomputes a block as far as the last saved tensor, need not recompute the
+    product. Nor is swiglu(gate, up) saved: backward reads gate and up anyway, and recomputes it."""
 
     @staticmethod
     def forward(ctx, x, *weights):
@@ -137,8 +137,8 @@ class _QKV(torch.autograd.Function):
 def _rotate(
     q: Tensor, k: Tensor, v: Tensor | None, cos: Tensor, sin: Tensor, sign: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The heads of q and k rotated and those of v, if given, as they are, side by side: (N, H + K or H + 2K, E). With v also
-    the sums over parts of the rows, (P, (H + 2K) E) fp32."""
+    """The heads of q and k rotated and those of v, if given, as they are, side by side: (N, H + K or H + 2K, E). With v
+    also the sums over parts of the rows, (P, (H + 2K) E) fp32."""
     tensors = [None if x is None else x.contiguous() for x in (q, k, v)]
     num_rows, num_heads, size = len(q), sum(x.shape[1] for x in tensors if x is not None), q.shape[2]
     out, blocks = q.new_empty(num_rows, num_heads, size), triton.cdiv(num_rows, _TOKENS)

@@ -1,16 +1,16 @@
-"""Attention over the paged key-value cache: new keys and values are written to the pages of their rows, and queries attend to
-them, in plain PyTorch and on a GPU in Triton.
+"""Attention over the paged key-value cache: new keys and values are written to the pages of their rows, and queries
+attend to them, in plain PyTorch and on a GPU in Triton.
 
-A decode step has one query a row. The row's tokens are cut into spans of a fixed length, and a program takes one span of one
-row, for one key-value head with the G = H/K query heads that share it. It goes over the tokens with the online softmax of
-flash attention (arXiv 2205.14135, algorithm 1): of scores s_t = q.k_t / sqrt(E) it keeps the maximum m, the sum l of
-exp(s_t - m) and the vector a, the sum of exp(s_t - m) v_t. A second kernel combines the row's spans i in the same way,
+A decode step has one query a row. The row's tokens are cut into spans of a fixed length, and a program takes a span of
+a row, for one key-value head with the G = H/K query heads that share it. It goes over the tokens with the online
+softmax of flash attention (arXiv 2205.14135, algorithm 1): of scores s_t = q.k_t / sqrt(E) it keeps the maximum m, the
+sum l of exp(s_t - m) and the vector a, the sum of exp(s_t - m) v_t. A second kernel combines the row's spans i,
 
     M = max(m, m_i)     l <- exp(m - M) l + exp(m_i - M) l_i     a <- exp(m - M) a + exp(m_i - M) a_i     m <- M
 
-and returns a / l. So the order in which a row's numbers are added up depends on the row alone: the result is the same, bit
-for bit, whatever other rows are in the batch and however long they are. The kernels read a page in place; plain PyTorch
-copies each row's pages.
+and returns a / l. So the order in which a row's numbers are added up depends on the row alone: the result is the same,
+bit for bit, whatever other rows are in the batch and however long they are. The kernels read a page in place; plain
+PyTorch copies each row's pages.
 """
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 from nanoredi.kernels.dispatch import operation, tl, triton
 from nanoredi.kernels.layers import rotate
 
-# Tokens that a program loads at once, and those of a span. Shorter spans would leave more to combine; with longer ones a few
-# long rows would leave most multiprocessors idle.
+# Tokens that a program loads at once, and those of a span. Shorter spans would leave more to combine; with longer ones
+# a few long rows would leave most multiprocessors idle.
 _BLOCK, SPAN = 64, 1024
 
 

@@ -1,11 +1,11 @@
 """Top-k and top-p: keep the fewest likeliest tokens whose number, or whose probability, is enough.
 
-Only the threshold is needed, not the order: the largest value such that what is at or above it is enough. Plain PyTorch sorts,
-which is slow on a GPU. The bits of positive floats, read as integers, have the same order, so the kernel searches for the
-threshold among integers.
+Only the threshold is needed, not the order: the largest value such that what is at or above it is enough. Plain PyTorch
+sorts, which is slow on a GPU. The bits of positive floats, read as integers, have the same order as the floats, so the
+kernel searches for the threshold among integers.
 
-A program of the Triton kernel takes a row. It finds the threshold's 30 bits three at a time: each time it goes over the row
-once and adds up what is at or above each of seven candidates. Sums are in fp64.
+A program of the Triton kernel takes a row. It finds the threshold's 30 bits three at a time: each time it goes over the
+row once and adds up what is at or above each of seven candidates. Sums are in fp64.
 """
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nanoredi.kernels.dispatch import operation, tl, triton
 
-# Elements and warps of a program. A thread has one load of 16 bytes in flight, so it takes many threads to hide the memory's
-# latency; larger blocks do not fit into the registers.
+# Elements and warps of a program. A thread has one load of 16 bytes in flight, so it takes many threads to hide the
+# memory's latency; larger blocks do not fit into the registers.
 _BLOCK, _WARPS = 2048, 16
 
 
@@ -44,7 +44,7 @@ def keep(probs: Tensor, needed: Tensor, by_mass: bool) -> Tensor:
 
 
 def surplus(values: Tensor, masses: Tensor, enough: Tensor) -> Tensor:
-    """Which values (B, C) come after the fewest largest ones whose masses (B, C) add up to enough (B, 1): (B, C) bool."""
+    """Which values (B, C) are not among the fewest largest whose masses (B, C) add up to enough (B, 1): (B, C) bool."""
     order = values.argsort(dim=1, descending=True, stable=True)
     masses = masses.gather(1, order)
     beyond = masses.cumsum(1) - masses >= enough
@@ -76,7 +76,7 @@ if triton is not None:
         threshold = tl.full((), 0, tl.int32)
         for part in range(10):
             shift = 27 - 3 * part
-            # Each thread adds up its own elements; a reduction in every iteration would make threads wait for each other.
+            # Each thread adds up its own elements; a reduction in every iteration would make threads wait.
             s1 = tl.zeros((BLOCK,), tl.float64)
             s2, s3, s4, s5, s6, s7 = s1, s1, s1, s1, s1, s1
             for v0 in range(0, V, BLOCK):

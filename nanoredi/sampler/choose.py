@@ -15,7 +15,7 @@ _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 19, 1 << 26
 
 
 def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """Sample a token from each row, by inverting the cumulative distribution of the kept tokens, in the vocabulary's order.
+    """Sample a token from each row, by inverting the kept tokens' cumulative distribution in the vocabulary's order.
 
     Args:
         logits: (B, V).
@@ -45,8 +45,8 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, t
 
 
 def _draw(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens (B,) drawn with weights (B, V), which need not add up to 1: in each row the first token at which the cumulative
-    sum exceeds uniform * the whole sum. Its block is found first and then its index in the block, so as to add up little."""
+    """Tokens (B,) drawn with weights (B, V), which need not add up to 1: in each row the first one at which the
+    cumulative sum exceeds uniform * sum. First its block is found, then its index there, so as to add up little."""
     num_tokens = weights.shape[1]
     blocks = weights.unflatten(1, (-1, min(256, num_tokens & -num_tokens)))  # (B, blocks, size)
     sums = blocks.sum(-1, dtype=torch.float64).cumsum(1)
@@ -62,8 +62,8 @@ def _draw(weights: Tensor, uniforms: Tensor) -> Tensor:
 def uniform(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
     """One number from [0, 1) for each key and counter: (B,) int64, (B,) int64 -> (B,) fp64.
 
-    A counter-based generator (the finaliser of SplitMix64, Steele et al. 2014): it has no state, so any order gives the same
-    numbers. Sums and products wrap around at 64 bits.
+    A counter-based generator (the finaliser of SplitMix64, Steele et al. 2014): it has no state, so any order gives the
+    same numbers. Sums and products wrap around at 64 bits.
     """
     z = keys.view(np.uint64) + (counters + 1).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> 30)) * np.uint64(0xBF58476D1CE4E5B9)

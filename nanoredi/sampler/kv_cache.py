@@ -1,8 +1,8 @@
 """The paged key-value cache: the keys and values of all rows, in pages of one pool, and attention over them.
 
-Token t of row b is in page page_table[b, t // page_size], at t % page_size. pages.py allocates the pages; the tensors are
-here. As in attention.py a forward pass is given an `attend` that every block calls: it writes the keys and values of the new
-tokens into the pool, and lets each attend to itself and to all tokens before it in its row.
+Token t of row b is in page page_table[b, t // page_size], at t % page_size. pages.py allocates the pages; the tensors
+are here. As in attention.py a forward pass is given an `attend` that every block calls: it writes the keys and values
+of the new tokens into the pool, and lets each attend to itself and to all tokens before it in its row.
 """
 
 import inspect
@@ -23,8 +23,8 @@ class PagedCache:
 
     Attributes:
         keys, values: (L, P+1, K, page, E), of L layers and P pages. The last page is for padding rows.
-        token_by_token: whether prefill runs the decode kernel, a token a row: on a CPU, where that takes no longer, and where
-            flash attention cannot read the pages.
+        token_by_token: whether prefill runs the decode kernel, a token a row: on a CPU, where that takes no longer, and
+            where flash attention cannot read the pages.
     """
 
     def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device):
@@ -88,17 +88,17 @@ class PagedCache:
         return attend
 
     def _indices(self, page_table: Tensor, positions: Tensor) -> Tensor:
-        """Where the keys of tokens go, in a layer's pool viewed as (P * K * page, E): (N*K,) int64. Each token is given by its
-        position (N,) and its row's pages (N, C)."""
+        """Where the keys of tokens go, in a layer's pool viewed as (P * K * page, E): (N*K,) int64. Each token is given
+        by its position (N,) and its row's pages (N, C)."""
         pages, num_heads = page_table.gather(1, positions[:, None] // self.page_size), self.keys.shape[2]
         heads = pages * num_heads + torch.arange(num_heads, device=pages.device)
         return (heads * self.page_size + positions[:, None] % self.page_size).flatten()
 
 
 def paged_prefill(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, ends: Tensor) -> Tensor:
-    """Attention (N, H, E) of chunks of rows, packed one after the other, each the last tokens that its row has so far: one
-    call of torch's flash attention, which reads the pages in place. The order of a row's sums does not depend on the
-    other rows, because it may not split rows (num_splits), nor take a single query for a decode step (longest >= 2).
+    """Attention (N, H, E) of chunks of rows, packed one after the other, each the last tokens that its row has so far:
+    one call of torch's flash attention, which reads the pages in place. The order of a row's sums depends on the row
+    alone, because rows may not be split (num_splits), nor a single query be taken for a decode step (longest >= 2).
 
     Args:
         keys, values: (P, K, page, E), one layer's pool, with these tokens written.
@@ -113,8 +113,8 @@ def paged_prefill(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, e
 
 
 def _reads_pages(dtype: torch.dtype, page_size: int, head_dim: int) -> bool:
-    """Whether torch's flash attention can read the pages: since torch 2.12, in half precision, and for FlashAttention-2 if the
-    page size is a multiple of 256."""
+    """Whether torch's flash attention can read the pages: since torch 2.12, in half precision, and for FlashAttention-2
+    if the page size is a multiple of 256."""
     if dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or page_size % 256:
         return False
     return "block_table" in inspect.signature(varlen_attn()).parameters
@@ -130,8 +130,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros, not empty memory, because masked values are multiplied by 0, and 0 * NaN is NaN."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # Anonymous memory is taken when it is first written, 4 kB at a time, so a large pool costs nothing until it is used. Zeros
-    # of numpy would be taken 2 MB at a time, of which every layer uses only a part.
+    # Anonymous memory is taken when it is first written, 4 kB at a time, so a large pool costs nothing until it is
+    # used. Zeros of numpy would be taken 2 MB at a time, of which every layer uses only a part.
     size = math.prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,8 +1,8 @@
 """The page allocator of the key-value cache: which pages are free, how many rows use each, and which prefix each holds.
 
-A page holds the keys and values of page_size tokens of a row, at every layer. Rows that begin with the same tokens may share
-pages (prefix caching): a page is registered by its own tokens and by the page before it, so equal pages mean equal prefixes,
-token by token. A page that no row uses is free, but stays registered until it is allocated again.
+A page holds the keys and values of page_size tokens of a row, at every layer. Rows that begin with the same tokens may
+share pages (prefix caching): a page is registered by its own tokens and by the page before it, so equal pages mean
+equal prefixes, token by token. A page that no row uses is free, but stays registered until it is allocated again.
 
 The lowest free page is allocated first: on a CPU a page takes memory only once it is written.
 """
@@ -29,7 +29,7 @@ class Pages:
         self._free = list(range(num_pages))  # a heap of all free pages, and of some that are in use again
         self._registered: dict[_Key, int] = {}
         self._keys: list[_Key | None] = [None] * num_pages
-        # A page gets a new version when it is registered, so pages that followed its old content are not found any more.
+        # A page gets a new version when it is registered, so pages that followed its old content are found no more.
         self._versions, self._new_version = [0] * num_pages, itertools.count(1)
 
     def allocate(self) -> int:
@@ -59,7 +59,7 @@ class Pages:
         """Which registered pages hold the longest prefix of tokens.
 
         Returns:
-            The full pages; and, if they hold all but the last few tokens, the page that begins with these, if there is one.
+            The full pages; and, if they hold all but the last few tokens, a page that begins with these, or None.
         """
         pages: list[int] = []
         for start in range(0, len(tokens), self.page_size):

@@ -1,15 +1,15 @@
 """Sampling: a model, a scheduler and a paged key-value cache.
 
-Every sample has a key, a hash of the seed, the prompt and the sample's number (scheduler.requests_for), and takes one uniform
-number a token from a counter-based generator. So it does not depend on what else is in the batch, on the order of the work,
-or on preemption. Nor do its logits, to the last bit, where sums are taken in an order that does not depend on the batch.
-Attention's are: row by row, in spans of a fixed number of tokens. On a CPU those of matrix products are, too, from two rows
-on. On a GPU their order depends on the number of rows; so with batch_invariant every step has the full number of rows,
-padding rows included, and a preempted row samples its completion again.
+Every sample has a key, a hash of the seed, the prompt and the sample's number (scheduler.requests_for), and takes one
+uniform number a token from a counter-based generator. So it does not depend on what else is in the batch, on the order
+of the work, or on preemption. Nor do its logits, to the last bit, where sums are taken in an order that does not depend
+on the batch. Attention's are: row by row, in spans of a fixed number of tokens. On a CPU those of matrix products are,
+too, from two rows on. On a GPU their order depends on the number of rows; so with batch_invariant every step has the
+full number of rows, padding rows included, and a preempted row samples its completion again.
 
-What a decode step reads and writes stays on the device: each row's newest token, its length and its page table. The host reads
-a step's tokens while the next step runs, so the device never waits for the host; a row that sampled a stop token runs one step
-more, which is discarded. On a GPU a step is a CUDA graph, one for each of a few batch sizes and lengths.
+What a decode step reads and writes stays on the device: each row's newest token, its length and its page table. The
+host reads a step's tokens while the next step runs, so the device never waits for the host; a row that sampled a stop
+token runs one step more, which is discarded. On a GPU a step is a CUDA graph, one for each of a few sizes.
 """
 
 import gc
@@ -35,8 +35,8 @@ from nanoredi.sampler.scheduler import Request, Row, Scheduler
 _PREFILL_TOKENS = 1_024
 # The share of the free memory that the cache takes; on a CPU other processes need some, too.
 _GPU_SHARE, _CPU_SHARE = 0.9, 0.5
-# The default batch size and page size. torch's flash attention can read pages of the GPU's size. On a GPU the batch size is halved
-# until the cache has room for _ROOM tokens of each row.
+# The default batch size and page size. torch's flash attention can read pages of the GPU's size. On a GPU the batch
+# size is halved until the cache has room for _ROOM tokens of each row.
 _GPU_SIZES, _CPU_SIZES, _ROOM = (256, 256), (64, 32), 2_048
 
 # A decode step that runs: its rows, their new tokens (B,) int64 on the host, and the event after which these are there.
@@ -82,8 +82,8 @@ class Sampler:
         for request in requests:
             if max(request.prompt, default=0) >= vocabulary:
                 raise UserError(
-                    f"{request.name} has the token {max(request.prompt)}, outside the model's vocabulary of {vocabulary}; "
-                    "the tokenizer is not this model's"
+                    f"{request.name} has the token {max(request.prompt)}, outside the model's vocabulary of "
+                    f"{vocabulary}; the tokenizer is not this model's"
                 )
         self.scheduler.check(requests)
 
@@ -141,8 +141,7 @@ class Sampler:
         self.page_table[slots] = upload(pages, self.device)
 
     def _append_pages(self) -> list[Request]:
-        """Give every row a page for its next token, preempting rows if need be. Returns the requests that turned out to have
-        ended."""
+        """Give every row a page for its next token, preempting rows if need be. Returns requests that ended before."""
         ended = []
         while (new := self.scheduler.append_pages()) is None:
             if self.in_flight:
@@ -173,8 +172,8 @@ class Sampler:
         return rows, on_host, copied
 
     def _advance(self, slots: Tensor, uniforms: Tensor, num_columns: int | None = None) -> Tensor:
-        """Run the model on the newest tokens of the rows in these slots, and sample the next ones by uniforms (B,): (B,)
-        int64. Slots beyond the first B are padding. No row has more pages than num_columns."""
+        """Run the model on the newest tokens of the rows in these slots, and sample the next ones by uniforms (B,):
+        (B,) int64. Slots beyond the first B are padding. No row has more pages than num_columns."""
         lengths = self.lengths[slots]
         attend = self.cache.decode(self.page_table[slots, :num_columns], lengths)
         logits = linear(self.model.hidden_states(self.newest[slots], lengths, attend), self.head)
@@ -186,8 +185,8 @@ class Sampler:
         return tokens
 
     def _num_padding(self, num_tokens: int, full_size: int) -> int:
-        """How many padding tokens a step of so many tokens gets. On a CPU each new number may cost a kernel for every product,
-        half a megabyte and a millisecond or two; and a single row is multiplied by other code, which sums in another order."""
+        """The padding of a step. On a CPU each new number of tokens may cost a kernel for every product, half a MB and
+        a millisecond or two; and a single row is multiplied by other code, which sums in another order."""
         if self.full_size:
             return full_size - num_tokens
         if self.device.type != "cpu":
@@ -228,8 +227,8 @@ class Sampler:
 
 
 def _cache(model: Qwen2, config: SamplingConfig, device: torch.device) -> tuple[PagedCache, int]:
-    """A cache of the size that the user gives or that the device has memory for, but no larger than the batch can use; and the
-    batch size."""
+    """A cache of the size that the user gives or that the device has memory for, but no larger than the batch can use;
+    and the batch size."""
     c, dtype = model.config, model.lm_head_weight.dtype
     num_rows, page_size = _GPU_SIZES if device.type == "cuda" else _CPU_SIZES
     num_rows, page_size = config.batch_size or num_rows, config.page_size or page_size

@@ -1,10 +1,10 @@
 """Continuous batching over pages: requests, which of them are in the batch, and which pages they have.
 
-A row of the batch decodes one sample of a prompt. First the prompt, all but its last token, is prefilled in chunks, under a
-budget of tokens between two decode steps; then every decode step takes the row's last token and samples the next one. So a
-prompt that is in the cache already, for instance for another sample, is not computed again. A row that ends frees its pages
-and its slot at once. When no page is free, the youngest row is preempted: its request waits again, before all others, and
-resumes with the tokens that it has, to the same sample.
+A row of the batch decodes one sample of a prompt. First the prompt, all but its last token, is prefilled in chunks,
+under a budget of tokens between two decode steps; then every decode step takes the row's last token and samples the
+next one. So a prompt that is in the cache already, for instance for another sample, is not computed again. A row that
+ends frees its pages and its slot at once. When no page is free, the youngest row is preempted: its request waits again,
+before all others, and resumes with the tokens that it has, to the same sample.
 
 Nothing here touches a device.
 """
@@ -93,8 +93,8 @@ class Scheduler:
     def __init__(
         self, pages: Pages, batch_size: int, max_tokens: int, context: int, budget: int, resample: bool = False
     ):
-        """budget: tokens prefilled between two decode steps. resample: a preempted row samples its completion again, instead of
-        prefilling what it had of it."""
+        """budget: tokens prefilled between two decode steps. resample: a preempted row samples its completion again,
+        instead of prefilling what it had of it."""
         self.pages, self.page_size, self.batch_size = pages, pages.page_size, batch_size
         self.max_tokens, self.context, self.budget, self.resample = max_tokens, context, budget, resample
         self.waiting: deque[Request] = deque()
@@ -107,8 +107,8 @@ class Scheduler:
         return min(longest, self.context - len(request.prompt))
 
     def check(self, requests: Iterable[Request]) -> None:
-        """Raise a UserError that names a request which cannot be completed: its prompt is empty or fills the context, it may
-        have no tokens, or it does not fit into the cache."""
+        """Raise a UserError that names a request which cannot be completed: its prompt is empty or fills the context,
+        it may have no tokens, or it does not fit into the cache."""
         for request in requests:
             length = len(request.prompt)
             if not length:
@@ -170,7 +170,7 @@ class Scheduler:
         return [row for row in self.rows.values() if len(row.tokens) - 1 <= row.num_cached < row.max_length - 1]
 
     def preempt(self) -> None:
-        """Take the youngest row out of the batch; its request waits again, as the next one, with the tokens that it has."""
+        """Take the youngest row out of the batch; its request waits again, as the next one, with its tokens so far."""
         row = next(reversed(self.rows.values()))
         row.request.tokens = max(row.request.tokens, row.tokens[len(row.request.prompt) :], key=len)
         self.release(row)

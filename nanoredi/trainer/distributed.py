@@ -39,8 +39,8 @@ class World:
     group: dist.ProcessGroup | None = None  # in which ranks wait for rank 0's work; None: the default group
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """Do some work on rank 0 and return its result on every rank. Where it fails for the user's input or the disk, every
-        rank raises a UserError."""
+        """Do some work on rank 0 and return its result on every rank. Where it fails for the user's input or the disk,
+        every rank raises a UserError."""
         outcome: list = [None, None]
         if self.rank == 0:
             try:
@@ -71,8 +71,8 @@ class World:
 
 @contextlib.contextmanager
 def world(timeout_minutes: float = 10.0) -> Iterator[World]:
-    """Join the process group that torchrun describes, or make one of a single process; leave it at the end. The job ends
-    when a rank has not answered for timeout_minutes.
+    """Join the process group that torchrun describes, or make one of a single process; leave it at the end. The job
+    ends when a rank has not answered for timeout_minutes.
 
     Raises:
         UserError: when ranks would share a GPU.
@@ -87,7 +87,7 @@ def world(timeout_minutes: float = 10.0) -> Iterator[World]:
         torch.cuda.set_device(device)
     bound = device if device.type == "cuda" and size > 1 else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=bound)
-    # Tokenising on rank 0 may take hours; a collective's own timeout, half an hour, would end the ranks that wait for it.
+    # Tokenising on rank 0 may take hours; the ranks that wait for it would time out after half an hour.
     group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
     try:
         with contextlib.closing(Heartbeat(rank, size, timeout_minutes)) if size > 1 else contextlib.nullcontext():
@@ -142,8 +142,8 @@ def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -
         block.activation_checkpointing = config.activation_checkpointing
     offload = config.offload and world.device.type != "cpu"
     if world.size == 1 and not offload and (world.device.type == "cpu" or dtype == torch.float32):
-        # There is nothing to shard, and on a CPU FSDP2's copies would cost time and memory. The weights are copied because
-        # they are the file's mapped memory.
+        # There is nothing to shard, and on a CPU FSDP2's copies would cost time and memory. The weights are copied
+        # because they are the file's mapped memory.
         for p in model.parameters():
             p.data = p.data.to(world.device, torch.float32, copy=True)
             prepare_for_training(p)

@@ -10,7 +10,7 @@ from nanoredi.kernels.layers import product
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that "float32", "bfloat16" or "auto" means on a device; auto is bfloat16 where the hardware multiplies in it.
+    """The dtype that "float32", "bfloat16" or "auto" means on a device; auto is bfloat16 if it has units for that.
 
     Raises:
         UserError: for a GPU without Triton, and for bfloat16 on a GPU that does not multiply in it.
@@ -41,8 +41,8 @@ def device_alone() -> torch.device:
 
 
 def settled_dtype(name: str, before: str = "auto") -> str:
-    """The dtype, "float32" or "bfloat16", of work that may be a resume: the one asked for; for "auto" the one that the work
-    was begun with, so that it can be resumed on another machine; else compute_dtype's choice."""
+    """The dtype, "float32" or "bfloat16", of work that may be a resume: the one asked for; for "auto" the one that the
+    work was begun with, so that it can be resumed on another machine; else compute_dtype's choice."""
     if name == before == "auto":
         return str(compute_dtype(name, device_alone()))[6:]
     return before if name == "auto" else name
@@ -51,8 +51,8 @@ def settled_dtype(name: str, before: str = "auto") -> str:
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s that the device reaches in a large matrix product, measured in a tenth of a second.
 
-    Other processes may be using the device. On a GPU the fastest of many products counts. On a CPU the CPU time of a single
-    thread counts, times the number of threads: it does not advance while another process has the core.
+    Other processes may be using the device. On a GPU the fastest of many products counts. On a CPU the CPU time of a
+    single thread counts, times the number of threads: it does not advance while another process has the core.
     """
     on_gpu, num_threads = device.type == "cuda", torch.get_num_threads()
     size, clock = (8192, time.perf_counter) if on_gpu else (512, time.thread_time)

@@ -17,10 +17,8 @@ from nanoredi.trainer.log import Step
 
 # The shape of state(), for files.check.
 _COUNT = range(2**31)
-_COLLAPSE = {
-    **dict.fromkeys(("start", "mean", "update", "update_mean"), float),
-    **{"falls": [float], "last_good": _COUNT, "tripped": (_COUNT, None)},
-}
+_COLLAPSE: dict[str, Any] = dict.fromkeys(("start", "mean", "update", "update_mean"), float)
+_COLLAPSE |= {"falls": [float], "last_good": _COUNT, "tripped": (_COUNT, None)}
 
 
 class Guards:
@@ -50,12 +48,8 @@ class Guards:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what state() returned, as it was read back from the disk; a UserError where its shape is wrong."""
-        shape = {
-            "skipped": range(state["step"] + 1),
-            "in_a_row": _COUNT,
-            "collapse": _COLLAPSE,
-            "began_with": {str: str},
-        }
+        shape = {"in_a_row": _COUNT, "collapse": _COLLAPSE, "began_with": {str: str}}
+        shape["skipped"] = range(state["step"] + 1)
         check(f"the training state of step {state['step']}", state, shape)
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self.collapse.restore(state["collapse"])
@@ -64,8 +58,8 @@ class Guards:
         self.skipped += 1
         numbers = ", ".join(str(row + 1) for row in sorted(step.rows.tolist()))
         self.world.say(
-            f"warning: step {step.number} was skipped, its loss or gradient is not finite (skipped so far: {self.skipped}); "
-            f"it had rows {numbers} of {self.config.data}"
+            f"warning: step {step.number} was skipped, its loss or gradient is not finite (skipped so far: "
+            f"{self.skipped}); it had rows {numbers} of {self.config.data}"
         )
         if self.in_a_row >= self.config.max_bad_steps:
             raise UserError(
@@ -91,8 +85,8 @@ class CollapseWatch:
     """REDI's own failure: chosen and rejected log-probs plunge together with the accuracy, at large updates (arXiv
     2505.24850, the figure of training dynamics). A slow fall of both is healthy.
 
-    The watch follows how far a running mean of the chosen log-prob has fallen below its start, and a running mean of the
-    update norm. It trips when all of these hold:
+    The watch follows how far a running mean of the chosen log-prob has fallen below its start, and a running mean of
+    the update norm. It trips when all of these hold:
 
         the fall is larger than `nats`;
         it accelerates: the last third of the run so far brought more of it than the third before;
@@ -146,8 +140,8 @@ class CollapseWatch:
 
 @contextlib.contextmanager
 def signals(status: Callable[[], str], world: World) -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM, SIGHUP (a closed ssh) and Ctrl-C ask the run to stop, and SIGUSR1 prints its status. After a Ctrl-C the
-    next one, or SIGTERM, ends the process at once. An ignored signal, as nohup ignores SIGHUP, stays ignored.
+    """Inside, SIGTERM, SIGHUP (a closed ssh) and Ctrl-C ask the run to stop, and SIGUSR1 prints its status. After a
+    Ctrl-C the next one, or SIGTERM, ends the process at once. A signal that is ignored, as under nohup, stays so.
 
     Yields:
         A function that says, alike on every rank, whether any rank was asked to stop.
@@ -169,10 +163,8 @@ def signals(status: Callable[[], str], world: World) -> Iterator[Callable[[], bo
                 signal.signal(signal.SIGTERM, then)
                 time.sleep(seconds)
 
-    handlers = {
-        signal.SIGUSR1: lambda *_: say(status()),
-        **dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), stop),
-    }
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), stop)
+    handlers[signal.SIGUSR1] = lambda *_: say(status())
     heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     try:

@@ -1,7 +1,7 @@
 """Notice a rank that has stopped answering; without this, the others would wait for it in a collective for a long time.
 
-Beside its work every rank increments a counter in a store that rank 0 holds, and reads the others' counters. The first to see
-one unchanged for too long names that rank and ends its own process; the launcher then ends the rest.
+Beside its work every rank increments a counter in a store that rank 0 holds, and reads the others' counters. The first
+to see one unchanged for too long names that rank and ends its own process; the launcher then ends the rest.
 """
 
 import os

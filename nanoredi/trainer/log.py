@@ -36,8 +36,8 @@ class Step:
     tokens: int  # over all ranks
     flops: float  # of forward and backward, without recomputation
     rows: np.ndarray  # of the data, counted from 0
-    # The watched pairs' mean log-probs and entropies a token, chosen and rejected: (2, 2) on the device. "start": before the
-    # run's first step; "watch": after this step, if the watched pairs were scored then.
+    # The watched pairs' mean log-probs and entropies a token, chosen and rejected: (2, 2) on the device. "start":
+    # before the run's first step; "watch": after this step, if the watched pairs were scored then.
     watched: dict[str, Tensor]
 
 
@@ -68,11 +68,9 @@ class Log:
         self.first, self.start = first, time.perf_counter()
         self.last = self.start
         self.line, self.num_lines = "no step yet", 0
-        self.board = None
-        if world.rank == 0:
-            drop_steps_after(self.path, first)
-            if config.tensorboard:
-                self.board = _tensorboard(Path(config.out) / "tensorboard", first)
+        world.first(lambda: drop_steps_after(self.path, first))
+        board = config.tensorboard and world.rank == 0
+        self.board = _tensorboard(Path(config.out) / "tensorboard", first) if board else None
 
     def add(self, step: Step) -> list[tuple[Step, dict[str, Any]]]:
         """Keep a step, and flush when a line is due."""

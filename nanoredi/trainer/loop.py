@@ -1,8 +1,8 @@
 """The training loop of both stages.
 
-A step takes its rows of the data, gives every token its weight in the loss (objectives.py), divides the sequences among ranks
-and micro-batches (batch.py), accumulates gradients, clips and updates. Its metrics stay on the device until a line of the log
-is due (log.py), when the guards see them, too (guards.py). An interrupted run resumes from its newest state (state.py).
+A step takes its rows of the data, gives every token its weight in the loss (objectives.py), divides the sequences among
+ranks and micro-batches (batch.py), accumulates gradients, clips and updates. Its metrics stay on the device until the
+log is due (log.py); then the guards see them, too (guards.py). A run resumes from its newest state (state.py).
 """
 
 import os

@@ -1,9 +1,9 @@
 """DPO's reference: the log-probabilities of every trace under the model that training starts from.
 
-They are constants, so the model computes them itself, once, before its first step, and no second model is held in memory. They
-are cached under a digest of the weights, the model's config, the tokenised data and the compute dtype: any run with the same
-four finds them. The digest is also in the file and in the run's state, so that a file under a wrong name is computed again,
-and a resume with another model refused.
+They are constants, so the model computes them itself, once, before its first step, and no second model is held in
+memory. They are cached under a digest of the weights, the model's config, the tokenised data and the compute dtype: any
+run with the same four finds them. The digest is also in the file and in the run's state, so that a file under a wrong
+name is computed again, and a resume with another model refused.
 """
 
 import contextlib
@@ -26,14 +26,11 @@ from nanoredi.trainer.scoring import trace_sums
 def reference_logps(
     config: RediConfig, model: Qwen2, data: TokenData, dtype: torch.dtype, world: World
 ) -> tuple[np.ndarray, str]:
-    """The log-probabilities under the config's model, from the cache, or computed by all ranks.
-
-    Args:
-        model: sharded, before its first step.
-        dtype: that it computes in.
+    """The log-probabilities under the model (sharded, before its first step, computing in dtype), from the cache, or
+    computed by all ranks.
 
     Returns:
-        log p_ref(y|x) of each pair's chosen and rejected trace, (rows, 2) fp32; and the digest that they are cached under.
+        log p_ref(y|x) of each pair's chosen and rejected trace, (rows, 2) fp32; and the digest in the cache.
     """
     model_and_dtype = f"{model.config} {dtype}".encode()
     key = world.first(lambda: digest(model_and_dtype, *weight_files(Path(config.model)), data.digest.encode()))

@@ -1,5 +1,5 @@
-"""The log-probabilities of a file's traces under a model, and the entropies of its predictions, computed by all ranks without
-gradients: DPO's reference, and the watched pairs.
+"""The log-probabilities of a file's traces under a model, and the entropies of its predictions, computed by all ranks
+without gradients: DPO's reference, and the watched pairs.
 """
 
 import torch
@@ -19,7 +19,7 @@ _CHUNK = 128  # rows divided among the ranks at once
 
 @torch.no_grad()
 def trace_sums(model: Qwen2, data: TokenData, max_tokens: int, world: World, what: str = "") -> Tensor:
-    """Sums over every trace's tokens, of the log-probs and of the entropies: (2, rows, sides) fp32, the same on every rank.
+    """Sums over every trace's tokens, of the log-probs and of the entropies: (2, rows, sides) fp32, on every rank.
 
     Args:
         model: sharded over the ranks, or whole on each.
@@ -43,7 +43,7 @@ def trace_sums(model: Qwen2, data: TokenData, max_tokens: int, world: World, wha
                 total[[start + j for j in indices]] = sums.view(-1, len(data.sides))
         done.update(len(rows))
     done.close()
-    # Some weights stay gathered after a forward, until its backward, which never comes here; the optimiser needs the shards.
+    # Some weights stay gathered after a forward until its backward, which never comes; the optimiser needs the shards.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

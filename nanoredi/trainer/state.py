@@ -3,13 +3,13 @@
     out/state/step-000200/    a safetensors file a rank, and state.json: the notes, every file's size and digest, and a
                               digest of all that
 
-torch.distributed.checkpoint writes and reads the tensors, so a run can resume on another number of ranks. Its own format
-keeps a pickle beside the data; its safetensors format does not. A state is written to a temporary folder while the training
-continues, and is renamed when all of it is on the disk and digested; then the oldest is removed, so that two remain. A
-damaged state is reported and set aside (step-000200.damaged-1), and the one before it is loaded.
+torch.distributed.checkpoint writes and reads the tensors, so a run can resume on another number of ranks. Its own
+format keeps a pickle beside the data; its safetensors format does not. A state is written to a temporary folder while
+the training continues, and is renamed when all of it is on the disk and digested; then the oldest is removed, so that
+two remain. A damaged state is reported and set aside (step-000200.damaged-1), and the one before it is loaded.
 
-No random number is drawn while training: the rows of a step follow from the seed and the step's number (batch.py), so the
-step is all that a resume needs to know of the data's order.
+No random number is drawn while training: the rows of a step follow from the seed and the step's number (batch.py), so
+that number is all that a resume needs to know of the data's order.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
 
 
 class States:
-    """The states of a run whose folder this job has locked. Every rank has one, and all ranks call its methods together.
+    """The states of a run whose folder this job has locked. All ranks have one and call its methods together.
 
     In a `with` block, a UserError or Stopped that ends the run first waits for the state that is being written.
     """
@@ -78,8 +78,8 @@ class States:
         temporary = path_beside(self.folder / f"step-{step:06d}")
         temporary = self.world.first(lambda: (temporary.mkdir(parents=True), temporary)[1])
         storage = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        # async_save writes from a copy on the host. Copying ahead would ask CUDA for a stream, in a new thread and so on the
-        # first device, where every rank would then hold a context.
+        # async_save writes from a copy on the host. Copying ahead would ask CUDA for a stream, in a new thread and so
+        # on the first device, where every rank would then hold a context.
         storage.per_thread_copy_ahead = 0
         written = dcp.async_save(tensors, storage_writer=storage, process_group=self.group)
         self.pending = self.writer.submit(self._finish, written, temporary, step, notes)
