@@ -27,6 +27,9 @@ from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer.heartbeat import Heartbeat
 
 Result = TypeVar("Result")
+# How long a rank waits for another one's work on the host, such as tokenising, where gloo would give up after half an
+# hour; a rank that has died is noticed by the heartbeat.
+PATIENCE = datetime.timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,7 @@ def world(timeout_minutes: float = 10.0) -> Iterator[World]:
         torch.cuda.set_device(device)
     bound = device if device.type == "cuda" and size > 1 else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=bound)
-    # Tokenising on rank 0 may take hours; the ranks that wait for it would time out after half an hour.
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         with contextlib.closing(Heartbeat(rank, size, timeout_minutes)) if size > 1 else contextlib.nullcontext():
             yield World(rank, size, device, group)

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nanoredi.common.disk import digest, file_digest, move_into_place, path_beside, remove, remove_leftovers
 from nanoredi.common.errors import Stopped, UserError
 from nanoredi.common.files import check, read_json
-from nanoredi.trainer.distributed import World
+from nanoredi.trainer.distributed import PATIENCE, World
 from nanoredi.trainer.guards import Guards
 from nanoredi.trainer.optimizer import AdamW
 
@@ -54,7 +54,7 @@ class States:
     def __init__(self, folder: Path, world: World):
         self.folder, self.world = folder, world
         # A process group of its own, because a state is written while the training uses the other one.
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.writer = ThreadPoolExecutor(1)
         self.pending: Future[int] | None = None  # the step whose state is being written
         self.newest = 0  # the step of the newest whole state
@@ -111,8 +111,11 @@ class States:
         if found is None:
             return None
         path, notes = found
+        storage = HuggingFaceStorageReader(str(path))
         try:
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), process_group=self.group)
+            if more := storage.read_metadata().state_dict_metadata.keys() - tensors.keys():
+                raise UserError(f"the training state {path} is not this model's: it also has {min(more)}")
+            dcp.load(tensors, storage_reader=storage, process_group=self.group)
         except CheckpointException as error:
             raise UserError(f"the training state {path} is not this model's: {_cause(error)}") from None
         self.newest = notes["step"]

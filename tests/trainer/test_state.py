@@ -193,6 +193,9 @@ def test_a_state_of_another_model_is_refused(states):
     tensors, folder, world = states
     with pytest.raises(UserError, match="the training state .*step-000015 is not this model's"):
         States(folder, world).load({**tensors, "weight.other": next(iter(tensors.values()))})
+    name, *others = tensors
+    with pytest.raises(UserError, match=f"step-000015 is not this model's: it also has {name}"):
+        States(folder, world).load({other: tensors[other] for other in others})
 
 
 def test_a_full_disk_ends_with_a_word_and_the_last_state_whole(states):
