@@ -15,7 +15,7 @@ ON_GPU = torch.cuda.is_available()
 
 
 def allowance(c: Qwen2Config, requests: list[Request], dtype: torch.dtype) -> float:
-    """Seconds of all decode steps' matrix products, or on a GPU of reading weights and cache; prefill is not counted."""
+    """Seconds of all decode steps' matrix products, or on a GPU of reading weights and cache; without prefill."""
     kv_size = c.num_key_value_heads * c.head_dim
     shapes = [(c.hidden_size + 2 * kv_size, c.hidden_size), (c.hidden_size, c.hidden_size)]
     shapes += [(2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)]

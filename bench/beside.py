@@ -3,11 +3,11 @@
     python bench/beside.py                       two processes that use every core; first alone, then side by side
     python bench/beside.py --rounds 1 --steps 1                       shorter
 
-OpenMP's threads spin for a while before they sleep when they wait for each other. On an idle machine that saves the time of
-waking up; beside another process they take time from the very thread that they wait for. nanoredi lets them sleep sooner
-(nanoredi/__init__.py) unless the environment says otherwise. The steps are those of bench/train_step.py, with its model and
-the CPU's best dtype; the other process runs the same steps. Ideally a process alone keeps all of its speed, and one
-beside another keeps half.
+OpenMP's threads spin for a while before they sleep when they wait for each other. On an idle machine that saves the
+time of waking up; beside another process they take time from the very thread that they wait for. nanoredi lets them
+sleep sooner (nanoredi/__init__.py) unless the environment says otherwise. The steps are those of bench/train_step.py,
+with its model and the CPU's best dtype; the other process runs the same steps. Ideally a process alone keeps all of its
+speed, and one beside another keeps half.
 """
 
 import argparse

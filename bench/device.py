@@ -3,11 +3,11 @@
     python -m bench.device --minutes 9       into runs/device: device.md and device.json
     python -m bench.device --dry             the same parts at toy size, to check that all of them run
 
-First the device's tests, whose output goes to tests.txt, then nanoredi's loss, optimiser steps and sampling, then the peers that
-are installed, each in a fresh process; with --dry and no GPU, all but the tests in this process. Every row is written as
-soon as it is measured, so that nothing is lost when the device is taken away; a part that fails, times out or needs a
-missing package gets a row that says so. A floor is the time at the rate that the device reaches in one large matrix product, or
-in reading memory; a share is the floor divided by the measured time.
+First the device's tests, whose output goes to tests.txt, then nanoredi's loss, optimiser steps and sampling, then the
+peers that are installed, each in a fresh process; with --dry and no GPU, all but the tests in this process. Every row
+is written as soon as it is measured, so that nothing is lost when the device is taken away; a part that fails, times
+out or needs a missing package gets a row that says so. A floor is the time at the rate that the device reaches in one
+large matrix product, or in reading memory; a share is the floor divided by the measured time.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def measured(part: Part, folder: str, dry: bool) -> Row:
 
 
 def in_time(command: list[str], seconds: float) -> tuple[int | None, str, str]:
-    """Exit code (None: it timed out), stdout and stderr of a command, which is ended with all processes that it started."""
+    """Exit code (None: it timed out), stdout and stderr of a command, which is ended with all its children."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

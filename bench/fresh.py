@@ -6,8 +6,8 @@ import sys
 
 
 def figures(script: str, words: list[str], name: str, profiled: bool) -> dict | None:
-    """The last line, parsed as JSON, that a script prints when it is run with these words; None when it fails, after its last
-    line of stderr was printed.
+    """The last line, parsed as JSON, that a script prints when it is run with these words; None when it fails, after
+    its last line of stderr was printed.
 
     Args:
         name: of the method, for that message.

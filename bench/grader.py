@@ -2,8 +2,8 @@
 
     python bench/grader.py ../shared/data/benchmarks
 
-It prints two lists for a person to read: pairs of different golds that count as equal, and golds that still count as right
-with one character changed, by what makes them equal. A fixed seed draws the mutations.
+It prints two lists for a person to read: pairs of different golds that count as equal, and golds that still count as
+right with one character changed, by what makes them equal. A fixed seed draws the mutations.
 """
 
 import itertools

@@ -4,10 +4,10 @@
     python bench/kernels.py --chunks            how nanoredi's time and memory depend on the size of a chunk
     python bench/kernels.py --n 512 --rounds 1  smaller, for a dry run
 
-Each method runs in a fresh process, all of them once a round; a time is the median over the rounds; compare times within a
-table only. Memory is the peak above the inputs: of the process on a CPU, of the tensors on a GPU. The errors are those of
-the gradients, |got - want| / |want|, against float64 on a sample of the rows of hidden and of lm_head. Methods without
-token weights take the mean over tokens. A peer that is not installed is skipped with a message.
+Each method runs in a fresh process, all of them once a round; a time is the median over the rounds; compare times
+within a table only. Memory is the peak above the inputs: of the process on a CPU, of the tensors on a GPU. The errors
+are those of the gradients, |got - want| / |want|, against float64 on a sample of the rows of hidden and of lm_head.
+Methods without token weights take the mean over tokens. A peer that is not installed is skipped with a message.
 """
 
 import argparse

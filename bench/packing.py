@@ -49,7 +49,7 @@ def packed(sequences: list[Sequence], ranks: int) -> Divided:
 
 
 def one_pair_at_a_time(sequences: list[Sequence], ranks: int) -> Divided:
-    """The original's way: each pair right-padded to its longer trace, round-robin; logits are computed for every token."""
+    """The original's way: each pair right-padded to its longer trace, round-robin; with logits for every token."""
     pairs = [[(max(a[0], b[0]),) * 2] * 2 for a, b in zip(sequences[::2], sequences[1::2])]
     return [pairs[rank::ranks] for rank in range(ranks)]
 

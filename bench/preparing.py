@@ -2,9 +2,9 @@
 
     python -m bench.preparing --tokenizer DIR --folder NEW_FOLDER [--rows 516499] [--shards 20] [--correct 0.15]
 
-A row has two traces with a median of 10,000 characters. The share of rows with a correct trace is that of the real data after
-its filters; two thirds of these rows also have an incorrect one. With fewer there would be less to tokenise, which takes
-most of the time. Every shard is a single row group, the worst case for reading.
+A row has two traces with a median of 10,000 characters. The share of rows with a correct trace is that of the real data
+after its filters; two thirds of these rows also have an incorrect one. With fewer there would be less to tokenise,
+which takes most of the time. Every shard is a single row group, the worst case for reading.
 """
 
 import argparse

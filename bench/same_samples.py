@@ -3,8 +3,8 @@
     python bench/same_samples.py                         runs/toy/final on the toy's problems
     python bench/same_samples.py --model DIR --problems FILE.jsonl --num 50 --n 4 --max_tokens 500
 
-Samples of a batch of 64, in fp32 and in bf16, are compared with those of batches of 1 and of 8, of several runs, as if the first
-had been interrupted, of two processes with a thread each, as if of two ranks, and of a cache so small that rows are preempted.
+Samples of a batch of 64, in fp32 and in bf16, are compared with those of batches of 1 and of 8, of several runs (as if
+the first was interrupted), of two processes (as if of two ranks), and of a cache so small that rows are preempted.
 """
 
 import argparse
@@ -55,9 +55,7 @@ def main() -> None:
         others = [
             sampled(args, dtype, batch_size=1),
             sampled(args, dtype, batch_size=8),
-            sampled(args, dtype, every=slice(0, None, 3))
-            | sampled(args, dtype, every=slice(1, None, 3))
-            | sampled(args, dtype, every=slice(2, None, 3)),
+            {k: v for start in range(3) for k, v in sampled(args, dtype, every=slice(start, None, 3)).items()},
             ranks(args, dtype),
             sampled(args, dtype, pages=pages),
         ]
@@ -72,12 +70,10 @@ def sampled(
     tokenizer = Tokenizer(args.model)
     model = Qwen2.from_pretrained(args.model, dtype=getattr(torch, dtype), device=DEVICE).pack()
     config = SamplingConfig(max_tokens=args.max_tokens, batch_size=batch_size, page_size=32, dtype=dtype)
-    if hasattr(config, "batch_invariant"):
-        config.batch_invariant = args.batch_invariant == "true"
+    config.batch_invariant = args.batch_invariant == "true"
     c = model.config
-    a_page = (
-        2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * config.page_size * getattr(torch, dtype).itemsize
-    )
+    sizes = c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    a_page = 2 * sizes * config.page_size * getattr(torch, dtype).itemsize
     config = dataclasses.replace(config, cache_gb=pages * a_page / 1e9)
     prompts = [
         tokenizer.encode(tokenizer.prompt(user_message(question)))

@@ -4,15 +4,15 @@
     python bench/sampler.py --prompts 8 --methods nanoredi "transformers generate"     shorter
     python bench/sampler.py --profile                    where the time of one decode step goes
 
-All methods have the same weights, prompts, lengths, temperature 0.6 and top-p 0.95. The weights are random, so every method is
-given the length of each sample, and only those tokens count. Each runs in a fresh process, after a short warm-up. The
-time is that of one run over all prompts, prefill included; compare times within a table only. Memory is the peak of the
-process on a CPU, weights included, and of the tensors on a GPU, where nanoredi's cache, like vLLM's, takes what is free.
-On a GPU nanoredi is timed with steps of the full batch size (--batch_invariant) and with steps of the remaining rows.
-`generate` pads a batch to its longest sample and takes one batch after another; since batches are alike, a few prompts
-are enough to time it (--generate_prompts). The allowance is the time of the matrix products alone, with the number of rows
-that decode at each step; on a GPU the floor is the time to read the weights and the cache in use once a step at the
-measured bandwidth.
+All methods have the same weights, prompts, lengths, temperature 0.6 and top-p 0.95. The weights are random, so every
+method is given the length of each sample, and only those tokens count. Each runs in a fresh process, after a short
+warm-up. The time is that of one run over all prompts, prefill included; compare times within a table only. Memory is
+the peak of the process on a CPU, weights included, and of the tensors on a GPU, where nanoredi's cache, like vLLM's,
+takes what is free. On a GPU nanoredi is timed with steps of the full batch size (--batch_invariant) and with steps of
+the remaining rows. `generate` pads a batch to its longest sample and takes one batch after another; since batches are
+alike, a few prompts are enough to time it (--generate_prompts). The allowance is the time of the matrix products alone,
+with the number of rows that decode at each step; on a GPU the floor is the time to read the weights and the cache in
+use once a step at the measured bandwidth.
 """
 
 import argparse

@@ -186,28 +186,29 @@ PAGE = """\
 
 Computed, not measured: `python bench/scaling.py` computes this page from the rates at its end.
 
-1.5B is Qwen2.5-Math-1.5B, 7B has the shape of Qwen2.5-7B. A step of REDI is 32 pairs of 2 x 19,000 tokens, the longest
-that the paper allows; with the default `--max_tokens_per_micro_batch` a micro-batch is a pair. Forward and backward are in
-bf16, weights and Adam's moments in fp32; `--activation_checkpointing` and `--reshard_after_forward` have their defaults
-unless stated. A machine has 8 GPUs. HSDP is `--shard_size 8`: each machine has a copy of the model, sharded over its GPUs,
-and gradients are all-reduced across machines once a step. In all other rows a single copy is sharded over all GPUs
-(FSDP). *products kept* is `--activation_checkpointing products` with one sequence in a micro-batch.
+1.5B is Qwen2.5-Math-1.5B, 7B has the shape of Qwen2.5-7B. A step of REDI is 32 pairs of 2 x 19,000 tokens, the
+longest that the paper allows; with the default `--max_tokens_per_micro_batch` a micro-batch is a pair. Forward and
+backward are in bf16, weights and Adam's moments in fp32; `--activation_checkpointing` and `--reshard_after_forward`
+have their defaults unless stated. A machine has 8 GPUs. HSDP is `--shard_size 8`: each machine has a copy of the
+model, sharded over its GPUs, and gradients are all-reduced across machines once a step. In all other rows a single
+copy is sharded over all GPUs (FSDP). *products kept* is `--activation_checkpointing products` with one sequence in a
+micro-batch.
 
 ## Conclusions
 
 {fits}
 - **One card of 24 GB** trains 1.5B with `--offload`: {card}.
-- Until a step's last micro-batch each GPU accumulates the unsharded gradient in fp32, {sums} GB, however many GPUs there
-  are. With 32 GPUs or more a step has one micro-batch a GPU, and nothing is accumulated.
+- Until a step's last micro-batch each GPU accumulates the unsharded gradient in fp32, {sums} GB, however many GPUs
+  there are. With 32 GPUs or more a step has one micro-batch a GPU, and nothing is accumulated.
 - A step takes {on_8} s on 8 GPUs and {on_64} s on 64: {linear} % of linear or better. The longer a micro-batch
   computes, the more of its communication is hidden.
 - `--activation_checkpointing products` keeps the linear layers' outputs instead of recomputing them: {kept_on_8} s a
   step on 8 GPUs with one sequence in a micro-batch, {kept_saves} % less. 1.5B then fits on {products_small}, 7B on
   {products_large}. A micro-batch of half the tokens needs a faster network: up to {kept_needed} Gb/s a GPU.
-- HSDP needs more memory, and at {network} Gb/s a GPU it saves {hsdp_saves}. It is for slow networks: below {needed} Gb/s
-  a GPU the communication of FSDP over all GPUs no longer hides behind computing. HSDP then helps most if a GPU has several
-  micro-batches a step, because its traffic between machines does not grow with them. Seconds of a step, FSDP / HSDP
-  (3.1 Gb/s a GPU is one link of 25 Gb/s a machine):
+- HSDP needs more memory, and at {network} Gb/s a GPU it saves {hsdp_saves}. It is for slow networks: below {needed}
+  Gb/s a GPU the communication of FSDP over all GPUs no longer hides behind computing. HSDP then helps most if a GPU
+  has several micro-batches a step, because its traffic between machines does not grow with them. Seconds of a step,
+  FSDP / HSDP (3.1 Gb/s a GPU is one link of 25 Gb/s a machine):
 
 {slow}
 
@@ -220,9 +221,9 @@ and gradients are all-reduced across machines once a step. In all other rows a s
 
 ## One GPU with --offload
 
-Master weights and Adam's moments are on the host, which also runs the optimiser. The GPU keeps the rest of the first rows
-above, including the accumulated gradient, which therefore crosses the bus once a step. The card of 24 GB is an RTX 4090;
-*without it* is the step without `--offload` if the GPU had the memory:
+Master weights and Adam's moments are on the host, which also runs the optimiser. The GPU keeps the rest of the first
+rows above, including the accumulated gradient, which therefore crosses the bus once a step. The card of 24 GB is an
+RTX 4090; *without it* is the step without `--offload` if the GPU had the memory:
 
 {offload}
 
@@ -238,29 +239,30 @@ that a step keeps, which it counts without a GPU.
 ## How it is computed
 
 **Memory.** *weights, Adam*: three fp32 numbers a parameter, sharded over the GPUs that share a copy. *gradients*: the
-unsharded sum of the earlier micro-batches; a block's gradient while it is reduced; the head's, which the loss computes in
-forward. *gathered*: the unsharded bf16 weights of the root unit (embedding, norm and head: gathered once a forward, kept to
-the end of backward) and of up to three blocks (running, next, being gathered). *checkpoints*: the input of each block and
-its attention's output; if products are kept, also the linear layers' outputs but for the last one's. *a block*: what a
-block's backward recomputes and keeps. The loss needs its chunk of logits at another time, when no block is running.
-Not counted: CUDA, NCCL, fragmentation.
+unsharded sum of the earlier micro-batches; a block's gradient while it is reduced; the head's, which the loss
+computes in forward. *gathered*: the unsharded bf16 weights of the root unit (embedding, norm and head: gathered once
+a forward, kept to the end of backward) and of up to three blocks (running, next, being gathered). *checkpoints*: the
+input of each block and its attention's output; if products are kept, also the linear layers' outputs but for the last
+one's. *a block*: what a block's backward recomputes and keeps. The loss needs its chunk of logits at another time,
+when no block is running. Not counted: CUDA, NCCL, fragmentation.
 
-**Traffic.** A micro-batch gathers each block twice, for forward and for backward, and the root unit once, in bf16. Once
-a step gradients are reduced in fp32. To gather or reduce S bytes over n GPUs each sends S (n - 1) / n; across machines
-an eighth of that goes through each GPU's adapter, as the 8 adapters of a machine carry a ring each. HSDP's all-reduce
-among m machines sends 2 (m - 1) / m of an eighth of the gradient through each.
+**Traffic.** A micro-batch gathers each block twice, for forward and for backward, and the root unit once, in bf16.
+Once a step gradients are reduced in fp32. To gather or reduce S bytes over n GPUs each sends S (n - 1) / n; across
+machines an eighth of that goes through each GPU's adapter, as the 8 adapters of a machine carry a ring each. HSDP's
+all-reduce among m machines sends 2 (m - 1) / m of an eighth of the gradient through each.
 
-**Time.** Linear layers take 2 FLOPs a parameter and token in forward and 4 in backward; if products are not kept, 2 more
-for all but the MLP's last layer, which is not recomputed. The loss takes 6. Causal attention takes 2 n^2 D a sequence
-and block, and 2.5 times that in backward; its forward is not recomputed. What blocks do between products (norms,
-residuals, rotation, SwiGLU) takes its traffic at the memory's rate, 254 kB a token and block of 1.5B. Each forward and each
-backward takes the longer of computing and communicating; the last backward also sends the gradients. What overlaps with
-nothing is added: the gather of the root unit and the first block in each micro-batch, the root unit's reduction at the end,
-the optimiser. With `--offload` a micro-batch copies the fp32 weights over the bus, those of the blocks again in
-backward, which on one GPU overlaps with nothing; gradients are copied back during the last backward. The host's optimiser
-step reads and writes 52 bytes a parameter. Its memory is 8 bytes a parameter for the moments, and weights and gradients
-in pinned memory, where torch rounds each tensor up to a power of two. All GPUs have equal work. *network to keep up*: the
-rate below which communicating takes longer than computing in some forward or backward.
+**Time.** Linear layers take 2 FLOPs a parameter and token in forward and 4 in backward; if products are not kept, 2
+more for all but the MLP's last layer, which is not recomputed. The loss takes 6. Causal attention takes 2 n^2 D a
+sequence and block, and 2.5 times that in backward; its forward is not recomputed. What blocks do between products
+(norms, residuals, rotation, SwiGLU) takes its traffic at the memory's rate, 254 kB a token and block of 1.5B. Each
+forward and each backward takes the longer of computing and communicating; the last backward also sends the gradients.
+What overlaps with nothing is added: the gather of the root unit and the first block in each micro-batch, the root
+unit's reduction at the end, the optimiser. With `--offload` a micro-batch copies the fp32 weights over the bus, those
+of the blocks again in backward, which on one GPU overlaps with nothing; gradients are copied back during the last
+backward. The host's optimiser step reads and writes 52 bytes a parameter. Its memory is 8 bytes a parameter for the
+moments, and weights and gradients in pinned memory, where torch rounds each tensor up to a power of two. All GPUs
+have equal work. *network to keep up*: the rate below which communicating takes longer than computing in some forward
+or backward.
 
 **Rates.**
 

@@ -1,7 +1,7 @@
 """What a step of REDI costs a GPU in memory, traffic and time, by arithmetic alone; scaling.py writes a page of it.
 
-Nothing is run or timed here. The formulas follow distributed.shard (FSDP2's units), trainer.train_step (unsharded gradients
-accumulate on each GPU until the step's last micro-batch), model.Block (what is kept for backward) and
+Nothing is run or timed here. The formulas follow distributed.shard (FSDP2's units), trainer.train_step (unsharded
+gradients accumulate on each GPU until the step's last micro-batch), model.Block (what is kept for backward) and
 kernels/cross_entropy.py (the loss); tests/test_scaling.py compares them with the program.
 """
 
@@ -128,15 +128,15 @@ def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
     kv = c.num_key_value_heads * c.head_dim
     block, root, head = block_parameters(c), root_parameters(c), 4 * c.vocab_size * d
     accumulates = layout.micro_batches > 1
-    # What a block's backward holds, in bf16: the norms' outputs, q, the residual stream between attention and MLP, and the
-    # gradient of the stream after it (5 D); k and v; in the MLP gate, silu(gate) and up, and the gradients of the last
-    # two and of their product (6 F). If products are kept, v, gate and up are counted there.
+    # What a block's backward holds, in bf16: the norms' outputs, q, the residual stream between attention and MLP, and
+    # the gradient of the stream after it (5 D); k and v; in the MLP gate, silu(gate) and up, and the gradients of the
+    # last two and of their product (6 F). If products are kept, v, gate and up are counted there.
     kept = layout.products
     working = 2 * n * (5 * d + (1 if kept else 2) * kv + (4 if kept else 6) * f)
     products = 2 * n * (2 * d + 2 * kv + 2 * f) if kept else 0  # of q, o, k, v, gate and up
-    # The loss comes before, when no block is running: hidden, its gradient, a chunk of logits; and the gradient of the head,
-    # in fp32. That one is kept to the end of backward, where the embedding's gradient is added to it; an untied head's
-    # is added to the earlier micro-batches' sum at once.
+    # The loss comes before, when no block is running: hidden, its gradient, a chunk of logits; and the gradient of the
+    # head, in fp32. That one is kept to the end of backward, where the embedding's gradient is added to it; an untied
+    # head's is added to the earlier micro-batches' sum at once.
     loss = 2 * (2 * n * d + MAX_GPU_ELEMENTS)
     stays = c.tie_word_embeddings or not accumulates
     return {
@@ -152,16 +152,16 @@ def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
 
 
 def host_memory(c: Qwen2Config) -> dict[str, float]:
-    """Bytes of host memory that --offload takes for one GPU: to train, and in addition while a state is saved. torch rounds
-    each pinned tensor, here weights and gradients, up to a power of two."""
+    """Bytes of host memory that --offload takes for one GPU: to train, and in addition while a state is saved. torch
+    rounds each pinned tensor, here weights and gradients, up to a power of two."""
     with torch.device("meta"):
         pinned = sum(2 * 2 ** math.ceil(math.log2(4 * p.numel())) for p in Qwen2(c).parameters())
     return {"training": pinned + 8 * parameters(c), "saving": 12 * parameters(c)}
 
 
 def bus_traffic(c: Qwen2Config, layout: Layout) -> dict[str, float]:
-    """Bytes between host and GPU in the parts of a step, in fp32: forward and backward to the GPU (a micro-batch's gathers),
-    the accumulated gradients back (once a step)."""
+    """Bytes between host and GPU in the parts of a step, in fp32: forward and backward to the GPU (a micro-batch's
+    gathers), the accumulated gradients back (once a step)."""
     blocks, root = c.num_hidden_layers * block_parameters(c), root_parameters(c)
     there = 4 if layout.offload else 0
     return {"forward": there * (blocks + root), "backward": there * blocks, "gradients": there * (blocks + root)}
@@ -182,14 +182,14 @@ def traffic(c: Qwen2Config, layout: Layout) -> dict[str, float]:
 
 
 def network_share(layout: Layout) -> float:
-    """The part of a gather or reduce-scatter that goes through a GPU's adapter. Across machines NCCL makes as many rings as
-    there are adapters, and each ring enters a machine once, with its part of the data."""
+    """The part of a gather or reduce-scatter that goes through a GPU's adapter. Across machines NCCL makes as many
+    rings as there are adapters, and each ring enters a machine once, with its part of the data."""
     return 1 / MACHINE if layout.shard > MACHINE else 0.0
 
 
 def flops(c: Qwen2Config, layout: Layout) -> dict[str, float]:
-    """FLOPs of a GPU's micro-batch, forward and backward, of the linear layers and of attention. Unless the linear layers'
-    outputs are kept, backward recomputes all of them but the MLP's last."""
+    """FLOPs of a GPU's micro-batch, forward and backward, of the linear layers and of attention. Unless the linear
+    layers' outputs are kept, backward recomputes all of them but the MLP's last."""
     n, d = layout.tokens, c.hidden_size
     linear = 2 * n * block_parameters(c) * c.num_hidden_layers
     repeated = 0 if layout.products else linear - 2 * n * d * c.intermediate_size * c.num_hidden_layers
@@ -204,8 +204,8 @@ def flops(c: Qwen2Config, layout: Layout) -> dict[str, float]:
 
 
 def pointwise(c: Qwen2Config, layout: Layout) -> dict[str, float]:
-    """Bytes that a GPU's micro-batch reads and writes between the matrix products of its blocks (cuda/pointwise.py): forward,
-    and backward with its recomputation. tests/device counts them."""
+    """Bytes that a GPU's micro-batch reads and writes between the matrix products of its blocks (cuda/pointwise.py):
+    forward, and backward with its recomputation. tests/device counts them."""
     d, kv, f = c.hidden_size, c.num_key_value_heads * c.head_dim, c.intermediate_size
     norms, rotation = (2 + 4) * d, 2 * (d + kv)  # the second norm also adds its two inputs
     forward = norms + rotation + 3 * f + 3 * d
@@ -219,8 +219,8 @@ def times(c: Qwen2Config, layout: Layout, device: Device) -> dict[str, float]:
 
     The next block's weights are gathered, and the last block's gradients reduced, while a block computes; so each
     forward and each backward takes the longer of computing and communicating. The gather of the root unit and the
-    first block, the reduction of the root unit, and the optimiser overlap with nothing. On a single GPU offloaded weights
-    are copied in the compute stream, so they overlap with nothing either; gradients go back in another stream.
+    first block, the reduction of the root unit, and the optimiser overlap with nothing. On a single GPU offloaded
+    weights are copied in the compute stream, so they overlap with nothing either; gradients go back in another stream.
     """
     nvlink = device.nvlink * 1e9 * device.link_share
     adapter = device.network / 8 * 1e9 * device.link_share
@@ -247,8 +247,8 @@ def times(c: Qwen2Config, layout: Layout, device: Device) -> dict[str, float]:
         bus["gradients"] * (1 - root),
     )
     first_units = (root_parameters(c) + block_parameters(c)) / parameters(c)
-    # AdamW reads four fp32 numbers a parameter and writes three, clipping reads two and writes one, the update norm takes
-    # ten passes of two or three: 124 bytes.
+    # AdamW reads four fp32 numbers a parameter and writes three, clipping reads two and writes one, the update norm
+    # takes ten passes of two or three: 124 bytes.
     optimizer = 124 * parameters(c) / layout.shard / (device.bandwidth * 1e9 * device.link_share)
     if layout.offload:
         # On a CPU the update norm takes one pass of three numbers: 52 bytes.

@@ -2,12 +2,12 @@
 
     python -m bench.tokenising --tokenizer DIR --data sft.jsonl [--rows 500] [--rounds 7]
 
-The methods take turns, so that other load on the machine affects all of them alike; CPU time, summed over all threads, depends
-on it less than wall time:
+The methods take turns, so that other load on the machine affects all of them alike; CPU time, summed over all threads,
+depends on it less than wall time:
 
     encode_batch     `tokenizers` alone: the templated texts are in memory, the encodings are discarded
     ... and ids      the same, and the ids are read, as training needs them
-    load_sft         nanoredi: read the file, check and template the rows, encode, mark the learned tokens, write the cache
+    load_sft         nanoredi: read the file, check and template the rows, encode, mark learned tokens, write the cache
     digest           only the digest of the file, by which the cache is found
     again            a second start, from the cache: the digests of file and cache
 """

@@ -4,12 +4,12 @@
     python bench/train_step.py --pairs 1 --steps 1            shorter, for a dry run
     python bench/train_step.py --profile                      where nanoredi's time goes
 
-The original's way is a transformers model with activation checkpointing, one right-padded pair at a time, with full logits and
-their log-softmax. TRL's way is its DPOTrainer with its defaults, which include a reference model, if it is installed.
-nanoredi is measured with the default of --activation_checkpointing, and with more kept for backward (on a GPU in
-micro-batches of half the tokens). All have the same weights and pairs. Padding is not counted as tokens. Every method runs
-in a fresh process. A time is the median of several steps; compare times within a table only. On a CPU memory is the
-peak of the process, weights included; on a GPU that of the tensors. In bf16 each method keeps what it keeps by default:
+The original's way is a transformers model with activation checkpointing, one right-padded pair at a time, with full
+logits and their log-softmax. TRL's way is its DPOTrainer with its defaults, which include a reference model, if it is
+installed. nanoredi is measured with the default of --activation_checkpointing, and with more kept for backward (on a
+GPU in micro-batches of half the tokens). All have the same weights and pairs. Padding is not counted as tokens. Every
+method runs in a fresh process. A time is the median of several steps; compare times within a table only. On a CPU
+memory is the peak of the process, weights included; on a GPU that of the tensors. In bf16 each has its defaults:
 nanoredi fp32 master weights, the original's way bf16 weights and AdamW states, TRL fp32 weights under autocast.
 """
 

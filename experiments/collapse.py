@@ -3,10 +3,10 @@
     python experiments/collapse.py                       10 seeds; stage 1 of each takes a minute or more
     python experiments/collapse.py --seeds 42            one seed
 
-For each seed stage 1 is trained once, and stage 2 from it twice: with alpha 1.0 at a high learning rate, which collapses, and
-with alpha 0.8 at the toy's own rate. The table has pass@1 in %, from 4 samples a problem, of five models: stage 1's, the one
-that the watch names as the last good one when it trips, the last one saved before it trips, the one saved 10 steps
-later, and the final one.
+For each seed stage 1 is trained once, and stage 2 from it twice: with alpha 1.0 at a high learning rate, which
+collapses, and with alpha 0.8 at the toy's own rate. The table has pass@1 in %, 4 samples a problem, of five models:
+stage 1's, the one that the watch names as the last good one when it trips, the last one saved before it trips, the one
+saved 10 steps later, and the final one.
 """
 
 import argparse

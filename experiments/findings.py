@@ -3,10 +3,10 @@
     python experiments/findings.py               everything, in a quarter of an hour on 2 cores; finished runs are kept
     python experiments/findings.py --page        only the page and its figure, from the finished runs
 
-Stage 1 is trained once for each seed. On a tuning seed every method is trained at every rate of one grid, and the rate with
-the highest pass@1 is chosen. At these rates, and some of them also at their second-best rate, the methods are trained on
-the other seeds, and evaluated along the run and at its end. docs/findings.md and docs/findings.png are written from these
-runs.
+Stage 1 is trained once for each seed. On a tuning seed every method is trained at every rate of one grid, and the rate
+with the highest pass@1 is chosen. At these rates, and some of them also at their second-best rate, the methods are
+trained on the other seeds, and evaluated along the run and at its end. docs/findings.md and docs/findings.png are
+written from these runs.
 """
 
 import argparse

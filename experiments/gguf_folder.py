@@ -1,7 +1,7 @@
 """Convert a Llama in a GGUF file to a Qwen2 in a Hugging Face folder, for experiments/real.py: `pip install gguf`.
 
-A Qwen2 block is a Llama block with biases on queries, keys and values; with biases of 0 it computes the same. GGUF has names
-of its own and another order of the rows of queries and keys, and it is quantised; the folder's weights are fp32.
+A Qwen2 block is a Llama block with biases on queries, keys and values; with biases of 0 it computes the same. GGUF has
+names of its own and another order of the rows of queries and keys, and it is quantised; the folder's weights are fp32.
 """
 
 import json

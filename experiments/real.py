@@ -72,7 +72,7 @@ class Sizes:
 
 
 Run = Callable[[list[str], Path, int], tuple[int, float]]
-# Seconds on 2 cores of a Zen 5, to estimate the time left: of a command's start, a trained row, a trained pair, a sample.
+# Seconds on 2 cores of a Zen 5, to estimate the time left: a command's start, a trained row, a trained pair, a sample.
 START, ROW, PAIR, SAMPLE = 8.0, 0.1, 0.2, 0.04
 
 
