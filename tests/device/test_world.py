@@ -1,4 +1,4 @@
-"""Which GPU a rank takes, and what is said where a GPU cannot do what is asked of it; with GPUs that are only told of."""
+"""Which GPU a rank takes, and the messages for what a GPU cannot do; the GPUs are simulated."""
 
 import importlib
 import os

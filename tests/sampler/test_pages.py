@@ -101,18 +101,18 @@ def test_a_thousand_random_schedules():
     assert total["computed"] < 0.8 * total["prompts"], total
 
 
-def test_the_lowest_free_page_is_taken():
+def test_the_lowest_free_page_is_allocated():
     pages = Pages(6, 4)
     assert [pages.allocate() for _ in range(5)] == [0, 1, 2, 3, 4]
     for page in (3, 1):
         pages.release(page)
     pages.share(1)
-    pages.release(1)  # it was free and is so again
+    pages.release(1)  # it was free, and is free again
     pages.share(3)
     assert [pages.num_free, pages.allocate(), pages.allocate(), pages.num_free] == [2, 1, 5, 0]
 
 
-def test_a_beginning_is_found_by_all_its_tokens_until_its_page_is_taken():
+def test_a_prefix_is_found_by_all_its_tokens_until_its_page_is_allocated():
     pages = Pages(4, 2)
     held = [pages.allocate() for _ in range(3)]
     tokens = [1, 2, 3, 4, 5]
@@ -121,14 +121,14 @@ def test_a_beginning_is_found_by_all_its_tokens_until_its_page_is_taken():
     assert pages.find_prefix(tokens) == ([0, 1], 2)
     assert pages.find_prefix([1, 2, 3, 4]) == ([0, 1], None)
     assert pages.find_prefix([1, 2, 3, 4, 6]) == ([0, 1], None)
-    assert pages.find_prefix([3, 4]) == ([], None)  # the same page after nothing is another beginning
+    assert pages.find_prefix([3, 4]) == ([], None)  # without the page before it, this is another prefix
     for page in held:
         pages.release(page)
-    assert pages.find_prefix(tokens) == ([0, 1], 2)  # free, and known still
+    assert pages.find_prefix(tokens) == ([0, 1], 2)  # free, but still registered
     assert pages.allocate() == 0
     assert pages.find_prefix(tokens) == ([], None)
     pages.register([7, 8], [0], 0)
-    assert pages.find_prefix([7, 8, 3, 4]) == ([0], None)  # page 1 came after another page 0
+    assert pages.find_prefix([7, 8, 3, 4]) == ([0], None)  # page 1 followed another page 0
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_samples_do_not_depend_on_pages_batches_or_sharing(plain_samples, batch_
 
 
 @pytest.mark.parametrize("budget", [1, 7, 1000])
-def test_samples_do_not_depend_on_preemption_or_the_size_of_pieces(plain_samples, budget, monkeypatch):
+def test_samples_do_not_depend_on_preemption_or_the_size_of_chunks(plain_samples, budget, monkeypatch):
     preempted = []
     monkeypatch.setattr(
         Scheduler,
@@ -163,7 +163,7 @@ def test_samples_do_not_depend_on_preemption_or_the_size_of_pieces(plain_samples
 
 
 class Graph:
-    """A CUDA graph's stand-in: a replay makes the step anew from what the static memory holds."""
+    """In place of a CUDA graph: a replay runs the step on what the static memory holds."""
 
     def __init__(self, one, num_rows, num_columns):
         self.static, self.tokens = torch.zeros(2, num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int64)
@@ -173,7 +173,7 @@ class Graph:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """What a GPU does, on the CPU: steps filled up with nobody's rows whose columns are few."""
+    """What a GPU does, on the CPU: steps with padding rows, and with few columns of the page table."""
 
     def decode(self, rows):
         slots, *given = np.array([(row.slot, row.request.key, row.num_sampled) for row in rows]).T
@@ -192,8 +192,8 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setitem(dispatch.decode_graphs.faster, DEVICE.type, Graphs)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="it stands in for a GPU")
-def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, as_on_a_gpu, monkeypatch):
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="it simulates a GPU")
+def test_samples_by_the_kernels_and_in_padded_batches(plain_samples, as_on_a_gpu, monkeypatch):
     use_triton(monkeypatch, paged_decode, keep)
     for module in (paged_attention, graphs):
         monkeypatch.setattr(module, "SPAN", 32)
@@ -216,7 +216,7 @@ def test_graphs_on_a_gpu_equal_decoding_without_a_cache(batch_size):
 
 
 class Watched(list):
-    """A stream that keeps its tokens, and stops at one of them."""
+    """A stream that records its tokens, and stops at one of them."""
 
     def __init__(self, stop=None):
         super().__init__()
