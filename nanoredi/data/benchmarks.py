@@ -171,7 +171,8 @@ def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def in_one_case(where: str, row: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
     """A row by names as `name` writes them. Raises a UserError where two of different values become one."""
     named = {name(key): value for key, value in row.items()}
-    if other := next((key for key, value in row.items() if named[name(key)] != value), None):
+    # `in` also holds for NaN, which a table may have and which differs from itself.
+    if other := next((key for key, value in row.items() if value not in [named[name(key)]]), None):
         raise UserError(f"{where} has {other!r} in two spellings, with two values")
     return named
 
