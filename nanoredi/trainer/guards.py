@@ -70,11 +70,10 @@ class Guards:
     def _collapsed(self, number: int) -> None:
         saved = sorted(path for path in Path(self.config.out).glob("step-*") if path.name[5:].isdigit())
         good = [path for path in saved if int(path.name[5:]) <= self.collapse.last_good]
-        remedy = "Lower --lr or --alpha" if self.config.alpha else "Lower --lr"
         text = (
             f"COLLAPSE at step {number}: the chosen log-prob has fallen by more than {self.config.collapse_nats:g} and "
-            f"falls ever faster. Until step {self.collapse.last_good} all was well; the last model "
-            f"saved by then is {good[-1] if good else self.config.model}. {remedy}"
+            f"falls ever faster. Until step {self.collapse.last_good} all was well; the last model saved by then is "
+            f"{good[-1] if good else self.config.model}. Lower --lr{' or --alpha' * bool(self.config.alpha)}"
         )
         if self.config.on_collapse == "stop":
             raise UserError(text)

@@ -17,13 +17,11 @@ class Heartbeat:
 
     def __init__(self, rank: int, size: int, timeout_minutes: float):
         self.rank, self.size, self.timeout = rank, size, 60 * timeout_minutes
-        host, port = os.environ["MASTER_ADDR"], [0]
-        if rank == 0:
-            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-            port = [self._store.port]
+        host = os.environ["MASTER_ADDR"]
+        own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+        port = [own.port if own else 0]
         dist.broadcast_object_list(port, src=0)
-        if rank > 0:
-            self._store = dist.TCPStore(host, port[0], is_master=False)
+        self._store = own or dist.TCPStore(host, port[0], is_master=False)
         self._changed = [time.monotonic()] * size
         self._stopped = threading.Event()
         for work in (self._beat, self._watch):

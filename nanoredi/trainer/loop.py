@@ -64,8 +64,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
                 run.save_model(out / f"step-{number:06d}", number)
             run.save_state(number)
             if stops:
-                what = f"{run.log.label} was asked to stop: step {number} is saved"
-                raise Stopped(f"{what}, the same command resumes from there")
+                raise Stopped(f"{run.log.label} was asked to stop: step {number} is saved, the same command resumes")
         run.save_model(out / "final", run.total)
         run.states.drop()
         world.say(f"{run.log.label}: saved {out / 'final'}")
@@ -107,8 +106,7 @@ class _Run:
         )
         self.states, self.guards = States(Path(config.out) / "state", world), Guards(config, world)
         self.first = resume(self.states, model, self.optimizer, self.guards, self.began_with)  # steps that are done
-        has_negatives = bool((data.row_weights < 0).any())
-        self.log = Log(config, self.first, self.total, rate, world, stage, has_negatives)
+        self.log = Log(config, self.first, self.total, rate, world, stage, bool((data.row_weights < 0).any()))
 
     def save_state(self, step: int) -> None:
         notes = {**self.guards.state(), "began_with": self.began_with}
@@ -128,7 +126,7 @@ class _Run:
             failure = str(error)
         if failure := self.world.first(lambda: failure):
             self.save_state(step)
-            raise UserError(f"{failure}; the state of step {step} is saved, the same command resumes from there")
+            raise UserError(f"{failure}; the state of step {step} is saved, the same command resumes")
 
 
 def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World) -> TokenData:

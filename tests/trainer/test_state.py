@@ -84,7 +84,7 @@ def test_signals_to_stop_save_and_sigusr1_prints_the_status(number, code, flags,
     assert ("Ctrl-C again ends at once" in run.stderr) == (number == signal.SIGINT)
     assert "stage 2, 0:0" in run.stderr
     last = steps_of(tmp_path / "run")[-1]["step"]
-    assert f"stage 2 was asked to stop: step {last} is saved, the same command resumes from there" in run.stdout
+    assert f"stage 2 was asked to stop: step {last} is saved, the same command resumes" in run.stdout
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir())[-1] == f"step-{last:06d}"
 
 
