@@ -1,4 +1,4 @@
-"""What sampling takes at least: a step's matrix products, or on a GPU the reading of the weights and the live cache."""
+"""A lower bound of sampling's time: its matrix products, or on a GPU reading the weights and the cache in use."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ ON_GPU = torch.cuda.is_available()
 
 
 def allowance(c: Qwen2Config, requests: list[Request], dtype: torch.dtype) -> float:
-    """Seconds of all steps' matrix products, or on a GPU of reading weights and live cache; prompts not counted."""
+    """Seconds of all decode steps' matrix products, or on a GPU of reading weights and cache; without prefill."""
     kv_size = c.num_key_value_heads * c.head_dim
     shapes = [(c.hidden_size + 2 * kv_size, c.hidden_size), (c.hidden_size, c.hidden_size)]
     shapes += [(2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)]
@@ -25,7 +25,7 @@ def allowance(c: Qwen2Config, requests: list[Request], dtype: torch.dtype) -> fl
         weights = c.num_hidden_layers * sum(a * b for a, b in shapes) + c.vocab_size * c.hidden_size
         prompts = np.array([len(request.prompt) for request in requests])
         live = sum(int((prompts[ends > step] + step).sum()) for step in range(ends.max()))
-        # Rows that do not fit at once cost their steps' weights again; the floor leaves that out.
+        # If not all rows fit at once, there are more steps, which read the weights again; this is not counted.
         values = len(rows) * weights + live * 2 * c.num_hidden_layers * kv_size
         return values * dtype.itemsize / _bandwidth()
     matrices = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(8)]  # more than a cache holds
@@ -36,7 +36,7 @@ def allowance(c: Qwen2Config, requests: list[Request], dtype: torch.dtype) -> fl
 
 
 def _product_seconds(rows: int, matrices: list[list[torch.Tensor]], head: torch.Tensor, num_layers: int) -> float:
-    """Of a step's products: every block's, and the head's."""
+    """Seconds of a decode step's matrix products, in all blocks and the head."""
     inputs = {size: torch.randn(rows, size).to(head.dtype) for size in {w.shape[1] for w in matrices[0]}}
 
     def best(work: Callable[[], object]) -> float:
@@ -48,7 +48,7 @@ def _product_seconds(rows: int, matrices: list[list[torch.Tensor]], head: torch.
         return min(times)
 
     def fastest(weights: list[torch.Tensor]) -> float:
-        # Either way round, or the sampler's.
+        # x W^T, its transpose, or the sampler's own product, whichever is fastest.
         ways = [
             (weights, lambda x, w: x @ w.T),
             (weights, lambda x, w: w @ x.T),
@@ -61,7 +61,7 @@ def _product_seconds(rows: int, matrices: list[list[torch.Tensor]], head: torch.
 
 
 def _bandwidth() -> float:
-    """Bytes a second that the device reads, by summing up 4 GiB."""
+    """Bytes a second that the device reads, measured by summing 4 GiB."""
     x = torch.ones(1 << 30, device="cuda")
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     x.sum()
@@ -72,5 +72,5 @@ def _bandwidth() -> float:
     end.synchronize()
     num_bytes = x.numel() * x.element_size()
     del x
-    torch.cuda.empty_cache()  # for the methods, whose processes share the device with this one
+    torch.cuda.empty_cache()  # so that the measured processes can use the memory
     return 10 * num_bytes / (begin.elapsed_time(end) / 1e3)

@@ -1,13 +1,13 @@
-"""A training beside another busy process: what is left of its speed on a shared machine.
+"""How fast training is on a shared machine, beside another busy process.
 
-    python bench/beside.py                       two processes that want every core; alone, then side by side
+    python bench/beside.py                       two processes that use every core; first alone, then side by side
     python bench/beside.py --rounds 1 --steps 1                       shorter
 
-Threads of OpenMP that wait for each other look in a loop whether the others are done, many times, before they sleep. On a
-machine of their own that saves the waking; beside another process they use up the time that the thread they wait for
-needs. nanoredi lets them sleep sooner (nanoredi/__init__.py) unless the environment says otherwise. Steps are
-bench/train_step.py's, in its model and the CPU's best dtype; the other process takes the same steps. A process alone should keep
-all of its speed, one beside another half.
+OpenMP's threads spin for a while before they sleep when they wait for each other. On an idle machine that saves the
+time of waking up; beside another process they take time from the very thread that they wait for. nanoredi lets them
+sleep sooner (nanoredi/__init__.py) unless the environment says otherwise. The steps are those of bench/train_step.py,
+with its model and the CPU's best dtype; the other process runs the same steps. Ideally a process alone keeps all of its
+speed, and one beside another keeps half.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from train_step import SIZES, Qwen2, compute_dtype, torch  # noqa: E402
 HERE = Path(__file__).parent
 WAITS = {
     "nanoredi": {"GOMP_SPINCOUNT": "4000"},  # as nanoredi/__init__.py has it
-    "OpenMP's own": {"GOMP_SPINCOUNT": "300000"},  # libgomp's number where nothing is said
+    "OpenMP's own": {"GOMP_SPINCOUNT": "300000"},  # libgomp's default
 }
 
 
@@ -50,7 +50,7 @@ def main() -> None:
             for wait in WAITS:
                 alone[wait] += seconds(words, WAITS[wait], flags.steps)
                 other = start(words, WAITS[wait], 10**6)
-                time.sleep(10)  # until it takes steps
+                time.sleep(10)  # until its steps have begun
                 beside[wait] += seconds(words, WAITS[wait], flags.steps)
                 other.kill()
                 other.wait()
@@ -66,7 +66,7 @@ def start(words: list[str], wait: dict[str, str], steps: int) -> subprocess.Pope
 
 
 def seconds(words: list[str], wait: dict[str, str], steps: int) -> list[float]:
-    """Of a fresh process's steps."""
+    """Seconds of each step of a fresh process."""
     out = start(words, wait, steps).communicate()[0]
     return json.loads(out.splitlines()[-1])["seconds"]
 

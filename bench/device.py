@@ -1,13 +1,13 @@
-"""All that is to be measured on a new device, in one command and a given time.
+"""Everything to measure on a new device, in one command and within a given time.
 
     python -m bench.device --minutes 9       into runs/device: device.md and device.json
-    python -m bench.device --dry             the same parts at toy size, to see that all of it runs
+    python -m bench.device --dry             the same parts at toy size, to check that all of them run
 
-First the device's tests, whose output is kept in tests.txt, then nanoredi's loss, optimiser steps and sampling, then
-the peers that are installed, each in a fresh process; dry without a GPU, all but the tests in one process. Every row is
-written the moment it is there, so that a device that is taken away leaves what was measured by then; a part that fails,
-runs out of time or wants what is not installed is a row that says so. Floors are what the same device reaches in one
-large matrix product, or in reading memory; a share is the floor's time over the measured one.
+First the device's tests, whose output goes to tests.txt, then nanoredi's loss, optimiser steps and sampling, then the
+peers that are installed, each in a fresh process; with --dry and no GPU, all but the tests in this process. Every row
+is written as soon as it is measured, so that nothing is lost when the device is taken away; a part that fails, times
+out or needs a missing package gets a row that says so. A floor is the time at the rate that the device reaches in one
+large matrix product, or in reading memory; a share is the floor divided by the measured time.
 """
 
 import argparse
@@ -38,16 +38,16 @@ from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.trainer.dtype import compute_dtype, matrix_rate  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
-# The tests that run a GPU's own code; those that nothing else can stand in for come first.
+# The tests that run code for the GPU, first those that can run nowhere else.
 TESTS = ["tests/device/test_gpu.py", "tests/kernels", "tests/sampler", "tests/trainer"]
-# The longest that a part may take, in seconds.
+# Seconds that a part may take.
 TESTS_TAKE, PART_TAKES = 150, 120
 
-# What a part of each kind is measured on.
+# The model of a dry run.
 TOY = Qwen2Config(512, 64, 128, 2, 4, 2, 1_024, tie_word_embeddings=True)
 ATTENTION = {"FlashAttention-2": "torch", "FlashAttention-3": "flash-attn-3"}  # the package that each is in
 
-# The methods of each kind, in the order of what matters most, with the package that a peer is.
+# The methods of each kind, the most important ones first, and each peer's package.
 OWN = {
     "kernels": ["nanoredi weighted_cross_entropy", "nanoredi linear_logprob"],
     "steps": ["nanoredi"],
@@ -76,13 +76,13 @@ def sizes(dry: bool) -> dict[str, Any]:
         }
         sampling = sampler.Size("toy", TOY, 4, 2, (5, 20), (5, 40), 8, 4, 2)
         return {"kernels": [(200, 32, 512, "float32")], "steps": steps, "sampling": sampling}
-    # Of a length at which transformers' `generate` ends in a part's time, too; every row has a place from the start.
+    # So long that transformers' `generate`, too, ends within a part's time; every row has a slot from the start.
     sampling = replace(sampler.SIZE, prompts=16, completion=(20, 2_048), batch_size=256)
     return {"kernels": kernels.SIZES, "steps": train_step.SIZES, "sampling": sampling}
 
 
 def parts(dry: bool) -> list[Part]:
-    """In the order of what matters most."""
+    """All parts, the most important ones first."""
     chosen = sizes(dry)
     names = {"kernels": chosen["kernels"], "steps": list(chosen["steps"]), "sampling": [chosen["sampling"].name]}
     found: list[Part] = [{"kind": "tests"}]
@@ -98,9 +98,9 @@ def parts(dry: bool) -> list[Part]:
 
 
 def measured(part: Part, folder: str, dry: bool) -> Row:
-    """A part's figures, in this process."""
+    """Measure a part in this process."""
     if part["attention"] == "FlashAttention-2":
-        attention.flash_attention = lambda: "FlashAttention-2"  # nanoredi takes the third where it can
+        attention.flash_attention = lambda: "FlashAttention-2"  # by default nanoredi uses FlashAttention-3 where it can
     elif (said := attention.flash_attention()) != part["attention"]:
         raise RuntimeError(said)
     size, device = sizes(dry)[part["kind"]], kernels.DEVICE
@@ -123,14 +123,14 @@ def measured(part: Part, folder: str, dry: bool) -> Row:
 
 
 def in_time(command: list[str], seconds: float) -> tuple[int | None, str, str]:
-    """Exit code (None: it took too long), stdout and stderr of a command, which is ended with all that it started."""
+    """Exit code (None: it timed out), stdout and stderr of a command, which is ended with all its children."""
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)  # tests then say what has failed so far
+        os.killpg(process.pid, signal.SIGINT)  # pytest then prints the failures so far
         with contextlib.suppress(subprocess.TimeoutExpired):
             return None, *process.communicate(timeout=10)
         os.killpg(process.pid, signal.SIGKILL)
@@ -139,10 +139,10 @@ def in_time(command: list[str], seconds: float) -> tuple[int | None, str, str]:
 
 
 def row_of(part: Part, folder: Path, dry: bool, left: float) -> Row:
-    """The part with its figures, or with the reason why there are none.
+    """The part with its measurements, or with the reason why there are none.
 
     Args:
-        folder: of the model's weights; the tests' output is kept beside it.
+        folder: of the model's weights; the tests' output goes beside it.
     """
     start = time.monotonic()
     peer = PEERS.get(part["kind"], {}).get(part.get("method"))
@@ -233,10 +233,10 @@ def about() -> dict[str, str]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="that all of it may take [9]")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit [9]")
     parser.add_argument("--dry", action="store_true", help="toy sizes")
     parser.add_argument("--out", type=Path, default=Path("runs/device"), help="folder of the tables [runs/device]")
-    parser.add_argument("--part", type=json.loads, help=argparse.SUPPRESS)  # what the fresh processes are told
+    parser.add_argument("--part", type=json.loads, help=argparse.SUPPRESS)  # for the fresh processes
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     flags = parser.parse_args(argv)
     if flags.part:
@@ -255,14 +255,14 @@ def main(argv: list[str]) -> None:
 
 
 def make_model(folder: Path, dry: bool) -> None:
-    """Random weights, which all steps and the sampling share."""
+    """Random weights, for all steps and the sampling."""
     chosen = sizes(dry)
     assert {size.config == chosen["sampling"].config for size in chosen["steps"].values()} == {True}
-    with kernels.DEVICE:  # which draws them in no time
+    with kernels.DEVICE:  # where random numbers are drawn fast
         model = Qwen2(chosen["sampling"].config)
     model.init_weights(0).save_pretrained(folder, compute_dtype("auto", kernels.DEVICE))
     del model
-    torch.cuda.empty_cache()  # the memory is the other processes' now
+    torch.cuda.empty_cache()  # so that the measured processes can use the memory
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One method's figures from a process of its own, so that none inherits another's memory or warmth."""
+"""Measure a method in a fresh process, so that it inherits neither memory nor warm caches from another one."""
 
 import json
 import subprocess
@@ -6,11 +6,12 @@ import sys
 
 
 def figures(script: str, words: list[str], name: str, profiled: bool) -> dict | None:
-    """What a script prints last, as JSON, when it is run on words; None when it failed, with its last words shown.
+    """The last line, parsed as JSON, that a script prints when it is run with these words; None when it fails, after
+    its last line of stderr was printed.
 
     Args:
-        name: what to call it then.
-        profiled: show what it says on stderr in any case.
+        name: of the method, for that message.
+        profiled: print its stderr in any case.
     """
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
     if profiled:

@@ -1,9 +1,9 @@
-"""False positives of the grader, looked for on purpose among the gold answers of the paper's five benchmarks.
+"""Search for false positives of the grader among the gold answers of the paper's five benchmarks.
 
     python bench/grader.py ../shared/data/benchmarks
 
-Two lists, to be read by a person: pairs of different golds that count as equal, and golds that still count as right
-with one character changed, by what makes them equal. A seed fixes the mutations.
+It prints two lists for a person to read: pairs of different golds that count as equal, and golds that still count as
+right with one character changed, by what makes them equal. A fixed seed draws the mutations.
 """
 
 import itertools

@@ -1,14 +1,13 @@
-"""The loss over the vocabulary, forward and backward: time, memory and error of nanoredi's kernels and of their peers.
+"""The loss over the vocabulary, forward and backward: time, memory and error of nanoredi's kernels and of peers.
 
     python bench/kernels.py                     this machine's sizes: a GPU's or a CPU's
-    python bench/kernels.py --chunks            how the size of a chunk moves nanoredi's time and memory
+    python bench/kernels.py --chunks            how nanoredi's time and memory depend on the size of a chunk
     python bench/kernels.py --n 512 --rounds 1  smaller, for a dry run
 
-Every figure is taken in a fresh process, a round after the other over all methods; a time is the median of all rounds,
-and is to be read as a ratio to another one of the same table. Memory is the peak over the inputs: of the process on a
-CPU, of the tensors on a GPU. The errors are those of the gradients, |got - want| / |want|, against float64 on a sample
-of rows of hidden and of lm_head. Methods that know no weights take the mean over tokens. A peer that is not
-installed is left out with a word.
+Each method runs in a fresh process, all of them once a round; a time is the median over the rounds; compare times
+within a table only. Memory is the peak above the inputs: of the process on a CPU, of the tensors on a GPU. The errors
+are those of the gradients, |got - want| / |want|, against float64 on a sample of the rows of hidden and of lm_head.
+Methods without token weights take the mean over tokens. A peer that is not installed is skipped with a message.
 """
 
 import argparse
@@ -44,7 +43,7 @@ SAMPLE = 128  # rows of each gradient that are compared with float64
 
 
 class Case:
-    """Inputs as a model gives them: logits of a standard deviation of 3, half the tokens chosen, half rejected."""
+    """Inputs like a model's: logits with a standard deviation of 3, half of the tokens chosen, half rejected."""
 
     def __init__(self, n: int, d: int, v: int, dtype: str):
         kind = getattr(torch, dtype)
@@ -115,8 +114,8 @@ GPU_ONLY = {liger, cut_cross_entropy}
 
 
 def products(size: tuple[int, int, int, str], times: int) -> dict[int, float]:
-    """Seconds of the matrix products alone, a chunk at a time as nanoredi makes them: logits, and the two of the
-    gradients; with the log-probs' fourth, the logits again."""
+    """Seconds of the matrix products alone, in chunks as nanoredi computes them: 3 are those of the logits and of both
+    gradients, 4 include the logits' recomputation for the log-probs' backward."""
     case = Case(*size)
     hidden, lm_head = case.hidden.detach(), case.lm_head.detach()
 
@@ -132,7 +131,7 @@ def products(size: tuple[int, int, int, str], times: int) -> dict[int, float]:
 
 
 def large_product_rate(dtype: torch.dtype) -> float:
-    """Operations a second of one large square product, the best of several."""
+    """FLOP/s of a large square product, the best of several."""
     size = 8192 if DEVICE.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     return 2 * size**3 / min(timed(lambda: a @ b, 10))
@@ -157,7 +156,7 @@ def timed(work: Callable[[], object], times: int) -> list[float]:
 
 
 def float64_gradients(case: Case, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows are sampled (SAMPLE,), and float64's gradients there of hidden and lm_head (SAMPLE, D) each."""
+    """The sampled rows of hidden and of lm_head (2, SAMPLE), and their gradients in float64, (SAMPLE, D) each."""
     h, m = case.hidden.detach(), case.lm_head.detach()
     n, v = len(h), len(m)
     at_hidden = torch.linspace(0, n - 1, min(n, SAMPLE), device=DEVICE).long()
@@ -175,7 +174,7 @@ def float64_gradients(case: Case, weights: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def measure(name: str, size: tuple[int, int, int, str], times: int, with_error: bool) -> dict:
-    """One method's figures, in this process alone."""
+    """Measure a method in this process."""
     case, method = Case(*size), METHODS[name]
 
     def step() -> None:
@@ -186,7 +185,7 @@ def measure(name: str, size: tuple[int, int, int, str], times: int, with_error: 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        method(Case(16, 16, 64, size[3])).backward()  # what the libraries load and reserve for themselves
+        method(Case(16, 16, 64, size[3])).backward()  # so that the libraries are loaded and have reserved their memory
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     step()
     if DEVICE.type == "cuda":
@@ -208,7 +207,7 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def in_fresh_process(*words: str) -> dict | str:
-    """What `bench/kernels.py *words` prints as JSON, or why it failed, in a word."""
+    """What `bench/kernels.py *words` prints as JSON, or the line that says why it failed."""
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -217,16 +216,16 @@ def in_fresh_process(*words: str) -> dict | str:
 
 
 def table(size: tuple[int, int, int, str], rounds: int, times: int) -> Iterator[str]:
-    """One size's table, as Markdown."""
+    """The table of one size, in Markdown."""
     n, d, v, dtype = size
     rate = large_product_rate(getattr(torch, dtype))
     floors = products(size, times)
     if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()  # the memory is the other processes' now
+        torch.cuda.empty_cache()  # so that the measured processes can use the memory
     yield f"N = {n:,}, D = {d:,}, V = {v:,}, {dtype}; one large product runs at {rate / 1e12:.3g} Tflop/s:"
     for number in (3, 4):
         floor = 2 * number * n * d * v / rate
-        yield f"{number} products at that rate {floor:.4g} s, in chunks as nanoredi makes them {floors[number]:.4g} s."
+        yield f"{number} products at that rate {floor:.4g} s, in chunks as nanoredi computes them {floors[number]:.4g} s."
     yield ""
     columns = "method", "s", "of log_softmax's", "of 3 products", "GB over inputs", "error hidden", "error lm_head"
     yield f"| {' | '.join(columns)} |"
@@ -260,7 +259,7 @@ def table(size: tuple[int, int, int, str], rounds: int, times: int) -> Iterator[
 
 
 def chunk_table(size: tuple[int, int, int, str], times: int) -> Iterator[str]:
-    """nanoredi's time and memory over the size of its chunks."""
+    """nanoredi's time and memory for several sizes of a chunk."""
     n, _, v, _ = size
     yield "| tokens a chunk | million logits | seconds | GB over the inputs |"
     yield "| --- | --- | --- | --- |"
@@ -278,13 +277,15 @@ def chunk_table(size: tuple[int, int, int, str], times: int) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, help="tokens, instead of the sizes' own")
+    parser.add_argument("--n", type=int, help="tokens")
     parser.add_argument("--d", type=int, help="hidden size")
     parser.add_argument("--v", type=int, help="vocabulary")
-    parser.add_argument("--rounds", type=int, default=3, help="fresh processes a method [3]")
-    parser.add_argument("--times", type=int, default=20 if DEVICE.type == "cuda" else 2, help="timed runs a process")
-    parser.add_argument("--chunks", action="store_true", help="sweep the size of a chunk instead")
-    for hidden in ("--one", "--turn", "--elements"):  # what the fresh processes are told
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes for each method [3]")
+    parser.add_argument(
+        "--times", type=int, default=20 if DEVICE.type == "cuda" else 2, help="timed runs in each process"
+    )
+    parser.add_argument("--chunks", action="store_true", help="vary the size of a chunk instead")
+    for hidden in ("--one", "--turn", "--elements"):  # for the fresh processes
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--size", nargs=4, help=argparse.SUPPRESS)
     flags = parser.parse_args()

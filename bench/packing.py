@@ -1,14 +1,14 @@
-"""How a step's pairs are dealt: what is spent on padding, and how even the ranks are.
+"""How a step's pairs are divided among GPUs: the cost of padding, and how even the ranks' work is.
 
     python bench/packing.py
 
 Lengths are drawn like the paper's pairs: log-normal, with medians of 120 tokens for prompts, 4,500 for correct
 responses and 7,000 for incorrect ones, cut at 800 and 19,000. Costs are floating-point operations of Qwen2.5-Math-1.5B,
-attention included. No model is run: it is arithmetic, and the same everywhere.
+attention included. No model is run: it is arithmetic, the same on every machine.
 
-    padding     what a step computes over what its tokens need
-    imbalance   the costliest rank over the mean of the ranks; all wait for it at the end of a step
-    in step     the same, with the ranks waiting for each other after every micro-batch, as FSDP makes them
+    padding     FLOPs that a step computes, divided by those that its tokens need
+    imbalance   the most expensive rank, divided by the mean of the ranks: all wait for it at the end of a step
+    in step     the same if the ranks wait for each other after every micro-batch, as under FSDP
 """
 
 import sys
@@ -26,7 +26,7 @@ CONFIG = Qwen2Config(151_936, 1536, 8960, 28, 12, 2, 32_768, 300_000.0, tie_word
 PAIRS, MAX_TOKENS, STEPS = 32, 40_000, 100
 
 Sequence = tuple[int, int]  # tokens, and how many of them are learned
-Dealt = list[list[list[Sequence]]]  # [rank][micro-batch] -> sequences, each with its padding
+Divided = list[list[list[Sequence]]]  # [rank][micro-batch] -> sequences, each with its padding
 
 
 def draw_step(rng: np.random.Generator) -> list[Sequence]:
@@ -43,19 +43,19 @@ def cost(batch: list[Sequence]) -> float:
     return sum(CONFIG.flops(n, learned) for n, learned in batch)
 
 
-def packed(sequences: list[Sequence], ranks: int) -> Dealt:
-    dealt = divide([n for n, _ in sequences], [cost([s]) for s in sequences], ranks, MAX_TOKENS)
-    return [[[sequences[i] for i in indices] for indices in rank] for rank in dealt]
+def packed(sequences: list[Sequence], ranks: int) -> Divided:
+    divided = divide([n for n, _ in sequences], [cost([s]) for s in sequences], ranks, MAX_TOKENS)
+    return [[[sequences[i] for i in indices] for indices in rank] for rank in divided]
 
 
-def one_pair_at_a_time(sequences: list[Sequence], ranks: int) -> Dealt:
-    """The original's: each pair right-padded to its longer one, dealt in turn; the logits of every place are made."""
+def one_pair_at_a_time(sequences: list[Sequence], ranks: int) -> Divided:
+    """The original's way: each pair right-padded to its longer trace, round-robin; with logits for every token."""
     pairs = [[(max(a[0], b[0]),) * 2] * 2 for a, b in zip(sequences[::2], sequences[1::2])]
     return [pairs[rank::ranks] for rank in range(ranks)]
 
 
-def sorted_batches(sequences: list[Sequence], ranks: int) -> Dealt:
-    """Sorted by length, cut into padded batches within the budget, dealt in turn."""
+def sorted_batches(sequences: list[Sequence], ranks: int) -> Divided:
+    """Sorted by length, cut into padded batches within the budget, round-robin."""
     batches: list[list[Sequence]] = []
     for n, _ in sorted(sequences, reverse=True):
         if not batches or (len(batches[-1]) + 1) * batches[-1][0][0] > MAX_TOKENS:
@@ -65,13 +65,13 @@ def sorted_batches(sequences: list[Sequence], ranks: int) -> Dealt:
     return [batches[rank::ranks] for rank in range(ranks)]
 
 
-def figures(deal: Callable[[list[Sequence], int], Dealt], ranks: int) -> list[float]:
-    """Means over the steps of padding, imbalance (and its worst), imbalance in step, micro-batches."""
+def figures(way: Callable[[list[Sequence], int], Divided], ranks: int) -> list[float]:
+    """Means over the steps: padding, imbalance (and its maximum), imbalance in step, micro-batches."""
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(STEPS):
         sequences = draw_step(rng)
-        costs = [[cost(batch) for batch in rank] for rank in deal(sequences, ranks)]
+        costs = [[cost(batch) for batch in rank] for rank in way(sequences, ranks)]
         most = max(map(len, costs))
         in_step = sum(max(rank[i] if i < len(rank) else 0.0 for rank in costs) for i in range(most))
         totals = np.array([sum(rank) for rank in costs])

@@ -1,10 +1,10 @@
-"""How much memory and time prepare takes on shards as large as OpenR1-Math-Raw, made up for the purpose.
+"""How much memory and time prepare takes on synthetic shards as large as OpenR1-Math-Raw.
 
     python -m bench.preparing --tokenizer DIR --folder NEW_FOLDER [--rows 516499] [--shards 20] [--correct 0.15]
 
-A row holds two traces of 10,000 characters at the median. As many rows as pass the real set's gates have a correct one,
-and two of these in three an incorrect one as well; with fewer there is less to tokenise, which is what takes the time.
-Every shard is one row group, which is the worst case for reading.
+A row has two traces with a median of 10,000 characters. The share of rows with a correct trace is that of the real data
+after its filters; two thirds of these rows also have an incorrect one. With fewer there would be less to tokenise,
+which takes most of the time. Every shard is a single row group, the worst case for reading.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 WORDS = (
     "so we have x y the = + - \\frac{1}{2} 12 7 305 \\( \\) \\sqrt{3} therefore let's check that sum is equal to n \n\n"
 )
-# A process of its own, which says at its end how much memory it has had; Linux counts that from its start.
+# Run in a process of its own, which prints its peak memory at the end, as Linux has counted it from the start.
 PREPARE = """
 import sys
 from nanoredi import prepare
@@ -35,9 +35,9 @@ print(f"prepare: at most {int(peak.split()[1]) / 1024**2:.2f} GiB of memory", en
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="Hugging Face folder")
-    parser.add_argument("--folder", required=True, help="a new folder for the shards and what becomes of them")
+    parser.add_argument("--folder", required=True, help="a new folder for the shards and the prepared files")
     parser.add_argument("--rows", type=int, default=516_499, help="rows in all [516499]")
-    parser.add_argument("--shards", type=int, default=20, help="files they are in [20]")
+    parser.add_argument("--shards", type=int, default=20, help="number of files [20]")
     parser.add_argument("--correct", type=float, default=0.15, help="share of rows with a correct trace [0.15]")
     flags = parser.parse_args()
     folder = Path(flags.folder).resolve()
@@ -56,34 +56,27 @@ def main() -> None:
         flush=True,
     )
 
-    words = [
-        "--raw",
-        str(folder / "raw"),
-        "--out",
-        str(folder / "out"),
-        "--tokenizer",
-        str(Path(flags.tokenizer).resolve()),
-    ]
+    words = [f"--raw={folder / 'raw'}", f"--out={folder / 'out'}", f"--tokenizer={Path(flags.tokenizer).resolve()}"]
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", PREPARE, *words], cwd=ROOT, check=True)
     print(f"in {time.perf_counter() - start:,.0f} s")
 
 
 def row(pool: str, rng: random.Random, share: float) -> dict[str, Any]:
-    """A row with a correct trace or, mostly, without; its texts are stretches of the pool."""
+    """A row with a correct trace or, mostly, without one; its texts are slices of the pool."""
     draw = rng.random()
     correct = [True, False] if draw < share * 2 / 3 else [True, True] if draw < share else [False, False]
     return {
-        "problem": stretch(pool, rng, 200),
+        "problem": slice_of(pool, rng, 200),
         "source": "olympiads",
         "problem_is_valid": "Yes",
-        "solution": stretch(pool, rng, 500),
-        "generations": [stretch(pool, rng, int(rng.lognormvariate(9.2, 0.6))) for _ in correct],
+        "solution": slice_of(pool, rng, 500),
+        "generations": [slice_of(pool, rng, int(rng.lognormvariate(9.2, 0.6))) for _ in correct],
         "correctness": {"llama_verification": correct, "math_verify_reparsed_answer": correct},
     }
 
 
-def stretch(pool: str, rng: random.Random, length: int) -> str:
+def slice_of(pool: str, rng: random.Random, length: int) -> str:
     start = rng.randrange(len(pool) - length)
     return pool[start : start + length]
 

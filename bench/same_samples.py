@@ -1,10 +1,10 @@
-"""How many samples are the same, bit for bit, when something else is in their batch.
+"""How many samples stay the same, bit for bit, when their batch changes.
 
     python bench/same_samples.py                         runs/toy/final on the toy's problems
     python bench/same_samples.py --model DIR --problems FILE.jsonl --num 50 --n 4 --max_tokens 500
 
-Samples made 64 at once, in fp32 and in bf16, are compared with those made alone, 8 at once, in two halves as if the first start
-had been broken off, by two processes with a thread each as if by two ranks, and with so little cache that rows wait.
+Samples of a batch of 64, in fp32 and in bf16, are compared with those of batches of 1 and of 8, of several runs (as if
+the first was interrupted), of two processes (as if of two ranks), and of a cache so small that rows are preempted.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from nanoredi.sampler.sampler import Sampler  # noqa: E402
 from nanoredi.sampler.scheduler import requests_for  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-Tokens = dict[tuple[tuple[int, ...], int], list[int]]  # by prompt and number of the sample
+Tokens = dict[tuple[tuple[int, ...], int], list[int]]  # by prompt and sample number
 
 
 def main() -> None:
@@ -40,44 +40,40 @@ def main() -> None:
     parser.add_argument("--max_tokens", type=int, default=500)
     parser.add_argument("--batch_invariant", default="true")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rank", type=int, help="one of two, whose samples are printed; for this script's own use")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank is not None:
         torch.set_num_threads(1)
-        print(made(args, args.dtypes[0], every=slice(args.rank, None, 2)))
+        print(sampled(args, args.dtypes[0], every=slice(args.rank, None, 2)))
         return
-    print("| dtype | samples | tokens | alone | 8 at once | in two halves | two processes | little cache |")
+    print("| dtype | samples | tokens | alone | 8 at once | several runs | two processes | small cache |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for dtype in args.dtypes:
-        whole = made(args, dtype)
+        whole = sampled(args, dtype)
         longest = max(len(prompt) for prompt, _ in whole) + args.max_tokens
         pages = 3 * -(-longest // 32)
         others = [
-            made(args, dtype, batch_size=1),
-            made(args, dtype, batch_size=8),
-            made(args, dtype, every=slice(0, None, 3))
-            | made(args, dtype, every=slice(1, None, 3))
-            | made(args, dtype, every=slice(2, None, 3)),
+            sampled(args, dtype, batch_size=1),
+            sampled(args, dtype, batch_size=8),
+            {k: v for start in range(3) for k, v in sampled(args, dtype, every=slice(start, None, 3)).items()},
             ranks(args, dtype),
-            made(args, dtype, pages=pages),
+            sampled(args, dtype, pages=pages),
         ]
         shares = [f"{sum(whole[key] == other[key] for key in whole) / len(whole):.1%}" for other in others]
         tokens = sum(map(len, whole.values()))
         print(f"| {dtype} | {len(whole)} | {tokens:,} | {' | '.join(shares)} |", flush=True)
 
 
-def made(
+def sampled(
     args: argparse.Namespace, dtype: str, batch_size: int = 64, every: slice = slice(None), pages: int = 0
 ) -> Tokens:
     tokenizer = Tokenizer(args.model)
     model = Qwen2.from_pretrained(args.model, dtype=getattr(torch, dtype), device=DEVICE).pack()
     config = SamplingConfig(max_tokens=args.max_tokens, batch_size=batch_size, page_size=32, dtype=dtype)
-    if hasattr(config, "batch_invariant"):
-        config.batch_invariant = args.batch_invariant == "true"
+    config.batch_invariant = args.batch_invariant == "true"
     c = model.config
-    a_page = (
-        2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * config.page_size * getattr(torch, dtype).itemsize
-    )
+    sizes = c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    a_page = 2 * sizes * config.page_size * getattr(torch, dtype).itemsize
     config = dataclasses.replace(config, cache_gb=pages * a_page / 1e9)
     prompts = [
         tokenizer.encode(tokenizer.prompt(user_message(question)))

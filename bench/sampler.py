@@ -4,15 +4,15 @@
     python bench/sampler.py --prompts 8 --methods nanoredi "transformers generate"     shorter
     python bench/sampler.py --profile                    where the time of one decode step goes
 
-Same weights, prompts, lengths, temperature 0.6 and top-p 0.95. The weights are random, so every method is told how long
-each sample becomes; only those tokens count. Each method runs in a fresh process, which samples a little first. The
-time is that of one run over all prompts, prefill included, and is to be read as a ratio to another one of the same
-table; memory is the peak of the process on a CPU, weights and all, and of the tensors on a GPU, where nanoredi's cache,
-as vLLM's, takes what is free. There nanoredi is timed with steps of one size (--batch_invariant), and with those of the
-rows that are left. `generate` takes the samples in batches, because it pads each to its longest: a sample of the
-prompts is enough to time it (--generate_prompts), since batches are alike. The allowance is what a step's matrix
-products take alone, at the number of rows that decode at each step; on a GPU the floor is the time to read the weights
-and the live cache once a step at the measured bandwidth.
+All methods have the same weights, prompts, lengths, temperature 0.6 and top-p 0.95. The weights are random, so every
+method is given the length of each sample, and only those tokens count. Each runs in a fresh process, after a short
+warm-up. The time is that of one run over all prompts, prefill included; compare times within a table only. Memory is
+the peak of the process on a CPU, weights included, and of the tensors on a GPU, where nanoredi's cache, like vLLM's,
+takes what is free. On a GPU nanoredi is timed with steps of the full batch size (--batch_invariant) and with steps of
+the remaining rows. `generate` pads a batch to its longest sample and takes one batch after another; since batches are
+alike, a few prompts are enough to time it (--generate_prompts). The allowance is the time of the matrix products alone,
+with the number of rows that decode at each step; on a GPU the floor is the time to read the weights and the cache in
+use once a step at the measured bandwidth.
 """
 
 import argparse
@@ -50,7 +50,7 @@ TEMPERATURE, TOP_P = 0.6, 0.95
 
 @dataclass
 class Size:
-    """A model, and what is sampled from it."""
+    """A model, and the samples taken from it."""
 
     name: str
     config: Qwen2Config
@@ -91,12 +91,12 @@ SIZE = (
 
 
 def requests_of(size: Size) -> list[Request]:
-    """Random prompts, their lengths uniform; completions' lengths spread evenly, in random order."""
+    """Random prompts of uniform lengths; the completions' lengths are evenly spaced, in random order."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(size.prompt[0], size.prompt[1] + 1, size.prompts)
     prompts = [rng.integers(0, size.config.vocab_size, length).tolist() for length in lengths]
     requests = requests_for(prompts, size.n, seed=0)
-    # Each prompt's samples, and each run of prompts, get lengths from all over the range.
+    # So the samples of every few prompts have lengths from the whole range.
     ends = np.linspace(*size.completion, len(requests)).round().astype(int)
     for request, end in zip(requests, rng.permutation(ends).tolist()):
         request.max_tokens = end
@@ -112,7 +112,7 @@ def nanoredi(
     sampler = Sampler(model, [], settings)
 
     def warm_up() -> None:
-        # Fewer and fewer rows, so that a GPU's graphs are captured at every size; and longer and longer ones.
+        # Ever fewer rows, so that a GPU's graphs are captured at every batch size; then ever longer ones.
         lengths = [3 + int(2 * math.log2(size.batch_size / (row + 1))) for row in range(size.batch_size)]
         list(sampler.run([Request([1] * 8, max_tokens=n, key=row) for row, n in enumerate(lengths)]))
         longest = size.prompt[1] + size.completion[1]
@@ -123,8 +123,8 @@ def nanoredi(
         sampler.add(requests_of(size))
         ended = []
         for step in range(10**9):
-            # When every prompt is in, or the batch is full: a step of decoding, and of little else.
-            if profiled and step >= 40 and not sampler.scheduler.entering:
+            # All prompts are prefilled, or the batch is full: the step mostly decodes.
+            if profiled and step >= 40 and not sampler.scheduler.prefilling:
                 with torch.profiler.profile() as profiler:
                     ended += sampler.step()
                 order = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
@@ -139,7 +139,7 @@ def nanoredi(
 
 
 def generate(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tuple[Callable[[], int], Callable]:
-    """Batches of prompts, padded on the left, in the order given; a batch goes on until its longest sample is done."""
+    """Batches of prompts, padded on the left, in the given order; a batch runs until its longest sample is done."""
     from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(DEVICE).eval()
@@ -179,7 +179,7 @@ def generate(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tup
 
 
 def generate_batch(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tuple[Callable[[], int], Callable]:
-    """transformers' continuous batching. It has one length for all: it is timed on completions of the mean one."""
+    """transformers' continuous batching. It has one length for all samples; here it is the mean length."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
@@ -208,8 +208,8 @@ def generate_batch(folder: str, size: Size, dtype: torch.dtype, profiled: bool) 
 
 
 def vllm(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tuple[Callable[[], int], Callable]:
-    """vLLM with its defaults. Its memory is what it is allowed to take, not what it needs."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else its memory would be another process's
+    """vLLM with its defaults. Its memory is what it may take, not what it needs."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # otherwise its memory would be in another process
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -235,7 +235,7 @@ def vllm(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tuple[C
 
 METHODS = {
     "nanoredi": partial(nanoredi, True),
-    # On a CPU a step has the rows that there are in either way.
+    # On a CPU both have steps of the remaining rows.
     **({"nanoredi, not batch_invariant": partial(nanoredi, False)} if ON_GPU else {}),
     "transformers generate": generate,
     "transformers generate_batch": generate_batch,
@@ -245,7 +245,7 @@ TIMED_ON_GENERATE_S = ("transformers generate", "transformers generate_batch")  
 
 
 def measure(method: str, size: Size, dtype: torch.dtype, folder: str, profiled: bool) -> dict:
-    """One method's figures, in this process alone."""
+    """Measure a method in this process."""
     run, warm_up = METHODS[method](folder, size, dtype, profiled)
     warm_up()
     if ON_GPU:
@@ -262,12 +262,12 @@ def measure(method: str, size: Size, dtype: torch.dtype, folder: str, profiled: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, help="instead of the size's own")
-    parser.add_argument("--generate_prompts", type=int, help="that transformers is timed on, instead of the size's own")
+    parser.add_argument("--prompts", type=int, help="number of prompts")
+    parser.add_argument("--generate_prompts", type=int, help="number of prompts that transformers is timed on")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to time [all]")
-    parser.add_argument("--dtypes", nargs="+", help="float32, bfloat16 [what the device is good at; a CPU float32 too]")
+    parser.add_argument("--dtypes", nargs="+", help="float32, bfloat16 [the device's best; a CPU also float32]")
     parser.add_argument("--profile", action="store_true", help="print where the time of one of nanoredi's steps goes")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # what the fresh processes are told
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # for the fresh processes
     flags = parser.parse_args()
     SIZE.prompts = flags.prompts or SIZE.prompts
     SIZE.generate_prompts = min(flags.generate_prompts or SIZE.generate_prompts, SIZE.prompts)
@@ -297,7 +297,7 @@ def main() -> None:
             for method in flags.methods:
                 result = run_one(method, dtype, f"{folder}/model", words)
                 if result is None:
-                    print(f"| {dtype} | {method} | failed, as said above | | | | |", flush=True)
+                    print(f"| {dtype} | {method} | failed, see stderr | | | | |", flush=True)
                     continue
                 num = (SIZE.generate_prompts if method in TIMED_ON_GENERATE_S else SIZE.prompts) * SIZE.n
                 rate = result["tokens"] / result["seconds"]
@@ -308,7 +308,7 @@ def main() -> None:
 
 
 def run_one(method: str, dtype: str, folder: str, words: list[str]) -> dict | None:
-    """A method's figures from a fresh process."""
+    """Measure a method in a fresh process."""
     words = [*words, "--one", method, dtype, folder]
     return figures(__file__, words, f"{method}, {dtype}", profiled="--profile" in words)
 

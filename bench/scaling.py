@@ -1,7 +1,7 @@
-"""How memory, traffic and step time grow from 1 to 64 GPUs: docs/scaling.md, worked out by step_costs.py.
+"""How memory, traffic and step time scale from 1 to 64 GPUs: docs/scaling.md, computed by step_costs.py.
 
     python bench/scaling.py > docs/scaling.md              the page in the repository: H100s
-    python bench/scaling.py --memory 40 --flops 312        the same page for other devices, on the screen
+    python bench/scaling.py --memory 40 --flops 312        the same page for other devices
 
 Nothing is run and nothing is timed.
 """
@@ -31,15 +31,12 @@ from bench.step_costs import (  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 
 SLOW = (25, 10, 3.1)  # networks to compare, in Gb/s a GPU
-CARD = {
-    "flops": 165.2,
-    "memory": 24,
-    "bandwidth": 1008,
-}  # NVIDIA's whitepaper of Ada: the RTX 4090, bf16 summed in fp32
+# NVIDIA's whitepaper of Ada: the RTX 4090, bf16 accumulated in fp32.
+CARD = {"flops": 165.2, "memory": 24, "bandwidth": 1008}
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A Markdown table; the first row is its head."""
+    """A Markdown table; the first row is its header."""
     rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
     return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
@@ -89,7 +86,7 @@ def time_table(c: Qwen2Config, device: Device) -> str:
 
 
 def slow_table(device: Device) -> str:
-    """Seconds of a step where the network between machines is slow: one copy over all GPUs / HSDP."""
+    """Seconds of a step with a slow network between machines: FSDP over all GPUs / HSDP."""
     rates = [device.network, *SLOW]
     rows = [["", *(f"{rate:g} Gb/s" for rate in rates)]]
     for name, c in MODELS.items():
@@ -121,7 +118,7 @@ def offload_table(device: Device) -> str:
 
 
 def offloaded_card(device: Device) -> str:
-    """What 1.5B takes of a card of 24 GB, in words."""
+    """What 1.5B takes of a card of 24 GB, as text."""
     c, card, layout = MODELS["1.5B"], dataclasses.replace(device, **CARD), Layout(1, 1, offload=True)
     need, usable = sum(memory(c, layout).values()) / 1e9, card.memory * card.memory_share
     more = times(c, layout, card)["step"] / times(c, Layout(1, 1), card)["step"] - 1
@@ -132,7 +129,7 @@ def offloaded_card(device: Device) -> str:
 
 
 def fewest(c: Qwen2Config, device: Device, together: int, products: bool = False) -> str:
-    """The fewest GPUs whose memory is enough, in words."""
+    """The fewest GPUs whose memory suffices, as text."""
     for layout in (Layout(n, n, together, products) for n in GPUS):
         need = sum(memory(c, layout).values()) / 1e9
         if need <= device.memory * device.memory_share:
@@ -187,83 +184,85 @@ def page(device: Device) -> str:
 PAGE = """\
 # From 1 to 64 GPUs
 
-Computed, not measured: `python bench/scaling.py` works this page out from the rates at its end.
+Computed, not measured: `python bench/scaling.py` computes this page from the rates at its end.
 
-1.5B is Qwen2.5-Math-1.5B, 7B has the shape of Qwen2.5-7B. A step of REDI is 32 pairs of 2 x 19,000 tokens, as long as
-the paper's get; the default `--max_tokens_per_micro_batch` makes a pair a micro-batch. Forward and backward are in
-bf16, weights and Adam's moments in fp32; `--activation_checkpointing` and `--reshard_after_forward` are as they are by
-default, if nothing else is said. A machine has 8 GPUs. HSDP is `--shard_size 8`: each machine has a copy of the model,
-shared among its GPUs, and gradients are added up across machines once a step. In all other rows the GPUs share a single
-copy (FSDP). *products kept* is `--activation_checkpointing products` with one sequence in a micro-batch.
+1.5B is Qwen2.5-Math-1.5B, 7B has the shape of Qwen2.5-7B. A step of REDI is 32 pairs of 2 x 19,000 tokens, the
+longest that the paper allows; with the default `--max_tokens_per_micro_batch` a micro-batch is a pair. Forward and
+backward are in bf16, weights and Adam's moments in fp32; `--activation_checkpointing` and `--reshard_after_forward`
+have their defaults unless stated. A machine has 8 GPUs. HSDP is `--shard_size 8`: each machine has a copy of the
+model, sharded over its GPUs, and gradients are all-reduced across machines once a step. In all other rows a single
+copy is sharded over all GPUs (FSDP). *products kept* is `--activation_checkpointing products` with one sequence in a
+micro-batch.
 
-## What to take from it
+## Conclusions
 
 {fits}
 - **One card of 24 GB** trains 1.5B with `--offload`: {card}.
-- Up to a step's last micro-batch each GPU holds the sum of the whole gradient in fp32, {sums} GB, however many GPUs
-  there are. From 32 GPUs on a step is one micro-batch of each GPU, and that falls away.
+- Until a step's last micro-batch each GPU accumulates the unsharded gradient in fp32, {sums} GB, however many GPUs
+  there are. With 32 GPUs or more a step has one micro-batch a GPU, and nothing is accumulated.
 - A step takes {on_8} s on 8 GPUs and {on_64} s on 64: {linear} % of linear or better. The longer a micro-batch
-  computes, the more of its exchange is hidden.
-- `--activation_checkpointing products` keeps the linear layers' results instead of making them again: {kept_on_8} s a
+  computes, the more of its communication is hidden.
+- `--activation_checkpointing products` keeps the linear layers' outputs instead of recomputing them: {kept_on_8} s a
   step on 8 GPUs with one sequence in a micro-batch, {kept_saves} % less. 1.5B then fits on {products_small}, 7B on
-  {products_large}. A micro-batch of half the tokens wants a faster network: up to {kept_needed} Gb/s a GPU.
-- HSDP needs more memory, and at {network} Gb/s a GPU it saves {hsdp_saves}. It is for slow networks: below {needed} Gb/s
-  a GPU the exchange of a single copy no longer hides behind computing. HSDP then helps most where a GPU has several
-  micro-batches a step, as its traffic between machines does not grow with them. Seconds of a step, single copy / HSDP
-  (3.1 Gb/s a GPU is one line of 25 Gb/s a machine):
+  {products_large}. A micro-batch of half the tokens needs a faster network: up to {kept_needed} Gb/s a GPU.
+- HSDP needs more memory, and at {network} Gb/s a GPU it saves {hsdp_saves}. It is for slow networks: below {needed}
+  Gb/s a GPU the communication of FSDP over all GPUs no longer hides behind computing. HSDP then helps most if a GPU
+  has several micro-batches a step, because its traffic between machines does not grow with them. Seconds of a step,
+  FSDP / HSDP (3.1 Gb/s a GPU is one link of 25 Gb/s a machine):
 
 {slow}
 
-- All this is for long traces. What is sent does not depend on their length: with a tenth of the tokens in a micro-batch
-  the network must be ten times as fast or more, and the latency of messages, which is not counted here, begins to tell.
+- All this is for long traces. Traffic does not depend on their length: with a tenth of the tokens in a micro-batch the
+  network must be ten times as fast or more, and the latency of messages, which is not counted here, begins to matter.
 
-"Fits" means in {usable} GB; times are given for fewer GPUs too. The memory is the busiest moment's.
+"Fits" means in {usable} GB; times are given for fewer GPUs too. Memory is the peak.
 
 {sections}
 
 ## One GPU with --offload
 
-Masters and Adam's moments are on the host, which also steps. The GPU keeps the rest of the first rows above, the
-gradient's sum among it, which so crosses the bus once a step. The card of 24 GB is an RTX 4090; *without it* is the step
-without `--offload`, had the GPU the memory:
+Master weights and Adam's moments are on the host, which also runs the optimiser. The GPU keeps the rest of the first
+rows above, including the accumulated gradient, which therefore crosses the bus once a step. The card of 24 GB is an
+RTX 4090; *without it* is the step without `--offload` if the GPU had the memory:
 
 {offload}
 
-While a state is saved the host holds {saving} GB more. Each micro-batch brings the weights to the GPU twice: the more
-tokens are in it, the fewer of them there are.
+While a state is saved the host needs {saving} GB more. Each micro-batch copies the weights to the GPU twice, so larger
+micro-batches, of which there are fewer, are better.
 
 ## What was measured
 
-Nothing: no accelerator has run these sizes yet. `tests/test_scaling.py` holds the sums against the program: the
-parameters against the model's own, and the peak of memory, for four blocks of each model on one GPU, against the
-tensors that a step keeps, which it counts without a GPU.
+Nothing: no accelerator has run these sizes yet. `tests/test_scaling.py` compares the formulas with the program: the
+number of parameters with the model's, and the peak memory, for four blocks of each model on one GPU, with the tensors
+that a step keeps, which it counts without a GPU.
 
 ## How it is computed
 
-**Memory.** *weights, Adam*: three fp32 numbers a parameter, divided among the GPUs that share a copy. *gradients*: the
-whole sum of the earlier micro-batches; a block's own on its way to the others; the head's, which the loss makes in
-forward. *gathered*: whole bf16 weights of the root unit (embedding, norm and head: gathered once a forward, kept to the
-end of backward) and of up to three blocks (at work, next, arriving). *checkpoints*: the input of each block, and its
-attention's output; where products are kept, the linear layers' outputs too, but for the last one's. *a block*: what a
-block's backward makes again and keeps. The loss holds a chunk of logits at another moment, when no block is at work.
-Not counted: CUDA, NCCL, gaps of the allocator.
+**Memory.** *weights, Adam*: three fp32 numbers a parameter, sharded over the GPUs that share a copy. *gradients*: the
+unsharded sum of the earlier micro-batches; a block's gradient while it is reduced; the head's, which the loss
+computes in forward. *gathered*: the unsharded bf16 weights of the root unit (embedding, norm and head: gathered once
+a forward, kept to the end of backward) and of up to three blocks (running, next, being gathered). *checkpoints*: the
+input of each block and its attention's output; if products are kept, also the linear layers' outputs but for the last
+one's. *a block*: what a block's backward recomputes and keeps. The loss needs its chunk of logits at another time,
+when no block is running. Not counted: CUDA, NCCL, fragmentation.
 
-**Traffic.** A micro-batch gathers each block twice, for forward and for backward, and the root unit once, in bf16. Once
-a step gradients are reduced in fp32. To gather or reduce S bytes over n GPUs each sends S (n - 1) / n; across machines
-an eighth of that goes through each GPU's adapter, as the 8 adapters of a machine carry a ring each. HSDP's all-reduce
-among m machines sends 2 (m - 1) / m of an eighth of the gradient through each.
+**Traffic.** A micro-batch gathers each block twice, for forward and for backward, and the root unit once, in bf16.
+Once a step gradients are reduced in fp32. To gather or reduce S bytes over n GPUs each sends S (n - 1) / n; across
+machines an eighth of that goes through each GPU's adapter, as the 8 adapters of a machine carry a ring each. HSDP's
+all-reduce among m machines sends 2 (m - 1) / m of an eighth of the gradient through each.
 
-**Time.** Linear layers take 2 operations a parameter and token in forward and 4 in backward; where products are not
-kept 2 more, for all but the MLP's last layer, which backward need not make again. The loss takes 6. Causal attention
-takes 2 n^2 D a sequence and block, and 2.5 times that in backward; its forward is not repeated. What blocks do between
-products (norms, sums, rotation, the MLP's gate) takes its traffic at the memory's rate, 254 kB a token and block of 1.5B.
-Each forward and each backward takes the longer of computing and sending; the last backward also sends the gradients. To that is added what
-nothing hides: the gather of root unit and first block in each micro-batch, the root unit's reduction at the end, the
-optimiser. With `--offload` a micro-batch brings the fp32 weights over the bus, those of the blocks a second time in
-backward, and with one GPU nothing hides that; the gradients go back beside the last backward. The host's step takes 52
-bytes a parameter. Its memory is 8 bytes a parameter for the moments, and weights and gradients in pinned memory, each
-tensor of which torch rounds up to a power of two. All GPUs have equal work. *network to keep up*: the rate below which sending takes longer than computing in
-some forward or backward.
+**Time.** Linear layers take 2 FLOPs a parameter and token in forward and 4 in backward; if products are not kept, 2
+more for all but the MLP's last layer, which is not recomputed. The loss takes 6. Causal attention takes 2 n^2 D a
+sequence and block, and 2.5 times that in backward; its forward is not recomputed. What blocks do between products
+(norms, residuals, rotation, SwiGLU) takes its traffic at the memory's rate, 254 kB a token and block of 1.5B. Each
+forward and each backward takes the longer of computing and communicating; the last backward also sends the gradients.
+What overlaps with nothing is added: the gather of the root unit and the first block in each micro-batch, the root
+unit's reduction at the end, the optimiser. With `--offload` a micro-batch copies the fp32 weights over the bus, those
+of the blocks again in backward, which on one GPU overlaps with nothing; gradients are copied back during the last
+backward. The host's optimiser step reads and writes 52 bytes a parameter. Its memory is 8 bytes a parameter for the
+moments, and weights and gradients in pinned memory, where torch rounds each tensor up to a power of two. All GPUs
+have equal work. *network to keep up*: the rate below which communicating takes longer than computing in some forward
+or backward.
 
 **Rates.**
 

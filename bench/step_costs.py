@@ -1,8 +1,8 @@
-"""What a step of REDI costs a GPU in memory, traffic and time, by arithmetic alone; scaling.py makes a page of it.
+"""What a step of REDI costs a GPU in memory, traffic and time, by arithmetic alone; scaling.py writes a page of it.
 
-Nothing is run and nothing is timed here. What the sums follow is distributed.shard (FSDP2's units), trainer.train_step
-(gradients add up whole on each GPU until the step's last micro-batch), model.Block (what backward keeps) and
-kernels/cross_entropy.py (the loss); tests/test_scaling.py holds them against the program.
+Nothing is run or timed here. The formulas follow distributed.shard (FSDP2's units), trainer.train_step (unsharded
+gradients accumulate on each GPU until the step's last micro-batch), model.Block (what is kept for backward) and
+kernels/cross_entropy.py (the loss); tests/test_scaling.py compares them with the program.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from nanoredi.model.qwen2 import Qwen2
 
 
 def rate(value: float, unit: str, source: str) -> Any:
-    """A device's figure, and where it is from."""
+    """A device's rate, and its source."""
     return dataclasses.field(default=value, metadata={"unit": unit, "source": source})
 
 
@@ -27,7 +27,7 @@ DATASHEET = "NVIDIA's datasheet of the H100 SXM"
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, its links, and the shares of their rates that a program is taken to reach. Each field is also a flag."""
+    """A GPU, its links, and the shares of their rates that a program is assumed to reach. Each field is also a flag."""
 
     flops: float = rate(989, "Tflop/s", f"bf16 matrix products, dense: {DATASHEET}")
     memory: float = rate(80, "GB", DATASHEET)
@@ -77,11 +77,11 @@ class Layout:
     """A step's work on some GPUs.
 
     Attributes:
-        gpus: all of them.
-        shard: so many share one copy of the model; gpus of them is FSDP, fewer HSDP.
-        together: sequences of a micro-batch, where a GPU has as many.
-        products: the linear layers' results are kept for backward (--activation_checkpointing products).
-        offload: masters and moments are on the host (--offload), here of one GPU alone.
+        gpus: their number.
+        shard: how many share a copy of the model: all (FSDP), or fewer (HSDP).
+        together: sequences in a micro-batch, if a GPU has as many.
+        products: the linear layers' outputs are kept for backward (--activation_checkpointing products).
+        offload: master weights and moments are on the host (--offload); for one GPU only.
     """
 
     gpus: int
@@ -92,12 +92,12 @@ class Layout:
 
     @property
     def micro_batches(self) -> int:
-        """Of a GPU and step."""
+        """Micro-batches of a GPU in a step."""
         return -(-SEQUENCES // (self.gpus * self.together))
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Tokens of a micro-batch."""
         return min(self.together, SEQUENCES // self.gpus) * LENGTH
 
     @property
@@ -114,7 +114,7 @@ def block_parameters(c: Qwen2Config) -> int:
 
 
 def root_parameters(c: Qwen2Config) -> int:
-    """Of the unit of embedding, final norm and, where it is not the embedding, head."""
+    """Parameters of the root unit: embedding, final norm and, unless it is tied, head."""
     return c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.hidden_size
 
 
@@ -128,22 +128,22 @@ def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
     kv = c.num_key_value_heads * c.head_dim
     block, root, head = block_parameters(c), root_parameters(c), 4 * c.vocab_size * d
     accumulates = layout.micro_batches > 1
-    # What a block's backward holds, in bf16: the norms' outputs, q, the stream between attention and MLP and the
-    # gradient of the stream after it (5 D); k and v; in the MLP gate, silu(gate) and up, and the gradients of the last
-    # two and of their product (6 F). Where products are kept, v, gate and up count as such.
+    # What a block's backward holds, in bf16: the norms' outputs, q, the residual stream between attention and MLP, and
+    # the gradient of the stream after it (5 D); k and v; in the MLP gate, silu(gate) and up, and the gradients of the
+    # last two and of their product (6 F). If products are kept, v, gate and up are counted there.
     kept = layout.products
     working = 2 * n * (5 * d + (1 if kept else 2) * kv + (4 if kept else 6) * f)
     products = 2 * n * (2 * d + 2 * kv + 2 * f) if kept else 0  # of q, o, k, v, gate and up
-    # The loss comes before, when no block is at work: hidden, its gradient, a chunk of logits; and the gradient of the
-    # head, which it makes in fp32. That one lives on to the end of backward, where the embedding adds its own to it;
-    # an untied head's is added to the earlier micro-batches' sum at once.
+    # The loss comes before, when no block is running: hidden, its gradient, a chunk of logits; and the gradient of the
+    # head, in fp32. That one is kept to the end of backward, where the embedding's gradient is added to it; an untied
+    # head's is added to the earlier micro-batches' sum at once.
     loss = 2 * (2 * n * d + MAX_GPU_ELEMENTS)
     stays = c.tie_word_embeddings or not accumulates
     return {
         "weights, Adam": 0 if layout.offload else 12 * parameters(c) / layout.shard,
-        # The sums of earlier micro-batches; a block's own in bf16, and in fp32 on its way to the other GPUs.
+        # The sums of earlier micro-batches; a block's gradient in bf16, and in fp32 while it is reduced.
         "gradients": (4 * parameters(c) if accumulates else 0) + (2 + 4) * block + (head if stays else 0),
-        # The root unit, the block at work, the next one, and the buffer that one arrives in.
+        # The root unit, the running block, the next one, and the buffer that it is gathered into.
         "gathered": 2 * root + 2 * block * (3 if layout.shard > 1 else 1),
         # A block's input, attention's output, and fp32's log-sum-exp of each head.
         "checkpoints": (n * (2 * 2 * d + 4 * c.num_attention_heads) + products) * c.num_hidden_layers,
@@ -152,16 +152,16 @@ def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
 
 
 def host_memory(c: Qwen2Config) -> dict[str, float]:
-    """Bytes of the host's memory that --offload takes on one GPU: while it trains, and beside that while a state is saved.
-    torch rounds what it pins, here each weight and gradient, up to a power of two."""
+    """Bytes of host memory that --offload takes for one GPU: to train, and in addition while a state is saved. torch
+    rounds each pinned tensor, here weights and gradients, up to a power of two."""
     with torch.device("meta"):
         pinned = sum(2 * 2 ** math.ceil(math.log2(4 * p.numel())) for p in Qwen2(c).parameters())
     return {"training": pinned + 8 * parameters(c), "saving": 12 * parameters(c)}
 
 
 def bus_traffic(c: Qwen2Config, layout: Layout) -> dict[str, float]:
-    """Bytes between host and GPU in the parts of a step, in fp32: to the GPU forward and backward (a micro-batch's
-    gathers), back the summed gradients (once a step)."""
+    """Bytes between host and GPU in the parts of a step, in fp32: forward and backward to the GPU (a micro-batch's
+    gathers), the accumulated gradients back (once a step)."""
     blocks, root = c.num_hidden_layers * block_parameters(c), root_parameters(c)
     there = 4 if layout.offload else 0
     return {"forward": there * (blocks + root), "backward": there * blocks, "gradients": there * (blocks + root)}
@@ -175,26 +175,26 @@ def traffic(c: Qwen2Config, layout: Layout) -> dict[str, float]:
     others = (s - 1) / s
     return {
         "forward": 2 * (blocks + root) * others,
-        "backward": 2 * blocks * others,  # the root unit has stayed
+        "backward": 2 * blocks * others,  # the root unit is still gathered
         "reduce": 4 * (blocks + root) * others,
         "copies": 2 * (copies - 1) / copies * 4 * (blocks + root) / s,
     }
 
 
 def network_share(layout: Layout) -> float:
-    """The part of a gather or reduce-scatter that goes through a GPU's own adapter. Across machines NCCL lays as many
-    rings as there are adapters, each of which enters a machine once, with its part of the data."""
+    """The part of a gather or reduce-scatter that goes through a GPU's adapter. Across machines NCCL makes as many
+    rings as there are adapters, and each ring enters a machine once, with its part of the data."""
     return 1 / MACHINE if layout.shard > MACHINE else 0.0
 
 
 def flops(c: Qwen2Config, layout: Layout) -> dict[str, float]:
-    """Floating-point operations of a GPU's micro-batch, forward and backward, of the linear layers and of attention.
-    Where the linear layers' results are not kept, backward recomputes them, all but the MLP's last one."""
+    """FLOPs of a GPU's micro-batch, forward and backward, of the linear layers and of attention. Unless the linear
+    layers' outputs are kept, backward recomputes all of them but the MLP's last."""
     n, d = layout.tokens, c.hidden_size
     linear = 2 * n * block_parameters(c) * c.num_hidden_layers
     repeated = 0 if layout.products else linear - 2 * n * d * c.intermediate_size * c.num_hidden_layers
-    attention = n / LENGTH * 2 * LENGTH**2 * d * c.num_hidden_layers  # two products, each over half of the square
-    head = 2 * n * c.vocab_size * d  # one product; the loss makes its gradients, two more, in forward
+    attention = n / LENGTH * 2 * LENGTH**2 * d * c.num_hidden_layers  # two products, each over half of the matrix
+    head = 2 * n * c.vocab_size * d  # one product; the loss computes its gradients, two more, in forward
     return {
         "forward": linear + 3 * head,
         "backward": 2 * linear + repeated,
@@ -204,10 +204,10 @@ def flops(c: Qwen2Config, layout: Layout) -> dict[str, float]:
 
 
 def pointwise(c: Qwen2Config, layout: Layout) -> dict[str, float]:
-    """Bytes that a GPU's micro-batch reads and writes in what blocks do between their products (cuda/pointwise.py),
-    forward, and backward with what is recomputed for it; tests/device counts them."""
+    """Bytes that a GPU's micro-batch reads and writes between the matrix products of its blocks (cuda/pointwise.py):
+    forward, and backward with its recomputation. tests/device counts them."""
     d, kv, f = c.hidden_size, c.num_key_value_heads * c.head_dim, c.intermediate_size
-    norms, rotation = (2 + 4) * d, 2 * (d + kv)  # the second norm also makes the sum that it takes
+    norms, rotation = (2 + 4) * d, 2 * (d + kv)  # the second norm also adds its two inputs
     forward = norms + rotation + 3 * f + 3 * d
     backward = norms + rotation + 6 * f + (4 + 4) * d + 2 * (d + 2 * kv)
     in_bf16 = 2 * layout.tokens * c.num_hidden_layers
@@ -215,12 +215,12 @@ def pointwise(c: Qwen2Config, layout: Layout) -> dict[str, float]:
 
 
 def times(c: Qwen2Config, layout: Layout, device: Device) -> dict[str, float]:
-    """Seconds of a step, and the slowest network (Gb/s a GPU) that would not prolong it.
+    """Seconds of a step, and the slowest network (Gb/s a GPU) that would not make it longer.
 
     The next block's weights are gathered, and the last block's gradients reduced, while a block computes; so each
-    forward and each backward takes the longer of computing and communicating. Nothing hides the gather of root unit
-    and first block, the reduction of the root unit, and the optimiser. Offloaded weights come to a single GPU in the
-    stream that computes, so nothing hides them either; their gradients go back in another one.
+    forward and each backward takes the longer of computing and communicating. The gather of the root unit and the
+    first block, the reduction of the root unit, and the optimiser overlap with nothing. On a single GPU offloaded
+    weights are copied in the compute stream, so they overlap with nothing either; gradients go back in another stream.
     """
     nvlink = device.nvlink * 1e9 * device.link_share
     adapter = device.network / 8 * 1e9 * device.link_share
@@ -247,11 +247,11 @@ def times(c: Qwen2Config, layout: Layout, device: Device) -> dict[str, float]:
         bus["gradients"] * (1 - root),
     )
     first_units = (root_parameters(c) + block_parameters(c)) / parameters(c)
-    # AdamW reads four fp32 numbers a parameter and writes three, clipping reads twice and writes once, the size of the
-    # update takes ten passes of two or three: 124 bytes.
+    # AdamW reads four fp32 numbers a parameter and writes three, clipping reads two and writes one, the update norm
+    # takes ten passes of two or three: 124 bytes.
     optimizer = 124 * parameters(c) / layout.shard / (device.bandwidth * 1e9 * device.link_share)
     if layout.offload:
-        # On a CPU the size of the update takes one pass of three numbers: 52 bytes.
+        # On a CPU the update norm takes one pass of three numbers: 52 bytes.
         optimizer = 52 * parameters(c) / (device.host_bandwidth * 1e9 * device.link_share)
     micro = layout.micro_batches
     compute = micro * sum(computing.values())

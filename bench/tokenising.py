@@ -2,14 +2,14 @@
 
     python -m bench.tokenising --tokenizer DIR --data sft.jsonl [--rows 500] [--rounds 7]
 
-Measured in turns, so that whatever else the machine does falls on all of them alike; the processor's time, of all
-threads, depends on it less than the clock's:
+The methods take turns, so that other load on the machine affects all of them alike; CPU time, summed over all threads,
+depends on it less than wall time:
 
-    encode_batch     `tokenizers` alone: the templated texts lie in memory, the encodings are thrown away
-    ... and ids      the same, and the ids are taken out, which whoever trains on them must do
-    load_sft         nanoredi: read the file, check and template the rows, encode, mark what is learned, write the cache
-    digest           of the file alone, by which the cache is found
-    again            the second start, from the cache: the digests of file and cache
+    encode_batch     `tokenizers` alone: the templated texts are in memory, the encodings are discarded
+    ... and ids      the same, and the ids are read, as training needs them
+    load_sft         nanoredi: read the file, check and template the rows, encode, mark learned tokens, write the cache
+    digest           only the digest of the file, by which the cache is found
+    again            a second start, from the cache: the digests of file and cache
 """
 
 import argparse
@@ -27,7 +27,7 @@ from nanoredi.common.files import read_rows
 from nanoredi.data.sequences import load_sft
 from nanoredi.data.tokenizer import Tokenizer
 
-LONGEST = 10**9  # nothing is cut: both sides have the same tokens to make
+LONGEST = 10**9  # nothing is truncated: all methods encode the same tokens
 
 
 def main() -> None:
@@ -35,14 +35,14 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="Hugging Face folder")
     parser.add_argument("--data", required=True, help="JSONL file of rows with messages, as prepare writes them")
     parser.add_argument("--rows", type=int, default=500, help="rows to take from its start [500]")
-    parser.add_argument("--rounds", type=int, default=7, help="turns [7]")
+    parser.add_argument("--rounds", type=int, default=7, help="times that each method is measured [7]")
     flags = parser.parse_args()
     tokenizer = Tokenizer(flags.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "rows.jsonl")
         rows = [row for _, row in islice(read_rows(flags.data), flags.rows)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.utime(data, (0, 0))  # as a file of yesterday
+        os.utime(data, (0, 0))  # as if it were not new
         texts = ["".join(tokenizer.split(row["messages"])) for row in rows]
         total = sum(len(encoding) for encoding in tokenizer.encode_batch(texts))
         print(f"{len(rows):,} rows, {total / len(rows):,.0f} tokens each, {os.cpu_count()} cores", flush=True)
@@ -58,12 +58,12 @@ def main() -> None:
                 "again": lambda: load_sft(str(data), tokenizer, LONGEST, cache),
             }.items():
                 seconds.setdefault(name, []).append(timed(work))
-    print("                  clock, s  (least, most)     processor, s  M tokens/s  encode_batch's time / its own")
+    print("                   wall, s  (least, most)           CPU, s  M tokens/s  encode_batch's time / its own")
     plain = medians(seconds["encode_batch"])
     for name, times in seconds.items():
         clock, processor = medians(times)
         spread = f"({min(times)[0]:.3f}, {max(times)[0]:.3f})"
-        ratios = f"{plain[0] / clock:.2f} by the clock, {plain[1] / processor:.2f} by the processor"
+        ratios = f"{plain[0] / clock:.2f} by wall time, {plain[1] / processor:.2f} by CPU time"
         print(f"{name:14}  {clock:10.3f}  {spread:18} {processor:10.3f}  {total / clock / 1e6:10.2f}  {ratios}")
 
 
@@ -76,7 +76,7 @@ def encode(tokenizer: Tokenizer, texts: list[str], take_ids: bool) -> None:
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock, and of the processor's time."""
+    """Seconds of wall time and of CPU time."""
     start = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - start[0], time.process_time() - start[1]

@@ -4,14 +4,13 @@
     python bench/train_step.py --pairs 1 --steps 1            shorter, for a dry run
     python bench/train_step.py --profile                      where nanoredi's time goes
 
-The original's way is a transformers model with activation checkpointing, one right-padded pair at a time, with its full
-logits and their log-softmax. TRL's is its DPOTrainer with its own defaults (a reference model, too), where it is
-installed. nanoredi is measured with the default of --activation_checkpointing and with more kept for backward (on a GPU
-in micro-batches of half the tokens). All have the same weights and pairs. Tokens are those of the pairs; padding is not
-counted. Every figure is taken in a fresh process. A time is the median of several steps, to be read as a ratio to
-another one of the same table. On a CPU memory is the peak of the process, weights included; on a GPU that of the
-tensors. In bf16 each keeps what it would by default: nanoredi fp32 masters, the original's way bf16 weights and AdamW
-states, TRL fp32 weights under autocast.
+The original's way is a transformers model with activation checkpointing, one right-padded pair at a time, with full
+logits and their log-softmax. TRL's way is its DPOTrainer with its defaults, which include a reference model, if it is
+installed. nanoredi is measured with the default of --activation_checkpointing, and with more kept for backward (on a
+GPU in micro-batches of half the tokens). All have the same weights and pairs. Padding is not counted as tokens. Every
+method runs in a fresh process. A time is the median of several steps; compare times within a table only. On a CPU
+memory is the peak of the process, weights included; on a GPU that of the tensors. In bf16 each has its defaults:
+nanoredi fp32 master weights, the original's way bf16 weights and AdamW states, TRL fp32 weights under autocast.
 """
 
 import argparse
@@ -97,7 +96,7 @@ class Pair:
 
 
 def draw_pairs(size: Size) -> list[Pair]:
-    """Random tokens; lengths log-uniform between the size's bounds."""
+    """Random tokens; the lengths are log-uniform between the size's bounds."""
     rng = np.random.default_rng(0)
 
     def some(bounds: tuple[int, int]) -> np.ndarray:
@@ -111,7 +110,7 @@ Seconds = list[float]
 
 
 def timed(step: Callable[[], object], num_steps: int, profiled: bool = False) -> Seconds:
-    """Of each step after a first one, which warms up."""
+    """Seconds of each step, after one to warm up."""
 
     def whole() -> float:
         start = time.perf_counter()
@@ -130,7 +129,7 @@ def timed(step: Callable[[], object], num_steps: int, profiled: bool = False) ->
 
 
 def nanoredi(kept: str, folder: str, size: Size, dtype: torch.dtype, num_steps: int, profiled: bool) -> Seconds:
-    # On a GPU the products of a pair are too much: a sequence at a time.
+    # The products of a pair do not fit on a GPU: there a micro-batch is one sequence.
     tokens = size.max_tokens_per_micro_batch // (2 if ON_GPU and kept == "products" else 1)
     config = RediConfig(lr=LR, alpha=ALPHA, activation_checkpointing=kept, max_tokens_per_micro_batch=tokens)
     pairs = draw_pairs(size)
@@ -176,7 +175,7 @@ def original(folder: str, size: Size, dtype: torch.dtype, num_steps: int, profil
 
 
 def trl(folder: str, size: Size, dtype: torch.dtype, num_steps: int, profiled: bool) -> Seconds:
-    """DPOTrainer takes text: token 7 is written " t7", in a vocabulary of such words."""
+    """DPOTrainer takes text, so token 7 is written " t7", in a vocabulary of such words."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
@@ -234,7 +233,7 @@ METHODS = {
 
 
 def measure(method: str, size: Size, dtype: torch.dtype, folder: str, num_steps: int, profiled: bool) -> dict:
-    """One method's figures, in this process alone."""
+    """Measure a method in this process."""
     seconds = METHODS[method](folder, size, dtype, num_steps, profiled)
     if ON_GPU:
         return {"seconds": seconds, "bytes": torch.cuda.max_memory_allocated()}
@@ -242,7 +241,7 @@ def measure(method: str, size: Size, dtype: torch.dtype, folder: str, num_steps:
 
 
 def flops(size: Size) -> float:
-    """Of a step's forward and backward, nothing counted twice."""
+    """FLOPs of a step's forward and backward, without recomputation."""
     return sum(
         size.config.flops(len(p.prompt) + len(completion) - 1, len(completion))
         for p in draw_pairs(size)
@@ -252,12 +251,12 @@ def flops(size: Size) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, help="pairs a step, instead of the sizes' own")
-    parser.add_argument("--steps", type=int, default=5 if ON_GPU else 2, help="timed steps a process")
-    parser.add_argument("--rounds", type=int, default=2, help="fresh processes a method [2]")
-    parser.add_argument("--dtypes", nargs="+", help="float32, bfloat16 [what the device is good at; a CPU float32 too]")
+    parser.add_argument("--pairs", type=int, help="pairs a step")
+    parser.add_argument("--steps", type=int, default=5 if ON_GPU else 2, help="timed steps in each process")
+    parser.add_argument("--rounds", type=int, default=2, help="fresh processes for each method [2]")
+    parser.add_argument("--dtypes", nargs="+", help="float32, bfloat16 [the device's best; a CPU also float32]")
     parser.add_argument("--profile", action="store_true", help="print where nanoredi's time goes, once")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # what the fresh processes are told
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)  # for the fresh processes
     flags = parser.parse_args()
     if flags.pairs:
         for size in SIZES.values():
@@ -268,7 +267,7 @@ def main() -> None:
         print(json.dumps(result))
         return
 
-    # Not before: a process that is measured makes its first tensor in the world.
+    # Only now, because a measured process must not create a tensor before it has joined its process group.
     if not flags.dtypes:
         good = compute_dtype("auto", torch.device("cuda" if ON_GPU else "cpu")) == torch.bfloat16
         flags.dtypes = ["bfloat16"] if ON_GPU else ["float32", "bfloat16"] if good else ["float32"]
@@ -290,7 +289,7 @@ def main() -> None:
             )
             for dtype in flags.dtypes:
                 rate = matrix_rate(getattr(torch, dtype), torch.device("cuda" if ON_GPU else "cpu"))
-                torch.cuda.empty_cache()  # the memory is the other processes' now
+                torch.cuda.empty_cache()  # so that the measured processes can use the memory
                 results: dict[str, list] = {method: [] for method in METHODS}
                 for _ in range(flags.rounds):
                     for method, collected in results.items():
@@ -299,7 +298,7 @@ def main() -> None:
                 for method, collected in results.items():
                     good = [r for r in collected if r]
                     if not good:
-                        print(f"| {dtype} | {method} | failed, as said above | | | |", flush=True)
+                        print(f"| {dtype} | {method} | failed, see stderr | | | |", flush=True)
                         continue
                     seconds = statistics.median(s for r in good for s in r["seconds"])
                     peak = statistics.median(r["bytes"] for r in good) / 1e9
@@ -309,7 +308,7 @@ def main() -> None:
 
 
 def run_one(method: str, name: str, dtype: str, folder: str, words: list[str]) -> dict | None:
-    """A method's figures from a fresh process."""
+    """Measure a method in a fresh process."""
     words = [*words, "--one", method, name, dtype, folder]
     return figures(__file__, words, f"{method}, {dtype}", profiled="--profile" in words)
 

@@ -1,10 +1,10 @@
-"""Does the watch for collapse trip in time, and only then? On the toy, over seeds.
+"""Does the collapse watch trip in time, and only in a collapse? On the toy, over several seeds.
 
     python experiments/collapse.py                       10 seeds; stage 1 of each takes a minute or more
     python experiments/collapse.py --seeds 42            one seed
 
-For each seed stage 1 is trained once. Stage 2 is trained from it twice: with alpha 1.0 at the high learning rate, which
-collapses, and with alpha 0.8 at the toy's own. The table has pass@1 in %, of 4 samples a problem, for five models:
+For each seed stage 1 is trained once, and stage 2 from it twice: with alpha 1.0 at a high learning rate, which
+collapses, and with alpha 0.8 at the toy's own rate. The table has pass@1 in %, 4 samples a problem, of five models:
 stage 1's, the one that the watch names as the last good one when it trips, the last one saved before it trips, the one
 saved 10 steps later, and the final one.
 """
@@ -32,17 +32,17 @@ def run(*words: str | Path) -> str:
 
 
 def tripped(out: Path) -> tuple[int | None, int]:
-    """The step at which a run's watch trips, by its metrics, and the last good one that it names then."""
+    """The step at which the watch trips on a run's metrics, and the last good step that it names then."""
     watch = CollapseWatch(RediConfig().collapse_nats)
     for line in (out / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        if watch.look(row["step"], row["chosen_logp"], row["update_norm"]):
+        if watch.observe(row["step"], row["chosen_logp"], row["update_norm"]):
             break
     return watch.tripped, watch.last_good
 
 
 def accuracies(folder: Path, seed_folder: Path, models: list[Path]) -> list[float]:
-    """pass@1 in % of some models."""
+    """pass@1 of models, in %."""
     if not (folder / "results.json").exists():
         flags = ["--recipe", "toy", "--benchmarks", seed_folder / "data" / "toy.jsonl", "--n", "4", "--out", folder]
         run(ROOT / "evaluate.py", *flags, "--model", *models)
@@ -53,7 +53,7 @@ def accuracies(folder: Path, seed_folder: Path, models: list[Path]) -> list[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", default=[str(s) for s in (42, *range(1, 10))], help="[42 1 2 ... 9]")
-    parser.add_argument("--out", default="runs/collapse", help="where the runs are kept [runs/collapse]")
+    parser.add_argument("--out", default="runs/collapse", help="folder of the runs [runs/collapse]")
     flags = parser.parse_args()
     print(
         "| seed | alpha, lr | tripped at | stage 1 | named as good | before it tripped | 10 steps later | at the end |"

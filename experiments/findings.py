@@ -1,12 +1,12 @@
-"""The paper's findings, put to the test on the toy: REDI and its rivals, each at the learning rate that suits it.
+"""A test of the paper's findings on the toy: REDI and its rivals, each at its best learning rate.
 
     python experiments/findings.py               everything, in a quarter of an hour on 2 cores; finished runs are kept
-    python experiments/findings.py --page        only the page and its figure, from the runs that are there
+    python experiments/findings.py --page        only the page and its figure, from the finished runs
 
-Stage 1 is trained once a seed. On a seed of its own every method is trained at every rate of one grid, and the rate
-with the highest pass@1 is taken. With these rates the methods are trained on the other seeds, some of them at their
-second-best rate as well, and evaluated along the way and at the end. docs/findings.md and docs/findings.png are written
-from these runs.
+Stage 1 is trained once for each seed. On a tuning seed every method is trained at every rate of one grid, and the rate
+with the highest pass@1 is chosen. At these rates, and some of them also at their second-best rate, the methods are
+trained on the other seeds, and evaluated along the run and at its end. docs/findings.md and docs/findings.png are
+written from these runs.
 """
 
 import argparse
@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.findings_page import HIGH, Arm, ranked, run_name, write_page  # noqa: E402
 from nanoredi import toy  # noqa: E402
 from nanoredi.common.errors import Stopped, UserError  # noqa: E402
+from nanoredi.common.files import write_json  # noqa: E402
 from nanoredi.common.flags import read_recipe, resolve  # noqa: E402
 from nanoredi.common.runs import open_run  # noqa: E402
 from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig  # noqa: E402
@@ -44,12 +45,12 @@ METHODS = {
     "REDI 0.8": {"alpha": 0.8},
     "symmetric REDI": {"alpha": 1.0},
 }
-CONTESTED = ("REDI 0.8", "DPO", "SimPO")  # at their second-best rate, too: one seed chooses a rate roughly
-ALONG, N_ALONG, N_END = 22, 4, 16  # steps between evaluations; samples a problem, there and at the end
+CONTESTED = ("REDI 0.8", "DPO", "SimPO")  # also trained at their second-best rate, since one seed is a rough choice
+ALONG, N_ALONG, N_END = 22, 4, 16  # steps between evaluations; samples a problem, along the run and at its end
 
 
 class Bench:
-    """The runs, in folders under `out`; each has its results.json when it is finished."""
+    """The runs, in folders under `out`; a finished one has a results.json."""
 
     def __init__(self, out: Path, ranks: World):
         self.out, self.ranks = out, ranks
@@ -111,17 +112,15 @@ class Bench:
             config = replace(resolve(EvaluateConfig, "evaluate", self.tables), n=n)
             rows += evaluate(name, model, problems, config, folder, self.ranks, pairs=watch)
         (folder / "samples.jsonl").unlink(missing_ok=True)
-        beside = folder / "results.writing"
-        beside.write_text(json.dumps(rows, indent=1) + "\n")
-        beside.rename(folder / "results.json")
+        write_json(folder / "results.json", rows)
         print(f"{folder}: pass@1 {rows[-1]['pass@1']:.1%}", flush=True)
 
 
 @contextlib.contextmanager
 def timed(out: Path) -> Iterator[None]:
-    """Add a line to seconds.txt: how long this start of the program has worked, also where it is broken off."""
+    """Add a line to seconds.txt: how long this start of the program ran, even if it was interrupted."""
     start = time.perf_counter()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command resumes"))
     try:
         yield
     finally:
@@ -147,7 +146,7 @@ def run_all(out: Path) -> None:
 
 
 def arms(tuned: dict[str, dict[float, float]]) -> list[Arm]:
-    """What is trained on the seeds: each method at its best rate, and some at another, too."""
+    """What is trained on the seeds: each method at its best rate, and some at another one, too."""
     best = [(name, ranked(at)[0]) for name, at in tuned.items()]
     second = [(name, ranked(tuned[name])[1]) for name in CONTESTED]
     return list(dict.fromkeys([*best, *second, *HIGH]))
@@ -155,8 +154,8 @@ def arms(tuned: dict[str, dict[float, float]]) -> list[Arm]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/findings", help="where the runs are kept [runs/findings]")
-    parser.add_argument("--page", action="store_true", help="train nothing")
+    parser.add_argument("--out", default="runs/findings", help="folder of the runs [runs/findings]")
+    parser.add_argument("--page", action="store_true", help="only write the page")
     flags = parser.parse_args()
     out = Path(flags.out)
     try:

@@ -1,4 +1,4 @@
-"""The page and the figure that experiments/findings.py makes of its runs; every result and verdict comes from them."""
+"""The page and the figure of experiments/findings.py; every result and verdict in them comes from its runs."""
 
 import json
 import math
@@ -11,18 +11,21 @@ from nanoredi.report.figures import Run, draw, read_runs
 
 Arm = tuple[str, float]  # method and learning rate
 STAGE_1: Arm = ("stage 1", 0.0)
-HIGH: list[Arm] = [("REDI 0.8", 1e-3), ("symmetric REDI", 1e-3)]  # where the second is to collapse and the first is not
+HIGH: list[Arm] = [
+    ("REDI 0.8", 1e-3),
+    ("symmetric REDI", 1e-3),
+]  # where the second should collapse and the first should not
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for an interval of 95 %, by the number of seeds
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, as `more` being larger than `less` in a figure of the last evaluation.
+    """What the paper says: that `more` is larger than `less` by a metric of the last evaluation.
 
     Attributes:
         text: the paper's claim (arXiv 2505.24850).
         more, less: the arms.
-        key: the figure; shares are shown in points.
+        key: the metric; shares are shown in points.
     """
 
     text: str
@@ -37,7 +40,7 @@ def ranked(at: dict[float, float]) -> list[float]:
 
 
 def claims(tuned: dict[str, dict[float, float]]) -> list[Claim]:
-    """The paper's claims, of the arms that the sweep chose."""
+    """The paper's claims, about the arms that the sweep chose."""
     best = {name: (name, ranked(at)[0]) for name, at in tuned.items()}
     second = {name: (name, ranked(at)[1]) for name, at in tuned.items()}
     redi, symmetric, (healthy, collapse) = best["REDI 0.8"], best["symmetric REDI"], HIGH
@@ -74,7 +77,7 @@ class Results:
         return (folder if arm == STAGE_1 else folder / run_name(*arm)) / "results.json"
 
     def values(self, arm: Arm, key: str) -> list[float]:
-        """A figure of an arm's last evaluation, for each seed."""
+        """A metric of an arm's last evaluation, for each seed."""
         return [self.rows[arm, seed][-1][key] for seed in self.seeds]
 
 
@@ -128,7 +131,7 @@ def results_table(results: Results) -> list[str]:
             for key in ("pass@1", "sem", "pass@16", "chosen_logp", "rejected_logp", "no_answer")
         }
         mean = {key: statistics.fmean(v) for key, v in value.items()}
-        # Of the mean over seeds, each run's standard error over its samples being independent of the others'.
+        # The standard error of the mean over seeds; the runs' samples are independent.
         sem = math.sqrt(sum(s**2 for s in value["sem"])) / len(value["sem"])
         cells = [
             arm[0],
@@ -158,7 +161,7 @@ def sweep_table(tuned: dict[str, dict[float, float]]) -> list[str]:
 
 
 def near(tuned: dict[str, dict[float, float]], arms: Sequence[Arm]) -> str:
-    """The rates that came close, but were not taken."""
+    """The rates that came close to the best one, but were not trained on the seeds."""
     found = []
     for name, at in tuned.items():
         highest = max(at.values())
@@ -168,12 +171,12 @@ def near(tuned: dict[str, dict[float, float]], arms: Sequence[Arm]) -> str:
 
 
 def mean_run(arm: Arm, results: Results) -> Run:
-    """An arm's course, the mean over seeds; the accuracy's error is the standard error over seeds."""
+    """An arm's training curve, averaged over seeds; the accuracy's error is the standard error over seeds."""
     runs = read_runs([str(results.file(arm, seed).parent) for seed in results.seeds])
     keys = ("chosen_logp", "rejected_logp", "update_norm")
     rows = []
     for parts in zip(*(run.rows for run in runs)):
-        # A skipped step has no figures.
+        # A skipped step has no metrics.
         means = {k: statistics.fmean(v) if None not in (v := [row[k] for row in parts]) else None for k in keys}
         rows.append({"step": parts[0]["step"], **means})
     shares = [
@@ -188,7 +191,7 @@ def mean_run(arm: Arm, results: Results) -> Run:
 
 
 def time_taken(out: Path) -> tuple[int, float, int]:
-    """Trainings, the minutes that they took with their evaluations, and the program's starts."""
+    """The number of trainings, their minutes with evaluations, and how often the program was started."""
     seconds = list(map(float, (out / "seconds.txt").read_text().split()))
     return len(list(out.glob("seed-*/**/results.json"))), sum(seconds) / 60, len(seconds)
 
@@ -214,7 +217,7 @@ def write_page(
     last = results.rows[arms[0], seeds[0]][-1]
     steps = read_runs([str(results.file(arms[0], seeds[0]).parent)])[0].rows[-1]["step"]
     trainings, minutes, starts = time_taken(out)
-    broken_off = f", in {starts} starts of the program" if starts > 1 else ""
+    restarts = f", in {starts} starts of the program" if starts > 1 else ""
     text = f"""# The paper's findings on the toy
 
 Made by `python experiments/findings.py`, as is the figure: every result and every verdict below comes from its runs.
@@ -261,6 +264,6 @@ Not tried on the other seeds, though within 5 points of the best of their row:
 
 DPO has beta 0.1, SimPO the paper's beta 2 and gamma 1. Neither was swept; another value may bring them further.
 
-All of it, {trainings} trainings with their evaluations, took {minutes:.1f} minutes on 2 cores{broken_off}.
+All of it, {trainings} trainings with their evaluations, took {minutes:.1f} minutes on 2 cores{restarts}.
 """
     (docs / "findings.md").write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""A Llama in a GGUF file to a Qwen2 in a Hugging Face folder, for experiments/real.py: `pip install gguf`.
+"""Convert a Llama in a GGUF file to a Qwen2 in a Hugging Face folder, for experiments/real.py: `pip install gguf`.
 
-A Qwen2 block is Llama's with a bias on queries, keys and values; with biases of 0 it computes the same. GGUF has its own
-names, has the rows of queries and keys in its own order, and quantises; what is written here is fp32.
+A Qwen2 block is a Llama block with biases on queries, keys and values; with biases of 0 it computes the same. GGUF has
+names of its own and another order of the rows of queries and keys, and it is quantised; the folder's weights are fp32.
 """
 
 import json
@@ -17,7 +17,7 @@ from nanoredi.common.errors import UserError
 from nanoredi.model.config import Qwen2Config
 from nanoredi.model.hf_folder import save_folder
 
-# GGUF's names of what a block has, by Qwen2's.
+# GGUF's names of a block's weights, and Qwen2's.
 BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -29,14 +29,14 @@ BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-CONTROL = 3  # the kind of a token that is no text, such as <|im_end|>
+CONTROL = 3  # the type of special tokens such as <|im_end|>
 
 
 def convert(file: Path, folder: Path, pad_token: str, chat_template: str) -> None:
     """Write a Hugging Face folder.
 
     Args:
-        file: GGUF of a Llama with a byte-level tokenizer, whose head is its embedding.
+        file: GGUF of a Llama with a byte-level tokenizer and tied embeddings.
         folder: must not exist, or be empty.
         pad_token: one of the vocabulary's control tokens.
         chat_template: Jinja.
@@ -83,7 +83,7 @@ def _weights(raw: dict[str, Tensor], config: Qwen2Config) -> dict[str, Tensor]:
             weight = raw[f"blk.{block}.{theirs}.weight"]
             name = f"model.layers.{block}.{ours}"
             if theirs in heads:
-                # GGUF turns neighbouring rows of a head together, Qwen2 a row of its first half with one of its second.
+                # A rotary pair is two neighbouring rows of a head in GGUF, one row of each half in Qwen2.
                 weight = weight.view(heads[theirs], -1, 2, config.hidden_size).transpose(1, 2).reshape(weight.shape)
             weights[f"{name}.weight"] = weight
             if theirs in ("attn_q", "attn_k", "attn_v"):
@@ -92,7 +92,7 @@ def _weights(raw: dict[str, Tensor], config: Qwen2Config) -> dict[str, Tensor]:
 
 
 def write_tokenizer(facts: dict[str, Any], folder: Path, pad_token: str, chat_template: str) -> None:
-    """The file's byte-level BPE, with a token a digit as SmolLM has it, as a Hugging Face folder has it."""
+    """Write the file's byte-level BPE, with one token per digit as in SmolLM, as Hugging Face's tokenizer files."""
     tokens = facts["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))

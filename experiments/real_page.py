@@ -1,4 +1,4 @@
-"""The page and the figure that experiments/real.py makes of its runs; every result and verdict comes from them."""
+"""The page and the figure of experiments/real.py; every result and verdict in them comes from its runs."""
 
 import json
 import math
@@ -20,7 +20,7 @@ METHODS = {
 }
 _LOW, _ALL = (1e-5, 3e-5), (1e-5, 3e-5, 6e-5)
 RATES = {method: _LOW if method in ("DPO", "SimPO") else _ALL for method in METHODS}
-# What the paper says (arXiv 2505.24850): the first has a higher pass@1 than the second.
+# What the paper says (arXiv 2505.24850): the first method has a higher pass@1 than the second.
 CLAIMS = [
     ("Learning from incorrect traces, too, raises accuracy over stage 1", "REDI 0.8", "stage 1"),
     ("... and over going on with the correct ones alone", "REDI 0.8", "SFT continued"),
@@ -60,7 +60,7 @@ def run_name(method: str, lr: float) -> str:
 
 
 def best_rates(out: Path) -> dict[str, float]:
-    """Each method's rate, the one with the highest pass@1 on the validation problems; of equals the lower one."""
+    """Each method's rate with the highest pass@1 on the validation problems; of equal ones the lowest."""
     return {
         method: max(rates, key=lambda lr: validated(out, run_name(method, lr))["pass@1"])
         for method, rates in RATES.items()
@@ -73,7 +73,7 @@ def validated(out: Path, run: str) -> Row:
 
 
 class Results:
-    """The samples of the test problems, pooled over seeds, each with its model's name among the methods."""
+    """The samples of the test problems by method, pooled over seeds."""
 
     def __init__(self, out: Path, chosen: dict[str, float], seeds: int):
         self.runs = {"stage 1": "stage-1", **{method: run_name(method, lr) for method, lr in chosen.items()}}
@@ -97,11 +97,11 @@ class Results:
         return [json.loads((folder / "results.json").read_text())[0] for folder in folders]
 
     def difference(self, more: str, less: str) -> Row:
-        """{difference, low, high} of pass@1, more's less that of less, over the same problems."""
+        """{difference, low, high} of pass@1, of `more` minus `less`, over the same problems."""
         return compare([*self.samples[less], *self.samples[more]], less, more)[0]
 
     def course(self, method: str) -> Run:
-        """A method's training on the first seed, with its accuracy at both ends."""
+        """A method's training curve on the first seed, with its accuracy before and after."""
         [run] = read_runs([str(self.out / "seed-1" / self.runs[method])])
         ends = [(0, self.of_seeds("stage 1")[0]), (run.rows[-1]["step"], self.of_seeds(method)[0])]
         points = [(step, row["pass@1"], row["sem"]) for step, row in ends]
@@ -149,7 +149,7 @@ def results_table(results: Results) -> list[str]:
 
 
 def last_logp(results: Results, method: str, side: str) -> str:
-    """The mean log-prob a token of the last steps' traces on the first seed; empty where there are none."""
+    """The mean log-prob a token over the last steps on the first seed; empty if there are none."""
     if method not in results.chosen:
         return ""
     rows = results.course(method).rows[-LAST:]
@@ -181,7 +181,7 @@ def validation_table(out: Path, chosen: dict[str, float]) -> list[str]:
 
 
 def responses(results: Results, problems: list[str], method: str) -> list[str]:
-    """The first test problem of each kind with both responses, and how many problems are of this kind."""
+    """For each kind, the number of problems, and the first one with both responses."""
     before, after = (
         {row["problem"]: row for row in results.samples[name] if row["sample"] == 0} for name in ("stage 1", method)
     )
@@ -207,7 +207,7 @@ def num_rows(path: Path) -> int:
 
 
 def time_taken(out: Path) -> str:
-    """How long the commands took, as the processor counts it."""
+    """How much CPU time the commands took."""
     rows = [row for _, row in read_rows(str(out / "stages.jsonl"))]
     whole = sum(not row["stage"].endswith("broken off") for row in rows)
     minutes = sum(row["cpu"] for row in rows) / 60
@@ -263,7 +263,7 @@ def write_page(out: Path, seeds: int, docs: Path) -> None:
     problems = [row["problem"] for _, row in read_rows(str(out / "data" / "test.jsonl"))]
     redi, sft = (results.difference(method, "stage 1") for method in ("REDI 0.8", "SFT continued"))
     over_sft = results.difference("REDI 0.8", "SFT continued")
-    # The correct traces of the pairs would raise it, too: what the incorrect ones add is the difference to SFT.
+    # The pairs' correct traces alone raise accuracy, too; what the incorrect ones add is the difference from SFT.
     answer = {
         "**holds**": "Yes, on these problems" if verdict(redi) == "**holds**" else "Not shown",
         "**the opposite holds**": "No, not here: going on with the correct traces alone is better",

@@ -11,14 +11,14 @@ import train_redi
 from nanoredi.common.errors import run_script
 from nanoredi.trainer.guards import Guards
 
-look = Guards.look
+observe = Guards.observe
 
 
-def look_and_stop(self, steps):
-    look(self, steps)
+def observe_and_stop(self, steps):
+    observe(self, steps)
     if any(step.number == int(sys.argv[1]) for step, _ in steps):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-Guards.look = look_and_stop
+Guards.observe = observe_and_stop
 run_script(lambda argv: train_redi.main(argv[1:]))

@@ -61,17 +61,17 @@ def sentence(error: BaseException) -> str | None:
     text = None
     if isinstance(error, UserError):
         text = str(error)
+    # Out of memory is a RuntimeError in torch, on a GPU its subclass OutOfMemoryError.
+    elif isinstance(error, (MemoryError, OSError, RuntimeError)) and re.search(_NO_MEMORY, repr(error)):
+        text = f"there is not enough memory ({(str(error) or 'it is all in use').splitlines()[0]}); {_LESS_MEMORY}"
     elif isinstance(error, OSError):
         text = f"{error.filename or 'the disk'}: {error.strerror or error}"
-    # Out of memory is a RuntimeError in torch, on a GPU its subclass OutOfMemoryError.
-    elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(_NO_MEMORY, str(error)):
-        text = f"there is not enough memory ({(str(error) or 'it is all in use').splitlines()[0]}); {_LESS_MEMORY}"
     elif isinstance(error, (RecursionError, OverflowError, UnicodeError)):
         text = f"some input is nested too deep, too large, or not text: {error}"
     return text and text.strip().replace("\n", "\\n")
 
 
-_NO_MEMORY = "out of memory|can't allocate memory|not enough memory"
+_NO_MEMORY = "MemoryError|out of memory|an(no|')t allocate memory|not enough memory"
 _LESS_MEMORY = (
     "training takes less with a smaller --max_tokens_per_micro_batch, --activation_checkpointing attention, --offload "
     "or more GPUs, sampling with a smaller --cache_gb or --batch_size"

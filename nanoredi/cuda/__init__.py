@@ -1,5 +1,5 @@
-"""What exists only to be fast on a GPU, beside the kernels of the loss and of the sampler, which are the method's own. Importing
-it registers all of it with kernels/dispatch.py; nothing else imports it, and without it the plain versions run."""
+"""What exists only to be fast on a GPU, apart from the Triton kernels of the loss and of the sampler (kernels/).
+Only kernels/dispatch.py imports it, where it registers itself; without it the plain versions run."""
 
 from nanoredi.kernels.dispatch import triton
 

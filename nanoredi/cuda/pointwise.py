@@ -1,19 +1,19 @@
-"""What a block does between its products, on a GPU: Triton kernels that read and write each tensor once, with their
-derivatives. All of it is computed in fp32 and rounded where it is stored.
+"""What a block computes between its matrix products, on a GPU: Triton kernels with their backwards, which read and
+write each tensor once. They compute in fp32 and round where they store.
 
-RMSNorm of a stream s = x + added, with r = 1 / sqrt(mean(s^2) + eps), gives y = s r w. With the gradients gy of y and gs of
-s, where it goes on past the norm, and as dr/ds_i = -r^3 s_i / D,
+RMSNorm of the residual stream s = x + added, with r = 1 / sqrt(mean(s^2) + eps), is y = s r w. With the gradients gy of
+y and gs of s, which continues past the norm, and since dr/ds_i = -r^3 s_i / D,
 
     dw = sum_rows gy s r            dx = dadded = gs + r (gy w - s r^2 mean(gy w s))
 
-SwiGLU is y = g sigmoid(g) u. With p = sigmoid(g), whose derivative is p (1 - p),
+SwiGLU is y = g p u, where p = sigmoid(g), whose derivative is p (1 - p):
 
     dg = gy u p (1 + g (1 - p))     du = gy g p
 
-A rotation turns pairs of numbers, so its derivative turns them back, by the angle's negative.
+A rotation's backward rotates the gradient by the negative angle.
 
-Gradients that are sums over rows, of w and of the biases before the rotation, add up in fp32 in as many parts as there
-are programs, which one more operation adds up: in one order, whatever the device does first.
+The gradients of w and of the biases before the rotation are sums over rows. Each program adds up a part of the rows in
+fp32, and one more operation adds up the parts, so that the order of the sum is always the same.
 """
 
 import torch
@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from nanoredi.kernels.dispatch import tl, triton
 from nanoredi.kernels.layers import mlp, qkv, rms_norm, swiglu
 
-# Programs that share the rows where sums over them are wanted; tokens and elements that a program holds at once.
+# Programs that divide the rows among them where they sum over rows; tokens and elements that a program loads at once.
 _PARTS, _TOKENS, _ELEMENTS = 512, 32, 2048
 
 
@@ -70,9 +70,9 @@ class _Norm(torch.autograd.Function):
 
 
 class _MLP(torch.autograd.Function):
-    """All but the last product, and the gradients of all. What they need is saved here, before that product is made:
-    activation checkpointing, which runs a block again as far as the last tensor that was saved, then need not make
-    it again. Nor is its factor kept, which backward makes again where it reads gate and up anyway."""
+    """The MLP but for its last product, and the backward of all of it. Since what backward needs is saved before that
+    product, activation checkpointing, which recomputes a block as far as the last saved tensor, need not recompute the
+    product. Nor is swiglu(gate, up) saved: backward reads gate and up anyway, and recomputes it."""
 
     @staticmethod
     def forward(ctx, x, *weights):
@@ -81,8 +81,8 @@ class _MLP(torch.autograd.Function):
         gate, up = (F.linear(x, w) for w in weights[:2])
         ctx.save_for_backward(x, gate, up, *weights)
         ctx.mark_non_differentiable(gate, up)
-        ctx.set_materialize_grads(False)  # of these two: there are none
-        return x.new_empty(()).expand_as(x), gate, up  # the first stands in for the result
+        ctx.set_materialize_grads(False)  # gate and up have none
+        return x.new_empty(()).expand_as(x), gate, up  # the first is a placeholder for the result in the graph
 
     @staticmethod
     @once_differentiable
@@ -101,7 +101,7 @@ class _MLP(torch.autograd.Function):
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, stand_in, gate, up, down):
+    def forward(ctx, placeholder, gate, up, down):
         return F.linear(_swiglu(gate, up), down.to(gate.dtype))
 
     @staticmethod
@@ -117,28 +117,28 @@ class _QKV(torch.autograd.Function):
         q, k, v = (F.linear(x, w, b).unflatten(1, (-1, cos.shape[-1])) for w, b in zip(weights, biases))
         ctx.save_for_backward(x, cos, sin, *weights)
         ctx.num_heads = [y.shape[1] for y in (q, k, v)]
-        turned, _ = _rotated(q, k, None, cos, sin, 1.0)
-        return *turned.split(ctx.num_heads[:2], dim=1), v
+        rotated, _ = _rotate(q, k, None, cos, sin, 1.0)
+        return *rotated.split(ctx.num_heads[:2], dim=1), v
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_q, grad_k, grad_v):
-        """The three weights' gradients are one product; that of x adds up in fp32 within the products."""
+        """The weights' three gradients are one product; x's is accumulated in fp32 within the products."""
         x, cos, sin, *weights = ctx.saved_tensors
-        turned, parts = _rotated(grad_q, grad_k, grad_v, cos, sin, -1.0)
+        rotated, parts = _rotate(grad_q, grad_k, grad_v, cos, sin, -1.0)
         sizes = [len(w) for w in weights]
-        grad = turned.flatten(1)
+        grad = rotated.flatten(1)
         grad_q, grad_k, grad_v = grad.split(sizes, dim=1)
         grad_x = (grad_q @ weights[0]).addmm_(grad_k, weights[1]).addmm_(grad_v, weights[2])
         grad_weight, grad_bias = (grad.T @ x).to(ctx.dtypes[0]), parts.sum(0, dtype=ctx.dtypes[3])
         return grad_x, None, None, *grad_weight.split(sizes), *grad_bias.split(sizes)
 
 
-def _rotated(
+def _rotate(
     q: Tensor, k: Tensor, v: Tensor | None, cos: Tensor, sin: Tensor, sign: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Heads of q and k turned and those of v, if it is given, as they are, side by side (N, H + K or + 2K, E); then
-    the sums of its columns in parts (P, (H + 2K) E) fp32, too."""
+    """The heads of q and k rotated and those of v, if given, as they are, side by side: (N, H + K or H + 2K, E). With v
+    also the sums over parts of the rows, (P, (H + 2K) E) fp32."""
     tensors = [None if x is None else x.contiguous() for x in (q, k, v)]
     num_rows, num_heads, size = len(q), sum(x.shape[1] for x in tensors if x is not None), q.shape[2]
     out, blocks = q.new_empty(num_rows, num_heads, size), triton.cdiv(num_rows, _TOKENS)
@@ -152,7 +152,7 @@ def _rotated(
 
 
 def _launch(kernel, programs: int, *args) -> None:
-    """For rows as wide as the first argument's; there may be none."""
+    """Launch a kernel of which each program takes whole rows, as wide as the first argument's; there may be no rows."""
     block = triton.next_power_of_2(args[0].shape[1])
     if programs:
         kernel[(programs,)](*args, BLOCK=block, num_warps=min(16, max(4, block // 256)))
@@ -160,7 +160,7 @@ def _launch(kernel, programs: int, *args) -> None:
 
 @swiglu.on("cuda")
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """There may be gaps between the rows, as there are where one product made both."""
+    """The rows may be strided, as they are where one product has computed both."""
     (num_rows, num_columns), out = gate.shape, gate.new_empty(gate.shape)
     if num_rows:
         programs = num_rows, triton.cdiv(num_columns, _ELEMENTS)
@@ -175,7 +175,7 @@ def _norm_kernel(x, added, weight, stream, out, D, eps, BLOCK: tl.constexpr):
     s = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if added is not None:
         s += tl.load(added + at, mask=inside, other=0.0).to(tl.float32)
-        s = s.to(stream.dtype.element_ty).to(tl.float32)  # what backward will find
+        s = s.to(stream.dtype.element_ty).to(tl.float32)  # as backward will read it
         tl.store(stream + at, s.to(stream.dtype.element_ty), mask=inside)
     w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(s * s, 0) / D + eps)
@@ -225,24 +225,11 @@ def _swiglu_backward_kernel(gate, up, grad, out, grad_gate, grad_up, number, BLO
 
 @triton.jit
 def _rotate_kernel(
-    q,
-    k,
-    v,
-    cos,
-    sin,
-    out,
-    parts,
-    N,
-    H,
-    K,
-    sign,
-    HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr,
+    q, k, v, cos, sin, out, parts, N, H, K, sign, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """A program goes over a part of the tokens, TOKENS at a time, of one head of q, k or v."""
+    """A program takes a part of the tokens, TOKENS at a time, for one head of q, k or v."""
     part, head = tl.program_id(0), tl.program_id(1)
-    x, num_heads, own = q, H, head  # a tensor, its heads, and which of these
+    x, num_heads, own = q, H, head  # the tensor, its number of heads, and the head in it
     if head >= H:
         x, num_heads, own = k, K, head - H
     if v is not None:

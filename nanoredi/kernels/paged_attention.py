@@ -1,15 +1,15 @@
-"""New tokens and the pages of their rows: keys and values are written, and queries attend, in plain PyTorch and on a GPU by
-Triton's kernels and by torch's own flash attention.
+"""Attention over the paged key-value cache: new keys and values are written to the pages of their rows, and queries
+attend to them, in plain PyTorch and on a GPU in Triton.
 
-A decode step has one query a row. The row's tokens are cut into spans of a fixed number, and a program takes one row, one
-key-value head with the G = H/K query heads that share it, and one span. It goes over the tokens with the running softmax of
-flash attention (arXiv 2205.14135, algorithm 1): of scores s_t = q.k_t / sqrt(E) it keeps the largest m, the sum l of
-exp(s_t - m) and the vector a, the sum of exp(s_t - m) v_t. Another kernel goes over the row's spans i in the same way,
+A decode step has one query a row. The row's tokens are cut into spans of a fixed length, and a program takes a span of
+a row, for one key-value head with the G = H/K query heads that share it. It goes over the tokens with the online
+softmax of flash attention (arXiv 2205.14135, algorithm 1): of scores s_t = q.k_t / sqrt(E) it keeps the maximum m, the
+sum l of exp(s_t - m) and the vector a, the sum of exp(s_t - m) v_t. A second kernel combines the row's spans i,
 
     M = max(m, m_i)     l <- exp(m - M) l + exp(m_i - M) l_i     a <- exp(m - M) a + exp(m_i - M) a_i     m <- M
 
-and gives a / l. So the order in which a row's numbers are added up follows from the row alone: it is the same, bit for bit,
-whatever rows are beside it, and whatever number of spans the longest of them has. The kernels read a page where it lies; plain
+and returns a / l. So the order in which a row's numbers are added up depends on the row alone: the result is the same,
+bit for bit, whatever other rows are in the batch and however long they are. The kernels read a page in place; plain
 PyTorch copies each row's pages.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from nanoredi.kernels.dispatch import operation, tl, triton
 from nanoredi.kernels.layers import rotate
 
-# Tokens that a program holds at once, and those of a span. Shorter spans would be more of them to put together, with longer
-# ones a few long rows would leave most processors idle.
+# Tokens that a program loads at once, and those of a span. Shorter spans would leave more to combine; with longer ones
+# a few long rows would leave most multiprocessors idle.
 _BLOCK, SPAN = 64, 1024
 
 
@@ -33,35 +33,35 @@ def write(
     rope: tuple[Tensor, Tensor] | None,
     keys: Tensor,
     values: Tensor,
-    places: Tensor,
+    indices: Tensor,
 ) -> Tensor:
-    """Write new keys and values into a layer's pool.
+    """Write new keys and values into a layer's pool, rotated.
 
     Args:
         q, k, v: (N, H, E), and (N, K, E) twice.
-        rope: cos and sin by which q and k are rotated first (layers.rotate); None: they are already.
-        keys, values: (P, K, page, E), of their dtype.
-        places: (N*K,) int64, where each token's heads go in a pool seen as (P * K * page, E).
+        rope: cos and sin to rotate q and k by (layers.rotate); None: they are rotated already.
+        keys, values: (P, K, page, E), of the dtype of k and v.
+        indices: (N*K,) int64, where each token's heads go in a pool viewed as (P * K * page, E).
 
     Returns:
         The rotated queries (N, H, E).
     """
     if rope:
         q, k = rotate(q, *rope), rotate(k, *rope)
-    keys.view(-1, k.shape[2]).index_copy_(0, places, k.flatten(0, 1))
-    values.view(-1, v.shape[2]).index_copy_(0, places, v.flatten(0, 1))
+    keys.view(-1, k.shape[2]).index_copy_(0, indices, k.flatten(0, 1))
+    values.view(-1, v.shape[2]).index_copy_(0, indices, v.flatten(0, 1))
     return q
 
 
 @operation
 def paged_decode(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:
-    """Attention of one token a row over the row's pages, with scores and sums in fp32.
+    """Attention of one query a row over the row's pages, with scores and sums in fp32.
 
     Args:
         q: (B, H, E) fp32 or bf16.
         keys, values: (P, K, page, E), one layer's pool, of q's dtype.
         page_table: (B, C) int64, each row's pages, then anything.
-        lengths: (B,) int64, tokens that each row attends to, at least 1.
+        lengths: (B,) int64, tokens of each row, at least 1.
 
     Returns:
         (B, H, E).
@@ -75,24 +75,24 @@ def paged_decode(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, le
 
 
 def memory_for(q: Tensor, num_spans: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For the spans' a (B, H, spans, E), m and l (B, H, spans), fp32."""
+    """Memory for the spans' a (B, H, spans, E), m and l (B, H, spans), fp32."""
     shape = *q.shape[:2], num_spans
-    outs, tops, sums = (q.new_empty(shape + more, dtype=torch.float32) for more in (q.shape[2:], (), ()))
-    return outs, tops, sums
+    outs, maxima, sums = (q.new_empty(shape + more, dtype=torch.float32) for more in (q.shape[2:], (), ()))
+    return outs, maxima, sums
 
 
 if triton is not None:
 
     @write.on("cuda")
-    def _launch_write(q, k, v, rope, keys, values, places):
-        """There may be gaps between the tokens, as there are where one product made all three."""
+    def _launch_write(q, k, v, rope, keys, values, indices):
+        """The tokens may be strided, as they are where one product has computed q, k and v."""
         if not rope:
             return NotImplemented
         (num_tokens, num_heads, size), num_kv_heads = q.shape, k.shape[1]
         out = q.new_empty(q.shape)
         strides = q.stride(0), k.stride(0), v.stride(0)
         _write_kernel[(num_tokens, num_heads + 2 * num_kv_heads)](
-            *(q, k, v, *rope, out, keys, values, places, *strides, num_heads, num_kv_heads),
+            *(q, k, v, *rope, out, keys, values, indices, *strides, num_heads, num_kv_heads),
             HALF=size // 2,
             BLOCK=triton.next_power_of_2(size // 2),
             num_warps=1,
@@ -109,7 +109,7 @@ if triton is not None:
         out,
         keys,
         values,
-        places,
+        indices,
         q_stride,
         k_stride,
         v_stride,
@@ -118,7 +118,7 @@ if triton is not None:
         HALF: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """A program takes one head of a token: first come its query's, then its key's, then its value's."""
+        """A program copies one head of a token; the query's heads come first, then the key's, then the value's."""
         n, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
         size = 2 * HALF
         if head < num_heads:
@@ -127,11 +127,11 @@ if triton is not None:
         elif head < num_heads + num_kv_heads:
             head -= num_heads
             source = k + n * k_stride + head * size
-            target = keys + tl.load(places + n * num_kv_heads + head) * size
+            target = keys + tl.load(indices + n * num_kv_heads + head) * size
         else:
             head -= num_heads + num_kv_heads
             source = v + n * v_stride + head * size
-            target = values + tl.load(places + n * num_kv_heads + head) * size
+            target = values + tl.load(indices + n * num_kv_heads + head) * size
         i = tl.arange(0, BLOCK)
         a, b = tl.load(source + i, mask=i < HALF), tl.load(source + HALF + i, mask=i < HALF)
         if tl.program_id(1) < num_heads + num_kv_heads:
@@ -145,7 +145,7 @@ if triton is not None:
 
     @paged_decode.on("cuda")
     def _launch(q, keys, values, page_table, lengths):
-        """It asks the device for nothing, so a graph can hold it."""
+        """This never waits for the device, so a CUDA graph can capture it."""
         (num_rows, num_heads, size), (_, num_kv_heads, page_size, _) = q.shape, keys.shape
         group, num_columns = num_heads // num_kv_heads, page_table.shape[1]
         num_spans = triton.cdiv(num_columns * page_size, SPAN)
@@ -159,7 +159,7 @@ if triton is not None:
             num_columns,
             GROUP=group,
             PAGE=page_size,
-            GROUP_BLOCK=max(16, triton.next_power_of_2(group)),  # the least that a matrix unit takes
+            GROUP_BLOCK=max(16, triton.next_power_of_2(group)),  # the smallest size that tl.dot takes
             BLOCK=_BLOCK,
             ALONE=num_spans == 1,
             num_warps=4,
@@ -177,7 +177,7 @@ if triton is not None:
         page_table,
         lengths,
         outs,
-        tops,
+        maxima,
         sums,
         scale,
         num_columns,
@@ -198,10 +198,10 @@ if triton is not None:
             return
 
         g, e = tl.arange(0, GROUP_BLOCK), tl.arange(0, SIZE_BLOCK)
-        head = b * num_kv_heads * GROUP + k * GROUP + g  # of all rows' heads
+        head = b * num_kv_heads * GROUP + k * GROUP + g  # index into (B * H)
         is_head = (g[:, None] < GROUP) & (e[None, :] < SIZE)
         queries = tl.load(q + head[:, None] * SIZE + e[None, :], mask=is_head, other=0.0)
-        top = tl.full((GROUP_BLOCK,), -1.0e30, tl.float32)
+        m = tl.full((GROUP_BLOCK,), -1.0e30, tl.float32)
         total = tl.zeros((GROUP_BLOCK,), tl.float32)
         out = tl.zeros((GROUP_BLOCK, SIZE_BLOCK), tl.float32)
         for t0 in range(start, end, BLOCK):
@@ -212,27 +212,27 @@ if triton is not None:
             key = tl.load(keys + at, mask=there, other=0.0)
             scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
             scores = tl.where(t[None, :] < end, scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp(scores - new_top[:, None])
-            shrink = tl.exp(top - new_top)
+            new_m = tl.maximum(m, tl.max(scores, 1))
+            weights = tl.exp(scores - new_m[:, None])
+            shrink = tl.exp(m - new_m)
             value = tl.load(values + at, mask=there, other=0.0)
             total = total * shrink + tl.sum(weights, 1)
             out = out * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-            top = new_top
-        place = head * num_spans + span
+            m = new_m
+        index = head * num_spans + span
         if ALONE:
             out = out / total[:, None]
         else:
-            tl.store(tops + place, top, mask=g < GROUP)
-            tl.store(sums + place, total, mask=g < GROUP)
-        tl.store(outs + place[:, None] * SIZE + e[None, :], out, mask=is_head)
+            tl.store(maxima + index, m, mask=g < GROUP)
+            tl.store(sums + index, total, mask=g < GROUP)
+        tl.store(outs + index[:, None] * SIZE + e[None, :], out, mask=is_head)
 
     @triton.jit
     def _combine_kernel(
         combined,
         lengths,
         outs,
-        tops,
+        maxima,
         sums,
         num_spans,
         SIZE: tl.constexpr,
@@ -242,14 +242,14 @@ if triton is not None:
         b = tl.program_id(0).to(tl.int64)
         head = b * tl.num_programs(1) + tl.program_id(1)
         e = tl.arange(0, SIZE_BLOCK)
-        top, total = tl.full((), -1.0e30, tl.float32), tl.full((), 0.0, tl.float32)
+        m, total = tl.full((), -1.0e30, tl.float32), tl.full((), 0.0, tl.float32)
         out = tl.zeros((SIZE_BLOCK,), tl.float32)
         for span in range(tl.cdiv(tl.load(lengths + b).to(tl.int32), SPAN)):
-            place = head * num_spans + span
-            its_top = tl.load(tops + place)
-            new_top = tl.maximum(top, its_top)
-            shrink, grow = tl.exp(top - new_top), tl.exp(its_top - new_top)
-            total = total * shrink + tl.load(sums + place) * grow
-            out = out * shrink + tl.load(outs + place * SIZE + e, mask=e < SIZE, other=0.0) * grow
-            top = new_top
+            index = head * num_spans + span
+            m_i = tl.load(maxima + index)
+            new_m = tl.maximum(m, m_i)
+            shrink, grow = tl.exp(m - new_m), tl.exp(m_i - new_m)
+            total = total * shrink + tl.load(sums + index) * grow
+            out = out * shrink + tl.load(outs + index * SIZE + e, mask=e < SIZE, other=0.0) * grow
+            m = new_m
         tl.store(combined + head * SIZE + e, out / total, mask=e < SIZE)

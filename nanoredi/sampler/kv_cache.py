@@ -1,8 +1,8 @@
-"""The keys and values of all rows, in pages of one pool, and attention over them.
+"""The paged key-value cache: the keys and values of all rows, in pages of one pool, and attention over them.
 
-Row b's token t lies in page page_table[b, t // page_size], at t % page_size. pages.py says which pages those are;
-here are the tensors. As in attention.py a forward pass is given an `attend` that every block calls; it writes the new
-tokens' keys and values into the pool and attends to all that their rows have there.
+Token t of row b is in page page_table[b, t // page_size], at t % page_size. pages.py allocates the pages; the tensors
+are here. As in attention.py a forward pass is given an `attend` that every block calls: it writes the keys and values
+of the new tokens into the pool, and lets each attend to itself and to all tokens before it in its row.
 """
 
 import inspect
@@ -22,9 +22,9 @@ class PagedCache:
     """A pool of pages.
 
     Attributes:
-        keys, values: (L, P+1, K, page, E). The last page is for what nobody wants: the rows that only fill a batch up.
-        token_by_token: whether a prompt's tokens attend as if each were decoded: on a CPU, where it takes no longer, and where
-            flash attention cannot read the pages.
+        keys, values: (L, P+1, K, page, E), of L layers and P pages. The last page is for padding rows.
+        token_by_token: whether prefill runs the decode kernel, a token a row: on a CPU, where that takes no longer, and
+            where flash attention cannot read the pages.
     """
 
     def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device):
@@ -40,72 +40,72 @@ class PagedCache:
         for pool in (self.keys, self.values):
             pool[:, target] = pool[:, source]
 
-    def prefill(self, pieces: Sequence[tuple[list[int], int, int]], filling: int = 0) -> tuple[Attend, Tensor]:
-        """Attention of pieces of rows, packed one after the other.
+    def prefill(self, chunks: Sequence[tuple[list[int], int, int]], padding: int = 0) -> tuple[Attend, Tensor]:
+        """Attention of chunks of prompts, packed one after the other.
 
         Args:
-            pieces: (the row's pages, start, end): its tokens from start to end. Those before are in the cache, or in an
-                earlier piece.
-            filling: tokens after theirs that are nobody's.
+            chunks: (the row's pages, start, end): its tokens start:end. Those before them are in the cache, or in an
+                earlier chunk.
+            padding: tokens that follow them and belong to no row.
 
         Returns:
             What attends, and the positions (N,) int64 of all these tokens.
         """
         device = self.keys.device
-        if filling:
-            pieces = [*pieces, ([self.num_pages] * -(-filling // self.page_size), 0, filling)]
-        sizes, lengths = [end - start for _, start, end in pieces], [end for _, _, end in pieces]
-        table = np.zeros((len(pieces), max(len(pages) for pages, _, _ in pieces)), dtype=np.int64)
-        for line, (pages, _, _) in zip(table, pieces):
+        if padding:
+            chunks = [*chunks, ([self.num_pages] * -(-padding // self.page_size), 0, padding)]
+        sizes, lengths = [end - start for _, start, end in chunks], [end for _, _, end in chunks]
+        table = np.zeros((len(chunks), max(len(pages) for pages, _, _ in chunks)), dtype=np.int64)
+        for line, (pages, _, _) in zip(table, chunks):
             line[: len(pages)] = pages
-        positions = upload(np.concatenate([np.arange(start, end) for _, start, end in pieces]), device)
+        positions = upload(np.concatenate([np.arange(start, end) for _, start, end in chunks]), device)
         tables = upload(table.repeat(sizes, axis=0), device)
         if self.token_by_token:
             return self.decode(tables, positions), positions
-        places = self._places(tables, positions)
+        indices = self._indices(tables, positions)
         ends = np.cumsum([[0, *sizes], [0, *lengths]], axis=1)
         table, ends = (upload(x.astype(np.int32), device) for x in (table, ends))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None = None) -> Tensor:
-            q = write(q, k, v, rope, self.keys[layer], self.values[layer], places)
+            q = write(q, k, v, rope, self.keys[layer], self.values[layer], indices)
             return paged_prefill(q, self.keys[layer], self.values[layer], table, ends)
 
         return attend, positions
 
     def decode(self, page_table: Tensor, lengths: Tensor) -> Attend:
-        """Attention of one new token a row, which it also writes at the row's end.
+        """Attention of one new token a row, at the row's end.
 
         Args:
             page_table: (B, C) int64, each row's pages, then anything.
-            lengths: (B,) int64, tokens already in each row.
+            lengths: (B,) int64, tokens that each row has in the cache already.
         """
-        places, new_lengths = self._places(page_table, lengths), lengths + 1
+        indices, new_lengths = self._indices(page_table, lengths), lengths + 1
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None = None) -> Tensor:
-            q = write(q, k, v, rope, self.keys[layer], self.values[layer], places)
+            q = write(q, k, v, rope, self.keys[layer], self.values[layer], indices)
             return paged_decode(q, self.keys[layer], self.values[layer], page_table, new_lengths)
 
         return attend
 
-    def _places(self, page_table: Tensor, positions: Tensor) -> Tensor:
-        """Where the keys of tokens (N,) at these positions of their rows (N, C) go, in a layer's pool seen as
-        (P * K * page, E): (N*K,) int64."""
+    def _indices(self, page_table: Tensor, positions: Tensor) -> Tensor:
+        """Where the keys of tokens go, in a layer's pool viewed as (P * K * page, E): (N*K,) int64. Each token is given
+        by its position (N,) and its row's pages (N, C)."""
         pages, num_heads = page_table.gather(1, positions[:, None] // self.page_size), self.keys.shape[2]
         heads = pages * num_heads + torch.arange(num_heads, device=pages.device)
         return (heads * self.page_size + positions[:, None] % self.page_size).flatten()
 
 
 def paged_prefill(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, ends: Tensor) -> Tensor:
-    """Attention (N, H, E) of pieces of rows, packed one after the other, each the last tokens that its row has so far: one
-    call of torch's flash attention, which reads the pages where they lie. The order of a row's sums follows from the row
-    alone if it may not split rows, and never takes a lone query for a decode step's.
+    """Attention (N, H, E) of chunks of rows, packed one after the other, each the last tokens that its row has so far:
+    one call of torch's flash attention, which reads the pages in place. The order of a row's sums depends on the row
+    alone, because rows may not be split (num_splits), nor a single query be taken for a decode step (longest >= 2).
 
     Args:
-        keys, values: (P, K, page, E), one layer's pool, which has all of the rows.
+        keys, values: (P, K, page, E), one layer's pool, with these tokens written.
         page_table: (S, C) int32, each row's pages, then anything.
-        ends: (2, S+1) int32, where each piece begins and the last one ends; the same of the rows, as if they were packed.
+        ends: (2, S+1) int32, the cumulative lengths of the chunks, and of the rows as if they were packed.
     """
-    # Versions later than the second do not want what that one does not look at.
+    # FlashAttention-2 ignores the rows' cumulative lengths; later versions refuse them beside a page table.
     ends_k = None if torch.nn.attention.current_flash_attention_impl() else ends[1]
     longest, paged = max(2, len(q)), {"seqused_k": ends[1].diff(), "block_table": page_table, "num_splits": 1}
     pools, longest_k = (pool.transpose(1, 2) for pool in (keys, values)), page_table.shape[1] * keys.shape[2]
@@ -113,25 +113,25 @@ def paged_prefill(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, e
 
 
 def _reads_pages(dtype: torch.dtype, page_size: int, head_dim: int) -> bool:
-    """Whether torch's flash attention can: from torch 2.12 on, in half precision and, in its second version, in pages of
-    multiples of 256 tokens."""
+    """Whether torch's flash attention can read the pages: since torch 2.12, in half precision, and for FlashAttention-2
+    if the page size is a multiple of 256."""
     if dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or page_size % 256:
         return False
     return "block_table" in inspect.signature(varlen_attn()).parameters
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on the device, without waiting for what the device is doing."""
+    """An array on the device, without waiting for the device."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, not empty memory: masked values still meet a weight of 0, and 0 * NaN is NaN."""
+    """Zeros, not empty memory, because masked values are multiplied by 0, and 0 * NaN is NaN."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # Fresh from the system: a page of memory is taken when it is first written, so a large pool costs nothing until it is
-    # used. numpy's zeros would be so, too, but in pieces of 2 MB, of which each layer would hardly use the outermost ones.
+    # Anonymous memory is taken when it is first written, 4 kB at a time, so a large pool costs nothing until it is
+    # used. Zeros of numpy would be taken 2 MB at a time, of which every layer uses only a part.
     size = math.prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

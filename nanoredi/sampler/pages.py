@@ -1,73 +1,69 @@
-"""The book of a cache's pages: which are free, how many rows use each, which hold a beginning that others may share.
+"""The page allocator of the key-value cache: which pages are free, how many rows use each, and which prefix each holds.
 
-A page holds the keys and values of page_size tokens of one row, at every layer. Whoever begins with the same tokens
-may use the same page: it is known by its own tokens and by the page before it, so equal pages mean equal beginnings,
-token by token. A page that nobody uses is free, but stays known until it is taken for something else.
+A page holds the keys and values of page_size tokens of a row, at every layer. Rows that begin with the same tokens may
+share pages (prefix caching): a page is registered by its own tokens and by the page before it, so equal pages mean
+equal prefixes, token by token. A page that no row uses is free, but stays registered until it is allocated again.
 
-Each time the lowest free page is taken: on a CPU the pool's memory counts from when it is first written.
+The lowest free page is allocated first: on a CPU a page takes memory only once it is written.
 """
 
 import heapq
+import itertools
 from collections.abc import Sequence
 
-# How a page is known: the number of the page before it (0: none), and its tokens.
-_Beginning = tuple[int, tuple[int, ...]]
+# What a page is registered by: the version of the page before it (0: none), and its tokens.
+_Key = tuple[int, tuple[int, ...]]
 
 
 class Pages:
     """num_pages pages of page_size tokens, all free.
 
     Attributes:
-        num_free: pages that nobody uses.
-        users: how many use each page.
+        num_free: pages that no row uses.
+        refcounts: how many rows use each page.
     """
 
     def __init__(self, num_pages: int, page_size: int):
-        self.page_size = page_size
-        self.num_free = num_pages
-        self.users = [0] * num_pages
-        self._free = list(range(num_pages))  # a heap that has every free page, and some that are shared again
-        self._in_heap = [True] * num_pages
-        self._known: dict[_Beginning, int] = {}
-        self._beginning: list[_Beginning | None] = [None] * num_pages
-        # A page gets a new number each time it becomes known, so nothing known by its old content is found again.
-        self._number, self._last_number = [0] * num_pages, 0
+        self.page_size, self.num_free = page_size, num_pages
+        self.refcounts = [0] * num_pages
+        self._free = list(range(num_pages))  # a heap of all free pages, and of some that are in use again
+        self._registered: dict[_Key, int] = {}
+        self._keys: list[_Key | None] = [None] * num_pages
+        # A page gets a new version when it is registered, so pages that followed its old content are found no more.
+        self._versions, self._new_version = [0] * num_pages, itertools.count(1)
 
-    def take(self) -> int:
-        """The lowest free page; whatever it was known for is forgotten. There must be one."""
-        page = self._pop()
-        while self.users[page]:
-            page = self._pop()
-        self.users[page] = 1
+    def allocate(self) -> int:
+        """The lowest free page, no longer registered. There must be one."""
+        while self.refcounts[page := heapq.heappop(self._free)]:
+            pass
+        self.refcounts[page] = 1
         self.num_free -= 1
-        if self._beginning[page] is not None:
-            del self._known[self._beginning[page]]
-            self._beginning[page] = None
+        if (key := self._keys[page]) is not None:
+            del self._registered[key]
+            self._keys[page] = None
         return page
 
     def share(self, page: int) -> None:
-        """Use a page that is known, whether or not others use it."""
-        self.num_free -= not self.users[page]
-        self.users[page] += 1
+        """Use a registered page, whether or not other rows use it."""
+        self.num_free -= not self.refcounts[page]
+        self.refcounts[page] += 1
 
     def release(self, page: int) -> None:
-        """Use a page no more."""
-        self.users[page] -= 1
-        if not self.users[page]:
+        """Stop using a page."""
+        self.refcounts[page] -= 1
+        if not self.refcounts[page]:
             self.num_free += 1
-            if not self._in_heap[page]:
-                self._in_heap[page] = True
-                heapq.heappush(self._free, page)
+            heapq.heappush(self._free, page)
 
-    def find(self, tokens: Sequence[int]) -> tuple[list[int], int | None]:
-        """Which pages hold the beginning of tokens.
+    def find_prefix(self, tokens: Sequence[int]) -> tuple[list[int], int | None]:
+        """Which registered pages hold the longest prefix of tokens.
 
         Returns:
-            The whole pages, as many as are known; and, if these are all, the page that begins with the rest, if known.
+            The full pages; and, if they hold all but the last few tokens, a page that begins with these, or None.
         """
         pages: list[int] = []
         for start in range(0, len(tokens), self.page_size):
-            page = self._known.get(self._key(tokens[start : start + self.page_size], pages))
+            page = self._registered.get(self._key(tokens[start : start + self.page_size], pages))
             if page is None:
                 break
             if start + self.page_size > len(tokens):
@@ -75,21 +71,13 @@ class Pages:
             pages.append(page)
         return pages, None
 
-    def learn(self, tokens: Sequence[int], pages: list[int], number: int) -> None:
-        """Make a row's page known, by its number. Its pages hold tokens; those before this one are known."""
-        start = number * self.page_size
-        beginning = self._key(tokens[start : start + self.page_size], pages[:number])
-        page = pages[number]
-        if beginning not in self._known and self._beginning[page] is None:
-            self._known[beginning] = page
-            self._beginning[page] = beginning
-            self._last_number += 1
-            self._number[page] = self._last_number
+    def register(self, tokens: Sequence[int], pages: list[int], number: int) -> None:
+        """Register pages[number], which holds its part of a row's tokens; the pages before it are registered."""
+        start, page = number * self.page_size, pages[number]
+        key = self._key(tokens[start : start + self.page_size], pages[:number])
+        if key not in self._registered and self._keys[page] is None:
+            self._registered[key], self._keys[page] = page, key
+            self._versions[page] = next(self._new_version)
 
-    def _pop(self) -> int:
-        page = heapq.heappop(self._free)
-        self._in_heap[page] = False
-        return page
-
-    def _key(self, tokens: Sequence[int], before: list[int]) -> _Beginning:
-        return (self._number[before[-1]] if before else 0), tuple(tokens)
+    def _key(self, tokens: Sequence[int], before: list[int]) -> _Key:
+        return (self._versions[before[-1]] if before else 0), tuple(tokens)

@@ -1,10 +1,10 @@
-"""Requests, each with what its random numbers depend on, and who is in the batch: continuous batching over pages.
+"""Continuous batching over pages: requests, which of them are in the batch, and which pages they have.
 
-A row of the batch decodes one sample of a prompt. Its prompt, all but the last token, is put into the cache a piece
-at a time, under a budget of tokens between two decode steps; then every decode step adds one token, the prompt's last
-one first. So a prompt that is in the cache already, be it for another sample, costs nothing more. A row that ends
-frees its pages and its place at once. When pages run out the youngest row is put back: it enters again later, with
-the tokens it has, and goes on to the same sample.
+A row of the batch decodes one sample of a prompt. First the prompt, all but its last token, is prefilled in chunks,
+under a budget of tokens between two decode steps; then every decode step takes the row's last token and samples the
+next one. So a prompt that is in the cache already, for instance for another sample, is not computed again. A row that
+ends frees its pages and its slot at once. When no page is free, the youngest row is preempted: its request waits again,
+before all others, and resumes with the tokens that it has, to the same sample.
 
 Nothing here touches a device.
 """
@@ -24,17 +24,17 @@ class Request:
     """A prompt to be completed."""
 
     prompt: list[int]  # token ids
-    sample: int = 0  # which of a prompt's samples this is
-    key: int = 0  # what the sample's random numbers depend on (requests_for)
+    sample: int = 0  # which of the prompt's samples this is
+    key: int = 0  # of the sample's random numbers (requests_for)
     name: str = "a prompt"  # in messages
     max_tokens: int | None = None  # longest completion; None: the sampler's
-    stream: Stream | None = None  # gets the completion's tokens as they come, and ends it when it has stopped
-    tokens: list[int] = field(default_factory=list)  # the completion when it has ended, with a stop text, no stop token
-    finish_reason: str | None = None  # "stop", or "length" when max_tokens or the context's end came first
+    stream: Stream | None = None  # receives the completion's tokens as they are sampled; may end it at a stop string
+    tokens: list[int] = field(default_factory=list)  # the ended completion, with its stop string, without a stop token
+    finish_reason: str | None = None  # "stop", or "length" when max_tokens or the context was reached
 
 
 def requests_for(prompts: list[list[int]], n: int, seed: int, names: Iterable[str] | None = None) -> list[Request]:
-    """n samples of each prompt, in order. A prompt that comes again gets further samples, numbered on, not the same ones.
+    """n samples of each prompt, in order. A repeated prompt gets further samples, numbered on, not the same ones.
 
     Args:
         names: of the prompts, for messages.
@@ -50,35 +50,35 @@ def requests_for(prompts: list[list[int]], n: int, seed: int, names: Iterable[st
 
 
 def _key(seed: int, prompt: list[int], sample: int) -> int:
-    """64 bits of what a sample's random numbers depend on, as a signed integer."""
+    """A hash of 64 bits, as a signed integer."""
     text = ",".join(map(str, (seed, sample, *prompt)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-@dataclass(eq=False)  # each is itself alone, and to look for a free place takes no time
+@dataclass(eq=False)  # compared by identity
 class Row:
     """A request in the batch."""
 
     request: Request
-    tokens: list[int]  # the prompt, and what was completed as far as it was looked at
-    longest: int  # how many tokens it may have
-    place: int  # in the batch
-    pages: list[int]  # that hold its cache, in order
-    cached: int  # tokens in the cache, with those of the piece and the decode step that are under way
+    tokens: list[int]  # the prompt, and what the host has read of the completion
+    max_length: int  # of tokens
+    slot: int  # in the batch
+    pages: list[int]  # of its tokens, in order
+    num_cached: int  # tokens in the cache, including those of the chunk and the decode step in flight
 
     @property
-    def num_drawn(self) -> int:
-        """Tokens of its completion, with one that was not looked at yet."""
-        return self.cached + 1 - len(self.request.prompt)
+    def num_sampled(self) -> int:
+        """Tokens of the completion, including one that the host has not read yet."""
+        return self.num_cached + 1 - len(self.request.prompt)
 
 
 @dataclass
-class Entry:
-    """What is to be done before the next decode step, in this order."""
+class Prefill:
+    """What to compute before the next decode step, in this order."""
 
-    pieces: list[tuple[Row, int, int]] = field(default_factory=list)  # put a row's tokens start:end into its pages
+    chunks: list[tuple[Row, int, int]] = field(default_factory=list)  # a row's tokens start:end, into its pages
     copies: list[tuple[int, int]] = field(default_factory=list)  # of pages, (source, target)
-    rows: list[Row] = field(default_factory=list)  # that decode from now on
+    rows: list[Row] = field(default_factory=list)  # that start to decode
 
 
 class Scheduler:
@@ -86,20 +86,20 @@ class Scheduler:
 
     Attributes:
         waiting: requests, the next one first.
-        rows: in the batch, by place; those that entered first come first.
-        entering: the row whose prompt is not wholly in the cache yet, if there is one.
+        rows: in the batch, by slot; the oldest comes first.
+        prefilling: the row whose prompt is only partly cached, if there is one.
     """
 
     def __init__(
-        self, pages: Pages, batch_size: int, max_tokens: int, context: int, budget: int, begins_again: bool = False
+        self, pages: Pages, batch_size: int, max_tokens: int, context: int, budget: int, resample: bool = False
     ):
-        """budget tokens are put into the cache between two decode steps; begins_again says whether a row that was put back
-        makes its tokens again, and not only what the cache held of them."""
+        """budget: tokens prefilled between two decode steps. resample: a preempted row samples its completion again,
+        instead of prefilling what it had of it."""
         self.pages, self.page_size, self.batch_size = pages, pages.page_size, batch_size
-        self.max_tokens, self.context, self.budget, self.begins_again = max_tokens, context, budget, begins_again
+        self.max_tokens, self.context, self.budget, self.resample = max_tokens, context, budget, resample
         self.waiting: deque[Request] = deque()
         self.rows: dict[int, Row] = {}
-        self.entering: Row | None = None
+        self.prefilling: Row | None = None
 
     def limit(self, request: Request) -> int:
         """The longest completion of a request."""
@@ -107,7 +107,8 @@ class Scheduler:
         return min(longest, self.context - len(request.prompt))
 
     def check(self, requests: Iterable[Request]) -> None:
-        """Raise a UserError that names a prompt which is empty, or leaves no room in the context or for ever in this cache."""
+        """Raise a UserError that names a request which cannot be completed: its prompt is empty or fills the context,
+        it may have no tokens, or it does not fit into the cache."""
         for request in requests:
             length = len(request.prompt)
             if not length:
@@ -117,97 +118,96 @@ class Scheduler:
                     f"{request.name} has {length:,} tokens with its template and fills the context of "
                     f"{self.context:,}; give a shorter one"
                 )
-            longest, room = length + self.limit(request) - 1, len(self.pages.users) * self.page_size
+            longest, room = length + self.limit(request) - 1, len(self.pages.refcounts) * self.page_size
+            if longest < length:
+                raise UserError(f"{request.name} may get no tokens: give a max_tokens of at least 1")
             if longest > room:
                 raise UserError(
                     f"{request.name} has {length:,} tokens with its template and may become {longest:,} long; "
                     f"the cache has room for {room:,}: give a larger --cache_gb or a smaller --max_tokens"
                 )
 
-    def enter(self) -> Entry:
-        """Let waiting requests in while there are places, pages and budget."""
-        entry, budget = Entry(), self.budget
-        while self.entering or self._admit(entry):
-            row = self.entering
-            start, to_cache = row.cached, len(row.tokens) - 1
-            row.cached = min(start + budget, to_cache)
-            budget -= row.cached - start
-            if row.cached > start:
-                entry.pieces.append((row, start, row.cached))
-            done = row.cached == to_cache
-            # What is in a piece is known at once: whoever shares it computes after it, or with it.
-            num_filled = -(-row.cached // self.page_size) if done else row.cached // self.page_size
+    def admit(self) -> Prefill:
+        """Admit waiting requests while there are slots, pages and budget."""
+        prefill, budget = Prefill(), self.budget
+        while self.prefilling or self._admit_next(prefill):
+            row = self.prefilling
+            start, to_cache = row.num_cached, len(row.tokens) - 1
+            row.num_cached = min(start + budget, to_cache)
+            budget -= row.num_cached - start
+            if row.num_cached > start:
+                prefill.chunks.append((row, start, row.num_cached))
+            done = row.num_cached == to_cache
+            # Registered before it is computed: a row that shares the page is computed later, or in the same pass.
+            num_filled = -(-row.num_cached // self.page_size) if done else row.num_cached // self.page_size
             for number in range(start // self.page_size, num_filled):
-                self.pages.learn(row.tokens[: row.cached], row.pages, number)
+                self.pages.register(row.tokens[: row.num_cached], row.pages, number)
             if not done:
                 break
-            self.entering = None
-            entry.rows.append(row)
-        for source, _ in entry.copies:
+            self.prefilling = None
+            prefill.rows.append(row)
+        for source, _ in prefill.copies:
             self.pages.release(source)
-        return entry
+        return prefill
 
-    def grow(self) -> list[tuple[int, int, int]] | None:
-        """Give every row that will decode a page for its next token, if it needs one, the oldest rows first.
+    def append_pages(self) -> list[tuple[int, int, int]] | None:
+        """Give every row that is about to decode a page for its next token, if it needs one, the oldest rows first.
 
         Returns:
-            (place, number, page) of each new page; None when the pages ran out.
+            (slot, number, page) of each new page; None when there are too few.
         """
-        needy = [row for row in self.decoding() if row.cached == len(row.pages) * self.page_size]
-        if len(needy) > self.pages.num_free:
+        full = [row for row in self.decoding() if row.num_cached == len(row.pages) * self.page_size]
+        if len(full) > self.pages.num_free:
             return None
         new = []
-        for row in needy:
-            new.append((row.place, len(row.pages), self.pages.take()))
+        for row in full:
+            new.append((row.slot, len(row.pages), self.pages.allocate()))
             row.pages.append(new[-1][2])
         return new
 
     def decoding(self) -> list[Row]:
-        """The rows of the next decode step: all but their last token is in the cache, and they may have more."""
-        return [row for row in self.rows.values() if len(row.tokens) - 1 <= row.cached < row.longest - 1]
+        """The rows of the next decode step: their prompts are cached, and they may have more tokens."""
+        return [row for row in self.rows.values() if len(row.tokens) - 1 <= row.num_cached < row.max_length - 1]
 
-    def put_back(self) -> None:
-        """Take the row out that entered last, to enter again as the next one, with the tokens that it has."""
+    def preempt(self) -> None:
+        """Take the youngest row out of the batch; its request waits again, as the next one, with its tokens so far."""
         row = next(reversed(self.rows.values()))
         row.request.tokens = max(row.request.tokens, row.tokens[len(row.request.prompt) :], key=len)
         self.release(row)
         self.waiting.appendleft(row.request)
 
     def release(self, row: Row) -> None:
-        """Free a row's pages and its place."""
-        if row is self.entering:
-            self.entering = None
+        """Free a row's pages and its slot."""
+        if row is self.prefilling:
+            self.prefilling = None
         for page in row.pages:
             self.pages.release(page)
-        del self.rows[row.place]
+        del self.rows[row.slot]
 
-    def _admit(self, entry: Entry) -> bool:
-        """Give the next waiting request a place and the pages of its prompt, if they are free."""
+    def _admit_next(self, prefill: Prefill) -> bool:
+        """Give the next waiting request a slot and the pages of its prompt, if they are free."""
         if not self.waiting or len(self.rows) == self.batch_size:
             return False
         request = self.waiting[0]
-        tokens = request.prompt + ([] if self.begins_again else request.tokens)
+        tokens = request.prompt + ([] if self.resample else request.tokens)
         to_cache, size = len(tokens) - 1, self.page_size
-        known, begun = self.pages.find(tokens[:to_cache])
-        num_pages = -(-to_cache // size)
-        needed = num_pages - sum(self.pages.users[page] > 0 for page in known)
-        # A page a row is kept free for those that are in: else they would soon put the new one back.
+        pages, partial = self.pages.find_prefix(tokens[:to_cache])
+        num_pages, num_cached = -(-to_cache // size), len(pages) * size if partial is None else to_cache
+        needed = num_pages - sum(self.pages.refcounts[page] > 0 for page in pages)
+        # One page is kept free for each row in the batch; without them the new one would soon be preempted.
         if needed + len(self.rows) > self.pages.num_free and self.rows:
             return False
         self.waiting.popleft()
-        pages = list(known)
-        for page in known:
+        for page in pages:
             self.pages.share(page)
-        if begun is not None and not self.pages.users[begun]:
-            self.pages.share(begun)
-            pages.append(begun)
-        elif begun is not None:
-            self.pages.share(begun)  # until it is copied
-            pages.append(self.pages.take())
-            entry.copies.append((begun, pages[-1]))
-        pages += [self.pages.take() for _ in range(len(pages), num_pages)]
-        cached = to_cache if begun is not None else len(known) * size
-        place = next(place for place in range(self.batch_size) if place not in self.rows)
-        longest = len(request.prompt) + self.limit(request)
-        self.rows[place] = self.entering = Row(request, tokens, longest, place, pages, cached)
+        if partial is not None:
+            self.pages.share(partial)
+            if self.pages.refcounts[partial] > 1:  # another row appends to it, so this one needs a copy
+                prefill.copies.append((partial, self.pages.allocate()))
+                partial = prefill.copies[-1][1]
+            pages.append(partial)
+        pages += [self.pages.allocate() for _ in range(len(pages), num_pages)]
+        slot = next(slot for slot in range(self.batch_size) if slot not in self.rows)
+        max_length = len(request.prompt) + self.limit(request)
+        self.rows[slot] = self.prefilling = Row(request, tokens, max_length, slot, pages, num_cached)
         return True

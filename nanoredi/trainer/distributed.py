@@ -1,15 +1,17 @@
 """One process or many: the process group, the device mesh, and the model sharded over it by FSDP2.
 
-A single process is the same code on a mesh of one; on a CPU or in fp32 it goes without FSDP2, and the model casts its
-masters where it uses them.
+A single process runs the same code on a mesh of one. On a CPU or in fp32 it does without FSDP2, and the model casts its
+fp32 master weights where it uses them.
 """
 
 import contextlib
+import datetime
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,19 +27,23 @@ from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer.heartbeat import Heartbeat
 
 Result = TypeVar("Result")
+# How long a rank waits for another one's work on the host, such as tokenising, where gloo would give up after half an
+# hour; a rank that has died is noticed by the heartbeat.
+PATIENCE = datetime.timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of this run, and this rank's place among them."""
+    """The number of ranks, and which of them this process is."""
 
     rank: int
     size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # in which ranks wait for rank 0's work; None: the default group
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """Do some work on rank 0 and give its result to every rank; a UserError of it, or a disk's error, is raised on
-        every rank."""
+        """Do some work on rank 0 and return its result on every rank. Where it fails for the user's input or the disk,
+        every rank raises a UserError."""
         outcome: list = [None, None]
         if self.rank == 0:
             try:
@@ -46,27 +52,30 @@ class World:
                 if (text := sentence(error)) is None:
                     raise
                 outcome[1] = text
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
             raise UserError(outcome[1])
         return outcome[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. It waits for the other ranks, but not for the device."""
+        """Whether the flag is set on any rank. This waits for the other ranks, but not for the device."""
         flags = torch.tensor(int(flag))
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags)
 
     def say(self, text: str) -> None:
-        """Print on rank 0."""
-        if self.rank == 0:
-            print(text, flush=True)
+        """Print on rank 0. A terminal or pipe that is gone, as after a closed ssh, does not end the run."""
+        try:
+            if self.rank == 0:
+                print(text, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @contextlib.contextmanager
 def world(timeout_minutes: float = 10.0) -> Iterator[World]:
-    """Join the process group that torchrun describes, or be one process alone; leave it at the end. A rank that does not
-    answer for timeout_minutes ends the job.
+    """Join the process group that torchrun describes, or make one of a single process; leave it at the end. The job
+    ends when a rank has not answered for timeout_minutes.
 
     Raises:
         UserError: when ranks would share a GPU.
@@ -81,20 +90,19 @@ def world(timeout_minutes: float = 10.0) -> Iterator[World]:
         torch.cuda.set_device(device)
     bound = device if device.type == "cuda" and size > 1 else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=bound)
-    heartbeat = Heartbeat(rank, size, timeout_minutes) if size > 1 else None
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
-        yield World(rank, size, device)
+        with contextlib.closing(Heartbeat(rank, size, timeout_minutes)) if size > 1 else contextlib.nullcontext():
+            yield World(rank, size, device, group)
     finally:
-        if heartbeat:
-            heartbeat.stop()
         dist.destroy_process_group()
-        # Gloo's threads need the interpreter's lock to let go of their last tensors; one that still waits for it when the
-        # interpreter ends aborts the process. Asleep, this thread leaves the lock to them.
+        # Gloo's threads need the GIL to free their last tensors; one that still waits for it when the interpreter exits
+        # aborts the process. While this thread sleeps they can have it.
         time.sleep(0.2)
 
 
 def _gpu(store: dist.Store, rank: int, size: int, local_rank: int) -> torch.device:
-    """The rank's own GPU. Some launchers show each rank its own alone, which is then number 0 to all of them."""
+    """This rank's GPU. Some launchers show each rank only its own, which is then number 0 on all of them."""
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     store.set(f"gpu {rank}", str(torch.cuda.get_device_properties(device).uuid))
     num_gpus = len({store.get(f"gpu {other}") for other in range(size)})
@@ -107,10 +115,10 @@ def _gpu(store: dist.Store, rank: int, size: int, local_rank: int) -> torch.devi
 
 
 def shard_mesh(world: World, shard_size: int) -> DeviceMesh:
-    """The ranks that share one copy of the weights: all of them, or groups of shard_size neighbours (HSDP).
+    """The ranks that share a copy of the weights: all of them, or groups of shard_size neighbours (HSDP).
 
     Raises:
-        UserError: when the ranks do not divide into such groups.
+        UserError: when shard_size does not divide the number of ranks.
     """
     if shard_size in (0, world.size):
         return init_device_mesh(world.device.type, (world.size,))
@@ -121,52 +129,52 @@ def shard_mesh(world: World, shard_size: int) -> DeviceMesh:
 
 
 def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -> Qwen2:
-    """Make a model, in place, one to train: its weights fp32 masters, sharded, a unit a block, and one for embedding,
-    norm and head.
+    """Prepare a model for training, in place: fp32 master weights, sharded in one FSDP2 unit per block and one for
+    embedding, norm and head.
 
     Args:
-        model: its parameters are moved to the rank's device. They may still be the file's, in another dtype: a rank never
-            holds more fp32 weights than its shards and one unit.
-        dtype: of the forward and backward; gradients are summed over ranks, and accumulated, in fp32.
-        config: says what a block keeps for backward, and how weights are shared and where they lie. With a shard_size,
-            gradients are summed over the groups of ranks, too; with offload they come to the host, and a GPU is sent a
-            unit's shards when it gathers them.
+        model: its parameters are moved to this rank's device. They may still be the mapped file's, in another dtype: a
+            rank never holds more fp32 weights than its shards and one unit.
+        dtype: of forward and backward; gradients are accumulated, and reduced over ranks, in fp32.
+        config: says what a block keeps for backward, and how weights are sharded. With a shard_size, gradients are
+            all-reduced over the groups, too; with offload the shards and their gradients stay on the host, and a unit's
+            shards are copied to the GPU when it is gathered.
     """
     for block in model.model.layers:
         block.activation_checkpointing = config.activation_checkpointing
     offload = config.offload and world.device.type != "cpu"
     if world.size == 1 and not offload and (world.device.type == "cpu" or dtype == torch.float32):
-        # Nothing to share, and on a CPU FSDP2's own copies would cost much time and memory. A copy of the weights, because
-        # they are the file's own memory.
+        # There is nothing to shard, and on a CPU FSDP2's copies would cost time and memory. The weights are copied
+        # because they are the file's mapped memory.
         for p in model.parameters():
             p.data = p.data.to(world.device, torch.float32, copy=True)
             prepare_for_training(p)
         model.compute_dtype = dtype
         return model
-    mesh = shard_mesh(world, config.shard_size)
     # Inputs are not cast: the loss's weights must stay fp32.
     policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    place: dict[str, Any] = {"offload_policy": fsdp.CPUOffloadPolicy()} if offload else {}
+    place = fsdp.CPUOffloadPolicy() if offload else fsdp.OffloadPolicy()
+    mesh = shard_mesh(world, config.shard_size)
+    fully_shard = partial(fsdp.fully_shard, mesh=mesh, mp_policy=policy, offload_policy=place)
     for block in model.model.layers:
-        reshard = config.reshard_after_forward
-        fsdp.fully_shard(block.float(), mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, **place)
-    fsdp.fully_shard(model.float(), mesh=mesh, mp_policy=policy, **place)
+        fully_shard(block.float(), reshard_after_forward=config.reshard_after_forward)
+    fully_shard(model.float())
     for method in ("loss", "logprobs"):
         fsdp.register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
-            # The loss's weights are divided by the whole step already: gradients are summed, not averaged. Gloo knows
-            # no scaled sum, hence the plain one for all.
+            # The loss's weights are divided by the whole step's counts already, so gradients are summed over ranks, not
+            # averaged; by the plain sum, since Gloo has no scaled one.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    # The kernel makes the head's gradient in fp32. It stays so; autograd would round it to the weight's dtype.
+    # The loss kernel computes the head's gradient in fp32; autograd would cast it to the weight's dtype.
     model.unshard()
     for p in (model.lm_head_weight, model.model.embed_tokens.weight, model.model.norm.weight):
-        p.grad_dtype = torch.float32  # the whole unit's: it is reduced as one
+        p.grad_dtype = torch.float32  # in the whole unit, which is reduced as one
     model.reshard()
     return model
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a parameter, its gradient or AdamW's state."""
+    """This rank's shard of a parameter, of its gradient or of its moments."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""The dtype that some work is done in, and the rate at which the device multiplies in it."""
+"""The dtype to compute in, and the rate of matrix products that the device reaches in it."""
 
 import time
 
@@ -10,11 +10,10 @@ from nanoredi.kernels.layers import product
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that "float32", "bfloat16" or "auto" stands for on a device; auto takes bfloat16 where the device has
-    units for it.
+    """The dtype that "float32", "bfloat16" or "auto" means on a device; auto is bfloat16 if it has units for that.
 
     Raises:
-        UserError: for a GPU without Triton, and for bfloat16 on a GPU that has none.
+        UserError: for a GPU without Triton, and for bfloat16 on a GPU that does not multiply in it.
     """
     if device.type == "cuda":
         has_units = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -37,23 +36,23 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def device_alone() -> torch.device:
-    """What a process that is no rank of several computes on."""
+    """The device of a process that is not one of several ranks."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def settled_dtype(name: str, before: str = "auto") -> str:
-    """The dtype that some work is done in, "float32" or "bfloat16": the one asked for; or, for "auto", the one that the work
-    began with, so that it can go on elsewhere; or compute_dtype's."""
+    """The dtype, "float32" or "bfloat16", of work that may be a resume: the one asked for; for "auto" the one that the
+    work was begun with, so that it can be resumed on another machine; else compute_dtype's choice."""
     if name == before == "auto":
         return str(compute_dtype(name, device_alone()))[6:]
     return before if name == "auto" else name
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second that the device reaches in a large matrix product, measured (a tenth of a second).
+    """FLOP/s that the device reaches in a large matrix product, measured in a tenth of a second.
 
-    Others may be at work on the device, too. On a GPU the shortest of many products counts. On a CPU one thread's own time
-    does, times the threads: it stands still while another process has the core, and no thread waits for another.
+    Other processes may be using the device. On a GPU the fastest of many products counts. On a CPU the CPU time of a
+    single thread counts, times the number of threads: it does not advance while another process has the core.
     """
     on_gpu, num_threads = device.type == "cuda", torch.get_num_threads()
     size, clock = (8192, time.perf_counter) if on_gpu else (512, time.thread_time)

@@ -1,4 +1,4 @@
-"""What watches over a run that nobody looks at: steps that are not finite, REDI's collapse, and a cluster's signals."""
+"""What watches over an unattended run: steps that are not finite, REDI's collapse, and signals."""
 
 import contextlib
 import math
@@ -15,24 +15,22 @@ from nanoredi.config import RediConfig, SftConfig
 from nanoredi.trainer.distributed import World
 from nanoredi.trainer.log import Step
 
-# What of a state is theirs.
+# The shape of state(), for files.check.
 _COUNT = range(2**31)
-_COLLAPSE = {
-    **dict.fromkeys(("start", "mean", "update", "update_mean"), float),
-    **{"falls": [float], "last_good": _COUNT, "tripped": (_COUNT, None)},
-}
+_COLLAPSE: dict[str, Any] = dict.fromkeys(("start", "mean", "update", "update_mean"), float)
+_COLLAPSE |= {"falls": [float], "last_good": _COUNT, "tripped": (_COUNT, None)}
 
 
 class Guards:
-    """The watch over a run's steps. Every rank has one and is told the same."""
+    """Watches the run's steps. Every rank has one and is shown the same steps."""
 
     def __init__(self, config: SftConfig | RediConfig, world: World):
         self.config, self.world = config, world
         self.skipped = self.in_a_row = 0
         self.collapse = CollapseWatch(getattr(config, "collapse_nats", math.inf))
 
-    def look(self, steps: list[tuple[Step, dict[str, Any]]]) -> None:
-        """Take note of steps and their rows of metrics.jsonl.
+    def observe(self, steps: list[tuple[Step, dict[str, Any]]]) -> None:
+        """Watch steps, given with their rows of metrics.jsonl.
 
         Raises:
             UserError: when max_bad_steps in a row were skipped; when the log-probs collapse and on_collapse is stop.
@@ -40,8 +38,8 @@ class Guards:
         for step, row in steps:
             self.in_a_row = self.in_a_row + 1 if row.get("skipped") else 0
             if self.in_a_row:
-                self._bad(step)
-            elif self.collapse.look(step.number, row["chosen_logp"], row["update_norm"]):
+                self._skipped(step)
+            elif self.collapse.observe(step.number, row["chosen_logp"], row["update_norm"]):
                 self._collapsed(step.number)
 
     def state(self) -> dict[str, Any]:
@@ -49,23 +47,19 @@ class Guards:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "collapse": self.collapse.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up what state() gave; a UserError says what is not that."""
-        shape = {
-            "skipped": range(state["step"] + 1),
-            "in_a_row": _COUNT,
-            "collapse": _COLLAPSE,
-            "began_with": {str: str},
-        }
+        """Take over what state() returned, as it was read back from the disk; a UserError where its shape is wrong."""
+        shape = {"in_a_row": _COUNT, "collapse": _COLLAPSE, "began_with": {str: str}}
+        shape["skipped"] = range(state["step"] + 1)
         check(f"the training state of step {state['step']}", state, shape)
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self.collapse.restore(state["collapse"])
 
-    def _bad(self, step: Step) -> None:
+    def _skipped(self, step: Step) -> None:
         self.skipped += 1
         numbers = ", ".join(str(row + 1) for row in sorted(step.rows.tolist()))
         self.world.say(
-            f"warning: step {step.number} was skipped, its loss or gradient is not finite (skipped so far: {self.skipped}); "
-            f"in it were rows {numbers} of {self.config.data}"
+            f"warning: step {step.number} was skipped, its loss or gradient is not finite (skipped so far: "
+            f"{self.skipped}); it had rows {numbers} of {self.config.data}"
         )
         if self.in_a_row >= self.config.max_bad_steps:
             raise UserError(
@@ -76,11 +70,10 @@ class Guards:
     def _collapsed(self, number: int) -> None:
         saved = sorted(path for path in Path(self.config.out).glob("step-*") if path.name[5:].isdigit())
         good = [path for path in saved if int(path.name[5:]) <= self.collapse.last_good]
-        remedy = "Lower --lr or --alpha" if self.config.alpha else "Lower --lr"
         text = (
             f"COLLAPSE at step {number}: the chosen log-prob has fallen by more than {self.config.collapse_nats:g} and "
-            f"falls ever faster. Until step {self.collapse.last_good} all was well; the last model "
-            f"saved by then is {good[-1] if good else self.config.model}. {remedy}"
+            f"falls ever faster. Until step {self.collapse.last_good} all was well; the last model saved by then is "
+            f"{good[-1] if good else self.config.model}. Lower --lr{' or --alpha' * bool(self.config.alpha)}"
         )
         if self.config.on_collapse == "stop":
             raise UserError(text)
@@ -91,22 +84,22 @@ class CollapseWatch:
     """REDI's own failure: chosen and rejected log-probs plunge together with the accuracy, at large updates (arXiv
     2505.24850, the figure of training dynamics). A slow fall of both is healthy.
 
-    The watch follows how far a running mean of the chosen log-prob has fallen below its start, and a running mean of the
-    update's size. It trips when all hold:
+    The watch follows how far a running mean of the chosen log-prob has fallen below its start, and a running mean of
+    the update norm. It trips when all of these hold:
 
         the fall is larger than `nats`;
         it accelerates: the last third of the run so far brought more of it than the third before;
-        the update is larger than its mean so far: a schedule that is past its peak has not tamed it.
+        the update norm is above its mean so far: the decaying learning rate has not tamed it.
 
-    experiments/collapse.py measures how that does on the toy, on whose runs it was chosen.
+    experiments/collapse.py measures how well it does on the toy's runs, on which it was tuned.
 
     Attributes:
-        falls: after every step; what a plunge is measured by.
+        falls: the fall after every step.
         last_good: the last step with a fall of less than half of `nats`.
         tripped: the step it tripped at, or None.
     """
 
-    SHARE, START = 1 / 3, 4  # of a step in the running means; steps whose mean is the start
+    SHARE, START = 1 / 3, 4  # a new step's share of the running means; steps whose mean is the start
 
     def __init__(self, nats: float):
         self.nats = nats
@@ -115,8 +108,8 @@ class CollapseWatch:
         self.last_good = 0
         self.tripped: int | None = None
 
-    def look(self, step: int, chosen: float, update: float) -> bool:
-        """Take note of a step; True at the one that trips the watch, once in a run."""
+    def observe(self, step: int, chosen: float, update: float) -> bool:
+        """Follow a step; True at the one that trips the watch, once in a run."""
         n = len(self.falls) + 1
         if n <= self.START:
             self.start += (chosen - self.start) / n
@@ -145,30 +138,32 @@ class CollapseWatch:
 
 
 @contextlib.contextmanager
-def signals(where: Callable[[], str], world: World) -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM and Ctrl-C ask the run to stop, and SIGUSR1 asks where it is. After a Ctrl-C the next signal ends it at
-    once. What is ignored, as a shell's background ignores Ctrl-C, stays so.
+def signals(status: Callable[[], str], world: World) -> Iterator[Callable[[], bool]]:
+    """Inside, SIGTERM, SIGHUP (a closed ssh) and Ctrl-C ask the run to stop, and SIGUSR1 prints its status. After a
+    Ctrl-C the next one, or SIGTERM, ends the process at once. A signal that is ignored, as under nohup, stays so.
 
     Yields:
-        A function that tells every rank alike whether any was asked to stop.
+        A function that says, alike on every rank, whether any rank was asked to stop.
     """
     asked: list[int] = []  # the signals to stop so far
 
     def say(text: str) -> None:
         if world.rank == 0:
-            os.write(2, f"{text}\n".encode())  # print may be in the middle of a line
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, f"{text}\n".encode())  # print may be in the middle of a line
 
     def stop(number: int, _: object) -> None:
         asked.append(number)
         if number == signal.SIGINT:
             say("\nstopping when this step is saved; Ctrl-C again ends at once")
-            # Half a second for whoever started this and got the same Ctrl-C to pass it on, as SIGINT or as SIGTERM.
+            # A launcher that got the same Ctrl-C has half a second to pass it on, as SIGINT or as SIGTERM.
             for seconds, then in ((0.5, signal.SIG_IGN), (0.0, signal.SIG_DFL)):
                 signal.signal(signal.SIGINT, then)
                 signal.signal(signal.SIGTERM, then)
                 time.sleep(seconds)
 
-    handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGUSR1: lambda *_: say(where())}
+    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), stop)
+    handlers[signal.SIGUSR1] = lambda *_: say(status())
     heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     try:

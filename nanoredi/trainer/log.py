@@ -1,6 +1,6 @@
-"""What a run says of itself: metrics.jsonl, a row a step, and a line on the screen every few steps.
+"""A run's log: metrics.jsonl, a row a step, and a line on the screen every few steps.
 
-A step's figures wait on the device until a line is due; that is the only time the loop waits for it.
+The metrics of a step stay on the device until a line is due; only then does the loop wait for the device.
 """
 
 import math
@@ -21,28 +21,28 @@ from nanoredi.common.runs import metrics_row
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.trainer.distributed import World
 
-_LINES_A_HEAD = 20  # on the screen, under the names of their columns
-COLUMNS = ("chosen_logp", "rejected_logp", "chosen_entropy", "rejected_entropy")  # means a token
+_HEADER_EVERY = 20  # lines on the screen
+COLUMNS = ("chosen_logp", "rejected_logp", "chosen_entropy", "rejected_entropy")  # of watched pairs
 
 
 @dataclass
 class Step:
-    """One optimiser step, as the loop knows it."""
+    """One optimiser step, for the log and the guards."""
 
     number: int  # counted from 1
     epoch: float  # passes over the data so far
-    lr: float  # its learning rate
-    figures: Tensor  # (7,), train_step's, where that has them
-    tokens: int  # that went through, over all ranks
-    flops: float  # that they took, forward and backward, nothing counted twice
-    rows: np.ndarray  # the data's rows that were in it, counted from 0
-    # The watched pairs' mean log-probs and entropies a token, chosen and rejected, (2, 2) on the device: as "watch" after the
-    # step where they were looked at then, as "start" before the run's first one.
+    lr: float
+    metrics: Tensor  # (7,), as train_step returns them, on the device
+    tokens: int  # over all ranks
+    flops: float  # of forward and backward, without recomputation
+    rows: np.ndarray  # of the data, counted from 0
+    # The watched pairs' mean log-probs and entropies a token, chosen and rejected: (2, 2) on the device. "start":
+    # before the run's first step; "watch": after this step, if the watched pairs were scored then.
     watched: dict[str, Tensor]
 
 
 class Log:
-    """Every rank has one and gives it the same; rank 0's writes."""
+    """Every rank has one and adds the same steps; rank 0's writes them."""
 
     def __init__(
         self,
@@ -54,12 +54,12 @@ class Log:
         label: str,
         has_negatives: bool,
     ):
-        """Begin after step number `first` of `total`: what the files hold of later steps is dropped.
+        """Begin after step number `first` of `total`: rows of later steps, which will be computed again, are dropped.
 
         Args:
-            matrix_rate: operations a second that this rank's device reaches in a large matrix product.
-            label: what the run is called when somebody asks where it is.
-            has_negatives: whether stage 1's rows have weights below 0, so that there are rejected traces.
+            matrix_rate: FLOP/s that this rank's device reaches in a large matrix product.
+            label: the run's name in messages.
+            has_negatives: whether rows of stage 1 have weights below 0, so that there are rejected traces.
         """
         self.config, self.total, self.matrix_rate, self.world, self.label = config, total, matrix_rate, world, label
         self.path = Path(config.out) / "metrics.jsonl"
@@ -68,28 +68,26 @@ class Log:
         self.first, self.start = first, time.perf_counter()
         self.last = self.start
         self.line, self.num_lines = "no step yet", 0
-        self.board = None
-        if world.rank == 0:
-            drop_steps_after(self.path, first)
-            if config.tensorboard:
-                self.board = _tensorboard(Path(config.out) / "tensorboard", first)
+        world.first(lambda: drop_steps_after(self.path, first))
+        board = config.tensorboard and world.rank == 0
+        self.board = _tensorboard(Path(config.out) / "tensorboard", first) if board else None
 
     def add(self, step: Step) -> list[tuple[Step, dict[str, Any]]]:
-        """Keep a step. When a line is due: write what waits, and return it with its rows of metrics.jsonl."""
+        """Keep a step, and flush when a line is due."""
         self.waiting.append(step)
         due = step.number == self.first + 1 or step.number % self.config.log_every == 0 or step.number == self.total
         return self.flush() if due else []
 
     def flush(self) -> list[tuple[Step, dict[str, Any]]]:
-        """Write what waits; the steps with their rows."""
+        """Write the steps that wait. Returns them with their rows of metrics.jsonl."""
         if not self.waiting:
             return []
-        values = torch.stack([step.figures for step in self.waiting]).tolist()  # the one wait for the device
+        values = torch.stack([step.metrics for step in self.waiting]).tolist()  # the one wait for the device
         now = time.perf_counter()
         seconds = now - self.last
         tokens_per_s = sum(step.tokens for step in self.waiting) / seconds
         rate = sum(step.flops for step in self.waiting) / seconds / self.world.size
-        # Where steps are faster than the product that was measured, the device reaches at least their rate.
+        # The product may have been measured at a slow moment: the device reaches at least the rate of its steps.
         self.matrix_rate = max(self.matrix_rate, rate)
         common = {
             "tokens_per_s": round(tokens_per_s, 1),
@@ -103,23 +101,23 @@ class Log:
                 for _, row in pairs:
                     write_row(file, row)
             row_now = pairs[-1][1]
-            head, self.line = self._lines(row_now, now)
-            print(self.line if self.num_lines % _LINES_A_HEAD else f"{head}\n{self.line}", flush=True)
-            self.num_lines, self.line = self.num_lines + 1, f"{head}\n{self.line}"
+            header, self.line = self._lines(row_now, now)
+            self.world.say(self.line if self.num_lines % _HEADER_EVERY else f"{header}\n{self.line}")
+            self.num_lines, self.line = self.num_lines + 1, f"{header}\n{self.line}"
             for row in (row for _, row in pairs if "watch_chosen_logp" in row):
                 chosen, rejected = (_show(row[f"watch_{side}_logp"], ".4f") for side in ("chosen", "rejected"))
-                print(f"watched pairs after step {row['step']}: chosen {chosen}  rejected {rejected}", flush=True)
+                self.world.say(f"watched pairs after step {row['step']}: chosen {chosen}  rejected {rejected}")
             if row_now["step"] == self.total:
                 share = f"{row_now['matrix_share']:.0%} of a large matrix product's rate at the end"
-                print(f"{self.label}: at most {row_now['peak_memory_gb']:.1f} GB, {share}", flush=True)
+                self.world.say(f"{self.label}: at most {row_now['peak_memory_gb']:.1f} GB, {share}")
             for _, row in pairs if self.board else []:
                 for key, value in row.items():
                     if value is not None and key != "step":
                         self.board.add_scalar(key, value, row["step"])
         return pairs
 
-    def where(self) -> str:
-        """Where the run is, for who asks."""
+    def status(self) -> str:
+        """The last line, and how long ago it was printed."""
         since = time.perf_counter() - self.last
         return f"{self.label}, {clock(since)} after this line, {len(self.waiting)} steps on:\n{self.line}"
 
@@ -148,7 +146,7 @@ class Log:
         }
 
     def _lines(self, row: dict[str, Any], now: float) -> tuple[str, str]:
-        """The names of columns and a step's figures under them; they fit into a terminal of 80 columns."""
+        """The names of the columns, and a row under them, each at most 80 characters wide."""
         left = (now - self.start) / (row["step"] - self.first) * (self.total - row["step"])
         columns = {
             "step": f"{row['step']}/{self.total}".rjust(max(4, 2 * len(str(self.total)) + 1)),
@@ -165,7 +163,7 @@ class Log:
 
 
 def _finite(values: list[float]) -> list[float | None]:
-    """With None for what is not finite, which JSON does not know."""
+    """None for each value that is not finite, which JSON cannot hold."""
     return [value if math.isfinite(value) else None for value in values]
 
 
@@ -174,7 +172,7 @@ def _show(value: float | None, form: str) -> str:
 
 
 def drop_steps_after(path: Path, step: int) -> None:
-    """Keep the rows of metrics.jsonl up to a step: those after it are about to be made again."""
+    """Keep the rows of metrics.jsonl up to a step; the later ones will be written again."""
     if not path.exists():
         return
     kept, lines = {}, path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -182,7 +180,7 @@ def drop_steps_after(path: Path, step: int) -> None:
         try:
             row = metrics_row(f"{path}, line {number}", line)
         except UserError as error:
-            if number < len(lines):  # the last one is what a kill leaves: nothing, or half a row
+            if number < len(lines):  # a kill leaves half a row at the end, or nothing
                 print(f"warning: {error}; this row is left out", flush=True)
         else:
             kept |= {row["step"]: line + "\n"} if row["step"] <= step else {}
@@ -198,7 +196,7 @@ def _tensorboard(folder: Path, first: int) -> Any:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory held so far: of the GPU by tensors, or of the process on a CPU."""
+    """The most memory used so far: by tensors on the GPU, or by the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

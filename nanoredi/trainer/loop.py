@@ -1,19 +1,16 @@
 """The training loop of both stages.
 
-An optimiser step takes its rows, gives every token its weight (objectives.py), deals the sequences to ranks and
-micro-batches (batch.py), adds up gradients, clips, steps, and keeps its figures on the device; they are looked at only
-on steps that log (log.py), by those who watch over the run (guards.py). A run that was broken off goes on from its newest
-state (state.py).
+A step takes its rows of the data, gives every token its weight in the loss (objectives.py), divides the sequences among
+ranks and micro-batches (batch.py), accumulates gradients, clips and updates. Its metrics stay on the device until the
+log is due (log.py); then the guards see them, too (guards.py). A run resumes from its newest state (state.py).
 """
 
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nanoredi import objectives
 from nanoredi.common.errors import Stopped, UserError
@@ -36,65 +33,63 @@ from nanoredi.trainer.step import train_step
 
 
 def train(config: SftConfig | RediConfig, world: World) -> None:
-    """Run a stage from its data, or from where it was broken off, to out/final.
+    """Run a stage, from its first step or from its newest state, to out/final.
 
     Args:
-        config: the stage, with model, data and out given; out is this run's own (runs.open_run).
+        config: the stage, with model, data and out given; out is this run's own folder (runs.open_run).
 
     Raises:
         UserError: for anything wrong with the model or the data, and when a guard ends the run.
-        Stopped: when the run was asked to stop (SIGTERM); its state is saved.
+        Stopped: when a signal asked the run to stop; its state is saved.
     """
     run, out = _Run(config, world), Path(config.out)
     steps_an_epoch = num_steps(len(run.data), config.batch_size, 1, 0)
-    with signals(run.log.where, world) as asked_to_stop:
+    with signals(run.log.status, world) as asked_to_stop, run.states:
         for step in range(run.first, run.total):
             run.optimizer.lr = config.lr * schedule(step, run.total, config.warmup)
             rows = step_rows(step, len(run.data), config.batch_size, config.seed)
             units = objectives.units(config, [run.data.row(i) for i in rows])
-            watched = {"start": run.look()} if run.look and step == 0 else {}
-            figures, tokens, flops = train_step(run.model, run.optimizer, units, config, world)
+            watched = {"start": run.score_watched()} if run.score_watched and step == 0 else {}
+            metrics, tokens, flops = train_step(run.model, run.optimizer, units, config, world)
             number = step + 1
-            if run.look and (number % config.watch_every == 0 or number == run.total):
-                watched["watch"] = run.look()
-            done = Step(number, number / steps_an_epoch, run.optimizer.lr, figures, tokens, flops, rows, watched)
-            run.guards.look(run.log.add(done))
+            if run.score_watched and (number % config.watch_every == 0 or number == run.total):
+                watched["watch"] = run.score_watched()
+            done = Step(number, number / steps_an_epoch, run.optimizer.lr, metrics, tokens, flops, rows, watched)
+            run.guards.observe(run.log.add(done))
             saves, stops = bool(config.save_every) and number % config.save_every == 0, asked_to_stop()
             if number == run.total or not (saves or stops):
                 continue
-            run.guards.look(run.log.flush())
+            run.guards.observe(run.log.flush())
             if saves:
                 run.save_model(out / f"step-{number:06d}", number)
             run.save_state(number)
             if stops:
-                run.states.wait()
-                what = f"{run.log.label} was asked to stop: step {number} is saved"
-                raise Stopped(f"{what}, the same command goes on from there")
-    run.save_model(out / "final", run.total)
-    run.states.drop()
-    world.say(f"{run.log.label}: saved {out / 'final'}")
+                raise Stopped(f"{run.log.label} was asked to stop: step {number} is saved, the same command resumes")
+        run.save_model(out / "final", run.total)
+        run.states.drop()
+        world.say(f"{run.log.label}: saved {out / 'final'}")
+        if asked_to_stop():
+            raise Stopped(f"{run.log.label} was asked to stop, and is finished")
 
 
 class _Run:
     """All that a stage's loop works with."""
 
     def __init__(self, config: SftConfig | RediConfig, world: World):
-        """Read the data and the model, share it among the ranks, and put the run where its newest state left it."""
+        """Load the data and the model, shard it over the ranks, and load the run's newest state, if there is one."""
         self.world = world
         overrides = {name: x for name in ("rope_theta", "max_position_embeddings") if (x := getattr(config, name))}
         self.model = model = Qwen2.from_pretrained(config.model, **overrides)
         self.data = data = _load(config, config.data, model, world)
-        # Works out the watched pairs' log-probs and entropies of now, if there are any.
-        self.look: Callable[[], Tensor] | None = None
+        self.score_watched = None  # gives the watched pairs' current log-probs and entropies, if there are any
         if isinstance(config, RediConfig) and config.watch:
-            watched = _load(config, config.watch, model, world)  # for what is wrong with it, before hours of training
+            watched = _load(config, config.watch, model, world)  # so that a fault in it is found before training
             if config.watch_every:
-                self.look = partial(means_a_token, model, watched, config.max_tokens_per_micro_batch, world)
-        # The dtype of the compute, and of the saved models.
-        self.dtype = dtype = world.first(lambda: compute_dtype(config.dtype, world.device))
-        rate = world.first(lambda: matrix_rate(dtype, world.device))  # measured, so one rank decides
+                self.score_watched = partial(means_a_token, model, watched, config.max_tokens_per_micro_batch, world)
+        self.dtype = dtype = world.first(lambda: compute_dtype(config.dtype, world.device))  # also of the saved models
+        rate = world.first(lambda: matrix_rate(dtype, world.device))  # the same on every rank
         shard(model, world, dtype, config)
-        # What the run depends on beside its config: digests, and the dtype where that says auto.
+        # What a resume must find unchanged, beside the config.
         self.began_with = {"data": data.digest, "dtype": str(dtype)[6:]}
         if isinstance(config, RediConfig) and config.objective == "dpo":
             data.reference, self.began_with["reference"] = reference_logps(config, model, data, dtype, world)
@@ -107,22 +102,21 @@ class _Run:
         world.say(
             f"{stage}: {config.model} ({parameters:,} parameters, {how})\n"
             f"  {len(data):,} rows of {config.data}, {self.total:,} steps of {config.batch_size}, "
-            f"{world.size} rank{'s' if world.size > 1 else ''}\n  kill -USR1 {os.getpid()} asks where it is"
+            f"{world.size} rank{'s' if world.size > 1 else ''}\n  kill -USR1 {os.getpid()} prints its status"
         )
         self.states, self.guards = States(Path(config.out) / "state", world), Guards(config, world)
         self.first = resume(self.states, model, self.optimizer, self.guards, self.began_with)  # steps that are done
-        has_negatives = bool((data.row_weights < 0).any())
-        self.log = Log(config, self.first, self.total, rate, world, stage, has_negatives)
+        self.log = Log(config, self.first, self.total, rate, world, stage, bool((data.row_weights < 0).any()))
 
     def save_state(self, step: int) -> None:
         notes = {**self.guards.state(), "began_with": self.began_with}
         self.states.save(step, training_tensors(self.model, self.optimizer), notes)
 
     def save_model(self, folder: Path, step: int) -> None:
-        """Save the model of a step, unless this run has done so before it was broken off.
+        """Save the model of a step, unless this run had saved it before it was interrupted.
 
         Raises:
-            UserError: when it cannot be saved; then the step's state is, and the same command tries again from there.
+            UserError: when it cannot be saved. The step's state is saved then, and the same command tries again.
         """
         failure = None
         try:
@@ -132,12 +126,11 @@ class _Run:
             failure = str(error)
         if failure := self.world.first(lambda: failure):
             self.save_state(step)
-            self.states.wait()
-            raise UserError(f"{failure}; the state of step {step} is saved, the same command goes on from there")
+            raise UserError(f"{failure}; the state of step {step} is saved, the same command resumes")
 
 
 def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World) -> TokenData:
-    """The rows of a file as the stage takes them, tokenised on rank 0 where the cache lacks it, and checked against the model."""
+    """A file's rows for this stage, tokenised by rank 0 unless they are cached, and checked against the model."""
     if not path:
         raise UserError("training needs rows: give --data FILE.jsonl")
     tokenizer = Tokenizer(config.model)
@@ -157,7 +150,7 @@ def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World)
     weighted = (data.row_weights != 1) & (path == config.data)
     if isinstance(config, RediConfig) and config.objective in ("dpo", "simpo") and weighted.any():
         name = data.row(int(weighted.argmax()) // 2)[0].name
-        raise UserError(f"{name}: {config.objective} knows no chosen_weight; take it out, or use redi or sft")
+        raise UserError(f"{name}: {config.objective} has no chosen_weight; take it out, or use redi or sft")
     if path == config.data and not data.row_weights[:: len(data.sides)].any() and not getattr(config, "alpha", 0):
         raise UserError(f"{path}: every row's weight is 0, so nothing would be learned")
     if (largest := int(data.tokens.max())) >= model.config.vocab_size:

@@ -1,5 +1,5 @@
-"""The log-probabilities of a file's traces under a model, and the entropies of its predictions, worked out by all ranks and
-without a gradient: DPO's reference, and pairs that are watched.
+"""The log-probabilities of a file's traces under a model, and the entropies of its predictions, computed by all ranks
+without gradients: DPO's reference, and the watched pairs.
 """
 
 import torch
@@ -14,17 +14,17 @@ from nanoredi.model.qwen2 import Qwen2
 from nanoredi.objectives import sequence_logps
 from nanoredi.trainer.distributed import World
 
-_CHUNK = 128  # rows that are dealt to the ranks at once
+_CHUNK = 128  # rows divided among the ranks at once
 
 
 @torch.no_grad()
 def trace_sums(model: Qwen2, data: TokenData, max_tokens: int, world: World, what: str = "") -> Tensor:
-    """Sums over every trace's tokens, of the log-probs and of the entropies: (2, rows, sides) fp32, the same on every rank.
+    """Sums over every trace's tokens, of the log-probs and of the entropies: (2, rows, sides) fp32, on every rank.
 
     Args:
         model: sharded over the ranks, or whole on each.
-        max_tokens: of a forward pass; a longer row goes alone.
-        what: shown beside the progress; empty: no progress is shown.
+        max_tokens: of a micro-batch; a longer row is one by itself.
+        what: label of the progress bar; empty: there is none.
     """
     totals = torch.zeros(2, len(data), len(data.sides), device=world.device)
     done = progress(None, what, len(data), "rows", disable=world.rank > 0 or not what)
@@ -33,7 +33,7 @@ def trace_sums(model: Qwen2, data: TokenData, max_tokens: int, world: World, wha
         lengths = [sum(s.num_inputs for s in row) for row in rows]
         costs = [sum(model.config.flops(s.num_inputs, s.num_learned) for s in row) for row in rows]
         for indices in divide(lengths, costs, world.size, max_tokens)[world.rank]:
-            # A rank with nothing to do takes part in the collectives all the same.
+            # A rank without a row computes one all the same, because it takes part in every collective.
             sequences = [s for j in indices or [0] for s in rows[j]]
             batch = pack(sequences).to(world.device)
             entropies = torch.zeros_like(batch.weights)
@@ -43,7 +43,7 @@ def trace_sums(model: Qwen2, data: TokenData, max_tokens: int, world: World, wha
                 total[[start + j for j in indices]] = sums.view(-1, len(data.sides))
         done.update(len(rows))
     done.close()
-    # Some weights stay whole after a forward, until the backward that does not come; the optimiser wants the shards.
+    # Some weights stay gathered after a forward until its backward, which never comes; the optimiser needs the shards.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -52,6 +52,6 @@ def trace_sums(model: Qwen2, data: TokenData, max_tokens: int, world: World, wha
 
 
 def means_a_token(model: Qwen2, data: TokenData, max_tokens: int, world: World) -> Tensor:
-    """The means over rows of log p(y|x) / |y| and of the mean entropy a token, of each side: (2, sides) fp32."""
+    """Per side, the means over rows of log p(y|x) / |y| and of the mean entropy a token: (2, sides) fp32."""
     lengths = torch.tensor([[s.num_learned for s in data.row(i)] for i in range(len(data))])
     return (trace_sums(model, data, max_tokens, world) / lengths.to(world.device)).mean(1)

@@ -1,21 +1,20 @@
-"""The training state, for an exact resume: weights, AdamW's moments, and where the run was.
+"""The training state, for an exact resume: weights, AdamW's moments, and the guards' counters.
 
-    out/state/step-000200/    one safetensors file a rank, and state.json: the notes, every file's size and digest, and a
+    out/state/step-000200/    a safetensors file a rank, and state.json: the notes, every file's size and digest, and a
                               digest of all that
 
-torch.distributed.checkpoint writes and reads the tensors, so another number of ranks can go on. Its own format keeps a
-pickle beside the data; its safetensors one does not. A state is written beside its place while the training goes on, and
-gets its name when all of it is on the disk and digested; then the oldest goes, so that two remain. A state that is not as
-it was written is told to the user and set aside (step-000200.damaged-1), and the one before it is taken.
+torch.distributed.checkpoint writes and reads the tensors, so a run can resume on another number of ranks. Its own
+format keeps a pickle beside the data; its safetensors format does not. A state is written to a temporary folder while
+the training continues, and is renamed when all of it is on the disk and digested; then the oldest is removed, so that
+two remain. A damaged state is reported and set aside (step-000200.damaged-1), and the one before it is loaded.
 
-No random number is drawn while training: which rows a step has follows from the seed and the step's number (batch.py),
-so the step is all that a resume needs to know of the data's order.
+No random number is drawn while training: the rows of a step follow from the seed and the step's number (batch.py), so
+that number is all that a resume needs to know of the data's order.
 """
 
 import contextlib
 import itertools
 import json
-import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nanoredi.common.disk import digest, file_digest, move_into_place, path_beside, remove, remove_leftovers
-from nanoredi.common.errors import UserError
+from nanoredi.common.errors import Stopped, UserError
 from nanoredi.common.files import check, read_json
-from nanoredi.trainer.distributed import World
+from nanoredi.trainer.distributed import PATIENCE, World
 from nanoredi.trainer.guards import Guards
 from nanoredi.trainer.optimizer import AdamW
 
@@ -47,16 +46,25 @@ def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
 
 
 class States:
-    """The states of a run whose folder this job has locked. Every rank has one and calls its methods together."""
+    """The states of a run whose folder this job has locked. All ranks have one and call its methods together.
+
+    In a `with` block, a UserError or Stopped that ends the run first waits for the state that is being written.
+    """
 
     def __init__(self, folder: Path, world: World):
         self.folder, self.world = folder, world
-        # A group of its own: the writing goes on beside the training's exchanges.
-        self.group = dist.new_group(backend="gloo")
-        self.pending: Future | None = None
-        self.named = threading.Event()
-        self.failure = ""
+        # A process group of its own, because a state is written while the training uses the other one.
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.writer = ThreadPoolExecutor(1)
+        self.pending: Future[int] | None = None  # the step whose state is being written
         self.newest = 0  # the step of the newest whole state
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind in (UserError, Stopped):
+            self.wait()
 
     def save(self, step: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """Begin to save the state of a step; tensors may change as soon as this returns.
@@ -67,77 +75,75 @@ class States:
         self.wait()
         if step == self.newest:
             return
-        beside = path_beside(self.folder / f"step-{step:06d}")
-        beside = self.world.first(lambda: (beside.mkdir(parents=True), beside)[1])
-        self.named.clear()
-        writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
-        # async_save writes from a copy on the host. Copying ahead would ask CUDA for a stream, in a new thread and so on the
-        # first device, where every rank would then hold a context.
-        writer.per_thread_copy_ahead = 0
-        self.pending = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
-        if self.world.rank == 0:
-            # Rank 0's part is done when every rank's is: it gathers their word.
-            self.pending.add_done_callback(lambda future: self._name(beside, step, notes, future))
+        temporary = path_beside(self.folder / f"step-{step:06d}")
+        temporary = self.world.first(lambda: (temporary.mkdir(parents=True), temporary)[1])
+        storage = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        # async_save writes from a copy on the host. Copying ahead would ask CUDA for a stream, in a new thread and so
+        # on the first device, where every rank would then hold a context.
+        storage.per_thread_copy_ahead = 0
+        written = dcp.async_save(tensors, storage_writer=storage, process_group=self.group)
+        self.pending = self.writer.submit(self._finish, written, temporary, step, notes)
 
     def wait(self) -> None:
-        """Until the state that is being written is whole.
+        """Wait until the state that is being written is whole.
 
         Raises:
-            UserError: when it could not be written; the ones before it are as they were.
+            UserError: when it could not be written; the earlier ones are as they were.
         """
         if self.pending is None:
             return
-        error = self.pending.exception()
-        self.pending = None
-        if self.world.rank == 0:
-            self.named.wait()
-        elif error:
-            self.failure = _cause(error)
+        pending, self.pending = self.pending, None
+        error = pending.exception()
         failures: list = [None] * self.world.size
-        dist.all_gather_object(failures, self.failure, group=self.group)
+        dist.all_gather_object(failures, error and _cause(error), group=self.group)
         if any(failures):
             last = f"the last whole one is step {self.newest}" if self.newest else "there is none yet"
             raise UserError(f"cannot save the training state in {self.folder}: {next(filter(None, failures))}; {last}")
+        self.newest = pending.result()
 
     def load(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
         """Fill tensors from the newest whole state.
 
         Returns:
-            Its notes, or None when there is none; then the tensors are as they were.
+            Its notes, or None when there is no state; then the tensors are unchanged.
         """
         found = self.world.first(self._newest_whole)
         if found is None:
             return None
         path, notes = found
+        storage = HuggingFaceStorageReader(str(path))
         try:
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), process_group=self.group)
+            if more := storage.read_metadata().state_dict_metadata.keys() - tensors.keys():
+                raise UserError(f"the training state {path} is not this model's: it also has {min(more)}")
+            dcp.load(tensors, storage_reader=storage, process_group=self.group)
         except CheckpointException as error:
             raise UserError(f"the training state {path} is not this model's: {_cause(error)}") from None
         self.newest = notes["step"]
         return notes
 
     def drop(self) -> None:
-        """Remove all states: the run has ended and needs none."""
+        """Remove all states, when the run has ended."""
         self.wait()
         self.world.first(lambda: remove(self.folder))
 
-    def _name(self, beside: Path, step: int, notes: dict[str, Any], future: Future) -> None:
-        """On rank 0, in the writer's thread: digest what was written, give it its name, and let the oldest go."""
+    def _finish(self, written: Future, temporary: Path, step: int, notes: dict[str, Any]) -> int:
+        """Wait for the tensors; then, on rank 0, add state.json, rename the folder, and remove the oldest state."""
         try:
-            future.result()
-            kept = {"step": step, "notes": notes, "files": _digests(sorted(beside.iterdir()))}
-            text = json.dumps({**kept, "digest": _digest_of(kept)}, indent=1)
-            (beside / _NOTES).write_text(text, encoding="utf-8")
-            move_into_place(beside, self.folder / f"step-{step:06d}")
-            self.newest = step
-            for old in self._steps()[:-KEEP]:
-                remove(old)
-        except BaseException as error:  # dcp's own is no Exception; wait() raises it in the loop
-            self.failure = _cause(error)
+            written.result()
+            if self.world.rank == 0:  # whose part is done when every rank's is
+                kept = {"step": step, "notes": notes, "files": _digests(sorted(temporary.iterdir()))}
+                text = json.dumps({**kept, "digest": _digest_of(kept)}, indent=1)
+                (temporary / _NOTES).write_text(text, encoding="utf-8")
+                move_into_place(temporary, self.folder / f"step-{step:06d}")
+                with contextlib.suppress(OSError):  # NFS keeps a file that somebody reads
+                    for old in self._steps()[:-KEEP]:
+                        remove(old)
+        except BaseException:
             with contextlib.suppress(OSError):
-                remove(beside)
-        finally:
-            self.named.set()
+                if self.world.rank == 0:
+                    remove(temporary)
+            raise
+        return step
 
     def _steps(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if path.name[5:].isdigit())
@@ -148,18 +154,18 @@ class States:
             try:
                 return path, _notes_of(path)
             except UserError as error:
-                # Its name is wanted again; what it holds is kept.
+                # Kept for the user, under another name: the run will save this step again.
                 aside = next(p for i in itertools.count(1) if not (p := path.with_suffix(f".damaged-{i}")).exists())
                 path.rename(aside)
-                print(f"warning: {error}; it is kept as {aside.name}, the one before it is tried", flush=True)
+                self.world.say(f"warning: {error}; it is kept as {aside.name}, the one before it is tried")
         return None
 
 
 def resume(states: States, model: nn.Module, optimizer: AdamW, guards: Guards, began_with: dict[str, str]) -> int:
-    """Put the run where its newest state left it: the number of steps that are done.
+    """Load the newest state. Returns the number of steps that are done.
 
     Raises:
-        UserError: when the digests of what the run began with are not those of now.
+        UserError: when the run began with other data, another dtype or another reference than it has now.
     """
     notes = states.load(training_tensors(model, optimizer))
     if notes is None:
@@ -175,7 +181,7 @@ def resume(states: States, model: nn.Module, optimizer: AdamW, guards: Guards, b
         raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
     for count in optimizer.num_steps:
         count.fill_(notes["step"] - notes["skipped"])
-    states.world.say(f"going on after step {notes['step']}")
+    states.world.say(f"resuming after step {notes['step']}")
     return notes["step"]
 
 
@@ -183,7 +189,7 @@ def _notes_of(path: Path) -> dict[str, Any]:
     """The notes of a state.
 
     Raises:
-        UserError: when it is not whole: as it was written, and with nothing added.
+        UserError: when the folder is not exactly what was written.
     """
     kept = check(str(path / _NOTES), read_json(path / _NOTES), _SHAPE)
     if kept["digest"] != _digest_of(kept):
@@ -202,7 +208,7 @@ def _notes_of(path: Path) -> dict[str, Any]:
 
 
 def _digests(paths: list[Path]) -> dict[str, list]:
-    """Each file's size and blake2b, by its name; several files at a time, since they are as large as the model."""
+    """Each file's size and blake2b digest, by name; in several threads, since the files are as large as the model."""
     with ThreadPoolExecutor() as pool:
         sizes_and_digests = pool.map(lambda path: [path.stat().st_size, file_digest(path, 16).hex()], paths)
         return dict(zip((path.name for path in paths), sizes_and_digests))
@@ -213,7 +219,7 @@ def _digest_of(kept: dict[str, Any]) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The first cause's own words: dcp wraps every rank's error in one of its own."""
+    """The message of the first cause: dcp wraps every rank's error in one of its own."""
     for inner in getattr(error, "failures", {}).values():
         return _cause(inner[0] if isinstance(inner, tuple) else inner)
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[-1]

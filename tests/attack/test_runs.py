@@ -33,13 +33,13 @@ def stopped(tmp_path, toy_data, hasty, monkeypatch) -> Path:
     train_redi.main(COMMAND)
     Path("out").rename("whole")
 
-    def look(self, steps, look=Guards.look):
-        look(self, steps)
+    def observe(self, steps, observe=Guards.observe):
+        observe(self, steps)
         if any(step.number == 3 for step, _ in steps):
             raise UserError("stopped")
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="stopped"):
-        patch.setattr(Guards, "look", look)
+        patch.setattr(Guards, "observe", observe)
         train_redi.main(COMMAND)
     return tmp_path
 

@@ -50,26 +50,26 @@ def test_samples_are_the_same_bit_for_bit(model, dtype, monkeypatch):
     assert tokens_of(model, dtype, batch_size=1) == want
     assert {k: v for prompt in PROMPTS for k, v in tokens_of(model, dtype, [prompt]).items()} == want
     a_page = 2 * 2 * 2 * 16 * 32 * (4 if dtype == "float32" else 2)
-    assert tokens_of(model, dtype, cache_gb=12 * a_page / 1e9) == want  # rows are put back
+    assert tokens_of(model, dtype, cache_gb=12 * a_page / 1e9) == want  # rows are preempted
     monkeypatch.setattr(sampler, "_PREFILL_TOKENS", 7)
     assert tokens_of(model, dtype) == want
 
 
 def test_full_steps_and_rows_that_begin_again(model, monkeypatch):
     """What a GPU does, by the CPU's products."""
-    put_back, shown = [], []
+    preempted, shown = [], []
 
     def as_on_a_gpu(one):
-        one.full_size = one.scheduler.begins_again = True
-        put = one.scheduler.put_back
-        one.scheduler.put_back = lambda: (put(), put_back.append(len(one.scheduler.waiting[0].tokens)))
+        one.full_size = one.scheduler.resample = True
+        preempt = one.scheduler.preempt
+        one.scheduler.preempt = lambda: (preempt(), preempted.append(len(one.scheduler.waiting[0].tokens)))
         seen = one.model.hidden_states
         monkeypatch.setattr(one.model, "hidden_states", lambda ids, *more: shown.append(len(ids)) or seen(ids, *more))
 
     want = tokens_of(model, "float32", batch_size=8)
     a_page = 2 * 2 * 2 * 16 * 32 * 4
     assert tokens_of(model, "float32", change=as_on_a_gpu, batch_size=8, cache_gb=12 * a_page / 1e9) == want
-    assert max(put_back) > 0 and set(shown) == {8, sampler._PREFILL_TOKENS}
+    assert max(preempted) > 0 and set(shown) == {8, sampler._PREFILL_TOKENS}
 
 
 @pytest.mark.parametrize("in_c", [True, False])
@@ -94,7 +94,7 @@ def test_a_row_attends_alone_as_beside_longer_ones(in_c, dtype, monkeypatch):
 def test_a_row_of_a_product_does_not_depend_on_the_others(dtype, size, out):
     """What the promise rests on, with this machine's processor and libraries."""
     on_a_cpu = SimpleNamespace(full_size=False, device=torch.device("cpu"))
-    assert Sampler._filling(on_a_cpu, 1, 64) == 1  # one row alone is multiplied by other code
+    assert Sampler._num_padding(on_a_cpu, 1, 64) == 1  # one row alone is multiplied by other code
 
     g = torch.Generator().manual_seed(1)
     weight = prepare_for_sampling((torch.randn(out, size, generator=g) / size**0.5).to(dtype), True)

@@ -1,5 +1,4 @@
-"""Triton's kernels compiled for GPUs that are not there, as they were launched: with the dtypes, sizes and alignments of a
-run."""
+"""Compile the Triton kernels for GPUs that this machine does not have, with the dtypes, sizes and alignments of a run."""
 
 import re
 import subprocess
@@ -17,7 +16,7 @@ TARGETS = (80, 90, 100)  # A100, H100, B200
 
 
 def compiled(launches: list[tuple[JITFunction, tuple, dict]]) -> dict[str, dict[str, dict[str, int]]]:
-    """[kernel][sm_...] -> registers a thread, bytes of shared memory, and of stack, which is where registers spill to."""
+    """[kernel][sm_...] -> registers a thread, bytes of shared memory, and bytes of stack, to which registers spill."""
     found: dict[str, dict[str, dict[str, int]]] = {}
     for target in TARGETS:
         driver.set_active(_Device(target))
@@ -44,7 +43,7 @@ class _Device:
 
 
 class Pointer:
-    """A tensor as Triton sees it, without its memory. Its allocation begins at a multiple of 512 bytes, as CUDA's do."""
+    """A tensor without memory, as Triton sees it. Its storage begins at a multiple of 512 bytes, like CUDA's."""
 
     def __init__(self, tensor: Tensor):
         self.dtype, self.nbytes = tensor.dtype, tensor.nbytes
@@ -58,7 +57,7 @@ class Pointer:
 
 
 def _name(kernel: JITFunction, args: tuple, kwargs: dict) -> str:
-    """With what makes it a kernel of its own: the first tensor's dtype and the constants."""
+    """A kernel's name, with the first tensor's dtype and the constants that it is specialised for."""
     constants = {k: v for k, v in kwargs.items() if k in kernel.arg_names and isinstance(v, (int, bool))}
     dtype = next(str(x.dtype).removeprefix("torch.") for x in args if isinstance(x, Pointer))
     return " ".join([kernel.__name__.strip("_"), dtype, *(f"{k}={v}" for k, v in constants.items())])

@@ -1,4 +1,4 @@
-"""A CUDA device that is not there: its tensors have shapes, dtypes and devices but no contents, and its steps can be
+"""A simulated CUDA device: its tensors have shapes, dtypes and devices but no contents, and its steps can be
 watched, operation by operation.
 
 Importing it changes the process for good, so it belongs into one of its own (watched.py).
@@ -191,7 +191,7 @@ class Watch(TorchDispatchMode):
 
 
 def _is_view(op: Any, args: tuple, result: Any) -> bool:
-    """Whether the result has its argument's memory. Some operations decide that by their arguments: reshape, to, contiguous."""
+    """Whether the result is a view of the argument. For reshape, to and contiguous that depends on the arguments."""
     if not op.is_view or not isinstance(result, Tensor):
         return op.is_view
     return result.untyped_storage()._cdata == args[0].untyped_storage()._cdata

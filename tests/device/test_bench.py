@@ -1,4 +1,4 @@
-"""bench.device: a row for every part, whatever becomes of it, and a table that is there after each."""
+"""bench.device: a row for every part, whether or not it succeeds, and a table that is written after each."""
 
 import importlib.metadata
 import json
@@ -63,7 +63,7 @@ def test_what_is_not_installed_starts_no_process(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wanted", device.ATTENTION)
 def test_a_row_s_flash_attention_is_the_one_that_it_names(wanted, tmp_path, monkeypatch):
-    """nanoredi takes the third by itself where it is installed; where that cannot be, there is no row of it."""
+    """nanoredi uses FlashAttention-3 if it is installed; if it cannot be loaded, there is no row for it."""
     said = []
     monkeypatch.setattr(device.attention, "flash_attention", lambda: "FlashAttention-3")
     monkeypatch.setattr(device.train_step, "measure", lambda *_: said.append(device.attention.flash_attention()))

@@ -1,4 +1,4 @@
-"""What runs on a GPU alone. Without one these tests are skipped, and test_steps.py and test_varlen.py are what there is."""
+"""What runs only on a GPU. Without one these tests are skipped, and test_steps.py and test_varlen.py must do."""
 
 import pytest
 import tiny
@@ -63,35 +63,35 @@ def complete(dtype: torch.dtype, device: str, **settings) -> tuple[list[list[int
 
 
 @pytest.mark.parametrize("page_size", [8, 32, 256])
-def test_prompts_that_enter_in_pieces_give_what_a_cpu_does(page_size, monkeypatch):
+def test_prompts_prefilled_in_chunks_give_what_a_cpu_does(page_size, monkeypatch):
     wanted, _ = complete(torch.float32, "cpu", page_size=page_size)
     monkeypatch.setattr(sampler, "_PREFILL_TOKENS", 7)
     assert complete(torch.float32, DEVICE, page_size=page_size)[0] == wanted
 
 
-def prefilled(pieces: list[list[tuple[int, int, int]]], page_size: int) -> dict[tuple[int, int], torch.Tensor]:
-    """What the tokens of two rows give in these pieces, (row, start, end) each: (row, position) -> (H, E)."""
+def prefilled(chunks: list[list[tuple[int, int, int]]], page_size: int) -> dict[tuple[int, int], torch.Tensor]:
+    """Attention of the tokens of two rows in passes of chunks (row, start, end): (row, position) -> (H, E)."""
     num_pages = -(-700 // page_size)
     cache = kv_cache.PagedCache((1, 2 * num_pages, 2, page_size, 128), torch.bfloat16, torch.device(DEVICE))
     pages = torch.randperm(2 * num_pages, generator=torch.Generator().manual_seed(0)).view(2, -1).tolist()
     rows = [[x.detach().to(DEVICE, torch.bfloat16) for x in qkv(700, 12, 2, 128, seed=row)] for row in range(2)]
     found = {}
-    for some in pieces:
+    for some in chunks:
         attend, _ = cache.prefill([(pages[row], start, end) for row, start, end in some])
         out = attend(0, *(torch.cat([rows[row][i][start:end] for row, start, end in some]) for i in range(3)))
         found |= dict(zip([(row, p) for row, start, end in some for p in range(start, end)], out))
     return found
 
 
-def test_flash_attention_reads_pages_the_same_bit_for_bit_in_whatever_pieces():
+def test_flash_attention_reads_pages_the_same_bit_for_bit_in_any_chunks():
     whole = prefilled([[(0, 0, 700), (1, 0, 300)]], 256)
     for place, out in prefilled([[(1, 0, 300), (0, 0, 700)]], 16).items():  # token by token
         torch.testing.assert_close(out, whole[place], atol=0.02, rtol=0)
-    for pieces in (
+    for chunks in (
         [[(0, 0, 700)], [(1, 0, 300)]],
         [[(0, 0, 1), (1, 0, 299)], [(0, 1, 257)], [(0, 257, 700), (1, 299, 300)]],
     ):
-        got = prefilled(pieces, 256)
+        got = prefilled(chunks, 256)
         assert got.keys() == whole.keys() and all(torch.equal(out, whole[place]) for place, out in got.items())
 
 
@@ -100,10 +100,10 @@ def test_graphs_in_bfloat16_draw_what_the_same_kernels_draw_without(settings, mo
     by_graphs, sampling = complete(torch.bfloat16, DEVICE, **settings)
     assert sampling.graphs or DEVICE == "cpu"
 
-    def replay(self, places, uniforms, longest):
-        places, num = torch.from_numpy(self.filled_up(places)).to(self.device), len(places)
-        uniforms = torch.nn.functional.pad(torch.from_numpy(uniforms), (0, len(places) - num)).to(self.device)
-        return self.advance(places, uniforms, self.num_columns)
+    def replay(self, slots, uniforms, longest):
+        slots, num = torch.from_numpy(self.padded(slots)).to(self.device), len(slots)
+        uniforms = torch.nn.functional.pad(torch.from_numpy(uniforms), (0, len(slots) - num)).to(self.device)
+        return self.advance(slots, uniforms, self.num_columns)
 
     monkeypatch.setattr(Graphs, "__call__", replay)
     assert complete(torch.bfloat16, DEVICE, **settings)[0] == by_graphs

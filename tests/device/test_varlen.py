@@ -1,5 +1,5 @@
-"""A GPU's way through variable-length attention, with real numbers: torch's own operation gets a kernel for the CPU, so
-that what surrounds it, keeping and recomputation included, can be compared with the plain way."""
+"""A GPU's path through variable-length attention, with real numbers: torch's operation gets a kernel for the CPU, so that
+the code around it, activation checkpointing included, can be compared with the plain version."""
 
 import sys
 from functools import partial
@@ -18,7 +18,7 @@ from nanoredi.sampler import kv_cache
 
 
 class SingleAsHalf:
-    """torch, but for fp32 in bf16's place: the way of half precision, in numbers that can be compared closely."""
+    """torch with fp32 in place of bf16: the path of half precision, in numbers that can be compared closely."""
 
     bfloat16 = torch.float32
 
@@ -27,7 +27,7 @@ class SingleAsHalf:
 
 
 def shares(q: Tensor, k: Tensor) -> Tensor:
-    """Of a sequence's queries (H, n, E) in its keys (H, n, E), up to their own: (H, n, n)."""
+    """The causal attention weights of a sequence's queries (H, n, E) and keys (H, n, E): (H, n, n)."""
     later = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
     return (q @ k.mT * q.shape[2] ** -0.5).masked_fill(later, -torch.inf).softmax(-1)
 
@@ -43,7 +43,7 @@ def one_sequence(*qkv: Tensor) -> Tensor:
 
 
 def one_sequence_backward(gradient: Tensor, *qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With p the shares and g the gradient of out = p v:  dv = p' g,  dp = g v',  ds = p (dp - sum of p dp)."""
+    """With p the attention weights and g the gradient of out = p v:  dv = p' g,  dp = g v',  ds = p (dp - sum of p dp)."""
     (g,), (q, k, v) = heads_first(gradient), heads_first(*qkv)
     p = shares(q, k)
     dp = g @ v.mT
@@ -54,7 +54,7 @@ def one_sequence_backward(gradient: Tensor, *qkv: Tensor) -> tuple[Tensor, Tenso
 
 
 def forward(q, k, v, ends, ends_k, longest, longest_k, causal=False, scale=None, window=None, grouped=True, *paged):
-    """What the kernel is promised is checked here."""
+    """Checks what the kernel requires of its arguments."""
     if any(x is not None for x in paged):
         return paged_forward(q, k, v, ends, ends_k, longest, longest_k, causal, list(window), grouped, *paged)
     assert ends is ends_k or torch.equal(ends, ends_k)
@@ -66,8 +66,8 @@ def forward(q, k, v, ends, ends_k, longest, longest_k, causal=False, scale=None,
 
 
 def paged_forward(q, keys, values, ends, ends_k, longest, longest_k, causal, window, grouped, lengths, table, splits):
-    """The last tokens of rows over pages (P, page, K, E). What keeps the order of a row's sums is checked, too: one split,
-    and no call that looks like a decode step's, of one query a row."""
+    """The last tokens of rows over pages (P, page, K, E). It also checks what fixes the order of a row's sums: one split, and
+    never a single query a row, as in a decode step."""
     assert (causal or window == [-1, 0]) and grouped and splits == 1 and longest > 1
     assert ends.dtype == lengths.dtype == table.dtype == torch.int32 and keys.shape[1] % 256 == 0
     assert ends_k.dtype == torch.int32 and torch.equal(ends_k.diff(), lengths)
@@ -134,8 +134,8 @@ def test_gradients_through_the_kernel_are_those_of_dense_attention(kept, calls, 
         assert (ours - wanted).norm() <= 5e-6 * wanted.norm()
 
 
-def prefilled(pieces: list[list[tuple[int, int, int]]], page_size: int) -> dict[tuple[int, int], Tensor]:
-    """What the tokens of two rows give in these pieces, (row, start, end) each: (row, position) -> (H, E)."""
+def prefilled(chunks: list[list[tuple[int, int, int]]], page_size: int) -> dict[tuple[int, int], Tensor]:
+    """Attention of the tokens of two rows in passes of chunks (row, start, end): (row, position) -> (H, E)."""
     num_pages = -(-700 // page_size)
     cache = kv_cache.PagedCache((1, 2 * num_pages, 2, page_size, 8), torch.float32, torch.device("cpu"))
     cache.token_by_token = not kv_cache._reads_pages(torch.float32, page_size, 8)
@@ -143,8 +143,8 @@ def prefilled(pieces: list[list[tuple[int, int, int]]], page_size: int) -> dict[
     rows = [[x.detach() for x in qkv(700, seed=row)] for row in range(2)]
     rope = qwen2.rotary_angles(torch.arange(700), SimpleNamespace(head_dim=8, rope_theta=1e4), torch.float32)
     found = {}
-    for some in pieces:
-        # More tokens fill the step up: those of a row of nobody's, longer than a page.
+    for some in chunks:
+        # The padding is longer than a page.
         attend, positions = cache.prefill([(pages[row], start, end) for row, start, end in some], 300)
         places = [(row, p) for row, start, end in some for p in range(start, end)]
         assert positions.tolist() == [p for _, p in places] + list(range(300))
@@ -159,10 +159,10 @@ def prefilled(pieces: list[list[tuple[int, int, int]]], page_size: int) -> dict[
 
 HEADS = [(0, 6), (1, 2), (2, 2)]  # of queries, keys and values
 WHOLE = [[(0, 0, 700), (1, 0, 300)]]
-IN_PIECES = [[(0, 0, 1), (1, 0, 1)], [(0, 1, 257), (1, 1, 300)], [(0, 257, 258)], [(0, 258, 700)]]
+IN_CHUNKS = [[(0, 0, 1), (1, 0, 1)], [(0, 1, 257), (1, 1, 300)], [(0, 257, 258)], [(0, 258, 700)]]
 
 
-def test_a_prompt_s_pieces_attend_by_one_call_of_the_kernel(flash, monkeypatch):
+def test_a_prompt_s_chunks_attend_by_one_call_of_the_kernel(flash, monkeypatch):
     if not kv_cache._reads_pages(torch.float32, 256, 8):
         pytest.skip("torch's variable-length attention reads no pages in this release")
     calls = []
@@ -170,12 +170,12 @@ def test_a_prompt_s_pieces_attend_by_one_call_of_the_kernel(flash, monkeypatch):
     monkeypatch.setattr(kv_cache, "paged_prefill", lambda *args: calls.append(args) or paged(*args))
     plain = prefilled(WHOLE, 16)
     assert not calls  # flash attention cannot read such pages
-    for pieces in (WHOLE, IN_PIECES):
+    for chunks in (WHOLE, IN_CHUNKS):
         computed = []
         monkeypatch.setitem(globals(), "one_sequence", partial(_counted, computed, one_sequence))
-        got = prefilled(pieces, 256)
-        assert len(computed) == sum(len(some) + 1 for some in pieces) and got.keys() == plain.keys()
-        assert len(calls) == len(pieces)
+        got = prefilled(chunks, 256)
+        assert len(computed) == sum(len(some) + 1 for some in chunks) and got.keys() == plain.keys()
+        assert len(calls) == len(chunks)
         calls.clear()
         for place, out in got.items():
             torch.testing.assert_close(out, plain[place], atol=2e-6, rtol=0)
@@ -188,7 +188,7 @@ def _counted(computed: list, compute, *inputs: Tensor) -> Tensor:
 
 @pytest.fixture
 def interface(monkeypatch):
-    """interface(capability, error) is a GPU with FlashAttention-3's package: what is activated of it is noted, or fails."""
+    """interface(capability, error) makes a GPU with FlashAttention-3's package, whose activation is recorded, or fails."""
     asked: list[str] = []
 
     def install(capability: tuple[int, int], error: Exception | None = None) -> list[str]:

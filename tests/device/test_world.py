@@ -1,4 +1,4 @@
-"""Which GPU a rank takes, and what is said where a GPU cannot do what is asked of it; with GPUs that are only told of."""
+"""Which GPU a rank takes, and the messages for what a GPU cannot do; the GPUs are simulated."""
 
 import importlib
 import os
@@ -71,8 +71,9 @@ def test_a_rank_with_a_gpu_joins_by_nccl_and_by_gloo(size, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=str(device)))
     monkeypatch.setattr(dist, "rendezvous", lambda where: iter([(store, 0, size)]))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **told: joined.update(told, backend=backend))
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(distributed, "Heartbeat", lambda *_: SimpleNamespace(stop=lambda: None))
+    monkeypatch.setattr(distributed, "Heartbeat", lambda *_: SimpleNamespace(close=lambda: None))
     for name, value in (("RANK", "0"), ("WORLD_SIZE", str(size)), ("LOCAL_RANK", "3")):
         monkeypatch.setenv(name, value)
     with world() as ranks:

@@ -1,4 +1,4 @@
-"""Whole steps of training and sampling on a CUDA device that is not there, and what they do to it, as JSON on stdout.
+"""Whole steps of training and sampling on a simulated CUDA device, and what they do to it, as JSON on stdout.
 
 PYTHONPATH=. python tests/device/watched.py
 """
@@ -117,7 +117,7 @@ def in_bf16(make: Callable) -> Any:
 
 
 def block(kept: str) -> dict:
-    """A block forward and backward: its kernels, and the bytes a token that they move beside products and attention."""
+    """A block's forward and backward: its kernels, and the bytes a token that those between products and attention move."""
     watch = Watch()
     with fake:
         one = in_bf16(lambda: Block(SIZES, 0))
@@ -141,7 +141,7 @@ def sampler(layers: int, **settings: float) -> Sampler:
 
 
 def decode(layers: int, longest: int = 5000, **settings: float) -> dict:
-    """A decode step, as its CUDA graph is captured, where the longest row has so many tokens."""
+    """A decode step, as its CUDA graph captures it, if the longest row has so many tokens."""
     with fake:
         sampling = sampler(layers, **settings)
         given = torch.full((2, sampling.batch_size), sampling.batch_size, device="cuda")
@@ -152,25 +152,25 @@ def decode(layers: int, longest: int = 5000, **settings: float) -> dict:
 
 
 def whole_decode() -> dict:
-    """The kernels of the whole model's decode step, reckoned from those of two and of three layers."""
+    """The kernels of the whole model's decode step, computed from those of two and of three layers."""
     two, three = (sum(decode(layers)["kernels"].values()) for layers in (2, 3))
     return {"kernels": two + (FINAL_LAYERS - 2) * (three - two)}
 
 
 def prefill() -> dict:
-    """The beginning of one prompt and the end of another, and what fills the step up."""
-    pieces = [(list(range(1)), 0, 150), (list(range(1, 9)), 1024, 1724)]
+    """The first chunk of one prompt, the last of another, and padding."""
+    chunks = [(list(range(1)), 0, 150), (list(range(1, 9)), 1024, 1724)]
     with fake:
         sampling = sampler(2)
         ids = torch.zeros(1024, dtype=torch.int64, device="cuda")
         with torch.inference_mode(), Watch() as watch:
-            attend, positions = sampling.cache.prefill(pieces, 174)
+            attend, positions = sampling.cache.prefill(chunks, 174)
             hidden = sampling.model.hidden_states(ids, positions, attend)
     return {**watched(watch), "result": [str(hidden.device), list(hidden.shape)]}
 
 
 def mistakes() -> dict:
-    """What a step must not do, and one thing that it may: "wrong" names all that the watch or the device notices."""
+    """What a step must not do, and one thing that it may: "wrong" lists those that the watch or the device notices."""
     there, here, late = (lambda: torch.ones(3, device="cuda")), (lambda: torch.ones(3)), {"non_blocking": True}
     tries: dict[str, Callable] = {
         "a number from the device": lambda: there().sum().item(),

@@ -1,5 +1,7 @@
-"""Attention over pages, in plain PyTorch, by the machine's own version and in Triton, against dense attention in float64;
-prefill in pieces; copies."""
+"""Attention over pages, in plain PyTorch, by this device's version and in Triton, against dense attention in float64;
+chunked prefill; copies."""
+
+import errno
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import DEVICE, use_triton
 from dense import dense, qkv
 from pool import assert_rows_equal_dense, pool_of, rows_of
 
+from nanoredi.common.errors import sentence
 from nanoredi.kernels import dispatch, paged_attention
 from nanoredi.kernels.paged_attention import paged_decode, write
 from nanoredi.sampler.kv_cache import PagedCache
@@ -74,7 +77,7 @@ def test_a_long_row_is_split_among_programs(attend, length, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_attends_the_same_bit_for_bit_whatever_is_beside_it(dtype, monkeypatch):
-    """Beside longer rows it has more spans, without tokens; alone it may have one, which nothing puts together."""
+    """Beside longer rows it has more, empty spans; alone it may have a single one, which needs no combining."""
     monkeypatch.setattr(paged_attention, "SPAN", 64)
     lengths = [5, 64, 65, 130, 300]
     rows = rows_of(lengths, 2, 32)
@@ -92,49 +95,49 @@ def test_a_row_attends_the_same_bit_for_bit_whatever_is_beside_it(dtype, monkeyp
 @pytest.mark.parametrize("rotated", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("heads, kv_heads, size", [(6, 2, 32), (3, 3, 20), (2, 1, 6)])
-def test_new_tokens_are_written_where_they_belong(heads, kv_heads, size, dtype, tolerance, rotated, monkeypatch):
+def test_new_tokens_are_written_to_their_pages(heads, kv_heads, size, dtype, tolerance, rotated, monkeypatch):
     g = torch.Generator().manual_seed(1)
-    # One beside the other, as one product makes them.
+    # Strided, as one product computes them.
     made = torch.randn(5, (heads + 2 * kv_heads) * size, generator=g).to(DEVICE, dtype).unflatten(1, (-1, size))
     qkv = made.split([heads, kv_heads, kv_heads], dim=1)
     angles = torch.randn(5, 1, size // 2, generator=g).to(DEVICE)
     rope = [torch.cat(x, -1).to(dtype) for x in ((angles.cos(), angles.cos()), (-angles.sin(), angles.sin()))]
     pools = torch.randn(2, 4, kv_heads, 8, size, generator=g).to(DEVICE, dtype)
-    places = torch.randperm(4 * kv_heads * 8, generator=g)[: 5 * kv_heads].to(DEVICE)
+    indices = torch.randperm(4 * kv_heads * 8, generator=g)[: 5 * kv_heads].to(DEVICE)
 
     def written(way):
         keys, values = pools.clone()
-        return way(*qkv, None if rotated else rope, keys, values, places), keys, values
+        return way(*qkv, None if rotated else rope, keys, values, indices), keys, values
 
     plain, fastest = written(write.plain), written(write)
     use_triton(monkeypatch, write)
     for got in (fastest, written(write)):
         for ours, wanted in zip(got, plain, strict=True):
             torch.testing.assert_close(ours, wanted, atol=tolerance, rtol=tolerance)
-    assert (plain[1] != pools[0]).any(-1).flatten().nonzero().squeeze(1).tolist() == sorted(places.tolist())
-    assert torch.equal(plain[2].view(-1, size)[places], qkv[2].flatten(0, 1))
+    assert (plain[1] != pools[0]).any(-1).flatten().nonzero().squeeze(1).tolist() == sorted(indices.tolist())
+    assert torch.equal(plain[2].view(-1, size)[indices], qkv[2].flatten(0, 1))
 
 
 @pytest.mark.parametrize("page_size", [4, 16])
-def test_prefill_in_pieces_and_decode_equal_one_pass(page_size):
-    """Two rows in pieces, the second one's end copied from the first one's, then decoded; as without a cache."""
+def test_chunked_prefill_and_decode_equal_one_pass(page_size):
+    """Two rows in chunks, the second one's last page copied from the first one's, then decoded; as without a cache."""
     layers, kv_heads, size, n = 2, 2, 8, 12
     cache = PagedCache((layers, 12, kv_heads, page_size, size), torch.float32, torch.device("cpu"))
     whole = [[[x.detach() for x in qkv(n, seed=10 * row + layer)] for layer in range(layers)] for row in range(2)]
     pages = [list(range(r * 4, r * 4 + -(-n // page_size))) for r in range(2)]
     got = {(row, layer): [] for row in range(2) for layer in range(layers)}
-    for pieces in ([(0, 0, 5)], [(0, 5, 9), (1, 0, 3)], [(1, 3, 9)]):
-        attend, positions = cache.prefill([(pages[row], start, end) for row, start, end in pieces])
-        assert positions.tolist() == [p for _, start, end in pieces for p in range(start, end)]
+    for chunks in ([(0, 0, 5)], [(0, 5, 9), (1, 0, 3)], [(1, 3, 9)]):
+        attend, positions = cache.prefill([(pages[row], start, end) for row, start, end in chunks])
+        assert positions.tolist() == [p for _, start, end in chunks for p in range(start, end)]
         for layer in range(layers):
-            parts = [[x[start:end] for x in whole[row][layer]] for row, start, end in pieces]
+            parts = [[x[start:end] for x in whole[row][layer]] for row, start, end in chunks]
             out = attend(layer, *(torch.cat(x) for x in zip(*parts)))
-            for (row, *_), o in zip(pieces, out.split([end - start for _, start, end in pieces])):
+            for (row, *_), o in zip(chunks, out.split([end - start for _, start, end in chunks])):
                 got[row, layer].append(o)
     last = pages[0][-1]
     cache.copy([last], [11])
     pages[0][-1] = 11
-    cache.keys[:, last] = torch.nan  # nobody's any more
+    cache.keys[:, last] = torch.nan  # no longer used
     table, lengths = torch.tensor(pages), torch.tensor([9, 9])
     for t in range(9, n):
         attend = cache.decode(table, lengths)
@@ -145,3 +148,13 @@ def test_prefill_in_pieces_and_decode_equal_one_pass(page_size):
         lengths = lengths + 1
     for (row, layer), parts in got.items():
         torch.testing.assert_close(torch.cat(parts).double(), dense(*whole[row][layer], [n]), atol=1e-5, rtol=0)
+
+
+def test_memory_that_the_system_refuses_is_no_fault_of_the_disk(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    with pytest.raises(OSError) as caught:
+        PagedCache((1, 1, 1, 4, 8), torch.float32, torch.device("cpu"))
+    assert "there is not enough memory" in sentence(caught.value) and "--cache_gb" in sentence(caught.value)

@@ -144,56 +144,56 @@ def plain_samples():
 def test_samples_do_not_depend_on_pages_batches_or_sharing(plain_samples, batch_size, page_size, sharing, monkeypatch):
     assert len({reason for _, reason in plain_samples.values()}) == 2
     if not sharing:
-        monkeypatch.setattr(Pages, "find", lambda self, tokens: ([], None))
+        monkeypatch.setattr(Pages, "find_prefix", lambda self, tokens: ([], None))
     assert samples(batch_size=batch_size, page_size=page_size) == plain_samples
 
 
 @pytest.mark.parametrize("budget", [1, 7, 1000])
-def test_samples_do_not_depend_on_preemption_or_the_size_of_pieces(plain_samples, budget, monkeypatch):
-    put_back = []
+def test_samples_do_not_depend_on_preemption_or_the_size_of_chunks(plain_samples, budget, monkeypatch):
+    preempted = []
     monkeypatch.setattr(
         Scheduler,
-        "put_back",
-        lambda self, put=Scheduler.put_back: (put(self), put_back.append(len(self.waiting[0].tokens))),
+        "preempt",
+        lambda self, preempt=Scheduler.preempt: (preempt(self), preempted.append(len(self.waiting[0].tokens))),
     )
     monkeypatch.setattr(sampler, "_PREFILL_TOKENS", budget)
     # 2 layers x 2 heads x 8 x (keys and values) x 4 bytes: room for 80 tokens in pages of 4; a row may need 54.
     assert samples(batch_size=8, page_size=4, cache_gb=80 * 256 / 1e9) == plain_samples
-    assert len(put_back) > 5 and max(put_back) > 0
+    assert len(preempted) > 5 and max(preempted) > 0
 
 
 class Graph:
-    """A CUDA graph's stand-in: a replay makes the step anew from what the static memory holds."""
+    """In place of a CUDA graph: a replay runs the step on what the static memory holds."""
 
     def __init__(self, one, num_rows, num_columns):
         self.static, self.tokens = torch.zeros(2, num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.int64)
-        places, uniforms = self.static[0], self.static[1].view(torch.float64)
-        self.replay = lambda: self.tokens.copy_(one.advance(places, uniforms, num_columns))
+        slots, uniforms = self.static[0], self.static[1].view(torch.float64)
+        self.replay = lambda: self.tokens.copy_(one.advance(slots, uniforms, num_columns))
 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """What a GPU does, on the CPU: steps filled up with nobody's rows whose columns are few."""
+    """What a GPU does, on the CPU: steps with padding rows, and with few columns of the page table."""
 
-    def launch(self, rows):
-        places, *given = np.array([(row.place, row.request.key, row.num_drawn) for row in rows]).T
+    def decode(self, rows):
+        slots, *given = np.array([(row.slot, row.request.key, row.num_sampled) for row in rows]).T
         for row in rows:
-            row.cached += 1
-        tokens = self.graphs(places, sampler.uniform(*given), max(row.cached for row in rows))
-        assert self.lengths[-1] == 0  # nobody's
+            row.num_cached += 1
+        tokens = self.graphs(slots, sampler.uniform(*given), max(row.num_cached for row in rows))
+        assert self.lengths[-1] == 0  # the padding row
         return rows, tokens[: len(rows)].clone(), None
 
     def capture(self, *size):
         graph = Graph(self, *size)
         return graph, graph.static, graph.tokens
 
-    monkeypatch.setattr(Sampler, "_launch", launch)
+    monkeypatch.setattr(Sampler, "_decode", decode)
     monkeypatch.setattr(Graphs, "_capture", capture)
     monkeypatch.setitem(dispatch.decode_graphs.faster, DEVICE.type, Graphs)
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="it stands in for a GPU")
-def test_samples_by_the_kernels_and_in_filled_up_batches(plain_samples, as_on_a_gpu, monkeypatch):
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="it simulates a GPU")
+def test_samples_by_the_kernels_and_in_padded_batches(plain_samples, as_on_a_gpu, monkeypatch):
     use_triton(monkeypatch, paged_decode, keep)
     for module in (paged_attention, graphs):
         monkeypatch.setattr(module, "SPAN", 32)
@@ -216,7 +216,7 @@ def test_graphs_on_a_gpu_equal_decoding_without_a_cache(batch_size):
 
 
 class Watched(list):
-    """A stream that keeps its tokens, and stops at one of them."""
+    """A stream that records its tokens, and stops at one of them."""
 
     def __init__(self, stop=None):
         super().__init__()
@@ -251,6 +251,13 @@ def test_a_row_can_be_watched_as_it_grows_stopped_by_its_stream_and_ended():
     assert streams[:3] == [free, free[:3], free[:5]] and all(stream.finished for stream in streams[:3])
     assert [r.finish_reason for r in requests] == ["length", "stop", "stop", "length"]
     assert list(map(id, ended)) == [id(requests[i]) for i in (1, 0, 3)]  # who ends a request knows it
+
+
+def test_one_token_is_the_fewest_that_a_request_may_get():
+    (request,) = complete([Request(PROMPTS[0], max_tokens=1)], temperature=0.0)
+    assert (request.tokens, request.finish_reason) == (greedy_without_cache(PROMPTS[0], 1), "length")
+    with pytest.raises(UserError, match="a prompt may get no tokens: give a max_tokens of at least 1"):
+        complete([Request(PROMPTS[0], max_tokens=0)])
 
 
 def test_a_token_above_the_vocabulary_is_named():

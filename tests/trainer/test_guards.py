@@ -69,7 +69,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_said(bad_steps, factor, config
     order = np.random.default_rng((42, 0)).permutation(60)
     for count, step in enumerate(sorted(bad_steps), 1):
         numbers = ", ".join(str(i + 1) for i in sorted(order[6 * (step - 1) : 6 * step]))
-        assert f"step {step} was skipped" in said and f"(skipped so far: {count}); in it were rows {numbers} of" in said
+        assert f"step {step} was skipped" in said and f"(skipped so far: {count}); it had rows {numbers} of" in said
     assert all(p.isfinite().all() for p in Qwen2.from_pretrained(Path(config.out, "final")).parameters())
 
 
@@ -130,7 +130,7 @@ def test_too_many_in_a_row_end_the_run(config, one_rank, monkeypatch):
 
 def watch(chosen, updates, nats=1.0):
     guard = CollapseWatch(nats)
-    trips = [step for step, pair in enumerate(zip(chosen, updates), 1) if guard.look(step, *pair)]
+    trips = [step for step, pair in enumerate(zip(chosen, updates), 1) if guard.observe(step, *pair)]
     return trips, guard
 
 
@@ -156,7 +156,7 @@ def test_collapse_s_statistics_go_on():
     second = CollapseWatch(1.0)
     second.restore(json.loads(json.dumps(first.state())))
     for step, pair in enumerate(series[25:], 26):
-        second.look(step, *pair)
+        second.observe(step, *pair)
     assert second.state() == whole.state()
 
 
@@ -198,6 +198,28 @@ def test_a_ctrl_c_that_a_shell_s_background_ignores_stays_ignored(one_rank):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_terminal_that_is_gone_does_not_end_a_run(one_rank):
+    child = os.fork()
+    if not child:
+        reader, writer = os.pipe()
+        os.close(reader)
+        for number in (1, 2):
+            os.dup2(writer, number)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+        with signals(lambda: "status", one_rank):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGHUP)
+            for _ in range(2):
+                one_rank.say("a line")
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take(forks, tmp_path):
+    done = ended(*forks.start_ranks(2, tmp_path, "tests/trainer/patience.py"))
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def endless(toy_data) -> list:
     """A run of two ranks, for hours."""
@@ -229,7 +251,7 @@ def test_a_dead_rank_takes_the_job_down_at_once(endless, tmp_path):
     job = subprocess.Popen([*command, *endless[1:]], env=environment, **pipes)
     try:
         for line in job.stdout:
-            if "asks where it is" in line:
+            if "prints its status" in line:
                 first = int(line.split("kill -USR1 ")[1].split()[0])
             if "step  " in line:
                 break

@@ -1,6 +1,8 @@
 """Whole runs: what they write and say, what they refuse, and what they leave as it was."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from same import assert_same_weights
 
-from nanoredi.common.errors import UserError
+from nanoredi.common.errors import Stopped, UserError
 from nanoredi.config import RediConfig
 from nanoredi.data.sequences import load_pairs
 from nanoredi.data.tokenizer import Tokenizer
@@ -112,6 +114,15 @@ def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypa
     (tmp_path / "again").mkdir()
     train(again, one_rank)
     assert_same_weights(tmp_path / "run", tmp_path / "again")
+
+
+def test_a_stop_during_the_last_save_comes_after_it(redi, one_rank, tmp_path, monkeypatch):
+    save = Qwen2.save_pretrained
+    monkeypatch.setattr(Qwen2, "save_pretrained", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), save(*args))[1])
+    (tmp_path / "run").mkdir()
+    with pytest.raises(Stopped, match="stage 2 was asked to stop, and is finished"):
+        train(replace(redi, max_steps=1), one_rank)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["final", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize("objective, alpha", [("redi", 0.0), ("sft", None)])

@@ -118,7 +118,7 @@ def test_a_damaged_file_is_said_and_made_again(damage, logps, toy_data, tmp_path
     capsys.readouterr()
     assert (logps()[0] == want).all()
     said = capsys.readouterr().out
-    assert f"warning: {file} is damaged" in said and "made again" in said
+    assert f"warning: {file} is damaged" in said and "computed again" in said
     assert (logps()[0] == want).all() and not capsys.readouterr().out
 
 
@@ -127,14 +127,14 @@ class Broken(Exception):
 
 
 def break_off_after(step, monkeypatch):
-    look = Guards.look
+    observe = Guards.observe
 
-    def look_and_break(self, steps):
-        look(self, steps)
+    def observe_and_break(self, steps):
+        observe(self, steps)
         if any(s.number == step for s, _ in steps):
             raise Broken
 
-    monkeypatch.setattr(Guards, "look", look_and_break)
+    monkeypatch.setattr(Guards, "observe", observe_and_break)
 
 
 def test_a_run_that_was_broken_off_goes_on_bit_for_bit(config, one_rank, tmp_path, monkeypatch, toy_data):

@@ -1,5 +1,6 @@
 """Going on: after a kill, a signal, a full disk, with damaged states, and on another number of ranks."""
 
+import errno
 import json
 import random
 import resource
@@ -14,8 +15,9 @@ import torch
 from forks import Job, ended
 from safetensors.torch import load_file
 from same import assert_same_run, steps_of
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from nanoredi.common.errors import UserError
+from nanoredi.common.errors import Stopped, UserError
 from nanoredi.config import SftConfig
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer.distributed import local, shard
@@ -69,8 +71,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(kills, flags, fo
     assert all(sorted(path.name for path in other.iterdir()) == names for other in others)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_sigterm_and_ctrl_c_save_and_sigusr1_tells(number, code, flags, forks, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)])
+def test_signals_to_stop_save_and_sigusr1_prints_the_status(number, code, flags, forks, tmp_path):
     """In the middle of a run; what it says names the step that is saved."""
     job = forks.start(tmp_path, "train_redi.py", *flags, "--epochs", "40", "--out", "run", OMP_NUM_THREADS="1")
     job.wait_for(lambda: "\n  9/" in job.stdout)
@@ -82,7 +84,7 @@ def test_sigterm_and_ctrl_c_save_and_sigusr1_tells(number, code, flags, forks, t
     assert ("Ctrl-C again ends at once" in run.stderr) == (number == signal.SIGINT)
     assert "stage 2, 0:0" in run.stderr
     last = steps_of(tmp_path / "run")[-1]["step"]
-    assert f"stage 2 was asked to stop: step {last} is saved, the same command goes on from there" in run.stdout
+    assert f"stage 2 was asked to stop: step {last} is saved, the same command resumes" in run.stdout
     assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir())[-1] == f"step-{last:06d}"
 
 
@@ -100,7 +102,7 @@ def test_another_number_of_ranks_goes_on(ranks, shard_size, flags, run, tmp_path
     shutil.copytree(tmp_path / "stopped" / "state", tmp_path / "part" / "state")
     done = run("train_redi.py", *flags, "--out", "part", "--shard_size", shard_size, ranks=ranks)
     assert done.returncode == 0, done.stderr
-    assert "going on after step 9" in done.stdout
+    assert "resuming after step 9" in done.stdout
     want, got = steps_of(tmp_path / "whole"), steps_of(tmp_path / "part")
     assert [row["step"] for row in got] == list(range(1, 25))
     for a, b in zip(want, got):
@@ -191,6 +193,9 @@ def test_a_state_of_another_model_is_refused(states):
     tensors, folder, world = states
     with pytest.raises(UserError, match="the training state .*step-000015 is not this model's"):
         States(folder, world).load({**tensors, "weight.other": next(iter(tensors.values()))})
+    name, *others = tensors
+    with pytest.raises(UserError, match=f"step-000015 is not this model's: it also has {name}"):
+        States(folder, world).load({other: tensors[other] for other in others})
 
 
 def test_a_full_disk_ends_with_a_word_and_the_last_state_whole(states):
@@ -212,6 +217,31 @@ def test_a_full_disk_ends_with_a_word_and_the_last_state_whole(states):
         signal.signal(signal.SIGXFSZ, before)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000010", "step-000015"]
     assert States(folder, world).load(tensors)["step"] == 15
+
+
+def test_an_old_state_that_cannot_be_removed_ends_no_run(states, monkeypatch):
+    tensors, folder, world = states
+
+    def busy(path):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")  # as on NFS while somebody reads a file of it
+
+    monkeypatch.setattr("nanoredi.trainer.state.remove", busy)
+    states = States(folder, world)
+    states.save(20, tensors, {"skipped": 0})
+    states.wait()
+    assert States(folder, world).load(tensors)["step"] == 20
+
+
+@pytest.mark.parametrize("end", [UserError, Stopped])
+def test_a_run_that_ends_early_waits_for_the_state_being_written(end, states, monkeypatch):
+    tensors, folder, world = states
+    write = HuggingFaceStorageWriter.write_data
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", lambda *args: (time.sleep(0.5), write(*args))[1])
+    states = States(folder, world)
+    with pytest.raises(end), states:
+        states.save(20, tensors, {"skipped": 0})
+        raise end("now")
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000015", "step-000020"]
 
 
 def test_metrics_lose_the_steps_that_come_again(tmp_path, capsys):

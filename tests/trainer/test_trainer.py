@@ -1,5 +1,5 @@
-"""One optimiser step is the same however it is cut: micro-batches, ranks; and against float64 autograd over whole
-logits, for every objective."""
+"""An optimiser step does not depend on how it is divided into micro-batches and ranks, and equals float64 autograd over
+full logits, for every objective."""
 
 import json
 import socket
@@ -86,7 +86,7 @@ EVERY = pytest.mark.parametrize(
 
 
 def reference_of(config, data):
-    """Some other model's log-probs of all pairs, (rows, 2) fp32: 3 nats a token, and a bit."""
+    """Another model's log-probs of all pairs, (rows, 2) fp32: 3 nats a token, and some noise."""
     lengths = np.array([[s.num_learned for s in data.row(i)] for i in range(len(data))], dtype=np.float32)
     return -3 * lengths - np.random.default_rng(5).uniform(0, 20, lengths.shape).astype(np.float32)
 
@@ -248,7 +248,7 @@ def test_the_mean_of_the_chosen_is_over_those_that_are_learned(sft, redi, one_ra
 
 def test_a_chosen_weight_that_the_objective_does_not_know_is_found_before_the_first_step(row_weights, simpo, one_rank):
     config = replace(simpo, data=row_weights.data)
-    with pytest.raises(UserError, match="row 2 of .*weights.jsonl, chosen: simpo knows no chosen_weight; take it out"):
+    with pytest.raises(UserError, match="row 2 of .*weights.jsonl, chosen: simpo has no chosen_weight; take it out"):
         loop._Run(config, one_rank)
     loop._Run(replace(simpo, watch=config.data), one_rank)  # nothing is learned from what is watched
 
@@ -262,7 +262,7 @@ def test_update_norm_is_what_the_weights_moved(redi, one_rank):
 
 @pytest.mark.parametrize("stage", ["redi", "dpo"])
 def test_offloaded_training_comes_to_the_same(stage, request, one_rank, tmp_path, monkeypatch):
-    """On a CPU, which stands in for both memories: the copies between the two are not made."""
+    """On a CPU, whose memory is both the host's and the device's, so that nothing is copied between them."""
     config = replace(request.getfixturevalue(stage), max_steps=3, max_tokens_per_micro_batch=300, save_every=2)
     for name in ("plain", "run"):
         (tmp_path / name).mkdir()
