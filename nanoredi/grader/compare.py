@@ -16,9 +16,9 @@ _INDEX = r"(?:_\{(?![^{}]*\w[+-])[^{}]*\})?"  # a_{n+1} is no single name
 LETTER = rf"(?:\\(?:{'|'.join(LETTERS)}) ?|[A-Za-z]){_INDEX}"
 _ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{4,}})"
 NAME = (
-    rf"(?:(?:m ?)?\\(?:angle|triangle|odot) ?)?"
-    rf"(?:{LETTER}|[A-Z]{{2,}}{_INDEX}|(?!arc|sqrt|sinh|cosh|tanh)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
-    rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\bar\{{[A-Z]{{2,}}\}}"
+    rf"(?:(?:m ?)?\\(?:angle|triangle|odot|max|min) ?)?"
+    rf"(?:\\?(?:max|min)|{LETTER}|[A-Z]{{2,}}{_INDEX}|(?!arc|sqrt|sinh|cosh|tanh)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
+    rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\bar\{{\w{{2,}}\}}"
 )
 
 
@@ -56,8 +56,9 @@ def same(a: Reading, b: Reading) -> bool:
         return match(a.parts, b.parts) or proportional(a, b) or same_definition(a, b)
     if a.kind == b.kind in ("<", "≤") and proportional(a, b):
         return True
-    if (a.bare or b.bare) and (a.kind != b.kind or a.bare and b.bare):
-        return same(a.bare or a, b.bare or b)
+    if (a.bare or b.bare) and (a.kind != b.kind or a.bare and b.bare and a.kind != "system"):
+        if same(a.bare or a, b.bare or b) or "system" not in (a.kind, b.kind):
+            return same(a.bare or a, b.bare or b)
     if "time" in (a.kind, b.kind):
         if a.kind == b.kind:
             return a.text == b.text and (a.name == b.name or not a.name or not b.name)
@@ -66,8 +67,8 @@ def same(a: Reading, b: Reading) -> bool:
         return same_system(a, b)
     if a.kind != b.kind:
         return False
-    # ACB is an order, not ABC, and "is it" a phrase; neither is a product.
-    words = re.fullmatch("[A-Z]{3,}/[A-Z]{3,}|[A-Za-z ]*[a-z]{2} [A-Za-z /]*", f"{a.text}/{b.text}")
+    # ACB is an order, not ABC, IV a number, and "is it" a phrase; none is a product.
+    words = re.fullmatch("[A-Z]{3,}/[A-Z]{3,}|[IVX]{2}/[IVX]{2}|[A-Za-z ]*[a-z]{2} [A-Za-z /]*", f"{a.text}/{b.text}")
     if a.kind == "value" and not words and agree(a.expression, b.expression):
         return True
     if a.kind == "text" or re.fullmatch("[A-Za-z ]{2,}", a.text):
@@ -78,11 +79,17 @@ def same(a: Reading, b: Reading) -> bool:
 
 
 def word(text: str) -> str:
-    """A text without what does not matter in it: spaces, the case of words, braces around one letter or macro."""
+    """A text without what does not matter in it: spaces, the case and the plural of words, braces around one letter or
+    macro."""
     if re.fullmatch(r"[A-Za-z ,.'-]+", text) and re.search("[A-Za-z]{4}", text):  # a phrase; "team B wins" too
-        text = re.sub("^(?:an?|the) ", "", text.lower())
+        text = re.sub(r"^(?:an?|the) |(?<=[a-z]{3}[^s])s\b", "", text.lower())
     text = re.sub(_WORD, lambda found: found[0].lower(), text)
-    return re.sub(r"\{(\w|\\[A-Za-z]+)\}", r"\1", re.sub(r"[ °]", "", text))
+    for run in _BOUND.finditer(text):  # whatever the letter's name is
+        text = re.sub(rf"(?<![A-Za-z\\]){run[1]}(?![A-Za-z])", "ζ", text)
+    return re.sub(r"\{(\w|∞|\\[A-Za-z]+)\}", r"\1", re.sub(r"\(mod(\w+)\)", r"mod\1", re.sub(r"[ °]", "", text)))
+
+
+_BOUND = re.compile(r"\\(?:sum|prod)_\{([a-z])=")
 
 
 _WORD = r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|N[Oo])(?![A-Za-z])"
@@ -98,15 +105,18 @@ def distinct(nodes: Iterable[Reading]) -> list[Reading]:
 
 
 def same_definition(a: Reading, b: Reading) -> bool:
-    """y = 2x and f(x) = 2x, whose left sides are names. p = q and r = q are equations between names."""
+    """y = 2x and f(x) = 2x, whose left sides are names; f(x) = x + 1 and f(n) = n + 1, but not f(x) = n and f(n) = n.
+    p = q and r = q are equations between names."""
     if not (a.name and b.name and a.bare and b.bare):
         return False
     stems, indices = zip(*(re.fullmatch(r"(.[^(_]*)(.*)", one.name, re.DOTALL).groups() for one in (a, b)))
-    if stems[0] == stems[1] and indices[0] != indices[1] and all(indices):
-        # f(2) = 5 is not f(3) = 5; f(x) = 5 is f(n) = 5, but f(x) = n is not f(n) = n.
-        letters = all(re.fullmatch(r"\([a-z]\)|_\{[a-z]\}", index) for index in indices)
-        if not letters or not (a.bare.expression and not a.bare.expression.letters):
-            return False
+    if indices[0] != indices[1] and all(re.fullmatch(r"\([a-z]\)|_\{[a-z]\}", index) for index in indices):
+        values = [
+            one.bare.expression and one.bare.expression.of(index.strip("(_{})")) for one, index in zip((a, b), indices)
+        ]
+        return None not in values and agree(*values)
+    if stems[0] == stems[1] and indices[0] != indices[1] and all(indices):  # f(2) = 5 is not f(3) = 5
+        return False
     return ("(" in a.name + b.name or not re.fullmatch(NAME, a.bare.text)) and same(a.bare, b.bare)
 
 

@@ -49,11 +49,18 @@ class Expression:
         one of NO_VALUE: when it has no value, or none within the bounds.
     """
 
-    def __init__(self, text: str, budget: Budget):
-        self.tokens, self.budget = tokens_of(text), budget
+    def __init__(self, text: str | list[str], budget: Budget):
+        self.tokens, self.budget = tokens_of(text) if isinstance(text, str) else text, budget
         evaluator = _Evaluator(self.tokens, 0, budget)
         self._values: dict[int, Number | None] = {0: evaluator.value()}
         self.letters = evaluator.letters
+
+    def of(self, letter: str) -> "Expression | None":
+        """The same function of another letter, the same one for all; None where it has no value."""
+        try:
+            return Expression(["ζ" if token == letter else token for token in self.tokens], self.budget)
+        except NO_VALUE:
+            return None
 
     def at(self, point: int) -> Number | None:
         """The value at a point; None where it has none."""
@@ -124,11 +131,17 @@ class _Evaluator:
     def expression(self) -> Number:
         result = self.sign() * self.term()
         while self.peek() in ("+", "-"):
-            result = self.bounded(add(result, self.sign() * self.term()))
+            result = self.sum(result, self.sign() * self.term())
         if self.peek() not in _OPERATORS:
             return result
         operation = {"over": divide, "choose": self.binomial, "mod": self.residue}[self.next()]
         return self.bounded(operation(result, self.nested(self.expression)))
+
+    def sum(self, x: Number, y: Number) -> Number:
+        total = self.bounded(add(x, y))
+        if not self.letters and (x and numbers.close(total, y) or y and numbers.close(total, x)):
+            raise Unreadable  # e^100 + 1: the 1 is lost, and it would equal e^100
+        return total
 
     def sign(self) -> int:
         sign = 1
@@ -149,10 +162,11 @@ class _Evaluator:
                 return result
 
     def at_factor(self) -> bool:
-        """Does an implicit product go on here? A number goes on only after a bracket or a !: (n-2)2^n, but not 3 4."""
-        token = self.peek()
+        """Does an implicit product go on here? With a number only after a bracket or a !, (n-2)2^n, or where it is the
+        base of a power after a letter, n 2^n; but not in 3 4."""
+        token, before = self.peek(), self.tokens[self.position - 1]
         if token[:1].isdigit():
-            return self.tokens[self.position - 1] in ")]}!"
+            return before in ")]}!" or before.isalpha() and self.tokens[self.position + 1] == "^"
         return token in BRACKETS or token.isalpha() and token not in _OPERATORS
 
     def factor(self) -> Number:
@@ -185,6 +199,8 @@ class _Evaluator:
         if token in ("sqrt", "cbrt"):
             index = self.nested(self.atom) if self.peek() == "[" else Fraction(2 if token == "sqrt" else 3)
             return self.power(self.nested(self.atom), 1 / index)
+        if token == "bar" and (digits_of := self.several_letters()):
+            return opaque(token, *digits_of)
         if token in _MARKS:
             return opaque(token, digits(self.nested(self.atom)))
         if token in SEVERAL:
@@ -192,6 +208,15 @@ class _Evaluator:
         if token in ("sum", "prod"):
             return self.repeated(add if token == "sum" else multiply)
         return self.function(token) if token in FUNCTIONS else self.symbol(token)
+
+    def several_letters(self) -> list[str]:
+        """What stands in braces where it is letters and digits side by side: the digits of a number, and no product."""
+        end = self.tokens.index("}", self.position) if "}" in self.tokens[self.position :] else 0
+        inner = self.tokens[self.position + 1 : end]
+        if len(inner) < 2 or not all(token.isalnum() for token in inner):
+            return []
+        self.position, self.letters = end + 1, True
+        return inner
 
     def arguments(self) -> list[Number]:
         """What stands in brackets, between commas."""
@@ -321,6 +346,8 @@ class _Evaluator:
     def binomial(self, n: Number, k: Number) -> Number:
         if _is_whole(n) and isinstance(k, Fraction) and not 0 <= k <= n:
             raise Unreadable
+        if _is_whole(n) and _is_whole(k) and min(k, n - k) * _bits_of(n) <= MAX_BITS:
+            return self.bounded(Fraction(math.comb(int(n), int(k))))
         rest = self.factorial(add(n, -k))
         return self.bounded(divide(self.factorial(n), multiply(self.factorial(k), rest)))
 

@@ -21,24 +21,27 @@ _SIGNS = r"""
     lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor ,∨ vee ,∨
     ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j
     dbinom \binom tbinom \binom lgroup ( rgroup ) ulcorner ⌈ urcorner ⌉ llcorner ⌊ lrcorner ⌋ overline \bar
-    varepsilon \epsilon varphi \phi vartheta \theta varrho \rho
+    varepsilon \epsilon varphi \phi vartheta \theta varrho \rho land \wedge lnot \neg
+    to → rightarrow → longrightarrow → implies ⇒ Rightarrow ⇒ iff ⇔ Leftrightarrow ⇔
 """.split()
 _SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
 _LAYOUT = (
     "! $ % ( ) [ ] left right mleft mright middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr "
     "displaystyle textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline "
-    "boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar"
+    "boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar checkmark small large Large huge"
 ).split()
 _MACROS = dict.fromkeys(_LAYOUT, "") | dict.fromkeys(_SPACES, " ") | dict(zip(_SIGNS[::2], _SIGNS[1::2]))
 # NFKC would turn the first of these into other signs; of a letter's forms (φ, ϕ) it leaves one.
 _BEFORE = str.maketrans(
-    {"º": "°", "ℓ": "\\ell ", "ℏ": "\\hbar "} | {c: f"\\mathbb{{{n}}}" for c, n in zip("ℝℤℕℚℂ", "RZNQC")}
+    {"º": "°", "ℓ": "\\ell ", "ℏ": "\\hbar "}
+    | {c: f"\\mathbb{{{n}}}" for c, n in zip("ℝℤℕℚℂ", "RZNQC")}
+    | {chr(ord("①") + n): f"{n + 1}," for n in range(20)}
 )
 _CHARACTER_SIGNS = r"""
     × * · * ⋅ * ∙ * • * ÷ / ∕ / ⁄ / ∣ | 〈 ( ⟨ ( 〉 ) ⟩ ) ∨ ,∨ 、 , 。 . ′ ' ’ ' − - ≦ ≤ ⩽ ≤ ≧ ≥ ⩾ ≥ √ \sqrt ∛ \cbrt
     ∜ \sqrt[4] ∑ \sum ∏ \prod ∫ \int ∠ \angle ∀ \forall ≡ \equiv ∆ \Delta
 """.split()
-_BY_CHARACTER = {"~": " "} | dict.fromkeys('$%"“”', "") | {"或": " or ", "和": " and ", "与": " and "}
+_BY_CHARACTER = {"~": " "} | dict.fromkeys('$%"“”✓', "") | {"或": " or ", "和": " and ", "与": " and "}
 for _char, _sign in zip(_CHARACTER_SIGNS[::2], _CHARACTER_SIGNS[1::2]):
     _BY_CHARACTER[_char] = f"{_sign} " if _sign[0] == "\\" else _sign
 for _letter in GREEK:
@@ -56,10 +59,10 @@ _NO_UNIT_WORD = (
 )
 _NO_UNIT = (
     r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|[^{}]*\bnot?\b|(?:\( ?|is )(?:mod|extr|rej|disc)"
-    rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
+    rf"|(?:to|at|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
-_UNIT = rf"(?!\\math(?:bf|it|bb|cal|frak)|\\bm){_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}"
-_MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
+_UNIT = rf"(?!\\math(?:bf|it|bb|cal|frak)|\\bm){_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}(?!\s*_){_POWER}"
+_MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}(?:\\Omega)?|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
 _JOINING = rf"(?<![\\A-Za-z{{])WORD(?![A-Za-z}}])|(?<=[0-9)\]}}⦄])WORD(?=[A-Za-z]\b)|{_FONT}\{{\s*,?\s*WORD\s*\}}"
 _DERIVATIVE = (
     r"\\frac\s*\{\s*d\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([^{}]*(?:_\{\w+\})?)\s*\}"
@@ -69,23 +72,36 @@ _ONES = "zero one two three four five six seven eight nine ten eleven twelve".sp
 _ONES += [f"{three}teen" for three in "thir four fif six seven eigh nine".split()]
 _TENS = [f"{three}ty" for three in "twen thir for fif six seven eigh nine".split()]
 _NUMBERS = _ONES + [f"{ten}-{one}".removesuffix("-zero") for ten in _TENS for one in _ONES[:10]]
-_MULTIPLE = re.compile(r"(?<=[0-9])\s*(" + _FONT + r"\{)?\s*(hundred|thousand|million|billion|trillion)\b")
-_ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_PARTS = "half third fourth fifth sixth seventh eighth ninth tenth".split()
+_IN_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"half": "1/2"}
+_IN_WORDS |= {
+    f"{_ONES[count]}-{part}{'s' * (count > 1)}": f"{count}/{size}"
+    for count in range(1, 10)
+    for size, part in enumerate(_PARTS, 2)
+}
+_MULTIPLE = re.compile(r"(?<=[0-9])\s*(" + _FONT + r"\{)?\s*(dozen|hundred|thousand|million|billion|trillion)\b")
+_COUNTS = {"dozen": "12"} | {
+    word: f"10^{{{zeros}}}"
+    for word, zeros in zip("hundred thousand million billion trillion".split(), (2, 3, 6, 9, 12))
+}
+
+_BOUNDS = ("at least", "at most", "(?:less|fewer) than", "(?:more|greater) than")
 
 _REWRITES = [
     (re.compile(pattern), new)
     for pattern, new in [
         (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
-        (rf"(?<=[0-9]) ?\^ ?\{{? ?(?:{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b) ?\}}?", ""),
+        (r"\{\s*([:=+<>.-])\s*\}", r"\1"),
+        (rf"(?<=[0-9]) ?\^ ?\{{? ?(?:{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b) ?\}}?|(?<=[0-9])(?:st|nd|rd|th)\b", ""),
         *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])", r"\+/-", r"\.\.\."), "≤≥≠^=±…"),
         (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
         (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
         (r"(?<=[A-Za-z)}'])\s*°\s*(?=[A-Za-z(\\])(?![CFK]\b)", "∘"),  # f of g
         (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
         (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
-        (r"\s*\\pmod\s*(?:\{([^{}]*)\}|(\w+))", r" (mod \1\2)"),
+        (r"\s*(?:\(\s*\\[bp]?mod\s*(\w+)\s*\)|\\pmod\s*(?:\{([^{}]*)\}|(\w+)))", r" (mod \1\2\3)"),
         (r"\\b?mod\b", " mod "),
-        (r"\\(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R)", "ℝ"),
+        (r"\\(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R)|(?<=∈)\s*R\b", "ℝ"),
         (_FONT + r"\{\s*(?:base|in base)?\s*([0-9]+)\s*\}", r"\1"),
         (r"_\s*" + _FONT + r"(\{[^{}]*\})", r"_\1"),
         (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
@@ -94,16 +110,25 @@ _REWRITES = [
         (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}(?!\s*$)", r"\\\1 "),
         *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
         (_FONT + r"\{\s*,\s*\}", " , "),
-        (r"^(\s*[0-9.]+\s*)\*(?=\s*[0-9.]+\s*(?:" + _MANY_UNITS + r"|\s(?:[a-z]{4,}|cm|in|ft)\b))", r"\1×"),  # a size
+        (
+            rf"^(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?!.*=)(?=\s*[0-9.]+\s*(?:"
+            + _MANY_UNITS
+            + r"|\s(?:[a-z]{4,}|cm|in|ft)\b))",
+            r"\1×",
+        ),  # a size
         (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
         *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
         (_FONT + r"(?=[A-Za-z0-9\\])", " "),
-        (r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|答案[是为:]*|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
+        (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
+        (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
+        (r"(?i)^\s*(?:\\therefore|\\sim|[→⇒]|both\b|答案[是为:]*|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
         (r"(?i)^\s*(?:option|choice)\s+(?=\W*[A-J]\b)", ""),
         (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
         (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
         (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
-        (r"(?i)\b(?:below|under) zero[\s.]*$", ""),
+        (r"(?i)\b(?:(?:below|under) zero|only)[\s.]*$", ""),
+        (r"(?i)^\s*(?:the )?([a-z]{4,}(?: [a-z]+){0,3}?)\s*(?:\bis\b|:)\s*(?=[0-9.\\-])", r"\1="),
+        *[(rf"(?i)^\s*{words}\s+(?=[0-9.\\-])", sign) for words, sign in zip(_BOUNDS, "≥≤<>")],
         (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
         (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
         *[(rf"(?:\\|\b){name}\s*\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
@@ -113,26 +138,37 @@ _REWRITES = [
         (r"(?<=[0-9])'\s*'?(?!['\w])", ""),  # minutes and seconds of arc
         (r"\\(?:vec|overrightarrow)\s*\{\s*([A-Z]{2})\s*\}", r"v_{\1}"),  # not that from B to A
         (r"\\(?:vec|overrightarrow)(?![A-Za-z])", ""),
+        (r"\\hat\s*\{?\s*([ijk])\b\s*\}?", r" \1 "),  # unit vectors
         (r"(?<=[)\]}⦄])\s*U\s*(?=[(\[{⦃])", "∪"),
         (r"ℝ\s*-\s*(?=[⦃{])", "ℝ∖"),
         (r"(⦃[^⦃⦄:|]*[A-Za-z)ℝ]\s*):(?=[^⦃⦄]*[=<>≤≥≠∈])", r"\1|"),  # such that
         (r"\^\s*(\{[^{}]*\}|\w)\s*_\{([^{}]*)\}", r"_{\2}^\1"),
+        (r"(?<![A-Za-z\\])C_\{(?![0-3]\})([^{}]+)\}\s*\^\s*\{?\s*(\w+)\s*\}?", r"\\binom{\1}{\2}"),
+        (r"(?<![\w}])(?:\{\s*\}\s*)?[_^]\s*\{?\s*(\w+)\s*\}?\s*C_\{(\w+)\}", r"\\binom{\1}{\2}"),
+        (r"(?<![A-Za-z\\])C\s*\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)", r"\\binom{\1}{\2}"),
         (r"(?:^|(?<=∪))\s*\]", "("),  # ]1,2[ is the open interval
         (r"\[\s*(?=$|∪)", ")"),
         (_DERIVATIVE, r"ð_{\3\1}\2"),  # one letter, so that its d is not cancelled
-        *[(r"(\\[A-Za-z]+\s*\{|[_^}\]]\s*\{)|\{\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w+\})?)\s*\}(?!\s*\\over)", r"\1\2")]
+        *[
+            (
+                r"(\\[A-Za-z]+\s*\{|[_^}\]]\s*\{)|\{\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w+\})?|\\frac\{\w+\}\{\w+\})\s*\}(?!\s*\\over)",
+                r"\1\2",
+            )
+        ]
         * 2,  # {{g}_{k}}
         (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # brackets like others
         (r"\\end\s*\{\w+\*?\}", "⟧"),
         (r"(?<![0-9./^_])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"(\1+\2/\3)"),  # 1 1/2 is a sum
         (r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
-        (r"⦃\s*⟦array¦([^⟦⟧]*)⟧\s*\.", r"⟦cases¦\1⟧"),
+        (r"⦃\s*⟦array¦([^⟦⟧]*)⟧(?!\s*⦄)", r"⟦cases¦\1⟧"),
     ]
 ]
-_REPEATING = re.compile(
-    r"([0-9]*)\.([0-9]*)(?:\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))|\(([0-9]{1,50})\)(?=[\s$\\)}]*$))"
-)
-_TWO_DOTS = re.compile(r"\\dot\s*\{?([0-9])\}?([0-9]{0,48})\\dot\s*\{?([0-9])\}?")
+_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))")
+_PERIODS = [  # other spellings of it: 0.\dot{1}4\dot{2}, 0.1(6), 0.1666...
+    (re.compile(r"\\dot\s*\{?([0-9])\}?([0-9]{0,48})\\dot\s*\{?([0-9])\}?"), r"\\overline{\1\2\3}"),
+    (re.compile(r"(\.[0-9]{0,50})\(([0-9]{1,50})\)(?=[\s$\\)}]*$)"), r"\1\\overline{\2}"),
+    (re.compile(r"(\.[0-9]{0,50}?)([0-9]{1,9}?)\2+\s*(?:…|\.{3}|\\[lcd]?dots(?![a-z]))"), r"\1\\overline{\2}"),
+]
 
 # Bare units, by what may stand around them. One letter is a unit only over another: 3 m/s, but not 3 m.
 _SHORT_UNITS = (
@@ -140,19 +176,25 @@ _SHORT_UNITS = (
     "rad|deg|mph|kph|k?cal|yrs?|USD|pct|sq|cu|units?"
 )
 _SMALL_UNITS = (
-    r"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L)" + _POWER + r"\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b" + _POWER
+    r"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L)"
+    + _POWER
+    + r"\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b"
+    + _POWER
+    + r"|[MLR]_\{\\(?:odot|oplus|sun)\}"
 )
 _WORD = rf"(?:(?!(?:{_NO_UNIT_WORD})\W*(?:$|,)|(?:more|less) than)[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
 _BARE_UNITS = re.compile(
     rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}"
     r"|\s*(?![万亿千百十半成折分之多余点])[一-龥]{1,4})\.?\s*(?=$|,)"
 )
-# 3'600, and 1,000, for no list has a member 000.
-_THOUSANDS = re.compile(r"(?<![.,0-9])[0-9]{1,3}(?:('[0-9]{3})+|(,[0-9]{3})*,0[0-9]{2}(,[0-9]{3})*)(?![0-9])")
+# 3'600 and 1.000.000, and 1,000, for no list has a member 000.
+_THOUSANDS = re.compile(
+    r"(?<![.,0-9])[0-9]{1,3}(?:('[0-9]{3})+|(\.[0-9]{3}){2,}|(,[0-9]{3})*,0[0-9]{2}(,[0-9]{3})*)(?![.]?[0-9])"
+)
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 # After an answer: a remark in brackets, or from a word to the end.
 _BRACKETED = re.compile(
-    r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}]))\("
+    r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}\]]))\("
     r"\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*",
     re.DOTALL,
 )
@@ -172,11 +214,21 @@ _NO_REMARK = re.compile(
 _AGREEING = re.compile(
     r"(?<![\\a-z])(?<!per )((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|"
     r"late|from now|early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|"
-    r"c(?=elsius)|f(?=ahrenheit)|hundred|thousand|million|billion|trillion|cent|dollar|second|minute|hour|day|week|month|year|"
-    r"inch|feet|yard|mile|[cdkmn]m|m(?=et)|g(?=ram)|kg)(?:e?s|et(?:er|re)s?|rams?|elsius|ahrenheit|wards?)?(?![a-z])"
-    r"|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mg])(?:et(?:er|re)s?|rams?)?\b"
+    r"c(?=elsius)|f(?=ahrenheit)|hundred|thousand|million|billion|trillion|dozen|cent|dollar|sec|min|hr|day|week|month|"
+    r"yr|inch|ft|yard|mile|lb|oz|gal|[cdkmn][mgljw]|[mgljw](?=eter|etre|ram|iter|itre|oule|att))"
+    r"(?:e?s|(?:et(?:er|re)|ram|it(?:er|re)|oule|att)s?|elsius|ahrenheit|wards?)?(?![a-z])"
+    r"|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mgljw])\b"
 )
-_CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
+_SHORT = dict(
+    zip(
+        "kilo centi milli second minute hour year foot feet pound ounce gallon mph".split(),
+        "k c m sec min hr yr ft ft lb oz gal mile".split(),
+    )
+) | {"\\$": "dollar "}
+_SPELLED = re.compile("|".join(map(re.escape, _SHORT)).replace("milli", "milli(?=[gmljw])"))
+_LABELS = "a b c d A B C D 1 2 3 4 i ii iii iv I II III IV".split()
+_LABEL = re.compile(rf"(?:^\s*|[\s,;.]+)\(({'|'.join(_LABELS)})\)\s*")  # (a) 5, (b) 6
+_CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+([^\s,∧∨].*)", re.DOTALL)
 
 
 def clean(text: str) -> str:
@@ -184,17 +236,24 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = _compatible(text.translate(_BEFORE))
     text = re.sub(r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", "", text)  # these commas group digits, wherever they stand
-    text = _THOUSANDS.sub(lambda number: re.sub("[',]", "", number[0]), text)
+    text = _THOUSANDS.sub(lambda number: re.sub("[',.]", "", number[0]), text)
     text = re.sub(r"(?<=[0-9])\{,\}(?=[0-9])", ".", text)  # elsewhere it is a decimal comma
     text = re.sub(r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§", text)  # 17%6 is not 176
     text = re.sub(r"\\q?quad", " ", text)  # also where a letter is glued to it
-    text = _REPEATING.sub(_repeating, _TWO_DOTS.sub(r"\\overline{\1\2\3}", text))
+    for pattern, new in _PERIODS:
+        text = pattern.sub(new, text)
+    text = _REPEATING.sub(_repeating, text)
+    text = re.sub(r"\\(?:left|right)\s*\.", "", text)
     text = re.sub(r"\\([A-Za-z]+|[^A-Za-z])", lambda found: _MACROS.get(found[1], found[0]), text)
     text = text.translate(_CHARACTERS)
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
-    word = text.strip(" .-").lower().replace(" ", "-")
-    return text[: text.find("-", 0, 2) + 1] + str(_NUMBERS.index(word)) if word in _NUMBERS else text.rstrip(" \\")
+    pieces = _LABEL.split(text)  # "", a, 5, b, 6
+    places = [_LABELS.index(label) % 4 for label in pieces[1::2]]
+    if len(places) > 1 and places == [*range(len(places))] and all(pieces[2::2]):
+        return f"({','.join(pieces[2::2])})"
+    word = text.strip(" .-").lower().replace(" ", "-").replace("quarter", "fourth")
+    return text[: text.find("-", 0, 2) + 1] + _IN_WORDS[word] if word in _IN_WORDS else text.rstrip(" \\")
 
 
 def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
@@ -202,9 +261,10 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     number, 5 km a number with its unit or a product, (C) 12 the letter of a choice or the choice, a line a part of a
     list, 2x for x > 0 also 2x."""
     lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())
-    counted = _MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text)
-    raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines])
-    lower = [re.sub("(k)ilo|(c)enti|(m)illi(?=[gm])", r"\1\2\3", one.lower().replace("\\$", "dollar ")) for one in raw]
+    counted = _MULTIPLE.sub(lambda found: f"*{_COUNTS[found[2]]}{found[1] or ''}", text)
+    common = re.sub(r"\\log(?![\sA-Za-z]*_)", r"\\lg", text)  # log as that of base 10
+    raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines, common])
+    lower = [_SPELLED.sub(lambda found: _SHORT[found[0]], one.lower()) for one in raw]
     details = [frozenset(map("".join, _AGREEING.findall(one))) for one in lower]
     texts = dict(zip(map(clean, raw), details))
     for one in list(texts):
@@ -242,6 +302,6 @@ def _compatible(text: str) -> str:
 
 def _repeating(found: re.Match) -> str:
     """0.1\\overline{6} as the fraction that it is: (16 - 1) / 90."""
-    whole, fixed, period = found[1], found[2], found[3] or found[4] or found[5]
+    whole, fixed, period = found[1], found[2], found[3] or found[4]
     numerator = int(whole + fixed + period) - int("0" + whole + fixed)
     return f"({numerator}/{'9' * len(period)}{'0' * len(fixed)})"

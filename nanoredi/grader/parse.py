@@ -31,7 +31,7 @@ _STANDS_FOR = re.compile(rf"{_QUANTITY}|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}
 _NAMES_TUPLE = re.compile(rf"\({LETTER}(?:,{LETTER})+\)")
 _COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i+nt|oint|det|sup|inf) ?(?![A-Za-z])|\bmod\b|⟦vmatrix")
 _STACKED = re.compile(r"[^⟦]*⟦(cases|align(?:ed)?|gather(?:ed)?|equation|split)¦([^⟦]*)⟧", re.DOTALL)
-_BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{(?:base ?)?| (?:in )?base )([0-9]{1,2})\}?")
+_BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{(?:base)?|(?:in)?base)([0-9]{1,2})\}?")
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _ALL_REALS = re.compile(r"(?:the )?(?:set of )?all real(?: number)?s|ℝ", re.IGNORECASE)
 _SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
@@ -163,7 +163,7 @@ class _Reader:
             return self.relation(text, sides[::2], sides[1::2])
         if "⟦" in text:
             return self.matrix(text)
-        if base := _BASE.fullmatch(text):
+        if base := _BASE.fullmatch(text.replace(" ", "")):
             return Reading("base", f"{base[1].lstrip('0').upper()}_{base[2]}")
         if time := _TIME.fullmatch(text.replace(" ", "")):
             return self.time(time, text)
@@ -178,7 +178,12 @@ class _Reader:
         return Reading("value", text, expression=Expression(quotient, self.budget))
 
     def union(self, text: str, pieces: list[str]) -> Reading:
-        parts = sets.combine([self.read(piece) for piece in pieces[::2]], pieces[1::2])
+        operands, operators = [self.read(piece) for piece in pieces[::2]], pieces[1::2]
+        if any(one.kind == "value" and not one.braces for one in operands[: None if "∪" in operators else 1]):
+            if {*operators} == {"∪"}:
+                return Reading("∨", text, tuple(operands))  # A ∪ B is not A, B
+            raise Unreadable
+        parts = sets.combine(operands, operators)
         if len(parts) > MAX_PARTS:
             raise Unreadable
         return Reading("list", text, tuple(parts)) if len(parts) > 1 else parts[0] if parts else self.as_text("∅")
@@ -241,7 +246,9 @@ class _Reader:
         if _NAMES_TUPLE.fullmatch(sides[0]) and len(sides) == 2 and parts[1].kind == "()":
             pairs = list(zip(sides[0][1:-1].split(","), parts[1].parts))
             if len(pairs) == len(parts[0].parts) == len(parts[1].parts):
-                return self.group([f"{name}={value.text}" for name, value in pairs])
+                system = self.group([f"{name}={value.text}" for name, value in pairs])
+                system.bare = parts[1]
+                return system
         chained = _NAMES_TUPLE.fullmatch(f"({','.join(sides[:-1])})")  # x = y = 1
         if chained and not is_name(sides[-1]):
             return self.group([f"{name}={sides[-1]}" for name in sides[:-1]])
