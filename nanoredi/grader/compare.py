@@ -110,13 +110,16 @@ def same_definition(a: Reading, b: Reading) -> bool:
     if not (a.name and b.name and a.bare and b.bare):
         return False
     stems, indices = zip(*(re.fullmatch(r"(.[^(_]*)(.*)", one.name, re.DOTALL).groups() for one in (a, b)))
-    if indices[0] != indices[1] and all(re.fullmatch(r"\([a-z]\)|_\{[a-z]\}", index) for index in indices):
-        values = [
-            one.bare.expression and one.bare.expression.of(index.strip("(_{})")) for one, index in zip((a, b), indices)
-        ]
-        return None not in values and agree(*values)
-    if stems[0] == stems[1] and indices[0] != indices[1] and all(indices):  # f(2) = 5 is not f(3) = 5
-        return False
+    if indices[0] != indices[1] and all(indices):
+        letters = [index.strip("(_{})") for index in indices]
+        bodies = [one.bare.expression for one in (a, b) if one.bare.expression]
+        if len(bodies) == 2 and all(
+            len(x) == 1 and x.islower() and x in body.tokens for x, body in zip(letters, bodies)
+        ):
+            renamed = [body.of(x) for x, body in zip(letters, bodies)]
+            return None not in renamed and agree(*renamed)
+        if stems[0] == stems[1] and not (all(x.isalpha() for x in letters) and bodies and not bodies[0].letters):
+            return False  # f(2) = 5 is not f(3) = 5, but f(x) = 5 is f(n) = 5
     return ("(" in a.name + b.name or not re.fullmatch(NAME, a.bare.text)) and same(a.bare, b.bare)
 
 

@@ -1,19 +1,19 @@
 r"""LaTeX to the grader's plain string: layout, fonts, units and currencies are dropped, every operator and bracket gets
 one spelling (\leq and <= become ≤, \{ becomes ⦃), and short forms are written out (\frac12, 0.1\overline{6}, 2\frac12).
 
-Every rule is one regular expression on a string of bounded length. A rule may be wrong for an answer that it was not
-written for; where it often would be (is 12,345 one number or two? is 5 km a product?), readings tries both.
+Every rule is one regular expression on a string of bounded length. Where a rule would often be wrong (is 12,345 one
+number or two? is 5 km a product?), `readings` tries both meanings.
 """
 
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nanoredi.grader.numbers import FUNCTIONS
 from nanoredi.grader.symbols import GREEK
 
-# Macros and the signs that they are, in turn; the grader's own brackets ⦃ ⦄ are those of a set.
+# Each macro followed by the sign that it stands for; ⦃ and ⦄ are the grader's own brackets around a set.
 _SIGNS = r"""
     cdot * times * ast * div / colon : ratio : pm ± mp ∓ cup ∪ bigcup ∪ cap ∩ bigcap ∩ setminus ∖ backslash ∖
     smallsetminus ∖ in ∈ infty ∞ infin ∞ emptyset ∅ varnothing ∅ pi π circ ° degree ° textdegree ° prime ' lvert |
@@ -31,7 +31,7 @@ _LAYOUT = (
     "boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar checkmark small large Large huge"
 ).split()
 _MACROS = dict.fromkeys(_LAYOUT, "") | dict.fromkeys(_SPACES, " ") | dict(zip(_SIGNS[::2], _SIGNS[1::2]))
-# NFKC would turn the first of these into other signs; of a letter's forms (φ, ϕ) it leaves one.
+# Replaced before NFKC, which would turn them into other signs (and which unites a letter's forms, φ and ϕ).
 _BEFORE = str.maketrans(
     {"º": "°", "ℓ": "\\ell ", "ℏ": "\\hbar "}
     | {c: f"\\mathbb{{{n}}}" for c, n in zip("ℝℤℕℚℂ", "RZNQC")}
@@ -52,7 +52,8 @@ _CHARACTERS = str.maketrans(_BY_CHARACTER)
 _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 _FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt|bb|cal|frak)|bm)\s*"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
-# A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even} have no unit.
+# A \text after a number is its unit unless it begins with a digit or with one of these words or signs, as in
+# 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even}.
 _NO_UNIT_WORD = (
     r"hal(?:f|ves)|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial|odd|"
     r"even|prime|integer|negative|positive|more|less|fewer|short|under|(?:degrees )?(?:below|under) zero"
@@ -72,124 +73,109 @@ _ONES = "zero one two three four five six seven eight nine ten eleven twelve".sp
 _ONES += [f"{three}teen" for three in "thir four fif six seven eigh nine".split()]
 _TENS = [f"{three}ty" for three in "twen thir for fif six seven eigh nine".split()]
 _NUMBERS = _ONES + [f"{ten}-{one}".removesuffix("-zero") for ten in _TENS for one in _ONES[:10]]
-_PARTS = "half third fourth fifth sixth seventh eighth ninth tenth".split()
-_IN_WORDS = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"half": "1/2"}
-_IN_WORDS |= {
-    f"{_ONES[count]}-{part}{'s' * (count > 1)}": f"{count}/{size}"
-    for count in range(1, 10)
-    for size, part in enumerate(_PARTS, 2)
-}
-_MULTIPLE = re.compile(r"(?<=[0-9])\s*(" + _FONT + r"\{)?\s*(dozen|hundred|thousand|million|billion|trillion)\b")
-_COUNTS = {"dozen": "12"} | {
-    word: f"10^{{{zeros}}}"
-    for word, zeros in zip("hundred thousand million billion trillion".split(), (2, 3, 6, 9, 12))
-}
+_PARTS = dict(enumerate("half third fourth fifth sixth seventh eighth ninth tenth".split(), 2))
+_IN_WORDS = dict(zip(_NUMBERS, map(str, range(100)))) | {"half": "1/2"}
+_IN_WORDS |= {f"{_ONES[n]}-{part}{'s' * (n > 1)}": f"{n}/{size}" for n in range(1, 10) for size, part in _PARTS.items()}
+_COUNTS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_BOUNDS = {"at least": "≥", "at most": "≤", "(?:less|fewer) than": "<", "(?:more|greater) than": ">"}
+_MULTIPLE = re.compile(rf"(?<=[0-9])\s*({_FONT}\{{)?\s*({'|'.join(_COUNTS)})\b")
+_SIZE = rf"(?:{_MANY_UNITS}|\s(?:[a-z]{{4,}}|cm|in|ft)\b)"
+# A letter, macro or fraction alone in braces that are no macro's argument; of {{g}_{k}} it takes two passes.
+_ALONE = (
+    r"(\\[A-Za-z]+\s*\{|[_^}\]]\s*\{)|"
+    r"\{\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w+\})?|\\frac\{\w+\}\{\w+\})\s*\}(?!\s*\\over)"
+)
 
-_BOUNDS = ("at least", "at most", "(?:less|fewer) than", "(?:more|greater) than")
-
-_REWRITES = [
-    (re.compile(pattern), new)
-    for pattern, new in [
-        (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
-        (r"\{\s*([:=+<>.-])\s*\}", r"\1"),
-        (rf"(?<=[0-9]) ?\^ ?\{{? ?(?:{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b) ?\}}?|(?<=[0-9])(?:st|nd|rd|th)\b", ""),
-        *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])", r"\+/-", r"\.\.\."), "≤≥≠^=±…"),
-        (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
-        (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
-        (r"(?<=[A-Za-z)}'])\s*°\s*(?=[A-Za-z(\\])(?![CFK]\b)", "∘"),  # f of g
-        (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
-        (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
-        (r"\s*(?:\(\s*\\[bp]?mod\s*(\w+)\s*\)|\\pmod\s*(?:\{([^{}]*)\}|(\w+)))", r" (mod \1\2\3)"),
-        (r"\\b?mod\b", " mod "),
-        (r"\\(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R)|(?<=∈)\s*R\b", "ℝ"),
-        (_FONT + r"\{\s*(?:base|in base)?\s*([0-9]+)\s*\}", r"\1"),
-        (r"_\s*" + _FONT + r"(\{[^{}]*\})", r"_\1"),
-        (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
-        (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
-        (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
-        (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}(?!\s*$)", r"\\\1 "),
-        *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
-        (_FONT + r"\{\s*,\s*\}", " , "),
-        (
-            rf"^(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?!.*=)(?=\s*[0-9.]+\s*(?:"
-            + _MANY_UNITS
-            + r"|\s(?:[a-z]{4,}|cm|in|ft)\b))",
-            r"\1×",
-        ),  # a size
-        (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
-        *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
-        (_FONT + r"(?=[A-Za-z0-9\\])", " "),
-        (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
-        (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
-        (r"(?i)^\s*(?:\\therefore|\\sim|[→⇒]|both\b|答案[是为:]*|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
-        (r"(?i)^\s*(?:option|choice)\s+(?=\W*[A-J]\b)", ""),
-        (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
-        (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
-        (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
-        (r"(?i)\b(?:(?:below|under) zero|only)[\s.]*$", ""),
-        (r"(?i)^\s*(?:the )?([a-z]{4,}(?: [a-z]+){0,3}?)\s*(?:\bis\b|:)\s*(?=[0-9.\\-])", r"\1="),
-        *[(rf"(?i)^\s*{words}\s+(?=[0-9.\\-])", sign) for words, sign in zip(_BOUNDS, "≥≤<>")],
-        (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
-        (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
-        *[(rf"(?:\\|\b){name}\s*\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
-        (r"\\(frac|binom)\s*([0-9])", r"\\\1{\2}"),
-        (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-        (r"(\\sqrt\s*(?:\[[0-9]\])?)\s*([0-9]+)", r"\1{\2}"),
-        (r"(?<=[0-9])'\s*'?(?!['\w])", ""),  # minutes and seconds of arc
-        (r"\\(?:vec|overrightarrow)\s*\{\s*([A-Z]{2})\s*\}", r"v_{\1}"),  # not that from B to A
-        (r"\\(?:vec|overrightarrow)(?![A-Za-z])", ""),
-        (r"\\hat\s*\{?\s*([ijk])\b\s*\}?", r" \1 "),  # unit vectors
-        (r"(?<=[)\]}⦄])\s*U\s*(?=[(\[{⦃])", "∪"),
-        (r"ℝ\s*-\s*(?=[⦃{])", "ℝ∖"),
-        (r"(⦃[^⦃⦄:|]*[A-Za-z)ℝ]\s*):(?=[^⦃⦄]*[=<>≤≥≠∈])", r"\1|"),  # such that
-        (r"\^\s*(\{[^{}]*\}|\w)\s*_\{([^{}]*)\}", r"_{\2}^\1"),
-        (r"(?<![A-Za-z\\])C_\{(?![0-3]\})([^{}]+)\}\s*\^\s*\{?\s*(\w+)\s*\}?", r"\\binom{\1}{\2}"),
-        (r"(?<![\w}])(?:\{\s*\}\s*)?[_^]\s*\{?\s*(\w+)\s*\}?\s*C_\{(\w+)\}", r"\\binom{\1}{\2}"),
-        (r"(?<![A-Za-z\\])C\s*\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)", r"\\binom{\1}{\2}"),
-        (r"(?:^|(?<=∪))\s*\]", "("),  # ]1,2[ is the open interval
-        (r"\[\s*(?=$|∪)", ")"),
-        (_DERIVATIVE, r"ð_{\3\1}\2"),  # one letter, so that its d is not cancelled
-        *[
-            (
-                r"(\\[A-Za-z]+\s*\{|[_^}\]]\s*\{)|\{\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w+\})?|\\frac\{\w+\}\{\w+\})\s*\}(?!\s*\\over)",
-                r"\1\2",
-            )
-        ]
-        * 2,  # {{g}_{k}}
-        (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # brackets like others
-        (r"\\end\s*\{\w+\*?\}", "⟧"),
-        (r"(?<![0-9./^_])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"(\1+\2/\3)"),  # 1 1/2 is a sum
-        (r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
-        (r"⦃\s*⟦array¦([^⟦⟧]*)⟧(?!\s*⦄)", r"⟦cases¦\1⟧"),
-    ]
+_Rules = list[tuple[str, str | Callable[[re.Match], str]]]
+# Rules about digits, which come before macros become signs.
+_DIGITS: _Rules = [
+    (r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", ""),  # these commas group digits, wherever they are
+    # 3'600 and 1.000.000, and 1,000, for no list has a member 000
+    (
+        r"(?<![.,0-9])[0-9]{1,3}(?:('[0-9]{3})+|(\.[0-9]{3}){2,}|(,[0-9]{3})*,0[0-9]{2}(,[0-9]{3})*)(?![.]?[0-9])",
+        lambda found: re.sub("[',.]", "", found[0]),
+    ),
+    (r"(?<=[0-9])\{,\}(?=[0-9])", "."),  # elsewhere it is a decimal comma
+    (r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§"),  # 17%6 is not 176
+    (r"\\q?quad", " "),  # also where a letter is glued to it
+    (r"\\(?:left|right)\s*\.", ""),
+    # 0.\dot{1}4\dot{2}, 0.1(6) and 0.1666... to 0.1\overline{6}, and this to the fraction that it is
+    (r"\\dot\s*\{?([0-9])\}?([0-9]{0,48})\\dot\s*\{?([0-9])\}?", r"\\overline{\1\2\3}"),
+    (r"(\.[0-9]{0,50})\(([0-9]{1,50})\)(?=[\s$\\)}]*$)", r"\1\\overline{\2}"),
+    (r"(\.[0-9]{0,50}?)([0-9]{1,9}?)\2+\s*(?:…|\.{3}|\\[lcd]?dots(?![a-z]))", r"\1\\overline{\2}"),
+    (r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))", lambda found: _repeating(found)),
 ]
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))")
-_PERIODS = [  # other spellings of it: 0.\dot{1}4\dot{2}, 0.1(6), 0.1666...
-    (re.compile(r"\\dot\s*\{?([0-9])\}?([0-9]{0,48})\\dot\s*\{?([0-9])\}?"), r"\\overline{\1\2\3}"),
-    (re.compile(r"(\.[0-9]{0,50})\(([0-9]{1,50})\)(?=[\s$\\)}]*$)"), r"\1\\overline{\2}"),
-    (re.compile(r"(\.[0-9]{0,50}?)([0-9]{1,9}?)\2+\s*(?:…|\.{3}|\\[lcd]?dots(?![a-z]))"), r"\1\\overline{\2}"),
+_REWRITES: _Rules = [
+    (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
+    (r"\{\s*([:=+<>.-])\s*\}", r"\1"),
+    (rf"(?<=[0-9]) ?\^ ?\{{? ?(?:{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b) ?\}}?|(?<=[0-9])(?:st|nd|rd|th)\b", ""),
+    *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])", r"\+/-", r"\.\.\."), "≤≥≠^=±…"),
+    (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
+    (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
+    (r"(?<=[A-Za-z)}'])\s*°\s*(?=[A-Za-z(\\])(?![CFK]\b)", "∘"),  # f of g
+    (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
+    (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
+    (r"\s*(?:\(\s*\\[bp]?mod\s*(\w+)\s*\)|\\pmod\s*(?:\{([^{}]*)\}|(\w+)))", r" (mod \1\2\3)"),
+    (r"\\b?mod\b", " mod "),
+    (r"\\(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R)|(?<=∈)\s*R\b", "ℝ"),
+    (r"_\s*" + _FONT + r"(\{[^{}]*\})", r"_\1"),
+    (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
+    (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
+    (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
+    *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
+    (rf"^(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?!.*=)(?=\s*[0-9.]+\s*{_SIZE})", r"\1×"),  # a size is no product
+    (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
+    *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
+    (_FONT + r"(?=[A-Za-z0-9\\])", " "),
+    (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
+    (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
+    (r"(?i)^\s*(?:\\therefore|\\sim|[→⇒]|both\b|答案[是为:]*|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
+    (r"(?i)^\s*(?:option|choice)\s+(?=\W*[A-J]\b)", ""),
+    (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
+    (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
+    (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
+    (r"(?i)\b(?:(?:below|under) zero|only)[\s.]*$", ""),
+    (r"(?i)^\s*(?:the )?([a-z]{4,}(?: [a-z]+){0,3}?)\s*(?:\bis\b|:)\s*(?=[0-9.\\-])", r"\1="),
+    *[(rf"(?i)^\s*{words}\s+(?=[0-9.\\-])", sign) for words, sign in _BOUNDS.items()],
+    (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
+    (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
+    *[(rf"(?:\\|\b){name}\s*\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
+    (r"\\(frac|binom)\s*([0-9])", r"\\\1{\2}"),
+    (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+    (r"(?<=[0-9])'\s*'?(?!['\w])", ""),  # minutes and seconds of arc
+    (r"\\(?:vec|overrightarrow)\s*\{\s*([A-Z]{2})\s*\}", r"v_{\1}"),  # not that from B to A
+    (r"\\(?:vec|overrightarrow)(?![A-Za-z])", ""),
+    (r"\\hat\s*\{?\s*([ijk])\b\s*\}?", r" \1 "),  # unit vectors
+    (r"(?<=[)\]}⦄])\s*U\s*(?=[(\[{⦃])", "∪"),
+    (r"ℝ\s*-\s*(?=[⦃{])", "ℝ∖"),
+    (r"(⦃[^⦃⦄:|]*[A-Za-z)ℝ]\s*):(?=[^⦃⦄]*[=<>≤≥≠∈])", r"\1|"),  # such that
+    (r"\^\s*(\{[^{}]*\}|\w)\s*_\{([^{}]*)\}", r"_{\2}^\1"),
+    (r"(?<![A-Za-z\\])C_\{(?![0-3]\})([^{}]+)\}\s*\^\s*\{?\s*(\w+)\s*\}?", r"\\binom{\1}{\2}"),
+    (r"(?<![\w}])(?:\{\s*\}\s*)?[_^]\s*\{?\s*(\w+)\s*\}?\s*C_\{(\w+)\}", r"\\binom{\1}{\2}"),
+    (r"(?<![A-Za-z\\])C\s*\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)", r"\\binom{\1}{\2}"),
+    (r"(?:^|(?<=∪))\s*\]", "("),  # ]1,2[ is the open interval
+    (r"\[\s*(?=$|∪)", ")"),
+    (_DERIVATIVE, r"ð_{\3\1}\2"),  # one letter, so that its d is not cancelled
+    *[(_ALONE, r"\1\2")] * 2,
+    (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # brackets like others
+    (r"\\end\s*\{\w+\*?\}", "⟧"),
+    (r"(?<![0-9./^_])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"(\1+\2/\3)"),  # 1 1/2 is a sum
+    (r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
+    (r"⦃\s*⟦array¦([^⟦⟧]*)⟧(?!\s*⦄)", r"⟦cases¦\1⟧"),
 ]
-
 # Bare units, by what may stand around them. One letter is a unit only over another: 3 m/s, but not 3 m.
 _SHORT_UNITS = (
     "cm|mm|km|nm|kg|mg|lbs?|oz|ft|in|yd|mi|hrs?|min|secs?|ms|k?Hz|MHz|GHz|[kMG]?eV|kJ|kW|MW|mV|kV|k?Pa|atm|mol|mL|ml|"
     "rad|deg|mph|kph|k?cal|yrs?|USD|pct|sq|cu|units?"
 )
 _SMALL_UNITS = (
-    r"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L)"
-    + _POWER
-    + r"\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b"
-    + _POWER
-    + r"|[MLR]_\{\\(?:odot|oplus|sun)\}"
+    rf"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L){_POWER}\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b{_POWER}"
+    r"|[MLR]_\{\\(?:odot|oplus|sun)\}"
 )
 _WORD = rf"(?:(?!(?:{_NO_UNIT_WORD})\W*(?:$|,)|(?:more|less) than)[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
 _BARE_UNITS = re.compile(
     rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}"
     r"|\s*(?![万亿千百十半成折分之多余点])[一-龥]{1,4})\.?\s*(?=$|,)"
-)
-# 3'600 and 1.000.000, and 1,000, for no list has a member 000.
-_THOUSANDS = re.compile(
-    r"(?<![.,0-9])[0-9]{1,3}(?:('[0-9]{3})+|(\.[0-9]{3}){2,}|(,[0-9]{3})*,0[0-9]{2}(,[0-9]{3})*)(?![.]?[0-9])"
 )
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 # After an answer: a remark in brackets, or from a word to the end.
@@ -221,11 +207,11 @@ _AGREEING = re.compile(
 )
 _SHORT = dict(
     zip(
-        "kilo centi milli second minute hour year foot feet pound ounce gallon mph".split(),
-        "k c m sec min hr yr ft ft lb oz gal mile".split(),
+        "kilo centi second minute hour year foot feet pound ounce gallon mph".split(),
+        "k c sec min hr yr ft ft lb oz gal mile".split(),
     )
-) | {"\\$": "dollar "}
-_SPELLED = re.compile("|".join(map(re.escape, _SHORT)).replace("milli", "milli(?=[gmljw])"))
+)
+_SPELLED = re.compile("milli(?=[gmljw])|" + "|".join(_SHORT))
 _LABELS = "a b c d A B C D 1 2 3 4 i ii iii iv I II III IV".split()
 _LABEL = re.compile(rf"(?:^\s*|[\s,;.]+)\(({'|'.join(_LABELS)})\)\s*")  # (a) 5, (b) 6
 _CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+([^\s,∧∨].*)", re.DOTALL)
@@ -235,19 +221,12 @@ def clean(text: str) -> str:
     """The plain string of an answer."""
     if not text.isascii():
         text = _compatible(text.translate(_BEFORE))
-    text = re.sub(r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", "", text)  # these commas group digits, wherever they stand
-    text = _THOUSANDS.sub(lambda number: re.sub("[',.]", "", number[0]), text)
-    text = re.sub(r"(?<=[0-9])\{,\}(?=[0-9])", ".", text)  # elsewhere it is a decimal comma
-    text = re.sub(r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§", text)  # 17%6 is not 176
-    text = re.sub(r"\\q?quad", " ", text)  # also where a letter is glued to it
-    for pattern, new in _PERIODS:
-        text = pattern.sub(new, text)
-    text = _REPEATING.sub(_repeating, text)
-    text = re.sub(r"\\(?:left|right)\s*\.", "", text)
+    for pattern, new in _DIGITS:
+        text = re.sub(pattern, new, text)
     text = re.sub(r"\\([A-Za-z]+|[^A-Za-z])", lambda found: _MACROS.get(found[1], found[0]), text)
     text = text.translate(_CHARACTERS)
     for pattern, new in _REWRITES:
-        text = pattern.sub(new, text)
+        text = re.sub(pattern, new, text)
     pieces = _LABEL.split(text)  # "", a, 5, b, 6
     places = [_LABELS.index(label) % 4 for label in pieces[1::2]]
     if len(places) > 1 and places == [*range(len(places))] and all(pieces[2::2]):
@@ -261,10 +240,12 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     number, 5 km a number with its unit or a product, (C) 12 the letter of a choice or the choice, a line a part of a
     list, 2x for x > 0 also 2x."""
     lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())
-    counted = _MULTIPLE.sub(lambda found: f"*{_COUNTS[found[2]]}{found[1] or ''}", text)
+    counted = _MULTIPLE.sub(lambda found: f"*{{{_COUNTS[found[2]]}}}{found[1] or ''}", text)
     common = re.sub(r"\\log(?![\sA-Za-z]*_)", r"\\lg", text)  # log as that of base 10
     raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines, common])
-    lower = [_SPELLED.sub(lambda found: _SHORT[found[0]], one.lower()) for one in raw]
+    lower = [
+        _SPELLED.sub(lambda found: _SHORT.get(found[0], "m"), one.lower().replace("\\$", "dollar ")) for one in raw
+    ]
     details = [frozenset(map("".join, _AGREEING.findall(one))) for one in lower]
     texts = dict(zip(map(clean, raw), details))
     for one in list(texts):
