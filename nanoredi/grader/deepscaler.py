@@ -16,7 +16,6 @@ of 2 was that of 2), that 8180_9 is Python's number 81809, and that an answer wi
 
 import math
 import re
-import unicodedata
 
 from nanoredi.grader.compare import agree
 from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
@@ -33,9 +32,9 @@ _LAYOUT = (
     "left right big Big bigg Bigg displaystyle mathrm mathbf mathit mathcal boldsymbol bf rm it limits boxed phantom "
     "underline ! ( ) [ ] { } $"
 ).split()
-_MACROS = {name: unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('lambda', 'lamda')}") for name in GREEK}
-_MACROS |= dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
+_MACROS = GREEK | dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
 _MACROS |= dict.fromkeys(_LAYOUT, "")
+_LETTERS = {*"abcdefghijklmnopqrstuvwxyzοπ", *GREEK.values()}
 
 
 def equal(answer: str, gold: str) -> bool:
@@ -95,20 +94,17 @@ def _plain(text: str) -> str:
 
 def _as_integer(text: str) -> str:
     """142.0 and 14,200 as integers."""
-    digits = _grouped(text)
-    if not re.fullmatch(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]{1,2})?\s*", digits):
-        return text
-    value = float(digits)
-    if not math.isfinite(value):
-        return text
-    return str(round(value)) if abs(value - round(value)) <= 1e-7 else text
+    number = _grouped(text)
+    if re.fullmatch(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]{1,2})?\s*", number):
+        value = float(number)
+        if math.isfinite(value) and abs(value - round(value)) <= 1e-7:
+            return str(round(value))
+    return text
 
 
 def _grouped(text: str) -> str:
     """12,345 without its comma."""
-    while (shorter := re.sub(r"([0-9]),([0-9]{3})($|[^0-9])", r"\1\2\3", text)) != text:
-        text = shorter
-    return text
+    return re.sub("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
 
 
 def _without_latex(text: str) -> str:
@@ -133,7 +129,7 @@ def _without_latex(text: str) -> str:
 
 
 def _matrix(found: re.Match) -> str:
-    return "[" + ";".join(row.replace("&", " ") for row in found[1].split("\\\\")) + "]"
+    return "[" + found[1].replace("&", " ").replace("\\\\", ";") + "]"
 
 
 def _same_parts(answer: str, gold: str) -> bool:
@@ -160,7 +156,7 @@ def _same_part(answer: str, gold: str) -> bool:
         return answer == gold
     if bool(re.fullmatch("[+-]?[0-9]+", answer)) != bool(re.fullmatch("[+-]?[0-9]+", gold)):
         return False
-    if "=" in answer + gold or len(set(re.sub("sqrt|frac", "", f"{answer}{gold}")) & set(_LETTERS)) > 2:
+    if "=" in answer + gold or len(set(re.sub("sqrt|frac", "", f"{answer}{gold}")) & _LETTERS) > 2:
         return False
     if re.search(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]|l[ng](?!\()|[a-z)]!|[⌊⌈|]", f"{answer} {gold}"):
         return False
@@ -173,6 +169,3 @@ def _same_part(answer: str, gold: str) -> bool:
         return agree(Expression(answer, budget), Expression(gold, budget))
     except NO_VALUE:
         return False
-
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyzαβγδεζηθικλμνξοπρστυφχψω"

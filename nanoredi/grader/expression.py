@@ -4,8 +4,8 @@ A value is exact (a Fraction) until a root, pi or a function makes it a complex 
 Letters stand for fixed pseudo-random numbers, so that an expression with letters has a value too, and two expressions
 are equal when they agree at every point (symbols.py, compare.py).
 
-Nothing is executed: the parser below is all there is. Depth, sizes and the work on one answer are bounded.
-What it reads is the grader's plain string (latex.py), not LaTeX as it comes.
+Nothing is executed: the parser below is all there is. Depth, sizes and the work on one answer are bounded. It reads
+the grader's plain string (latex.py), not raw LaTeX.
 """
 
 import functools
@@ -18,20 +18,19 @@ from nanoredi.grader import numbers
 from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, add, divide, inexact, multiply
 from nanoredi.grader.symbols import BRACKETS, LETTERS, NUMBER, SEVERAL, Unreadable, digits, letter, opaque, tokens_of
 
-MAX_DEPTH = 20  # brackets, or powers and functions without brackets, inside each other
-MAX_BITS = 10_000  # of an exact value
+MAX_DEPTH = 20  # nested brackets, or nested powers and functions without brackets
+MAX_BITS = 10_000  # in the numerator or denominator of an exact value
 MAX_FACTORIAL = 500
 MAX_WORK = 10_000  # on one answer, in units of about a microsecond
 _ROOT_WORK, _FUNCTION_WORK = 50, 200
 
-NO_VALUE = (Unreadable, ArithmeticError, ValueError)  # what Expression raises
+NO_VALUE = (Unreadable, ArithmeticError, ValueError)  # raised by Expression
 
 
 class Budget:
-    """The work that one answer may cost, whatever it is made of."""
+    """The work that one answer may cost, whatever it consists of."""
 
-    def __init__(self, work: int = MAX_WORK):
-        self.left = work
+    left = MAX_WORK
 
     def spend(self, work: int) -> None:
         self.left -= work
@@ -43,10 +42,10 @@ class Expression:
     """A text that has a value.
 
     Attributes:
-        letters: whether it has any, so that its value depends on the point.
+        letters: whether it contains letters, so that its value depends on the point.
 
     Raises:
-        one of NO_VALUE: when it has no value, or none within the bounds.
+        one of NO_VALUE: it has no value, or none within the bounds.
     """
 
     def __init__(self, text: str | list[str], budget: Budget):
@@ -56,7 +55,7 @@ class Expression:
         self.letters = evaluator.letters
 
     def of(self, letter: str) -> "Expression | None":
-        """The same function of another letter, the same one for all; None where it has no value."""
+        """The expression with ζ for a letter, so that functions of different letters can be compared."""
         try:
             return Expression(["ζ" if token == letter else token for token in self.tokens], self.budget)
         except NO_VALUE:
@@ -86,9 +85,10 @@ class _Evaluator:
 
     def __init__(self, tokens: list[str], point: int, budget: Budget):
         self.tokens, self.point, self.budget = tokens, point, budget
-        self.position = self.depth = self.angles = 0  # angles: how many functions are open, where ° counts
+        self.position = self.depth = 0
+        self.angles = 0  # how many functions we are inside; only there does ° convert to radians
         self.letters = False
-        self.bound: dict[str, Number] = {}  # the letters that sums run over
+        self.bound: dict[str, Number] = {}  # the current values of letters that sums run over
 
     def value(self) -> Number:
         result = self.expression()
@@ -121,7 +121,7 @@ class _Evaluator:
         return result
 
     def bounded(self, x: Number) -> Number:
-        """x, paid for: an exact product or sum costs with the square of its size."""
+        """x, once it is paid for; the cost of an exact product or sum grows with the square of its size."""
         bits = _bits_of(x)
         self.budget.spend(5 + (bits // 100) ** 2 // 30 if isinstance(x, Fraction) else 15)
         if bits > MAX_BITS:
@@ -140,7 +140,7 @@ class _Evaluator:
     def sum(self, x: Number, y: Number) -> Number:
         total = self.bounded(add(x, y))
         if not self.letters and (x and numbers.close(total, y) or y and numbers.close(total, x)):
-            raise Unreadable  # e^100 + 1: the 1 is lost, and it would equal e^100
+            raise Unreadable  # in e^100 + 1 the 1 is lost to rounding, and the sum would equal e^100
         return total
 
     def sign(self) -> int:
@@ -151,19 +151,15 @@ class _Evaluator:
 
     def term(self) -> Number:
         result = self.factor()
-        while True:
-            if self.accept("*"):
-                result = self.bounded(multiply(result, self.sign() * self.factor()))
-            elif self.accept("/"):
-                result = self.bounded(divide(result, self.sign() * self.factor()))
-            elif self.at_factor():
-                result = self.bounded(multiply(result, self.factor()))
-            else:
-                return result
+        while (operation := self.peek()) in ("*", "/") or self.at_factor():
+            self.position += operation in ("*", "/")
+            factor = self.sign() * self.factor()
+            result = self.bounded((divide if operation == "/" else multiply)(result, factor))
+        return result
 
     def at_factor(self) -> bool:
-        """Does an implicit product go on here? With a number only after a bracket or a !, (n-2)2^n, or where it is the
-        base of a power after a letter, n 2^n; but not in 3 4."""
+        """Does an implicit product continue here? A number continues one only after a bracket or a !, (n-2)2^n, or as
+        the base of a power after a letter, n 2^n; 3 4 is no product."""
         token, before = self.peek(), self.tokens[self.position - 1]
         if token[:1].isdigit():
             return before in ")]}!" or before.isalpha() and self.tokens[self.position + 1] == "^"
@@ -175,12 +171,12 @@ class _Evaluator:
             result = self.factorial(result, step=2 if self.accept("!") else 1)
         if self.accept("^"):
             result = self.power(result, self.exponent())
-        if self.accept("°") and self.angles:  # elsewhere a unit like any other
+        if self.accept("°") and self.angles:  # elsewhere it is a unit
             result = multiply(result, numbers.PI / 180)
         return result
 
     def exponent(self) -> Number:
-        """Of 2^10 the whole 10, as everyone means it, though LaTeX would raise only the 1."""
+        """In 2^10 it is 10, as everyone means it, though LaTeX would raise only the 1."""
         return self.sign() * self.nested(self.factor)
 
     def atom(self) -> Number:
@@ -199,8 +195,6 @@ class _Evaluator:
         if token in ("sqrt", "cbrt"):
             index = self.nested(self.atom) if self.peek() == "[" else Fraction(2 if token == "sqrt" else 3)
             return self.power(self.nested(self.atom), 1 / index)
-        if token == "bar" and (digits_of := self.several_letters()):
-            return opaque(token, *digits_of)
         if token in _MARKS:
             return opaque(token, digits(self.nested(self.atom)))
         if token in SEVERAL:
@@ -209,17 +203,8 @@ class _Evaluator:
             return self.repeated(add if token == "sum" else multiply)
         return self.function(token) if token in FUNCTIONS else self.symbol(token)
 
-    def several_letters(self) -> list[str]:
-        """What stands in braces where it is letters and digits side by side: the digits of a number, and no product."""
-        end = self.tokens.index("}", self.position) if "}" in self.tokens[self.position :] else 0
-        inner = self.tokens[self.position + 1 : end]
-        if len(inner) < 2 or not all(token.isalnum() for token in inner):
-            return []
-        self.position, self.letters = end + 1, True
-        return inner
-
     def arguments(self) -> list[Number]:
-        """What stands in brackets, between commas."""
+        """The values in brackets, separated by commas."""
         closing = {"(": ")", "[": "]", "⦃": "⦄"}.get(self.next())
         if not closing:
             raise Unreadable
@@ -230,7 +215,7 @@ class _Evaluator:
         return values
 
     def several(self, name: str) -> Number:
-        """max(a, b); all that is known of it with letters is that the order does not matter."""
+        """max(a, b) and the like; with letters, only that the arguments' order does not matter is known."""
         letters, self.letters = self.letters, False
         values = self.arguments()
         variable, self.letters = self.letters, self.letters or letters
@@ -262,7 +247,7 @@ class _Evaluator:
         return result
 
     def residue(self, x: Number, modulus: Number) -> Number:
-        """17 mod 5; where nothing is computed, 2 mod 5, it is a class of numbers and no value."""
+        """17 mod 5; where there is nothing to compute, as in 2 mod 5, it is a class of numbers and no value."""
         known = isinstance(x, Fraction) and isinstance(modulus, Fraction) and not self.letters
         if not known or 0 <= x < modulus or modulus <= 0:
             raise Unreadable
@@ -281,7 +266,7 @@ class _Evaluator:
         return self.power(divide(result, numbers.log(base)) if base else result, exponent)
 
     def product(self) -> Number:
-        """What a function without brackets takes: factors side by side, up to an operator or another function."""
+        """A function's argument without brackets: factors side by side, up to an operator or another function."""
         result = self.factor()
         while self.at_factor() and self.peek() not in FUNCTIONS:
             result = self.bounded(multiply(result, self.factor()))
@@ -317,7 +302,7 @@ class _Evaluator:
             base, exponent = self.root(base, exponent.denominator), Fraction(exponent.numerator)
             if isinstance(base, Fraction) and max(1, _bits_of(base)) * abs(exponent) <= MAX_BITS:
                 return self.bounded(base ** int(exponent))
-            if _is_whole(base):  # rounded, it would equal its neighbours
+            if _is_whole(base):  # a rounded value would equal its neighbours
                 return opaque("^", str(base), str(exponent))
             if not isinstance(base, Fraction) and 1 <= exponent <= 10:
                 return self.bounded(functools.reduce(multiply, [base] * int(exponent)))
@@ -325,7 +310,7 @@ class _Evaluator:
         return numbers.power(inexact(base), inexact(exponent))
 
     def root(self, x: Number, n: int) -> Number:
-        """The real root where there is one, exact where it is rational."""
+        """The real root if there is one, exact if it is rational."""
         if n == 1:
             return x
         self.budget.spend(_ROOT_WORK if n == 2 else _FUNCTION_WORK)

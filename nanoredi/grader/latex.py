@@ -42,13 +42,10 @@ _CHARACTER_SIGNS = r"""
     ∜ \sqrt[4] ∑ \sum ∏ \prod ∫ \int ∠ \angle ∀ \forall ≡ \equiv ∆ \Delta
 """.split()
 _BY_CHARACTER = {"~": " "} | dict.fromkeys('$%"“”✓', "") | {"或": " or ", "和": " and ", "与": " and "}
-for _char, _sign in zip(_CHARACTER_SIGNS[::2], _CHARACTER_SIGNS[1::2]):
-    _BY_CHARACTER[_char] = f"{_sign} " if _sign[0] == "\\" else _sign
-for _letter in GREEK:
-    _name = _letter.replace("lambda", "lamda")  # as Unicode spells it
-    _BY_CHARACTER[unicodedata.lookup(f"GREEK SMALL LETTER {_name}")] = f"\\{_letter} "
-    _BY_CHARACTER[unicodedata.lookup(f"GREEK CAPITAL LETTER {_name}")] = f"\\{_letter.title()} "
-_CHARACTERS = str.maketrans(_BY_CHARACTER)
+_BY_CHARACTER |= dict(zip(_CHARACTER_SIGNS[::2], _CHARACTER_SIGNS[1::2]))
+_BY_CHARACTER |= {sign: f"\\{name}" for name, sign in GREEK.items()}
+_BY_CHARACTER |= {sign.upper(): f"\\{name.title()}" for name, sign in GREEK.items()}
+_CHARACTERS = str.maketrans({char: f"{sign} " if "\\" in sign else sign for char, sign in _BY_CHARACTER.items()})
 _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 _FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt|bb|cal|frak)|bm)\s*"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
@@ -121,6 +118,7 @@ _REWRITES: _Rules = [
     (r"_\s*" + _FONT + r"(\{[^{}]*\})", r"_\1"),
     (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
     (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
+    (r"\\bar\s*\{\s*([a-z])\s*([a-z]+)\s*\}", r"\\bar{\1_{\2}}"),  # the number with these digits is no product
     (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
     *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
     (rf"^(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?!.*=)(?=\s*[0-9.]+\s*{_SIZE})", r"\1×"),  # a size is no product
@@ -273,10 +271,9 @@ def _without_grouping(text: str) -> str:
 
 
 def _compatible(text: str) -> str:
-    """Full-width and mathematical letters as plain ones, x² as x^{2}, ½ apart; without what cannot be seen."""
-    pieces = []
-    for form, chars in itertools.groupby(text, key=lambda char: unicodedata.decomposition(char).partition(" ")[0]):
-        pieces.append(_FORMS.get(form, "%s") % unicodedata.normalize("NFKC", "".join(chars)))
+    """Full-width and mathematical letters as plain ones, x² as x^{2}, ½ apart; without invisible characters."""
+    runs = itertools.groupby(text, key=lambda char: unicodedata.decomposition(char).partition(" ")[0])
+    pieces = [_FORMS.get(form, "%s") % unicodedata.normalize("NFKC", "".join(chars)) for form, chars in runs]
     kinds = {"Cf": "", "Sc": "", "Pd": "-", "Zs": " "}  # format, currency, dash, space
     return "".join(kinds.get(unicodedata.category(char), char) for char in "".join(pieces))
 
