@@ -18,11 +18,11 @@ import math
 import re
 
 from nanoredi.grader.compare import agree
-from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
+from nanoredi.grader.expression import MAX_DEPTH, MAX_LENGTH, NO_VALUE, Budget, Expression
 from nanoredi.grader.symbols import GREEK
 
 _UNITS = "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard liter".split()
-# What a macro looks like; some are for layout and leave nothing, of any other its name stays.
+# The sign that each macro stands for; macros for layout vanish, and any other leaves its name.
 _SIGNS = (
     "cdot * times * cap ∩ le ≤ leq ≤ ge ≥ geq ≥ neq ≠ pm ± circ ∘ in ∈ lt < gt > % % setminus ∖ approx ≈ lfloor ⌊ "
     "rfloor ⌋ lceil ⌈ rceil ⌉ infty inf cup U emptyset ∅ varnothing ∅ pmod mod bmod mod epsilon ϵ "
@@ -38,7 +38,9 @@ _LETTERS = {*"abcdefghijklmnopqrstuvwxyzοπ", *GREEK.values()}
 
 
 def equal(answer: str, gold: str) -> bool:
-    """Is the answer right by DeepScaleR's rules? Not symmetric in principle; both at most 1,000 characters."""
+    """Is the answer right by DeepScaleR's rules? Not symmetric; an answer of over MAX_LENGTH characters is wrong."""
+    if max(len(answer), len(gold)) > MAX_LENGTH:
+        return False
     return _repaired(answer) == _repaired(gold) or _same_parts(_plain(answer), _plain(gold))
 
 
@@ -109,7 +111,7 @@ def _grouped(text: str) -> str:
 
 def _without_latex(text: str) -> str:
     r"""What a reader sees of it: \frac{a}{b} is a/b, a matrix is [a b;c d], braces and unknown macros are gone."""
-    text = re.sub(r"\\[td]?frac", r" \\frac", text).replace("~", "\xa0")  # which is no space to what follows
+    text = re.sub(r"\\[td]?frac", r" \\frac", text).replace("~", "\xa0")  # no space for the rules below
     text = re.sub(r"\\mbox\s*\{[^{}]*\}", "", text)
     text = re.sub(r"\\mathbf\s*\{(?=[^{}]*[A-Za-z])", "{𝐁", text)  # a bold letter is another letter
     text = re.sub(r"\\begin\{[pb]?matrix\}(.*?)\\end\{[pb]?matrix\}", _matrix, text, flags=re.DOTALL)
@@ -133,10 +135,8 @@ def _matrix(found: re.Match) -> str:
 
 
 def _same_parts(answer: str, gold: str) -> bool:
-    if answer == gold:
-        return True
-    if not answer or not gold:
-        return False
+    if answer == gold or not answer or not gold:
+        return answer == gold
     golds, answers = _parts(gold), _parts(answer)
     if len(golds) > 1 and (gold[0] != answer[0] or gold[-1] != answer[-1]) or len(golds) != len(answers):
         return False
@@ -160,7 +160,7 @@ def _same_part(answer: str, gold: str) -> bool:
         return False
     if re.search(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]|l[ng](?!\()|[a-z)]!|[⌊⌈|]", f"{answer} {gold}"):
         return False
-    # To it e and i are letters like others.
+    # In its reading e and i are ordinary letters.
     answer, gold = (
         re.sub("[ei]", lambda m: m[0].upper(), one.replace("pi", "π")).replace("I", "J") for one in (answer, gold)
     )

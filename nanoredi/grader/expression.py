@@ -8,6 +8,7 @@ Nothing is executed: the parser below is all there is. Depth, sizes and the work
 the grader's plain string (latex.py), not raw LaTeX.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from nanoredi.grader import numbers
 from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, add, divide, inexact, multiply
 from nanoredi.grader.symbols import BRACKETS, LETTERS, NUMBER, SEVERAL, Unreadable, digits, letter, opaque, tokens_of
 
+MAX_LENGTH = 1_000  # characters; a longer answer is compared as a string
 MAX_DEPTH = 20  # nested brackets, or nested powers and functions without brackets
 MAX_BITS = 10_000  # in the numerator or denominator of an exact value
 MAX_FACTORIAL = 500
@@ -51,25 +53,22 @@ class Expression:
     def __init__(self, text: str | list[str], budget: Budget):
         self.tokens, self.budget = tokens_of(text) if isinstance(text, str) else text, budget
         evaluator = _Evaluator(self.tokens, 0, budget)
-        self._values: dict[int, Number | None] = {0: evaluator.value()}
+        self._values: dict[int, Number] = {0: evaluator.value()}
         self.letters = evaluator.letters
 
     def of(self, letter: str) -> "Expression | None":
         """The expression with ζ for a letter, so that functions of different letters can be compared."""
-        try:
+        with contextlib.suppress(*NO_VALUE):
             return Expression(["ζ" if token == letter else token for token in self.tokens], self.budget)
-        except NO_VALUE:
-            return None
+        return None
 
     def at(self, point: int) -> Number | None:
         """The value at a point; None where it has none."""
         point = point if self.letters else 0
         if point not in self._values:
-            try:
+            with contextlib.suppress(*NO_VALUE):
                 self._values[point] = _Evaluator(self.tokens, point, self.budget).value()
-            except NO_VALUE:
-                self._values[point] = None
-        return self._values[point]
+        return self._values.get(point)
 
 
 _MARKS = set("dot ddot bar hat tilde".split())  # over a letter
@@ -107,8 +106,8 @@ class _Evaluator:
     def accept(self, token: str) -> bool:
         return self.peek() == token and bool(self.next())
 
-    def expect(self, token: str) -> None:
-        if not self.accept(token):
+    def expect(self, *tokens: str) -> None:
+        if not all(map(self.accept, tokens)):
             raise Unreadable
 
     def nested(self, rule: Callable[[], Number]) -> Number:
@@ -229,13 +228,11 @@ class _Evaluator:
 
     def repeated(self, operation: Callable[[Number, Number], Number]) -> Number:
         """The sum or product of a term from k = a to b, two whole numbers."""
-        self.expect("_")
-        self.expect("{")
+        self.expect("_", "{")
         letter = self.next()
         self.expect("=")
         first = self.nested(self.expression)
-        self.expect("}")
-        self.expect("^")
+        self.expect("}", "^")
         last, start, outer = self.exponent(), self.position, self.bound
         if not (_is_whole(first) and _is_whole(last)) or first > last or self.letters or not letter.isalpha():
             raise Unreadable

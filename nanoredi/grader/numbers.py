@@ -96,20 +96,10 @@ def _circular(name: str, z: Inexact) -> Inexact:
 
 
 sin, cos = (functools.partial(_circular, name) for name in ("sin", "cos"))
-FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {
-    "sin": sin,
-    "cos": cos,
-    "tan": lambda z: sin(z) / cos(z),
-    "sec": lambda z: 1 / cos(z),
-    "csc": lambda z: 1 / sin(z),
-    "cot": lambda z: cos(z) / sin(z),
-    "cis": lambda z: exp(IMAGINARY * z),
-    "arccot": lambda z: PI / 2 - CONTEXT.atan(z),
-    "exp": exp,
-    "ln": log,
-    "log": log,
-    "lg": lambda z: log(z) / CONTEXT.log(10),
-}
+FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {"sin": sin, "cos": cos, "exp": exp, "ln": log, "log": log}
+FUNCTIONS |= {"tan": lambda z: sin(z) / cos(z), "cot": lambda z: cos(z) / sin(z), "cis": lambda z: exp(IMAGINARY * z)}
+FUNCTIONS |= {"sec": lambda z: 1 / cos(z), "csc": lambda z: 1 / sin(z), "lg": lambda z: log(z) / CONTEXT.log(10)}
+FUNCTIONS |= {"arccot": lambda z: PI / 2 - CONTEXT.atan(z)}
 for _name in "sin cos tan sinh cosh tanh sec csc".split():
     FUNCTIONS |= dict.fromkeys([f"{arc}{_name}" for arc in ("arc", "ar", "a")], getattr(CONTEXT, "a" + _name))
     FUNCTIONS.setdefault(_name, functools.partial(_apply, _name))

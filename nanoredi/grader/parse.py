@@ -1,9 +1,7 @@
 """An answer's plain string (latex.py) to the tree of its parts (compare.py).
 
-A part is a list or set, a tuple or interval, a matrix, an equation, an inequality, a number in a base, a time of day, a
-value, else a text.
-
-A grammar in functions, from the outside in: `several` takes lists apart, `one` knows what is none.
+The grammar is a set of functions, from the outside in: `several` splits lists and sets, and `one` reads what is no list:
+a relation, a matrix, a tuple or interval, a number in a base, a time of day, a value, otherwise a text.
 """
 
 import contextlib
@@ -17,11 +15,12 @@ from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
 from nanoredi.grader.sets import EMPTY
 from nanoredi.grader.symbols import Unreadable
 
-MAX_PARTS = 100  # of a list; cells of a matrix
+MAX_PARTS = 100  # parts of a list, or cells of a matrix
 _NODE_WORK = 50
 
 _NAME = re.compile(NAME)
-# More that a value may be of: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), P(X=2), E[X], Var(X); \\frac{m}{n}.
+# Other left sides of an equation that a bare value may leave out: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), P(X=2),
+# E[X], Var(X); \\frac{m}{n}.
 _QUANTITY = (
     rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|Delta) ?\{{?(?:{NAME})\}}?"
     rf"|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)"
@@ -40,13 +39,13 @@ OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
 
 def read(text: str) -> list[tuple[Reading, frozenset[str]]]:
-    """All that an answer may mean, and the restrictions that each leaves out; the readings share one budget of work."""
+    """All that an answer may mean, each with the restrictions that it leaves out; they share one budget of work."""
     reader = _Reader(Budget())
     return [(reader.read(one), restriction) for one, restriction in latex.readings(text) if one]
 
 
 class _Reader:
-    """Strings to trees, paid for from one budget."""
+    """Strings to trees, within one budget of work."""
 
     def __init__(self, budget: Budget):
         self.budget = budget
@@ -85,7 +84,7 @@ class _Reader:
             nodes = self.members([piece for group in groups for piece in group], "⦃" in braces)
         system = is_system(nodes)
         if not system and (braces or all(one.kind in ("system", "()") for one in nodes)):
-            nodes = distinct(nodes)  # what is written twice is one
+            nodes = distinct(nodes)  # a repeated member counts once
         node, *others = nodes
         if others or node.kind == "list" and "⦃" in braces:
             node = Reading("system" if system else "list", text, tuple(nodes))
@@ -97,7 +96,7 @@ class _Reader:
         return Reading("system" if is_system(nodes) else "()", ",".join(pieces), nodes)
 
     def members(self, pieces: list[str], of_set: bool) -> list[Reading]:
-        """The members of a list; conditions on one name are one member, as are a=0 or b=0; x=1,y=2,x=3,y=4 are two
+        """The members of a list. Conditions on one name are one member, and so is "a=0 or b=0"; x=1,y=2,x=3,y=4 are two
         systems."""
         words = {piece.strip()[:1] for piece in pieces} & {"∨", "∧"}
         pieces = [piece.strip(" ∨∧") for piece in pieces]
@@ -126,12 +125,12 @@ class _Reader:
         return nodes
 
     def read_set(self, text: str) -> Reading:
-        """A set that is a member of another, also where it has a single member."""
+        """A set that is a member of another one; it remains a set even with a single member."""
         node = self.read(text)
         return node if node.kind == "list" or node.text == EMPTY.text else Reading("list", text, (node,))
 
     def condition(self, parts: list[str], words: set[str]) -> Reading | None:
-        """Conditions on one name as a set: with "and" all hold, with "or" one does, with commas all where they can."""
+        """Conditions on one name as a set: with "and" all hold, with "or" one does, with commas all do if they can."""
         names = [[side for side in split(part, "=<>≤≥≠∈")[::2] if is_name(side)] for part in parts]
         signs = "∪" if "∨" in words else "∩" if "∧" in words else "∩∪"
         for sign in signs if len(names[0]) == 1 and all(one == names[0] for one in names) else "":
@@ -142,7 +141,7 @@ class _Reader:
         return Reading("∨", ",".join(parts), tuple(map(self.read, parts))) if "∨" in words else None
 
     def one(self, text: str) -> Reading:
-        """Not a list: a relation, a set, a matrix, a tuple, a base, a time, a ratio or a value."""
+        """Anything but a list: a relation, union, matrix, base, time, tuple, ratio or value."""
         members = split(text, "∈")
         if len(members) == 3 and (is_name(members[0]) or _NAMES_TUPLE.fullmatch(members[0])):
             return self.read(members[2])
@@ -189,8 +188,8 @@ class _Reader:
         return Reading("list", text, tuple(parts)) if len(parts) > 1 else parts[0] if parts else self.as_text("∅")
 
     def time(self, time: re.Match, text: str) -> Reading:
-        """Of day, as seconds from midnight or noon; the name is the half of the day, where it is known. 10:30 may also
-        be a ratio."""
+        """A time of day as seconds from midnight or noon; its name is the half of the day, if known. 10:30 may also be
+        a ratio."""
         hour, minute, second = (int(part or 0) for part in time.groups()[:3])
         half = f"{time[4]}m".lower() if time[4] else "pm" if hour >= 12 else "am" if hour == 0 else ""
         ratio = None if time[3] or time[4] or not minute else Expression(text.replace(":", "/"), self.budget)
@@ -218,7 +217,7 @@ class _Reader:
         return Reading("cases", body, nodes)
 
     def relation(self, text: str, sides: list[str], signs: list[str]) -> Reading:
-        """An equation, or an inequality from the smallest side up, with its interval where it is one of a name."""
+        """An equation, or an inequality with its smallest side first and, if it bounds a name, its interval."""
         sides[0] = sides[0] or "x"
         if set(signs) == {"="}:
             return self.equation(text, sides)
@@ -240,8 +239,8 @@ class _Reader:
         return node
 
     def equation(self, text: str, sides: list[str]) -> Reading:
-        """x = 5 and 5 = x say 5 of a name, and so does x = 10/2 = 5; of m + n = 5, a:b = 5 and of a limit or the like
-        that equals 5 no name is known; 0.5 = 1/2 is a value; 2x + y = 5 is only itself."""
+        """x = 5, 5 = x and x = 10/2 = 5 give the name x the bare value 5; m + n = 5, a:b = 5 and a limit or the like
+        that equals 5 have the bare value and no name; 0.5 = 1/2 is a value; 2x + y = 5 is only itself."""
         parts = tuple(map(self.read, sides))
         if _NAMES_TUPLE.fullmatch(sides[0]) and len(sides) == 2 and parts[1].kind == "()":
             pairs = list(zip(sides[0][1:-1].split(","), parts[1].parts))
@@ -269,13 +268,13 @@ class _Reader:
 
 
 def is_system(nodes: list[Reading] | tuple[Reading, ...]) -> bool:
-    """Does each say something of a name, x = 1 or x > 1, and each of another?"""
+    """Is each an equation or inequality for a name, x = 1 or x > 1, and each for a different one?"""
     names = {node.name for node in nodes if node.kind != "time"}
     return len(names) == len(nodes) > 1 and "" not in names
 
 
 def mentions(part: Reading, name: str) -> bool:
-    """Does the name stand in the value too, and without an index? x = 2x does not say 2x."""
+    """Is the name also in the value, without an index? x = 2x does not give x the value 2x."""
     tokens = part.expression.tokens if part.expression and part.text != name else []
     return any(token == name.strip("\\ ") and after != "_" for token, after in itertools.pairwise(tokens))
 
@@ -289,20 +288,20 @@ def is_name(text: str) -> bool:
 
 
 def stands_for(text: str) -> bool:
-    """A name, or what else a bare answer may leave out with the =: a sum, ratio, union or tuple of names."""
+    """Is it a left side that a bare answer may leave out: a name, or a sum, ratio, union or tuple of names?"""
     pieces = split(text, "+-:/∪∩∖")
     alike = len(set(pieces[1::2])) < 2 or set(pieces[1::2]) == {"+", "-"}
     return alike and all(map(_STANDS_FOR.fullmatch, pieces[::2])) or bool(_NAMES_TUPLE.fullmatch(text))
 
 
 def is_uncomputed(side: str, part: Reading) -> bool:
-    """Is it a limit, a sum or the like that we do not compute, alone, so that the other side is its value?"""
+    """Is it just a limit, a sum or the like that is not computed here, so that the other side is its value?"""
     alone = len(split(side.lstrip("-"), "+-")) == 1 or re.search(r"\\(?:i+|oi)nt(?![A-Za-z]).*d ?\\?[a-z]+$", side)
     return part.kind == "text" and bool(_COMPUTED.search(side)) and bool(alone)
 
 
 def inside(text: str) -> str | None:
-    """What stands between the first and last characters where these are brackets that belong together."""
+    """The text without its first and last characters if these are a pair of brackets."""
     if len(text) < 2 or text[0] not in OPEN or text[-1] not in CLOSE:
         return None
     depths = list(itertools.accumulate((char in OPEN) - (char in CLOSE) for char in text))
@@ -310,7 +309,7 @@ def inside(text: str) -> str | None:
 
 
 def split(text: str, separators: str) -> list[str]:
-    """Pieces and the separators between them, in turn, looking only outside brackets."""
+    """Pieces alternating with the separators between them, which count only outside brackets."""
     pieces, start, depth = [], 0, 0
     for i, char in enumerate(text):
         depth += (char in OPEN) - (char in CLOSE)
@@ -323,13 +322,10 @@ def split(text: str, separators: str) -> list[str]:
 
 
 def each_sign(text: str) -> Iterator[str]:
-    """Each ± stands for two answers; with a ∓ in it, all signs change together."""
+    """The answers that ± stands for: two for each sign, or two in all if there is a ∓, since then they change together."""
     pieces = re.split("([±∓])", text) if re.search("[±∓]", re.sub("⦃[^⦃⦄]*⦄", "", text)) else [text]
     if len(pieces) > 9:
         raise Unreadable
-    marks = pieces[1::2]
-    choices = itertools.product("+-", repeat=len(marks))
-    if "∓" in marks:
-        choices = [tuple("+-"[(mark == "∓") ^ turned] for mark in marks) for turned in (False, True)]
-    for choice in choices:
+    signs = ["+-" if mark == "±" else "-+" for mark in pieces[1::2]]
+    for choice in zip(*signs) if "-+" in signs else itertools.product(*signs):
         yield "".join(itertools.chain(*itertools.zip_longest(pieces[::2], choice, fillvalue="")))
