@@ -22,7 +22,7 @@ _SIGNS = r"""
     ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j
     dbinom \binom tbinom \binom lgroup ( rgroup ) ulcorner ⌈ urcorner ⌉ llcorner ⌊ lrcorner ⌋ overline \bar
     varepsilon \epsilon varphi \phi vartheta \theta varrho \rho land \wedge lnot \neg
-    to → rightarrow → longrightarrow → implies ⇒ Rightarrow ⇒ iff ⇔ Leftrightarrow ⇔
+    | | lVert | rVert | Vert | to → rightarrow → longrightarrow → implies ⇒ Rightarrow ⇒ iff ⇔ Leftrightarrow ⇔
 """.split()
 _SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
 _LAYOUT = (
@@ -127,7 +127,10 @@ _REWRITES: _Rules = [
     (_FONT + r"(?=[A-Za-z0-9\\])", " "),
     (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
-    (r"(?i)^\s*(?:\\therefore|\\sim|[→⇒]|both\b|答案[是为:]*|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
+    (
+        r"(?i)^\s*(?:\\therefore|\\sim|[→⇒]|(?:both|exactly)\s+(?=\S)|答案[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))",
+        "",
+    ),
     (r"(?i)^\s*(?:option|choice)\s+(?=\W*[A-J]\b)", ""),
     (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
@@ -212,7 +215,7 @@ _SHORT = dict(
 _SPELLED = re.compile("milli(?=[gmljw])|" + "|".join(_SHORT))
 _LABELS = "a b c d A B C D 1 2 3 4 i ii iii iv I II III IV".split()
 _LABEL = re.compile(rf"(?:^\s*|[\s,;.]+)\(({'|'.join(_LABELS)})\)\s*")  # (a) 5, (b) 6
-_CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+([^\s,∧∨].*)", re.DOTALL)
+_CHOICE = re.compile(r"\s*\(?\s*([A-J])\s*[):.]\s+([^\s,∧∨].*)", re.DOTALL)
 
 
 def clean(text: str) -> str:

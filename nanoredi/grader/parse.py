@@ -32,7 +32,8 @@ _COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i+nt|oint|det|sup|inf) 
 _STACKED = re.compile(r"[^⟦]*⟦(cases|align(?:ed)?|gather(?:ed)?|equation|split)¦([^⟦]*)⟧", re.DOTALL)
 _BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{(?:base)?|(?:in)?base)([0-9]{1,2})\}?")
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
-_ALL_REALS = re.compile(r"(?:the )?(?:set of )?all real(?: number)?s|ℝ", re.IGNORECASE)
+_REALS = {"": "(-∞,∞)", "positive ": "(0,∞)", "negative ": "(-∞,0)", "nonnegative ": "[0,∞)"}
+_ALL_REALS = re.compile(rf"(?:the )?(?:set of )?all ({'|'.join(_REALS)})real(?: number)?s|ℝ", re.IGNORECASE)
 _SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
 _FLIP = {">": "<", "≥": "≤"}
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
@@ -147,8 +148,8 @@ class _Reader:
             return self.read(members[2])
         if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{1,2}/[0-9]{1,2}/(?:19|20)[0-9]{2}", text):  # a date
             raise Unreadable
-        if _ALL_REALS.fullmatch(text):
-            return self.read("(-∞,∞)")
+        if reals := _ALL_REALS.fullmatch(text):
+            return self.read(_REALS[(reals[1] or "").lower()])
         exact = split(text, "≈")[::2]  # x ≈ 3.2 says 3.2, √2 ≈ 1.4 says √2
         if len(exact) > 1:
             return self.read(exact[1] if not exact[0] or is_name(exact[0]) else exact[0])
