@@ -31,8 +31,7 @@ def points_for(*expressions: Expression) -> list[int]:
 
 def agree(a: Expression, b: Expression) -> bool:
     """Do both have the same value at every point?"""
-    points = points_for(a, b) if a.letters or b.letters else GENERAL[:1]
-    pairs = ((a.at(point), b.at(point)) for point in points)
+    pairs = ((a.at(point), b.at(point)) for point in points_for(a, b))
     return all(x is not None and y is not None and close(x, y) for x, y in pairs)
 
 

@@ -53,7 +53,7 @@ class Expression:
     def __init__(self, text: str | list[str], budget: Budget):
         self.tokens, self.budget = tokens_of(text) if isinstance(text, str) else text, budget
         evaluator = _Evaluator(self.tokens, 0, budget)
-        self._values: dict[int, Number] = {0: evaluator.value()}
+        self._values: dict[int, Number] = {0: evaluator.value}
         self.letters = evaluator.letters
 
     def of(self, letter: str) -> "Expression | None":
@@ -67,7 +67,7 @@ class Expression:
         point = point if self.letters else 0
         if point not in self._values:
             with contextlib.suppress(*NO_VALUE):
-                self._values[point] = _Evaluator(self.tokens, point, self.budget).value()
+                self._values[point] = _Evaluator(self.tokens, point, self.budget).value
         return self._values.get(point)
 
 
@@ -88,12 +88,9 @@ class _Evaluator:
         self.angles = 0  # how many functions we are inside; only there does ° convert to radians
         self.letters = False
         self.bound: dict[str, Number] = {}  # the current values of letters that sums run over
-
-    def value(self) -> Number:
-        result = self.expression()
+        self.value = self.expression()
         if self.peek():
             raise Unreadable
-        return result
 
     def peek(self) -> str:
         return self.tokens[self.position]
@@ -148,12 +145,14 @@ class _Evaluator:
             sign *= -1 if self.next() == "-" else 1
         return sign
 
-    def term(self) -> Number:
+    def term(self, operators: tuple[str, ...] = ("*", "/")) -> Number:
+        """Factors side by side or with operators between them. A function's argument without brackets has no operators
+        and ends before another function."""
         result = self.factor()
-        while (operation := self.peek()) in ("*", "/") or self.at_factor():
-            self.position += operation in ("*", "/")
+        while (token := self.peek()) in operators or self.at_factor() and (operators or token not in FUNCTIONS):
+            self.position += token in operators
             factor = self.sign() * self.factor()
-            result = self.bounded((divide if operation == "/" else multiply)(result, factor))
+            result = self.bounded((divide if token == "/" else multiply)(result, factor))
         return result
 
     def at_factor(self) -> bool:
@@ -204,9 +203,7 @@ class _Evaluator:
 
     def arguments(self) -> list[Number]:
         """The values in brackets, separated by commas."""
-        closing = {"(": ")", "[": "]", "⦃": "⦄"}.get(self.next())
-        if not closing:
-            raise Unreadable
+        closing = {"(": ")", "[": "]", "⦃": "⦄"}.get(self.next(), "")
         values = [self.nested(self.expression)]
         while self.accept(","):
             values.append(self.nested(self.expression))
@@ -254,20 +251,13 @@ class _Evaluator:
         base = inexact(self.nested(self.atom)) if self.accept("_") else None
         exponent = self.exponent() if self.accept("^") else Fraction(1)
         self.angles += 1
-        argument = inexact(self.nested(self.atom if self.peek() in ("(", "{") else self.product))
+        argument = inexact(self.nested(self.atom if self.peek() in ("(", "{") else lambda: self.term(())))
         self.angles -= 1
         self.budget.spend(_FUNCTION_WORK)
         if exponent == -1 and "arc" + name in FUNCTIONS:
             return numbers.evaluate("arc" + name, argument)
         result = numbers.evaluate(name, argument)
         return self.power(divide(result, numbers.log(base)) if base else result, exponent)
-
-    def product(self) -> Number:
-        """A function's argument without brackets: factors side by side, up to an operator or another function."""
-        result = self.factor()
-        while self.at_factor() and self.peek() not in FUNCTIONS:
-            result = self.bounded(multiply(result, self.factor()))
-        return result
 
     def symbol(self, name: str) -> Number:
         if name in self.bound:

@@ -199,20 +199,13 @@ _NO_REMARK = re.compile(
 )
 # These may be left out, but 25% increase is not 25% decrease, 5 cm are not 5 m, 5 million not 5 billion.
 _AGREEING = re.compile(
-    r"(?<![\\a-z])(?<!per )((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|"
+    r"(?<![\\a-z])(?<!per )(?:((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|"
     r"late|from now|early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|"
-    r"c(?=elsius)|f(?=ahrenheit)|hundred|thousand|million|billion|trillion|dozen|cent|dollar|sec|min|hr|day|week|month|"
-    r"yr|inch|ft|yard|mile|lb|oz|gal|[cdkmn][mgljw]|[mgljw](?=eter|etre|ram|iter|itre|oule|att))"
-    r"(?:e?s|(?:et(?:er|re)|ram|it(?:er|re)|oule|att)s?|elsius|ahrenheit|wards?)?(?![a-z])"
-    r"|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mgljw])\b"
+    r"c(?=elsius)|f(?=ahrenheit)|hundred|thousand|million|billion|trillion|dozen|cent|dollar|day|week|month|inch|yard|"
+    r"mile|lb|oz|[cdkmn][mgljw]|[mgljw](?=eter|etre|ram|iter|itre|oule|att))|(gal)(?:lon)?|(se)c(?:ond)?|(mi)n(?:ute)?|"
+    r"(h)(?:ou)?r|(y)(?:ea)?r|(f)(?:oo|ee)?t)(?:e?s|(?:et(?:er|re)|ram|it(?:er|re)|oule|att)s?|elsius|ahrenheit|wards?)?"
+    r"(?![a-z])|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mgljw])\b"
 )
-_SHORT = dict(
-    zip(
-        "kilo centi second minute hour year foot feet pound ounce gallon mph".split(),
-        "k c sec min hr yr ft ft lb oz gal mile".split(),
-    )
-)
-_SPELLED = re.compile("milli(?=[gmljw])|" + "|".join(_SHORT))
 _LABELS = "a b c d A B C D 1 2 3 4 i ii iii iv I II III IV".split()
 _LABEL = re.compile(rf"(?:^\s*|[\s,;.]+)\(({'|'.join(_LABELS)})\)\s*")  # (a) 5, (b) 6
 _CHOICE = re.compile(r"\s*\(?\s*([A-J])\s*[):.]\s+([^\s,∧∨].*)", re.DOTALL)
@@ -244,9 +237,8 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     counted = _MULTIPLE.sub(lambda found: f"*{{{_COUNTS[found[2]]}}}{found[1] or ''}", text)
     common = re.sub(r"\\log(?![\sA-Za-z]*_)", r"\\lg", text)  # log as that of base 10
     raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines, common])
-    lower = [
-        _SPELLED.sub(lambda found: _SHORT.get(found[0], "m"), one.lower().replace("\\$", "dollar ")) for one in raw
-    ]
+    lower = [one.lower().replace("\\$", "dollar ") for one in raw]
+    lower = [re.sub("(k)ilo|(c)enti|(m)illi(?=[gmljw])", r"\1\2\3", one) for one in lower]
     details = [frozenset(map("".join, _AGREEING.findall(one))) for one in lower]
     texts = dict(zip(map(clean, raw), details))
     for one in list(texts):

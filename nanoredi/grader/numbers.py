@@ -62,7 +62,7 @@ def divide(x: Number, y: Number) -> Number:
 def power(z: Inexact, w: Inexact) -> Inexact:
     if not z:
         return z if w.real > 0 else z / z  # 0^0 and 0^-1 have no value
-    return exp(w * log(z))
+    return _tidy(_apply("exp", w * log(z)))
 
 
 def root(z: Inexact, n: int) -> Inexact:
@@ -79,10 +79,6 @@ def whole_root(x: int, n: int) -> int | None:
     return whole if whole**n == x else None
 
 
-def exp(z: Inexact) -> Inexact:
-    return _tidy(CONTEXT.exp(_bounded(z)))
-
-
 def log(z: Inexact) -> Inexact:
     return _tidy(CONTEXT.log(z), 1)
 
@@ -96,10 +92,10 @@ def _circular(name: str, z: Inexact) -> Inexact:
 
 
 sin, cos = (functools.partial(_circular, name) for name in ("sin", "cos"))
-FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {"sin": sin, "cos": cos, "exp": exp, "ln": log, "log": log}
-FUNCTIONS |= {"tan": lambda z: sin(z) / cos(z), "cot": lambda z: cos(z) / sin(z), "cis": lambda z: exp(IMAGINARY * z)}
+FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {"sin": sin, "cos": cos, "ln": log, "log": log}
+FUNCTIONS |= {"tan": lambda z: sin(z) / cos(z), "cot": lambda z: cos(z) / sin(z), "exp": lambda z: _apply("exp", z)}
 FUNCTIONS |= {"sec": lambda z: 1 / cos(z), "csc": lambda z: 1 / sin(z), "lg": lambda z: log(z) / CONTEXT.log(10)}
-FUNCTIONS |= {"arccot": lambda z: PI / 2 - CONTEXT.atan(z)}
+FUNCTIONS |= {"arccot": lambda z: PI / 2 - CONTEXT.atan(z), "cis": lambda z: _apply("exp", IMAGINARY * z)}
 for _name in "sin cos tan sinh cosh tanh sec csc".split():
     FUNCTIONS |= dict.fromkeys([f"{arc}{_name}" for arc in ("arc", "ar", "a")], getattr(CONTEXT, "a" + _name))
     FUNCTIONS.setdefault(_name, functools.partial(_apply, _name))

@@ -26,7 +26,9 @@ def combine(operands: list[Reading], operators: list[str]) -> list[Reading]:
     if "∩" in operators and len(set(operators)) > 1:
         raise Unreadable
     places = [_place(end) for members in sets for one in members for end in _ends(one)]
-    if None not in places and not any(one.braces and any(map(_is_interval, _members(one))) for one in operands):
+    if None not in places and not any(
+        one.braces and any(len(_ends(member)) == 2 for member in _members(one)) for one in operands
+    ):
         return _intervals(sets, operators)
     result = sets[0]
     for sign, other in zip(operators, sets[1:]):
@@ -44,12 +46,8 @@ def _members(one: Reading) -> list[Reading]:
     return [] if one.text == EMPTY.text else list(one.parts) if one.kind == "list" else [one]
 
 
-def _is_interval(one: Reading) -> bool:
-    return one.kind in ("()", "(]", "[)", "[]") and len(one.parts) == 2
-
-
 def _ends(one: Reading) -> tuple[Reading, ...]:
-    return one.parts if _is_interval(one) else (one,)
+    return one.parts if one.kind in ("()", "(]", "[)", "[]") and len(one.parts) == 2 else (one,)
 
 
 def _place(end: Reading) -> Inexact | None:

@@ -7,6 +7,7 @@ function of its arguments.
 import functools
 import random
 import re
+import unicodedata
 from fractions import Fraction
 
 from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, inexact
@@ -18,10 +19,7 @@ from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, inexact
 GENERAL, WHOLE, NEGATIVE = range(3), range(4, 16), range(16, 22)
 _SCALES = (9_000, 1_000, 300)
 
-_GREEK_NAMES = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
-)
-GREEK = dict(zip(_GREEK_NAMES.split(), "αβγδεζηθικλμνξρστυφχψω"))
+GREEK = {unicodedata.name(c).split()[-1].lower().replace("lamda", "lambda"): c for c in "αβγδεζηθικλμνξρστυφχψω"}
 LETTERS = {*GREEK, *map(str.title, GREEK), "hbar", "ell"}
 SEVERAL = {"max", "min", "gcd", "lcm"}
 _NAMES = sorted({*FUNCTIONS, *SEVERAL, "sqrt", "cbrt", "pi", "mod"} - {"tg"}, key=lambda name: (-len(name), name))
