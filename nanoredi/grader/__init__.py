@@ -58,7 +58,7 @@ def grade(response: str, gold: str | list[str], style: str = "nanoredi") -> bool
 
 
 def extract_answer(response: str) -> str | None:
-    """The content of the last box after the thinking; None if the thinking or the last box never ends, or without box."""
+    """The content of the last box after the thinking; None without a box, or if the thinking or the box never ends."""
     return next(iter(_answers(response)), None)
 
 

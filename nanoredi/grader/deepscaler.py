@@ -34,6 +34,7 @@ _LAYOUT = (
 ).split()
 _MACROS = GREEK | dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
 _MACROS |= dict.fromkeys(_LAYOUT, "")
+_COMMAS = "(?<=[0-9]),(?=[0-9]{3}(?![0-9]))"  # 12,345
 _LETTERS = {*"abcdefghijklmnopqrstuvwxyzοπ", *GREEK.values()}
 
 
@@ -79,8 +80,7 @@ def _plain(text: str) -> str:
     text = re.sub(" (?:or|and) ", " , ", text)
     for word, power in (("million", 6), ("billion", 9), ("trillion", 12)):
         text = text.replace(word, f"*10^{power}")
-    for unit in _UNITS:
-        text = re.sub(rf"{unit}(?:es)?s? *(?:\^[0-9]+)?", "", text)
+    text = re.sub(rf"(?:{'|'.join(_UNITS)})(?:es)?s? *(?:\^[0-9]+)?", "", text)
     text = re.sub(r"\^ *\\circ", "", text)
     if text[:1] + text[-1:] == "{}":
         text = text[1:-1]
@@ -96,17 +96,12 @@ def _plain(text: str) -> str:
 
 def _as_integer(text: str) -> str:
     """142.0 and 14,200 as integers."""
-    number = _grouped(text)
+    number = re.sub(_COMMAS, "", text)
     if re.fullmatch(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]{1,2})?\s*", number):
         value = float(number)
         if math.isfinite(value) and abs(value - round(value)) <= 1e-7:
             return str(round(value))
     return text
-
-
-def _grouped(text: str) -> str:
-    """12,345 without its comma."""
-    return re.sub("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)
 
 
 def _without_latex(text: str) -> str:
@@ -144,7 +139,7 @@ def _same_parts(answer: str, gold: str) -> bool:
 
 
 def _parts(text: str) -> list[str]:
-    text = _grouped(text)
+    text = re.sub(_COMMAS, "", text)
     if len(text) > 2 and text[0] in "([" and text[-1] in ")]" and not re.search(r"[()\[\]]", text[1:-1]):
         return [part.strip() for part in text[1:-1].split(",")]
     return [text]

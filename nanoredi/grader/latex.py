@@ -56,10 +56,12 @@ _NO_UNIT_WORD = (
     r"even|prime|integer|negative|positive|more|less|fewer|short|under|(?:degrees )?(?:below|under) zero"
 )
 _NO_UNIT = (
-    r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|[^{}]*\bnot?\b|(?:\( ?|is )(?:mod|extr|rej|disc)"
-    rf"|(?:to|at|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
+    r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|[^{}]*\bnot?\b|(?:\( ?|is )"
+    r"(?:mod|extr|rej|disc)|(?:to|at|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|"
+    rf"(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
-_UNIT = rf"(?!\\math(?:bf|it|bb|cal|frak)|\\bm){_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}(?!\s*_){_POWER}"
+_NO_UNIT_FONT = r"(?!\\math(?:bf|it|bb|cal|frak)|\\bm)"
+_UNIT = rf"{_NO_UNIT_FONT}{_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}(?!\s*_){_POWER}"
 _MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}(?:\\Omega)?|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
 _JOINING = rf"(?<![\\A-Za-z{{])WORD(?![A-Za-z}}])|(?<=[0-9)\]}}⦄])WORD(?=[A-Za-z]\b)|{_FONT}\{{\s*,?\s*WORD\s*\}}"
 _DERIVATIVE = (
@@ -127,10 +129,8 @@ _REWRITES: _Rules = [
     (_FONT + r"(?=[A-Za-z0-9\\])", " "),
     (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
-    (
-        r"(?i)^\s*(?:\\therefore|\\sim|[→⇒]|(?:both|exactly)\s+(?=\S)|答案[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))",
-        "",
-    ),
+    (r"(?i)^\s*(?:\\therefore|\\sim|[→⇒]|(?:both|exactly)\s+(?=\S))", ""),
+    (r"(?i)^\s*(?:答案[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
     (r"(?i)^\s*(?:option|choice)\s+(?=\W*[A-J]\b)", ""),
     (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
@@ -173,7 +173,8 @@ _SMALL_UNITS = (
     rf"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L){_POWER}\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b{_POWER}"
     r"|[MLR]_\{\\(?:odot|oplus|sun)\}"
 )
-_WORD = rf"(?:(?!(?:{_NO_UNIT_WORD})\W*(?:$|,)|(?:more|less) than)[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
+_NO_BARE_UNIT = rf"(?!(?:{_NO_UNIT_WORD})\W*(?:$|,)|(?:more|less) than)"
+_WORD = rf"(?:{_NO_BARE_UNIT}[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
 _BARE_UNITS = re.compile(
     rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}"
     r"|\s*(?![万亿千百十半成折分之多余点])[一-龥]{1,4})\.?\s*(?=$|,)"

@@ -84,7 +84,9 @@ def log(z: Inexact) -> Inexact:
 
 
 def _apply(name: str, z: Inexact) -> Inexact:
-    return getattr(CONTEXT, name)(_bounded(z))
+    if abs(z) > _LARGEST_ARGUMENT:  # an exponential would be huge, and a sine's angle has no digits left
+        raise ArithmeticError("out of bounds")
+    return getattr(CONTEXT, name)(z)
 
 
 def _circular(name: str, z: Inexact) -> Inexact:
@@ -93,6 +95,7 @@ def _circular(name: str, z: Inexact) -> Inexact:
 
 sin, cos = (functools.partial(_circular, name) for name in ("sin", "cos"))
 FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {"sin": sin, "cos": cos, "ln": log, "log": log}
+FUNCTIONS["!"] = CONTEXT.factorial
 FUNCTIONS |= {"tan": lambda z: sin(z) / cos(z), "cot": lambda z: cos(z) / sin(z), "exp": lambda z: _apply("exp", z)}
 FUNCTIONS |= {"sec": lambda z: 1 / cos(z), "csc": lambda z: 1 / sin(z), "lg": lambda z: log(z) / CONTEXT.log(10)}
 FUNCTIONS |= {"arccot": lambda z: PI / 2 - CONTEXT.atan(z), "cis": lambda z: _apply("exp", IMAGINARY * z)}
@@ -103,18 +106,8 @@ for _short, _name in zip("tg ctg arctg arcctg".split(), "tan cot arctan arccot".
     FUNCTIONS[_short] = FUNCTIONS[_name]
 
 
-def factorial(z: Inexact) -> Inexact:
-    return _tidy(CONTEXT.factorial(z))
-
-
 def evaluate(name: str, z: Inexact) -> Inexact:
     return _tidy(FUNCTIONS[name](z))
-
-
-def _bounded(z: Inexact) -> Inexact:
-    if abs(z) > _LARGEST_ARGUMENT:  # an exponential would be huge, and a sine's angle has no digits left
-        raise ArithmeticError("out of bounds")
-    return z
 
 
 def _tidy(z: Inexact, size: Inexact | int = 0) -> Inexact:

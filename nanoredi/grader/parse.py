@@ -1,7 +1,7 @@
 """An answer's plain string (latex.py) to the tree of its parts (compare.py).
 
-The grammar is a set of functions, from the outside in: `several` splits lists and sets, and `one` reads what is no list:
-a relation, a matrix, a tuple or interval, a number in a base, a time of day, a value, otherwise a text.
+The grammar is a set of functions, from the outside in: `several` splits lists and sets, and `one` reads anything else: a
+relation, a matrix, a tuple or interval, a number in a base, a time of day, a value, otherwise a text.
 """
 
 import contextlib
@@ -52,12 +52,11 @@ class _Reader:
         self.budget = budget
 
     def read(self, text: str) -> Reading:
-        try:
+        with contextlib.suppress(*NO_VALUE):
             self.budget.spend(_NODE_WORK)
-            deepest = max(itertools.accumulate((char in OPEN) - (char in CLOSE) for char in "." + text))
-            return self.as_text(text) if deepest > MAX_DEPTH else self.several(text)
-        except NO_VALUE:
-            return self.as_text(text)
+            if max(itertools.accumulate((char in OPEN) - (char in CLOSE) for char in "." + text)) <= MAX_DEPTH:
+                return self.several(text)
+        return self.as_text(text)
 
     def as_text(self, text: str) -> Reading:
         if text.startswith("{") and text.endswith("}"):
@@ -79,10 +78,9 @@ class _Reader:
             braces += "" if such_that else text[0].strip("([")
             text = such_that[1] if such_that else inner
         groups = [split(group, ",")[::2] for group in split(text, ";")[::2]]
-        if len(groups) > 1 and len(groups[0]) > 1 and len({*map(len, groups)}) == 1:  # 1,2;3,4 are pairs
-            nodes = [self.group(group) for group in groups]
-        else:
-            nodes = self.members([piece for group in groups for piece in group], "⦃" in braces)
+        pieces = [piece for group in groups for piece in group]
+        pairs = len(groups) > 1 and len(groups[0]) > 1 and len({*map(len, groups)}) == 1  # 1,2;3,4
+        nodes = [self.group(group) for group in groups] if pairs else self.members(pieces, "⦃" in braces)
         system = is_system(nodes)
         if not system and (braces or all(one.kind in ("system", "()") for one in nodes)):
             nodes = distinct(nodes)  # a repeated member counts once
@@ -212,9 +210,9 @@ class _Reader:
         rows = [row for row in body.split("\\\\") if row.strip()]
         if kind != "cases" or not re.search(r"&|\b(?:if|for|when)\b", body):
             return self.several(",".join(row.replace("&", "").strip(" ,") for row in rows))
-        rows = [re.sub(r",?\s*&|,\s*(?:if|for|when)\b", "&", row) for row in rows]
-        rows = [re.sub(r"\b(?:if|for|when)\s*|,\s*$", "", row) for row in rows]
-        nodes = tuple(Reading("row", row, tuple(self.read(cell.strip()) for cell in row.split("&"))) for row in rows)
+        separator = r"[\s,]*(?:&|\b(?:if|for|when)\b)[\s,]*(?:(?:if|for|when)\b)?"
+        cells = [re.split(separator, row, maxsplit=1) for row in rows]
+        nodes = tuple(Reading("row", "&".join(row), tuple(self.read(one.strip()) for one in row)) for row in cells)
         return Reading("cases", body, nodes)
 
     def relation(self, text: str, sides: list[str], signs: list[str]) -> Reading:
@@ -323,7 +321,7 @@ def split(text: str, separators: str) -> list[str]:
 
 
 def each_sign(text: str) -> Iterator[str]:
-    """The answers that ± stands for: two for each sign, or two in all if there is a ∓, since then they change together."""
+    """The answers that ± stands for: two for each sign, but two in all with a ∓, since then all signs change together."""
     pieces = re.split("([±∓])", text) if re.search("[±∓]", re.sub("⦃[^⦃⦄]*⦄", "", text)) else [text]
     if len(pieces) > 9:
         raise Unreadable
