@@ -313,7 +313,7 @@ class _Evaluator:
             return self.bounded(Fraction(math.prod(range(int(x), 0, -step))))
         self.budget.spend(_FUNCTION_WORK)
         known = step == 1 and abs(inexact(x)) <= MAX_FACTORIAL
-        return numbers.evaluate("!", inexact(x)) if known else opaque("!" * step, digits(x))
+        return numbers.factorial(inexact(x)) if known else opaque("!" * step, digits(x))
 
     def binomial(self, n: Number, k: Number) -> Number:
         if _is_whole(n) and isinstance(k, Fraction) and not 0 <= k <= n:

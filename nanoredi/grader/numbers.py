@@ -95,15 +95,18 @@ def _circular(name: str, z: Inexact) -> Inexact:
 
 sin, cos = (functools.partial(_circular, name) for name in ("sin", "cos"))
 FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {"sin": sin, "cos": cos, "ln": log, "log": log}
-FUNCTIONS["!"] = CONTEXT.factorial
 FUNCTIONS |= {"tan": lambda z: sin(z) / cos(z), "cot": lambda z: cos(z) / sin(z), "exp": lambda z: _apply("exp", z)}
 FUNCTIONS |= {"sec": lambda z: 1 / cos(z), "csc": lambda z: 1 / sin(z), "lg": lambda z: log(z) / CONTEXT.log(10)}
 FUNCTIONS |= {"arccot": lambda z: PI / 2 - CONTEXT.atan(z), "cis": lambda z: _apply("exp", IMAGINARY * z)}
-for _name in "sin cos tan sinh cosh tanh sec csc".split():
+for _name in "sin cos tan sinh cosh tanh sec csc sech csch coth".split():
     FUNCTIONS |= dict.fromkeys([f"{arc}{_name}" for arc in ("arc", "ar", "a")], getattr(CONTEXT, "a" + _name))
     FUNCTIONS.setdefault(_name, functools.partial(_apply, _name))
 for _short, _name in zip("tg ctg arctg arcctg".split(), "tan cot arctan arccot".split()):
     FUNCTIONS[_short] = FUNCTIONS[_name]
+
+
+def factorial(z: Inexact) -> Inexact:
+    return _tidy(CONTEXT.factorial(z))
 
 
 def evaluate(name: str, z: Inexact) -> Inexact:
