@@ -20,7 +20,6 @@ NAME = (
     rf"(?:\\?(?:max|min)|{LETTER}|[A-Z]{{2,}}{_INDEX}|(?!arc|sqrt|sinh|cosh|tanh)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
     rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\bar\{{[A-Z]{{2,}}\}}"
 )
-_BOUND = re.compile(r"\\(?:sum|prod)_\{([a-z])=")  # the letter that a sum runs over
 
 
 def points_for(*expressions: Expression) -> list[int]:
@@ -85,7 +84,7 @@ def word(text: str) -> str:
         text = re.sub(r"^(?:an?|the) |(?<=[a-z]{3}[^s])s\b", "", text.lower())
     any_case = r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|N[Oo])(?![A-Za-z])"
     text = re.sub(any_case, lambda found: found[0].lower(), text)
-    for run in _BOUND.finditer(text):
+    for run in re.finditer(r"\\(?:sum|prod)_\{([a-z])=", text):
         text = re.sub(rf"(?<![A-Za-z\\]){run[1]}(?![A-Za-z])", "ζ", text)
     text = re.sub(r"\(mod(\w+)\)", r"mod\1", re.sub(r"[ °]", "", text))
     return re.sub(r"\{(\w|∞|\\[A-Za-z]+)\}", r"\1", text)

@@ -1,17 +1,17 @@
 r"""The stricter reading of an answer, DeepScaleR's, which the paper's evaluation used.
 
-Published scores were made by rules about strings, with a computer algebra system behind them. So that scores can be
-compared, this file follows the same rules, and leaves the algebra to expression.py. An answer is right when it is,
-after small repairs of its LaTeX, the gold string; or when both, turned into plain text and cut at the commas of one
-pair of brackets, agree part by part:
+The published scores come from rules about strings, backed by a computer algebra system. To make scores comparable, this
+file follows the same rules, with expression.py for the algebra. An answer is right if it is, after small repairs of its
+LaTeX, the gold string, or if both, converted to plain text and split at the commas of one pair of brackets, agree part
+by part:
 
     an integer only with an integer         2^{10} is not 1024 where the gold answer is 1024
     a fraction only with the same fraction  3/12 is not 1/4
     everything else by value                but only without ^{ and with at most two letters
 
-No credit, therefore, for a list in another order, for other brackets, for several forms of an equation, for a matrix
-written another way. Not copied, because they are faults and no rules: that a root's index is ignored (the cube root
-of 2 was that of 2), that 8180_9 is Python's number 81809, and that an answer with "\text{ " in it is cut there.
+So there is no credit for a list in another order, other brackets, another form of an equation or a matrix written
+another way. Three faults of the original are not copied: it ignores a root's index (the cube root of 2 equals its
+square root), reads 8180_9 as Python's number 81809, and cuts an answer at "\text{ ".
 """
 
 import math
@@ -34,7 +34,6 @@ _LAYOUT = (
 ).split()
 _MACROS = GREEK | dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
 _MACROS |= dict.fromkeys(_LAYOUT, "")
-_COMMAS = "(?<=[0-9]),(?=[0-9]{3}(?![0-9]))"  # 12,345
 _LETTERS = {*"abcdefghijklmnopqrstuvwxyzοπ", *GREEK.values()}
 
 
@@ -50,9 +49,7 @@ def equal(answer: str, gold: str) -> bool:
 
 def _repaired(text: str) -> str:
     r"""One spelling of \frac12, \dfrac, \sqrt3, degrees, percent, x = 5 and a leading zero."""
-    text = text.strip()
-    if wrapped := re.fullmatch(r"\\text\{(.+?)\}", text):
-        text = wrapped[1].strip()
+    text = re.sub(r"^\s*\\text\{(.+?)\}\s*$", r"\1", text).strip()
     text = re.sub(r"\n|\\!|\\left|\\right|\^\{\\circ\}|\^\\circ|\\\$|\\?%", "", text.replace("\\\\", "\\"))
     if text.count("\\text{ ") == 1:
         text = re.sub(r"(?<=[0-9}])\s*\\text\{ (?!or |and )[^{}]*\}.*", "", text)  # a unit
@@ -73,9 +70,7 @@ def _repaired(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    text = text.strip()
-    if wrapped := re.fullmatch(r"\\text\{(.+?)\}", text, re.DOTALL):
-        text = wrapped[1]
+    text = re.sub(r"(?s)^\s*\\text\{(.+?)\}\s*$", r"\1", text).strip()
     text = re.sub(r"\\?[%$]", "", text)
     text = re.sub(" (?:or|and) ", " , ", text)
     for word, power in (("million", 6), ("billion", 9), ("trillion", 12)):
@@ -96,11 +91,18 @@ def _plain(text: str) -> str:
 
 def _as_integer(text: str) -> str:
     """142.0 and 14,200 as integers."""
-    number = re.sub(_COMMAS, "", text)
+    number = _grouped(text)
     if re.fullmatch(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]{1,2})?\s*", number):
         value = float(number)
         if math.isfinite(value) and abs(value - round(value)) <= 1e-7:
             return str(round(value))
+    return text
+
+
+def _grouped(text: str) -> str:
+    """12,345 without its comma."""
+    while (shorter := re.sub(r"([0-9]),([0-9]{3})($|[^0-9])", r"\1\2\3", text)) != text:
+        text = shorter
     return text
 
 
@@ -139,7 +141,7 @@ def _same_parts(answer: str, gold: str) -> bool:
 
 
 def _parts(text: str) -> list[str]:
-    text = re.sub(_COMMAS, "", text)
+    text = _grouped(text)
     if len(text) > 2 and text[0] in "([" and text[-1] in ")]" and not re.search(r"[()\[\]]", text[1:-1]):
         return [part.strip() for part in text[1:-1].split(",")]
     return [text]

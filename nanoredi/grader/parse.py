@@ -18,7 +18,6 @@ from nanoredi.grader.symbols import Unreadable
 MAX_PARTS = 100  # parts of a list, or cells of a matrix
 _NODE_WORK = 50
 
-_NAME = re.compile(NAME)
 # Other left sides of an equation that a bare value may leave out: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), P(X=2),
 # E[X], Var(X); \\frac{m}{n}.
 _QUANTITY = (
@@ -35,7 +34,6 @@ _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0
 _REALS = {"": "(-∞,∞)", "positive ": "(0,∞)", "negative ": "(-∞,0)", "nonnegative ": "[0,∞)"}
 _ALL_REALS = re.compile(rf"(?:the )?(?:set of )?all ({'|'.join(_REALS)})real(?: number)?s|ℝ", re.IGNORECASE)
 _SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
-_FLIP = {">": "<", "≥": "≤"}
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
 
@@ -227,7 +225,7 @@ class _Reader:
             node.name = sides[0]
             return node
         if set(signs) <= {">", "≥"}:
-            sides, signs = sides[::-1], [_FLIP[sign] for sign in signs[::-1]]
+            sides, signs = sides[::-1], ["<" if sign == ">" else "≤" for sign in signs[::-1]]
         node = Reading("".join(signs), text, tuple(map(self.read, sides)))
         if set(signs) <= {"<", "≤"}:
             if len(sides) == 2 and is_name(sides[0]) != is_name(sides[1]):
@@ -283,7 +281,7 @@ def is_constant(part: Reading) -> bool:
 
 
 def is_name(text: str) -> bool:
-    return bool(_NAME.fullmatch(text.strip()))
+    return bool(re.fullmatch(NAME, text.strip()))
 
 
 def stands_for(text: str) -> bool:
