@@ -70,6 +70,7 @@ def _repaired(text: str) -> str:
 
 
 def _plain(text: str) -> str:
+    """Plain text in lower case, without units, spaces and LaTeX."""
     text = re.sub(r"(?s)^\s*\\text\{(.+?)\}\s*$", r"\1", text).strip()
     text = re.sub(r"\\?[%$]", "", text)
     text = re.sub(" (?:or|and) ", " , ", text)
@@ -107,7 +108,7 @@ def _grouped(text: str) -> str:
 
 
 def _without_latex(text: str) -> str:
-    r"""What a reader sees of it: \frac{a}{b} is a/b, a matrix is [a b;c d], braces and unknown macros are gone."""
+    r"""\frac{a}{b} as a/b and a matrix as [a b;c d], without braces and with unknown macros' names."""
     text = re.sub(r"\\[td]?frac", r" \\frac", text).replace("~", "\xa0")  # no space for the rules below
     text = re.sub(r"\\mbox\s*\{[^{}]*\}", "", text)
     text = re.sub(r"\\mathbf\s*\{(?=[^{}]*[A-Za-z])", "{𝐁", text)  # a bold letter is another letter

@@ -63,7 +63,7 @@ class Expression:
         return None
 
     def at(self, point: int) -> Number | None:
-        """The value at a point; None where it has none."""
+        """The value at a point; None if it has none."""
         point = point if self.letters else 0
         if point not in self._values:
             with contextlib.suppress(*NO_VALUE):
@@ -333,7 +333,7 @@ def _bits_of(x: Number) -> int:
 
 
 def _floor(bracket: str, x: Number) -> Fraction:
-    if not numbers.is_real(x):  # of a root of n - 1 at a small n, say; what counts are the whole points
+    if not numbers.is_real(x):  # e.g. sqrt(n - 9) at a small n; the other points decide
         return opaque(bracket, digits(x))
     if not isinstance(x, Fraction):
         nearest = Fraction(int(CONTEXT.nint(x)))

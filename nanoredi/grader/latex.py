@@ -98,7 +98,7 @@ _DIGITS: _Rules = [
     (r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§"),  # 17%6 is not 176
     (r"\\q?quad", " "),  # also where a letter is glued to it
     (r"\\(?:left|right)\s*\.", ""),
-    # 0.\dot{1}4\dot{2}, 0.1(6) and 0.1666... to 0.1\overline{6}, and this to the fraction that it is
+    # 0.\dot{1}4\dot{2}, 0.1(6) and 0.1666... become 0.1\overline{6}, and that becomes a fraction
     (r"\\dot\s*\{?([0-9])\}?([0-9]{0,48})\\dot\s*\{?([0-9])\}?", r"\\overline{\1\2\3}"),
     (r"(\.[0-9]{0,50})\(([0-9]{1,50})\)(?=[\s$\\)}]*$)", r"\1\\overline{\2}"),
     (r"(\.[0-9]{0,50}?)([0-9]{1,9}?)\2+\s*(?:…|\.{3}|\\[lcd]?dots(?![a-z]))", r"\1\\overline{\2}"),
@@ -111,7 +111,7 @@ _REWRITES: _Rules = [
     *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])", r"\+/-", r"\.\.\."), "≤≥≠^=±…"),
     (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
     (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
-    (r"(?<=[A-Za-z)}'])\s*°\s*(?=[A-Za-z(\\])(?![CFK]\b)", "∘"),  # f of g
+    (r"(?<=[A-Za-z)}'])\s*°\s*(?=[A-Za-z(\\])(?![CFK]\b)", "∘"),  # composition
     (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
     (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
     (r"\s*(?:\(\s*\\[bp]?mod\s*(\w+)\s*\)|\\pmod\s*(?:\{([^{}]*)\}|(\w+)))", r" (mod \1\2\3)"),
@@ -144,7 +144,7 @@ _REWRITES: _Rules = [
     (r"\\(frac|binom)\s*([0-9])", r"\\\1{\2}"),
     (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
     (r"(?<=[0-9])'\s*'?(?!['\w])", ""),  # minutes and seconds of arc
-    (r"\\(?:vec|overrightarrow)\s*\{\s*([A-Z]{2})\s*\}", r"v_{\1}"),  # not that from B to A
+    (r"\\(?:vec|overrightarrow)\s*\{\s*([A-Z]{2})\s*\}", r"v_{\1}"),  # AB and BA are different vectors
     (r"\\(?:vec|overrightarrow)(?![A-Za-z])", ""),
     (r"\\hat\s*\{?\s*([ijk])\b\s*\}?", r" \1 "),  # unit vectors
     (r"(?<=[)\]}⦄])\s*U\s*(?=[(\[{⦃])", "∪"),
@@ -156,15 +156,15 @@ _REWRITES: _Rules = [
     (r"(?<![A-Za-z\\])C\s*\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)", r"\\binom{\1}{\2}"),
     (r"(?:^|(?<=∪))\s*\]", "("),  # ]1,2[ is the open interval
     (r"\[\s*(?=$|∪)", ")"),
-    (_DERIVATIVE, r"ð_{\3\1}\2"),  # one letter, so that its d is not cancelled
+    (_DERIVATIVE, r"ð_{\3\1}\2"),  # one symbol, so that its d's do not cancel
     *[(_ALONE, r"\1\2")] * 2,
-    (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # brackets like others
+    (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # read as brackets
     (r"\\end\s*\{\w+\*?\}", "⟧"),
     (r"(?<![0-9./^_])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"(\1+\2/\3)"),  # 1 1/2 is a sum
     (r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
     (r"⦃\s*⟦array¦([^⟦⟧]*)⟧(?!\s*⦄)", r"⟦cases¦\1⟧"),
 ]
-# Bare units, by what may stand around them. One letter is a unit only over another: 3 m/s, but not 3 m.
+# Units without \text. A single letter is a unit only in a quotient: 3 m/s, but not 3 m.
 _SHORT_UNITS = (
     "cm|mm|km|nm|kg|mg|lbs?|oz|ft|in|yd|mi|hrs?|min|secs?|ms|k?Hz|MHz|GHz|[kMG]?eV|kJ|kW|MW|mV|kV|k?Pa|atm|mol|mL|ml|"
     "rad|deg|mph|kph|k?cal|yrs?|USD|pct|sq|cu|units?"
@@ -180,7 +180,7 @@ _BARE_UNITS = re.compile(
     r"|\s*(?![万亿千百十半成折分之多余点])[一-龥]{1,4})\.?\s*(?=$|,)"
 )
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
-# After an answer: a remark in brackets, or from a word to the end.
+# A remark after an answer: in brackets, or from a word to the end.
 _BRACKETED = re.compile(
     r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}\]]))\("
     r"\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*",
@@ -189,16 +189,16 @@ _BRACKETED = re.compile(
 _TAIL = re.compile(
     r"(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)", re.DOTALL
 )
-_CONDITION = re.compile(  # kπ, k ∈ ℤ: of a letter that stands before
+_CONDITION = re.compile(  # kπ, k ∈ ℤ: about a letter of the answer
     r"([^∈<>≤≥≠]*?([a-z])[^∈<>≤≥≠]*?(?<![\s,;(+*/=^-]))[\s,;]+(\2\s*∈\s*(?:[ZNQ].*|ℝ[\s.]*))", re.DOTALL
 )
 _REASONS = "≈ approx approximately about since because".split()
-# In a remark: what changes the answer, or begins another.
+# A remark with one of these changes the answer, or begins another one.
 _NO_REMARK = re.compile(
     r"⟦|\b(?:exclu|except|extraneous|reject|discard|squared|cubed|negative|"
     rf"(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
 )
-# These may be left out, but 25% increase is not 25% decrease, 5 cm are not 5 m, 5 million not 5 billion.
+# One answer may leave these out, but two must agree: 25% increase is not 25% decrease, and 5 cm are not 5 m.
 _AGREEING = re.compile(
     r"(?<![\\a-z])(?<!per )(?:((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|"
     r"late|from now|early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|"
@@ -231,12 +231,12 @@ def clean(text: str) -> str:
 
 
 def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
-    """What an answer may mean, and the restrictions that each leaves out: a bare 12,345 one number or two, 12 345 one
-    number, 5 km a number with its unit or a product, (C) 12 the letter of a choice or the choice, a line a part of a
-    list, 2x for x > 0 also 2x."""
+    """The plain strings that an answer may mean, each with the restrictions that it leaves out: 12,345 may be one number
+    or two, 12 345 one number, 5 km a number with its unit or a product, (C) 12 a choice's letter or the choice itself, a
+    line a member of a list, 2x for x > 0 also 2x."""
     lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())
     counted = _MULTIPLE.sub(lambda found: f"*{{{_COUNTS[found[2]]}}}{found[1] or ''}", text)
-    common = re.sub(r"\\log(?![\sA-Za-z]*_)", r"\\lg", text)  # log as that of base 10
+    common = re.sub(r"\\log(?![\sA-Za-z]*_)", r"\\lg", text)  # \log as the logarithm of base 10
     raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines, common])
     lower = [one.lower().replace("\\$", "dollar ") for one in raw]
     lower = [re.sub("(k)ilo|(c)enti|(m)illi(?=[gmljw])", r"\1\2\3", one) for one in lower]
@@ -251,7 +251,7 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
             if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
                 harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
                 texts.setdefault(head, texts[one] | (set() if harmless else {re.sub(r"\s", "", tail)}))
-                if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # whatever its name is
+                if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # its name does not matter
                     letter = rf"(?<![A-Za-z\\]){bound[1]}(?![A-Za-z])"
                     texts.setdefault(re.sub(letter, r"\\zeta ", head), frozenset([re.sub(rf"\s|{letter}", "", tail)]))
     for change in (lambda one: _BARE_UNITS.sub("", one), _without_grouping):
@@ -275,7 +275,7 @@ def _compatible(text: str) -> str:
 
 
 def _repeating(found: re.Match) -> str:
-    """0.1\\overline{6} as the fraction that it is: (16 - 1) / 90."""
+    """0.1\\overline{6} as a fraction: (16 - 1) / 90."""
     whole, fixed, period = found[1], found[2], found[3] or found[4]
     numerator = int(whole + fixed + period) - int("0" + whole + fixed)
     return f"({numerator}/{'9' * len(period)}{'0' * len(fixed)})"

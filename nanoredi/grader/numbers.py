@@ -66,7 +66,7 @@ def power(z: Inexact, w: Inexact) -> Inexact:
 
 
 def root(z: Inexact, n: int) -> Inexact:
-    """The principal root, and of a negative number the real one where n is odd."""
+    """The principal root; for a negative number and an odd n the real one."""
     if is_real(z) and (z >= 0 or n % 2):
         size = CONTEXT.root(abs(z), n)
         return size if z >= 0 else -size
