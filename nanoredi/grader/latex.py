@@ -204,7 +204,7 @@ _AGREEING = re.compile(
     r"late|from now|early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|"
     r"c(?=elsius)|f(?=ahrenheit)|hundred|thousand|million|billion|trillion|dozen|cent|dollar|day|week|month|inch|yard|"
     r"mile|lb|oz|[cdkmn][mgljw]|[mgljw](?=eter|etre|ram|iter|itre|oule|att))|(gal)(?:lon)?|(se)c(?:ond)?|(mi)n(?:ute)?|"
-    r"(h)(?:ou)?r|(y)(?:ea)?r|(f)(?:oo|ee)?t)(?:e?s|(?:et(?:er|re)|ram|it(?:er|re)|oule|att)s?|elsius|ahrenheit|wards?)?"
+    r"(h)(?:ou)?r|(y)(?:ea)?r|(f)(?:oo|ee)?(t))(?:e?s|(?:et(?:er|re)|ram|it(?:er|re)|oule|att)s?|elsius|ahrenheit|wards?)?"
     r"(?![a-z])|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mgljw])\b"
 )
 _LABELS = "a b c d A B C D 1 2 3 4 i ii iii iv I II III IV".split()
