@@ -77,6 +77,7 @@ _IN_WORDS = dict(zip(_NUMBERS, map(str, range(100)))) | {"half": "1/2"}
 _IN_WORDS |= {f"{_ONES[n]}-{part}{'s' * (n > 1)}": f"{n}/{size}" for n in range(1, 10) for size, part in _PARTS.items()}
 _COUNTS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _BOUNDS = {"at least": "≥", "at most": "≤", "(?:less|fewer) than": "<", "(?:more|greater) than": ">"}
+_VALUE = r"(?=[0-9.\\([⦃-]|[a-z] *[=<>≤≥])"  # how an answer begins
 _MULTIPLE = re.compile(rf"(?<=[0-9])\s*({_FONT}\{{)?\s*({'|'.join(_COUNTS)})\b")
 _SIZE = rf"(?:{_MANY_UNITS}|\s(?:[a-z]{{4,}}|cm|in|ft)\b)"
 # A letter, macro or fraction alone in braces that are no macro's argument; of {{g}_{k}} it takes two passes.
@@ -129,15 +130,14 @@ _REWRITES: _Rules = [
     (_FONT + r"(?=[A-Za-z0-9\\])", " "),
     (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
-    (r"(?i)^\s*(?:\\therefore|\\sim|[→⇒]|(?:both|exactly)\s+(?=\S))", ""),
+    (r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)", ""),
     (r"(?i)^\s*(?:答案[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
-    (r"(?i)^\s*(?:option|choice)\s+(?=\W*[A-J]\b)", ""),
-    (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
+    (r"(?i)^\s*(?:(?:option|choice)\s+(?=\W*[A-J]\b)|(?:usd?|rs\.?)(?=[ 0-9]))", ""),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
     (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
     (r"(?i)\b(?:(?:below|under) zero|only)[\s.]*$", ""),
-    (r"(?i)^\s*(?:the )?([a-z]{4,}(?: [a-z]+){0,3}?)\s*(?:\bis\b|:)\s*(?=[0-9.\\-])", r"\1="),
-    *[(rf"(?i)^\s*{words}\s+(?=[0-9.\\-])", sign) for words, sign in _BOUNDS.items()],
+    (rf"(?i)^\s*(?!yes|true|false|.*[,;].*:)[a-z]{{3,}}(?: +[a-z]+){{0,7}}?\s*(?:\bis\b|:)\s*{_VALUE}", ""),
+    *[(rf"(?i)^\s*{words}\s+{_VALUE}", sign) for words, sign in _BOUNDS.items()],
     (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
     (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
     *[(rf"(?:\\|\b){name}\s*\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],

@@ -57,8 +57,7 @@ class _Reader:
         return self.as_text(text)
 
     def as_text(self, text: str) -> Reading:
-        if text.startswith("{") and text.endswith("}"):
-            text = inside(text) or text
+        text = (inside(text) if text[:1] + text[-1:] == "{}" else None) or text
         return Reading("text", text.strip(" .,;").removeprefix("+"))
 
     def several(self, text: str) -> Reading:
@@ -281,7 +280,7 @@ def is_constant(part: Reading) -> bool:
 
 
 def is_name(text: str) -> bool:
-    return bool(re.fullmatch(NAME, text.strip()))
+    return len(text) < 100 and bool(re.fullmatch(NAME, text.strip()))
 
 
 def stands_for(text: str) -> bool:
@@ -308,13 +307,13 @@ def inside(text: str) -> str | None:
 def split(text: str, separators: str) -> list[str]:
     """Pieces alternating with the separators between them, which count only outside brackets."""
     pieces, start, depth = [], 0, 0
-    for i, char in enumerate(text):
-        depth += (char in OPEN) - (char in CLOSE)
+    for found in re.finditer(f"[{re.escape(OPEN + CLOSE + separators)}]", text):
+        depth += (found[0] in OPEN) - (found[0] in CLOSE)
         if depth < 0:
             raise Unreadable
-        if depth == 0 and char in separators:
-            pieces += [text[start:i], char]
-            start = i + 1
+        if depth == 0 and found[0] in separators:
+            pieces += [text[start : found.start()], found[0]]
+            start = found.end()
     return [*pieces, text[start:]]
 
 

@@ -22,7 +22,8 @@ _SCALES = (9_000, 1_000, 300)
 GREEK = {unicodedata.name(c).split()[-1].lower().replace("lamda", "lambda"): c for c in "αβγδεζηθικλμνξρστυφχψω"}
 LETTERS = {*GREEK, *map(str.title, GREEK), "hbar", "ell"}
 SEVERAL = {"max", "min", "gcd", "lcm"}
-_NAMES = sorted({*FUNCTIONS, *SEVERAL, "sqrt", "cbrt", "pi", "mod"} - {"tg"}, key=lambda name: (-len(name), name))
+_NAMES = sorted({*FUNCTIONS, *SEVERAL, "sqrt", "cbrt", "pi", "mod"} - {"tg"}, key=len, reverse=True)
+_NAME = re.compile(rf"(?:{'|'.join(_NAMES)})(?=.?$)|")  # with at most one letter after it
 _WORDS = set("if is of to for the not all any are has but".split())  # these are no products of letters
 BRACKETS = {"(": ")", "[": "]", "{": "}", "abs": "|", "⌊": "⌋", "⌈": "⌉"}
 NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
@@ -52,7 +53,7 @@ def tokens_of(text: str) -> list[str]:
         if token[0] == "\\" and len(token) > 1:
             tokens.append(token[1:])
         elif token.isascii() and token.isalpha() and token != "abs":
-            name = next((n for n in _NAMES if token.startswith(n) and len(token) <= len(n) + 1), "")
+            name = _NAME.match(token)[0]
             letters = token[len(name) :]
             if len(letters) > 3 or token in _WORDS:
                 raise Unreadable
