@@ -1,15 +1,15 @@
-"""Benchmarks to a table.
+"""Evaluate models, or the completions of another engine, on benchmarks.
 
     python evaluate.py                                    the newest model under runs/, on its own benchmarks
     torchrun --standalone --nproc_per_node=8 evaluate.py --model runs/sft/final runs/redi/final --data benchmarks/
     python evaluate.py --model DIR --benchmarks math500 my_problems.jsonl --data benchmarks/ --n 4 --limit 100
-    python evaluate.py --model runs/redi --along          the start, every checkpoint and the end of a run, the best one marked
+    python evaluate.py --model runs/redi --along          a run's initial model and checkpoints; marks the best one
     python evaluate.py --completions vllm.jsonl --benchmarks math500 --data benchmarks/ --paper
 
-Every sample goes to samples.jsonl in the out folder when it is done, and a second start with the same --out makes those
-that are missing; the table goes to results.json, results.txt and results.md; two models are compared problem by problem
-(differences.json). --completions grades what another engine wrote (its layouts: docs/layouts.md). Where a flag is not
-given, the model's run or the recipe decides ([evaluate]), then the default, which is the paper's.
+Every sample is written to samples.jsonl in the out folder as soon as it is finished; the same command with the same
+--out makes only those that are missing. The table goes to results.json, results.txt and results.md. Two models are
+compared problem by problem (differences.json). --completions grades what another engine wrote (docs/layouts.md). A flag
+that is not given is taken from the recipe or the model's run ([evaluate]), else from the defaults, which are the paper's.
 """
 
 import json
@@ -38,9 +38,9 @@ class EvaluateFlags(EvaluateConfig):
     """evaluate.py's own flags."""
 
     model: list[str] = option([], "Hugging Face folders; none: the newest model under runs/")
-    along: bool = option(False, "--model is a run's folder: evaluate its start, every step-* and final, in that folder")
-    completions: list[str] = option([], "JSONL files that another engine wrote, graded instead of a model")
-    paper: bool = option(False, "show the rows of the paper's tables 1 to 4 beside")
+    along: bool = option(False, "--model is a run's folder: evaluate its initial model, every step-* and final")
+    completions: list[str] = option([], "files that another engine wrote, graded instead of evaluating a model")
+    paper: bool = option(False, "add the rows of the paper's tables 1 to 4")
     wide: bool = option(False, "show all columns of the table, however wide; results.md has them in any case")
     out: str = option(
         "", "folder for samples and results; empty: a new one under runs/evaluate/, or with --along the run's"
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
             if name not in ("completions", "benchmarks", "data", "limit", "think", "paper", "wide", "out")
         ]
         if idle:
-            raise UserError(f"--{idle[0]} says nothing about --completions: give one or the other")
+            raise UserError(f"--{idle[0]} has no effect on --completions: give one or the other")
         config = resolve(EvaluateFlags, "evaluate", read_recipe(recipe) if recipe else {}, flags)
         _grade(config, named="benchmarks" in given)
         return
@@ -75,15 +75,18 @@ def main(argv: list[str]) -> None:
     with world(config.timeout_minutes) as ranks:
         in_run = run and Path(config.out or run).resolve() == run.resolve()
         out = run if in_run else Path(ranks.first(lambda: _folder(config.out)))
-        notes = [*_frames(config), f"samples go to {out}; broken off, the same command with --out {out} goes on"]
+        notes = [
+            *_frames(config),
+            f"samples go to {out}; after an interruption the same command with --out {out} resumes",
+        ]
         if run and step_of(next(iter(models))):
-            notes.append(f"the model that {run} started from is not there, and is left out")
+            notes.append(f"the model that {run} started from does not exist any more, and is left out")
         rows = evaluate_all(models, tests, config, out, ranks, pairs, adds=run is not None, notes="\n".join(notes))
         ranks.say(ranks.first(lambda: _write(out, rows, config)) + f"\n\nwritten to {out}")
 
 
 def _run(given: dict[str, Any]) -> Path:
-    """The run that --along goes along."""
+    """The folder of the run that --along evaluates."""
     if len(given.get("model", [])) > 1:
         raise UserError("--along takes one run: give its folder to --model")
     return Path(given["model"][0]) if given.get("model") else Path(newest_model()).parent
@@ -96,14 +99,14 @@ def _refuse_twice(flag: str, paths: list[str]) -> None:
 
 
 def _frames(config: EvaluateFlags) -> list[str]:
-    """A note on problems that are asked as they are."""
+    """A note on problems that are asked without the paper's frame."""
     paths = [name for name in config.benchmarks if name not in benchmarks.NAMED]
-    text = f"{', '.join(paths)}: asked without a frame; --template paper puts the paper's around each problem"
+    text = f"{', '.join(paths)}: asked as they are; --template paper asks them in the paper's words"
     return [text] if paths and not config.template else []
 
 
 def _grade(config: EvaluateFlags, named: bool) -> None:
-    """Completions to a table; without named benchmarks, by the gold answers that the files themselves hold."""
+    """Grade completions; without named benchmarks, by the gold answers in the files themselves."""
     _refuse_twice("--completions", config.completions)
     tests = benchmarks.load_all(config.benchmarks, config.data) if named else []
     rows: list[Row] = []
@@ -115,7 +118,7 @@ def _grade(config: EvaluateFlags, named: bool) -> None:
             samples += graded
     out = Path(_folder(config.out, goes_on=False))
     with writing_together(out) as beside:
-        # Anybody's text may hold half a surrogate pair, which UTF-8 cannot.
+        # Foreign text may contain half a surrogate pair, which UTF-8 cannot encode.
         with open(beside / "samples.jsonl", "w", encoding="utf-8", errors="replace") as file:
             file.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
         text = _write(beside, rows, config)
@@ -123,7 +126,7 @@ def _grade(config: EvaluateFlags, named: bool) -> None:
 
 
 def _write(out: Path, rows: list[Row], config: EvaluateFlags) -> str:
-    """Write the results; the table and what the reader should know of it."""
+    """Write the results. Returns the table with notes on it."""
     rows, best = mark_best(rows) if config.along else (rows, "")
     models = list(dict.fromkeys(row["model"] for row in rows))
 
@@ -138,8 +141,8 @@ def _write(out: Path, rows: list[Row], config: EvaluateFlags) -> str:
 
 
 def _folder(out: str, goes_on: bool = True) -> str:
-    """A folder that holds an evaluation, if this one may go on with it; else a new one for the results, locked: the one that was
-    asked for, or one named by the time."""
+    """The folder for the results: --out, which may hold an evaluation to resume, or else a new and locked one, by
+    default named by the time."""
     path = Path(out or f"runs/evaluate/{time.strftime('%Y-%m-%d-%H%M%S')}")
     if goes_on and out and (path / "evaluation.json").exists():
         return out

@@ -1,14 +1,14 @@
-"""Prompt to text: sample completions from a model.
+"""Sample completions from a model.
 
     python sample.py                                      the newest model under runs/, on problems of its own benchmark
     python sample.py "What is 7 * 8?" --model DIR --n 4
-    python sample.py --model DIR --chat                   turns in the terminal; /reset begins anew, Ctrl-C ends an answer
+    python sample.py --model DIR --chat                   a conversation; /reset starts a new one, Ctrl-C ends an answer
     python sample.py --model DIR --prompts prompts.jsonl --n 16 --out samples.jsonl
 
-Prompts are rows of JSONL with a text in "prompt", "problem" or "question", or a conversation in "messages"; or a plain text,
-a prompt a line; - reads them from standard input. Rows of out repeat them and add completion, finish_reason, tokens, sample,
-each when it is done; broken off, the same command goes on. Where a flag is not given, the model's run or the recipe decides
-([evaluate]), then the default.
+Prompts are rows of JSONL with a text in "prompt", "problem" or "question", or a conversation in "messages"; or the lines
+of a plain text. "-" reads them from standard input. Each completion is written to --out as soon as it is finished: the
+prompt's row with completion, finish_reason, tokens and sample added. After an interruption the same command resumes. A
+flag that is not given is taken from the recipe or the model's run ([evaluate]), else from the defaults.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from nanoredi.config import EvaluateConfig, SamplingConfig
 from nanoredi.data import benchmarks
 from nanoredi.data.messages import behind_system, check_messages, with_system
 from nanoredi.data.tokenizer import Tokenizer
-from nanoredi.evaluation.samples import claim, cut_torn_line, digest_of_files
+from nanoredi.evaluation.samples import claim, digest_of_files
 from nanoredi.model.hf_folder import stop_ids
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.sampler.sampler import Sampler
@@ -40,34 +40,29 @@ from nanoredi.sampler.scheduler import Request, requests_for
 from nanoredi.trainer.dtype import compute_dtype, device_alone
 
 _PROBLEMS_TO_SHOW = 3
-_ADDED = ("completion", "finish_reason", "tokens", "sample")  # to a prompt's row
+_ADDED = ("completion", "finish_reason", "tokens", "sample")  # the fields added to a prompt's row
 
 
 @dataclass
 class SampleFlags(SamplingConfig):
     """sample.py's own flags."""
 
-    n: int = option(1, "samples a prompt", low=1, high=2**16)
+    n: int = option(1, "samples for each prompt", low=1, high=2**16)
     model: str = option("", "Hugging Face folder; empty: the newest model under runs/")
     prompt: str = option("", "text of the user's message; the flag's name may be left out")
-    prompts: str = option("", "file of prompts, JSONL or a plain text with a prompt a line; -: standard input")
-    chat: bool = option(False, "take turns in the terminal")
-    stop: list[str] = option([], "texts that end a completion and are no part of it")
-    out: str = option("", "JSONL file to write the completions to, or to go on with")
+    prompts: str = option("", "file of prompts, JSONL or a plain text with one prompt a line; -: standard input")
+    chat: bool = option(False, "have a conversation in the terminal")
+    stop: list[str] = option([], "texts that end a completion and are cut off from it")
+    out: str = option("", "JSONL file for the completions, a new one or one to resume")
 
 
 @dataclass
 class _Sample:
-    """A sample to be made.
-
-    Attributes:
-        row: the prompt's, as it was given.
-        question: the last message, for the terminal.
-    """
+    """A sample to be made."""
 
     request: Request
-    row: dict[str, Any]
-    question: str
+    row: dict[str, Any]  # the prompt's row, as it was given
+    question: str  # the last message, for the terminal
 
 
 def main(argv: list[str]) -> None:
@@ -82,7 +77,7 @@ def main(argv: list[str]) -> None:
     tokenizer = Tokenizer(folder)
     if config.chat:
         sampler = _sampler(folder, tokenizer, dataclasses.replace(config, batch_size=1))
-        print(f"{folder}: a line is a turn, /reset begins anew, Ctrl-C ends an answer, Ctrl-D the conversation")
+        print(f"{folder}: one line a turn; /reset starts a new conversation, Ctrl-C ends an answer, Ctrl-D exits")
         return chat(sampler, tokenizer, config.stop, config.template, config.system)
 
     samples = _samples(_rows(config, tables), tokenizer, config)
@@ -96,7 +91,7 @@ def main(argv: list[str]) -> None:
 
 
 def _sampling_only(tables: Tables) -> Tables:
-    """The part of a recipe's [evaluate] that sampling shares with it; how many samples is this script's own affair."""
+    """The part of a recipe's [evaluate] that is about sampling, except n, which has a default of its own here."""
     names = {f.name for f in dataclasses.fields(SamplingConfig)} - {"n"}
     return {"evaluate": {k: v for k, v in tables.get("evaluate", {}).items() if k in names}}
 
@@ -108,7 +103,7 @@ def _sampler(folder: str, tokenizer: Tokenizer, config: SampleFlags) -> Sampler:
 
 
 def _rows(config: SampleFlags, tables: Tables) -> list[tuple[str, Any]]:
-    """The prompts as rows, each with where it stands."""
+    """The prompts as rows, each with where it is from, for messages."""
     if config.prompt:
         return [("--prompt", {"prompt": config.prompt})]
     if config.prompts:
@@ -123,9 +118,9 @@ def _rows(config: SampleFlags, tables: Tables) -> list[tuple[str, Any]]:
 
 
 def _read_prompts(path: str) -> list[tuple[str, Any]]:
-    """The rows of a file by its name; or of a text, or standard input, whose lines are prompts unless they begin as JSON."""
+    """The rows of a file. From standard input and files without a known suffix, lines that are not JSON are prompts."""
     if Path(path).suffix in benchmarks.SUFFIXES:
-        return list(read_rows(path))
+        return [(where, {"prompt": row} if isinstance(row, str) else row) for where, row in read_rows(path)]
     name = "standard input" if path == "-" else path
     if path != "-" and Path(path).exists() and not Path(path).is_file():
         raise UserError(f"{path} is no file; give one, or --prompts - for standard input")
@@ -161,8 +156,8 @@ def _samples(rows: list[tuple[str, Any]], tokenizer: Tokenizer, config: SampleFl
 
 
 def _messages(where: str, row: Any, config: SampleFlags) -> list[dict[str, str]]:
-    """What a row asks: its conversation as it is, or its text in the template."""
-    fields = {name.lower(): value for name, value in row.items()} if isinstance(row, dict) else {}
+    """The messages of a row: its conversation as it is, or its text in the template."""
+    fields = benchmarks.in_one_case(where, row, str.lower) if isinstance(row, dict) else {}
     for name in ("messages", "conversations", "prompt", "problem", "question"):
         value = fields.get(name)
         if isinstance(value, list):
@@ -180,7 +175,7 @@ def _messages(where: str, row: Any, config: SampleFlags) -> list[dict[str, str]]
 
 
 def _show(sampler: Sampler, samples: list[_Sample]) -> None:
-    """Print completions as they come: one at a time, the others are made meanwhile and shown in their turn."""
+    """Stream the completions one after the other; the later ones are computed at the same time."""
     for sample in samples:
         request, shown = sample.request, 0
         print(f"\n--- {sample.question}{f'  [sample {request.sample}]' if request.sample else ''}\n", flush=True)
@@ -194,7 +189,7 @@ def _show(sampler: Sampler, samples: list[_Sample]) -> None:
 
 
 def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: SampleFlags) -> None:
-    """Write each completion when it ends, as a whole line; those that the file has already are not made again."""
+    """Write each completion as a whole line when it is finished. Those that the file already has are not made again."""
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(regular(path), "ab", buffering=0) as file:
@@ -203,7 +198,8 @@ def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: Sa
         except OSError:
             raise UserError(f"another process writes to {path}: wait for it, or give another --out") from None
         config.dtype = _claim(path, folder, config)
-        cut_torn_line(path)
+        with open(path, "rb+") as whole:  # without the partial line that a killed job leaves at the end
+            whole.truncate(sum(len(line) for line in whole if line.endswith(b"\n")))
         missing = {_key({**sample.row, "sample": sample.request.sample}): sample for sample in samples}
         for where, row in read_rows(str(path)):
             if missing.pop(_key(row), None) is None:
@@ -218,7 +214,7 @@ def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: Sa
 
 
 def _claim(path: Path, folder: str, config: SampleFlags) -> str:
-    """Take out for completions by these settings, or go on with it. Returns their dtype."""
+    """Claim --out for completions with these settings, new or resumed. Returns their dtype."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(SamplingConfig) if not f.metadata["free"]}
     about = {"setting": {**settings, "stop": config.stop}, "model": {folder: digest_of_files(Path(folder))}}
     beside = Path(f"{path}.settings.json")
@@ -228,10 +224,10 @@ def _claim(path: Path, folder: str, config: SampleFlags) -> str:
 
 
 def _key(row: Any) -> str:
-    """What tells a sample's row from all others: the prompt's own fields, and which sample of it this is."""
+    """What identifies a sample's row: the prompt's own fields and the sample's number."""
     given = {name: value for name, value in row.items() if name not in _ADDED} if isinstance(row, dict) else {}
     text = json.dumps([given, row["sample"] if "sample" in row else None], sort_keys=True, ensure_ascii=False)
-    return text.encode(errors="replace").decode()  # as write_row does
+    return text.encode(errors="replace").decode()  # like write_row
 
 
 def _complete(missing: dict[str, _Sample], sampler: Sampler, tokenizer: Tokenizer, file: FileIO) -> None:
@@ -248,11 +244,11 @@ def _complete(missing: dict[str, _Sample], sampler: Sampler, tokenizer: Tokenize
                     done.update()
         except KeyboardInterrupt:
             done.close()
-            with open(file.name, "rb") as again:  # Ctrl-C may come between a row and its count
+            with open(file.name, "rb") as again:  # done may lag behind by a row
                 again.seek(start)
                 num_written = sum(line.endswith(b"\n") for line in again)
             print(
-                f"{file.name}: {num_written} of {len(rows)} completions, then stopped; the same command goes on",
+                f"{file.name}: {num_written} of {len(rows)} completions, then interrupted; the same command resumes",
                 flush=True,
             )
             raise

@@ -1,6 +1,6 @@
 """Stage 2: Reinforcement Distillation from pairs of a correct and an incorrect trace.
 
-    python train_redi.py                                  the whole method on the embedded toy, stage 1 included
+    python train_redi.py                                  the whole method on the embedded toy, including stage 1
     torchrun --standalone --nproc_per_node=8 train_redi.py --recipe qwen2.5-math-1.5b \\
         --model runs/sft/final --data pairs.jsonl --out runs/redi
     torchrun ... train_redi.py --recipe qwen2.5-math-1.5b-dpo ...        its rivals: --objective dpo, simpo, sft
@@ -23,7 +23,7 @@ from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.evaluation.evaluate import evaluate_all
 from nanoredi.evaluation.samples import kept_results
 from nanoredi.evaluation.scores import unended
-from nanoredi.report.tables import table
+from nanoredi.report.tables import details, show
 from nanoredi.trainer.distributed import World, world
 from nanoredi.trainer.dtype import settled_dtype
 from nanoredi.trainer.loop import train
@@ -47,15 +47,15 @@ def main(argv: list[str]) -> None:
         config, evaluation = toy.with_files(folder, replace(config, model=str(out / "sft" / "final")), evaluation)
         configs = {"redi": config, "evaluate": evaluation, "sft": stage_1, "toy": toy_config}
     elif config.evaluate:
-        _benchmarks(evaluation)  # for what is wrong with them, before hours of training
+        _benchmarks(evaluation)  # so that errors in them are found before hours of training
         Tokenizer(config.model).prompt(benchmarks.frame("1", evaluation.template, evaluation.system))
 
     with world(config.timeout_minutes) as ranks:
         if ranks.first(lambda: open_run(config.out, configs)):
-            ranks.say(f"{out} holds this run, finished")
+            ranks.say(f"{out} holds this run, which is finished")
         else:
             if is_toy:
-                ranks.say(f"no --model: the toy is made in {folder}, and stage 1 trained on it first")
+                ranks.say(f"no --model: makes the toy in {folder}, and trains stage 1 on it first")
                 ranks.first(lambda: toy.make(folder, toy_config, config.seed))
                 if not ranks.first(lambda: open_run(stage_1.out, {"sft": stage_1, "evaluate": evaluation})):
                     train(stage_1, ranks)
@@ -65,13 +65,13 @@ def main(argv: list[str]) -> None:
 
 
 def show_results(config: RediConfig, evaluation: EvaluateConfig, ranks: World) -> None:
-    """Evaluate the start's model and the final one, unless that is done (results.json), and print the table."""
+    """Evaluate the initial model and the final one, unless results.json has them already, and print the table."""
     out = Path(config.out)
     models = {"SFT": Path(config.model), final_name(config.objective): out / "final"}
     rows = ranks.first(lambda: kept_results(out))
     if models.keys() - {row["model"] for row in rows}:
         rows = evaluate_all(models, _benchmarks(evaluation), evaluation, out, ranks, pairs=config, adds=True)
-    ranks.say("\n" + table(rows))
+    ranks.say("\n" + show([details(rows)]))
     if evaluation.think == "forced" and (samples := out / "samples.jsonl").exists():
         flag = "--think own to evaluate.py, or --evaluate.think own to a new run"
         ranks.say(ranks.first(lambda: "\n".join(unended((row for _, row in read_rows(str(samples))), flag))))

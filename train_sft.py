@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
 
     with world(config.timeout_minutes) as ranks:
         if ranks.first(lambda: open_run(config.out, configs)):
-            return ranks.say(f"{config.out} holds this run, finished")
+            return ranks.say(f"{config.out} holds this run, which is finished")
         if is_toy:
             ranks.first(lambda: toy.make(folder, toy_config, config.seed))
         train(config, ranks)

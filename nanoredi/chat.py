@@ -1,4 +1,4 @@
-"""A conversation in the terminal: a line is a turn, the answer is shown as it comes, its thinking dimmed."""
+"""A conversation in the terminal: one line a turn, answers streamed, with their thinking dimmed."""
 
 import contextlib
 import signal
@@ -13,13 +13,13 @@ from nanoredi.data.tokenizer import Tokenizer, may_begin
 from nanoredi.sampler.sampler import Sampler
 from nanoredi.sampler.scheduler import Request, requests_for
 
-_MARKS = {"<think>": "\033[2m<think>", "</think>": "</think>\033[0m"}  # dimmed, and as usual
+_MARKS = {"<think>": "\033[2m<think>", "</think>": "</think>\033[0m"}  # dim, and normal again
 
 
 def chat(sampler: Sampler, tokenizer: Tokenizer, stops: list[str], template: str, system: str) -> None:
-    """Take turns until the input ends. Ctrl-C ends an answer; the conversation goes on with what there is of it."""
+    """Take turns until the input ends. Ctrl-C ends an answer early; the conversation continues from there."""
     if sys.stdin.isatty():
-        import readline  # noqa: F401  (from here on input() knows arrow keys and earlier lines)
+        import readline  # noqa: F401  (gives input() line editing and history)
     history: list[dict[str, str]] = []
     while True:
         try:
@@ -42,11 +42,11 @@ def chat(sampler: Sampler, tokenizer: Tokenizer, stops: list[str], template: str
             request.stream = tokenizer.stream(stops)
             sampler.add([request])
         except UserError as error:
-            print(f"({error}; /reset begins anew)")
+            print(f"({error}; /reset starts a new conversation)")
             continue
         thinking = prompt.rstrip().endswith("<think>")
         _answer(sampler, request, thinking)
-        # A model is shown what it answered, not what it thought on the way.
+        # The history has the model's answers without their thinking.
         _, end, answer = request.stream.text.rpartition("</think>")
         if not end and (thinking or answer.lstrip().startswith("<think>")):
             answer = ""
@@ -54,7 +54,7 @@ def chat(sampler: Sampler, tokenizer: Tokenizer, stops: list[str], template: str
 
 
 def _answer(sampler: Sampler, request: Request, thinking: bool) -> None:
-    """Show an answer as it comes, and after it its length and speed."""
+    """Stream an answer, then print its length and speed."""
     start, shown, text = time.perf_counter(), 0, request.stream
     on_terminal = sys.stdout.isatty()
     print(_MARKS["<think>"].removesuffix("<think>") if thinking and on_terminal else "", end="")
@@ -73,7 +73,7 @@ def _answer(sampler: Sampler, request: Request, thinking: bool) -> None:
 
 
 def ending(request: Request, interrupted: bool = False, more: str = "") -> str:
-    """How a completion ended, for the line under it."""
+    """A completion's length and how it ended, for the line below it."""
     num = len(request.tokens)
     how = ", stopped" if interrupted else ", cut off" if request.finish_reason == "length" else ""
     return f"({num:,} token{'' if num == 1 else 's'}{how}{more})"
@@ -81,7 +81,7 @@ def ending(request: Request, interrupted: bool = False, more: str = "") -> str:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Inside, Ctrl-C adds to a list and interrupts nothing: a step that is broken off would leave the sampler torn."""
+    """Inside, Ctrl-C only adds to a list: interrupting a step would leave the sampler in an inconsistent state."""
     asked: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
     try:

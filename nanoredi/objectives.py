@@ -1,14 +1,14 @@
-"""The losses: SFT and REDI as the weight of each token's log-probability, DPO and SimPO as functions of a pair's.
+"""The losses: SFT and REDI as weights of the tokens' log-probabilities, DPO and SimPO as functions of a pair's.
 
 SFT and REDI are linear in the per-token log-probabilities: loss = sum_t w_t * logp_t, with weights known before the
 forward pass. Hence kernels/cross_entropy.py can finish the gradient inside forward, and the result cannot depend on
 how an optimiser step is cut into micro-batches and ranks: every weight is divided by what the whole step holds.
 
-DPO, SimPO and REDI with weighted negatives are not linear. They want both log-probabilities of a pair at once, from
+DPO, SimPO and REDI with weighted negatives are not linear. They need both log-probabilities of a pair at once, from
 kernels/logprob.py, so a pair's two sequences stay in one micro-batch. They too are means over the step's pairs.
 
-The formulas come first; below them, units() weighs an optimiser step by its objective, and pair_losses() is what the
-objectives that want pairs make of a micro-batch.
+The formulas come first. Below them, units() assigns the weights in an optimiser step, and pair_losses() computes the
+losses of a micro-batch of pairs.
 """
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.sequences import SIDES, Sequence
 
-# What must share a micro-batch: a pair where the objective wants pairs, else a sequence alone.
+# Sequences that must share a micro-batch: a pair if the objective needs pairs, otherwise a single sequence.
 Unit = tuple[Sequence, ...]
 
 
@@ -27,8 +27,7 @@ def sft(num_learned: list[int], row_weights: list[float] | None = None) -> list[
 
     Args:
         num_learned: |y_i|, the number of learned tokens of each sequence of the step.
-        row_weights: c_i, where rows have weights of their own: w_t = -c_i / sum_i |y_i|, so that a trace of a negative
-            weight is unlearned.
+        row_weights: c_i, if rows have weights: w_t = -c_i / sum_i |y_i|, so a trace of negative weight is unlearned.
     """
     total = sum(num_learned)
     return [-weight / total for weight in row_weights or [1.0] * len(num_learned)]
@@ -41,14 +40,14 @@ def redi(
 
         -log p(y_w|x) / |y_w| + alpha * log p(y_l|x) / |y_l|
 
-    so w_t = -1 / (P |y_w|) in each chosen trace and alpha / (P |y_l|) in each rejected one. There is no reference model and
-    no KL term; alpha < 1 is what keeps it from collapse. With alpha 0 it is SFT on the chosen traces, each trace
-    counting the same.
+    so w_t = -1 / (P |y_w|) in each chosen trace and alpha / (P |y_l|) in each rejected one. There is no reference model
+    and no KL term; alpha < 1 is what prevents a collapse. With alpha 0 it is SFT on the chosen traces, in which each
+    trace has the same weight.
 
     Args:
         num_chosen, num_rejected: |y_w| and |y_l| of each pair of the step.
         alpha: weight of the incorrect traces.
-        chosen_weight: of the correct ones, which the paper has at 1.
+        chosen_weight: weight of the correct traces, 1 in the paper.
     """
     pairs = len(num_chosen)
     return [-chosen_weight / (pairs * n) for n in num_chosen], [alpha / (pairs * n) for n in num_rejected]
@@ -57,13 +56,13 @@ def redi(
 def weighted_redi(
     chosen: Tensor, rejected: Tensor, alpha: float, neg_weight_gamma: float, chosen_weight: float = 1.0
 ) -> Tensor:
-    """REDI with the option of the authors' code to learn less from negatives that are unlikely already; pairs' losses (p,):
+    """REDI with the option of the authors' code to learn less from negatives that are already unlikely; losses (p,):
 
         -m_w + alpha * exp(gamma * m_l) * m_l        m = log p(y|x) / |y|
 
-    As there, the gradient goes through the weight: alpha * exp(gamma * m_l) * (1 + gamma * m_l) per unit of m_l. So it
-    is not only smaller the less likely the negative is; at m_l = -1/gamma it is 0, and beyond it turns round: a
-    negative is pushed down no further than 1/gamma nats a token. gamma 0 is REDI.
+    As there, the gradient goes through the weight: it is alpha * exp(gamma * m_l) * (1 + gamma * m_l) with respect to
+    m_l. So it not only shrinks as the negative becomes less likely: it is 0 at m_l = -1/gamma and changes sign below,
+    hence a negative is not pushed below -1/gamma nats per token. gamma 0 is REDI.
 
     Args:
         chosen, rejected: (p,) m_w and m_l.
@@ -78,11 +77,11 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
         -log sigmoid(beta * (r_w - r_l))        r = log p(y|x) - log p_ref(y|x)
 
-    where log p(y|x) is the sum over the trace's tokens, and the reference is the model that training started from.
+    where log p(y|x) is the sum over the trace's tokens, and the reference is the model from which training started.
 
     Args:
         chosen, rejected: (p,) r_w and r_l.
-        beta: how strongly the reference holds the model back; the smaller, the further it may go.
+        beta: how strongly the model is kept near the reference.
     """
     return -F.logsigmoid(beta * (chosen - rejected))
 
@@ -92,32 +91,33 @@ def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor
 
         -log sigmoid(beta * (m_w - m_l) - gamma)        m = log p(y|x) / |y|
 
-    with no reference: what is compared is the mean log-probability a token.
+    without a reference: it compares the mean log-probabilities per token.
 
     Args:
         chosen, rejected: (p,) m_w and m_l.
         beta: scale of the difference.
-        gamma: by how much it should be positive.
+        gamma: the target margin.
     """
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
 def wants_pairs(config: SftConfig | RediConfig) -> bool:
-    """Whether the loss is not linear in the log-probabilities, so that it takes a pair at once."""
+    """Whether the loss is not linear in the log-probabilities, so it needs both sequences of a pair at once."""
     if isinstance(config, SftConfig) or config.objective == "sft":
         return False
     return config.objective != "redi" or bool(config.alpha and config.neg_weight_gamma)
 
 
 def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> list[Unit]:
-    """The rows of an optimiser step as its units, each sequence with its weight and its share.
+    """The rows of an optimiser step as units, each sequence with its weight and its share.
 
     Args:
-        rows: of the whole step, as TokenData.row gives them.
+        rows: of the whole step, as returned by TokenData.row.
 
     Returns:
-        Pairs where the objective wants them. Else sequences, first the chosen and then the rejected ones. Those of weight 0
-        teach nothing and are left out; REDI's chosen ones stay, since their log-probability tells of a collapse, and of SFT one.
+        Pairs if the objective needs them. Otherwise single sequences, first the chosen and then the rejected ones.
+        Those of weight 0 are left out, except REDI's chosen ones, whose log-probability shows a collapse, and one for
+        an SFT step of nothing else.
     """
     if isinstance(config, SftConfig) or config.objective == "sft":
         traces = [row[0] for row in rows]
@@ -135,20 +135,20 @@ def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> l
 
 
 def sequence_logps(sequences: list[Sequence], token_logps: Tensor) -> list[Tensor]:
-    """log p(y|x) of each packed sequence, () fp32 each: the sum over its learned tokens of token_logps (N,), which is 0
-    elsewhere."""
+    """log p(y|x) of each packed sequence, () fp32 each: the sum of its part of token_logps (N,), which is 0 where
+    nothing is learned."""
     return [part.sum() for part in token_logps.split([s.num_inputs for s in sequences])]
 
 
 def pair_losses(config: RediConfig, pairs: list[Unit], token_logps: Tensor) -> Tensor:
-    """The losses (p,) fp32 of a micro-batch's p pairs, packed one after the other; differentiable in token_logps (N,)
-    fp32, which is 0 where nothing is learned."""
+    """The losses (p,) fp32 of a micro-batch's p packed pairs, differentiable with respect to token_logps (N,) fp32,
+    which is 0 where nothing is learned."""
     sequences = [s for pair in pairs for s in pair]
     logps = sequence_logps(sequences, token_logps)
     if config.objective == "dpo":
         ratios = [logp - s.reference for logp, s in zip(logps, sequences)]
         return dpo(*torch.stack(ratios).view(-1, 2).unbind(1), config.beta)
-    # A row's weight is 1 but where REDI's correct traces have another.
+    # Only REDI's correct traces may have a row weight other than 1.
     means = torch.stack([logp / s.num_learned * s.row_weight for logp, s in zip(logps, sequences)])
     means = means.view(-1, 2).unbind(1)
     if config.objective == "simpo":

@@ -1,16 +1,15 @@
-"""Raw traces to the training rows of both stages: sft.jsonl and pairs.jsonl.
+"""Make the training rows of both stages, sft.jsonl and pairs.jsonl, from raw traces.
 
     python -m nanoredi.prepare --raw PATH ... --tokenizer DIR --out DIR
-    python -m nanoredi.prepare --raw PATH ... --tokenizer DIR --out DIR --decontaminate benchmarks/*.json [--drop]
-    python -m nanoredi.prepare --raw samples.jsonl --tokenizer DIR --out DIR --grade
+    python -m nanoredi.prepare ... --decontaminate benchmarks/*.json --drop
+    python -m nanoredi.prepare ... --raw samples.jsonl --grade
 
-PATH is a file of rows in any of the formats (JSONL, gzip, Parquet, Arrow), or a folder of one kind, whose files are
-taken in the order of their names. Its rows are those of OpenR1-Math-Raw, or one's own (own_responses.py), which --grade labels with nanoredi's
-grader. Numbering, shuffle, gates and lengths are the original's, so that its counts and its order come out.
+PATH is a file (JSONL, JSON, CSV, Parquet or Arrow), or a folder of JSONL, Parquet or Arrow files, read in the order of
+their names. The rows are those of OpenR1-Math-Raw, or your own (docs/data.md), which --grade labels with nanoredi's
+grader. Numbering, shuffle, filters and lengths are the original's, to reproduce its counts and its order.
 
-The raw rows are more than fit in memory, and the shuffle wants them in another order. So they are read once in theirs
-(after a quick count of the lines), what is kept goes to a spool on disk, and the spool is copied in the shuffled
-order: memory holds the rows at hand and a few numbers for each, the disk holds the kept rows twice for a moment.
+The raw rows may be larger than the memory. They are read once, in their own order; what is kept goes to a temporary
+file, which is then copied in the shuffled order. For a moment the disk holds the kept rows twice.
 """
 
 import json
@@ -38,13 +37,13 @@ from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 
 PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all of OpenR1-Math-Raw
-# A table's other columns are not read.
+# The only columns of a Parquet or Arrow file that are read.
 _FIELDS = (
-    *("problem_is_valid", "source", "problem", "question", "generations", "correctness"),
-    *("system", "prompt", "messages", "completion", "finish_reason", "sample", "answer", "correct", *THINKING_NAMES),
+    *("problem_is_valid", "source", "problem", "question", "generations", "correctness", "answer", "correct", "tools"),
+    *("system", "system_prompt", "prompt", "messages", "completion", "finish_reason", "sample", *THINKING_NAMES),
 )
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
-Rows = Iterable[tuple[str, dict[str, Any]]]  # each with where it stands, for messages
+Rows = Iterable[tuple[str, dict[str, Any]]]  # (file and line, for error messages; row)
 _FILES = ("sft.jsonl", "pairs.jsonl", "too_long.jsonl", "overlaps.jsonl")
 
 
@@ -52,35 +51,36 @@ _FILES = ("sft.jsonl", "pairs.jsonl", "too_long.jsonl", "overlaps.jsonl")
 class PrepareFlags:
     """The command's flags."""
 
-    raw: list[str] = option([], "raw rows: JSONL, Parquet or Arrow files, or folders of them")
+    raw: list[str] = option([], "files of raw rows, or folders of such files")
     tokenizer: str = option("", "Hugging Face folder whose tokenizer and chat template measure lengths")
     out: str = option("", "folder for sft.jsonl and pairs.jsonl")
     max_prompt_tokens: int = option(800, "longest prompt of a pair", low=1)
     max_response_tokens: int = option(19_000, "longest response of a pair", low=1)
-    seed: int = option(42, "of the shuffle, and of which pairs are swapped", low=0)
-    grade: bool = option(False, "label the responses with the grader, by the rows' gold answers")
-    decontaminate: list[str] = option([], "benchmarks to look for in the rows kept: files of rows with `problem`")
+    seed: int = option(42, "seed of the shuffle, and of the choice of pairs to swap", low=0)
+    grade: bool = option(False, "label the responses by comparing them with the rows' gold answers")
+    decontaminate: list[str] = option([], "files of benchmarks, to find the problems that overlap with theirs")
     drop: bool = option(False, "leave out the rows that overlap with a benchmark")
-    swap: float = option(0.0, "share of pairs whose chosen and rejected change places", low=0, high=1)
-    strict_negatives: bool = option(False, "reject only what both verifiers call incorrect")
+    swap: float = option(0.0, "fraction of pairs in which chosen and rejected are swapped", low=0, high=1)
+    strict_negatives: bool = option(False, "reject only responses that both verifiers call incorrect")
 
 
 def prepare(
     files: list[Path], tokenizer: Tokenizer, out: Path, flags: PrepareFlags, overlap: Overlap
 ) -> dict[str, int]:
-    """Write sft.jsonl and pairs.jsonl, too_long.jsonl (lengths of pairs beyond the limits) and maybe overlaps.jsonl.
+    """Write sft.jsonl, pairs.jsonl, too_long.jsonl (lengths of pairs beyond the limits) and maybe overlaps.jsonl.
 
     Args:
-        files, out: of raw rows, and for what is written.
-        tokenizer: whose tokens are counted.
-        flags: the gates' limits and all else that changes what is written.
-        overlap: the benchmarks to compare with; it keeps what was found.
+        files: files of raw rows.
+        tokenizer: counts the tokens.
+        out: the folder for the files written.
+        flags: the gates' limits, and all else that changes what is written.
+        overlap: the benchmarks to compare with; it collects the overlaps.
 
     Returns:
-        {gate: rows that passed it and all before it}, rows dropped for an overlap included.
+        {gate: rows that passed it and all before it}, including rows dropped for an overlap.
 
     Raises:
-        UserError: naming file, line and field of a malformed row; when no row is left; when out holds such files.
+        UserError: naming file, line and field of a malformed row; if no row is left; if `out` has such files already.
     """
     remove_leftovers(out)
     for name in _FILES:
@@ -105,20 +105,20 @@ def prepare(
                 overlap.write(beside / _FILES[3])
             for path in beside.glob("*.spool"):
                 remove(path)
-    except OSError as error:  # of writing: reading has its own words
+    except OSError as error:  # from writing; reading raises UserErrors
         raise UserError(f"cannot write to {out}: {error.strerror}") from None
     return gates.counts
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """The raw files behind the paths given: files as they are, of a folder its files in the order of their names."""
+    """The files among the paths, and the files of the folders among them, sorted by name."""
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.is_dir():
             files.append(path)
             continue
         kinds = {kind: found for kind in _KINDS if (found := sorted(path.glob(f"*{kind}")))}
-        if len(kinds) != 1:  # two kinds side by side are likely the same rows twice
+        if len(kinds) != 1:  # files of two kinds probably hold the same rows
             holds = "both " + " and ".join(kinds) if kinds else "none"
             raise UserError(f"the folder {path} must hold one kind of {', '.join(_KINDS)} files; it holds {holds}")
         files += next(iter(kinds.values()))
@@ -126,11 +126,10 @@ def find_files(paths: list[str]) -> list[Path]:
 
 
 def _as_raw_rows(files: list[Path], total: int, spool: Spool, tokenizer: Tokenizer, grading: bool) -> tuple[int, Rows]:
-    """How many raw rows come of the files' rows, and the raw rows, each with where it stands; one's own are labelled,
-    and those of one problem made one."""
+    """The number of raw rows in the files, and the raw rows. The user's own rows are labelled and, if there is a row
+    for each response, those of one problem joined."""
     rows = ((where, check(where, row, dict)) for file in files for where, row in read_rows(str(file), _FIELDS))
-    first = next(rows)
-    rows = chain([first], rows)
+    rows = chain([first := next(rows)], rows)
     if "completion" in first[1]:
         total = own.gather(progress(rows, "gathering", total, "rows", delay=1), spool, tokenizer, grading)
         return total, own.gathered(spool)
@@ -142,10 +141,10 @@ def _as_raw_rows(files: list[Path], total: int, spool: Spool, tokenizer: Tokeniz
 def _sift(
     rows: Rows, total: int, seed: int, gates: Gates, tokenizer: Tokenizer, overlap: Overlap, spools: list[Spool]
 ) -> None:
-    """Put what the gates let through on the spools of SFT rows, pairs and pairs that are too long."""
+    """Pass rows through the gates to the spools of SFT rows, of pairs, and of pairs that are too long."""
     sft, pairs, too_long = spools
-    # Shuffled row k is raw row permutation[k], so a raw row's place is the inverse. Each gate looks at one row:
-    # dropping rows before they move leaves the same rows in the same order as dropping them after.
+    # Shuffled row k is raw row permutation[k], so the inverse gives a raw row's new place. Each gate looks at a single
+    # row, so dropping rows before the shuffle leaves the same rows in the same order as dropping them after it.
     place = np.argsort(np.random.default_rng(seed).permutation(total))
     learned = (gates.sift(where, row, index) for index, (where, row) in enumerate(rows))
     parts = ((traces.where, traces.prompt, traces.answers, traces) for traces in learned if traces)
@@ -158,17 +157,16 @@ def _sift(
         if fits:
             pairs.add(at, traces.pair(lengths))
         elif traces.rejected is not None:
-            too_long.add(
-                at, {name: fact for name, fact in traces.pair(lengths).items() if name not in ("prompt", *SIDES)}
-            )
+            facts = traces.pair(lengths).items()
+            too_long.add(at, {name: fact for name, fact in facts if name not in ("prompt", *SIDES)})
     print("".join(f"{count:,} {what}.\n" for what, count in gates.remarks.items() if count), end="", file=sys.stderr)
-    say_dropped("rows", "text holds half a surrogate pair, which is no character", gates.unreadable, total)
+    say_dropped("rows", "text holds half a surrogate pair, which is not a character", gates.unreadable, total)
     if not len(sft):
         raise UserError(f"no row is left: {_summary(gates.counts)}")
 
 
 def _swapped(spool: Spool, flags: PrepareFlags) -> Iterator[bytes]:
-    """The spool's pairs, with chosen and rejected exchanged in a share of them (the paper's ablation of the verifier)."""
+    """The spool's pairs, chosen and rejected swapped in a fraction of them (the paper's ablation of the verifier)."""
     order = np.random.default_rng((flags.seed, 1)).permutation(len(spool))
     swapped = set(order[: round(flags.swap * len(spool))].tolist())
     for number, line in enumerate(spool.lines()):
@@ -182,7 +180,7 @@ def _swapped(spool: Spool, flags: PrepareFlags) -> Iterator[bytes]:
 
 
 def _summary(counts: dict[str, int]) -> str:
-    """Where the rows were lost that none is left for stage 1."""
+    """The gates' counts up to stage 1's, or the overlaps: where all rows were lost."""
     if counts[SFT_GATE]:
         return f"all {counts[SFT_GATE]:,} overlap with a benchmark"
     gates = list(counts)
@@ -190,7 +188,7 @@ def _summary(counts: dict[str, int]) -> str:
 
 
 def table(counts: dict[str, int]) -> str:
-    """The rows left after each gate, to be read, and whether they are the paper's."""
+    """The rows left after each gate, as a table to print, with a note if they should be the paper's and are not."""
     width = max(map(len, counts))
     lines = [f"{gate:{width}}  {rows:>9,}" for gate, rows in counts.items()]
     rows_read, *_, pairs = counts.values()
@@ -205,8 +203,7 @@ def table(counts: dict[str, int]) -> str:
 def main(argv: list[str]) -> None:
     _, given = read_flags(__doc__, argv, "prepare", PrepareFlags)
     flags = resolve(PrepareFlags, "prepare", given)
-    missing = [f"--{name}" for name in ("raw", "tokenizer", "out") if not getattr(flags, name)]
-    if missing:
+    if missing := [f"--{name}" for name in ("raw", "tokenizer", "out") if not getattr(flags, name)]:
         raise UserError(f"{' and '.join(missing)} must be given; --help lists the flags")
     if flags.drop and not flags.decontaminate:
         raise UserError("--drop needs --decontaminate FILE ..., the benchmarks whose overlaps it drops")

@@ -1,18 +1,19 @@
 """The embedded task: REDI at work in two minutes on two cores.
 
 A problem is a start digit and six operations + - * with operands from 2 to 6, applied from left to right modulo 10; the
-prompt gives each result a letter:  a=3b+5c-6d+6e-6f*2g-6  means b = a+5, c = b-6, ...  The answer is the last digit.
+prompt gives each result a letter:  a=3b+5c-6d+6e-6f*2g-6  means b = a+5, c = b-6, ...  The answer is the last value.
 
-The teacher errs. It is hasty: instead of writing the next step it may leap over two or three and write only where it
-lands, `~f=4;`, right half of the time. Sometimes it notices, writes `Wait`, goes back and takes the steps one by one.
+The teacher makes mistakes. It is hasty: instead of writing the next step it may leap over two or three steps and write
+only the result, `~f=4;`, which is correct half of the time. Sometimes it notices an error, writes `Wait`, goes back and
+takes the steps one by one.
 
     <user>a=3b-2c+5d-5e+5f+2g+2<assistant>
      correct    <think>~c=7;Waita=3;b-2=1;c+5=6;d-5=1;e+5=6;f+2=8;g+2=0;</think>\\boxed{0}
      incorrect  <think>b-2=1;c+5=6;~f=4;g+2=6;</think>\\boxed{6}
 
-Correct traces hold only the lucky and the repaired leaps, so a student of these alone learns to leap without the luck.
-The incorrect traces hold more leaps, and REDI unlearns the habit. The task was built to show the mechanism: it is a
-demonstration, and no evidence for the paper.
+Correct traces contain only lucky and repaired leaps, so a student of these alone learns to leap, but not the luck. The
+incorrect traces contain more leaps, and REDI unlearns the habit. The task was built to show the mechanism: it is a
+demonstration, not evidence for the paper.
 """
 
 import json
@@ -34,11 +35,12 @@ from nanoredi.model.qwen2 import Qwen2
 NUM_OPS = 6
 SAMPLES_A_PROBLEM = 4
 SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>"]
-LETTERS = "abcdefghijklmno"  # the name of the value after i operations
+LETTERS = "abcdefghijklmno"  # LETTERS[i] names the value after i operations
 WORDS = ["<think>", "</think>", "\\boxed{", "}", "Wait", *"0123456789", *LETTERS, *"+-*=;~:"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] not in ['user', 'assistant'] %}{{ raise_exception('the toy knows the roles user and assistant') }}{% endif %}"
+    "{% if message['role'] not in ['user', 'assistant'] %}"
+    "{{ raise_exception('the toy knows the roles user and assistant') }}{% endif %}"
     "<{{ message['role'] }}>{{ message['content'] }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -46,11 +48,11 @@ CHAT_TEMPLATE = (
 
 
 def tables_for(recipe: str | None, flags: Tables, stage: str) -> Tables:
-    """The tables of the recipe that was named; without one the toy's, whose rates would ruin a real model: one's own
-    model gets the defaults then, which are the paper's.
+    """The tables of the named recipe. If none is named: the toy's, or none for the user's own model, which gets the
+    paper's defaults (the toy's learning rates would ruin a real model).
 
     Raises:
-        UserError: for data of one's own without a model to train on them.
+        UserError: for the user's own data without a model to train on it.
     """
     given = flags.get(stage, {})
     tables = read_recipe(recipe or "toy") if recipe or not given.get("model") else {}
@@ -63,7 +65,7 @@ def tables_for(recipe: str | None, flags: Tables, stage: str) -> Tables:
 def with_files(
     folder: Path, config: SftConfig | RediConfig, evaluation: EvaluateConfig
 ) -> tuple[SftConfig | RediConfig, EvaluateConfig]:
-    """A stage's config, and how it is evaluated, on the task that make() writes into a folder."""
+    """A stage's config and its evaluation's, with the files that make() writes into a folder."""
     files = {"data": "sft.jsonl"} if isinstance(config, SftConfig) else {"data": "pairs.jsonl", "watch": "watch.jsonl"}
     config = replace(config, **{name: str(folder / file) for name, file in files.items()})
     return config, replace(evaluation, benchmarks=[str(folder / "toy.jsonl")])
@@ -95,7 +97,7 @@ def draw_problem(rng: random.Random) -> Problem:
 
 
 def teach(problem: Problem, rng: random.Random) -> tuple[str, int]:
-    """One trace of the teacher, and the answer it comes to."""
+    """One trace of the teacher, and its answer."""
     out, value, i = ["<think>"], problem.start, 0
     while i < NUM_OPS:
         hasty = NUM_OPS - i >= 2 and rng.random() < (0.7 if problem.ops[i][0] == "*" else 0.2)
@@ -118,7 +120,7 @@ def teach(problem: Problem, rng: random.Random) -> tuple[str, int]:
 
 
 def _step(problem: Problem, value: int, i: int, out: list[str], slips: bool, rng: random.Random) -> int:
-    """Write operation i on a value that may be wrong already; a slip writes a wrong digit and goes on from it."""
+    """Write operation i on a value that may already be wrong, and return its result; a slip writes a wrong digit."""
     sign, operand = problem.ops[i]
     value = problem.apply(value, i, i + 1)
     value = _wrong(value, rng) if slips else value
@@ -132,11 +134,11 @@ def _wrong(digit: int, rng: random.Random) -> int:
 
 def make(folder: Path, config: ToyConfig, seed: int) -> None:
     """Write the task into a folder: sft.jsonl, pairs.jsonl, watch.jsonl (pairs), prompts.jsonl (stage 1's problems with
-    their answers, for samples of one's own), toy.jsonl (the held-out problems), and model/, a random Qwen2 with the toy's
-    tokenizer. A folder that is there already, and not empty, is left as it is: it took its name when it was whole.
+    their answers, for self-distillation), toy.jsonl (the held-out problems), and model/, a random Qwen2 with the toy's
+    tokenizer. A folder that is not empty is complete, because it was renamed when it was, and is kept.
 
     Raises:
-        UserError: when the sizes ask for more pairs than the problems give.
+        UserError: if the sizes ask for more pairs than the problems give.
     """
     if folder.is_dir() and any(folder.iterdir()):
         return
@@ -177,13 +179,13 @@ def make(folder: Path, config: ToyConfig, seed: int) -> None:
             num_key_value_heads=2,
             max_position_embeddings=256,
             tie_word_embeddings=True,
-            initializer_range=0.08,  # with the usual 0.02 so small a model stalls at chance
+            initializer_range=0.08,  # with the usual 0.02 such a small model stays at chance
         )
         Qwen2(sizes, tokenizer_folder=beside / "tokenizer").init_weights(seed).save_pretrained(beside / "model")
 
 
 def write_tokenizer(folder: Path) -> None:
-    """The toy's tokenizer as files: a token a word of WORDS, and a chat template of its own."""
+    """Write the toy's tokenizer: one token for each of WORDS, and a chat template."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])

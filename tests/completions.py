@@ -1,5 +1,7 @@
 """What tests of other engines' completions share: two problems, and what comes of rows that answer them."""
 
+import contextlib
+import io
 import json
 
 from nanoredi.evaluation.completions import grade_file
@@ -39,9 +41,10 @@ def written(tmp_path, rows):
     return str(path)
 
 
-def graded(tmp_path, rows, *benchmarks, **more):
-    said = []
-    found = grade_file(
-        written(tmp_path, rows), "m", list(benchmarks), more.pop("thinking", True), say=said.append, **more
-    )
-    return [(s["problem"], s["sample"], s["correct"]) for samples in found for s in samples], said
+def graded(tmp_path, rows, *benchmarks, thinking=True, limit=0):
+    """(problem, sample, is it correct) of each sample, and the notes that were printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        found = grade_file(written(tmp_path, rows), "m", list(benchmarks), thinking, limit)
+    return [
+        (s["problem"], s["sample"], s["correct"]) for samples in found for s in samples
+    ], said.getvalue().splitlines()

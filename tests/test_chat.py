@@ -68,7 +68,7 @@ def test_a_conversation_keeps_its_turns_without_their_thinking(monkeypatch, toke
     ]
     said = capsys.readouterr().out
     assert "<think>b+2=3;</think>3\n(9 tokens, " in said and "\033" not in said and "7\n(1 token, " in said
-    assert "cannot write" in said and "(a new conversation)" in said and "Ctrl-D ends" in said
+    assert "cannot encode" in said and "(a new conversation)" in said and "Ctrl-D ends" in said
 
 
 def test_ctrl_c_ends_the_answer_alone(monkeypatch, tokenizer, capsys):

@@ -1,4 +1,4 @@
-"""Recipes and flags: what wins, what is refused and in which words, and what a run's folder allows."""
+"""Recipes and flags: which one wins, what is refused and how, and what a run's folder allows."""
 
 import dataclasses
 import shutil
@@ -96,7 +96,7 @@ def test_the_paper_s_recipe():
         (["--lr", "1" + "0" * 400], "--lr takes a number, not inf"),
     ],
 )
-def test_flags_that_cannot_be(argv, words):
+def test_invalid_flags(argv, words):
     with pytest.raises(UserError, match=words):
         flags(*argv)
 
@@ -121,7 +121,7 @@ def test_flags_that_cannot_be(argv, words):
         ("[redi]\nlr = 1" + "0" * 400 + "\n", "redi.lr takes a number, not 10"),
     ],
 )
-def test_recipes_that_cannot_be(tmp_path, text, words):
+def test_invalid_recipes(tmp_path, text, words):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UserError, match=words):
         read_recipe(tmp_path / "r.toml")
@@ -137,7 +137,7 @@ def test_recipes_that_cannot_be(tmp_path, text, words):
     ],
 )
 def test_every_objective_has_its_own_parameters(tmp_path, objective, want):
-    """Also over a recipe of another objective, and as config.toml brings them back."""
+    """Also over a recipe with another objective, and when read back from config.toml."""
     config = resolve(RediConfig, "redi", read_recipe("toy"), flags("--objective", objective)[1])
     assert (config.alpha, config.neg_weight_gamma, config.beta, config.gamma) == want
     write_recipe(tmp_path / "config.toml", {"redi": config})
@@ -169,10 +169,10 @@ def test_a_recipe_over_its_base(tmp_path):
     (tmp_path / "s.toml").write_text("base = 'base.toml'\n[redi]\nobjective = 'simpo'\n")
     assert read_recipe(tmp_path / "s.toml")["redi"] == {"objective": "simpo", "lr": 1e-3}  # not DPO's beta
     (tmp_path / "t.toml").write_text("base = 's.toml'\n")
-    with pytest.raises(UserError, match="s.toml: base is 'base.toml'; .* that one without a base"):
+    with pytest.raises(UserError, match="s.toml: base is 'base.toml'; .* of a recipe that has no base itself"):
         read_recipe(tmp_path / "t.toml")
     (tmp_path / "u.toml").write_text("base = 1\n")
-    with pytest.raises(UserError, match="u.toml: base is 1; it must be a recipe's name or file"):
+    with pytest.raises(UserError, match="u.toml: base is 1; it must be the name or file of a recipe"):
         read_recipe(tmp_path / "u.toml")
 
 
@@ -203,7 +203,7 @@ def test_the_recipes_of_the_paper_s_comparison(name, epochs, stage_2):
     tables = read_recipe(f"qwen2.5-math-1.5b{name}")
     sft, redi = resolve(SftConfig, "sft", tables), resolve(RediConfig, "redi", tables)
     assert sft.epochs == epochs and {key: getattr(redi, key) for key in stage_2} == stage_2
-    # All else is the base's.
+    # Everything else is the base's.
     base = read_recipe("qwen2.5-math-1.5b")
     assert {**vars(sft), "epochs": 5} == vars(resolve(SftConfig, "sft", base))
     own = {f.name for f in dataclasses.fields(RediConfig) if f.metadata["of"]}
@@ -224,7 +224,7 @@ def test_what_is_written_reads_back(tmp_path):
 
 def test_a_model_s_recipe_is_its_run_s(tmp_path):
     write_recipe(tmp_path / "config.toml", {"toy": ToyConfig(pairs=7)})
-    assert recipe_of(tmp_path / "final") == {}  # a config.toml alone is somebody else's
+    assert recipe_of(tmp_path / "final") == {}  # a config.toml without metrics.jsonl is not a run's
     (tmp_path / "metrics.jsonl").touch()
     assert recipe_of(tmp_path / "final")["toy"]["pairs"] == 7
     assert recipe_of(tmp_path / "other" / "final") == {}
@@ -234,29 +234,29 @@ def test_a_run_s_folder(tmp_path):
     out, config = str(tmp_path / "run"), RediConfig(alpha=0.5)
     assert open_run(out, {"redi": config}) is False
     assert open_run(out, {"redi": config}) is False  # nothing but config.toml is there yet
-    assert open_run(out, {"redi": RediConfig(alpha=0.7)}) is False  # nor has the other begun
+    assert open_run(out, {"redi": RediConfig(alpha=0.7)}) is False  # so another run may begin
     assert open_run(out, {"redi": config}) is False
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="holds another run: redi.alpha is 0.5 there and 0.8 here"):
         open_run(out, {"redi": RediConfig()})
-    assert open_run(out, {"redi": config}) is False  # broken off: it goes on
-    # Also on other machines; what comes out is the same.
+    assert open_run(out, {"redi": config}) is False  # interrupted: it resumes
+    # Options that do not change the result may differ.
     assert open_run(out, {"redi": RediConfig(alpha=0.5, shard_size=8, max_tokens_per_micro_batch=9)}) is False
     (tmp_path / "run" / "state" / "step-000010").mkdir(parents=True)
     assert open_run(out, {"redi": config}) is False
     assert (tmp_path / "run" / "state" / "step-000010").exists()
-    # Killed when the final model had its name and the states were still there: they go.
+    # Killed after the final model was renamed and before the states were removed: now they are.
     (tmp_path / "run" / "final").mkdir()
-    assert open_run(out, {"redi": config}) is False  # an empty folder is no model
+    assert open_run(out, {"redi": config}) is False  # an empty folder is not a model
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="final is no whole model .*: move it away"):
+    with pytest.raises(UserError, match="final is not a complete model .*: move it away"):
         open_run(out, {"redi": config})
     save_file({"w": torch.zeros(9)}, tmp_path / "run" / "final" / "model.safetensors")
     assert open_run(out, {"redi": config}) is True
     names = [".lock", "config.toml", "final", "metrics.jsonl"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
     (tmp_path / "run" / "final" / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(UserError, match="final is no whole model .*: move it away"):
+    with pytest.raises(UserError, match="final is not a complete model .*: move it away"):
         open_run(out, {"redi": config})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
@@ -289,7 +289,7 @@ def test_a_template_says_where_the_problem_goes():
     for template in ("", "paper", "plain", "Solve {problem}!"):
         assert resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": template}}).template == template
     with pytest.raises(
-        UserError, match=r"--template takes paper, plain, or a text that says \{problem\}.* not 'papre'"
+        UserError, match=r"--template takes paper, plain, or a text with \{problem\} where.* not 'papre'"
     ):
         resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": "papre"}})
 
@@ -303,19 +303,19 @@ def test_a_template_says_where_the_problem_goes():
         ("nowhere", [], "there is no folder nowhere; give the one that holds the model's config.json"),
         ("m/x.gguf", ["m/x.gguf"], "m/x.gguf is a file; give the folder"),
         ("run", ["run/config.toml", "run/final/config.json", "run/step-000002/config.json"], "run's.*give run/final,"),
-        ("run", ["run/config.toml", "run/step-000002/config.json"], "a run's folder .*give run/step-000002$"),
+        ("run", ["run/config.toml", "run/step-000002/config.json"], "a run's folder, .*give run/step-000002$"),
         (
             "hub/models--a--b",
             ["hub/models--a--b/snapshots/c0/config.json"],
-            "cache .*give hub/models--a--b/snapshots/c0",
+            "cache, .*give hub/models--a--b/snapshots/c0",
         ),
-        ("hub", ["hub/models--a--b/snapshots/c0/config.json"], "the hub's cache .*give hub/models--a--b/snapshots/c0"),
-        ("runs", ["runs/a/final/config.json"], "a folder of models and no model's: give runs/a/final"),
-        ("m", ["m/adapter_config.json"], "an adapter and no whole model"),
-        ("m", ["m/model.safetensors"], "m has no config.json, so it is no model's folder"),
+        ("hub", ["hub/models--a--b/snapshots/c0/config.json"], "the hub's cache, .*give hub/models--a--b/snapshots/c0"),
+        ("runs", ["runs/a/final/config.json"], "a folder of models, not a model's: give runs/a/final"),
+        ("m", ["m/adapter_config.json"], "holds only an adapter"),
+        ("m", ["m/model.safetensors"], "m has no config.json, so it is not a model's folder"),
     ],
 )
-def test_what_is_no_model_s_folder_is_named(given, files, words, tmp_path, monkeypatch):
+def test_what_is_not_a_model_s_folder_is_named(given, files, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -330,17 +330,17 @@ def test_a_model_s_folder_is_taken(tmp_path):
 
 
 def test_weights_that_are_a_pickle_are_named(tmp_path):
-    with pytest.raises(UserError, match="holds no model.safetensors and no model.safetensors.index.json$"):
+    with pytest.raises(UserError, match="has no model.safetensors and no model.safetensors.index.json$"):
         weight_files(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match="a .bin can run code when it is read: save it as safetensors"):
         weight_files(tmp_path)
 
 
-def test_a_run_goes_on_in_its_dtype(tmp_path):
+def test_a_run_resumes_in_its_dtype(tmp_path):
     out = str(tmp_path / "run")
     assert dtype_of_run(out, "redi") == "auto"
-    for began in ("auto", "bfloat16"):  # former runs did not write what auto came to
+    for began in ("auto", "bfloat16"):  # older versions did not write the resolved dtype
         shutil.rmtree(out, ignore_errors=True)
         open_run(out, {"redi": RediConfig(dtype=began)})
         (tmp_path / "run" / "metrics.jsonl").touch()
@@ -348,3 +348,19 @@ def test_a_run_goes_on_in_its_dtype(tmp_path):
         assert not open_run(out, {"redi": RediConfig(dtype="bfloat16")})
     with pytest.raises(UserError, match="redi.dtype is 'bfloat16' there and 'float32' here"):
         open_run(out, {"redi": RediConfig(dtype="float32")})
+
+
+def test_help_fits_the_terminal_and_shows_no_empty_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = "In a word.\n\n" + "word " * 30 + "\n\n    python x.py" + " " * 60 + "an example"
+    with pytest.raises(SystemExit):
+        read_flags(text, ["--help"], "evaluate", EvaluateConfig)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80 and "\n    python x.py\n        an example\n" in shown
+    assert (
+        " []" not in shown
+        and "[[" not in shown
+        and "[math500 aime24 " in " ".join(shown.split())
+        and "[true|false]\n" in shown
+    )
+    assert shown.startswith("usage: ") and "[FLAGS]\n" in shown

@@ -207,7 +207,7 @@ BAD_INPUT = [
     ("sample.py", [], ["there is no model under runs/ yet"]),
     ("sample.py", ["--model", "MODEL"], ["give a prompt, --prompts FILE or --chat"]),
     ("sample.py", ["--model", "Qwen/Qwen2-7B", "Hi"], ["hf download Qwen/Qwen2-7B"]),
-    ("sample.py", ["--model", "MODEL", "--prompt", "xyz"], ["cannot write"]),
+    ("sample.py", ["--model", "MODEL", "--prompt", "xyz"], ["cannot encode"]),
     ("sample.py", ["--model", "MODEL", "--prompt", "a" * 300], ["fills the context of 256"]),
     ("sample.py", ["--model", "MODEL", "--prompts", "broken.jsonl"], ["broken.jsonl, line 2 is not JSON"]),
     ("evaluate.py", ["--model", "MODEL", "--benchmarks", "math50"], ["math50", "math500"]),
@@ -217,8 +217,8 @@ BAD_INPUT = [
         ["full holds no file math500 that ends in"],
     ),
     ("evaluate.py", ["--model", "MODEL", "--benchmarks", "one.jsonl", "--out", "full"], ["full is not empty"]),
-    ("evaluate.py", ["--completions", "x.jsonl", "--model", "MODEL"], ["--model says nothing about --completions"]),
-    ("evaluate.py", ["--completions", "broken.jsonl"], ["broken.jsonl, line 1 is in no layout"]),
+    ("evaluate.py", ["--completions", "x.jsonl", "--model", "MODEL"], ["--model has no effect on --completions"]),
+    ("evaluate.py", ["--completions", "broken.jsonl"], ["broken.jsonl, line 1 is in no known layout"]),
     ("nanoredi/report/__main__.py", ["--failures", "full"], ["cannot read full/samples.jsonl"]),
     (
         "nanoredi/report/__main__.py",
@@ -279,7 +279,7 @@ def test_ctrl_c_leaves_whole_rows(forks, tmp_path, toy_data):
     assert 5 <= len(rows) < 3000 and path.read_text().endswith("\n")
     assert (
         job.stdout.splitlines()[-1]
-        == f"samples.jsonl: {len(rows)} of 3000 completions, then stopped; the same command goes on"
+        == f"samples.jsonl: {len(rows)} of 3000 completions, then interrupted; the same command resumes"
     )
 
 

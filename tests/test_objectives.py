@@ -64,7 +64,7 @@ def test_weighted_redi_lets_go_of_a_negative_at_1_over_gamma():
     losses, chosen, rejected = gradients(lambda won, lost: weighted_redi(won, lost, 0.8, 0.5), *values)
     assert losses == pytest.approx([0.5 - 0.8 * m * math.exp(-m / 2) for m in (1, 2, 4)])
     assert chosen == [-1.0] * 3
-    # 0.8 * exp(-m/2) * (1 - m/2): pushed down, let go, drawn up again.
+    # 0.8 * exp(-m/2) * (1 - m/2): pushed down, not at all, pushed up.
     assert rejected == pytest.approx([0.4 * math.exp(-0.5), 0.0, -0.8 * math.exp(-2)])
     plain, _, alpha = gradients(lambda won, lost: weighted_redi(won, lost, 0.8, 0.0), *values)
     assert plain == pytest.approx([0.5 - 0.8, 0.5 - 1.6, 0.5 - 3.2]) and alpha == pytest.approx([0.8] * 3)

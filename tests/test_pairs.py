@@ -1,4 +1,4 @@
-"""The objectives that want pairs, at the level of token log-probs, and against TRL's own losses."""
+"""The objectives that need pairs, computed from token log-probs, and compared with TRL's losses."""
 
 import copy
 from functools import partial
@@ -19,7 +19,7 @@ from nanoredi.trainer.distributed import shard
 from nanoredi.trainer.step import train_step
 
 
-def test_what_wants_pairs():
+def test_which_objectives_need_pairs():
     assert not any(map(wants_pairs, (SftConfig(), RediConfig(), RediConfig(objective="sft"))))
     assert not wants_pairs(RediConfig(alpha=0.0, neg_weight_gamma=1.0))  # no negatives to weigh
     assert all(map(wants_pairs, (RediConfig(objective="dpo"), RediConfig(objective="simpo"))))
@@ -65,7 +65,7 @@ def test_dpo_s_loss_and_gradients_are_trl_s(toy_data, tmp_path, one_rank):
     data = load_pairs(config.data, Tokenizer(config.model), 800, 19_000, config.cache)
     data.reference = -3.3 * np.array([[s.num_learned for s in data.row(i)] for i in range(len(data))], dtype=np.float32)
     pairs = units(config, [data.row(i) for i in step_rows(0, 40, 8, seed=3)])
-    sequences = [s for side in zip(*pairs) for s in side]  # TRL wants all chosen ones first
+    sequences = [s for side in zip(*pairs) for s in side]  # TRL expects all chosen ones first
     ours = shard(Qwen2.from_pretrained(config.model), one_rank, torch.float32, config)
     optimizer = KeepingAdamW(ours)
     figures, _, _ = train_step(ours, optimizer, pairs, config, one_rank)
@@ -79,7 +79,7 @@ def test_dpo_s_loss_and_gradients_are_trl_s(toy_data, tmp_path, one_rank):
         train_dataset=datasets.Dataset.from_list([{"prompt": "a=1b+2", "chosen": "3", "rejected": "4"}]),
         processing_class=transformers.AutoTokenizer.from_pretrained(toy_data / "model"),
     )
-    trainer.precompute_ref_logps = True  # the batch brings them
+    trainer.precompute_ref_logps = True  # the batch contains them
     padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     ids, learned = ([torch.from_numpy(np.array(x)).long() for x in xs] for xs in list(zip(*sequences))[:2])
     chosen_reference, rejected_reference = torch.tensor([s.reference for s in sequences]).chunk(2)

@@ -1,4 +1,4 @@
-"""Raw rows to sft.jsonl and pairs.jsonl, against results worked out by hand, by `datasets`, and by plain loops over
+"""Raw rows to sft.jsonl and pairs.jsonl, compared with results computed by hand, with `datasets`, and by plain loops over
 the real sample."""
 
 import copy
@@ -92,7 +92,7 @@ def test_every_kind_of_row(tmp_path, tokenizer):
 
 
 def test_lengths_are_those_of_training_where_the_template_strips(tmp_path):
-    """DeepSeek's way drops the thinking; two long traces of it are too long all the same."""
+    """DeepSeek's template drops the thinking, but traces with long thinking are too long all the same."""
     tokenizer = Tokenizer(small_folder(tmp_path / "t", DEEPSEEK))
     traces = [f"<think>\n{'long' * n}\n</think>\n\n{n}" for n in (20, 30)]
     file = write(tmp_path / "raw.jsonl", [raw(generations=traces), raw(generations=("short", "1"))])
@@ -113,7 +113,7 @@ def test_lengths_are_those_of_training_where_the_template_strips(tmp_path):
         assert [*counts.values()][-1] == kept
 
 
-def test_a_share_of_pairs_is_swapped(tmp_path, tokenizer):
+def test_a_fraction_of_pairs_is_swapped(tmp_path, tokenizer):
     file = write(tmp_path / "raw.jsonl", [raw(f"a={i}", (f"b={i}", f"c={i}1")) for i in range(40)])
     prepared([file], tokenizer, tmp_path / "plain")
     plain = read(tmp_path / "plain" / "pairs.jsonl")
@@ -147,7 +147,7 @@ def test_strict_negatives_are_false_for_both_verifiers(tmp_path, tokenizer):
         assert [row["rejected_index"] for row in read(out / "pairs.jsonl")] == found
 
 
-def test_generations_that_teach_nothing_are_passed_over_and_counted(tmp_path, tokenizer, capsys):
+def test_generations_without_anything_to_learn_are_skipped_and_counted(tmp_path, tokenizer, capsys):
     rows = [
         raw("a=1", (" \n", "b", "", "c"), (True, True, False, False), (True,) * 4),
         raw("a=2", ("b", "b", "c"), (True, False, False), (True,) * 3),
@@ -161,10 +161,10 @@ def test_generations_that_teach_nothing_are_passed_over_and_counted(tmp_path, to
     ]
     said = capsys.readouterr().err
     assert "2 generations are empty or white space: neither correct nor incorrect." in said
-    assert "2 generations are incorrect, and the very text of the correct one: passed over." in said
+    assert "2 generations are incorrect, but have the same text as the correct one: skipped." in said
 
 
-def test_a_row_that_no_tokenizer_can_write_is_dropped_and_named(tmp_path, tokenizer, capsys):
+def test_a_row_that_no_tokenizer_can_encode_is_dropped_and_named(tmp_path, tokenizer, capsys):
     file = write(tmp_path / "raw.jsonl", [raw(), raw("a=\ud83d"), raw(generations=("b", "\ude00")), raw("a=2")])
     assert [*prepared([file], tokenizer, tmp_path / "out").values()][::9] == [4, 2]
     said = capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_a_row_that_no_tokenizer_can_write_is_dropped_and_named(tmp_path, tokeni
 def original(rows: list[dict]) -> tuple[list, list]:
     """What the original's scripts keep of raw rows, with `datasets` doing the numbering and the shuffle: (number,
     problem, generation) of SFT rows, (number, problem, chosen, rejected) of pairs before their lengths are looked at.
-    Written from the description of the scripts; an empty generation is passed over, as nanoredi does on purpose."""
+    Written from the description of the scripts; an empty generation is skipped, as nanoredi does on purpose."""
     datasets = pytest.importorskip("datasets")
     dataset = datasets.Dataset.from_list(rows).map(lambda row, i: {"original_index": i}, with_indices=True)
     sft, pairs = [], []
@@ -213,11 +213,13 @@ def test_ten_thousand_rows_as_the_original(tmp_path, tokenizer):
     ] == pairs
     assert (counts[prepare.SFT_GATE], [*counts.values()][-1]) == (len(sft), len(pairs))
     left = list(counts.values())
-    assert all(after < before for before, after in zip(left, left[1:])) and len(pairs) > 200  # each gate had its work
+    assert (
+        all(after < before for before, after in zip(left, left[1:])) and len(pairs) > 200
+    )  # each gate stopped some rows
 
 
 def defective(row: dict, rng: random.Random) -> dict:
-    """The row with other values here and there, and now and then with one more thing wrong with it."""
+    """The row with random changes, some of which make it malformed in one more way."""
     row = copy.deepcopy(row)
     if row["problem"]:
         row["problem"] = f"a={rng.randrange(10 ** rng.randint(1, 5))}"
@@ -238,7 +240,7 @@ def defective(row: dict, rng: random.Random) -> dict:
     return row
 
 
-def test_seed_changes_the_order_alone(tmp_path, tokenizer):
+def test_the_seed_changes_only_the_order(tmp_path, tokenizer):
     file = write(tmp_path / "raw.jsonl", ROWS.values())
     prepared([file], tokenizer, tmp_path / "a")
     prepared([file], tokenizer, tmp_path / "b", seed=7)
@@ -246,7 +248,7 @@ def test_seed_changes_the_order_alone(tmp_path, tokenizer):
     assert a != b and sorted(map(json.dumps, a)) == sorted(map(json.dumps, b))
 
 
-def test_the_papers_counts_are_told_only_when_missed():
+def test_the_paper_s_counts_are_mentioned_only_when_missed():
     gates = ["rows read", "a", prepare.SFT_GATE, "pairs"]
     missed = prepare.table(dict(zip(gates, (516_499, 300_000, 77_629, 53_174))))
     assert "not the paper's counts" in missed and "77,629 SFT traces and 53,175 pairs" in missed

@@ -95,14 +95,14 @@ def test_parquet_faults(tmp_path, tokenizer, monkeypatch):
         (raw(generations=["b", 2]), r"line 3: generations\[1\] is 2; it must be text or null"),
         (raw(correctness=[True]), r"line 3: correctness is \[True\]; it must be an object"),
         (raw(llama=("yes", "no")), r"line 3: llama_verification\[0\] is 'yes'; it must be true or false or null"),
-        (raw(problem="an unknown word"), "line 3: the tokenizer of .* cannot write"),
+        (raw(problem="an unknown word"), "line 3: the tokenizer of .* cannot encode"),
     ],
 )
 def test_malformed_rows_are_named(tmp_path, tokenizer, row, words):
     file = write(tmp_path / "raw.jsonl", [raw(), "", row, raw()])
     with pytest.raises(UserError, match=f"raw.jsonl, {words}"):
         prepared([file], tokenizer, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []  # nothing half done is left
+    assert list((tmp_path / "out").iterdir()) == []  # nothing half-written is left
 
 
 def test_missing_and_empty_data(tmp_path, tokenizer):
@@ -133,7 +133,7 @@ def test_nothing_is_overwritten(tmp_path, tokenizer, name):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["raw.jsonl", name])
 
 
-def test_what_a_killed_one_left_is_removed(tmp_path, toy_data, forks):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path, toy_data, forks):
     file, out = write(tmp_path / "raw.jsonl", [raw()]), tmp_path / "out"
     words = "nanoredi/prepare.py", "--raw", file, "--tokenizer", toy_data / "tokenizer", "--out", out
     killed, done = (ended(forks.start(tmp_path, *words, **more)) for more in ({"NANOREDI_CRASH_AT": "1"}, {}))

@@ -60,6 +60,8 @@ TURNS = [{"role": "user", "content": "a=1"}, {"role": "assistant", "content": "2
         ("p.csv", "problem,answer\na=1,1\na=2,2\n", ["a=1", "a=2"]),
         ("-", json.dumps([{"prompt": "a=1"}, {"problem": "a=2"}], indent=1), ["a=1", "a=2"]),
         ("-", '["a=1", "a=2"]', ["a=1", "a=2"]),
+        ("p.json", '["a=1", "a=2"]', ["a=1", "a=2"]),
+        ("p.jsonl", '"a=1"\n"a=2"\n', ["a=1", "a=2"]),
         ("p.txt", "a=1\n\n a=2 \r\n", ["a=1", "a=2"]),
         ("prompts", "\ufeffa=1\na=2", ["a=1", "a=2"]),
         ("prompts", '\ufeff{"problem": "a=1"}\n', ["a=1"]),
@@ -81,6 +83,7 @@ def test_prompts_in_their_forms(said, asked, tmp_path, monkeypatch, name, text, 
     [
         ("p.jsonl", '{"promt": "a=1", "id": 3}\n', "line 1 must hold 'prompt', .*; it holds 'promt', 'id'"),
         ("p.jsonl", '{"prompt": "  "}\n', "line 1 must hold 'prompt'"),
+        ("p.jsonl", '{"prompt": "a=1", "Prompt": "a=2"}\n', "line 1 has 'prompt' in two spellings"),
         ("p.jsonl", "[1]\n", "must hold 'prompt', .*; it holds no fields"),
         ("p.jsonl", '{"messages": [{"role": "user"}]}\n', "line 1: 'messages' must be text, or a list of messages"),
         ("p.jsonl", "a=1\n", "line 1 is not JSON"),
@@ -175,6 +178,6 @@ def test_the_same_command_goes_on(said, tmp_path):
         said(*words)
     assert path.read_text() == before
     (tmp_path / "mine").write_text("my own\n")
-    with pytest.raises(UserError, match="mine is there, and no mine.settings.json that says of what"):
+    with pytest.raises(UserError, match="mine exists without the mine.settings.json that describes it"):
         said("a=1", "--out", "mine")
     assert (tmp_path / "mine").read_text() == "my own\n"

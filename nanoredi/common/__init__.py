@@ -1,1 +1,1 @@
-"""What every room uses: errors for people, files in and out, options, the folder of a run."""
+"""Used by every room: errors for the user, reading and writing files, options, a run's folder."""

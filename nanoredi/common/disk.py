@@ -1,8 +1,8 @@
-"""How files get onto the disk: whole, and by one process at a time.
+"""Writing files so that a file under its final name is always complete, and only one process writes at a time.
 
-A file or folder is written beside its place, brought onto the disk, and then takes its name in one step (writing). So
-whatever has its name is whole, whoever was killed; what a killed process left beside is recognised and removed by the next
-one (remove_leftovers). A folder that only one process may write into is locked until that process ends.
+A file or folder is written under a temporary name next to its final one, synced to the disk, and renamed (writing).
+What a killed process leaves behind is recognised by its temporary name and removed by the next process
+(remove_leftovers). A folder that only one process may write into is locked until that process ends.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from nanoredi.common.errors import UserError
 
 _HOST = os.uname().nodename
 _STARTED = time.strftime("%Y-%m-%d %H:%M:%S")
-_UMASK = os.umask(0o077)  # it can only be asked for by setting it
+_UMASK = os.umask(0o077)  # the only way to read it is to set it
 os.umask(_UMASK)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Inside, a file or a folder is made at the path that this yields; then it takes its name.
+    """Yields a temporary path at which to make a file or folder; on exit it is renamed to `path`.
 
-    A file replaces the one that is there. A folder wants nothing there, or an empty folder.
+    A file replaces an existing one. A folder may only replace an empty folder.
 
     Raises:
-        UserError: when the disk refuses any of it; then nothing is left of it, and what was there is as it was.
+        UserError: when the disk refuses any step; then nothing new is left behind, and what was there is unchanged.
     """
     beside = path_beside(path)
     try:
@@ -52,11 +52,10 @@ def writing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing_together(out: Path) -> Iterator[Path]:
-    """Inside, files are made in the folder that this yields; then all of them get their names in the folder out, or none does.
-    They replace nothing.
+    """Yields a temporary folder in which to make files; on exit all of them move into the folder `out`, or none does.
 
     Raises:
-        OSError: when the disk refuses any of it, or there is such a file.
+        OSError: when the disk refuses any step, or a file of such a name exists: nothing is replaced.
     """
     beside = path_beside(out / "files")
     beside.mkdir(parents=True)
@@ -68,10 +67,10 @@ def writing_together(out: Path) -> Iterator[Path]:
             may_crash()
             try:
                 os.link(path, out / path.name)
-            except FileExistsError:
-                raise
-            except OSError:  # a disk without links
-                path.rename(out / path.name)
+            except OSError:
+                if (out / path.name).exists():
+                    raise
+                path.rename(out / path.name)  # the file system has no hard links
         _sync_entry(out)
     finally:
         _take_back(beside, out)
@@ -79,7 +78,7 @@ def writing_together(out: Path) -> Iterator[Path]:
 
 
 def _take_back(beside: Path, out: Path) -> None:
-    """Of files that get their names together, those that have them lose them again, when some have none."""
+    """Undo a move of several files that was interrupted: unless all have reached `out`, those that have are removed."""
     files = [path for path in beside.iterdir() if path.is_file()] if beside.is_dir() else []
     named = [out / path.name for path in files if (out / path.name).exists() and path.samefile(out / path.name)]
     for path in named if len(named) < len(files) else ():
@@ -87,12 +86,12 @@ def _take_back(beside: Path, out: Path) -> None:
 
 
 def path_beside(path: Path) -> Path:
-    """Where this process writes what will be `path`."""
+    """The temporary path at which this process writes what will be `path`."""
     return path.with_name(f"{path.name}.{_HOST}.{os.getpid()}.writing")
 
 
 def move_into_place(beside: Path, path: Path) -> None:
-    """Bring what was written beside onto the disk, with the permissions that this user's files have, and rename it.
+    """Sync a finished file or folder to the disk, with the user's usual permissions, and rename it to `path`.
 
     Raises:
         OSError: when the disk refuses it.
@@ -110,7 +109,7 @@ def _sync(path: Path) -> None:
         for inner in path.iterdir():
             _sync(inner)
     elif path.stat().st_mode & 0o777 != 0o666 & ~_UMASK:
-        path.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
+        path.chmod(0o666 & ~_UMASK)  # safetensors creates files that only their owner can read
     _sync_entry(path)
 
 
@@ -123,7 +122,7 @@ def _sync_entry(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there. A folder loses its name first: no part of one is taken for whole."""
+    """Remove a file or folder, if there is one. A folder is renamed first: half of one must not look complete."""
     if path.is_dir() and not path.is_symlink():
         if path.suffix != ".writing":
             path = path.rename(path_beside(path))
@@ -134,8 +133,8 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, locked: bool = False) -> None:
-    """Remove what killed processes were writing in a folder. One that this process has locked holds nobody else's work;
-    elsewhere only this machine's processes are known to have ended."""
+    """Remove what killed processes left half-written in a folder. If this process has locked it, that is everything
+    with a temporary name; otherwise only what processes of this machine that have ended have left."""
     for path in folder.glob("*.writing"):
         own = re.fullmatch(rf".*\.{re.escape(_HOST)}\.([0-9]+)\.writing", path.name)
         if locked or own and not _is_alive(int(own[1])):
@@ -146,51 +145,49 @@ def remove_leftovers(folder: Path, locked: bool = False) -> None:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it is another user's
     return True
 
 
 def lock(folder: Path) -> None:
-    """Make this process the only one that may write into a folder, until it ends, in whichever way.
+    """Make this process the only one that may write into a folder, until it ends.
 
-    The lock is the kernel's, on the file .lock, so a killed process leaves none; on a shared disk it holds as far as that
-    disk passes locks on.
+    The kernel's lock on the file .lock is used, so a killed process leaves none. On a network disk it works only if the
+    disk supports locks.
 
     Raises:
-        UserError: naming the process that has it.
+        UserError: naming the process that holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     me = f"process {os.getpid()} on {_HOST}, started {_STARTED}"
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # open until the process ends
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open until the process ends
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if os.pread(file, 200, 0) != me.encode():
-            time.sleep(0.2)  # whoever has just taken it writes its name now
+            time.sleep(0.2)  # a process that has just taken the lock is still writing its name
             owner = os.pread(file, 200, 0).decode(errors="replace")
             raise UserError(f"{folder} is in use by {owner or 'another process'}: give another --out") from None
     except OSError as error:
-        print(f"warning: {folder} cannot be locked ({error.strerror}): start nothing else on it", flush=True)
+        print(f"warning: {folder} cannot be locked ({error.strerror}): start no second process on it", flush=True)
     else:
         os.ftruncate(file, 0)
         os.pwrite(file, me.encode(), 0)
 
 
 def regular(path: Path) -> Path:
-    """The path. Raises a UserError for a pipe or a device, since files are read again and must end, and for the pointer that
-    git-lfs leaves in place of a large file."""
+    """The path itself. Raises a UserError for a pipe or a device, since input is read more than once, and for a pointer
+    file that git-lfs leaves in place of a large file."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"{path} is a pipe or a device; give a file, which can be read again")
+        raise UserError(f"{path} is a pipe or a device; give a file, since it is read more than once")
     if path.is_file() and path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
         raise UserError(f"{path} only points to a file that git-lfs has not fetched: git lfs pull")
     return path
 
 
 def digest(*parts: bytes | Path) -> str:
-    """32 hex digits that stand for bytes and for the contents of files."""
+    """A hash, 32 hex digits, of bytes and of the contents of files."""
     whole = hashlib.blake2b(digest_size=16)
     for part in parts:
         whole.update(file_digest(part) if isinstance(part, Path) else part)
@@ -206,6 +203,6 @@ _places = itertools.count(1)
 
 
 def may_crash() -> None:
-    """Called at every write and rename: the tests end the process (SIGKILL) at the NANOREDI_CRASH_AT-th of them."""
+    """Called at every write and rename: tests kill the process (SIGKILL) at call number NANOREDI_CRASH_AT."""
     if (place := os.environ.get("NANOREDI_CRASH_AT")) and next(_places) == int(place):
         os.kill(os.getpid(), signal.SIGKILL)

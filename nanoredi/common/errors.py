@@ -1,4 +1,4 @@
-"""How nanoredi says that something given to it is wrong: one sentence for a person, and exit code 2."""
+"""Errors for the user: one sentence that says what is wrong, and exit code 2."""
 
 import contextlib
 import difflib
@@ -15,14 +15,14 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and all it needs to go on is saved. The message says so."""
+    """The run was asked to stop, and has saved everything it needs to resume. The message says so."""
 
-    code = 0  # what the process exits with
+    code = 0  # the process's exit code
 
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Inside, what is wrong is said with the place of the row that it is wrong in."""
+    """Inside, a UserError gets the place of the row (file and line) in front of its message."""
     try:
         yield
     except UserError as error:
@@ -30,8 +30,8 @@ def naming(where: str) -> Iterator[None]:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main on its flags; what the user or the machine brought about ends with one sentence and exit code
-    2, Ctrl-C with 130. Control characters in what is printed, whoever wrote them, are shown escaped."""
+    """Run a script's main on its flags. Errors of the user or the machine end with one sentence and exit code 2, Ctrl-C
+    with 130. Control characters in printed text are shown escaped, since the text may come from a file or a model."""
     write = sys.stdout.write
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -46,7 +46,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # Who read the output has seen enough (`| head`); nothing is left to be flushed into the pipe at exit.
+        # The reader of the output has closed it (`| head`). At exit Python would flush into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
@@ -57,38 +57,38 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
 
 def sentence(error: BaseException) -> str | None:
-    """What an error says to the user, in a line, or None for one that only a fault in the program explains."""
+    """An error as one line for the user; None for an error that only a bug in the program explains."""
     text = None
     if isinstance(error, UserError):
         text = str(error)
     elif isinstance(error, OSError):
         text = f"{error.filename or 'the disk'}: {error.strerror or error}"
-    # torch has a RuntimeError for memory on a CPU, and an OutOfMemoryError on a GPU.
+    # Out of memory is a RuntimeError in torch, on a GPU its subclass OutOfMemoryError.
     elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search(_NO_MEMORY, str(error)):
         text = f"there is not enough memory ({(str(error) or 'it is all in use').splitlines()[0]}); {_LESS_MEMORY}"
     elif isinstance(error, (RecursionError, OverflowError, UnicodeError)):
-        text = f"something given is nested too deep, too large, or no text: {error}"
+        text = f"some input is nested too deep, too large, or not text: {error}"
     return text and text.strip().replace("\n", "\\n")
 
 
 _NO_MEMORY = "out of memory|can't allocate memory|not enough memory"
 _LESS_MEMORY = (
-    "training takes less with a smaller --max_tokens_per_micro_batch, --activation_checkpointing attention, --offload or more "
-    "GPUs, sampling with a smaller --cache_gb or --batch_size"
+    "training takes less with a smaller --max_tokens_per_micro_batch, --activation_checkpointing attention, --offload "
+    "or more GPUs, sampling with a smaller --cache_gb or --batch_size"
 )
 _CONTROLS = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {ord("\n"), ord("\t")}
 _ESCAPED = {c: ascii(chr(c))[1:-1] for c in _CONTROLS}
 
 
 def visible(text: str) -> str:
-    """The text with the characters escaped that a terminal would obey, and not show; all but what dims text and what ends
-    that, which chat uses and which do no harm."""
+    """The text with a terminal's control characters escaped, except for the two harmless sequences that chat uses: dim,
+    and reset."""
     return re.sub(r"\\x1b\[([02])m", "\x1b[\\1m", text.translate(_ESCAPED))
 
 
 def _say(text: str) -> None:
-    """Under torchrun every rank finds the same fault, and one of them says it. Where it is one rank's own, rank 0 is still
-    alive after a while: torchrun has ended nobody."""
+    """Under torchrun an error usually occurs on every rank, and only rank 0 should print it: the others wait, and are
+    ended by torchrun. An error on one rank alone is printed by that rank after the wait."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(2)
@@ -97,6 +97,6 @@ def _say(text: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that does not exist: ' (did you mean X?)', or nothing when none is close."""
+    """A hint for a name that does not exist: ' (did you mean X?)', or nothing when no known name is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,5 +1,5 @@
-"""JSON and JSONL, in with bounds and a declared shape, and a sentence for whatever is wrong with them; out by whole files
-(disk.py) and whole lines."""
+"""Reading JSON and rows with bounds and checks against a declared shape, and writing them as whole files (disk.py) or
+whole lines."""
 
 import contextlib
 import json
@@ -12,19 +12,12 @@ from nanoredi.common.disk import may_crash, regular, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.formats import MAX_CHARS, file_rows, parse_json
 
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    dict: "an object",
-    list: "a list",
-    None: "null",
-}
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", None: "null"}
+_KINDS |= {dict: "an object", list: "a list"}
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """A JSON file that holds an object, or, with kind list, a list.
+    """The content of a JSON file: an object or, with kind list, a list.
 
     Raises:
         UserError: when it is missing, broken, or holds something else.
@@ -36,7 +29,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """A text file, or one character more of it than JSON may have.
+    """The content of a text file, cut to one character more than JSON may have.
 
     Raises:
         UserError: when it cannot be read or is not UTF-8.
@@ -51,11 +44,11 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: str, fields: tuple[str, ...] | None = None) -> Iterator[tuple[str, Any]]:
-    """The rows of a file in any of the formats, each with where it stands ("file, line n") for messages about it.
+    """The rows of a file in any of the formats (formats.py), each with its place ("file, line n") for error messages.
     Empty lines are skipped.
 
     Args:
-        fields: of a Parquet or Arrow file, the columns that are wanted; all without it.
+        fields: the columns to read of a Parquet or Arrow file; None: all.
 
     Raises:
         UserError: when the file cannot be read or a line is not JSON.
@@ -67,21 +60,21 @@ def read_rows(path: str, fields: tuple[str, ...] | None = None) -> Iterator[tupl
                 row = parse_json(where, row)
             except UserError as error:
                 raise UserError(f"{error}{kinds}") from None
-        kinds = ""  # where the first row is one, the file is of a kind
+        kinds = ""  # after one good row the format is known to be right
         yield where, row
 
 
 def check(where: str, value: Any, shape: Any, name: str = "") -> Any:
-    """A value from outside, when it has the shape that is declared for it.
+    """Check a value from outside against a declared shape, and return it.
 
     Args:
-        where: the file, and the line, for messages.
-        shape: a type; None; range(low, end) for whole numbers; [shape] for a list of such; {name: shape} for an object with
-            these fields, where a name that ends in "?" may be missing, and {str: shape} for one of any names; a tuple of
-            shapes for any one of them.
+        where: file and line, for error messages.
+        shape: a type; None; range(low, end) for whole numbers; [shape] for a list of such items; {name: shape} for an
+            object with these fields, optional if the name ends in "?"; {str: shape} for an object with any names; a
+            tuple of alternative shapes.
 
     Raises:
-        UserError: naming where, the field, what it is and what it must be.
+        UserError: naming where, the field, its value and what it must be.
     """
     if isinstance(shape, tuple):
         for one in shape:
@@ -115,8 +108,8 @@ def _words(shape: Any) -> str:
 
 
 def write_row(file: FileIO, row: Any) -> None:
-    """Add a line to a file without a buffer, so that whoever is killed meanwhile leaves whole lines."""
-    # Anybody's text may hold half a surrogate pair, which UTF-8 cannot.
+    """Append a line to an unbuffered file, so that a killed process leaves at most one incomplete line."""
+    # Text may hold half a surrogate pair, which UTF-8 cannot encode.
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="replace")
     while line:
         may_crash()
@@ -125,11 +118,11 @@ def write_row(file: FileIO, row: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file as `writing` does."""
+    """Write a text file, by way of a temporary one (disk.writing)."""
     with writing(path) as beside:
         beside.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file as `writing` does."""
+    """Write a JSON file, by way of a temporary one (disk.writing)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,10 +1,10 @@
 """Options: fields of dataclasses, read from flags and recipes.
 
-A recipe is a TOML file with a table a dataclass of config.py: [sft], [redi], [evaluate], [toy]. A script has a main table,
-whose fields are its flags (`train_redi.py --alpha 0.5`); fields of its other tables are flags with the table's name in
-front (`train_redi.py --evaluate.n 4`). Flags win over the recipe, the recipe over the defaults. A recipe that says
-`base = "qwen2.5-math-1.5b"` before its tables holds only what differs from that one. What was resolved is written into
-the run's folder as config.toml, which is itself a recipe.
+A recipe is a TOML file with one table for each dataclass of config.py: [sft], [redi], [evaluate], [toy]. The fields of
+a script's main table are its flags (`train_redi.py --alpha 0.5`); fields of its other tables are flags with the table's
+name in front (`train_redi.py --evaluate.n 4`). Flags override the recipe, the recipe overrides the defaults. A recipe
+with `base = "qwen2.5-math-1.5b"` before its tables holds only the differences from that recipe. The resolved options
+are written into the run's folder as config.toml, which is itself a recipe.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import json
 import math
 import operator
 import re
+import shutil
+import textwrap
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +25,13 @@ from nanoredi.common.errors import UserError, nearest
 from nanoredi.common.files import read_text, write_text
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-ARMS = RECIPES / "arms" / "qwen2.5-math-1.5b.toml"  # recipes that differ from this one in stage 2, a line each
-TABLES: dict[str, type] = {}  # a recipe's tables and their dataclasses
-Tables = dict[str, dict[str, Any]]  # {table: {field: value}}: what a recipe or the flags say, before the defaults
+ARMS = RECIPES / "arms" / "qwen2.5-math-1.5b.toml"  # recipes that differ from this one in stage 2, one per line
+TABLES: dict[str, type] = {}  # {table of a recipe: its dataclass}
+Tables = dict[str, dict[str, Any]]  # {table: {field: value}}: what a recipe or the flags set, without the defaults
 
 
 def table(name: str) -> Callable[[type], type]:
-    """Make a dataclass one of a recipe's tables."""
+    """A decorator that makes a dataclass one of a recipe's tables."""
     return lambda kind: TABLES.setdefault(name, kind)
 
 
@@ -44,22 +46,21 @@ def option(
     free: bool = False,
     of: dict[str, float] | None = None,
 ) -> Any:
-    """A field with its one comment, which is also the flag's help, and with the values it may take. A free one says how
-    the work is done and not what comes out: a run may go on with another. One that is a parameter of some objectives
-    has in `of` what each takes where it is not given."""
+    """A dataclass field with its help and the values it may take. free: it changes how the work is done, but not the
+    result, so a run may be resumed with another value. of: {objective: default}, if only these have the parameter."""
     metadata = dict(help=help, low=low, above=above, high=high, choices=choices, free=free, of=of or {})
     made = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return dataclasses.field(**made, metadata=metadata)
 
 
 def kind_of(f: dataclasses.Field) -> type:
-    """A field's plain type: of a list `list`, of `float | None` float."""
+    """A field's plain type: `list` for any list, float for `float | None`."""
     origin = get_origin(f.type) or f.type
     return get_args(f.type)[0] if origin is UnionType else origin
 
 
 def from_text(kind: type, text: str | list[str]) -> Any:
-    """A flag's text as the value that a recipe would hold; left as it is where it is none."""
+    """A flag's text as the value that a recipe would hold; the text itself if it is not of that kind."""
     if kind is bool:
         return _BOOL.get(text, text)
     try:
@@ -69,7 +70,7 @@ def from_text(kind: type, text: str | list[str]) -> Any:
 
 
 def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
-    """The value, if its field can take it; else a UserError that says what it takes."""
+    """The value, if its field allows it; otherwise raises a UserError that says what the field takes."""
     kind, m, shown = kind_of(f), f.metadata, repr(value)[:80]
     if kind is float and type(value) is int and abs(value) < _LARGEST[float]:
         value = float(value)
@@ -90,7 +91,7 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
 
 
 _BOOL = {"true": True, "false": False}
-_LARGEST = {int: 2**31 - 1, float: 1e12}  # where a field says nothing else
+_LARGEST = {int: 2**31 - 1, float: 1e12}  # unless the field has a bound
 _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}
 
 
@@ -100,31 +101,36 @@ def read_flags(
     """Read a script's flags.
 
     Args:
-        description: shown by --help.
+        description: shown by --help, paragraphs wrapped to the terminal, wide examples' comments on a line of their own.
         argv: the words after the script's name.
-        main: the table whose fields are plain flags; where recipes have it, there is a flag --recipe too.
+        main: the table whose fields are plain flags; if recipes have this table, there is also a flag --recipe.
         main_type: its dataclass, or a subclass with more flags.
         others: the tables whose fields are flags with the table's name in front.
-        positional: the field that words without a flag are for, if any: one word, or any number for a list.
+        positional: the field that takes words without a flag, if any: one word, or several for a list.
 
     Returns:
-        The recipe that was named, if any, and {table: {field: value}} of what was given.
+        The name of the recipe, if one was given, and {table: {field: value}} of the flags that were given.
 
     Raises:
-        UserError: for a flag that does not exist, and for a value that its field cannot take.
+        UserError: for a flag that does not exist, and for a value that its field does not allow.
     """
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    width = max(40, shutil.get_terminal_size().columns - 2)
+    apart = [re.sub(r"(?<=\S)  +", "\n" + 8 * " ", s) if len(s) > width else s for s in description.split("\n")]
+    parts = [part if "  " in part else textwrap.fill(part, width) for part in "\n".join(apart).split("\n\n")]
+    text = {"description": "\n\n".join(parts), "usage": f"%(prog)s [FLAGS] [{positional.upper()}]".removesuffix(" []")}
+    parser = _Parser(**text, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     if main in TABLES:
-        parser.add_argument("--recipe", metavar="R", help=f"a TOML file, or one of {', '.join(_builtin_recipes())}")
+        names, arms = ", ".join(_builtin_recipes()).replace(f" {ARMS.stem}-", " -").split(", -", 1)
+        parser.add_argument("--recipe", metavar="R", help=f"a TOML file, {names}, or {ARMS.stem} and one of -{arms}")
     flags = {f"--{f.name}": (main, f) for f in dataclasses.fields(main_type)}
     flags |= {f"--{table}.{f.name}": (table, f) for table in others for f in dataclasses.fields(TABLES[table])}
     for flag, (_, f) in flags.items():
         parser.add_argument(flag, dest=flag, default=argparse.SUPPRESS, **_for_argparse(f))
-    if positional:  # what follows --paper is a word of its own, unless it says true or false
+    if positional:  # the word after a switch such as --paper is positional, unless it is true or false
         switches = {flag for flag, (_, f) in flags.items() if kind_of(f) is bool}
         pairs = zip(argv, [*argv[1:], ""])
         argv = [f"{word}=true" if word in switches and after not in _BOOL else word for word, after in pairs]
-    # argparse takes -1e-6 for a flag, but never a word with a space in it.
+    # argparse mistakes -1e-6 for a flag, but never a word with a space in it.
     argv = [f" {word}" if re.fullmatch(r"-[\d.]+e[-+]?\d+", word, re.IGNORECASE) else word for word in argv]
     known, words = parser.parse_known_args(argv)
     values = vars(known)
@@ -139,7 +145,7 @@ def read_flags(
     recipe = values.pop("recipe", None)
     given: Tables = {}
     for flag, text in [("--recipe", recipe), *values.items()]:
-        if "" in (text if isinstance(text, list) else [text]):  # a shell's variable that was never set, say
+        if "" in (text if isinstance(text, list) else [text]):  # a shell variable that was never set, for example
             raise UserError(f"{flag} is empty: give it a value, or leave it out")
         if flag in flags:
             table, f = flags[flag]
@@ -148,21 +154,22 @@ def read_flags(
 
 
 def _for_argparse(f: dataclasses.Field) -> dict[str, Any]:
-    """What argparse is to know of a field: how many words it takes, and its line of the help."""
-    words: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, list: {"nargs": "+"}}.get(kind_of(f), {})
-    default = f.default_factory() if kind_of(f) is list else f.default
-    if f.metadata["of"]:
-        default = ", ".join(f"{value:g} for {objective}" for objective, value in f.metadata["of"].items())
-    words["metavar"] = "|".join(f.metadata["choices"]) or f.name.upper()
-    return {**words, "help": f"{f.metadata['help']} [{default}]".replace("%", "%%")}
+    """argparse's arguments for a field: how many words it takes, and its help with the default in brackets."""
+    kind, m = kind_of(f), f.metadata
+    words: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, list: {"nargs": "+"}}.get(kind, {})
+    default = " ".join(f.default_factory()) if kind is list else str(f.default)
+    if m["of"]:
+        default = ", ".join(f"{value:g} for {objective}" for objective, value in m["of"].items())
+    words["metavar"] = "|".join(m["choices"]) or ("true|false" if kind is bool else f.name.upper())
+    return {**words, "help": (m["help"] + f" [{default}]" * bool(default)).replace("%", "%%")}
 
 
 def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
-    """Read a recipe, the name of a built-in one or a TOML file, over its base.
+    """Read a recipe and its base, by the name of a built-in recipe or the path of a TOML file.
 
     Raises:
-        UserError: when it cannot be read, for a table or key that does not exist, for a value that its field cannot
-        take, and for a base that has a base.
+        UserError: when it cannot be read, for a table or key that does not exist, for a value that its field does not
+            allow, and for a base that has a base itself.
     """
     path, builtin = Path(recipe), _builtin_recipes()
     if str(recipe) not in builtin and not path.exists():
@@ -173,7 +180,7 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
         raise UserError(f"{path} is not TOML: {error}") from None
     base = tables.pop("base", None)
     if base is not None and (is_base or not isinstance(base, str)):
-        raise UserError(f"{path}: base is {base!r}; it must be a recipe's name or file, and that one without a base")
+        raise UserError(f"{path}: base is {base!r}; it must be the name or file of a recipe that has no base itself")
     for table, values in tables.items():
         if table not in TABLES or not isinstance(values, dict):
             known = ", ".join(f"[{name}]" for name in TABLES)
@@ -190,7 +197,7 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
 
 
 def resolve(kind: type, table: str, *layers: Tables) -> Any:
-    """A table's dataclass: its defaults under the layers, the last on top."""
+    """A table's dataclass with its defaults overridden by the layers, later ones over earlier ones."""
     values: dict[str, Any] = {}
     for layer in layers:
         values = _over(values, layer.get(table, {}), kind)
@@ -198,7 +205,7 @@ def resolve(kind: type, table: str, *layers: Tables) -> Any:
 
 
 def _over(lower: dict[str, Any], upper: dict[str, Any], kind: type) -> dict[str, Any]:
-    """A table's values with others on top. Parameters of one objective say nothing of another's."""
+    """A table's values overridden by others. With another objective, the parameters of the former one are dropped."""
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if "objective" in upper and upper["objective"] != lower.get("objective", fields["objective"].default):
         lower = {key: value for key, value in lower.items() if not fields[key].metadata["of"]}
@@ -212,7 +219,7 @@ def write_recipe(path: Path, configs: dict[str, Any]) -> None:
         values = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
         fields = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
         lines += [f"[{table}]", *fields, ""]
-    # TOML writes these values as JSON does, but for one control character.
+    # These values are the same in TOML as in JSON, except for one control character.
     write_text(path, "\n".join(lines).replace("\x7f", "\\u007f"))
 
 
@@ -222,7 +229,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _builtin_recipes() -> dict[str, dict[str, Any]]:
-    """{name: what the recipe's file holds, or would hold if an arm had one of its own}"""
+    """{name: content of the recipe's file}; each arm counts as a file with base, stage 1 and its own stage 2."""
     tables = {path.stem: tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(RECIPES.glob("*.toml"))}
     arms = tomllib.loads(ARMS.read_text(encoding="utf-8"))
     named = {f"{ARMS.stem}-{arm}": {**arms, "base": ARMS.stem, "redi": redi} for arm, redi in arms["redi"].items()}

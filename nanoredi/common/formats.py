@@ -1,7 +1,5 @@
-"""Rows out of the files that people keep them in: JSONL or one value in JSON, plain or compressed with gzip, Parquet, Arrow
-and CSV. One row at a time, so that a file which does not fit in memory passes through it (one JSON value must fit).
-
-Parquet and Arrow ask for pyarrow.
+"""Reading rows from files: JSONL or a single JSON value, either also compressed with gzip, CSV, Parquet and Arrow (the
+last two need pyarrow). Rows are read one at a time: except for one JSON value, a file may be larger than the memory.
 """
 
 import csv
@@ -9,6 +7,7 @@ import gzip
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +21,20 @@ from nanoredi.common.errors import UserError
 
 MAX_CHARS, MAX_DEPTH = 1 << 28, 100  # of a JSON file, or of a line of a JSONL file
 _TABLES = (".parquet", ".arrow")
-_KINDS = (".jsonl", ".csv", *_TABLES)  # of files that hold nothing but rows
+_KINDS = (".jsonl", ".csv", *_TABLES)  # suffixes of files that hold nothing but rows
 _ROWS_AT_ONCE = 64
-_ROWS = ("data", "rows", "samples", "examples", "request_states", "results")  # where a JSON object may hold its rows
+_ROWS = (
+    "data",
+    "rows",
+    "samples",
+    "examples",
+    "request_states",
+    "results",
+)  # fields of a JSON object that may hold the rows
 
 
 def num_rows(path: Path) -> int:
-    """How many rows a file has; lines are not looked into."""
+    """The number of rows in a file; lines are counted without parsing them."""
     if path.suffix in _TABLES:
         with _table(path) as (total, _):
             return total
@@ -36,20 +42,19 @@ def num_rows(path: Path) -> int:
 
 
 def refuse_folder(path: Path) -> None:
-    """Raise a UserError where a path is a folder, with a file in it that may be meant."""
-    if os.path.isdir(path):  # which a name that is too long is not, without an error
+    """Raise a UserError for a folder, suggesting a file in it."""
+    if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix in _KINDS)
         such_as = f", such as {inside[0]}" if inside else ""
         raise UserError(f"{path} is a folder: give the file in it that holds the rows{such_as}")
 
 
 def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, each with where it stands, for messages about it: lines of JSONL as bytes, to be parsed, all
-    others as values.
+    """The rows of a file, each with its place for error messages. Rows of JSONL are unparsed bytes, all others values.
 
     Args:
-        path: a file; .parquet, .arrow, .csv and .tsv are tables by their names, whatever else is JSON.
-        fields: the columns of a table that are wanted; all without it.
+        path: a file. Its suffix says whether it is .parquet, .arrow, .csv or .tsv; everything else is read as JSON.
+        fields: the columns to read of a Parquet or Arrow file; None: all.
 
     Raises:
         UserError: when the file cannot be read.
@@ -66,9 +71,22 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
         number = 0
         for batch in batches(fields):
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                for row in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
+                part = batch.slice(start, _ROWS_AT_ONCE)
+                columns = {n: _cells(c) for n, c in zip(part.schema.names, part.columns) if not fields or n in fields}
+                for i in range(part.num_rows):
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield f"{path}, row {number}", {name: cells[i] for name, cells in columns.items()}
+
+
+def _cells(column: Any) -> list[Any]:
+    """A column as JSON values: times, decimals and bytes become text, numbers that are not finite null."""
+    if not re.search("float|double|time|date|duration|decimal|binary|interval|extension", str(column.type)):
+        return column.to_pylist()
+    try:
+        cells = column.to_pylist()
+    except (ValueError, OverflowError):  # a time that Python's datetime cannot hold: nanoseconds, or a far year
+        cells = column.cast("string").to_pylist()
+    return json.loads(json.dumps(cells, default=str), parse_constant=lambda _: None)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -77,7 +95,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
         table = csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t", strict=True)
         names = list(table.fieldnames or ())
         if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"{path}: its first line has the name {twice[0]!r} twice")
+            raise UserError(f"{path}: its first line names the column {twice[0]!r} twice")
         for number, row in enumerate(table, 1):
             if None in row:
                 raise UserError(f"{path}, row {number} has more cells than the file's first line has names")
@@ -103,8 +121,8 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _rows(path: Path, text: bytes) -> list[Any]:
-    """The rows of one JSON value: a list; an object of rows by number, or of columns; one that holds its rows in a field;
-    else the object itself."""
+    """The rows of one JSON value: the items of a list; of an object rows by number, or columns, or the rows in one of
+    its fields; otherwise the object itself is the only row."""
     kind = "a list" if text.lstrip().startswith(b"[") else "an object"
     value = parse_json(f"{path}, which begins as {kind},", text, max_chars=1 << 34)
     if isinstance(value, list):
@@ -114,7 +132,7 @@ def _rows(path: Path, text: bytes) -> list[Any]:
         if all(name.isdigit() for name in value):
             return inner
         if all(one.keys() == inner[0].keys() and all(name.isdigit() for name in one) for one in inner):
-            inner = [list(one.values()) for one in inner]  # columns as pandas writes them
+            inner = [list(one.values()) for one in inner]  # columns, in pandas' way
     if len(inner) > 1 and all(isinstance(one, list) and len(one) == len(inner[0]) for one in inner):
         if not any(isinstance(cell, dict) for one in inner for cell in one):
             return [dict(zip(value, row)) for row in zip(*inner)]
@@ -125,7 +143,7 @@ def _rows(path: Path, text: bytes) -> list[Any]:
 
 @contextmanager
 def _table(path: Path) -> Iterator[tuple[int, Any]]:
-    """How many rows a Parquet or Arrow file has, and a function of columns that gives its batches."""
+    """The number of rows of a Parquet or Arrow file, and a function from the columns to read to batches."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -134,36 +152,27 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
     regular(path)
     try:
         if path.suffix == ".parquet":
-            # By default whole row groups come into memory, and stay; a row group may be the whole file.
+            # By default whole row groups are loaded, and kept, and a row group may be the whole file.
             with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
-                names = table.schema_arrow.names
-                yield (
-                    table.metadata.num_rows,
-                    lambda fields: table.iter_batches(_ROWS_AT_ONCE, columns=_chosen(names, fields)),
-                )
+                yield table.metadata.num_rows, lambda fields: table.iter_batches(_ROWS_AT_ONCE, columns=fields)
             return
         with pyarrow.memory_map(str(path)) as source:
-            try:  # what pyarrow and pandas write, then what `datasets` writes
+            try:  # the format that pyarrow and pandas write, then the one that `datasets` writes
                 reader = pyarrow.ipc.open_file(source)
                 batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             except pyarrow.ArrowInvalid:
                 source.seek(0)
                 batches = list(pyarrow.ipc.open_stream(source))
-            total = sum(batch.num_rows for batch in batches)
-            yield total, lambda fields: (batch.select(_chosen(batch.schema.names, fields)) for batch in batches)
+            yield sum(batch.num_rows for batch in batches), lambda _: batches
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
 
 
-def _chosen(names: list[str], fields: tuple[str, ...] | None) -> list[str]:
-    return [name for name in names if fields is None or name in fields]
-
-
 def parse_json(where: str, text: str | bytes, max_chars: int | None = None) -> Any:
-    """JSON from outside: of bounded size and depth, all its numbers finite, and an object's names of one value.
+    """Parse JSON from outside: size and depth are bounded, all numbers finite, and no name has two different values.
 
     Raises:
-        UserError: naming `where`, when it is anything else.
+        UserError: naming `where`, when the text breaks any of this or is not JSON.
     """
     max_chars = max_chars or MAX_CHARS
     if len(text) > max_chars:
@@ -189,14 +198,14 @@ def _depth(value: Any) -> int:
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs) and (twice := [name for name, one in pairs if value[name] != one]):
-        raise ValueError(f"{twice[0][:80]!r} stands in it twice, with two values")
+        raise ValueError(f"it has {twice[0][:80]!r} twice, with two values")
     return value
 
 

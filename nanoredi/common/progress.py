@@ -1,4 +1,4 @@
-"""A line on stderr that says how far something is; on a terminal it is gone when that has ended."""
+"""A progress line on stderr; on a terminal it disappears at the end."""
 
 import sys
 from collections.abc import Iterable
@@ -8,14 +8,12 @@ from tqdm import tqdm
 
 from nanoredi.common.errors import visible
 
-# Seconds before the line and between two states of it: on a terminal it is replaced, in a log file each one stays.
+# Seconds before the line first appears and between updates: a terminal overwrites it, a log file keeps every update.
 _ON_A_TERMINAL, _IN_A_FILE = 0.1, 60.0
 
 
-def progress(rows: Iterable[Any] | None, what: str, total: int | None, unit: str, **options: Any) -> tqdm:
-    """Count rows as they are gone through, or, where rows is None, by update(). options: tqdm's."""
+def progress(rows: Iterable[Any] | None, what: str, total: int | None, unit: str, delay: float = 0, **options) -> tqdm:
+    """A tqdm bar over rows or, if rows is None, one that is advanced by update(). options: tqdm's own."""
     interval = _ON_A_TERMINAL if sys.stderr.isatty() else _IN_A_FILE
-    unit = f" {unit}"
-    options |= {"mininterval": interval, "maxinterval": max(10.0, interval)}
-    options["delay"] = max(interval, options.get("delay", 0))
-    return tqdm(rows, visible(what), total, unit=unit, file=sys.stderr, leave=False, **options)
+    options |= {"mininterval": interval, "maxinterval": max(10.0, interval), "delay": max(interval, delay)}
+    return tqdm(rows, visible(what), total, unit=f" {unit}", file=sys.stderr, leave=False, **options)

@@ -1,7 +1,7 @@
-"""The folder of a run: taken for a new one, known again, found; and whether a model in it is whole.
+"""A run's folder: starting or resuming a run in it, finding the models in it, and checking that a model is complete.
 
-It holds config.toml (everything that was resolved), metrics.jsonl (a row a step), Hugging Face folders step-000200/ ... and
-final/, and results.json where the run was evaluated.
+The folder holds config.toml (all resolved options), metrics.jsonl (one row per step), Hugging Face folders such as
+step-000200/ and final/, and results.json if the run was evaluated.
 """
 
 import dataclasses
@@ -17,19 +17,20 @@ from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, parse_json, read_json
 from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
 
-_PATHS = {"model", "data", "watch", "cache", "benchmarks"}  # options that hold paths (a benchmark's name has no dot)
+_PATHS = {"model", "data", "watch", "cache", "benchmarks"}  # options with paths (a benchmark's name has no dot)
 INDEX = "model.safetensors.index.json"
 
 
 def open_run(out: str, configs: dict[str, Any]) -> bool:
-    """Take the folder `out` for a run of {table: dataclass}, and keep other processes out of it. Call on one rank.
+    """Take the folder `out` for a run with the options {table: dataclass}, and lock it. Call on one rank.
+
+    Nothing is overwritten. Half-written files of a killed process are removed, and a finished run's resume states.
 
     Returns:
-        True when the folder holds this very run, finished; False when the training may begin, or go on.
+        True when the folder holds this very run, finished; False when training may begin or resume.
 
     Raises:
-        UserError: when no folder is named, when it holds anything else, and when another process has it. Nothing is
-            overwritten; what a kill left half-written goes, and of a finished run the states.
+        UserError: when no folder is named, when it holds anything else, and when another process has locked it.
     """
     if not out:
         raise UserError("the run needs a folder: give --out DIR")
@@ -40,7 +41,7 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
     lock(folder)
     remove_leftovers(folder, locked=True)
     remove_leftovers(folder / "state", locked=True)
-    # A run that stopped at bad input has left its config.toml and nothing else: the next one may be another.
+    # A run that ended at bad input has left only its config.toml, and may be followed by a different run.
     if path.exists() and _contents(folder):
         _refuse_another_run(path, configs)
         if holds_model(folder / "final"):
@@ -52,7 +53,7 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
 
 
 def _contents(folder: Path) -> list[Path]:
-    """What a folder holds besides the files that every run begins with."""
+    """What a folder holds besides the files that every run starts with."""
     return [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("config.toml")]
 
 
@@ -63,7 +64,7 @@ def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
         then = resolve(type(config), table, before)
         for f in dataclasses.fields(config):
             old, new = getattr(then, f.name), getattr(config, f.name)
-            undecided = f.name == "dtype" and old == "auto"  # a run of former times; its state knows
+            undecided = f.name == "dtype" and old == "auto"  # of an older version; the state has the dtype
             same = old == new or f.name in _PATHS and _same(old, new, out, path.parent)
             if not (same or f.metadata["free"] or undecided):
                 raise UserError(
@@ -73,8 +74,8 @@ def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
 
 
 def _same(old: Any, new: Any, out: str | Path, folder: Path) -> bool:
-    """Whether a path, or a list of them, is another name for one that was given when the run's folder was `out`; or its new
-    place, where it has moved with the folder."""
+    """Whether two paths, or lists of paths, are the same place. `old` was given when the run's folder was `out`; if the
+    folder has moved to `folder` since, the path may have moved with it."""
     if isinstance(old, list):
         return len(old) == len(new) and all(_same(a, b, out, folder) for a, b in zip(old, new))
     if old == new or not (old and new):
@@ -86,14 +87,14 @@ def _same(old: Any, new: Any, out: str | Path, folder: Path) -> bool:
 
 
 def dtype_of_run(out: str, table: str) -> str:
-    """The compute dtype that the run in a folder began with; auto where none did."""
+    """The compute dtype that the run in a folder was started with; auto if there is no run."""
     path = Path(out) / "config.toml"
     return read_recipe(path).get(table, {}).get("dtype", "auto") if path.exists() else "auto"
 
 
 def recipe_of(model: str | Path) -> Tables:
-    """The recipe of the run that a model's folder lies in; empty where it lies in none. Its relative paths, which were
-    given where the run was started, lead from here to the same places, if they are still where they were beside the run."""
+    """The recipe of the run that a model's folder belongs to; empty if there is none. Its relative paths, which start
+    from where the run was started, are changed to start from here, if they still exist at the same place."""
     folder = Path(model).parent
     is_run = (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists()
     tables = read_recipe(folder / "config.toml") if is_run else {}
@@ -106,50 +107,47 @@ def recipe_of(model: str | Path) -> Tables:
     if out and not Path(out).is_absolute():
         for values in tables.values():
             for name in _PATHS & values.keys():
-                value = values[name]
-                values[name] = (
-                    [moved(one) if "." in one else one for one in value]
-                    if isinstance(value, list)
-                    else value and moved(value)
-                )
+                if isinstance(value := values[name], list):
+                    values[name] = [moved(one) if "." in one else one for one in value]
+                else:
+                    values[name] = value and moved(value)
     return tables
 
 
 def _out(tables: Tables) -> str:
-    """The folder of the run that a recipe is of; empty where it says none."""
+    """The `out` folder that a run's recipe names; empty if it names none."""
     return next((tables[name]["out"] for name in ("redi", "sft") if tables.get(name, {}).get("out")), "")
 
 
 def models_along(run: Path) -> dict[str, Path]:
-    """{name in a table: folder} of a run's models: the one that it started from, every step-*, and the final one, as far as
-    they are there.
+    """{name in a table: folder} of those models of a run that exist: the starting one, every step-*, and the final one.
 
     Raises:
-        UserError: when there is no run, or none of its own models.
+        UserError: when there is no run, or none of its own models exists.
     """
     tables = recipe_of(run / "final")
     if not tables:
-        raise UserError(f"{run} is no run's folder, which holds its config.toml and metrics.jsonl")
+        raise UserError(f"{run} is not a run's folder: it has no config.toml or no metrics.jsonl")
     stage = tables.get("redi") or tables.get("sft", {})
     start, final = ("SFT", final_name(stage.get("objective", "redi"))) if "redi" in tables else ("start", "final")
     steps = {path.name: path for path in sorted(run.glob("step-*")) if path.name[5:].isdigit()}
     own = {name: path for name, path in {**steps, final: run / "final"}.items() if holds_model(path)}
     if not own:
-        raise UserError(f"{run} holds no model of its own yet")
+        raise UserError(f"the run {run} has not saved a model yet")
     before = stage.get("model")
     return {**({start: Path(before)} if before and holds_model(Path(before)) else {}), **own}
 
 
 def final_name(objective: str) -> str:
-    """What a table calls the model that stage 2 comes to; the one from before is SFT."""
+    """The name in tables of stage 2's final model; the starting model is SFT."""
     return "SFT continued" if objective == "sft" else objective.upper()
 
 
 def check_model(folder: str, file: str = "config.json") -> str:
-    """The folder of a model, as it was given. The file is what it must hold.
+    """The folder, unchanged, if it contains `file`.
 
     Raises:
-        UserError: where it holds none: what it is instead, and what would help.
+        UserError: if it does not, saying what the folder is instead, and what would help.
     """
     path = Path(folder)
     if (path / file).exists():
@@ -164,28 +162,26 @@ def check_model(folder: str, file: str = "config.json") -> str:
             help = f"if it is a model's name on the hub: hf download {name[1]} --local-dir {own}; then give {own}"
         raise UserError(f"there is no folder {folder}; {help}")
     if (path / "adapter_config.json").exists():
-        raise UserError(
-            f"{folder} holds an adapter and no whole model: merge it into its base model, and give that one"
-        )
-    # A run's final/, the hub's models--*/snapshots/*/, and either a few folders further down.
+        raise UserError(f"{folder} holds only an adapter: merge it into its base model, and give that one")
+    # Look for a run's final/, the hub's models--*/snapshots/*/, or either a few folders further down.
     found = [f for depth in range(1, 5) for f in path.glob("*/" * depth + file)]
     found.sort(key=lambda f: (f == path / "final" / file, f.stat().st_mtime), reverse=True)
     if not found:
         is_model = (path / "config.json").exists()
-        end = "; copy that of the model that it was made from" if is_model else ", so it is no model's folder"
+        end = "; copy the one of the model that it was made from" if is_model else ", so it is not a model's folder"
         raise UserError(f"{folder} has no {file}{end}")
     kind = "a run's folder" if (path / "config.toml").exists() else "a folder of models"
     if (path / "snapshots").is_dir() or next(path.glob("models--*"), None):
         kind = "the hub's cache"
     more = f", or another of the {len(found)} in it" if len(found) > 1 else ""
-    raise UserError(f"{folder} is {kind} and no model's: give {found[0].parent}{more}")
+    raise UserError(f"{folder} is {kind}, not a model's: give {found[0].parent}{more}")
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a whole model is there; an empty folder is none.
+    """Whether the folder holds a complete model; False if it is empty or missing.
 
     Raises:
-        UserError: when something else is there.
+        UserError: when it holds anything else.
     """
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return False
@@ -193,24 +189,24 @@ def holds_model(folder: Path) -> bool:
         read_json(folder / "config.json")
         open_weights(folder)
     except UserError as error:
-        raise UserError(f"{folder} is no whole model ({error}): move it away, and the same command goes on") from None
+        raise UserError(f"{folder} is not a complete model ({error}): move it away and start again") from None
     return True
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a model's weights are in."""
+    """The safetensors files that hold a model's weights."""
     if (folder / INDEX).exists():
         weight_map = check(str(folder / INDEX), read_json(folder / INDEX), {"weight_map": {str: str}})["weight_map"]
-        # Only names inside the folder: an index is data from elsewhere.
+        # An index comes from elsewhere: a path in it must not lead out of the folder.
         return [folder / Path(name).name for name in sorted(set(weight_map.values()))]
     if not (folder / "model.safetensors").exists():
         bins = "; a .bin can run code when it is read: save it as safetensors" * any(folder.glob("*.bin"))
-        raise UserError(f"{folder} holds no model.safetensors and no {INDEX}{bins}")
+        raise UserError(f"{folder} has no model.safetensors and no {INDEX}{bins}")
     return [folder / "model.safetensors"]
 
 
 def open_weights(folder: Path) -> dict[str, Any]:
-    """{name: the open safetensors file that it is in}. A file that was cut short is found here: its length is checked.
+    """{weight's name: its open safetensors file}. Opening a file checks its length, so a truncated file is found here.
 
     Raises:
         UserError: naming the file that is missing or broken.
@@ -229,20 +225,12 @@ _ROW = {"step": range(1, 2**31), str: (float, bool, None)}
 
 
 def metrics_row(where: str, line: str) -> dict[str, Any]:
-    """A line of metrics.jsonl.
-
-    Raises:
-        UserError: naming `where`, for anything else.
-    """
+    """Parse a line of metrics.jsonl. Raises a UserError naming `where` for anything else."""
     return check(where, parse_json(where, line), _ROW)
 
 
 def newest_model(root: str = "runs") -> str:
-    """The final model under root that was written last.
-
-    Raises:
-        UserError: when there is none.
-    """
+    """The newest final model under root. Raises a UserError if there is none."""
     configs = sorted(Path(root).glob("**/final/config.json"), key=lambda path: path.stat().st_mtime)
     if not configs:
         raise UserError(f"there is no model under {root}/ yet: train one (python train_redi.py) or give --model DIR")

@@ -1,5 +1,5 @@
-"""What exists only to be fast on a CPU: C, and PyTorch arranged for its caches. Importing it registers all of it with
-kernels/dispatch.py; nothing imports it but that, and without it the plain versions run."""
+"""Everything that only serves speed on a CPU: C, and PyTorch arranged for its caches. Importing the package registers
+it with kernels/dispatch.py, the only one that imports it; without it the plain versions run."""
 
 from nanoredi.cpu import (  # noqa: F401
     adamw,

@@ -1,4 +1,4 @@
-"""The size of an update in one pass over each parameter; without a compiler a piece at a time, which stays in the cache."""
+"""The size of an update in one pass over each parameter; without a compiler in pieces that stay in the cache."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,8 @@ from torch import Tensor
 from nanoredi.cpu.native import call, library
 from nanoredi.kernels.adamw import update_square
 
-_PIECE = 1 << 14  # elements whose squares C sums up
-_AT_ONCE = 1 << 18  # and PyTorch works on
+_PIECE = 1 << 14  # elements of which C makes one sum
+_AT_ONCE = 1 << 18  # elements that PyTorch works on at a time
 
 
 @update_square.on("cpu")

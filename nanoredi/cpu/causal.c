@@ -1,11 +1,11 @@
-/* Causal attention of one sequence and its derivative, on a CPU: causal.py's formulas, for one head after another.
+/* Causal attention of one sequence and its derivative on a CPU, head by head; the formulas are in causal.py.
 
 Compiled for one head size: -DSIZE=E, a multiple of 64, and -DIN_BF16=1 or 0 for the tensors' dtype. A block of queries
-meets all keys that it may see at once, so its scores are whole rows. Every product is `multiply`'s, of factors in words: a
-word is one fp32 number or, where the CPU has an instruction for these (AVX512-BF16), two of bf16 that follow each other
-along the inner dimension. Sums, and what is made of them, are fp32. `multiply` reads copies of a head, filled up with
-zeros to whole blocks: its tokens in lines; turned to panels of 64 tokens, (words, 64); or, where tokens are the inner
-dimension, woven, a word of one or of two tokens for each of E numbers.
+is multiplied with all keys it may see at once, so its scores are whole rows. All products are made by `multiply`, from
+words: one fp32 number or, with AVX512-BF16, two bf16 numbers adjacent along the inner dimension. Sums are fp32.
+`multiply` reads copies of a head, padded with zeros to whole blocks, in one of three layouts: lines, a row a token;
+panels, transposed to (words, 64 tokens); woven, for products whose inner dimension is tokens: (words of one or two
+tokens, E).
 */
 
 #include <math.h>
@@ -73,8 +73,8 @@ static void times_panels(float *to, int64_t to_row, const float *lines, const fl
             multiply(to + r * to_row + c, to_row, lines + r * LINE, LINE, 1, panels + c * LINE, COLUMNS, LINE, 0);
 }
 
-/* to (BLOCK, E) = weights (BLOCK, tokens) in lines @ woven tokens; of row r of the weights the first seen + r + 1 alone
-are not 0. */
+/* to (BLOCK, E) = weights (BLOCK, tokens) in lines @ woven tokens; in row r of the weights only the first seen + r + 1 are
+not 0. */
 static void times_woven(float *to, const float *weights, int64_t line, const float *tokens, int64_t seen) {
     for (int r = 0; r < BLOCK; r += ROWS)
         for (int e = 0; e < SIZE; e += COLUMNS)
@@ -82,14 +82,14 @@ static void times_woven(float *to, const float *weights, int64_t line, const flo
                      (seen + r + ROWS) / PER_WORD, 0);
 }
 
-/* to (count, E) += the turned weights (BLOCK, count) @ rows (BLOCK, E), both woven. */
+/* to (count, E) += weights (BLOCK, count) transposed @ rows (BLOCK, E), both woven. */
 static void add_turned_times(float *to, const float *weights, int64_t weights_row, const float *rows, int64_t count) {
     for (int64_t c = 0; c < count; c += ROWS)
         for (int e = 0; e < SIZE; e += COLUMNS)
             multiply(to + c * SIZE + e, SIZE, weights + c, 1, weights_row, rows + e, SIZE, BLOCK / PER_WORD, 1);
 }
 
-/* Of `count` tokens of a head, num_heads * E apart, LANES numbers of token t from e on; of those after them, zeros. */
+/* LANES numbers, from e on, of token t of a head, whose tokens are num_heads * E apart; zeros from token `count` on. */
 static inline Floats numbers(const Stored *x, int64_t num_heads, int64_t count, int64_t t, int e) {
     return t < count ? wide(x + t * num_heads * SIZE + e) : (Floats){0};
 }
@@ -146,7 +146,7 @@ void attend(const Stored *q, const Stored *k, const Stored *v, Stored *out, floa
             float share[BLOCK];
             for (int r = 0; r < BLOCK; r++) {
                 float *row = weights + r * whole;
-                Factor *line = (Factor *)row; /* written behind where the row is read */
+                Factor *line = (Factor *)row; /* in place: writing stays behind reading */
                 for (int64_t c = start + r + 1; c < end; c++) row[c] = -1e30f;
                 Floats high = load(row), sums = {0};
                 for (int64_t c = LANES; c < end; c += LANES) high = larger(high, load(row + c));
@@ -168,8 +168,8 @@ void attend(const Stored *q, const Stored *k, const Stored *v, Stored *out, floa
     free(panels), free(values);
 }
 
-/* And grad (n, H, E), out's -> grad_q (n, H, E), grad_k and grad_v (n, K, E). Each head's queries are gone over in PARTS,
-for threads to share; every part of every head sums up gradients of k and v of its own. */
+/* From out's grad (n, H, E): grad_q (n, H, E), grad_k and grad_v (n, K, E). Each head's queries are divided into PARTS for
+the threads; every part of every head has its own sums of the gradients of k and v. */
 void attend_backward(const Stored *q, const Stored *k, const Stored *v, const float *tops, const float *shares,
                      const Stored *grad, Stored *grad_q, Stored *grad_k, Stored *grad_v, int64_t n, int64_t num_heads,
                      int64_t num_kv_heads, float scale) {
@@ -198,7 +198,7 @@ void attend_backward(const Stored *q, const Stored *k, const Stored *v, const fl
             float *grad_key = grad_keys + item * of_part, *grad_value = grad_values + item * of_part;
             memset(grad_key, 0, of_part * sizeof(float));
             memset(grad_value, 0, of_part * sizeof(float));
-            /* Work grows with the square of the blocks that are gone over. */
+            /* The work is quadratic in the number of blocks. */
             int64_t last = num_blocks * sqrt((part + 1.) / PARTS);
             for (int64_t block = num_blocks * sqrt((double)part / PARTS); block < last; block++) {
                 int64_t start = block * BLOCK, first = (start * num_heads + h) * SIZE, end = start + BLOCK;
@@ -224,7 +224,7 @@ void attend_backward(const Stored *q, const Stored *k, const Stored *v, const fl
                     mean[r] = sum(means);
                     for (int64_t c = start + r + 1; c < end; c++) row[c] = 0;
                 }
-                /* Woven in the place of the first of the rows that are. */
+                /* The woven rows overwrite the first of the rows they are made of. */
                 for (int r = 0; r < BLOCK; r += PER_WORD)
                     for (int64_t c = 0; c < end; c += LANES) {
                         float *row = weights + r * whole + c, *slope = slopes + r * whole + c;

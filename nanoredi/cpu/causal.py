@@ -1,16 +1,15 @@
-"""Causal attention of whole sequences on a CPU, in C: training's. With n tokens and G = H/K query heads a key-value head,
+"""Causal attention for training on a CPU, in C, one sequence at a time. For each query head, with n tokens,
 
     S = Q K^T / sqrt(E)  (n, n)      P = softmax(S)      O = P V
 
-for each query head, of S what a token may see alone, and that a block of queries at a time. Forward keeps of each row
-the largest score and one over its softmax's sum, so that backward can make P again; then it goes the way back
-(FlashAttention, arXiv 2205.14135, appendix B.2):
+Only the causal half of S is computed, a block of queries at a time. Forward keeps each row's largest score and the
+inverse of its softmax's sum, from which backward recomputes P (FlashAttention, arXiv 2205.14135, appendix B.2):
 
     dV = P^T dO      dP = dO V^T      dS = P * (dP - rowsum(P * dP))      dQ = dS K / sqrt(E)      dK = dS^T Q / sqrt(E)
 
-torch's own has these products made by MKL, in small pieces, in bf16 from rounded weights. In C sums and softmaxes are
-fp32. Where a CPU multiplies pairs of bf16 numbers, P and dS are rounded to bf16 for their products, as in flash attention
-on a GPU; elsewhere all factors are fp32. What is read and written is in the tensors' dtype.
+torch's own kernel calls MKL for many small products. In C sums and softmaxes are fp32. Where a CPU multiplies pairs of
+bf16 numbers, P and dS are rounded to bf16 for their products, as in flash attention on a GPU; elsewhere all factors are
+fp32. Inputs and outputs have the tensors' dtype.
 """
 
 import torch
@@ -47,7 +46,7 @@ class CausalAttention(torch.autograd.Function):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The result (N, H, E), and of each softmax the largest score times log2(e) and one over the sum (N, H) fp32."""
+    """The result (N, H, E); per row the largest score times log2(e) and the inverse of its sum, (N, H) fp32 each."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     out, tops, shares = torch.empty_like(q), torch.empty(q.shape[:2]), torch.empty(q.shape[:2])
     for sequence in zip(*(x.split(lengths) for x in (q, k, v, out, tops, shares))):
@@ -55,7 +54,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> tuple[Tensor
     return out, tops, shares
 
 
-# An operation of its own, so that activation checkpointing can keep its results.
+# Registered as a torch operation, so that activation checkpointing can keep its results.
 ATTENTION.add("nanoredi::causal_attention")
 _operations = torch.library.Library("nanoredi", "DEF")
 _operations.define("causal_attention(Tensor q, Tensor k, Tensor v, int[] lengths) -> (Tensor, Tensor, Tensor)")

@@ -1,14 +1,14 @@
-/* One new token a row attends to its row's pages, on a CPU: what decode.py's Triton kernel does, in the same terms.
+/* Decode attention on a CPU: the C version of paged_attention.py's Triton kernel, with its formulas and names.
 
 Compiled for one shape: -DSIZE=E, a multiple of 4, -DGROUP=H/K, -DPAGE=tokens a page, and -DIN_BF16=1 or 0 for the
-pool's dtype. A page's scores are made at once, brought to weights, and its values are weighed; meanwhile what comes next
-is asked of the memory, for a page's keys and values lie too far apart for a processor to foresee them.
+pool's dtype. A page at a time: its scores, their weights, the weighted sum of its values. The next keys and values are
+prefetched meanwhile, since they are too far away for the processor's own prefetcher.
 */
 
 #include "vectors.h"
 
 enum { VECTORS = SIZE / LANES, SCORES = (PAGE + LANES - 1) / LANES * LANES };
-/* Vectors whose sums, for every query of the group, stay in registers while a page's values are gone over. */
+/* Vectors whose sums stay in registers, for every query of the group, during the loop over a page's values. */
 enum { TILE = VECTORS % 4 == 0 && GROUP <= 3 ? 4 : VECTORS % 2 == 0 && GROUP <= 6 ? 2 : 1 };
 
 static inline void ask_for(const Stored *token) {
@@ -31,7 +31,7 @@ void decode(const float *q, const Stored *keys, const Stored *values, const int6
         Floats queries[VECTORS][GROUP], out[VECTORS][GROUP];
         float top[GROUP], total[GROUP];
         for (int g = 0; g < GROUP; g++) {
-            top[g] = -1e30f; /* not -inf: a split without tokens is put together with the others */
+            top[g] = -1e30f; /* not -inf, since splits without tokens are combined with the others */
             total[g] = 0;
             for (int i = 0; i < VECTORS; i++) {
                 queries[i][g] = load(q + (head + g) * SIZE + i * LANES) * (scale * LOG2_E);

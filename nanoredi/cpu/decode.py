@@ -1,7 +1,7 @@
-"""One new token a row attends to the pages of its row: in C (decode.c), and without a compiler in PyTorch.
+"""Decode attention: a row's newest token attends to the row's pages, in C (decode.c), without a compiler in PyTorch.
 
-C does what the Triton kernel does (kernels/paged_attention.py), a split at a time. PyTorch must copy a page, so it takes few
-pages at a time, each with its row's queries as a member of a batch of matrix products.
+C works like the Triton kernel (kernels/paged_attention.py), a split at a time. PyTorch has to copy pages, so it takes a
+few at a time, as a batch of matrix products with the queries of their rows.
 """
 
 import math
@@ -12,9 +12,9 @@ from torch import Tensor
 from nanoredi.cpu.native import call, library
 from nanoredi.kernels.paged_attention import memory_for, paged_decode
 
-# Keys' elements that PyTorch copies at once, and that stay in a CPU's cache.
+# Elements that PyTorch copies at a time: they stay in the cache.
 _AT_ONCE = 1 << 20
-# Tokens of a split. It does not depend on the batch, so that a row's sums do not either; a multiple of the page's.
+# Tokens of a split. Independent of the batch, so that a row's sums are too; rounded to whole pages.
 _SPAN = 2048
 
 
@@ -35,14 +35,14 @@ def _(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tens
 
 
 def _put_together(outs: Tensor, tops: Tensor, sums: Tensor) -> Tensor:
-    """(B, H, E), of all splits."""
+    """Combine the splits: (B, H, E)."""
     weights = (tops - tops.amax(-1, keepdim=True)).exp_()
-    # One after the other, so that empty splits at the end change nothing.
+    # cumsum adds in order, so that empty splits at the end change nothing.
     return (weights[..., None] * outs).sum(2) / (weights * sums).cumsum(2)[..., -1:]
 
 
 def by_pages(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:
-    """X counts the pages of all rows, one row after the other."""
+    """The same in PyTorch; X is the number of all rows' pages, in the order of the rows."""
     (num_rows, _, size), (_, num_kv_heads, page_size, _) = q.shape, keys.shape
     num_pages = -(-lengths // page_size)  # (B,)
     row = torch.arange(num_rows, device=q.device).repeat_interleave(num_pages)  # (X,)
@@ -51,16 +51,16 @@ def by_pages(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, length
     unused = torch.arange(page_size, device=q.device) >= (lengths[row] - number * page_size)[:, None]  # (X, page)
     at_once = max(1, _AT_ONCE // keys[0].numel())
     parts = list(zip(row.split(at_once), page_table[row, number].split(at_once)))
-    # Memory that is used again: new memory must be provided by the system first, which takes as long as the products.
+    # Buffers are reused: getting new memory from the system would take as long as the products.
     copied = keys.new_empty(at_once, *keys.shape[1:])
     wide = copied if keys.dtype == torch.float32 else copied.float()
 
     def fp32(pool: Tensor, pages: Tensor) -> Tensor:
-        """Pages (X',) of the pool: (X', K, page, E)."""
+        """The contents (X', K, page, E) of pages (X',)."""
         some = torch.index_select(pool, 0, pages, out=copied[: len(pages)])
         return some if wide is copied else wide[: len(pages)].copy_(some)
 
-    # exp2 of scores / log 2: torch's exp takes four times as long, and where it gives next to nothing twenty times.
+    # exp2 of scores / log 2: torch's exp takes 4 times as long, and 20 times where its result underflows.
     queries = q.float().view(num_rows, num_kv_heads, -1, size) * (size**-0.5 / math.log(2))  # (B, K, G, E)
     scores, outs = (queries.new_empty(len(row), *queries.shape[1:3], last) for last in (page_size, size))
     for (rows, pages), part in zip(parts, scores.split(at_once)):

@@ -1,4 +1,4 @@
-"""The rows of an embedding, whose gradient adds up in place where the embedding is a master (masters.py)."""
+"""Embedding lookup whose gradient is accumulated in place, for master weights (masters.py)."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The losses over the vocabulary of a master (masters.py), to whose kept sum lm_head's gradient is added at once."""
+"""The vocabulary's losses for a master weight (masters.py): lm_head's gradient is added to its `grad` at once."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def _(
     rows: Tensor | None = None,
     entropies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Its forward adds to the sum as if the loss's own gradient were 1; backward raises a RuntimeError if it is not."""
+    """Forward already adds to lm_head's gradient, so the loss's own must be 1, or backward raises a RuntimeError."""
     if kept_sum(lm_head) is None:
         return NotImplemented
     rows = weights.nonzero().squeeze(1) if rows is None else rows
@@ -50,7 +50,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if grad_loss != 1:
-            raise RuntimeError("of a master, lm_head's gradient is in its sum already: the loss's own must be 1")
+            raise RuntimeError("lm_head's gradient has been added already, so the loss's own gradient must be 1")
         grad_hidden, ctx.grad_hidden = ctx.grad_hidden, None
         return grad_hidden, None, None, None, None, None, None
 

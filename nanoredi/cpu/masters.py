@@ -1,10 +1,9 @@
-"""fp32 masters on a CPU: their gradients add up in place, and what is computed with them is a copy that lasts.
+"""fp32 master weights on a CPU: gradients are accumulated in place, and casts are cached.
 
-Autograd has every operation make its gradient as a new tensor, and adds that to the parameter's `grad` later. A
-vocabulary's gradients, the embedding's and the head's, are hundreds of megabytes; the system must provide them anew for
-each micro-batch, which on a CPU takes longer than working them out, and so it is with casts of the weights. A master
-keeps both: its `grad`, zeroed after a step and not dropped, to which the operations of this package add, leaving autograd
-nothing to do; and, where products are of another dtype, a copy of it, renewed when the master has changed.
+Autograd makes each gradient a new tensor and then adds it to the parameter's `grad`. Those of the embedding and the
+head are hundreds of megabytes, and on a CPU getting the memory from the system takes longer than computing them; the
+same holds for casts of the weights. A master weight keeps both: its `grad`, zeroed after a step rather than dropped, to
+which the operations of this package add directly; and, if products are of another dtype, a copy, updated after a step.
 """
 
 from typing import Any
@@ -17,17 +16,17 @@ from nanoredi.kernels.dispatch import drop_gradient, prepare_for_training
 
 @prepare_for_training.on("cpu")
 def make_master(parameter: Any) -> None:
-    """The parameter must be an fp32 leaf, whose gradient nobody asks torch.autograd.grad for any more."""
+    """The parameter must be an fp32 leaf; from now on torch.autograd.grad does not see its gradient."""
     parameter.grad, parameter.is_master, parameter.copies = torch.zeros_like(parameter), True, {}
 
 
 def kept_sum(parameter: Tensor) -> Tensor | None:
-    """What gradients are to be added to in place; None where autograd is to do it."""
+    """The `grad` to which gradients are added in place; None where that is autograd's task."""
     return parameter.grad if getattr(parameter, "is_master", False) else None
 
 
 def cast(parameter: Any, dtype: torch.dtype) -> Tensor:
-    """The parameter in this dtype; of another one without its history. Not to be changed."""
+    """The parameter in this dtype, to be read only; a cast is detached."""
     if parameter.dtype == dtype:
         return parameter
     if not getattr(parameter, "is_master", False):

@@ -1,7 +1,7 @@
-"""C, for what torch has no operation for on a CPU: compiled where it is first used, by the machine's own compiler.
+"""C for what torch has no operation for on a CPU, compiled at first use by the machine's own compiler.
 
-It takes some tenths of a second a file, and nothing stays on the disk. Where there is no compiler, or none whose OpenMP
-is the one that torch has loaded, the caller does it in PyTorch.
+A file takes some tenths of a second, and nothing stays on the disk. Without a compiler whose OpenMP is the one that
+torch has loaded, callers use PyTorch instead.
 """
 
 import ctypes
@@ -20,23 +20,23 @@ _COMPILER, _SECONDS = "cc", 60  # a file takes tenths of one
 _KINDS = {"t": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-strict-aliasing", "-fopenmp", "-fPIC", "-Wno-psabi"]
 
-# What the size that a file works on must be a multiple of.
+# A file's head or row size must be a multiple of this.
 _MULTIPLES = {"causal": 64, "decode": 4, "pointwise": 16, "products": 1, "rows": 1}
-# Whether the CPU has units for pairs of bf16 numbers, and none for tiles, with which oneDNN is faster.
+# Whether the CPU has AVX512-BF16 but no AMX: with AMX oneDNN is faster than products.c.
 HAS_PAIRS = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def library(name: str, dtype: torch.dtype, size: int = 0, **constants: int) -> ctypes.CDLL | None:
-    """The C file of this name, compiled for tensors like the caller's; None where PyTorch must do the work.
+    """The C file of this name, compiled for the caller's tensors; None where the caller must use PyTorch.
 
     Args:
-        dtype: the tensors'.
+        dtype: of the tensors.
         size: of a head, or of a row.
-        constants: what else the file wants defined.
+        constants: further macros.
     """
     if dtype not in (torch.float32, torch.bfloat16) or size % _MULTIPLES[name]:
         return None
-    if name == "products":  # all others know fp32, too
+    if name == "products":  # the only one for bf16 alone
         return compiled(name) if dtype == torch.bfloat16 and HAS_PAIRS else None
     if size:
         constants["SIZE"] = 16 if name == "pointwise" else size
@@ -45,19 +45,14 @@ def library(name: str, dtype: torch.dtype, size: int = 0, **constants: int) -> c
 
 @functools.cache
 def compiled(name: str, **constants: int) -> ctypes.CDLL | None:
-    """The library of the C file of this name beside this one. None if it could not be compiled (the reason has been printed).
-
-    Args:
-        constants: what the file wants defined.
-    """
+    """Compile the C file of this name beside this one, with these macros; if that fails, say so and return None."""
     source = Path(__file__).with_name(f"{name}.c")
     definitions = [f"-D{constant}={value}" for constant, value in constants.items()]
     if not shutil.which(_COMPILER):
         return _without(source, f"there is no C compiler, {_COMPILER}")
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            # In two steps, so that no second OpenMP is linked in: its functions are found in torch's, and so are its
-            # threads.
+            # Linked without -fopenmp, so that the OpenMP (and the threads) of torch are used, not a second one's.
             part, library = f"{folder}/part.o", f"{folder}/library.so"
             for words in (
                 [*_FLAGS, *definitions, "-c", str(source), "-o", part],
@@ -78,10 +73,10 @@ def _compile(words: list[str]) -> None:
 
 
 def call(library: ctypes.CDLL, name: str, kinds: str, *arguments: Tensor | int | float | None) -> None:
-    """A C function, which must find tensors as it expects them; nothing but their memory's address is given to it.
+    """Call a C function. It gets only the addresses of tensors: their layout is the caller's responsibility.
 
     Args:
-        kinds: of the arguments, a letter each: t, a tensor or None; i, an int64; f, an fp32 number.
+        kinds: a letter for each argument: t, a tensor or None; i, an int64; f, an fp32 number.
     """
     function = getattr(library, name)
     function.argtypes = [_KINDS[kind] for kind in kinds]

@@ -1,8 +1,7 @@
 """RMSNorm (arXiv 1910.07467, eq. 4): y = x * r * weight, r = 1 / sqrt(mean(x^2) + eps).
 
-On a CPU torch makes each step of the formula, and of its derivative, a pass over all
-of x; in C it is one (pointwise.c), and without a compiler there are fewer. With D elements a row and upstream gradient g,
-the derivatives are
+In torch on a CPU each step of the formula and of its derivative is a pass over all of x. In C there is one pass
+(pointwise.c), and the fallback below has few. With D elements a row and upstream gradient g, the derivatives are
 
     d weight = sum_rows g * x * r            d x = r * (g * weight - x * r^2 * sum_row(g * x * weight) / D)
 """
@@ -16,7 +15,7 @@ from nanoredi.cpu.native import library
 from nanoredi.cpu.pointwise import call_pointwise
 from nanoredi.kernels.layers import rms_norm
 
-# Parts of the rows, for each of which C adds up the weight's gradient: in one order, whatever the number of threads.
+# C sums the weight's gradient over this many parts of the rows, so that the order does not depend on the threads.
 _PARTS = 8
 
 

@@ -1,8 +1,7 @@
-/* What a block does between its products, on a CPU, forward and backward: RMSNorm (norm.py has the formulas), the gate of
-the MLP and the rotation by position; and the length of AdamW's step. Each goes over its tensors once, in fp32, and rounds
-once.
+/* The pointwise parts of a block on a CPU, forward and backward: RMSNorm (formulas in norm.py), SwiGLU and the rotary
+embedding; and the size of AdamW's update. Each is one pass over its tensors in fp32, rounded once at the end.
 
-Compiled with -DSIZE=what rows are multiples of, and -DIN_BF16=1 or 0 for the tensors' dtype.
+Compiled with -DSIZE=a divisor of the rows' sizes, and -DIN_BF16=1 or 0 for the tensors' dtype.
 */
 
 #include <math.h>
@@ -20,7 +19,7 @@ void rms_norm(const Stored *x, const float *weight, Stored *out, float *r, int64
     }
 }
 
-/* And grad (n, d), out's -> grad_x (n, d); and of every one of num_parts parts of the rows grad_weight (num_parts, d). */
+/* From out's grad (n, d): grad_x (n, d), and for each of num_parts parts of the rows grad_weight (num_parts, d). */
 void rms_norm_backward(const Stored *x, const float *weight, const float *r, const Stored *grad, Stored *grad_x,
                        float *grad_weight, int64_t n, int64_t d, int64_t num_parts) {
 #pragma omp parallel for

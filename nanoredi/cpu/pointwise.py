@@ -1,7 +1,7 @@
-"""What a block does between its products: the MLP's gate and the rotation by position; norm.py has RMSNorm.
+"""The pointwise parts of a block: SwiGLU and the rotary embedding; RMSNorm is in norm.py.
 
-Each of torch's operations goes over a whole tensor, and leaves autograd another one; in C (pointwise.c) there is one pass,
-and only what went in is kept.
+Each torch operation is a pass over a tensor and saves another one for backward; C (pointwise.c) makes one pass and
+saves only the inputs.
 """
 
 import torch
@@ -23,7 +23,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """swiglu's result once more, and its gradients in gate and up."""
+    """swiglu's result, recomputed, and its gradients with respect to gate and up."""
     gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
     outs = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
     call_pointwise("swiglu_backward", gate, up, grad, *outs, gate.numel())
@@ -37,7 +37,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotate.apply(x, cos, sin)
 
 
-# What the functions of pointwise.c take, for native.call.
+# The kinds of the arguments of pointwise.c's functions, for native.call.
 _ARGUMENTS = {
     "rms_norm": "ttttiif",
     "rms_norm_backward": "ttttttiii",
@@ -48,7 +48,7 @@ _ARGUMENTS = {
 
 
 def call_pointwise(name: str, *arguments: Tensor | int | float) -> None:
-    """A function of pointwise.c, on contiguous tensors. The first one's dtype is that of all that C does not call float."""
+    """Call a function of pointwise.c on contiguous tensors; the first one's dtype is that of C's type Stored."""
     call(library("pointwise", arguments[0].dtype, 16), name, _ARGUMENTS[name], *arguments)
 
 

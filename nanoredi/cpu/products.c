@@ -1,14 +1,14 @@
-/* Products of bf16 matrices on a CPU with AVX512-BF16, whose one instruction multiplies 16 pairs of numbers by 16 others and
+/* Products of bf16 matrices on a CPU with AVX512-BF16, whose instruction multiplies 16 pairs of numbers by 16 others and
 adds each pair's two products to an fp32 sum.
 
-It wants words: two numbers that follow each other along the inner dimension. The right factor is copied into panels of
-COLUMNS columns, a row of whose words fills VECTORS registers; of the left factor one word is spread over a register at a
-time. ROWS x VECTORS registers of sums, a tile of the result, stay where they are meanwhile:
+A pair, called a word, is two numbers adjacent along the inner dimension. The right factor is copied into panels of COLUMNS
+columns, whose rows of words fill VECTORS registers; of the left factor one word at a time is broadcast to a register. The
+sums, a tile of the result in ROWS x VECTORS registers, stay in place:
 
     tile (ROWS, COLUMNS) += rows (ROWS, inner) @ panel (inner, COLUMNS)
 
-The inner dimension is gone over in parts of at most DEPTH. Panels are made a block at a time by all threads, and a block
-stays in the cache that cores share; then the threads take GROUPs of rows and FEW panels at a time.
+The inner dimension is split into parts of at most DEPTH. All threads make the panels of a block, which stays in the
+shared cache; then each takes a GROUP of rows and FEW panels at a time.
 */
 
 #include <immintrin.h>
@@ -19,15 +19,14 @@ stays in the cache that cores share; then the threads take GROUPs of rows and FE
 typedef uint16_t Half;
 enum { ROWS = 8, VECTORS = 3, COLUMNS = 16 * VECTORS, DEPTH = 2048, BLOCK = 1 << 22 /* bytes */, GROUP = 32, FEW = 8 };
 
-/* A factor, or the right one turned: (outer, inner). Its numbers are bf16, or fp32 ones that are rounded to it where they
-are wide. They follow each other along the inner dimension, which is even then, or else along the outer one; from one such
-line of them to the next it is `step`. */
+/* The left factor, or the right one transposed: (outer, inner), of bf16, or `wide`: of fp32, to be rounded. It is
+contiguous along the inner dimension, which is even then, or else along the outer one; `step` is the other stride. */
 typedef struct {
     const void *numbers;
     int64_t wide, step, along;
 } Factor;
 
-/* The result's rows are `step` apart, and those of its sums, which are the result itself where it is fp32. */
+/* The strides of the rows of the result and of its sums, which are the result itself if that is fp32. */
 typedef struct {
     Half *halves;
     float *sums;
@@ -37,12 +36,12 @@ typedef struct {
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Of 16 numbers those that there are. */
+/* A mask of the numbers, of 16, that exist. */
 static inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1 << count) - 1 : 0; }
 
 static void *room_for(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-/* Asks the memory for a number that will be wanted in the next panel: no processor foresees it so far away. */
+/* Prefetches a number of the next panel, which is too far away for the processor's own prefetcher. */
 static inline void foresee(Factor x, int64_t at) {
     __builtin_prefetch((const char *)x.numbers + at * (x.wide ? sizeof(float) : sizeof(Half)), 0, 2);
 }
@@ -52,7 +51,7 @@ static inline __m256i halves(Factor x, int64_t at, __mmask16 there) {
     return _mm256_maskz_loadu_epi16(there, (const Half *)x.numbers + at);
 }
 
-/* 16 words, of which the first `count` are there. */
+/* 16 words, of which the first `count` exist. */
 static inline __m512i words(Factor x, int64_t at, int64_t count) {
     if (!x.wide) return _mm512_maskz_loadu_epi32(first(count), (const Half *)x.numbers + at);
     const float *numbers = (const float *)x.numbers + at;
@@ -61,7 +60,7 @@ static inline __m512i words(Factor x, int64_t at, int64_t count) {
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-/* Of lines along the outer dimension, number `at` on, a panel (inner / 2, columns) of words; zeros fill it up. */
+/* Copy lines along the outer dimension, from number `at` on, to a panel (inner / 2, columns) of words, padded with zeros. */
 static void weave(uint32_t *panel, int64_t columns, Factor x, int64_t at, int64_t inner, int64_t width) {
     for (int64_t i = 0; i < inner; i += 2, panel += columns, at += 2 * x.step)
         for (int64_t j = 0; j < columns; j += 16) {
@@ -73,8 +72,8 @@ static void weave(uint32_t *panel, int64_t columns, Factor x, int64_t at, int64_
         }
 }
 
-/* Of lines along the inner dimension the same, (inner / 2, COLUMNS): 16 x 16 words at a time are turned, in four steps,
-each of which exchanges parts of pairs of registers. */
+/* The same from lines along the inner dimension, (inner / 2, COLUMNS): 16 x 16 words at a time are transposed in four
+steps, each of which exchanges parts of pairs of registers. */
 static void turn(uint32_t *panel, Factor x, int64_t at, int64_t inner, int64_t width) {
     for (int64_t i = 0; i < inner / 2; i += 16)
         for (int64_t j = 0; j < COLUMNS; j += 16) {
@@ -121,7 +120,7 @@ static inline void multiply(__m512 sums[ROWS][VECTORS], const Half *const rows[R
     }
 }
 
-/* Rows t to t + count of a result, and `columns` of its columns from c on. */
+/* Store rows t to t + count of a result, `columns` columns from c on. */
 static inline void write_tile(__m512 sums[ROWS][VECTORS], Result result, int64_t t, int64_t c, int64_t count,
                               int64_t columns, int adds, int ends) {
     for (int j = 0; j < VECTORS; j++) {
@@ -140,8 +139,8 @@ static inline void write_tile(__m512 sums[ROWS][VECTORS], Result result, int64_t
     }
 }
 
-/* out (m, n) = a (m, inner) @ b (inner, n) + bias (n,), which may be missing. Factors are as said above; a is bf16. out,
-whose rows are out_step apart, is bf16 or, where it is wide, fp32 without a bias; then the product is added to it if `add`. */
+/* out (m, n) = a (m, inner) @ b (inner, n) + bias (n,), which may be NULL. The factors are as described above; a is bf16.
+out, with rows out_step apart, is bf16 or, if wide, fp32 without a bias; to that the product is added if `add`. */
 void product(const Half *a, int64_t a_step, int64_t a_along, const void *b, int64_t b_wide, int64_t b_step,
              int64_t b_along, const Half *bias, void *out, int64_t out_step, int64_t wide, int64_t add, int64_t m,
              int64_t n, int64_t inner) {
@@ -165,7 +164,7 @@ void product(const Half *a, int64_t a_step, int64_t a_along, const void *b, int6
                     else
                         weave(panel, COLUMNS, right, from * b_step + c, part, n - c);
                 }
-                int64_t few = a_along ? FEW * COLUMNS : width; /* rows that must be woven first meet all panels at once */
+                int64_t few = a_along ? FEW * COLUMNS : width; /* rows that must be woven first take all panels at once */
 #pragma omp for collapse(2) schedule(dynamic)
                 for (int64_t some = start; some < end; some += few)
                     for (int64_t top = 0; top < m; top += GROUP) {

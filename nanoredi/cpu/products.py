@@ -1,11 +1,10 @@
-"""Matrix products and linear layers, by the fastest code that is at hand.
+"""Matrix products and linear layers, by the fastest available code.
 
-torch has two libraries for a CPU's fp32 products. It takes MKL, which on AMD's processors keeps to AVX2; where there is
-AVX-512, oneDNN reaches over twice its rate there, by the same arithmetic. oneDNN compiles a kernel for each new size,
-which takes up to a millisecond and half a megabyte, so small products stay with MKL.
+For fp32 products torch uses MKL, which does not use AVX-512 on AMD's processors; oneDNN does, and is faster for large
+products. It compiles a kernel for each new size, which takes up to a millisecond and half a megabyte, so small products
+stay with MKL.
 
-In bf16 torch takes oneDNN. Where a CPU multiplies pairs of bf16 numbers (AVX512-BF16), and has no units for whole tiles
-(AMX), products.c reaches more of its rate, and adds to an fp32 sum in place.
+In bf16 torch uses oneDNN. On a CPU with AVX512-BF16 but no AMX products.c is faster, and adds to an fp32 sum in place.
 """
 
 from typing import Any
@@ -21,10 +20,9 @@ from nanoredi.cpu.pointwise import swiglu, swiglu_backward
 from nanoredi.kernels.dispatch import prepare_for_sampling
 from nanoredi.kernels.layers import PRODUCTS, add_product, linear, mlp, product, put_product
 
-# Multiplications that are worth a kernel of their own.
+# Multiply-adds of a product from which compiling a kernel pays.
 _LARGE = 1 << 25
-# Elements of a product on a CPU that are made at once where they go on into another tensor: what takes over 32 MB the C
-# library gets from the system anew each time.
+# Elements of a temporary product. Larger ones are made in pieces: glibc gets over 32 MB from the system anew each time.
 _PIECE = 1 << 22
 
 
@@ -33,7 +31,7 @@ def multiply(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """a (M, K) @ b (K, N), of one dtype.
 
     Args:
-        dtype: of the result (M, N), if it is to be another one: fp32, for sums to come.
+        dtype: of the result (M, N), if another one: fp32, to be added to a sum.
     """
     if _prefers_c(a):
         made = torch.float32 if dtype not in (None, a.dtype) else a.dtype
@@ -67,7 +65,7 @@ def _add(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @linear.on("cpu")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Or the weight is one that prepare_for_sampling gave; then there are no gradients."""
+    """The weight may also be one from prepare_for_sampling; then there are no gradients."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     if torch.is_grad_enabled():
@@ -77,7 +75,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @mlp.on("cpu")
 def _(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """In C backward makes the product of the two again, which takes less time than to keep it and silu(gate)."""
+    """With C, backward recomputes silu(gate) * up, which is faster than keeping both factors and the product."""
     if library("pointwise", x.dtype, len(up)) is None:
         return NotImplemented
     return gated_linear(linear(x, gate), linear(x, up), down)
@@ -91,9 +89,9 @@ def gated_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
 
 @prepare_for_sampling.on("cpu")
 def packed(weight: Tensor, is_factor: bool) -> Tensor:
-    """A linear layer's weight (out, in) in oneDNN's own order, which spares it doing so at every product: a few rows, such
-    as are decoded at once, are multiplied in 0.4 to 0.9 of the time. Where that does not exist, and of other weights, a
-    copy: a single one that is still mapped would hold the whole file in memory."""
+    """A linear layer's weight (out, in) in oneDNN's layout: the products of a decode step's few rows take 0.4 to 0.9 of
+    the time. Otherwise, and for other weights, a copy: one weight left memory-mapped would keep the whole file in
+    memory."""
     in_bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if is_factor and torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or in_bf16):
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
@@ -128,14 +126,14 @@ class _Linear(torch.autograd.Function):
 
 
 class _GatedLinear(torch.autograd.Function):
-    """The gradients alone. What they need is saved here, before _Made makes the product: activation checkpointing, which
-    runs a block again as far as the last tensor that was saved, then need not make a block's last product again."""
+    """Only the gradients; _Made computes the product afterwards. As the tensors are saved before it, activation
+    checkpointing, which reruns a block up to the last saved tensor, need not recompute a block's last product."""
 
     @staticmethod
     def forward(ctx, gate, up, weight):
         ctx.sum, ctx.dtype = kept_sum(weight), weight.dtype
         ctx.save_for_backward(gate, up, _for_product(weight, gate))
-        return gate.new_zeros(()).expand(len(gate), len(weight))  # stands in for the result
+        return gate.new_zeros(()).expand(len(gate), len(weight))  # a placeholder for the result
 
     @staticmethod
     @once_differentiable
@@ -156,14 +154,13 @@ class _Made(torch.autograd.Function):
 
 
 def _for_product(weight: Tensor, x: Tensor) -> Tensor:
-    """A layer's weight as products with x, or gradients like x, take it. A master is read by C as it is, and is detached
-    so that saving it leaves no trace of autograd's."""
+    """A layer's weight as its products with x (or gradients like x) read it: C reads an fp32 master weight directly."""
     return weight.detach() if _prefers_c(x) and weight.dtype == torch.float32 else cast(weight, x.dtype)
 
 
 def weight_gradient(total: Tensor | None, dtype: torch.dtype, grad: Tensor, x: Tensor) -> Tensor | None:
-    """The weight's gradient in a linear layer with inputs x (N, in) and gradients (N, out): added to the total, or made in
-    this dtype."""
+    """The gradient of a linear layer's weight, from inputs x (N, in) and gradients (N, out): added to the total, or
+    returned in this dtype."""
     if total is None:
         return multiply(grad.T, x, dtype)
     _add(total, grad.T, x)
@@ -176,7 +173,7 @@ def _prefers_onednn(x: Tensor) -> bool:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
-        weight = weight.contiguous()  # rows with gaps it would multiply a hundred times as slowly
+        weight = weight.contiguous()  # rows with gaps take oneDNN a hundred times as long
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -185,8 +182,7 @@ def _prefers_c(x: Tensor) -> bool:
 
 
 def _c(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, add: bool = False) -> Tensor:
-    """a @ b + bias, of bf16, written to out (M, N), bf16 or fp32, or added to what is there, if that is fp32. b may be
-    fp32, and is rounded."""
+    """a @ b + bias in bf16 (an fp32 b is rounded), written to out (M, N) of bf16 or fp32, or added to an fp32 out."""
     if out.stride(1) != 1:  # C writes along rows
         made = _c(out.new_empty(out.shape), a, b, bias)
         return out.add_(made) if add else out.copy_(made)
@@ -199,8 +195,8 @@ def _c(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, add: bool 
 
 
 def _readable(x: Tensor) -> tuple[Tensor, int, int]:
-    """A left factor, or a right one turned, (outer, inner), as products.c can read it; how far its rows, or else its
-    columns, are apart; whether numbers follow each other along the inner dimension."""
+    """A left factor, or a transposed right one, (outer, inner), as products.c can read it; the stride of its rows, or
+    else of its columns; whether the inner dimension is contiguous."""
     if x.stride(1) == 1 and x.shape[1] % 2 == 0:
         return x, x.stride(0), 1
     if x.stride(0) != 1:
@@ -212,7 +208,7 @@ def _linear_c(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _c(x.new_empty(len(x), len(weight)), x, weight.T, bias)
 
 
-# An operation of its own, so that activation checkpointing can keep its result.
+# Registered as a torch operation, so that activation checkpointing can keep its result.
 PRODUCTS |= {"mkldnn::_linear_pointwise", "nanoredi::linear"}
 _operations = torch.library.Library("nanoredi", "FRAGMENT")
 _operations.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")

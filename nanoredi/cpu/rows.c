@@ -1,11 +1,12 @@
-/* Rows of logits on a CPU: what the Triton kernel of logits.py does, in the same terms. -DIN_BF16=1 or 0: the logits' dtype. */
+/* Rows of logits on a CPU: the C version of logits.py's Triton kernel, with its formulas and names. -DIN_BF16=1 or 0 is the
+logits' dtype. */
 
 #include <math.h>
 
 #define SIZE 16
 #include "vectors.h"
 
-/* LANES logits from column v on; beyond the row they are -inf. */
+/* LANES logits from column v on; -inf beyond the row's end. */
 static inline Floats logits_at(const Stored *row, int64_t v, int64_t num_columns) {
     if (v + LANES <= num_columns) return wide(row + v);
     Stored end[LANES];
@@ -14,7 +15,7 @@ static inline Floats logits_at(const Stored *row, int64_t v, int64_t num_columns
     return wide(end);
 }
 
-/* The first `count` values, or all. */
+/* Store the first `count` values, or all. */
 static inline void put(Stored *x, Floats values, int64_t count) {
     Stored all[LANES];
     narrow(count < LANES ? all : x, values);
@@ -22,7 +23,7 @@ static inline void put(Stored *x, Floats values, int64_t count) {
 }
 
 /* logits (n, num_columns), their rows stride apart, targets (n,) -> logps, entropies (n,); with weights (n,) the logits
-are overwritten by the gradient, weight * (onehot(target) - softmax). Of a target that is no column all is NaN. */
+are overwritten by the gradient, weight * (onehot(target) - softmax). All is NaN if the target is not a column. */
 void logprobs(Stored *logits, int64_t stride, const int64_t *targets, const float *weights, float *logps,
               float *entropies, int64_t n, int64_t num_columns) {
 #pragma omp parallel for

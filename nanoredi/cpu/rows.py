@@ -1,5 +1,5 @@
-"""What is done to a chunk of logits: in C (rows.c), which reads a row twice, the first time for the largest; without a
-compiler in PyTorch, a few rows at a time, which stay in the cache with what is made of them."""
+"""The log-probabilities and gradients of a chunk of logits in C (rows.c) or, without a compiler, in PyTorch with few
+enough rows at a time to stay in the cache."""
 
 import torch
 from torch import Tensor

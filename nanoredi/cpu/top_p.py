@@ -1,7 +1,7 @@
-"""The likeliest tokens that together have enough, without a sort of the vocabulary.
+"""Top-k and top-p without sorting the vocabulary.
 
-A histogram over the leading bits says in which bucket the threshold lies, and that bucket's members alone are sorted, one
-in a hundred or so.
+A histogram over the leading bits tells in which bucket the threshold lies; only that bucket's members, one in a hundred or
+so, are sorted.
 """
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from nanoredi.kernels.top_p import keep, surplus
 
-# A bucket has the exponent and the leading 5 bits of the mantissa in common; that of 1.0 is the highest.
+# A bucket's members share the exponent and the leading 5 bits of the mantissa; 1.0 is in the highest bucket.
 _SHIFT = 18
 _NUM_BUCKETS = (127 << 5) + 1
-# A row of fewer tokens is sorted as it is, which takes less than a histogram.
+# For a row of fewer tokens sorting is faster than a histogram.
 _FEW = 1 << 11
 
 
@@ -21,7 +21,7 @@ _FEW = 1 << 11
 def by_histogram(probs: Tensor, needed: Tensor, by_mass: bool) -> Tensor:
     if probs.shape[1] < _FEW:
         return NotImplemented
-    lost = probs[:, 0].isnan()  # then all of the row are
+    lost = probs[:, 0].isnan()  # then the whole row is NaN
     if lost.any():
         probs = probs.masked_fill(lost[:, None], 1.0)
     values = probs.double()
@@ -31,12 +31,12 @@ def by_histogram(probs: Tensor, needed: Tensor, by_mass: bool) -> Tensor:
     above = F.pad(histogram.flip(1).cumsum(1).flip(1), (0, 1))  # of each bucket and all that are higher
     last = (above[:, :-1] >= needed).sum(1, keepdim=True).sub_(1).clamp_(min=0)  # the highest that leaves enough
     needed = needed - above.gather(1, last + 1)
-    # In place, so that the comparison gives numbers: with truth values both passes take twice as long.
+    # In place, so that the comparison yields floats: with booleans both passes take twice as long.
     kept = probs.clone().ge_((last << _SHIFT).int().view(torch.float32)).mul_(probs)
     row, column = _where(bucket == last)
-    if not len(row):  # there are fewer tokens of any probability than are asked for
+    if not len(row):  # fewer tokens than asked for have any probability
         return kept
-    turn = torch.arange(len(row)) - torch.searchsorted(row, row)  # among the members of a row
+    turn = torch.arange(len(row)) - torch.searchsorted(row, row)  # a member's number within its row
     members, of_members = values.new_zeros(2, len(probs), int(turn.max()) + 1)
     members[row, turn] = values[row, column]
     of_members[row, turn] = masses[row, column]
@@ -46,8 +46,7 @@ def by_histogram(probs: Tensor, needed: Tensor, by_mass: bool) -> Tensor:
 
 
 def _where(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows and columns where a mask (B, V) bool is true. Where few are, most of its time goes into the others, so
-    these are passed over eight at a time."""
+    """The rows and columns where a mask (B, V) bool is true, eight elements at a time: few of them are."""
     if mask.shape[1] % 8:
         row, column = mask.nonzero(as_tuple=True)
         return row, column

@@ -1,5 +1,5 @@
-/* What the C files share: vectors of fp32, as long as there are registers for and heads of -DSIZE=E are a multiple of;
-tensors stored in fp32 or, with -DIN_BF16=1, in bf16; powers of 2. */
+/* Shared by the C files: fp32 vectors of the CPU's longest kind that divides -DSIZE; tensors stored in fp32 or, with
+-DIN_BF16=1, in bf16; powers of 2. */
 
 #include <stdint.h>
 #include <string.h>
@@ -45,7 +45,7 @@ static inline Floats wide(const Stored *x) {
     return (Floats)(__builtin_convertvector(halves, Words) << 16);
 }
 
-/* To the nearest, of two as near the even one. */
+/* Rounds to nearest, ties to even. */
 static inline void narrow(Stored *x, Floats value) {
     Words bits = (Words)value;
     bits += 0x7fff + (bits >> 16 & 1);
@@ -64,13 +64,13 @@ static inline void narrow(Stored *x, Floats value) { store(x, value); }
 
 static const float LOG2_E = 1.44269504f, LOG_2 = 0.693147181f;
 
-/* e^f, |f| <= log(2) / 2, to a unit in fp32's last place. */
+/* e^f for |f| <= log(2) / 2, within one unit in fp32's last place. */
 static inline Floats series(Floats f) {
     Floats rest = 1 / 24.f + f * (1 / 120.f + f * (1 / 720.f + f * (1 / 5040.f)));
     return 1 + f * (1 + f * (1 / 2.f + f * (1 / 6.f + f * rest)));
 }
 
-/* `larger`: b where it is NaN. `rounded`: of x <= 0. `scaled`: times 2 to the power of a whole number from -126 on. */
+/* `larger` gives b where b is NaN; `rounded` is for x <= 0; `scaled` is x * 2^whole for a whole number from -126 on. */
 #if defined(__AVX512F__) && SIZE % 16 == 0
 static inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
 
@@ -92,21 +92,21 @@ static inline Floats scaled(Floats x, Floats whole) {
 }
 #endif
 
-/* 2^x of x <= 0; next to nothing below -126. */
+/* 2^x for x <= 0; below -126 it is 2^-126. */
 static inline Floats power_of_2(Floats x) {
     x = larger((Floats){0} - 126, x);
     Floats whole = rounded(x);
     return scaled(series((x - whole) * LOG_2), whole);
 }
 
-/* e^x of x <= 0; next to nothing below -87. x - whole * log(2) is made in two parts, of which the first one is exact. */
+/* e^x for x <= 0; below -87 it is e^-87. x - whole * log(2) is computed in two steps, the first of which is exact. */
 static inline Floats power_of_e(Floats x) {
     x = larger((Floats){0} - 87, x);
     Floats whole = rounded(x * LOG2_E);
     return scaled(series(x - whole * 0.693359375f + whole * 2.12194440e-4f), whole);
 }
 
-/* Over a vector: the sum; halves are added until four are left. */
+/* The sum of a vector's elements; halves are added until four are left. */
 static inline float sum(Floats x) {
     typedef float Four __attribute__((vector_size(16)));
     Four fours[LANES / 4];
@@ -116,7 +116,7 @@ static inline float sum(Floats x) {
     return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
 }
 
-/* And the largest. */
+/* The largest element. */
 static inline float largest(Floats x) {
     float most = x[0];
     for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;

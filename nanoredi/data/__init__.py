@@ -1,4 +1,4 @@
-"""Rows in, packed batches out: raw traces, the chat template, token sequences, an optimiser step's micro-batches."""
+"""From rows to packed batches: raw traces, chat templates, token sequences, and an optimiser step's micro-batches."""
 
 from nanoredi.data.sequences import load_pairs, load_sft
 

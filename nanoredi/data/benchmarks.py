@@ -1,7 +1,7 @@
 """Benchmarks: problems with their gold answers.
 
-The five of the paper and AIME25 by name, and any file of rows with `problem` or `question` and with `answer`, another of
-GOLDS or, for its last box, `solution`, in whatever case; what else a row has does not matter.
+The five of the paper and AIME25 by name, and any file of rows with `problem` or `question`, and with `answer`, another
+name of GOLDS, or a `solution` with the answer in its last box. The case of names and all other fields are ignored.
 """
 
 import ast
@@ -22,18 +22,18 @@ from nanoredi.common.files import read_rows
 from nanoredi.data.messages import user_message, with_system
 from nanoredi.grader import extract_answer
 
-# Name: number of problems.
+# {name: number of problems}
 PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_bench": 675}
 NAMED = {**PAPER, "aime25": 30}
 SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".gz")
-# A row's gold answers. Some names can be nothing else; `answer` may also be what a model has found, and comes after them.
+# Fields with gold answers. The sure ones can be nothing else; `answer` may also be a model's, so it comes after them.
 SURE_GOLDS = "gold gts gt ground_truth gold_answer expected_answer correct_answer reference_answer".split()
 GOLDS = (*SURE_GOLDS, "answer", "final_answer", "answer_number")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_MOST_WORDS = 14  # of an answer; those of the named benchmarks have at most 12
+_MOST_WORDS = 14  # in an answer; those of the named benchmarks have at most 12
 IDS = ("id", "unique_id", "problem_id", "question_id", "doc_id", "idx", "index", "uid")  # fields that name a row
 
-# The question's frame in the paper's evaluation, with the two spaces that both of its programs have after "clearly."
+# The prompt of the paper's evaluation, with the two spaces that both of its programs have after "clearly."
 PAPER_TEMPLATE = (
     "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
     "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) "
@@ -46,9 +46,9 @@ def frame(problem: str, template: str = "", system: str = "") -> list[dict[str, 
     """The messages that ask a problem.
 
     Args:
-        template: what the user's message says: paper (PAPER_TEMPLATE), plain or empty (the problem alone), or a text in which {problem}
-            stands for it; its other braces are its own.
-        system: the system message; empty: none, and the chat template may put its default one.
+        template: the user's message: paper (PAPER_TEMPLATE), plain or empty (the problem alone), or a text in which
+            {problem} is replaced; other braces stay.
+        system: the system message; empty: none, so that the chat template may write its default.
     """
     text = {"paper": PAPER_TEMPLATE, "plain": "{problem}", "": "{problem}"}.get(template, template)
     return with_system(user_message(text.replace("{problem}", problem)), system)
@@ -58,17 +58,17 @@ def frame(problem: str, template: str = "", system: str = "") -> list[dict[str, 
 class Benchmark:
     """Problems in the order of their file."""
 
-    name: str  # of the table's row
+    name: str  # in the table
     problems: list[str]
-    questions: list[str]  # what the user's message says: the problem in its frame
+    questions: list[str]  # the user's message: the problem in its template
     golds: list[list[str]]  # for each question the answers that count as right
-    # {one of IDS: the problems' values of it, as texts}, where every problem has another one
+    # {one of IDS: the problems' values of it, as text}, for those fields whose values are all different
     ids: dict[str, list[str]] = field(default_factory=dict)
 
 
 def load_all(names: list[str], folder: str, limit: int = 0, template: str = "") -> list[Benchmark]:
-    """Load several benchmarks. A benchmark is its file; where two files have one name, so much of their folders is put in
-    front that the names differ.
+    """Load several benchmarks. Each is named after its file; if names are equal, folders are added in front until they
+    differ.
 
     Raises:
         UserError: as load does, and for a file that is named twice.
@@ -82,7 +82,7 @@ def load_all(names: list[str], folder: str, limit: int = 0, template: str = "") 
 
 
 def unique_names(paths: list[Path]) -> list[str]:
-    """A file's stem, with as many of its folders in front as tell it from the others."""
+    """The files' stems, with as many folders in front as are needed to make them different."""
     names = [path.stem for path in paths]
     for depth in range(2, 1 + max((len(path.parts) for path in paths), default=0)):
         again = [names.count(name) > 1 for name in names]
@@ -94,7 +94,7 @@ def unique_names(paths: list[Path]) -> list[str]:
 
 
 def find(name: str, folder: str) -> Path:
-    """The file of a benchmark: of one in NAMED, name.json or the like in the folder; else the path that the name is.
+    """The file of a benchmark: for one of NAMED name.json or similar in the folder, otherwise the name as a path.
 
     Raises:
         UserError: for an unknown name, and when the folder has no such file.
@@ -102,15 +102,15 @@ def find(name: str, folder: str) -> Path:
     path = Path(name)
     if name in NAMED:
         if not folder:
-            raise UserError(f"the benchmark {name} needs its file: give --data DIR, the folder that holds {name}.json")
+            raise UserError(f"the benchmark {name} needs its file: give --data DIR, the folder with {name}.json")
         found = [file for suffix in SUFFIXES if (file := Path(folder, name + suffix)).exists()]
         if not found:
             raise UserError(f"{folder} holds no file {name} that ends in {', '.join(SUFFIXES)}")
         return found[0]
     if path.suffix not in SUFFIXES and not os.path.isdir(path):
         raise UserError(
-            f"there is no benchmark {name!r}{nearest(name, NAMED)}; it is one of {', '.join(NAMED)}, or a file that ends "
-            f"in {', '.join(SUFFIXES)}"
+            f"there is no benchmark {name!r}{nearest(name, NAMED)}; give one of {', '.join(NAMED)}, or a file that "
+            f"ends in {', '.join(SUFFIXES)}"
         )
     return path
 
@@ -120,9 +120,9 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
 
     Args:
         name: one of NAMED, or the path of a file.
-        folder: where those of NAMED lie.
-        limit: take only so many problems from the start; 0 takes all.
-        template: the frame (`frame` has them); empty: the paper's for those of NAMED, none for a file.
+        folder: the folder with the files of NAMED.
+        limit: the number of problems to take from the start; 0: all.
+        template: as in `frame`; empty: paper for those of NAMED, plain for other files.
 
     Raises:
         UserError: for an unknown name, a missing or broken file, a malformed row, and a file of another length than
@@ -133,13 +133,15 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
     for where, row in read_problems(path):
         for choices in ("choices", "options"):
             if row.get(choices):
-                raise UserError(f"{where} is multiple choice; put its {choices!r} into the problem and drop the field")
+                raise UserError(
+                    f"{where} is multiple choice; write its {choices!r} into the problem and drop the field"
+                )
         rows.append((golds_of(where, row["answer"]), row))
     if not rows:
         raise UserError(f"{path} holds no problems")
     if name in NAMED and len(rows) != NAMED[name]:
         raise UserError(
-            f"{path} holds {len(rows)} problems; {name} has {NAMED[name]}, and another set goes by its path: "
+            f"{path} holds {len(rows)} problems, but {name} has {NAMED[name]}; give another set by its path: "
             f"--benchmarks {path}"
         )
     golds, rows = zip(*rows[: limit or None])
@@ -155,8 +157,8 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
 
 
 def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a benchmark's file, their keys in lower case, each with where it stands, a text in `problem`, and in
-    `answer` what golds_of takes, if there is one."""
+    """The rows of a benchmark's file, each with its place. Their keys are in lower case, `problem` is a text, and
+    `answer` is what golds_of takes, or None."""
     for where, row in read_rows(str(path)):
         row = in_one_case(where, row, str.lower) if isinstance(row, dict) else {}
         problem = problem_of(row)
@@ -169,16 +171,16 @@ def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def in_one_case(where: str, row: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
-    """A row by names as `name` writes them. Raises a UserError where two of different values become one."""
+    """A row with its keys changed by `name`. Raises a UserError if two keys with different values become equal."""
     named = {name(key): value for key, value in row.items()}
     if other := next((key for key, value in row.items() if named[name(key)] != value), None):
-        raise UserError(f"{where} has {other!r} in two spellings, with two values")
+        raise UserError(f"{where} has {other!r} in two spellings, with different values")
     return named
 
 
 def problem_of(row: dict[str, Any]) -> str | None:
-    """What a row with keys in lower case asks: its problem; or its question, behind what several share or what it is about
-    (OlympiadBench, SVAMP). None where there is no text."""
+    """What a row with keys in lower case asks: its problem, or its question after the context or body that belongs to
+    it (OlympiadBench, SVAMP). None if there is no text."""
     texts = {name: text for name, text in row.items() if isinstance(text, str) and text.strip()}
     if "problem" in texts or "question" not in texts:
         return texts.get("problem")
@@ -189,12 +191,12 @@ def golds_of(where: str, answer: Any) -> list[str]:
     """The answers that count as right.
 
     Args:
-        where: "file, line n", for messages.
-        answer: as a file has it: text, a number (142.0 for 142), a list of these, or a Python list written as text
-            ("['9.6\\n', '9.60']"). Of a whole solution what follows its last #### (GSM8K), or else its last box.
+        where: "file, line n", for error messages.
+        answer: as in the file: text, a number (142.0 for 142), a list of these, or a Python list written as text
+            ("['9.6\\n', '9.60']"). Of a whole solution, the part after its last #### (GSM8K) or its last box is taken.
 
     Raises:
-        UserError: when it is nothing of that.
+        UserError: for anything else.
     """
     answer = listed(answer)
     answers = answer if isinstance(answer, list) else [answer]
@@ -205,16 +207,16 @@ def golds_of(where: str, answer: Any) -> list[str]:
 
 
 def check_golds(path: str | Path, golds: Sequence[list[str]]) -> None:
-    """Refuse a file most of whose answers are whole sentences: solutions in which there is nothing to find the answer by."""
+    """Refuse a file in which most answers are whole sentences: solutions that do not mark their answer."""
     num_solutions = sum(any(len(_WORD.findall(gold)) > _MOST_WORDS for gold in own) for own in golds)
     if 2 * num_solutions > len(golds):
         raise UserError(f"{path}: {num_solutions} of {len(golds)} answers are solutions without a box or #### in them")
 
 
 def listed(value: Any) -> Any:
-    """A value, or the list of texts that it is written out as: "['9.6\\n', '9.60']", by numpy without commas."""
+    """The list of texts that a text such as "['9.6\\n', '9.60']" spells (numpy omits commas); else the value."""
     if isinstance(value, str) and value.strip().startswith(("['", '["')):
-        with contextlib.suppress(ValueError, SyntaxError, tokenize.TokenError):  # LaTeX may begin so, too
+        with contextlib.suppress(ValueError, SyntaxError, tokenize.TokenError):  # LaTeX may begin like this, too
             words = list(tokenize.generate_tokens(io.StringIO(value.strip()).readline))
             if {word.string.strip() for word in words if word.type != tokenize.STRING} <= {"[", "]", ",", ""}:
                 return [ast.literal_eval(word.string) for word in words if word.type == tokenize.STRING]
@@ -222,7 +224,7 @@ def listed(value: Any) -> Any:
 
 
 def _gold(answer: Any) -> str:
-    """One answer as text; empty where it is none."""
+    """One answer as text; empty if it is not an answer."""
     if isinstance(answer, float) and math.isfinite(answer):
         return f"{Decimal(repr(answer)):f}".removesuffix(".0")  # every digit, and no exponent
     if isinstance(answer, int) and not isinstance(answer, bool):

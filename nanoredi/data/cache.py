@@ -1,4 +1,4 @@
-"""Token sequences on disk, keyed by the data's content, the tokenizer and the rules, so that a second start only maps
+"""Token sequences cached on disk, keyed by the data's content, the tokenizer and the rules: a second start only maps
 them into memory."""
 
 import json
@@ -16,20 +16,20 @@ from nanoredi.common.formats import num_rows, refuse_folder
 from nanoredi.common.progress import progress
 from nanoredi.data.tokenizer import Tokenizer
 
-Arrays = tuple[np.ndarray, np.ndarray, float]  # of a sequence: tokens (n,) int32, learned (n,) bool, its weight
+Arrays = tuple[np.ndarray, np.ndarray, float]  # a sequence: tokens (n,) int32, learned (n,) bool, its weight
 _ARRAYS = {"tokens": np.int32, "learned": np.bool_, "weights": np.float32, "offsets": np.int64}
 
 
 def cached(
     path: str, tokenizer: Tokenizer, cache: str, rules: tuple, texts: Callable, arrays: Callable
 ) -> tuple[Any, ...]:
-    """A file's rows as sequences, from the cache where they have been made before.
+    """A file's rows as sequences, from the cache if they are in it.
 
     Args:
-        rules: all else that the sequences depend on.
-        texts: (where, row, counts of what was cut or dropped) to the texts to be encoded and whatever else arrays needs,
-            or to None for a row that is dropped.
-        arrays: (encodings, what texts gave beside them, counts) to a row's sequences.
+        rules: everything else that the sequences depend on.
+        texts: a function of (place, row, counts of what was cut or dropped) that returns the texts to encode and
+            anything else that `arrays` needs, or None to drop the row.
+        arrays: a function of (encodings, the other result of `texts`, counts) that returns the row's sequences.
 
     Returns:
         tokens (total,), learned (total,), weights (M,), offsets (M+1,), notes for the user, and the key.
@@ -48,17 +48,17 @@ def cached(
             with writing(folder) as made:
                 made.mkdir()
                 _fill(made, path, tokenizer, texts, arrays)
-        except UserError:  # another run may have been quicker
+        except UserError:  # perhaps because another run has written the same cache meanwhile
             if not _is_whole(folder):
                 raise
     notes = [f"{path}: {note}" for note in json.loads((folder / "whole.json").read_text())["notes"]]
     if damaged:
-        notes.append(f"{path}: its token cache {folder} was damaged, and has been made again")
+        notes.append(f"{path}: its token cache {folder} was damaged and has been rebuilt")
     return *_arrays(folder), notes, folder.name
 
 
 def _fill(folder: Path, path: str, tokenizer: Tokenizer, texts: Callable, arrays: Callable) -> None:
-    """Write the arrays and whole.json; the sequences go to disk as they come."""
+    """Write the arrays and whole.json. Sequences are written one at a time, so they need not fit in memory."""
     total = num_rows(Path(path))
     if not total:
         raise UserError(f"{path} holds no rows")
@@ -89,13 +89,13 @@ def _arrays(folder: Path) -> list[np.ndarray]:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a cache holds what was written: the arrays are hashed, at a gigabyte a second or so, and are sequences."""
+    """Whether a cache is undamaged: the arrays match their digests (about a second per gigabyte) and each other."""
     try:
         whole = check(str(folder), read_json(folder / "whole.json"), {"notes": [str], "digests": {str: str}})
         if whole["digests"] != _digests(folder):
             return False
         tokens, learned, weights, offsets = _arrays(folder)
-    except (OSError, ValueError, UserError):  # ValueError: an array without an entry, or with part of one
+    except (OSError, ValueError, UserError):  # ValueError: an array that is empty, or ends within an element
         return False
     fits = len(offsets) == len(weights) + 1 and offsets[0] == 0 and offsets[-1] == len(tokens) == len(learned)
     if not fits or np.diff(offsets).min() < 2 or tokens.min() < 0 or not np.isfinite(weights).all():

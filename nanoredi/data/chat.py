@@ -1,8 +1,8 @@
 """Messages to text, as a checkpoint's chat template writes them: what a model is asked, and what it is to answer.
 
-Three rules hold whatever the template does. The prompt that training sees is the text that sampling starts from. What
-the template writes behind an answer is learned, and ends a sample. And no part of an answer is lost: many templates drop
-the thinking of an answer, since they are written for chatting, where it is of no more use; whoever trains wants it learned.
+Three rules hold whatever the template does. The prompt in training is the text that sampling starts from. What the
+template writes after an answer is learned, and ends a sample. And no part of an answer is lost: many templates drop the
+thinking of earlier answers, which saves context in a chat, but training needs it.
 """
 
 import os
@@ -12,15 +12,17 @@ from nanoredi.common.errors import UserError
 from nanoredi.data.messages import THINKING_NAMES, Messages, folded, user_message
 from nanoredi.data.template import Template
 
-# Stand where an answer and its thinking go, to find out what a template makes of them.
+# Placeholders for an answer and its thinking, to find out what a template does with them.
 _ANSWER, _THOUGHTS = "\ue000answer\ue001", "\ue000thoughts\ue001"
 _THINK, _THOUGHT = "<think>", "</think>"
-# What split remarks, of rows.
-_ENDED = "rows have the template's header or end on an answer: it is taken once"
-_GOES_ON = "rows have an answer that goes on after what ends completions: all is learned"
-_TEMPLATED = "rows have a prompt that is templated already: it is taken as it is"
-_REWRITTEN = "rows have an answer that the chat template writes in another way: its way is learned"
-_WHOLE = "rows have an answer that the chat template cuts, or puts after another prompt than sampling's: all is learned"
+# What split() reports, each with the number of rows that it is true of.
+_ENDED = "rows have an answer with the template's own header or end: it is not doubled"
+_GOES_ON = "rows have an answer that continues after an end of turn: all of it is learned"
+_TEMPLATED = "rows have a prompt that is templated already: it is used as it is"
+_REWRITTEN = "rows have an answer that the chat template rewrites: the template's form is learned"
+_WHOLE = "rows have an answer that the chat template cuts, or writes after another prompt: all of it is learned"
+_UNCLOSED = "rows have an answer that never closes the <think> that their prompt opens: it is learned as it is"
+_EARLIER = "rows have several answers: only the last one is learned"
 
 
 class Chat:
@@ -29,16 +31,16 @@ class Chat:
     Args:
         source: the template's text.
         name: of its checkpoint, for messages.
-        special: {"bos_token": ...}, the tokens that it may write.
-        marks: the vocabulary's tokens that ordinary text does not hold (<|im_end|>).
+        special: {"bos_token": ...}, the special tokens by the names that templates use.
+        marks: the vocabulary's tokens that do not occur in ordinary text (<|im_end|>).
 
     Attributes:
         end: what the template writes after an answer.
-        stop_text: the part of it, before any token of the marks, that sampling would otherwise show as text; it ends a
-            completion. Empty where there is none but white space.
+        stop_text: the text at its beginning, before any of the marks; a sample ends there, as at a stop string. Empty
+            if that is nothing but white space.
 
     Raises:
-        UserError: from the constructor, for a template that is broken or does not show an answer once.
+        UserError: from the constructor, for a template that is broken or does not show an answer exactly once.
     """
 
     def __init__(self, source: str, name: str, special: dict[str, str], marks: list[str]):
@@ -56,7 +58,7 @@ class Chat:
         head, _, self._tail = self._tried(user_message(_ANSWER), True).partition(_ANSWER)
         opening = self._tail.rstrip().removesuffix(_THINK)
         begins = {0, *(i for mark in (*marks, "\n") for i in range(len(opening)) if opening.startswith(mark, i))}
-        # What an answer may begin with a second time; a bare word is its own.
+        # Parts of the generation prompt that an answer may repeat at its start; a bare word is the answer's own.
         openings = {opening[i:].strip() for i in begins} - {""}
         self._openings = sorted((one for one in openings if not one.isalnum()), key=len, reverse=True)
         bos = special.get("bos_token", "")
@@ -66,16 +68,16 @@ class Chat:
         places = [place for mark in (*marks, eos) if mark and (place := self.end.find(mark)) >= 0]
         plain = self.end[: min(places, default=None)]
         self.stop_text = plain if plain.strip() else ""
-        ends = {mark for mark in marks if mark in self.end or mark == eos} | {self.stop_text}
+        named = (eos, special.get("pad_token"))
+        ends = {mark for mark in marks if mark in self.end or mark in named} | {self.stop_text}
         self._ends = sorted({end.rstrip() for end in ends} - {""})
 
     def prompt(self, messages: Messages, think: bool = False) -> str:
-        """The conversation as text, up to where the model is to answer. What is templated already stays as it is.
+        """The conversation as text, up to where the model is to answer. A prompt that is templated already is kept.
 
         Args:
-            messages: [{"role", "content"}], the user's the last.
-            think: open <think> for the model as the paper's evaluation does: right after the role, with no newline
-                between.
+            messages: [{"role", "content"}], the last one the user's.
+            think: append <think> as the paper's evaluation does: right after the role, with no newline in between.
 
         Raises:
             UserError: when the template refuses the messages, or does not show one of them.
@@ -91,12 +93,12 @@ class Chat:
     def split(self, messages: Messages, remarks: set[str] | None = None) -> tuple[str, str]:
         """The conversation as text, cut before the last message, which is the assistant's: (prompt, completion).
 
-        The completion is what the template writes after the prompt, if that holds the whole answer. If it does not, or
-        if the template writes another prompt before an answer than before sampling, it is the answer as given with the
-        template's end; a <think> that the prompt has opened is not opened again.
+        The completion is what the template writes after the prompt, if that contains the whole answer. If it does not,
+        or if the template writes another prompt before an answer than for sampling, the completion is the answer as
+        given plus the template's end; a <think> that the prompt has opened is not opened again.
 
         Args:
-            remarks: takes what was done to the messages, in words for the user.
+            remarks: receives what was done to the messages, as sentences for the user.
 
         Raises:
             UserError: as prompt does; when the template has the model answer without thinking, and the answer thinks.
@@ -109,42 +111,53 @@ class Chat:
             answer = {**answer, "content": content}
         if any(end in folded(answer)["content"] for end in self._ends):
             remarks.add(_GOES_ON)
+        if any(message["role"] == "assistant" for message in before):
+            remarks.add(_EARLIER)
         if prompt := self._templated(before):
             remarks.add(_TEMPLATED)
-            return prompt, self._continued(prompt, answer) + self.end
-        prompt, whole = self._template.render(self._variables(before, True), self._variables([*before, answer]))
-        self._check(before, prompt)
+            completion = self._continued(prompt, answer) + self.end
+        else:
+            prompt, whole = self._template.render(self._variables(before, True), self._variables([*before, answer]))
+            self._check(before, prompt)
+            completion = self._completion(prompt, whole, answer, remarks)
+        if prompt.rstrip().endswith(_THINK) and _THOUGHT not in completion:
+            remarks.add(_UNCLOSED)
+        return prompt, completion
+
+    def _completion(self, prompt: str, whole: str, answer: dict[str, Any], remarks: set[str]) -> str:
+        """What is learned of an answer, given what the template writes up to it and with it."""
         given = self._continued(prompt, answer)
         if prompt + given + self.end == whole:
-            return prompt, given + self.end
-        written = whole.removeprefix(prompt)
+            return given + self.end
+        written, content = whole.removeprefix(prompt), answer["content"]
         parts = (content, answer.get("reasoning_content", "")) if self._takes_thinking else (given,)
-        lost = written == whole or any(_bare(part) not in _bare(written) for part in parts)
-        # A trace that opens its thinking and never closes it is no answer without thinking.
+        # Compared without white space, which templates trim in many ways.
+        lost = written == whole or any("".join(part.split()) not in "".join(written.split()) for part in parts)
+        # The template has put an empty <think> block before an answer that opens its thinking and never closes it.
         doubled = _THINK in content and whole.count(_THINK) > (prompt + given).count(_THINK)
         if lost or doubled:
             remarks.add(_WHOLE)
-            return prompt, given + self.end
+            return given + self.end
         if "reasoning_content" not in answer:
             remarks.add(_REWRITTEN)
-        return prompt, written
+        return written
 
     def opened(self, prompt: Messages, response: str) -> str:
-        """A response as sampled from a prompt, with the <think> that the template may have opened for it."""
+        """A response that was sampled from a prompt, with the <think> that the template may have opened for it."""
         _, mark, space = self.prompt(prompt).rpartition(_THINK)
         opens = mark and not space.strip() and response.strip() and not response.lstrip().startswith(_THINK)
         return mark + space + response if opens else response
 
     def is_blank(self, answer: dict[str, Any]) -> bool:
-        """Whether an answer says nothing but the template's end."""
+        """Whether an answer is empty but for the template's own header and end."""
         return not (self._unwrapped(answer["content"]).strip() or "reasoning_content" in answer)
 
     def measured(self, prompt: Messages, answers: Messages) -> tuple[list[str], bool]:
-        """A prompt and the answers to it, as text to be measured, and whether it is the text that training tokenises.
+        """A prompt and the answers to it, as texts to count the tokens of, and whether training tokenises these texts.
 
-        The original measured each part templated by itself, which puts the default system prompt before an answer and
-        no generation prompt after a prompt. Where the template drops nothing, this does the same, so that its counts
-        come out.
+        The original applied the template to each part separately, so the default system prompt comes before an answer,
+        and no generation prompt after a prompt. Where the template drops nothing, this does the same, to reproduce the
+        original's counts.
         """
         if self._shows_all:
             texts = self._template.render(*(self._variables(part) for part in (prompt, *([a] for a in answers))))
@@ -164,44 +177,45 @@ class Chat:
 
     def _variables(self, messages: Messages, add_generation_prompt: bool = False) -> dict[str, Any]:
         shown = [folded(message) for message in messages]
-        if self._takes_thinking:  # under whichever name
+        if self._takes_thinking:  # under any of its names
             thoughts = [dict.fromkeys(THINKING_NAMES, m.get("reasoning_content")) for m in messages]
             shown = [m | (own if "reasoning_content" in m else {}) for m, own in zip(messages, thoughts)]
-        none = dict.fromkeys(("tools", "documents"))  # transformers passes these always
+        none = dict.fromkeys(("tools", "documents"))  # transformers always passes these
         return {"messages": shown, "add_generation_prompt": add_generation_prompt, **none, **self._special}
 
     def _check(self, messages: Messages, text: str) -> None:
-        """That each message is seen: a template passes over a role that it does not know."""
+        """Refuse a message that the text does not show, or shows as another role: templates know only some roles."""
         for number, message in enumerate(messages, 1):
             role, content = message["role"], message["content"]
             elsewhere = self._template.source + text.replace(content, "").lower()
             known = role in ("user", "assistant") or role in elsewhere
             marked = [*messages[: number - 1], {**message, "content": _ANSWER}, *messages[number:]]
-            # A template may trim what it shows, or change it; a mark tells whether it shows anything.
+            # A template may trim or change what it shows; a placeholder tells whether it shows anything.
             seen = role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)
             if not (known and seen):
-                roles = [name for name in ("system", "user", "assistant", "tool") if name in self._template.source]
-                hint = f"; it knows the roles {', '.join(roles)}" if roles else ""
-                raise UserError(f"{self._label} does not show message {number}, whose role is {role!r}{hint}")
+                roles = [one for one in ("system", "user", "assistant", "tool") if one in self._template.source]
+                hint = f"; it knows the roles {', '.join(one for one in roles if one != role)}" if roles else ""
+                raise UserError(f"{self._label} does not show message {number}, whose role is {role!r}, as such{hint}")
 
     def _templated(self, messages: Messages) -> str | None:
-        """A prompt whose text has been through the template, ended as sampling's prompts end; None for any other."""
-        text = messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else ""
+        """A prompt whose text is templated already, its generation prompt completed; None for any other prompt."""
+        text = messages[-1]["content"] if messages[-1]["role"] == "user" else ""
         if self._header not in text:
             return None
         bare, tail = text.rstrip(), self._tail.strip()
         forced = bare.endswith(_THINK) and _THINK not in tail
-        if forced:
-            bare = bare.removesuffix(_THINK).rstrip()
+        bare = bare.removesuffix(_THINK).rstrip() if forced else bare
         for length in range(len(tail), 0, -1):
             begun = tail[:length]
             if bare.endswith(begun) and (begun == tail or any(mark in begun for mark in self._marks)):
+                if len(messages) > 1:
+                    raise UserError("the last message is templated already, so no other may stand before it")
                 text = text if forced else bare + tail[length:] + self._tail[len(self._tail.rstrip()) :]
                 return self._bos + text.removeprefix(self._bos)
         return None
 
     def _unwrapped(self, text: str) -> str:
-        """An answer without the template's header before it and its end behind it."""
+        """An answer without the template's header before it and the template's end after it."""
         if opening := next((opening for opening in self._openings if text.lstrip().startswith(opening)), None):
             text = text.lstrip().removeprefix(opening).lstrip()
         while end := next((end for end in self._ends if text.rstrip().endswith(end)), None):
@@ -209,16 +223,11 @@ class Chat:
         return text
 
     def _continued(self, prompt: str, answer: dict[str, Any]) -> str:
-        """The answer as it goes on from the prompt, with its thinking."""
+        """The answer with its thinking, as the continuation of the prompt."""
         text, open_to = folded(answer)["content"], prompt.rstrip()
         if open_to.endswith(_THOUGHT) and (_THINK in text or _THOUGHT in text):
-            raise UserError(f"{self._label} has the model answer without thinking; this answer thinks")
+            raise UserError(f"{self._label} closes the thinking in the prompt, but this answer thinks")
         if open_to.endswith(_THINK) and text.lstrip().startswith(_THINK):
             text = text.lstrip().removeprefix(_THINK)
             text = text[len(os.path.commonprefix((text, prompt[len(open_to) :]))) :]
         return text
-
-
-def _bare(text: str) -> str:
-    """Text without its white space, which templates trim in many ways."""
-    return "".join(text.split())

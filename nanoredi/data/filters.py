@@ -1,8 +1,8 @@
-"""The gates between raw traces and training rows, in the original's order.
+"""The filters ("gates") between raw traces and training rows, in the original's order.
 
-A raw row holds a problem, several generations for it and verdicts on each; a generation is correct when all of them
-say so. Stage 1 learns the first correct generation of a problem, at any length; stage 2 the first correct against the
-first incorrect, where prompt and both responses are within the limits. Each gate looks at one row alone.
+A raw row holds a problem, several generations for it, and verdicts on each; a generation is correct if all its verdicts
+are true. Stage 1 learns a problem's first correct generation, at any length; stage 2 learns the first correct and the
+first incorrect one as a pair, if the prompt and both responses are within the limits. Each gate looks at a single row.
 """
 
 import sys
@@ -18,7 +18,7 @@ from nanoredi.data.tokenizer import half_pair
 
 SFT_GATE = "SFT: has a correct generation"
 _EMPTY = "generations are empty or white space: neither correct nor incorrect"
-_SAME = "generations are incorrect, and the very text of the correct one: passed over"
+_SAME = "generations are incorrect, but have the same text as the correct one: skipped"
 _LABELS = ("llama_verification", "math_verify_reparsed_answer")
 _ROW = {
     **dict.fromkeys(("problem_is_valid?", "source?", "problem?"), str),
@@ -29,20 +29,20 @@ _ROW = {
 
 @dataclass(frozen=True)
 class Traces:
-    """What a raw row gives to learn from."""
+    """What is learned from a raw row."""
 
-    where: str  # file and line, for messages about it
+    where: str  # file and line, for error messages
     index: int  # the row's number
-    source: str | None  # where the problem is from, if that is known
+    source: str | None  # where the problem comes from, if known
     problem: str
-    prompt: Messages  # that ask the problem
+    prompt: Messages  # the messages that ask the problem
     generations: list[str]
-    chosen: int  # the number of the first correct generation
-    rejected: int | None  # of the first incorrect one, if there is one
+    chosen: int  # the index of the first correct generation
+    rejected: int | None  # the index of the first incorrect one, if any
 
     @property
     def answers(self) -> Messages:
-        """The chosen and, if there is one, the rejected generation, as messages."""
+        """The chosen and, if any, the rejected generation, as messages."""
         numbers = (i for i in (self.chosen, self.rejected) if i is not None)
         return [{"role": "assistant", "content": self.generations[i]} for i in numbers]
 
@@ -75,17 +75,17 @@ class Traces:
 
 
 class Gates:
-    """The gates, and how many rows have passed each.
+    """The gates, with counts of the rows that passed each.
 
     Args:
         max_prompt_tokens, max_response_tokens: a pair's limits.
-        strict_negatives: an incorrect generation is one that all verdicts call so, not one.
+        strict_negatives: a generation is incorrect only if all its verdicts say so; otherwise one is enough.
 
     Attributes:
-        counts: {gate: rows that passed it and all before it}. A pair's correct generation is its SFT row's, so the
-            pairs' gates follow on.
-        unreadable: where the rows stand that no tokenizer can write; they pass no gate.
-        remarks: counts what was passed over within rows, in words for the user.
+        counts: {gate: rows that passed it and all before it}. A pair's correct generation is the one of its SFT row, so
+            the gates for pairs come after the one for SFT.
+        unreadable: the places of rows with text that no tokenizer can encode; they pass no gate.
+        remarks: {what was skipped within rows, as a sentence for the user: count}.
     """
 
     def __init__(self, max_prompt_tokens: int, max_response_tokens: int, strict_negatives: bool = False):
@@ -108,21 +108,21 @@ class Gates:
         self.counts = dict.fromkeys(self.names, 0)
 
     def sift(self, where: str, row: dict[str, Any], index: int) -> Traces | None:
-        """What a raw row gives to learn from; nothing when it has no correct generation.
+        """What is learned from a raw row; None if a gate before the pairs' stops it.
 
         Raises:
             UserError: naming file, line and field of a malformed row.
         """
         for name in ("problem_is_valid", "source"):
-            if name not in row:  # null there says something about the problem; no field means rows of another layout
+            if name not in row:  # unlike null, a missing field means that the rows have another layout
                 raise UserError(f"{where} has no field {name!r}; rows of your own go with --grade")
-        if "correct" in row:  # one's own label, else the verdicts of OpenR1's two verifiers
+        if "correct" in row:  # the user's labels; otherwise the verdicts of OpenR1's two verifiers
             labels = {"correct": row["correct"]}
         else:
             verdicts = check(where, row.get("correctness"), (dict, None), "correctness") or {}
             labels = {name: verdicts.get(name) for name in _LABELS}
         known = {name: value for name, value in {**row, **labels}.items() if value is not None}
-        check(where, known, _ROW)  # a null means that the field is missing: `datasets` reads both alike
+        check(where, known, _ROW)  # without the nulls: `datasets` reads a missing field as null
         problem, generations = known.get("problem", ""), known.get("generations", [])
         readable = not any(map(half_pair, (problem, *filter(None, generations))))
         if not readable:
@@ -138,12 +138,12 @@ class Gates:
         if not all(passed):
             self._count(0, passed)
             return None
-        judged = [*zip(*(known[name] for name in labels))]  # the verdicts on each generation
-        correct = [all(verdicts) for verdicts in judged]  # a null verdict is not true
+        judged = [*zip(*(known[name] for name in labels))]  # each generation's verdicts, of which a null is not true
+        correct = [all(verdicts) for verdicts in judged]
         incorrect = [not right for right in correct]
         if self.strict_negatives:
             incorrect = [all(verdict is False for verdict in verdicts) for verdicts in judged]
-        # differs from the original: an empty generation, of which nothing can be learned, is neither
+        # differs from the original: an empty generation, from which nothing can be learned, is neither
         full = [i for i, text in enumerate(generations) if text and text.strip()]
         chosen = next((i for i in full if correct[i]), None)
         same = [i for i in full if incorrect[i] and chosen is not None and generations[i] == generations[chosen]]
@@ -157,7 +157,7 @@ class Gates:
         return Traces(where, index, known.get("source"), problem, prompt, generations, chosen, rejected)
 
     def fits(self, lengths: list[int]) -> bool:
-        """Whether the sides are a pair, and within the limits."""
+        """Whether these lengths of prompt and answers are a pair's, and within the limits."""
         if len(lengths) < 3:
             return False
         passed = [lengths[0] <= self.limits[0], max(lengths[1:]) <= self.limits[1]]
@@ -170,7 +170,7 @@ class Gates:
 
 
 def say_dropped(what: str, why: str, places: list[str], total: int) -> None:
-    """Count and name on stderr what was dropped, if anything was."""
+    """Print to stderr how many things were dropped, if any, with the first few places."""
     if places:
         more = f"; and {len(places) - 5:,} more" if len(places) > 5 else ""
         line = f"Dropped {len(places):,} of {total:,} {what}, whose {why}: {'; '.join(places[:5])}{more}."

@@ -1,15 +1,13 @@
-"""Rows as people have them, to messages: [{"role", "content"}], with "reasoning_content" where a row keeps the thinking
-apart.
+"""Rows in people's layouts, read as messages: [{"role", "content"}], with "reasoning_content" if the thinking is apart.
 
     stage 1   {"messages"} or ShareGPT's {"conversations"}: a conversation that ends with the assistant's answer
               {"prompt", "completion"}
-    stage 2   {"prompt", "chosen", "rejected"}; the prompt may stand inside chosen and rejected instead, as
-              whole conversations
+    stage 2   {"prompt", "chosen", "rejected"}; chosen and rejected may be whole conversations that include the prompt
 
-The prompt may also be called problem or question, or be the messages beside an answer. A prompt is text (the user's) or a
-list of messages, an answer is text (the assistant's), a message or a list of one. The system message may stand beside
-them, as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its content as a list of parts of
-text.
+The prompt may also be called problem or question, or be the messages beside an answer. A prompt is text (the user's) or
+a list of messages; an answer is text (the assistant's), a message, or a list that ends with one. A row may have the
+system message as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its content may be a
+list of parts of text.
 """
 
 from typing import Any
@@ -19,7 +17,7 @@ from nanoredi.common.files import check
 
 Messages = list[dict[str, Any]]
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
-# What servers call the thinking that they give beside the content.
+# The names under which servers return the thinking apart from the content.
 THINKING_NAMES = ("reasoning_content", "reasoning", "thinking")
 SIDES = ("chosen", "rejected")
 _PROMPTS = ("prompt", "conversations", "problem", "question", "messages")
@@ -30,14 +28,17 @@ def user_message(text: str) -> Messages:
 
 
 def with_system(messages: Messages, system: str | None) -> Messages:
-    """Messages behind a system message, unless it is empty or they begin with one of their own."""
+    """Messages with a system message in front, unless it is empty or they begin with one of their own."""
     before = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
     return [*before, *messages]
 
 
 def behind_system(where: str, row: dict[str, Any], messages: Messages) -> Messages:
-    """A row's messages behind the system message that stands beside them, in `system`, if one does."""
-    return with_system(messages, check(where, row.get("system"), (str, None), "system"))
+    """A row's messages with the row's `system` in front, if any. Raises a UserError for tools: no prompt shows them."""
+    if row.get("tools") not in (None, "", "[]", []):
+        raise UserError(f"{where} has 'tools', which prompts do not show: drop the field, or the row if it needs them")
+    name = "system" if row.get("system") is not None else "system_prompt"
+    return with_system(messages, check(where, row.get(name), (str, None), name))
 
 
 def check_messages(where: str, value: Any) -> Messages:
@@ -64,7 +65,7 @@ def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
     if message.get("tool_calls") or message.get("function_call"):
         raise UserError(f"{problem} ({message['role']}) has tool_calls, which are not learned")
     content = message.get("content")
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+    if isinstance(content, list) and all(map(_is_text, content)):
         content = message["content"] = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         kind = "null" if "content" in given and content is None else "no text"
@@ -75,20 +76,23 @@ def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
     return message | ({"reasoning_content": thinking} if thinking.strip() else {})
 
 
+def _is_text(part: Any) -> bool:
+    """Whether a part of a message's content is text that is said: not an image, nor thinking."""
+    return isinstance(part, dict) and isinstance(part.get("text"), str) and "text" in str(part.get("type") or "text")
+
+
 def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
     given = _given(row)
     messages = given.get("messages")
     last = messages[-1] if isinstance(messages, list) and messages and isinstance(messages[-1], dict) else {}
-    wrong = next((name for name in ("label", "correct") if given.get(name) is False), None)
+    verdicts = ((name, str(given.get(name)).strip("[]")) for name in ("label", "correct", "is_correct"))
+    wrong = next((name for name, verdict in verdicts if verdict.lower() == "false"), None)
     if wrong and "weight" not in given and last.get("weight") is None:
-        raise UserError(
-            f"{where}: {wrong!r} is false; give such a row a 'weight' (below 0 to unlearn it), or leave it out"
-        )
+        raise UserError(f"{where}: {wrong!r} is false; give the row a 'weight' (below 0 to unlearn it), or drop it")
     if "completion" in given and (messages is None or last.get("role", "assistant") != "assistant"):
-        if not (prompt := _prompt(where, given)):
-            raise _missing(where, given, "'prompt'")
-        return behind_system(where, given, [*prompt, *_answer(f"{where}: 'completion'", given["completion"])])
+        *before, answer = _answer(where, "completion", said(given))
+        return [*prompt_of(where, given, "completion", before), answer]
     name = "conversations" if "conversations" in given and "messages" not in given else "messages"
     if name not in given:
         raise _missing(where, given, "'messages' (nor 'conversations', nor 'prompt' with 'completion')")
@@ -107,20 +111,14 @@ def pair(where: str, row: Any) -> tuple[Messages, Messages]:
     given = _given(row)
     if missing := next((name for name in SIDES if name not in given), None):
         raise _missing(where, given, repr(missing))
-    (*before, chosen), (*others, rejected) = (_answer(f"{where}: {name!r}", given[name]) for name in SIDES)
+    (*before, chosen), (*others, rejected) = (_answer(where, name, given[name]) for name in SIDES)
     if before != others:
         raise UserError(f"{where}: 'chosen' and 'rejected' must differ in their last message alone")
-    # Beside whole conversations the other names may hold anything.
-    prompt = _prompt(where, given, _PROMPTS[:2] if before else _PROMPTS)
-    if prompt and before and prompt not in (before, *([m] for m in before if m["role"] == "user")):
-        raise UserError(f"{where}: 'prompt' must be what stands in 'chosen' before the answer")
-    if not (before or prompt):
-        raise _missing(where, given, "'prompt'")
-    return behind_system(where, given, before or prompt), [chosen, rejected]
+    return prompt_of(where, given, "chosen", before), [chosen, rejected]
 
 
 def _given(row: Any) -> dict[str, Any]:
-    """A row's fields. One that is null is missing: `datasets` reads both alike."""
+    """A row's fields without those that are null: `datasets` reads a missing field as null."""
     return {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else {}
 
 
@@ -128,26 +126,39 @@ def _missing(where: str, given: dict[str, Any], name: str) -> UserError:
     return UserError(f"{where} has no field {name}; it holds {', '.join(map(repr, given))[:200] or 'no fields'}")
 
 
-def _prompt(where: str, given: dict[str, Any], names: tuple[str, ...] = _PROMPTS) -> Messages:
-    """A row's prompt; empty where it has none."""
-    name = next((name for name in names if name in given), None)
-    return check_messages(f"{where}: {name!r}", given[name]) if name else []
+def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messages | None = None) -> Messages:
+    """A row's prompt with its system message. `before`: what comes before the answer in the field `answer`."""
+    names = _PROMPTS[:2] if before else _PROMPTS  # beside whole conversations the other names may hold anything
+    name = next((name for name in names if given.get(name) is not None), None)
+    prompt = check_messages(f"{where}: {name!r}", given[name]) if name else before
+    if not prompt:
+        raise _missing(where, given, "'prompt'")
+    if before and prompt not in (before, *([m] for m in before if m["role"] == "user")):
+        raise UserError(f"{where}: 'prompt' must be the messages before the answer in {answer!r}")
+    if not before and prompt[-1]["role"] == "assistant":
+        raise UserError(f"{where}: {name!r} must not end with a message of the assistant")
+    return behind_system(where, given, before or prompt)
 
 
-def _answer(where: str, value: Any) -> Messages:
-    """A completion as messages: the assistant's, alone or behind the prompt."""
+def said(row: dict[str, Any]) -> Any:
+    """A row's completion; one that is text as the assistant's message, with the thinking that stands beside it."""
+    thinking = {name: row[name] for name in THINKING_NAMES if isinstance(row.get(name), str)}
+    text = row["completion"]
+    return {"role": "assistant", "content": text, **thinking} if isinstance(text, str) else text
+
+
+def _answer(where: str, name: str, value: Any) -> Messages:
+    """A completion as messages: the assistant's, alone or after the prompt."""
     value = {"role": "assistant", "content": value} if isinstance(value, str) else value
-    messages = check_messages(where, [value] if isinstance(value, dict) else value)
-    *before, last = messages
-    behind_a_prompt = not before or any(message["role"] == "user" for message in before)
-    if last["role"] != "assistant" or not behind_a_prompt:
-        raise UserError(f"{where} must be one message of the assistant")
+    *before, last = messages = check_messages(f"{where}: {name!r}", [value] if isinstance(value, dict) else value)
+    if last["role"] != "assistant" or before and not any(message["role"] == "user" for message in before):
+        raise UserError(f"{where}: {name!r} must be one message of the assistant")
     return messages
 
 
 def folded(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with its thinking in its content."""
+    """A message with its thinking in its content, where that does not hold it already."""
     content, thinking = message["content"], message.get("reasoning_content", "").strip()
-    if thinking and thinking not in content:
+    if thinking and thinking not in content.rpartition("</think>")[0]:
         content = f"<think>\n{thinking}\n</think>\n\n{content.lstrip()}"
     return {name: value for name, value in message.items() if name != "reasoning_content"} | {"content": content}

@@ -1,11 +1,10 @@
-"""One's own problems and responses, made into the raw rows that the gates know.
+"""The user's own problems and responses, converted to raw rows for the gates.
 
-    a row a problem     {"problem", "generations": [...], "answer"}
-    a row a response    {"prompt", "completion", "answer"}: what sample.py writes; a problem's rows may stand anywhere
+    one row per problem     {"problem", "generations": [...], "answer"}
+    one row per response    {"prompt", "completion", "answer"}: what sample.py writes; a problem's rows may be anywhere
 
-The problem is `problem`, `question` or `prompt` (text or messages) or `messages`. Labels come with the rows, as `correct`
-(true or false; in the first layout a list of these), or the grader makes them from `answer`, which is the gold answer or a
-list of several that count as right.
+The problem is `problem`, `question` or `prompt` (text or messages), or `messages`. The rows are labelled by `correct`
+(true or false; in the first layout a list of these), or by the grader from `answer`: one right answer, or a list.
 """
 
 import json
@@ -17,7 +16,7 @@ from nanoredi.common.errors import UserError
 from nanoredi.common.files import check
 from nanoredi.data.benchmarks import golds_of
 from nanoredi.data.filters import say_dropped
-from nanoredi.data.messages import THINKING_NAMES, behind_system, check_messages, folded
+from nanoredi.data.messages import check_messages, folded, prompt_of, said
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.grader import grade
@@ -26,27 +25,29 @@ Row = dict[str, Any]
 
 
 def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
-    """A row a problem as a raw row; OpenR1's own rows may be graded anew as well.
+    """A row of the first layout as a raw row. With grading, it may also be one of OpenR1's own rows.
 
     Args:
-        where: file and line, for messages about it.
-        row: of the first layout.
-        tokenizer: its template may open <think> for the model, which then belongs to the responses.
+        where: file and line, for error messages.
+        row: a row of the first layout.
+        tokenizer: if its template opens <think> in the prompt, that is added to the responses.
         grading: label with the grader, whatever labels the row has.
 
     Raises:
         UserError: naming what is missing or malformed.
     """
     generations = [] if row.get("generations") is None else row["generations"]
+    if not generations and row.get("completion") is not None:
+        raise UserError(f"{where} has a 'completion', unlike the rows before it, which have 'generations'")
     check(where, generations, [(str, None)], "generations")
-    # A problem that is null or empty ends at its gate, as in the raw set.
-    prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else _prompt(where, row)
+    # As in the raw set, a row whose problem is null or empty is stopped by a gate.
+    prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else prompt_of(where, row)
     if prompt:
         generations = [tokenizer.opened(prompt, text) if text else text for text in generations]
     correct = row.get("correct")
     if grading:
         golds = _golds(where, row)
-        # Without an answer there are no labels, and the row ends at their gate.
+        # Without an answer there are no labels, and a gate stops the row.
         correct = [bool(text) and grade(text, golds) for text in generations] if golds else None
     elif not isinstance(correct, list) or not all(isinstance(one, bool) for one in correct):
         raise UserError(f"{where}: 'correct' must say true or false of each response; or let --grade label the row")
@@ -61,11 +62,11 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
 
 
 def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, grading: bool) -> int:
-    """Label rows a response, as `labelled` does, and put them on the spool, by problem and sample. A problem whose rows
-    give more than one answer is dropped, and named to the user.
+    """Label rows of the second layout, as `labelled` does, and put them on the spool, sorted by problem and sample. A
+    problem whose rows have different gold answers is dropped, and reported.
 
     Returns:
-        The number of problems, which `gathered` then gives.
+        The number of problems that `gathered` will yield.
 
     Raises:
         UserError: naming file and line of a malformed row.
@@ -75,26 +76,25 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
     for where, row in rows:
         if not isinstance(row.get("completion"), str):
             raise UserError(f"{where} must hold 'completion', a text, like the rows before it")
-        thinking = {name: row[name] for name in THINKING_NAMES if isinstance(row.get(name), str)}
-        [said] = check_messages(where, [{"role": "assistant", "content": row["completion"], **thinking}])
-        alone = {**row, "generations": [folded(said)["content"]], "correct": [row.get("correct")]}
+        [answer] = check_messages(where, [said(row)])
+        alone = {**row, "generations": [folded(answer)["content"]], "correct": [row.get("correct")]}
         raw = labelled(where, alone, tokenizer, grading)
         if grading and raw["correct"] and row.get("finish_reason") == "length":
-            # A response that was cut off never stopped at its answer: it is nothing to learn from, whatever it boxed.
+            # A truncated response never came to an end, so it is not to be learned as correct, whatever it boxed.
             raw["correct"] = [False]
-        answer = _golds(where, row) if grading else row.get("answer")
-        number, first, known = problems.setdefault(json.dumps(raw["prompt"]), (len(problems), where, answer))
-        if answer != known:
+        gold = _golds(where, row) if grading else row.get("answer")
+        number, first, known = problems.setdefault(json.dumps(raw["prompt"]), (len(problems), where, gold))
+        if gold != known:
             unclear.setdefault(number, f"{first} and {where}")
         sample = row.get("sample") if isinstance(row.get("sample"), int) else 0
         spool.add((number, sample), {"where": where, "number": number, **raw})
     say_dropped("problems", "rows give more than one answer", list(unclear.values()), len(problems))
-    spool.rows = [(place, offset) for place, offset in spool.rows if place[0] not in unclear]
+    spool.rows = [(key, offset) for key, offset in spool.rows if key[0] not in unclear]
     return len(problems) - len(unclear)
 
 
 def gathered(spool: Spool) -> Iterator[tuple[str, Row]]:
-    """The spool's problems as raw rows, in the order of their first responses, each with where its first one stands."""
+    """The spool's problems as raw rows, in the order of their first responses, each with its first response's place."""
     for _, group in groupby(map(json.loads, spool.lines()), key=lambda row: row["number"]):
         rows = list(group)
         generations, correct = ([row[name] for row in rows] for name in ("generations", "correct"))
@@ -102,18 +102,8 @@ def gathered(spool: Spool) -> Iterator[tuple[str, Row]]:
         yield rows[0]["where"], rows[0] | {"generations": list(chain.from_iterable(generations)), "correct": labels}
 
 
-def _prompt(where: str, row: Row) -> list[dict[str, str]]:
-    name = next((name for name in ("prompt", "problem", "question", "messages") if row.get(name) is not None), None)
-    if name is None:
-        raise UserError(f"{where} has no field 'problem', 'question', 'prompt' or 'messages'")
-    prompt = check_messages(f"{where}: {name!r}", row[name])
-    if prompt[-1]["role"] != "user":
-        raise UserError(f"{where}: the last of {name!r} must be the user's message")
-    return behind_system(where, row, prompt)
-
-
 def _golds(where: str, row: Row) -> list[str] | None:
-    """The gold answers; None where the problem has none, which is known of it."""
+    """The gold answers; None if the row's answer is empty."""
     if "answer" not in row:
         raise UserError(f"{where} has no field 'answer', the gold answer to grade against")
     return None if row["answer"] in (None, "") else golds_of(where, row["answer"])

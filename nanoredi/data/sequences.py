@@ -1,14 +1,14 @@
-"""Rows to token sequences, each token marked as learned or not.
+"""Rows to token sequences, with a mask of the tokens that are learned.
 
-messages.py says what rows there are. Both stages follow the original's token rules, which differ:
+messages.py lists the layouts of rows. Both stages follow the original's token rules, which differ:
 
-    stage 1   the whole templated conversation is tokenised at once, and cut on the right; learned is what follows the
-              prompt, except the padding token where that is eos and the template has another end of its own, as with
-              Qwen2.5's base models
-    stage 2   prompt and completion are tokenised apart; of a long prompt the last tokens are kept, a long completion is
-              cut on the right; learned is the completion, eos included
+    stage 1   the whole templated conversation is tokenised at once, and cut on the right; what follows the prompt is
+              learned, except the padding token if that is also eos and the template ends answers with another token, as
+              with Qwen2.5's base models
+    stage 2   prompt and completion are tokenised separately; a long prompt is cut on the left, a long completion on the
+              right; the completion is learned, eos included
 
-Both append eos to a completion, unless the template's end has it.
+Both append eos to a completion, unless the template's end contains it.
 """
 
 from collections import Counter
@@ -24,30 +24,30 @@ from nanoredi.data.cache import Arrays, cached
 from nanoredi.data.messages import SIDES, Messages, conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
 
-# Part of the cache's key: raise it when the rules above change.
-_RULES = 5
+# Part of the cache's key: raise it when the same rows become other sequences.
+_RULES = 6
 
 
 class Sequence(NamedTuple):
-    """A prompt and a trace as tokens, and what an optimiser step makes of it (objectives.py)."""
+    """A prompt and a trace as tokens, with their weights in an optimiser step (objectives.py)."""
 
     tokens: np.ndarray  # (n,) integers, at least 2
-    learned: np.ndarray  # (n,) bool, the tokens the loss is taken on
-    name: str = ""  # what to call it before the user
-    side: str = "chosen"  # or "rejected"; stage 1's are chosen, but for those of a weight below 0
-    weight: float = 0.0  # of each learned token's log-probability in the loss, where that is linear in them
-    share: float = 0.0  # of each learned token's log-probability in the step's mean over its side's
+    learned: np.ndarray  # (n,) bool, the tokens that enter the loss
+    name: str = ""  # for messages to the user
+    side: str = "chosen"  # or "rejected"; in stage 1 chosen, unless its weight is below 0
+    weight: float = 0.0  # of each learned token's log-probability in the loss, if the loss is linear in them
+    share: float = 0.0  # of each learned token's log-probability in the step's mean of its side
     reference: float = 0.0  # the trace's log-probability under DPO's reference model
-    row_weight: float = 1.0  # what its row gives it to count; below 0 the trace is one to avoid
+    row_weight: float = 1.0  # the weight that its row gives it; a trace of a negative weight is unlearned
 
     @property
     def num_inputs(self) -> int:
-        """Tokens that go through the model: the last one is only ever a target."""
+        """The number of tokens that go through the model: the last one is only a target."""
         return len(self.tokens) - 1
 
     @property
     def num_learned(self) -> int:
-        """Its learned tokens; the first token is never a target."""
+        """The number of learned tokens; the first token is never a target."""
         return int(self.learned[1:].sum())
 
 
@@ -56,14 +56,14 @@ class TokenData:
     """The rows of a file as token sequences. The arrays are memory-mapped."""
 
     path: str
-    sides: tuple[str, ...]  # of a row's sequences: chosen alone, or chosen and rejected
-    tokens: np.ndarray  # (total,) int32, one sequence after the other
-    learned: np.ndarray  # (total,) bool, the tokens the loss is taken on
-    row_weights: np.ndarray  # (M,) fp32, what each sequence's row gives it to count
+    sides: tuple[str, ...]  # of a row's sequences: only chosen, or chosen and rejected
+    tokens: np.ndarray  # (total,) int32, all sequences concatenated
+    learned: np.ndarray  # (total,) bool, the tokens that enter the loss
+    row_weights: np.ndarray  # (M,) fp32, each sequence's weight from its row
     offsets: np.ndarray  # (M+1,) int64; sequence j is tokens[offsets[j]:offsets[j+1]]
     notes: list[str]  # what was cut or dropped, as sentences for the user
-    digest: str  # of all that they depend on: the file's content, the tokenizer's files, the limits
-    reference: np.ndarray | None = None  # (rows, sides) fp32, DPO's reference log-probabilities, where they are wanted
+    digest: str  # of everything the sequences depend on: the file's content, the tokenizer's files, the limits
+    reference: np.ndarray | None = None  # (rows, sides) fp32, DPO's reference log-probabilities
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -84,7 +84,7 @@ class TokenData:
 
 
 def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> TokenData:
-    """Stage 1's sequences, one a row, of at most max_tokens tokens. Call on one rank first: it fills the cache.
+    """Stage 1's sequences, one per row, of at most max_tokens tokens. Call on one rank first, to fill the cache.
 
     Raises:
         UserError: naming file and line of a malformed row; when no row is left.
@@ -99,8 +99,8 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
 
     def arrays(encodings: list[Encoding], kept: tuple[int, str, float], counts: Counter[str]) -> Iterator[Arrays]:
         (num_chars, text, weight), (before, ids) = kept, (encoding.ids for encoding in encodings)
-        # Where the whole starts with the prompt's own tokens, the rest is the completion's; elsewhere a token straddles
-        # the border, and belongs to the prompt: as in the original, but not where sampling goes on from a <think>.
+        # Usually the whole starts with the prompt's own tokens. If not, a token straddles the border; as originally
+        # it counts as the prompt's, unless that ends with <think>, after which sampling starts a new token.
         if ids[: len(before)] != before and text[:num_chars].rstrip().endswith("<think>"):
             ids = before + tokenizer.encode(text[num_chars:])
         first = len(before) if ids[: len(before)] == before else tokenizer.num_before(text, num_chars)
@@ -120,7 +120,7 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
 def load_pairs(
     path: str, tokenizer: Tokenizer, max_prompt_tokens: int, max_response_tokens: int, cache: str
 ) -> TokenData:
-    """Stage 2's sequences, two a row: chosen, rejected. The cache and what is raised are as in load_sft."""
+    """Stage 2's sequences, two per row: chosen, rejected. The cache and the errors raised are those of load_sft."""
 
     def texts(where: str, row: Any, counts: Counter[str]) -> tuple[list[str], tuple[float, float]] | None:
         parts = _texts(where, tokenizer, *pair(where, row), counts)
@@ -142,7 +142,7 @@ def load_pairs(
 def _texts(
     where: str, tokenizer: Tokenizer, prompt: Messages, answers: Messages, counts: Counter[str]
 ) -> list[str] | None:
-    """The prompt and the completions as text; None for a row that is nothing to learn from, which is counted."""
+    """The prompt and the completions as text; None, and counted, for a row from which nothing can be learned."""
     if any(map(tokenizer.is_blank, answers)):
         counts["rows dropped: an answer is nothing but white space"] += 1
         return None
@@ -153,12 +153,12 @@ def _texts(
     if len(set(completions)) < len(completions):
         counts["rows dropped: chosen and rejected are the same"] += 1
         return None
-    counts.update(remarks)
+    counts.update(sorted(remarks))
     return [parts[0][0], *completions]
 
 
 def _weight(where: str, row: dict[str, Any], name: str, low: int) -> float:
-    """What a row's sequence is to count in the loss, 1 when it does not say."""
+    """The weight in the loss that a row gives to its sequence, by default 1."""
     weight = 1 if row.get(name) is None else row[name]
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not low <= weight <= 1:
         raise UserError(f"{where}: {name!r} must be a number from {low} to 1, not {str(weight)[:60]!r}")

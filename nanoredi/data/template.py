@@ -19,11 +19,11 @@ class Template:
     """A Jinja template.
 
     Args:
-        source: its text.
-        name: of its checkpoint, for messages.
+        source: the template's text.
+        name: its checkpoint's name, for error messages.
 
     Raises:
-        UserError: when it is no template, or needs too much time or memory to be read.
+        UserError: when it is not a template, or needs too much time or memory to be parsed.
     """
 
     def __init__(self, source: str, name: str):
@@ -31,10 +31,10 @@ class Template:
         with _lock:
             _, answer = _worker(source, os.getpid())
         if isinstance(answer, str):
-            raise UserError(f"the chat template of {name} is broken: {_sentence(answer)}")
+            raise UserError(f"the chat template of {name} is broken: {answer}")
 
     def render(self, *jobs: dict[str, Any]) -> list[str]:
-        """The texts that it writes, one for each dict of variables.
+        """The rendered texts, one for each dict of variables.
 
         Raises:
             UserError: when the template refuses them, fails, or needs too much time or memory.
@@ -43,15 +43,15 @@ class Template:
             process, _ = _worker(self.source, os.getpid())
             answer = _ask(process, jobs)
         if isinstance(answer, str):
-            raise UserError(f"the chat template of {self.name} refuses the messages: {_sentence(answer)}")
+            raise UserError(f"the chat template of {self.name} refuses the messages: {answer}")
         return answer
 
 
-# A worker costs a tenth of a second, so those of the templates in use stay; a forked process needs its own.
+# Starting a worker takes a tenth of a second, so those of recent templates are kept; a forked process needs its own.
 @lru_cache(maxsize=4)
 def _worker(source: str, _pid: int) -> tuple[subprocess.Popen, Any]:
-    """A worker that has read the template, and what it said to that."""
-    # -P: the modules beside the program must not stand for those of the library.
+    """A worker that has parsed the template, and its answer to that."""
+    # -P: the modules next to the program must not shadow those of the standard library.
     command = [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return process, _ask(process, source)
@@ -62,16 +62,13 @@ def _ask(process: subprocess.Popen, request: Any) -> Any:
         process.stdin.write(json.dumps(request).encode() + b"\n")
         process.stdin.flush()
         answer = process.stdout.readline()
-    except OSError:  # it ended before it had read all
+    except OSError:  # it ended before it had read everything
         answer = b""
     if not answer.endswith(b"\n"):
         _worker.cache_clear()
         process.kill()
-        with contextlib.suppress(OSError):  # of what it has not read
+        with contextlib.suppress(OSError):  # raised if there is unread input
             process.stdin.close()
         return "it took too long, or ended the process that ran it"
-    return json.loads(answer)
-
-
-def _sentence(words: str) -> str:
-    return " ".join(words.split())[:300]
+    answer = json.loads(answer)
+    return " ".join(answer.split())[:300] if isinstance(answer, str) else answer

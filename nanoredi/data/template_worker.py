@@ -1,10 +1,10 @@
-"""The program that runs a chat template, in a process of its own.
+"""The program that runs a chat template, in a separate process.
 
-A template is a program that came with somebody's checkpoint. Jinja's sandbox keeps it from reading anything but the
-messages; nothing in Jinja keeps it from running for ever or filling the memory, so the limits are the process's.
+A template is a program from somebody else's checkpoint. Jinja's sandbox lets it read nothing but the messages, but does
+not keep it from looping forever or filling the memory; limits on the process do.
 
-The first line of the input is the template's source. Every further line is a list of variables, one for each text that
-is wanted; the answer to each line is a line with the texts or with what went wrong. All lines are JSON.
+The first line of the input is the template's source. Every further line is a list of dicts of variables, one for each
+text to render; the answer to each line is a line with the list of texts, or with an error message. All lines are JSON.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-_SECONDS, _BYTES = 3, 1 << 30  # the processor's time for an answer, and memory
+_SECONDS, _BYTES = 3, 1 << 30  # limits: processor time per answer, and memory
 
 
 class _Generation(Extension):
-    """{% generation %} marks what the assistant wrote, for trainers that mask by it; its text is shown as it is."""
+    """{% generation %} marks the assistant's text for trainers that use it as a mask; here it is rendered as it is."""
 
     tags = {"generation"}
 
@@ -34,7 +34,7 @@ class _Generation(Extension):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What transformers gives its templates."""
+    """The environment that transformers gives to templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
@@ -49,13 +49,13 @@ def _raise(message: str):
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then closes the input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and closes the input
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (_BYTES if hard < 0 else min(_BYTES, hard), hard))  # < 0: there is none
+        resource.setrlimit(resource.RLIMIT_AS, (_BYTES if hard < 0 else min(_BYTES, hard), hard))  # < 0: no limit
     template = None
     for line in sys.stdin.buffer:
-        # Whoever takes longer is ended by the signal, which needs nobody to listen.
+        # The signal's default action ends the process, whatever the template is doing.
         signal.setitimer(signal.ITIMER_PROF, _SECONDS)
         try:
             request = json.loads(line)
@@ -68,7 +68,7 @@ def main() -> None:
             answer = json.dumps("it needs too much memory")
         except TemplateError as error:
             answer = json.dumps(error.message)
-        except Exception as error:  # whatever an expression of the template's may raise
+        except Exception as error:  # an expression in a template may raise anything
             answer = json.dumps(f"{type(error).__name__}: {error}")
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(answer.encode() + b"\n")

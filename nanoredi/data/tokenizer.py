@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer: text to token ids, and back."""
+"""A checkpoint's own tokenizer: text to token ids and back."""
 
 import re
 from collections import deque
@@ -17,14 +17,14 @@ from nanoredi.common.runs import check_model
 from nanoredi.data.chat import Chat
 from nanoredi.data.messages import Messages
 
-# Of a batch of long traces the encodings take some 100 bytes a token, and three batches are in memory at once.
+# Encodings take some 100 bytes per token, and three batches of rows are in memory at once.
 _ROWS_AT_ONCE = 64
 _FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
     "chat_template.jinja"
 ).split()
 _SPECIAL = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-_TOKEN = (str, {"content?": (str, None)}, None)  # in tokenizer_config.json
+_TOKEN = (str, {"content?": (str, None)}, None)  # the shapes of a token in tokenizer_config.json
 T = TypeVar("T")
 
 
@@ -33,12 +33,12 @@ class Tokenizer(Chat):
 
     Attributes:
         eos_id, pad_id: ids of the end-of-text and the padding token (equal in Qwen2.5's base models).
-        stop_ids: the tokens that end a completion: eos, and what the template puts after an answer (Qwen2.5:
-            <|im_end|>).
-        files: the paths of the tokenizer's files, for copying beside new weights.
+        stop_ids: ids of the tokens that end a completion: eos, and the one that the template writes after an answer
+            (Qwen2.5: <|im_end|>).
+        files: the paths of the tokenizer's files, to be copied next to new weights.
 
     Raises:
-        UserError: from the constructor, for a missing or broken file, and for a template that shows no answer.
+        UserError: from the constructor, for a missing or broken file, and as Chat does.
     """
 
     def __init__(self, folder: str | Path):
@@ -48,17 +48,17 @@ class Tokenizer(Chat):
             self.backend = tokenizers.Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises bare Exception for every fault of the file
             raise UserError(f"cannot read the tokenizer {self.folder / 'tokenizer.json'}: {error}") from None
-        # A tokenizer.json may ask for cutting and padding; here every token counts, and nothing is padded.
+        # A tokenizer.json may switch on truncation and padding, which would falsify lengths and labels.
         self.backend.no_truncation()
         self.backend.no_padding()
         self._config_file = self.folder / "tokenizer_config.json"
-        older = self.folder / "special_tokens_map.json"  # of former transformers
+        older = self.folder / "special_tokens_map.json"  # written by older versions of transformers
         special: dict[str, str] = {}
         for path in [older] * older.exists() + [self._config_file]:
             config = check(str(path), read_json(path), {f"{name}?": _TOKEN for name in _SPECIAL})
             tokens = {name: config.get(name) for name in _SPECIAL}
             texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-            # A token that is null is left out, so that a template which writes it writes nothing.
+            # A token that is null is left out, so a template that uses it writes nothing.
             special |= {name: text for name, text in texts.items() if text is not None}
         self.eos_id = self._id_of("eos_token", special)
         self.pad_id = self._id_of("pad_token", special) if special.get("pad_token") else self.eos_id
@@ -69,15 +69,15 @@ class Tokenizer(Chat):
         self._end_tokens = max(1, len(self.encode(self.end)))
 
     def ended(self, ids: list[int]) -> list[int]:
-        """A completion's ids, with eos behind them unless the template's end has it."""
+        """A completion's ids, with eos appended unless the template's end contains it."""
         return ids if self.eos_id in ids[-self._end_tokens :] else [*ids, self.eos_id]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text; special tokens written in it count as themselves, and none is added."""
+        """The token ids of a text. Special tokens in the text are recognised; none is added."""
         return self.encode_batch([text])[0].ids
 
     def encode_batch(self, texts: list[str]) -> list[tokenizers.Encoding]:
-        """One encoding a text, on all cores, without the character offsets, which would take a quarter of the time.
+        """The encodings of the texts, made on all cores; without character offsets, which would take a third longer.
 
         Raises:
             UserError: when the vocabulary has no token for something in a text.
@@ -86,27 +86,27 @@ class Tokenizer(Chat):
             return self.backend.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # tokenizers raises bare Exception
             if len(texts) > 1:
-                return [self.encode_batch([text])[0] for text in texts]  # the one at fault says what is wrong with it
+                return [self.encode_batch([text])[0] for text in texts]  # raises the error of the text at fault
             if half := half_pair(texts[0]):
                 place = f"...{texts[0][max(0, half.start() - 20) : half.end()]}"
-                raise UserError(f"half a surrogate pair, which is no character, ends this text: {place!r}") from None
-            raise UserError(f"the tokenizer of {self.folder} cannot write {texts[0][:80]!r}: {error}") from None
+                raise UserError(f"half a surrogate pair, which is not a character, ends this text: {place!r}") from None
+            raise UserError(f"the tokenizer of {self.folder} cannot encode {texts[0][:80]!r}: {error}") from None
 
     def num_before(self, text: str, num_chars: int) -> int:
-        """How many of a text's tokens start before a character."""
+        """The number of a text's tokens that start before the character num_chars."""
         encoding = self.backend.encode(text, add_special_tokens=False)
         return sum(start < num_chars for start, _ in encoding.offsets)
 
     def encode_rows(self, rows: Iterable[tuple[str, list[str], T]]) -> Iterator[tuple[T, list[tokenizers.Encoding]]]:
-        """Encode the texts of many rows, on all cores and ahead of whoever takes them, in order.
+        """Encode the texts of many rows in order, on all cores, up to two batches ahead of the consumer.
 
         Args:
-            rows: (where it stands, for messages; texts; whatever the taker wants back beside their encodings).
+            rows: (place for error messages; texts; anything, which is yielded with their encodings).
 
         Raises:
             UserError: naming the row that the vocabulary has no tokens for.
         """
-        # The last long text of a batch keeps one core busy; the next batch is at work on the others meanwhile.
+        # While the last long text of a batch keeps one core busy, the others work on the next batch.
         rows, ahead = iter(rows), deque[Future]()
         with ThreadPoolExecutor(2) as pool:
             while (batch := list(islice(rows, _ROWS_AT_ONCE))) or ahead:
@@ -126,10 +126,10 @@ class Tokenizer(Chat):
         return [(kept, list(islice(encodings, len(texts)))) for _, texts, kept in rows]
 
     def lengths_of_rows(self, rows: Iterable[tuple[str, Messages, Messages, T]]) -> Iterator[tuple[T, list[int]]]:
-        """How many tokens the prompt and the answers of each row have, in order.
+        """The numbers of tokens of each row's prompt and answers, in order.
 
         Args:
-            rows: (where it stands, for messages; prompt; answers to it; whatever the taker wants back).
+            rows: (place for error messages; prompt; answers to it; anything, which is yielded with the lengths).
 
         Raises:
             UserError: naming the row that the template refuses or the vocabulary has no tokens for.
@@ -149,12 +149,12 @@ class Tokenizer(Chat):
                 yield kept, [len(encoding) + 1 for encoding in encodings]  # plus 1 as in the original
 
     def decode(self, ids: list[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """The text of token ids, without special tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def stream(self, stops: Sequence[str] = (), shown: bool = True) -> "Stream | None":
-        """Decodes a completion as its tokens come, up to where one of these texts or the template's own stop text begins;
-        None where there is no such text and the completion is not shown as it comes."""
+        """A decoder of a completion, token by token, up to the first of these stop strings or the template's own. None
+        if there are none and the completion is not shown while it is sampled."""
         stops = [*stops, *filter(None, [self.stop_text])]
         return Stream(self.backend, stops) if stops or shown else None
 
@@ -164,7 +164,7 @@ class Tokenizer(Chat):
         if isinstance(source, list):
             source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
         names = ""
-        if isinstance(source, dict):  # several templates by name
+        if isinstance(source, dict):  # {name: template}
             source, names = source.get("default"), f" named default, only {', '.join(map(str, source))}"
         if not isinstance(source, str):
             raise UserError(f"{self.folder} has no chat template{names}, in {self._config_file.name} or as {path.name}")
@@ -174,43 +174,47 @@ class Tokenizer(Chat):
         token = special.get(name)
         token_id = None if token is None else self.backend.token_to_id(token)
         if token_id is None:
-            fault = (
-                f"there is no {name}" if token is None else f"{name} is {token!r}, which the vocabulary does not hold"
-            )
-            raise UserError(f"{self._config_file}: {fault}")
+            fault = "is missing" if token is None else f"is {token!r}, which is not in the vocabulary"
+            raise UserError(f"{self._config_file}: {name} {fault}")
         return token_id
 
 
 class Stream:
-    """Text as its tokens come.
+    """Decodes a completion token by token.
 
     Attributes:
-        text: what can be shown so far: half a character waits for its other half, and what may begin a stop text for more.
-        stopped: whether a stop text has come. It is not in the text, nor is what followed it.
+        text: the text that can be shown so far. An incomplete character, and what may be the start of a stop string, is
+            held back until more tokens arrive.
+        stopped: whether a stop string has appeared. The text ends before it.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, stops: Sequence[str] = ()):
         self.backend, self.stops = backend, stops
         self.decoder = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
-        self.text, self.stopped, self._waiting = "", False, ""
+        self.text, self.stopped, self._waiting, self._tokens = "", False, "", []
 
     def push(self, token: int) -> None:
-        text = self._waiting + (self.decoder.step(self.backend, token) or "")
+        self._tokens.append(token)
+        self._add(self._waiting + (self.decoder.step(self.backend, token) or ""))
+
+    def finish(self) -> None:
+        """The completion has ended: release the text that is held back, so that the text is decode()'s."""
+        if not self.stopped:
+            self._add(self.backend.decode(self._tokens, skip_special_tokens=True)[len(self.text) :])
+            self.text += self._waiting * (not self.stopped)
+
+    def _add(self, text: str) -> None:
         first = min((text.find(stop) for stop in self.stops if stop in text), default=-1)
         self.stopped = self.stopped or first >= 0
         end = first if first >= 0 else len(text) - may_begin(text, self.stops)
         self.text, self._waiting = self.text + text[:end], text[end:]
 
-    def finish(self) -> None:
-        """The completion has ended: nothing waits any more."""
-        self.text, self._waiting = self.text + self._waiting * (not self.stopped), ""
-
 
 def may_begin(text: str, marks: Sequence[str]) -> int:
-    """How many characters at the end of a text may be the beginning of a mark."""
+    """How many characters at the end of a text may be the start of a mark."""
     return max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
 
 
 def half_pair(text: str) -> re.Match[str] | None:
-    """Where a text has half a surrogate pair, which JSON may hold and UTF-8 may not."""
+    """The first half surrogate pair in a text, if any: JSON allows one, UTF-8 does not."""
     return None if text.isascii() else re.search("[\ud800-\udfff]", text)

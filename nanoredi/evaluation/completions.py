@@ -1,16 +1,17 @@
-"""Completions that another engine wrote, in its own layout (layouts.py), as samples to grade.
+"""Grade completions that another engine wrote, in any of the layouts of layouts.py.
 
-A row belongs to the problem that its prompt asks: of all whose text stands in it the last, for what comes before may be
-examples. Without a prompt it belongs to the problem that an id names, a benchmark's own or a number; and to the one at
-its place in the file, which is then said, where there is neither. Several rows of one problem are its samples in turn.
-The gold answers are the benchmark's, or the file's own where no benchmark is named.
+A row's prompt says which problem it answers: of all problems whose text it contains, the last one, since those before
+may be few-shot examples. A row without a prompt is matched by an id, a benchmark's own or a number; without either, by
+its position in the file, with a note. Several rows of one problem are several samples of it. The gold answers are the
+benchmark's, or the file's own if no benchmark is named.
 """
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 from nanoredi.common.errors import UserError, run_script
@@ -19,63 +20,46 @@ from nanoredi.data.benchmarks import Benchmark, check_golds, golds_of
 from nanoredi.evaluation.layouts import LAYOUTS, Answers, Completion, read
 from nanoredi.evaluation.scores import Row, graded
 
-Problem = tuple[int, int]  # (which benchmark, which of its problems)
-Found = dict[Problem, dict[int, Completion]]  # a problem's completions by the samples' numbers
+Problem = tuple[int, int]  # (index of the benchmark, index of the problem in it)
+Found = dict[Problem, dict[int, Completion]]  # each problem's completions, by sample number
 
 
-def grade_file(
-    path: str,
-    name: str,
-    benchmarks: list[Benchmark],
-    thinking: bool,
-    limit: int = 0,
-    say: Callable[[str], None] = print,
-) -> list[list[Row]]:
-    """Grade a file of completions.
+def grade_file(path: str, name: str, benchmarks: list[Benchmark], thinking: bool, limit: int = 0) -> list[list[Row]]:
+    """Grade a file of completions, and print notes on what may not be intended.
 
     Args:
         path: rows in one of the layouts.
-        name: the model's, in the table; with samples.jsonl it stands before the names that are there.
-        benchmarks: whose problems they answer; none: the file's own prompts and gold answers make one.
-        thinking: whether the prompts opened <think>, which then is no part of the completions.
-        limit: grade only so many problems from each benchmark's start; 0: all.
-        say: takes what the reader should know of the file.
+        name: the model's name in the table; a prefix to the models' own names if the rows have several.
+        benchmarks: the benchmarks that are answered; none: the file's own prompts and gold answers make one.
+        thinking: whether the prompts opened <think>, so that the completions do not contain it.
+        limit: grade only this many problems from each benchmark's start; 0: all.
 
     Returns:
-        For each model and benchmark that the file answers its samples (graded has the keys), as many for every problem.
+        The samples (for the keys see graded) of each model on each benchmark that the file answers, equally many for
+        every problem.
 
     Raises:
-        UserError: for an unknown layout, a row of no problem, and a problem that has another number of completions.
+        UserError: for an unknown layout, a row of no problem, and problems with different numbers of completions.
     """
-    answers = _read(path, say)
+    answers = _read(path)
     if benchmarks:
-        problems = _assigned(path, answers, benchmarks, limit, say)
+        problems = _assigned(path, answers, benchmarks, limit)
+        _refuse_prompts(path, answers, [benchmarks[which].problems[i] for which, i in problems])
     else:
         benchmarks, problems = _own_benchmarks(path, answers)
     samples = []
     for model in dict.fromkeys(row.model for row in answers):
-        found: Found = {}
-        for row, problem in zip(answers, problems):
-            if row.model == model:
-                own = found.setdefault(problem, {})
-                for one in row.completions:
-                    if row.sample is None and (thinking or row.opens) and "<think>" not in one.text:
-                        one = replace(one, text=f"<think>\n{one.text}")
-                    number = len(own) if row.sample is None else row.sample
-                    if own.setdefault(number, one) != one:
-                        raise UserError(
-                            f"{row.where} is sample {number} of its problem, as an earlier row of other words is"
-                        )
-        shown = name if model is None else f"{name}: {model}"
-        samples += _graded(path, shown, benchmarks, _shared(benchmarks, found), limit)
+        own = ((row, problem) for row, problem in zip(answers, problems) if row.model == model)
+        found = _with_repeated_problems(benchmarks, _by_problem(own, thinking))
+        samples += _graded(path, name if model is None else f"{name}: {model}", benchmarks, found, limit)
     return samples
 
 
-def _read(path: str, say: Callable[[str], None]) -> list[Answers]:
-    """The rows of the file. A request that failed has as many empty completions as the others have real ones."""
+def _read(path: str) -> list[Answers]:
+    """The rows of the file. A failed request gets as many empty completions as other requests have completions."""
     answers, metrics = [], None
     for where, row in read_rows(path):
-        if isinstance(row, dict) and "resps" in row:  # lm-eval writes every row again for each of its filters
+        if isinstance(row, dict) and "resps" in row:  # lm-eval repeats every row for each of its filters
             metrics = metrics or row.get("filter")
             if row.get("filter") != metrics:
                 continue
@@ -85,97 +69,125 @@ def _read(path: str, say: Callable[[str], None]) -> list[Answers]:
     if len({row.model for row in answers} - {None}) < 2 and answers[0].problem is None:
         for row in answers:
             row.model = None
-    _take_bare_answers(path, answers, say)
+    _check_texts(path, answers)
     failed = [row for row in answers if row.error is not None]
     width = max(1, *(len(row.completions) for row in answers))
     for row in failed:
         row.completions = [Completion("", reason="error")] * width
     if failed:
-        words = "; ".join(
-            f"{count} x {words[:200]!r}" for words, count in Counter(r.error for r in failed).most_common(3)
-        )
-        say(
-            f"{path}: {len(failed)} of {len(answers)} requests failed and count as wrong, the first in {failed[0].where}: {words}"
+        errors = Counter(row.error for row in failed).most_common(3)
+        words = "; ".join(f"{count} x {error[:200]!r}" for error, count in errors)
+        print(
+            f"{path}: {len(failed)} of {len(answers)} requests failed and count as wrong, the first in "
+            f"{failed[0].where}: {words}"
         )
     return answers
 
 
-def _take_bare_answers(path: str, answers: list[Answers], say: Callable[[str], None]) -> None:
-    """Where nothing has a box: what is called a prediction may be the answer that was found in a response; else the reader
-    should know."""
+def _check_texts(path: str, answers: list[Answers]) -> None:
+    """Say which of several fields is read, how many completions are empty, and what happens if none has a box: a
+    "prediction" without a box may be the final answer itself."""
+    if others := sorted({name for row in answers for name in row.others}):
+        print(f"{path}: completions are taken from the field {answers[0].path}, and not from {', '.join(others)}")
     own = [one for row in answers for one in row.completions]
-    if any("box" in one.text for one in own) or not own:
+    if empty := sum(not one.text.strip() for one in own):
+        print(f"{path}: {empty:,} of {len(own):,} completions are empty and count as wrong")
+    if any("box" in one.text for one in own) or empty == len(own):
         return
     if all(row.path in (None, "prediction", "predictions", "predict") for row in answers):
-        say(f"{path}: no {answers[0].path} has a boxed answer; each is taken for the answer itself")
+        print(f"{path}: no {answers[0].path} has a boxed answer; each is taken for the answer itself")
         for one in own:
             one.text = f"</think>\\boxed{{{one.text}}}"
     else:
-        say(f"{path}: no completion has a boxed answer, which is the one that counts")
+        print(f"{path}: no completion has a boxed answer, which is the one that counts")
+
+
+def _by_problem(rows: Iterable[tuple[Answers, Problem]], thinking: bool) -> Found:
+    """One model's completions of each problem. A repeated sample number with the same text is the same sample."""
+    found: Found = {}
+    seen = set()
+    for row, problem in rows:
+        own = found.setdefault(problem, {})
+        for one in row.completions:
+            if row.problem is None and (thinking or row.opens) and "<think>" not in one.text:
+                one = replace(one, text=f"<think>\n{one.text}")
+            if row.sample is not None and (problem, row.sample, one.text) in seen:
+                continue
+            seen.add((problem, row.sample, one.text))
+            number = len(own) if row.problem is None else row.sample
+            if number in own:
+                raise UserError(f"{row.where} is sample {number} of its problem, as is an earlier row with other text")
+            own[number] = one
+    return found
 
 
 def _own_benchmarks(path: str, answers: list[Answers]) -> tuple[list[Benchmark], list[Problem]]:
-    """The prompts of a file as benchmarks, by the file's own gold answers, and each row's problem."""
+    """The file's prompts as benchmarks, with the file's own gold answers, and the problem of each row."""
     golds: dict[str, dict[str | int, list[str]]] = {}
     keys = []
     for row in answers:
         key = row.prompt or next(iter(row.ids.values()), None) if row.problem is None else row.problem
-        benchmark = row.benchmark or Path(path).stem
-        if key is None or row.golds is None and key not in golds.get(benchmark, {}):
+        keys.append((row.benchmark or Path(path).stem, key))
+        own = golds.setdefault(keys[-1][0], {})
+        if key is None:
+            raise UserError(f"{row.where} has neither a prompt nor an id, which would say what problem it answers")
+        if row.golds is None and key not in own:
             raise UserError(f"{row.where} has no gold answer of its own: name the benchmark with --benchmarks")
-        if row.golds is not None:
-            own = golds_of(row.where, row.golds)
-            if golds.setdefault(benchmark, {}).setdefault(key, own) != own:
-                raise UserError(f"{row.where} has another gold answer than an earlier row of the same problem")
-        keys.append((benchmark, key))
-    names = list(golds)
-    # The problems of samples.jsonl are numbers, and its rows in the order in which they ended.
+        if row.golds is not None and own.setdefault(key, gold := golds_of(row.where, row.golds)) != gold:
+            raise UserError(f"{row.where} has another gold answer than an earlier row of the same problem")
+    if unsure := {row.gold_field for row in answers} & {"answer", "label"}:
+        print(f"{path}: its own {' and '.join(sorted(unsure))!r} is taken for the gold answer")
+    # In samples.jsonl problems are numbers, and rows are in the order in which they were finished.
     ordered = {b: sorted(own) if all(isinstance(key, int) for key in own) else list(own) for b, own in golds.items()}
-    check_golds(path, [gold for own in golds.values() for gold in own.values()])
-    places = {(b, key): (names.index(b), i) for b, own in ordered.items() for i, key in enumerate(own)}
-    texts = {b: [str(key) for key in own] for b, own in ordered.items()}
-    benchmarks = [Benchmark(b, texts[b], texts[b], [golds[b][key] for key in own]) for b, own in ordered.items()]
+    places, benchmarks = {}, []
+    for which, (name, own) in enumerate(ordered.items()):
+        places.update(((name, key), (which, i)) for i, key in enumerate(own))
+        texts = [str(key) for key in own]
+        benchmarks.append(Benchmark(name, texts, texts, [golds[name][key] for key in own]))
+    check_golds(path, [gold for benchmark in benchmarks for gold in benchmark.golds])
     return benchmarks, [places[key] for key in keys]
 
 
-def _assigned(
-    path: str, answers: list[Answers], benchmarks: list[Benchmark], limit: int, say: Callable[[str], None]
-) -> list[Problem]:
-    """For each row the problem that it answers."""
-    texts: dict[str, Problem] = {}  # of several problems with the same words the first
+def _assigned(path: str, answers: list[Answers], benchmarks: list[Benchmark], limit: int) -> list[Problem]:
+    """The problem that each row answers."""
+    texts: dict[str, Problem] = {}  # of problems with the same text the first
     for which, benchmark in enumerate(benchmarks):
         for i, text in enumerate(benchmark.problems):
             texts.setdefault(_words(text), (which, i))
-    known: dict[str | None, Problem | None] = {None: None}
+    asked = lru_cache(None)(partial(_asked, problems=texts))
     found: list[Problem | None] = []
     for row in answers:
-        if row.problem is not None:
-            found.append(_numbered(row, benchmarks))
-            continue
-        if row.prompt not in known:
-            known[row.prompt] = _asked(row.prompt, texts)
-        found.append(known[row.prompt] or _asked(row.texts, texts))
+        found.append(asked(row.prompt or "") or asked(row.texts) if row.problem is None else _numbered(row, benchmarks))
         if row.prompt and found[-1] is None:
-            names = ", ".join(b.name for b in benchmarks)
-            raise UserError(f"{row.where}: its prompt holds no problem of {names}")
-    left = [row for row, problem in zip(answers, found) if problem is None]
-    if not left:
+            raise UserError(f"{row.where}: its prompt holds no problem of {', '.join(b.name for b in benchmarks)}")
+    if None not in found:
         return found
     named = _by_id(answers, benchmarks, limit)
     if named is None:
         if len(benchmarks) > 1 or len(answers) not in (len(benchmarks[0].problems), limit):
             raise UserError(
-                f"{left[0].where} has no prompt, and no id that names its problem; then the file must have a row for each "
-                "problem of one benchmark"
+                f"{answers[found.index(None)].where} has no prompt, and no id that names its problem; then the file "
+                "must have a row for each problem of one benchmark"
             )
-        say(f"{path}: rows without a prompt or an id of a problem are taken in the order of {benchmarks[0].name}")
-        return [problem or (0, place) for place, problem in enumerate(found)]
+        print(f"{path}: rows without a prompt or an id of a problem are taken in the order of {benchmarks[0].name}")
+        named = [(0, place) for place in range(len(found))]
     return [problem or by_id for problem, by_id in zip(found, named)]
 
 
+def _refuse_prompts(path: str, answers: list[Answers], problems: list[str]) -> None:
+    """Refuse completions that begin with a few-shot prompt, whose boxes would count as answers."""
+    texts = [(one.text, asked) for row, asked in zip(answers, problems) for one in row.completions]
+    num_boxed = sum(asked in text and "\\box" in text.partition(asked)[0] for text, asked in texts)
+    if 2 * num_boxed > len(texts):
+        raise UserError(
+            f"{path}: {num_boxed:,} of {len(texts):,} completions have a boxed answer in front of the problem itself, "
+            "so they seem to begin with their prompts; a row must hold the completion alone"
+        )
+
+
 def _asked(text: str, problems: dict[str, Problem]) -> Problem | None:
-    """Of all problems that stand in a text the one that ends last; of those that end there the longest, for a problem may
-    stand within another."""
+    """Of all problems contained in a text the one that ends last; if several end there, the longest, since one problem
+    may contain another."""
     text = _words(text)
     held = [(at + len(words), len(words), words) for words in problems if (at := text.rfind(words)) >= 0]
     return problems[max(held)[2]] if held else None
@@ -187,39 +199,40 @@ def _words(text: str) -> str:
 
 def _numbered(row: Answers, benchmarks: list[Benchmark]) -> Problem:
     """The problem of a row of samples.jsonl."""
-    which = next((i for i, b in enumerate(benchmarks) if b.name == row.benchmark), None)
-    if which is None or not 0 <= row.problem < len(benchmarks[which].problems):
-        raise UserError(f"{row.where} is of problem {row.problem} of {row.benchmark}, which is not among those named")
-    return which, row.problem
+    for which, benchmark in enumerate(benchmarks):
+        if benchmark.name == row.benchmark and 0 <= row.problem < len(benchmark.problems):
+            return which, row.problem
+    raise UserError(f"{row.where} is of problem {row.problem} of {row.benchmark}, which is not among those named")
 
 
 def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list[Problem] | None:
-    """The problems of rows by the first of their ids that names all of them; None where none does.
+    """The problem of each row by the first of its ids that identifies a problem in every row; None if there is none.
 
     Raises:
-        UserError: when they have a custom_id, for engines then promise no order, and it names no problem.
+        UserError: if the rows have a custom_id that identifies no problem: engines that write one promise no order.
     """
     for name in rows[0].ids:
         ids = [row.ids.get(name, "") for row in rows]
-        # With several benchmarks an id begins with one's name.
-        whose = [[i for i, b in enumerate(benchmarks) if len(benchmarks) == 1 or id.startswith(b.name)] for id in ids]
-        problems = {}
+        # With several benchmarks an id begins with the name of one; of several such names the longest is meant.
+        names = [b.name for b in benchmarks] if len(benchmarks) > 1 else [""]
+        whose = [max((name for name in names if id.startswith(name)), key=len, default=None) for id in ids]
+        problems: dict[str, Problem] = {}
         for which, benchmark in enumerate(benchmarks):
-            own = [id for id, those in zip(ids, whose) if those and those[-1] == which]
-            problems |= {(id, which): (which, i) for id, i in _numbers(own, benchmark, limit).items()}
-        if all(those and (id, those[-1]) in problems for id, those in zip(ids, whose)):
-            return [problems[id, those[-1]] for id, those in zip(ids, whose)]
+            own = [id for id, begin in zip(ids, whose) if begin == names[which]]
+            problems |= {id: (which, i) for id, i in _numbers(own, benchmark, limit).items()}
+        if problems.keys() >= {*ids}:
+            return [problems[id] for id in ids]
         if name == "custom_id":
             raise UserError(
-                f"{rows[0].where}: its custom_id {ids[0]!r} names no problem of {', '.join(b.name for b in benchmarks)}, "
-                "neither by an id that stands there nor by its number; give the rows their prompts"
+                f"{rows[0].where}: its custom_id {ids[0]!r} names no problem of "
+                f"{', '.join(b.name for b in benchmarks)}, by no id and by no number; give the rows their prompts"
             )
     return None
 
 
 def _numbers(ids: list[str], benchmark: Benchmark, limit: int) -> dict[str, int]:
-    """{id: its problem's place}: the benchmark's own ids, or ids with a number that runs over all problems, from 0 or 1.
-    Empty where they are neither, or more than one number does."""
+    """{id: index of its problem} for the benchmark's own ids, or for ids with a number that runs over all problems,
+    from 0 or 1. Empty if the ids are neither, or contain several such numbers."""
     if len(benchmark.problems) == 1:
         return dict.fromkeys(ids, 0)
     for own in benchmark.ids.values():
@@ -234,9 +247,9 @@ def _numbers(ids: list[str], benchmark: Benchmark, limit: int) -> dict[str, int]
     return found[0] if len(found) == 1 else {}
 
 
-def _shared(benchmarks: list[Benchmark], found: Found) -> Found:
-    """The completions of a problem that stands several times, dealt to each in turn; all to each where there are no more
-    than for another."""
+def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:
+    """Completions of a problem that a benchmark has several times, split among its copies; every copy gets all of them
+    if there are only as many as another problem has."""
     same: dict[str, list[Problem]] = {}
     for which, benchmark in enumerate(benchmarks):
         for i, text in enumerate(benchmark.problems):
@@ -252,20 +265,23 @@ def _shared(benchmarks: list[Benchmark], found: Found) -> Found:
 
 
 def _graded(path: str, name: str, benchmarks: list[Benchmark], found: Found, limit: int) -> list[list[Row]]:
-    """A model's completions graded, by benchmark."""
+    """One model's completions graded, by benchmark."""
     samples = []
     for which, benchmark in enumerate(benchmarks):
         problems = [found.get((which, i), {}) for i in range(len(benchmark.problems))][: limit or None]
         if not any(problems):
+            print(f"{path}: {name} has no completions for {benchmark.name}")
             continue
         n = max(map(len, problems))
         for i, own in enumerate(problems):
-            if sorted(own) != list(range(n)):
+            if len(own) != n:
                 raise UserError(
                     f"{path}: {name} has {len(own)} completions for problem {i + 1} of {benchmark.name} and {n} for "
                     "others; every problem needs as many"
                 )
-        numbered = [(i, number, own[number]) for i, own in enumerate(problems) for number in range(n)]
+        if n > 1 and all(min(Counter(one.text for one in own.values()).values()) > 1 for own in problems):
+            print(f"{path}: {name} has every completion of {benchmark.name} more than once, word for word")
+        numbered = [(i, k, own[number]) for i, own in enumerate(problems) for k, number in enumerate(sorted(own))]
         samples.append([graded(name, benchmark, i, k, one.text, one.tokens, one.reason) for i, k, one in numbered])
     return samples
 

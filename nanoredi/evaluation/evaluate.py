@@ -1,4 +1,4 @@
-"""A model on benchmarks: sample, grade, and sum up in rows of the table."""
+"""Evaluate a model on benchmarks: sample, grade, and summarise as rows of the results table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,14 +34,14 @@ def evaluate_all(
     adds: bool = False,
     notes: str = "",
 ) -> list[Row]:
-    """Evaluate models {name: folder} into one folder, as evaluate does one. Of those that are done nothing is loaded.
+    """Evaluate models {name: folder} into one folder, each as evaluate does. Finished models are not loaded again.
 
     Args:
-        adds: whether other models may have been evaluated there; their rows are returned, too.
-        notes: said where there is something to do.
+        adds: whether the folder may hold results of other models, too; their rows are also returned.
+        notes: printed if anything is left to evaluate.
 
     Returns:
-        All rows, which results.json holds, too, after each model.
+        All rows; after each model they are also written to results.json.
     """
     config.dtype = world.first(lambda: Samples(out).claim(models, benchmarks, config, adds))
     num_samples = config.n * sum(len(b.problems) for b in benchmarks)
@@ -64,27 +64,26 @@ def evaluate(
     world: World,
     pairs: RediConfig | None = None,
 ) -> list[Row]:
-    """Evaluate the model of a folder; the ranks share the problems. A second start does what is missing.
+    """Evaluate one model, with the problems shared among the ranks. Only samples that are still missing are made.
 
     Args:
-        name: the model's, in the table.
+        name: the model's name in the table.
         folder: Hugging Face folder.
-        out: the folder of the samples (samples.py), claimed for this model. What they lack is added, no more.
-        pairs: with a `watch` file, whose mean log-probs a token then stand in the rows too.
+        out: the folder of the samples (samples.py), already claimed for this model.
+        pairs: if it has a `watch` file, the rows also get the mean log-probs a token of its pairs.
 
     Returns:
-        A row a benchmark (summarise has its keys), the same on every rank.
+        One row a benchmark (for the keys see summarise), the same on every rank.
     """
     tokenizer = Tokenizer(folder)
     dtype = compute_dtype(config.dtype, world.device)
-    give_back()  # what is left of the model before
+    give_back()  # the previous model's memory
     model = Qwen2.from_pretrained(folder, dtype=dtype, device=world.device).pack()
     logps = {}
     if pairs is not None and pairs.watch:
-        load = partial(
-            load_pairs, pairs.watch, tokenizer, pairs.max_prompt_tokens, pairs.max_response_tokens, pairs.cache
-        )
-        world.first(lambda: load().notes)  # fills the cache
+        limits = pairs.max_prompt_tokens, pairs.max_response_tokens
+        load = partial(load_pairs, pairs.watch, tokenizer, *limits, pairs.cache)
+        world.first(lambda: load().notes)  # one rank fills the cache for all
         means, _ = means_a_token(model, load(), pairs.max_tokens_per_micro_batch, world).tolist()
         logps = dict(zip(("chosen_logp", "rejected_logp"), means))
     run = _Evaluation(name, model, tokenizer, benchmarks, config, Samples(out), world)
@@ -94,9 +93,9 @@ def evaluate(
 
 @dataclass
 class _Evaluation:
-    """All that sampling one model works with."""
+    """One model's evaluation."""
 
-    name: str  # the model's, in the table
+    name: str  # the model's name in the table
     model: Qwen2
     tokenizer: Tokenizer
     benchmarks: list[Benchmark]
@@ -106,8 +105,8 @@ class _Evaluation:
 
 
 def _sample(run: _Evaluation) -> None:
-    """Sample and grade what the benchmarks' samples lack. Each rank takes a problem whenever it has room for one, those
-    first that are expected to take longest, so that all ranks end together."""
+    """Make and grade the missing samples. Each rank takes a problem whenever it has room for one, beginning with those
+    that are expected to take longest, so that all ranks finish together."""
     missing, world = _missing(run), run.world
     if not missing:
         return
@@ -115,12 +114,11 @@ def _sample(run: _Evaluation) -> None:
     sampler = Sampler(run.model, stop_ids(run.tokenizer), run.config)
     for problem in missing:
         sampler.check(problem.requests)
-    # Not more than a rank's share at once: where there are few problems, every rank gets some.
+    # At most a rank's share at once, so that every rank gets some of a few problems.
     room = min(sampler.batch_size, -(-num_missing // world.size))
     queue, whose, more = Queue(world, len(missing)), {}, True
-    total = num_missing if world.size == 1 else None  # what the others do is not known here
-    finished = progress(None, run.name, total, "samples", disable=world.rank > 0)
-    with finished:
+    total = num_missing if world.size == 1 else None  # a rank does not see the others' progress
+    with progress(None, run.name, total, "samples", disable=world.rank > 0) as finished:
         while more or sampler.busy:
             while more and sampler.num_held < room:
                 number = queue.next()
@@ -139,8 +137,8 @@ def _sample(run: _Evaluation) -> None:
 
 
 def _missing(run: _Evaluation) -> list["_Problem"]:
-    """The problems with the requests that are still to be made, the longest first. Those that are too long for the context
-    are counted as cut off here."""
+    """The problems with the requests that are still to be made, the longest first. Problems that do not fit into the
+    context are recorded as cut off here."""
     problems, context = _problems(run), run.model.config.max_position_embeddings
     too_long = [problem for problem in problems if len(problem.requests[0].prompt) >= context]
     done, length = run.world.first(lambda: _so_far(run))
@@ -159,23 +157,23 @@ def _missing(run: _Evaluation) -> list["_Problem"]:
 
 @dataclass(eq=False)
 class _Problem:
-    """A problem of a benchmark, with its samples; opened is what of the response the prompt holds already."""
+    """A problem of a benchmark, with a request for each of its samples."""
 
     benchmark: Benchmark
     number: int
     requests: list[Request]
-    opened: str
-    expected: float = 0.0  # mean tokens of its samples, as far as these are known
+    opened: str  # the beginning of the response that is already in the prompt: <think> or nothing
+    expected: float = 0.0  # estimated tokens of a sample
 
 
 def _cut_off(run: _Evaluation, problems: list[_Problem]) -> None:
-    """Count problems that leave no room for an answer as cut off, and say so."""
+    """Record the samples of problems that leave no room for an answer as cut off, and say so."""
     if problems:
         first, length = problems[0], len(problems[0].requests[0].prompt)
         print(
             f"{run.name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} with no room in the context of "
-            f"{run.model.config.max_position_embeddings:,} tokens counted as cut off; the first: problem {first.number + 1} of {first.benchmark.name}, {length:,} tokens "
-            "with its template",
+            f"{run.model.config.max_position_embeddings:,} tokens counted as cut off; the first: problem "
+            f"{first.number + 1} of {first.benchmark.name}, {length:,} tokens with its template",
             flush=True,
         )
     for problem in problems:
@@ -193,18 +191,18 @@ def _problems(run: _Evaluation) -> list[_Problem]:
         names = [f"{benchmark.name}: problem {number}" for number in range(1, len(prompts) + 1)]
         requests = requests_for(prompts, config.n, config.seed, names)
         for number, text in enumerate(texts):
-            # Where the prompt opens <think>, that belongs to the response all the same.
+            # A <think> that the prompt opens is still part of the response.
             opened = "<think>\n" if text.rstrip().endswith("<think>") else ""
             own = requests[number * config.n : (number + 1) * config.n]
-            for sample, request in enumerate(own):  # a problem that stands twice has two rows of n
+            for sample, request in enumerate(own):  # from 0 for each copy of a problem
                 request.sample, request.stream = sample, run.tokenizer.stream(shown=False)
             problems.append(_Problem(benchmark, number, own, opened))
     return problems
 
 
 def _so_far(run: _Evaluation) -> tuple[set[tuple[str, int, int]], dict[tuple[str, int], float]]:
-    """Which samples of the model are there, as (benchmark, problem, sample), and the mean tokens of every problem's, any
-    model's."""
+    """The model's finished samples, as (benchmark, problem, sample), and the mean tokens of each problem's samples,
+    including those of other models."""
     done, tokens = set(), {}
     for row in run.samples.rows():
         key = row["benchmark"], row["problem"]
@@ -215,9 +213,6 @@ def _so_far(run: _Evaluation) -> tuple[set[tuple[str, int, int]], dict[tuple[str
 
 
 def _summary(run: _Evaluation) -> list[Row]:
-    of_benchmark: dict[str, list[Row]] = {benchmark.name: [] for benchmark in run.benchmarks}
-    for row in run.samples.rows():
-        if row["model"] == run.name:
-            of_benchmark[row["benchmark"]].append(row)
-    named = of_benchmark.items()
-    return [{"model": run.name, "benchmark": name, **summarise(rows, run.config.n)} for name, rows in named]
+    rows = [row for row in run.samples.rows() if row["model"] == run.name]
+    named = [(b.name, [row for row in rows if row["benchmark"] == b.name]) for b in run.benchmarks]
+    return [{"model": run.name, "benchmark": name, **summarise(own, run.config.n)} for name, own in named]

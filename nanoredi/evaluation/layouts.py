@@ -1,8 +1,8 @@
 """The layouts in which engines write completions, as one table; docs/layouts.md has an example of each.
 
-A layout is known by the field that its completions stand in. What stands there is a text, an object that has one of these
-fields in its turn, or a list of either. What the objects on the way say of tokens, thinking and why a completion ended
-counts, the innermost first. Names are read without regard to case and underscores around them (finishReason, __doc__).
+A layout is recognised by the field that holds its completions. Its value is a text, an object that again has one of
+these fields, or a list of either. Token counts, thinking and finish reasons are the innermost object's that has any.
+Names are compared without regard to case and to underscores around them (finishReason, __doc__).
 """
 
 import json
@@ -18,7 +18,7 @@ from nanoredi.common.formats import parse_json
 from nanoredi.data.benchmarks import SURE_GOLDS, in_one_case, listed
 from nanoredi.data.messages import THINKING_NAMES
 
-# The completions' field, and who writes it. The first that a row has counts.
+# The field that holds the completions, and who writes it. If a row has several, the first one here counts.
 LAYOUTS = {
     "result": "batch output of Anthropic's API, HELM",
     "choices": "chat.completion",
@@ -38,7 +38,7 @@ LAYOUTS = {
     "generation": "NeMo-Skills' and distilabel's",
     "text": "SGLang's {text, meta_info}",
     "messages": "a conversation that ends with the assistant",
-    "conversations": "the same in ShareGPT's names",
+    "conversations": "the same with ShareGPT's names",
     "all_messages": "MathArena's outputs",
     "code": "Qwen2.5-Math's evaluation",
     "message": "Ollama's chat",
@@ -46,33 +46,30 @@ LAYOUTS = {
     "prediction": "OpenCompass' predictions",
     "predict": "LLaMA-Factory's generated_predictions.jsonl",
 }
-_INNER = (*LAYOUTS, "body", "parts", "value")  # of an object within the row
+_INNER = (*LAYOUTS, "body", "parts", "value")  # the same for an object within the row
 _PROMPTS = (
     "full_prompt prompt messages conversations origin_prompt instruction input inputs problem question query example "
     "arguments doc.query doc.problem doc.question"
 ).split()
-# A final_answer may be what the model has come to.
+# Not final_answer: that may be the model's.
 _GOLDS = ("reward_model.ground_truth", *SURE_GOLDS, "target", "answer", "label")
-_IDS = (
-    "custom_id problem_id question_id unique_id doc_id idx index id uid key record_id request_id doc.id "
-    "extra_info.index meta_info.id"
-).split()
+_IDS = "custom_id problem_id question_id doc_id idx index id uid key doc.id extra_info.index meta_info.id".split()
+_ID = re.compile("(example|instance|item|problem|prompt|query|question|record|request|row|task|unique)_(id|idx|index)")
 _MODELS = ("model", "model_name", "model_id", "generator", "response.body.model")
-# Of the completions in an object; these may stand in another one within it.
-_ABOUT = ("", "usage.", "meta_info.", "details.")
+_ABOUT = ("", "usage.", "meta_info.", "details.")  # objects in an object, with what it says about its completions
 _TOKENS = (
     "completion_tokens output_tokens generated_tokens num_generated_tokens eval_count tokens_predicted token_ids "
     "output_ids tokens"
 ).split()
 _REASONS = ("finish_reason", "done_reason", "stop_type", "stop_reason", "incomplete_details.reason")
 _THINKING = (*THINKING_NAMES, "reasonings")
-_UNASKED = (*_THINKING, "role", "from", "type")  # of a message
-_CUT_OFF = ("max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "limit")  # "length"
+_NOT_ASKED = (*_THINKING, "role", "from", "type")  # fields of a message that are no part of a prompt
+_CUT_OFF = ("max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "limit")  # mean "length"
 
 
 @dataclass
 class Completion:
-    """A text; its tokens and why it ended, where the engine says so."""
+    """A text, with its number of tokens and its finish reason if the engine gives them."""
 
     text: str
     tokens: int | None = None
@@ -84,27 +81,28 @@ class Answers:
     """A row of the file."""
 
     where: str  # "file, line n"
-    prompt: str | None  # its texts, the question last; None where there is none to be read
+    prompt: str | None  # its texts, the question last; None if there is none, or none that is text
     completions: list[Completion]
-    opens: bool = False  # the prompt ends by opening <think>, which is then no part of the completions
-    golds: Any = None  # the row's own gold answers as the file has them, if any
-    ids: dict[str, str] = field(default_factory=dict)  # of whatever may name the problem
-    error: str | None = None  # the server's own words, where the request failed; then there are no completions
-    path: str | None = None  # the completions' field
-    texts: str = ""  # all that the row holds beside its completions
-    model: str | None = None  # who answered, where the row says so
-    # Of a row of samples.jsonl, which is sure of them:
-    benchmark: str | None = None
+    opens: bool = False  # whether the prompt ends with <think>, which the completion then does not contain
+    golds: Any = None  # the row's own gold answers, as they are in the file
+    gold_field: str = ""  # the field that they are in
+    ids: dict[str, str] = field(default_factory=dict)  # every field that may identify the problem
+    error: str | None = None  # the server's message if the request failed; then there are no completions
+    path: str | None = None  # the field that holds the completions
+    others: list[str] = field(default_factory=list)  # other fields that may hold completions, with other values
+    texts: str = ""  # all text of the row except its completions
+    model: str | None = None  # the model's name, if the row has it
+    sample: int | None = None  # the sample's number, if nanoredi wrote the row
+    benchmark: str | None = None  # only in rows of samples.jsonl, like the next one
     problem: int | None = None
-    sample: int | None = None
 
 
 def read(where: str, row: Any) -> Answers:
-    """A row in whichever layout it has.
+    """Read a row in whichever layout it has.
 
     Raises:
-        UserError: for one in no layout, naming its fields; for a completion that is no text, and a count or reason of
-            another type.
+        UserError: if it has none, with the names of its fields; if a completion is not text, or a token count or finish
+            reason has the wrong type.
     """
     given = {"outputs": row} if isinstance(row, list) else row  # the samples of a problem
     if not isinstance(given, dict):
@@ -112,24 +110,29 @@ def read(where: str, row: Any) -> Answers:
     row = _plain(in_one_case(where, given, _name))
     prompts = [text for path in _PROMPTS if (text := "\n".join(_texts(_get(row, path))))]
     found = Answers(where, "\n".join(prompts) or None, [], any(p.rstrip().endswith("<think>") for p in prompts))
-    found.golds = next((gold for path in _GOLDS if (gold := _get(row, path)) not in (None, "")), None)
+    golds = ((path, gold) for path in _GOLDS if (gold := _get(row, path)) not in (None, ""))
+    found.gold_field, found.golds = next(golds, ("", None))
     index, choices = _get(row, "doc.gold_index"), _get(row, "doc.choices")
     if isinstance(index, (int, list)) and isinstance(choices, list):
         indices = index if isinstance(index, list) else [index]
         found.golds = [choices[i] for i in indices if isinstance(i, int) and i in range(len(choices))]
     choices = row.get("choices") or row.get("options")
     if isinstance(choices, list) and isinstance(found.golds, int) and found.golds in range(len(choices)):
-        found.golds = [chr(ord("A") + found.golds), str(choices[found.golds])]
-    found.ids = {path: str(value) for path in _IDS if isinstance(value := _get(row, path), (str, int))}
+        if not isinstance(choices[found.golds], dict):  # else they are chat.completion's
+            found.golds = [chr(ord("A") + found.golds), str(choices[found.golds])]
+    ids = dict.fromkeys([*_IDS, *filter(_ID.fullmatch, row)])
+    found.ids = {path: str(value) for path in ids if isinstance(value := _get(row, path), (str, int))}
     found.model = next((name for path in _MODELS if isinstance(name := _get(row, path), str)), None)
-    if isinstance(row.get("problem"), int) and isinstance(row.get("benchmark"), str):
-        found.benchmark, found.problem, found.sample = row["benchmark"], row["problem"], row.get("sample")
-        found.model = str(row.get("model"))
-        if type(found.sample) is not int:
-            raise UserError(f"{where}: its 'sample' is {str(found.sample)[:60]!r}; it must be a whole number")
-    found.path = _field(row, LAYOUTS)
-    if found.path is not None:
-        found.completions = _described(_completions(row[found.path]), row)
+    sample, problem = (_count(row.get(name)) for name in ("sample", "problem"))
+    if type(problem) is int and isinstance(row.get("benchmark"), str):
+        found.benchmark, found.problem, found.model = row["benchmark"], problem, str(row.get("model"))
+        if type(sample) is not int:
+            raise UserError(f"{where}: its 'sample' is {str(sample)[:60]!r}; it must be a whole number")
+    if found.problem is not None or type(sample) is int and {"completion", "finish_reason", "tokens"} <= row.keys():
+        found.sample = sample
+    if fields := _fields(row, LAYOUTS):
+        found.path, found.completions = fields[0], _described(_completions(row[fields[0]]), row)
+        found.others = [name for name in fields[1:] if row[name] not in (None, [], "", row[fields[0]])]
     if not any(one.text for one in found.completions):
         found.error = _error(row, found.completions)
     if found.error is None:
@@ -141,55 +144,53 @@ def read(where: str, row: Any) -> Answers:
 
 
 def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: list[str]) -> None:
-    """Refuse a row without whole completions; say in one way why they ended."""
+    """Refuse a row without whole completions; unify their finish reasons."""
     where, path = found.where, found.path
     if path is None:
         raise UserError(
-            f"{where} is in no layout that is known here: it has the fields {', '.join(given) or 'none at all'}; known are "
-            f"{', '.join(f'{path} ({who})' for path, who in LAYOUTS.items())}"
+            f"{where} is in no known layout: it has the fields {', '.join(given)[:500] or 'none at all'}, and "
+            f"completions are looked for in {', '.join(LAYOUTS)} (docs/layouts.md has an example of each)"
         )
     is_piece = row.get("done") is False or path == "content" and row.get("stop") is False
     if is_piece or str(row.get("object")).endswith(".chunk"):
-        raise UserError(f"{where} is a piece of a stream; a row must hold a whole completion: ask without streaming")
+        raise UserError(f"{where} is a piece of a stream; a row must hold a whole completion: request them unstreamed")
     if not found.completions:
         raise UserError(f"{where}: its {path!r} holds no completion")
     for one in found.completions:
         if not isinstance(one.text, str):
-            raise UserError(f"{where} has no text where its completion should be, but {str(one.text)[:60]!r}")
-        if not (one.tokens is None or type(one.tokens) is int and one.tokens >= 0):
+            raise UserError(f"{where} has {str(one.text)[:60]!r} for a completion; it must be a text")
+        if not (one.tokens is None or type(one.tokens) is int and one.tokens in range(2**31)):
             raise UserError(f"{where}: its number of tokens is {str(one.tokens)[:60]!r}; it must be a whole number")
         one.reason = one.reason.get("type") if isinstance(one.reason, dict) else one.reason
         if not (one.reason is None or isinstance(one.reason, str)):
             raise UserError(f"{where}: its finish_reason is {str(one.reason)[:60]!r}; it must be a text")
         if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF:
             one.reason = "length"
-        for prompt in prompts:  # transformers' pipelines repeat it
+        for prompt in prompts:  # which transformers' pipelines repeat
             one.text = one.text.removeprefix(prompt)
 
 
 def _completions(value: Any) -> list[Completion]:
-    """All that stand in a text, in an object, or in lists of these."""
-    text: Any
+    """All completions in a text, in an object, or in a list of these."""
     value = _unquoted(value)
     if isinstance(value, list) and (parts := _parts(value)) is not None:
         return [Completion(parts)]
     if isinstance(value, list):
         is_asked = _role(value) and any(_role([message]) != "assistant" for message in value)
         return [one for item in (value[-1:] if is_asked else value) for one in _completions(item)]
-    if not isinstance(value, dict):
-        return [Completion("" if value is None else value)]
-    if (name := _field(value, _INNER)) is not None:
-        inner = value[name] if name != "parts" else _parts(value[name], True)
-        return _described(_completions(inner), value)
-    # Filtered by the server, or else no completion, which _check says.
-    text = "" if {"role", "finish_reason"} & value.keys() else value
-    return [Completion(text)]
+    if isinstance(value, dict):
+        if fields := _fields(value, _INNER):
+            inner = value[fields[0]] if fields[0] != "parts" else _parts(value["parts"], True)
+            return _described(_completions(inner), value)
+        if {"role", "finish_reason"} & value.keys():  # filtered by the server
+            value = None
+    return [Completion("" if value is None else value)]  # _check refuses what is no text
 
 
 def _described(found: list[Completion], value: dict[str, Any]) -> list[Completion]:
-    """Completions with what the object around them says of them, unless one within it has said so."""
+    """Add what the object around the completions says about them, unless an object within it has said so already."""
     num = len(found)
-    about = _each(value, _TOKENS, num, len), _each(value, _REASONS, num), _each(value, _THINKING, num)
+    about = _each(value, _TOKENS, num, count=True), _each(value, _REASONS, num), _each(value, _THINKING, num)
     for one, tokens, reason, thinking in zip(found, *about):
         one.tokens = one.tokens if one.tokens is not None else tokens
         one.reason = one.reason if one.reason is not None else reason
@@ -198,9 +199,9 @@ def _described(found: list[Completion], value: dict[str, Any]) -> list[Completio
     return found
 
 
-def _each(value: dict[str, Any], names: Iterable[str], num: int, count: Any = None) -> list[Any]:
-    """What an object says under the first of some names, for each of its completions. Of several completions a list says
-    it one by one; anything else is of all together. A list may also be what is counted."""
+def _each(value: dict[str, Any], names: Iterable[str], num: int, count: bool = False) -> list[Any]:
+    """What an object says about each of its completions, under the first of some names that it has. For several
+    completions it must be a list: a single value is about all together. With `count` a list may also be counted."""
     for path in (about + name for about in _ABOUT for name in names):
         said = _get(value, path)
         if count and isinstance(said, dict):
@@ -209,43 +210,49 @@ def _each(value: dict[str, Any], names: Iterable[str], num: int, count: Any = No
             said = [said] * num if num == 1 else []
         elif count and num == 1 and not (said and isinstance(said[0], list)):
             said = [len(said) or None]
+        said = [len(one) if isinstance(one, list) else _count(one) for one in said] if count else said
         if len(said) == num and any(one is not None for one in said):
-            said = [len(one) if count and isinstance(one, list) else one for one in said]
-            return [int(one) if isinstance(one, float) and one.is_integer() else one for one in said]
+            return said
     return [None] * num
 
 
-def _field(value: dict[str, Any], names: Any) -> str | None:
-    """Which field of an object holds its completions; one that is null or empty where no other does."""
+def _count(value: Any) -> Any:
+    """A whole number that a table has as text or as a float, or None for its empty cell; else the value itself."""
+    if value == "" or value != value:
+        return None
+    is_text = isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value)
+    return int(value) if is_text or isinstance(value, float) and value.is_integer() else value
+
+
+def _fields(value: dict[str, Any], names: Any) -> list[str]:
+    """The fields of an object that may hold its completions, those that are null or empty last."""
     there = [name for name in names if name in value and _may_hold_completions(value, name, names is LAYOUTS)]
-    return next((name for name in there if value[name] not in (None, [])), next(iter(there), None))
+    return sorted(there, key=lambda name: value[name] in (None, []))
 
 
 def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
-    """Whether a field holds completions, and nothing else that bears its name."""
+    """Whether a field holds completions, rather than something else with the same name."""
     value = row[name]
-    if name in ("messages", "conversations", "all_messages"):  # else it is the prompt
+    if name in ("messages", "conversations", "all_messages"):  # may be the prompt
         return _role(value) == "assistant"
-    if name == "choices":  # else they are those of the question
+    if name == "choices":  # may be a question's choices
         return value is None or isinstance(value, list) and all(isinstance(one, dict) for one in value)
     if top and name == "text":
         return "meta_info" in row
-    if top and name in ("code", "message", "content"):  # words that errors and prompts have, too
-        if row.get("error") or {"response", "text"} & row.keys():
-            return False
-        if name == "content" and row.get("role") != "assistant" and not {"stop_type", "stop"} & row.keys():
-            return False
-        if name == "message" and _role([value]) != "assistant":
+    if top and name in ("code", "message", "content"):  # errors and prompts have such fields, too
+        is_said = name == "code" or _role([value if name == "message" else row]) == "assistant"
+        is_said = is_said or name == "content" and bool({"stop_type", "stop"} & row.keys())
+        if row.get("error") or {"response", "text"} & row.keys() or not is_said:
             return False
     if name in ("code", "parts", "message"):
         return isinstance(value, dict if name == "message" else list)
     if name in ("response", "result", "body", "model_response", "model_output") and isinstance(value, dict):
-        return _field(value, _INNER) is not None
+        return bool(_fields(value, _INNER))
     return name != "result"
 
 
 def _unquoted(value: Any) -> Any:
-    """A list of texts, messages or an API's response that was written as a text; what else may be the model's own JSON."""
+    """A list of texts, messages or an API's response that was written as text. Other JSON may be the model's own."""
     if isinstance(value, str) and value[:2] in ("[{", '{"'):
         with suppress(UserError):
             inner = parse_json("it", value)
@@ -254,20 +261,20 @@ def _unquoted(value: Any) -> Any:
 
 
 def _texts(value: Any, is_asked: bool = True) -> Iterator[str]:
-    """All texts, however deep, that the model has neither said nor thought."""
-    value = _unquoted(value)  # lm-eval writes the messages of an API so
+    """All texts, at any depth, that are no part of the model's answer or thinking."""
+    value = _unquoted(value)  # lm-eval writes messages as text
     if isinstance(value, str) and is_asked:
         yield value
     if isinstance(value, dict):
         role = _role([value])
         is_asked = role != "assistant" if role else is_asked
-        value = [inner for name, inner in value.items() if name not in _UNASKED]
+        value = [inner for name, inner in value.items() if name not in _NOT_ASKED]
     for inner in value if isinstance(value, list) else ():
         yield from _texts(inner, is_asked)
 
 
 def _role(messages: Any) -> str | None:
-    """Whose the last of some messages is; None where they are none."""
+    """The role of the last message; None if these are no messages."""
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         return None
     role = messages[-1].get("role") or messages[-1].get("from")
@@ -275,11 +282,11 @@ def _role(messages: Any) -> str | None:
 
 
 def _parts(content: list[Any], is_sure: bool = False) -> str | None:
-    """The text of a content in parts, [{"type": "text", "text": TEXT}, ...], its thinking in front; None where it is none,
-    as messages are, and samples."""
-    if not content or not all(isinstance(part, dict) for part in content):
+    """The text of a content in parts, [{"type": "text", "text": TEXT}, ...], after its thinking; None if the list is
+    something else, such as messages or samples."""
+    if not content or not all(isinstance(part, dict) and (is_sure or "type" in part) for part in content):
         return None
-    if not is_sure and not (all("type" in part for part in content) and any("role" not in part for part in content)):
+    if not is_sure and all("role" in part for part in content):
         return None
     thinks = [part.get("thought") is True or part.get("type") in ("thinking", "reasoning") for part in content]
     thinking, text = ("".join(_part(p) for p, own in zip(content, thinks) if own is which) for which in (True, False))
@@ -287,26 +294,26 @@ def _parts(content: list[Any], is_sure: bool = False) -> str | None:
 
 
 def _part(part: Any) -> str:
-    """What a part says, itself or by parts of its own."""
+    """The text of a part, or of the parts within it."""
     said = next((part[name] for name in ("text", "content", *THINKING_NAMES, "summary") if _get(part, name)), "")
     return said if isinstance(said, str) else "".join(map(_part, said)) if isinstance(said, list) else ""
 
 
 def _error(row: dict[str, Any], found: list[Completion]) -> str | None:
-    """Why the server could not answer a row without a text, in its own words; None where it could."""
+    """The server's message about why a row has no text; None if the request did not fail."""
     body = _get(row, "response.body")
     errors = [_get(body, "error"), body if isinstance(_get(body, "message"), str) else None, _get(row, "result.error")]
     errors += [row.get("error"), row if row.get("object") == "error" else None]
     if not found:
         errors += [_get(row, "response.prompt_feedback"), row.get("prompt_feedback"), _get(row, "result.type")]
-    answered = row.get("response", "by no batch")
+    answered = row.get("response", "not a batch")
     if answered in (None, {}) or not found and isinstance(answered, dict) and {"body", "status_code"} & answered.keys():
-        errors.append("no response, and no word why")
+        errors.append("no response, for no given reason")
     return next((_message(error) for error in errors if error), None)
 
 
 def _message(error: Any) -> str:
-    """The first `message` in an error object, however deep; else all of it."""
+    """The first `message` in an error object, at any depth; else all of it."""
     inner = error
     while isinstance(inner, dict) and not isinstance(inner.get("message"), str):
         inner = next((value for value in inner.values() if isinstance(value, dict)), None)
@@ -314,14 +321,14 @@ def _message(error: Any) -> str:
 
 
 def _get(row: Any, path: str) -> Any:
-    """What a dotted path leads to; None where it leads nowhere."""
+    """The value at a dotted path; None if there is none."""
     for key in path.split("."):
         row = row.get(key) if isinstance(row, dict) else None
     return row
 
 
 def _plain(value: Any) -> Any:
-    """A value from JSON with its names in lower case, words joined by underscores."""
+    """A value from JSON with all field names in snake case."""
     if isinstance(value, dict):
         return {_name(name): _plain(inner) for name, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Work that ranks take one piece after the other, each when it is free."""
+"""A work queue shared by all ranks: each takes the next item when it is free."""
 
 import datetime
 import os
@@ -9,13 +9,13 @@ from nanoredi.trainer.distributed import World
 
 
 class Queue:
-    """Numbers from 0 up, each for the one rank that asks next; made by all ranks together."""
+    """The numbers from 0 to length - 1, each given to one rank only. All ranks must create it together."""
 
     def __init__(self, world: World, length: int):
         self.world, self.length = world, length
         self._store: dist.Store = dist.HashStore()
         if world.size > 1:
-            # A store of its own: the process group's would mix up one queue's count with the next one's.
+            # A separate store: in the process group's, one queue would go on with the count of the one before.
             host = os.environ["MASTER_ADDR"]
             own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None
             port = world.first(lambda: own.port if own else 0)
@@ -27,7 +27,7 @@ class Queue:
         return number if number < self.length else None
 
     def wait(self) -> None:
-        """Until every rank has come here, however long the slowest one's last work takes: a collective gives up."""
+        """Wait for all ranks, however long the slowest one's last item takes; a collective would time out."""
         self._store.set(f"done {self.world.rank}", "")
         self._store.wait([f"done {rank}" for rank in range(self.world.size)], datetime.timedelta(days=30))
-        dist.barrier()  # no rank asks any more, so rank 0 may let the store go
+        dist.barrier()  # no rank uses the store any more, so rank 0 may close it

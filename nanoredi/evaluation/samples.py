@@ -1,10 +1,10 @@
-"""The samples of an evaluation on disk: added to as they end, and found again by a second start.
+"""The samples of an evaluation on disk, so that an interrupted evaluation can be resumed.
 
-    samples.jsonl       a row a sample, in the order in which they ended, by whichever rank
-    evaluation.json     what they depend on: settings, and digests of the models and benchmarks
+    samples.jsonl       one row a sample, in the order in which the ranks finish them
+    evaluation.json     what the samples depend on: settings, and digests of the models and benchmarks
 
-A start that was killed leaves at most half a line, which the next one drops, as it does any other damaged row. One job at
-a time has the folder.
+A killed job leaves at most one partial line; the next job drops it, like any other damaged row. Only one job at a time
+can use the folder.
 """
 
 import fcntl
@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import fields
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from nanoredi.data.benchmarks import Benchmark
 from nanoredi.evaluation.scores import Row
 from nanoredi.trainer.dtype import settled_dtype
 
-_PARTS = ("*.json", "*.jinja", "*.safetensors")  # of a model's folder that a sample depends on
+_MODEL_FILES = ("*.json", "*.jinja", "*.safetensors")  # the files of a model's folder that a sample depends on
 _KEY = ("model", "benchmark", "problem", "sample")
 _COUNT = range(2**31)
 SAMPLE = {
@@ -41,7 +42,7 @@ SAMPLE = {
     "response": str,
 }
 _RESULT = {"model": str, "benchmark": str, "pass@1": float, "sem": float}
-# A row of differences.json.
+# A row of differences.json:
 DIFFERENCE = dict.fromkeys(("benchmark", "first", "second"), str) | dict.fromkeys(("difference", "low", "high"), float)
 _DEFAULTS = {f.name: f.default for f in fields(EvaluateConfig)}
 
@@ -56,17 +57,12 @@ class Samples:
     def claim(
         self, models: Mapping[str, str | Path], benchmarks: list[Benchmark], config: EvaluateConfig, adds: bool = False
     ) -> str:
-        """Take the folder for samples of these models on these benchmarks, or go on with them. Call on one rank.
+        """Claim the folder for samples of these models on these benchmarks, new or resumed, as claim does for a file.
+        Returns their dtype. Call on one rank.
 
         Args:
             models: {name in the table: Hugging Face folder}.
-            adds: whether samples of other models may be there, and stay.
-
-        Returns:
-            The dtype that they are made in.
-
-        Raises:
-            UserError: when the folder's samples depend on anything else.
+            adds: whether the folder may also hold samples of other models, which are kept.
         """
         settings = {f.name: getattr(config, f.name) for f in fields(EvaluateConfig) if not f.metadata["free"]}
         about = {
@@ -78,15 +74,14 @@ class Samples:
         remove_leftovers(self.path.parent, locked=True)
         dtype = claim(self.path, self.about, about, "model" if adds else "")
         if self.path.exists():
-            self._drop_damaged_rows(
-                about["model"], {b.name: range(len(b.questions)) for b in benchmarks}, range(config.n)
-            )
+            problems = {b.name: range(len(b.questions)) for b in benchmarks}
+            self._drop_damaged_rows(about["model"], problems, range(config.n))
         return dtype
 
     def append(self, row: Row) -> None:
-        """Add a sample, as one whole line; several ranks may do so at once, on several machines, too."""
+        """Add a sample, as one whole line. Several ranks, also on several machines, may do so at once."""
         with open(self.path, "ab", buffering=0) as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)  # until the file is closed
+            fcntl.lockf(file, fcntl.LOCK_EX)  # released when the file is closed
             write_row(file, row)
 
     def rows(self) -> Iterator[Row]:
@@ -97,53 +92,50 @@ class Samples:
                 yield row
 
     def _drop_damaged_rows(self, models: Container[str], problems: dict[str, range], numbers: range) -> None:
-        """Keep the whole rows of this evaluation, each sample once; what is missing then is made again."""
+        """Keep only undamaged rows of this evaluation, each sample once. The others are made again."""
         seen: set[tuple] = set()
-        damaged: set[int] = set()
-        for number, line in enumerate(self._lines(), 1):
-            where = f"{self.path}, line {number}"
-            try:
-                row = check(where, parse_json(where, line.decode(errors="replace")), SAMPLE)
-                model, benchmark, problem, sample = key = tuple(row[name] for name in _KEY)
-                is_wanted = model in models and problem in problems.get(benchmark, ()) and sample in numbers
-                if key in seen or not is_wanted:
-                    raise UserError(
-                        f"{where} holds {'a second sample' if key in seen else 'no sample'} of this evaluation"
-                    )
-                seen.add(key)
-            except UserError as error:
-                damaged.add(number)
-                if line.endswith(b"\n"):  # else it is the half line that a kill leaves
-                    print(f"warning: {error}; it is dropped, what is missing then is made again", flush=True)
-        if damaged:
-            with writing(self.path) as beside, open(beside, "wb") as kept:
-                kept.writelines(line for number, line in enumerate(self._lines(), 1) if number not in damaged)
-
-    def _lines(self) -> Iterator[bytes]:
-        with open(self.path, "rb") as file:
-            yield from file
+        kept: list[bool] = []
+        with open(self.path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{self.path}, line {number}"
+                try:
+                    row = check(where, parse_json(where, line.decode(errors="replace")), SAMPLE)
+                    model, benchmark, problem, sample = key = tuple(row[name] for name in _KEY)
+                    is_wanted = model in models and problem in problems.get(benchmark, ()) and sample in numbers
+                    if key in seen or not is_wanted:
+                        which = "a second" if key in seen else "no"
+                        raise UserError(f"{where} holds {which} sample of this evaluation")
+                    seen.add(key)
+                    kept.append(True)
+                except UserError as error:
+                    kept.append(False)
+                    if line.endswith(b"\n"):  # without it: the partial line of a killed job
+                        print(f"warning: {error}; it is dropped, and missing samples are made again", flush=True)
+        if not all(kept):
+            with writing(self.path) as beside, open(beside, "wb") as file, open(self.path, "rb") as lines:
+                file.writelines(compress(lines, kept))
 
 
 def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: str = "") -> str:
-    """Take a file for samples, or go on with it.
+    """Claim a file for samples, new or resumed.
 
     Args:
-        about: {kind: {name: value}} of what they depend on, which about_path keeps; one is the setting dtype. Where that is
-            auto, it becomes the dtype of the samples that are there, or the one that this device is good at.
-        adds: a kind of which there may be others than before: about gets those from before, about_path the new ones.
+        about: {kind: {name: value}}: what the samples depend on, kept in about_path. Its setting dtype, if "auto", is
+            replaced by the existing samples' dtype, or else by the best one for this device.
+        adds: a kind that may gain new names; about and about_path then have the former ones, too.
 
     Returns:
-        That dtype.
+        The dtype.
 
     Raises:
-        UserError: when the samples that are there depend on anything else.
+        UserError: if the existing samples depend on anything else.
     """
     setting = about["setting"]
     has_samples = path.exists() and path.stat().st_size > 0
-    # Empty, both were left by a full disk, or by a kill before the first sample.
+    # A full disk, or a kill before the first sample, leaves both empty.
     if about_path.exists() and (has_samples or about_path.stat().st_size):
         before = check(str(about_path), read_json(about_path), {f"{kind}?": dict for kind in about})
-        # One written before a setting existed has its default.
+        # A setting that did not exist yet has its default.
         defaults = {name: _DEFAULTS[name] for name in setting if name in _DEFAULTS}
         before["setting"] = {**defaults, **before.get("setting", {})}
         setting["dtype"] = settled_dtype(setting["dtype"], before["setting"]["dtype"])
@@ -158,7 +150,7 @@ def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: 
             write_json(about_path, about)
     elif has_samples:
         raise UserError(
-            f"{path} is there, and no {about_path.name} that says of what: move it away, or give another --out"
+            f"{path} exists without the {about_path.name} that describes it: move it away, or give another --out"
         )
     else:
         setting["dtype"] = settled_dtype(setting["dtype"])
@@ -170,7 +162,7 @@ def read_results(folder: str | Path) -> list[Row]:
     """The rows of a run's results.json.
 
     Raises:
-        UserError: when it is missing or broken.
+        UserError: if it is missing or broken.
     """
     path = Path(folder) / "results.json"
     rows = check(str(path), read_json(path, list), [_RESULT])
@@ -181,36 +173,26 @@ def read_results(folder: str | Path) -> list[Row]:
 
 
 def kept_results(folder: Path, num_samples: int = 0) -> list[Row]:
-    """The rows of results.json of models that have so many samples; none where there is no whole results.json."""
+    """The rows of results.json for models with at least this many samples; none if the file is missing or broken."""
     keys = {tuple(row.get(key) for key in _KEY) for row in Samples(folder).rows()} if num_samples else ()
     counts = Counter(model for model, *_ in keys)
     try:
         return [row for row in read_results(folder) if counts[row["model"]] >= num_samples]
-    except UserError:  # there is none, or what a full disk left of it
+    except UserError:  # missing, or cut short by a full disk
         return []
-
-
-def cut_torn_line(path: Path) -> None:
-    """Drop the half line that a kill leaves at the end of a file."""
-    with open(path, "rb+") as file:
-        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 def _refuse_others(path: Path, kind: str, before: dict[str, Any], now: dict[str, Any]) -> None:
     for name in {**before, **now}:
         if name not in before or name not in now:
-            was, is_now = ("is", "is not") if name in before else ("is not", "is")
-            raise UserError(
-                f"{path} holds other samples: the {kind} {name} {was} part of it and {is_now} asked for; "
-                "give another --out"
-            )
-        if before[name] != now[name]:
-            difference = (
-                f"is {before[name]!r} there and {now[name]!r} here" if kind == "setting" else "has changed since"
-            )
-            raise UserError(f"{path} holds other samples: the {kind} {name} {difference}; give another --out")
+            how = f"is {'not ' * (name in now)}part of it and is {'not ' * (name in before)}asked for"
+        elif before[name] != now[name]:
+            how = f"is {before[name]!r} there and {now[name]!r} here" if kind == "setting" else "has changed since"
+        else:
+            continue
+        raise UserError(f"{path} holds other samples: the {kind} {name} {how}; give another --out")
 
 
 def digest_of_files(folder: Path) -> str:
-    paths = sorted(path for pattern in _PARTS for path in folder.glob(pattern))
+    paths = sorted(path for pattern in _MODEL_FILES for path in folder.glob(pattern))
     return digest(*(part for path in paths for part in (path.name.encode(), path)))

@@ -1,5 +1,5 @@
-"""From responses to figures: a response is graded into a row of samples.jsonl, a benchmark's rows into a row of the
-table, and two models' rows into their paired difference.
+"""From responses to scores: a response is graded as a row of samples.jsonl, a benchmark's samples are summarised as a
+row of the table, and two models are compared problem by problem.
 """
 
 import math
@@ -13,8 +13,8 @@ import numpy as np
 from nanoredi.data.benchmarks import Benchmark
 from nanoredi.grader import extract_answer, grade
 
-KS = (1, 4, 16)  # of pass@k, where there are so many samples
-_DRAWS, _SEED = 10_000, 0  # of the bootstrap
+KS = (1, 4, 16)  # the k of pass@k, if there are as many samples
+_DRAWS, _SEED = 10_000, 0  # for the bootstrap
 _WAIT = re.compile(r"\bWait\b")
 
 Row = dict[str, Any]
@@ -29,15 +29,15 @@ def graded(
     tokens: int | None,
     finish_reason: str | None,
 ) -> Row:
-    """A row of samples.jsonl.
+    """Grade a response, as a row of samples.jsonl.
 
     Args:
-        model: its name in the table.
-        problem: its place in the benchmark, from 0.
-        sample: which of the problem's samples this is, from 0.
-        response: the whole text, with its thinking.
-        tokens: of the response; None where another engine did not say.
-        finish_reason: "stop" or "length"; None where another engine did not say.
+        model: the model's name in the table.
+        problem: the problem's index in the benchmark, from 0.
+        sample: the sample's number within the problem, from 0.
+        response: the whole text, including its thinking.
+        tokens: the response's length; None if another engine did not report it.
+        finish_reason: "stop" or "length"; None if another engine did not report it.
     """
     golds = benchmark.golds[problem]
     return {
@@ -57,12 +57,12 @@ def graded(
 
 
 def summarise(samples: list[Row], n: int) -> Row:
-    """The figures of a benchmark's samples, n for each problem. Shares are fractions of 1; None is what the samples do
-    not say.
+    """The scores of a benchmark's samples, n for each problem. Shares are fractions of 1; a score is None if the
+    samples lack what it needs.
 
     pass@1 is the mean over problems and samples. Its standard error is the paper's: s / sqrt(n), s being the standard
     deviation (ddof 0) of the n benchmark-wide accuracies, one for each sample number. pass@k, for KS and n, is the mean
-    over problems of the unbiased estimate 1 - C(n-c, k) / C(n, k), c of a problem's n samples being right.
+    over problems of the unbiased estimate 1 - C(n-c, k) / C(n, k), where c of the problem's n samples are correct.
     """
     correct = _matrix(samples, "correct", n)
     right = correct.sum(axis=1).astype(int)
@@ -86,14 +86,14 @@ def summarise(samples: list[Row], n: int) -> Row:
 
 
 def step_of(model: str) -> float:
-    """The optimiser step of a run's model, by its name in the table: 0 is the start's, infinity the final one's."""
+    """The optimiser step of a run's model, by its name in the table: 0 for the initial model, infinity for the last."""
     numbered = re.search(r"step-(\d{1,9})$", model)
     return int(numbered[1]) if numbered else 0 if model in ("SFT", "start") else math.inf
 
 
 def mark_best(rows: list[Row]) -> tuple[list[Row], str]:
-    """A run's rows in order of steps, "best" being true in those of the best of its own models, and a line that names it
-    and the last: by pass@1 on MATH-500 where that is there (the paper's choice), else by the mean; of equals the earliest."""
+    """A run's rows sorted by step, with "best" true for the best of its checkpoints, and a line that names it and the
+    last one. The best has the highest pass@1 on MATH-500 (as in the paper), or else on average; if equal, the first."""
     rows = sorted(rows, key=lambda row: step_of(row["model"]))
     own = [row for row in rows if step_of(row["model"])]
     own = [row for row in own if row["benchmark"] == "math500"] or own
@@ -105,27 +105,26 @@ def mark_best(rows: list[Row]) -> tuple[list[Row], str]:
 
 
 def unended(samples: Iterable[Row], flag: str) -> list[str]:
-    """A line for each model of whose responses over half have a box and think to the end, with the flag that may help."""
+    """A warning for each model with a box but no end of thinking in over half of its responses, with a flag to try."""
     all_of, boxed = Counter(), Counter()
-    for s in samples:
-        all_of[s["model"]] += 1
-        response = s["response"]
-        boxed[s["model"]] += "\\boxed" in response and "<think>" in response and "</think>" not in response
+    for model, response in ((s["model"], s["response"]) for s in samples):
+        all_of[model] += 1
+        boxed[model] += "\\boxed" in response and "<think>" in response and "</think>" not in response
     return [
-        f"{model}: over half of the responses have a boxed answer and no </think>, and count as wrong; for a model that "
-        f"does not think give {flag}"
+        f"{model}: over half of the responses have a boxed answer and no </think>, and count as wrong; for a model "
+        f"that does not think give {flag}"
         for model, count in all_of.items()
         if 2 * boxed[model] > count
     ]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, drawn without putting back, hold one of the c right ones."""
+    """The probability that k of n samples, drawn without replacement, include one of the c correct ones."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def average(rows: list[Row]) -> Row:
-    """One model's rows of several benchmarks as one: every figure's plain mean, the standard error of that mean."""
+    """One model's rows for several benchmarks as one row: plain means; `sem` is the standard error of that mean."""
     means: Row = {"model": rows[0]["model"], "benchmark": "average"}
     for key in rows[0]:
         values = [row.get(key) for row in rows]
@@ -136,11 +135,11 @@ def average(rows: list[Row]) -> Row:
 
 
 def compare(samples: Iterable[Row], first: str, second: str) -> list[Row]:
-    """The second model's pass@1 less the first's, for each benchmark that both have, and for the average of several.
+    """The second model's pass@1 minus the first's, for each benchmark that both have, and for the average of several.
 
     Returns:
-        Rows {benchmark, first, second, difference, low, high}: the ends of a 95 % interval from 10,000 draws of
-        problems with putting back, the same problems for both models. The seed is fixed.
+        Rows {benchmark, first, second, difference, low, high}: low and high bound a 95 % interval from a paired
+        bootstrap, 10,000 draws of problems with replacement and with a fixed seed.
     """
     scores: dict[str, dict[str, dict[int, list[bool]]]] = {}
     for s in samples:

@@ -1,8 +1,8 @@
-"""What the model is made of: its layers, and the fused head of the losses. Import from here.
+"""The operations that the model consists of: its layers, and the losses fused with the output head. Import from here.
 
 cross_entropy.py is for losses that are linear in the log-probabilities, logprob.py for the others; logits.py has what
-both do to a chunk of logits. layers.py has the layers; paged_attention.py and top_p.py are the sampler's. dispatch.py says
-which version of an operation runs on a device.
+both do to a chunk of logits. layers.py has the layers; the sampler uses paged_attention.py and top_p.py. dispatch.py
+chooses the version of an operation for a device.
 """
 
 from nanoredi.kernels.cross_entropy import weighted_cross_entropy

@@ -4,10 +4,10 @@ Both losses are linear in the log-probabilities of the target tokens:
 
     loss = sum_t w_t * logp_t        logp_t = z_t[y_t] - logsumexp(z_t)        z_t = lm_head @ hidden_t
 
-All w_t are known before the forward pass (objectives.py), so the gradient of a row of logits is known as soon as that row
-is. Hence forward walks over chunks of rows, makes a chunk's logits, overwrites them with their own gradient (logits.py),
-multiplies that into the gradients of hidden and lm_head, and forgets it. Backward only hands the two finished
-gradients over.
+All w_t are known before the forward pass (objectives.py), so the gradient of a row of logits is known as soon as the
+row is. Forward goes over chunks of rows: it computes a chunk's logits, overwrites them with their gradient (logits.py),
+multiplies that into the gradients of hidden and lm_head, and reuses the memory for the next chunk. Backward only
+returns the two finished gradients.
 """
 
 import torch
@@ -31,18 +31,18 @@ def weighted_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the targets' log-probabilities, and these log-probabilities.
 
-    The gradient of lm_head adds up in fp32, whatever its dtype, and leaves backward so: an fp32 master takes it as it is,
-    a bf16 lm_head unrounded where its grad_dtype is float32 (distributed.shard sets it), and rounds it once otherwise. A
-    frozen lm_head costs no gradient.
+    The gradient of lm_head is accumulated in fp32, whatever the weight's dtype. Backward returns it in fp32, so a bf16
+    lm_head whose grad_dtype is float32 (distributed.shard sets it) gets it unrounded; otherwise it is rounded once. For
+    a frozen lm_head it is not computed.
 
     Args:
         hidden: (N, D) final hidden states, fp32 or bf16.
-        lm_head: (V, D) output embedding, of hidden's dtype or an fp32 master that is cast to it.
+        lm_head: (V, D) output embedding, of hidden's dtype or an fp32 master weight that is cast to it.
         targets: (N,) int64 in 0..V-1, the token each row must predict; read only where the weight is not 0.
-        weights: (N,) fp32, any mixture of signs; a row of weight 0 costs nothing.
-        rows: (R,) int64, the indices of the rows whose weight is not 0. Made on the CPU with the batch, they spare the
-            device a wait; without them they are looked up here.
-        entropies: (N,) fp32, where the entropies of these rows' softmax are written, if given.
+        weights: (N,) fp32, of any sign; a row of weight 0 costs nothing.
+        rows: (R,) int64, the indices of the rows whose weight is not 0. The batch has them from the CPU; without them
+            the host waits for the device to find them.
+        entropies: (N,) fp32, if given, receives the entropy of these rows' softmax.
 
     Returns:
         loss () fp32, differentiable once in hidden and lm_head; logps (N,) fp32, not differentiable, 0 where the
@@ -58,7 +58,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, lm_head, targets, weights, rows, entropies, grad_enabled):
         wanted = [grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
-        # Chunks add up in fp32: in bf16 a small term added to a large sum is lost.
+        # Accumulated in fp32: in bf16 a small term added to a large sum is lost.
         grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if wanted[1] else None
         ctx.grads = grad_hidden, grad_head
         outputs = grad_hidden, grad_head, entropies
@@ -70,7 +70,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         if ctx.grads is None:
             raise RuntimeError(
-                "weighted_cross_entropy hands its gradients over once; a second backward needs a second forward"
+                "weighted_cross_entropy returns its gradients once; a second backward needs a second forward"
             )
         grads, ctx.grads = ctx.grads, None
         return *(grad if grad is None else grad.mul_(grad_loss) for grad in grads), None, None, None, None, None
@@ -82,9 +82,9 @@ def logps_and_gradients(
     """The log-probabilities (N,) of these rows, 0 elsewhere.
 
     Args:
-        weights: (N,) fp32; None where no gradient is wanted.
-        outputs: where they are wanted, the gradient of hidden (N, D) is written to, that of lm_head (V, D) fp32 added to,
-            these rows' entropies (N,) fp32 written to.
+        weights: (N,) fp32; None if no gradient is wanted.
+        outputs: three tensors, or None for each: the gradient of hidden (N, D), which is overwritten; that of lm_head
+            (V, D) fp32, which is added to; the entropies (N,) fp32, which are overwritten in these rows.
     """
     grad_hidden, grad_head, entropies = outputs
     wanted = grad_hidden is not None or grad_head is not None

@@ -1,15 +1,15 @@
-"""Which version of an operation runs: the plain PyTorch one, which says what is computed, or one that is faster on a device.
+"""Dispatch by device: an operation is a plain PyTorch function, which defines it, and faster versions by device type.
 
     @operation
-    def rotate(x, cos, sin): ...        the plain version, also to be had as rotate.plain
+    def rotate(x, cos, sin): ...        the plain version, also available as rotate.plain
 
     @rotate.on("cuda")
-    def _(x, cos, sin): ...             for tensors of this device type; NotImplemented means: take the plain one
+    def _(x, cos, sin): ...             for tensors on this device type; returns NotImplemented to use the plain version
 
-The first argument's device decides. The loss's and the sampler's Triton kernels stand below the plain versions. What is for
-speed on one type of device alone is in a package of its own, nanoredi/<type>, which registers what it has; it is imported with
-the first tensor of that type, and where it was deleted the plain versions run. The hooks below are for what such a package
-needs beside its operations.
+The first argument's device decides. The Triton kernels of the loss and the sampler follow their plain versions in the
+same file. Code that only makes one device type faster is in its own package, nanoredi/<type>, imported with the first
+tensor of that type; if the package is deleted, the plain versions run. At the end of this file are hooks that such a
+package may use beside its operations.
 """
 
 import functools
@@ -26,12 +26,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Version = TypeVar("Version", bound=Callable[..., Any])
 
-# Triton takes 76 MB, so it is imported only where it has something to run on: a GPU, or for tests its interpreter.
+# Importing Triton takes 76 MB, so it is imported only for a GPU or, in tests, its interpreter.
 if TYPE_CHECKING or torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET"):
     try:
         import triton
         import triton.language as tl  # noqa: F401  for the files of kernels
-    except ImportError:  # there is one for Linux alone
+    except ImportError:  # Triton exists for Linux only
         triton = tl = None
 else:
     triton = tl = None
@@ -71,12 +71,12 @@ def _import_package(device_type: str) -> None:
 
 @operation
 def prepare_for_training(parameter: Tensor) -> None:
-    """Called once for each fp32 parameter that one process trains alone, before the first step."""
+    """Called before the first step for each fp32 parameter that is not sharded."""
 
 
 @operation
 def prepare_for_sampling(weight: Tensor, is_factor: bool) -> Tensor:
-    """What replaces a weight that is only sampled from: is_factor says that nothing but `linear` will see it."""
+    """The weight in the layout that samples fastest; is_factor: it is only ever used by `linear`."""
     return weight
 
 
@@ -84,19 +84,22 @@ def prepare_for_sampling(weight: Tensor, is_factor: bool) -> Tensor:
 def decode_graphs(
     newest: Tensor, advance: Callable[..., Tensor], sizes: tuple[int, int, int], full_size: bool
 ) -> Callable[..., Tensor] | None:
-    """What starts a sampler's decode steps (Sampler._advance) at less cost than calling them, if anything does: sizes are the
-    rows of a full batch, all columns of the page table and a page's tokens; newest is a tensor on the device; full_size
-    says that every step has all rows."""
+    """A replacement for `advance`, a sampler's decode step, with less launch overhead; None if there is none.
+
+    Args:
+        newest: any tensor on the device.
+        sizes: rows of a full batch, columns of the page table, tokens a page.
+        full_size: whether every step has all rows.
+    """
     return None
 
 
 @operation
 def drop_gradient(parameter: Tensor) -> None:
-    """Make a parameter ready for the next step's gradient."""
+    """Clear a parameter's gradient after a step."""
     parameter.grad = None
 
 
 @operation
 def after_step(num_steps: Tensor, num_micro_batches: int, num_parameters: int, compute_dtype: torch.dtype) -> None:
-    """Called after each training step with the number of steps so far () on the parameters' device, the step's
-    micro-batches, and what was trained."""
+    """Called after each training step; num_steps () are the steps so far, on the parameters' device."""

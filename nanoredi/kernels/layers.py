@@ -1,6 +1,6 @@
-"""What a model's layers compute, and the matrix products that the loss over the vocabulary consists of.
+"""The layers' operations, and the matrix products of the loss over the vocabulary.
 
-A weight may be an fp32 master: it is cast to the dtype of the activations that it meets.
+A weight may be an fp32 master weight: it is cast to the activations' dtype.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nanoredi.kernels.dispatch import operation
 
-# The torch operations that linear layers come down to, by name.
+# The torch operations by which linear layers are computed.
 PRODUCTS = {"aten::mm", "aten::addmm"}
 
 
@@ -21,8 +21,8 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 
 @operation
 def rms_norm(x: Tensor, weight: Tensor, eps: float, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The stream s = x + added, which goes on past the norm, and its RMSNorm (arXiv 1910.07467, eq. 4),
-    s / sqrt(mean(s^2) + eps) * weight: (N, D), (D,) and (N, D) or nothing -> (N, D) twice."""
+    """The residual stream s = x + added, and its RMSNorm (arXiv 1910.07467, eq. 4), s / sqrt(mean(s^2) + eps) * weight:
+    x (N, D), weight (D,), added (N, D) or None -> (N, D) each."""
     stream = x if added is None else x + added
     return stream, F.rms_norm(stream, x.shape[-1:], weight.to(x.dtype), eps)
 
@@ -41,7 +41,7 @@ def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 @operation
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """The factor of that last product, silu(gate) * up, (N, F) each. Like the products below it has no gradient."""
+    """silu(gate) * up, (N, F) each: the input of mlp's last product. Like the products below, without autograd."""
     return F.silu(gate) * up
 
 
@@ -66,19 +66,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @operation
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) @ b (K, N), of one dtype. Like the two below it has no gradient."""
+    """a (M, K) @ b (K, N), of one dtype, without autograd, like the two below."""
     return a @ b
 
 
 @operation
 def put_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) @ b (K, N), of one dtype, written to out (M, N)."""
+    """Write a (M, K) @ b (K, N), of one dtype, to out (M, N)."""
     return torch.mm(a, b, out=out)
 
 
 @operation
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's fp32 whatever the dtype of a and b."""
+    """total += a @ b; total is fp32, a and b of any one dtype."""
     total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 

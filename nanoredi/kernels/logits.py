@@ -1,12 +1,12 @@
-"""Logits, a chunk of rows at a time, and what is done to a row: log-probabilities and gradients, in plain PyTorch and in
-a Triton kernel.
+"""Logits a chunk of rows at a time, and the log-probabilities, entropies and gradients of a chunk, in plain PyTorch and
+in a Triton kernel.
 
 A row z (V,) has a target y. With o the log-sum-exp of all columns but y, and d = o - z[y],
 
     logp = z[y] - logsumexp(z) = -softplus(d)          1 - p(y) = sigmoid(d)
 
-Both keep their digits where the model is sure: z[y] - logsumexp(z) and softmax - 1 would cancel to 0 there. The
-gradient of w * logp with respect to z is
+Both stay accurate where the model is sure: there z[y] - logsumexp(z) and softmax - 1 would cancel to 0. The gradient of
+w * logp with respect to z is
 
     w * (onehot(y) - softmax(z))  =  w * (1 - p(y)) in column y,  -w * exp(z_v - logsumexp(z)) in every other column v
 
@@ -14,9 +14,9 @@ The entropy of softmax(z) comes from the same pass. With H' that of the softmax 
 
     -p log p - (1-p) log(1-p) + (1-p) H'  =  softplus(-|d|) + |d| sigmoid(-|d|) + (1-p) H'          p = p(y)
 
-The kernel gives a row to one program, which reads it once for o and H' and, where the gradient is wanted, once more to
-overwrite it, all in fp32 with one rounding at the end. Nothing outside the row is ever read or written, whatever the
-target says.
+In the kernel one program handles one row: it reads the row once for o and H' and, if the gradient is wanted, once more
+to overwrite it, all in fp32 with one rounding at the end. A target outside the vocabulary makes the result NaN; nothing
+outside the row is ever read or written.
 """
 
 from collections.abc import Iterator
@@ -29,17 +29,17 @@ from nanoredi.kernels.dispatch import operation, tl, triton
 from nanoredi.kernels.layers import put_product
 
 # A chunk's logits have at most this many elements, whatever the vocabulary. Smaller chunks read and write the gradient
-# of lm_head more often, and their matrix products are slimmer; bench/kernels.py --chunks measures it.
+# of lm_head more often and make smaller matrix products; bench/kernels.py --chunks measures it.
 MAX_CPU_ELEMENTS = 1 << 24  # 64 MiB in fp32
 MAX_GPU_ELEMENTS = 192 << 20  # 384 MiB in bf16
 
 
 def logits_by_chunks(hidden: Tensor, lm_head: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (chunk of rows (C,), hidden of these rows (C, D), their logits (C, V)); the next logits overwrite the last."""
+    """Yield (chunk of rows (C,), their hidden states (C, D), their logits (C, V)); all logits share one buffer."""
     if not len(rows):
         return
     num_rows = (MAX_GPU_ELEMENTS if hidden.is_cuda else MAX_CPU_ELEMENTS) // lm_head.shape[0]
-    chunks = rows.tensor_split(-(-len(rows) // max(1, num_rows)))  # as even as can be, the first the largest
+    chunks = rows.tensor_split(-(-len(rows) // max(1, num_rows)))  # of even sizes, the first the largest
     buffer = hidden.new_empty(len(chunks[0]), lm_head.shape[0])
     for chunk in chunks:
         x = hidden[chunk]
@@ -51,7 +51,7 @@ def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
     """The targets' log-probabilities and the entropies; with weights, the logits are overwritten by the gradient.
 
     Args:
-        logits: (C, V) fp32 or bf16. Without weights they are scratch: what they hold afterwards means nothing.
+        logits: (C, V) fp32 or bf16. Overwritten in any case; without weights, by nothing of use.
         targets: (C,) int64.
         weights: (C,) fp32, w of each row.
 
@@ -90,9 +90,9 @@ if triton is not None:
         y = tl.load(targets + c)
         target = tl.load(row + y, mask=(y >= 0) & (y < V), other=float("nan")).to(tl.float32)
 
-        # Each lane keeps the largest logit it has met, and over its columns the sum of exp(z - largest) and that of
-        # (z - largest) exp(z - largest). Of the two terms, the old sum and the new one, only one is to be scaled: one
-        # exponential a column. What is no other column counts as -1e30, not as -inf, since 0 * -inf is no number.
+        # Each lane keeps the largest logit so far and, over its columns, the sums of exp(z - largest) and of
+        # (z - largest) exp(z - largest). Either the old sum or the new term has to be rescaled, never both: one
+        # exponential a column. The target and columns beyond V count as -1e30, not -inf, since 0 * -inf is NaN.
         largest = tl.full((BLOCK,), -3.0e38, tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         moment = tl.zeros((BLOCK,), tl.float32)

@@ -1,9 +1,9 @@
 """The log-probabilities of target tokens, differentiable for any upstream gradient, without ever holding
 tokens x vocabulary.
 
-It is for losses that are not linear in the log-probabilities, such as DPO's: what a row's weight will be is known only
-in backward. Then the loss is, to first order, a weighted sum of the log-probabilities, so backward is the weighted
-cross-entropy's forward (cross_entropy.py): it makes each chunk's logits once more. Four matrix products instead of three.
+It serves losses that are not linear in the log-probabilities, such as DPO's: the weight of a row is only known in
+backward, where it is the upstream gradient. From there on the gradient is that of a weighted cross-entropy, so backward
+is that one's forward (cross_entropy.py) and recomputes each chunk's logits: four matrix products instead of three.
 """
 
 import torch
@@ -20,15 +20,15 @@ def linear_logprob(
 ) -> Tensor:
     """The log-probability of each row's target under softmax(lm_head @ hidden).
 
-    Under no_grad (a reference model, scoring) it is one matrix product and keeps nothing. The gradient of lm_head adds
-    up in fp32, as weighted_cross_entropy's does.
+    Under no_grad (a reference model, scoring) it is one matrix product and keeps nothing. The gradient of lm_head is
+    accumulated in fp32, as in weighted_cross_entropy.
 
     Args:
-        hidden, lm_head, targets, entropies: as weighted_cross_entropy takes them.
-        rows: (R,) int64, the rows that are wanted, each once; None: all. Targets are read in these alone.
+        hidden, lm_head, targets, entropies: as in weighted_cross_entropy.
+        rows: (R,) int64, distinct rows to compute; None: all. Targets are read only there.
 
     Returns:
-        logps (N,) fp32, differentiable once in hidden and lm_head; 0 where a row is not wanted.
+        logps (N,) fp32, differentiable once in hidden and lm_head; 0 outside `rows`.
     """
     if rows is None:
         rows = torch.arange(len(hidden), device=hidden.device)
@@ -51,7 +51,7 @@ class LinearLogprob(torch.autograd.Function):
 
 
 def gradient_of_hidden(ctx, grad_logps: Tensor, grad_head: Tensor | None) -> Tensor | None:
-    """(N, D), if it is wanted; the gradient of lm_head is added to grad_head (V, D) fp32, if that is."""
+    """The gradient (N, D) of hidden, or None if not needed; lm_head's is added to grad_head (V, D) fp32, if given."""
     hidden, head, targets, rows = ctx.saved_tensors
     grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
     logps_and_gradients(hidden, head, targets, grad_logps, rows, (grad_hidden, grad_head, None))

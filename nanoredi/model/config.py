@@ -1,4 +1,4 @@
-"""What config.json says of a Qwen2."""
+"""The architecture, as config.json describes it."""
 
 import dataclasses
 from dataclasses import MISSING, dataclass
@@ -12,9 +12,9 @@ from nanoredi.model.hf_folder import read_config
 
 @dataclass(frozen=True)
 class Qwen2Config:
-    """What config.json says of the architecture, by its own names."""
+    """The fields of config.json that this Qwen2 uses, by their own names."""
 
-    vocab_size: int = option(MISSING, "tokens that the embedding knows", low=1, high=2**24)
+    vocab_size: int = option(MISSING, "rows of the embedding", low=1, high=2**24)
     hidden_size: int = option(MISSING, "width", low=2, high=2**20)
     intermediate_size: int = option(MISSING, "width within an MLP", low=1, high=2**22)
     num_hidden_layers: int = option(MISSING, "blocks", low=1, high=1000)
@@ -39,8 +39,8 @@ class Qwen2Config:
         return self.hidden_size // self.num_attention_heads
 
     def flops(self, num_tokens: int, num_learned: int) -> float:
-        """Floating-point operations of a sequence's forward and backward, nothing counted twice: 6 for every weight
-        and token that meet (the head's with the learned tokens alone), and causal attention's."""
+        """Floating-point operations of a sequence's forward and backward, recomputation not counted: 6 per weight and
+        token (for the head, per learned token), plus causal attention."""
         kv_size = self.num_key_value_heads * self.head_dim
         block = self.hidden_size * (2 * self.hidden_size + 2 * kv_size + 3 * self.intermediate_size)
         linear = num_tokens * self.num_hidden_layers * block + num_learned * self.vocab_size * self.hidden_size

@@ -1,7 +1,7 @@
-"""Hugging Face folders in and out: safetensors and JSON, nothing pickled.
+"""Reading and writing Hugging Face folders: safetensors and JSON, nothing pickled.
 
-Reading maps the files into memory. Writing goes into a folder beside the final one and is renamed at the end, so a
-folder that is there is whole.
+Weights are memory-mapped. A folder is written under a temporary name beside the final one and renamed at the end, so a
+folder that exists is complete.
 """
 
 import json
@@ -23,7 +23,7 @@ from nanoredi.data.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
-# What is looked at in config.json beside the fields of Qwen2Config.
+# Fields of config.json that are checked, beside those of Qwen2Config.
 _COUNT = (range(2**31), None)
 _CONFIG_SHAPE = {
     "num_hidden_layers?": range(1, 1001),
@@ -42,7 +42,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json's content.
 
     Raises:
-        UserError: when it is missing or broken, or says what this Qwen2 would compute wrongly.
+        UserError: when it is missing or broken, or asks for something that this Qwen2 does not compute.
     """
     path = Path(check_model(str(folder)), "config.json")
     config = check(str(path), read_json(path), _CONFIG_SHAPE)
@@ -73,21 +73,21 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def load_weights(
     folder: str | Path, shapes: Mapping[str, torch.Size], tied: Mapping[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a folder, one by one, mapped from its files.
+    """The weights of a folder, one by one, memory-mapped.
 
     Args:
         folder: holds model.safetensors, or an index and its shards.
-        shapes: what must be there.
-        tied: {name: other}: name may also be there, where it repeats other.
+        shapes: of the weights that the model needs, by name.
+        tied: {name: other}: the folder may also hold `name`, if it equals `other`.
 
     Raises:
-        UserError: for a missing or broken file, and for missing, unexpected or misshapen weights, by name. All is
-            checked before the first weight is given.
+        UserError: for a missing or broken file, and for missing, unexpected or misshapen weights, by name, before the
+            first weight is yielded.
     """
     folder = Path(folder)
     files = open_weights(folder)
     missing = sorted(shapes.keys() - files.keys())
-    # Old checkpoints also store the rotary frequencies, which follow from the config.
+    # Old checkpoints also store the rotary frequencies, which the config determines.
     unexpected = sorted(
         name for name in files.keys() - shapes.keys() - tied.keys() if not name.endswith("rotary_emb.inv_freq")
     )
@@ -112,15 +112,15 @@ def load_weights(
 
 
 def _finite(folder: Path, name: str, weight: Tensor) -> Tensor:
-    # A sum of finite numbers is finite unless it overflows; only then is every one looked at.
+    # The sum is cheap and finite for nearly all finite weights; only if it is not, look at each number.
     if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
         raise UserError(f"{folder}: {name} holds numbers that are not finite")
     return weight
 
 
 class Companions:
-    """What goes beside the weights of a saved model: the tokenizer's files and a generation config. All of it is read, and
-    found to be whole, when the model is loaded; a fault is not met after hours of training.
+    """The files beside the weights of a saved model: the tokenizer's, and a generation config. They are read and
+    checked when the model is loaded, so that a fault shows before hours of training, not after.
 
     Attributes:
         files: {name: content}.
@@ -132,8 +132,8 @@ class Companions:
         self.eos_id = tokenizer.eos_id
         self.files = {path.name: path.read_bytes() for path in tokenizer.files}
         generation = _read_generation_config(tokenizer)
-        # differs from the original: Qwen2.5's base models end on <|endoftext|> alone, which stage 1 never learns, and at
-        # 2,048 tokens.
+        # differs from the original: the generation config of Qwen2.5's base models stops only at <|endoftext|>, which
+        # stage 1 never teaches, and after 2,048 tokens.
         generation.pop("max_new_tokens", None)
         generation |= {"eos_token_id": stop_ids(tokenizer), "pad_token_id": tokenizer.pad_id}
         self.files["generation_config.json"] = _json(generation)
@@ -150,18 +150,18 @@ def save_folder(
 
     Args:
         config: config.json's content, without the dtype.
-        weights: by Hugging Face's names; sharded ones (DTensor) are made whole one after the other.
+        weights: by Hugging Face's names; sharded ones (DTensor) are gathered one at a time.
         companions: None writes none.
         dtype: of the saved weights; None keeps theirs.
 
     Raises:
-        UserError: on rank 0, when the folder exists and is not empty, or the disk refuses it; the others finish.
+        UserError: on rank 0, when the folder exists and is not empty, or writing fails; the other ranks finish.
     """
     folder = Path(folder)
     dtypes = {name: dtype or w.dtype for name, w in weights.items()}
     sizes = {name: w.numel() * dtypes[name].itemsize for name, w in weights.items()}
     shards = _plan_shards(sizes)
-    # Making a weight whole is a collective: every rank does it, whatever befalls rank 0's disk.
+    # Gathering a weight is a collective: every rank takes part to the end, even if rank 0 cannot write.
     whole = ((file, _whole({name: weights[name] for name in names}, dtypes)) for file, names in shards.items())
     try:
         if dist.is_initialized() and dist.get_rank() > 0:
@@ -188,12 +188,12 @@ def save_folder(
 
 
 def _whole(weights: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
-    """The weights as rank 0 writes them; nothing on the other ranks."""
+    """The gathered weights on rank 0, as they are written; nothing on the other ranks."""
     whole = {}
     for name, weight in weights.items():
         weight = weight.detach()
         if isinstance(weight, DTensor):
-            # Offloaded shards lie on the host, but the ranks exchange by way of their mesh's device.
+            # Offloaded shards are on the host, but collectives run on the mesh's device.
             weight = cast(DTensor, weight.to(weight.device_mesh.device_type)).full_tensor()
         if not dist.is_initialized() or dist.get_rank() == 0:
             whole[name] = weight.to(device="cpu", dtype=dtypes[name]).contiguous()
@@ -201,20 +201,19 @@ def _whole(weights: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[s
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end a completion of this folder's model: the tokenizer's, and those its generation config
-    names."""
+    """The tokens that end a completion: the tokenizer's stop tokens, and those in the folder's generation config."""
     named = _read_generation_config(tokenizer).get("eos_token_id")
     return sorted({*tokenizer.stop_ids, *(named if isinstance(named, list) else [] if named is None else [named])})
 
 
 def _read_generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     path = tokenizer.folder / "generation_config.json"
-    ids = range(tokenizer.backend.get_vocab_size() + 2**16)  # an embedding may have rows to spare
+    ids = range(tokenizer.backend.get_vocab_size() + 2**16)  # embeddings are often padded beyond the vocabulary
     return check(str(path), read_json(path), {"eos_token_id?": (ids, [ids], None)}) if path.exists() else {}
 
 
 def _plan_shards(sizes: Mapping[str, int]) -> dict[str, list[str]]:
-    """{file: names}, in order, each file of at most MAX_SHARD_BYTES unless one weight alone is larger."""
+    """{file: names}, in order; a file is at most MAX_SHARD_BYTES, unless a single weight is larger."""
     groups: list[list[str]] = []
     room = 0
     for name, size in sizes.items():

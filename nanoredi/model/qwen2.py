@@ -5,9 +5,9 @@ The letters for shapes, here and everywhere:
     N  packed tokens       S  sequences           B  rows being decoded    T  cached tokens
     H  query heads         K  key-value heads     E  head size             D  hidden size        V  vocabulary
 
-A block is attention and a gated MLP, each behind an RMSNorm and added to the stream:  x + attn(norm(x)), x +
-mlp(norm(x)). How tokens attend is not the model's business: each block calls an `attend`, from attention.py or
-kv_cache.py.
+A block is attention and a gated MLP, each behind an RMSNorm and added to the residual stream:  x + attn(norm(x)),
+x + mlp(norm(x)). The model does not decide how tokens attend: each block calls the `attend` that the forward pass was
+given, from attention.py or kv_cache.py.
 """
 
 from pathlib import Path
@@ -41,7 +41,7 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
-    """A linear layer. `parts` are the sizes of all whose outputs it has, where `pack` has joined some."""
+    """A linear layer. Where `Qwen2.pack` has joined several, `parts` are the sizes of their outputs."""
 
     parts: list[int] | None = None
 
@@ -49,7 +49,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
     def join(self, *others: "Linear") -> None:
-        """Take over the weights of layers that have the same input."""
+        """Take over the weights of other layers with the same input, so that one product serves all."""
         layers = self, *others
         self.parts = [len(layer.weight) for layer in layers]
         for name in [name for name, _ in self.named_parameters()]:
@@ -99,10 +99,11 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
-        self.activation_checkpointing = "off"  # or what is kept for backward: "attention" or "products"
+        self.activation_checkpointing = "off"  # or which results are kept for backward: "attention", "products"
 
     def forward(self, x: Tensor, added: Tensor | None, rope: Rope, attend: Attend) -> tuple[Tensor, Tensor | None]:
-        """The stream x + added (N, D) goes on in two terms, too, which the next norm adds up, or in one and None."""
+        """The residual stream (N, D) comes in as x + added and leaves as two such terms (or one and None), which the
+        next norm adds up."""
         if self.activation_checkpointing == "off" or not torch.is_grad_enabled():
             return self._compute(x, added, rope, attend)
         kept = ATTENTION | PRODUCTS if self.activation_checkpointing == "products" else ATTENTION
@@ -119,7 +120,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        # Drawn by init_weights alone: on the meta device, too, drawing would import torch._dynamo, a second's work.
+        # Left uninitialised: even on the meta device nn.Embedding's init imports torch._dynamo, which takes a second.
         self.embed_tokens = Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
@@ -129,9 +130,8 @@ class Qwen2(nn.Module):
     """A Qwen2 language model.
 
     Attributes:
-        companions: what save_pretrained puts beside the weights: the files of the folder that holds the tokenizer; None if
-            there are none.
-        compute_dtype: of activations and products where the weights are fp32 masters; None is the weights' own.
+        companions: the tokenizer's files, which save_pretrained writes beside the weights; None if there are none.
+        compute_dtype: of activations and matrix products where the weights are fp32 masters; None: the weights' dtype.
     """
 
     compute_dtype: torch.dtype | None = None
@@ -155,13 +155,12 @@ class Qwen2(nn.Module):
     ) -> "Qwen2":
         """Load a Hugging Face folder, of config.json and one or more safetensors files.
 
-        The weights are mapped from the files into the model, with no copy in between; asking for another dtype or
-        device makes the one copy that this takes.
+        The weights are memory-mapped, not copied; asking for another dtype or device makes one copy.
 
         Args:
             dtype: of the parameters; None keeps the files'.
             device: None is the CPU.
-            config_overrides: fields of config.json to replace, such as rope_theta.
+            config_overrides: replace fields of config.json, such as rope_theta.
 
         Raises:
             UserError: for anything but a Qwen2, and for missing, unexpected or misshapen weights, by name.
@@ -198,8 +197,8 @@ class Qwen2(nn.Module):
         return self
 
     def pack(self) -> "Qwen2":
-        """Lay the weights out as the device multiplies by them fastest, in place of what they were. From then on the
-        model can sample and score, but not be trained or saved. Layers with one input become one."""
+        """Prepare the weights for sampling, in place: layers that share an input are joined, and the device may choose
+        a faster memory layout. Afterwards the model can sample and score, but not be trained or saved."""
         for module in self.modules():
             if isinstance(module, Attention):
                 module.q_proj.join(module.k_proj, module.v_proj)
@@ -212,7 +211,7 @@ class Qwen2(nn.Module):
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """(V, D): the output embedding, which is the input one where they are tied."""
+        """(V, D): the output embedding; with tied embeddings, the input one."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(
@@ -223,12 +222,12 @@ class Qwen2(nn.Module):
         Args:
             input_ids, position_ids: (N,) int64.
             cu_seqlens: (S+1,) int32, where each sequence begins and the last ends.
-            max_seqlen: the longest sequence; spares the device a question.
+            max_seqlen: the longest sequence's length; without it the host has to wait for the device to say so.
         """
         return self.hidden_states(input_ids, position_ids, PackedAttention(cu_seqlens, max_seqlen))
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
-        """Final hidden states (N, D) of tokens (N,) that attend as `attend` says."""
+        """Final hidden states (N, D) of tokens (N,), with any kind of attention."""
         x = self.model.embed_tokens(input_ids)
         x = x.to(self.compute_dtype or x.dtype)
         rope = rotary_angles(position_ids, self.config, x.dtype)
@@ -248,22 +247,22 @@ class Qwen2(nn.Module):
         max_seqlen: int | None = None,
         entropies: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the targets' log-probabilities, and these: loss () fp32, logps (N,) fp32. What forward does not
-        take is weighted_cross_entropy's. Under FSDP the head is whole only inside a forward: hence this is a method."""
+        """The weighted sum of the targets' log-probabilities, () fp32, and these, (N,) fp32. The arguments are those of
+        forward and weighted_cross_entropy. FSDP gathers the head only inside a method of the model: hence this one."""
         hidden = Qwen2.forward(self, input_ids, position_ids, cu_seqlens, max_seqlen)
         return weighted_cross_entropy(hidden, self.lm_head_weight, targets, weights, rows, entropies)
 
     def logprobs(self, targets: Tensor, rows: Tensor, *packed: Any, entropies: Tensor | None = None) -> Tensor:
-        """The log-probabilities (N,) fp32 of targets (N,) in rows (R,), 0 elsewhere; differentiable, for losses
-        that are not linear in them. packed: what forward takes; entropies as in loss."""
+        """The log-probabilities (N,) fp32 of targets (N,) in rows (R,), 0 elsewhere; differentiable, for losses that
+        are not linear in them. packed: forward's arguments; entropies as in loss."""
         return linear_logprob(Qwen2.forward(self, *packed), self.lm_head_weight, targets, rows, entropies)
 
 
 def rotary_angles(position_ids: Tensor, config: Qwen2Config, dtype: torch.dtype) -> Rope:
     """cos and sin (N, 1, E) of position * theta^(-2i/E), computed in fp32 (RoPE, arXiv 2104.09864, eq. 15).
 
-    Pair i is (x_i, x_{i+E/2}), Hugging Face's pairing; both halves get the pair's cos, and the sines come signed as
-    rotate wants.
+    Pair i is (x_i, x_{i+E/2}), Hugging Face's pairing. Both halves hold the pair's cos; the sines of the first half are
+    negated, as `rotate` expects.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=position_ids.device, dtype=torch.float32) / config.head_dim
     angles = (position_ids[:, None].float() / config.rope_theta**exponent)[:, None]  # (N, 1, E/2)

@@ -1,10 +1,10 @@
-"""Activation checkpointing: backward makes again what forward did not keep (arXiv 1604.06174).
+"""Activation checkpointing: backward recomputes what forward did not keep (arXiv 1604.06174).
 
-Autograd gives every tensor that an operation saves for its backward to one hook, and asks another for it later. Here the
-first only numbers the tensor. The second runs the forward again, as far as the last tensor that was saved, and so has
-them all. Expensive operations are excepted: their results are kept for the second run.
+Autograd passes each tensor that an operation saves for backward to a pack hook, and asks an unpack hook for it later.
+Here packing only numbers the tensor. The first unpacking reruns the forward up to the last saved tensor, which yields
+all of them. The results of expensive operations are kept, and reused in the rerun.
 
-torch.utils.checkpoint does as much for any code. It imports torch._dynamo: 0.12 GB and a second of every start.
+torch.utils.checkpoint does this for any code, but imports torch._dynamo: 0.12 GB and a second at every start.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_map_only
 
 
 def recomputed(run: Callable[..., Tensor], kept: Collection[str], *inputs: Any) -> Tensor:
-    """run(*inputs), of which backward finds the inputs and the results of the operations in `kept`, such as "aten::mm";
-    it makes the rest again. The second run must do what the first did: draw no random number, change nothing in place."""
+    """run(*inputs), keeping for backward only the inputs and the results of the operations in `kept`, such as
+    "aten::mm". The rerun must do what the first run did: no random numbers, no changes in place."""
     results: list[Any] = []
-    needed: list[int] = []  # for each tensor that is saved, the results that were kept before it
+    needed: list[int] = []  # for each saved tensor, the number of results kept before it
     made: dict[int, Tensor] = {}
 
     def number(tensor: Tensor) -> int:
@@ -45,29 +45,29 @@ def recomputed(run: Callable[..., Tensor], kept: Collection[str], *inputs: Any) 
 
     with saved_tensors_hooks(number, find), _Results(kept, results):
         out = run(*inputs)
-    del results[needed[-1] if needed else 0 :]  # the second run does not come to them
+    del results[needed[-1] if needed else 0 :]  # the rerun ends before these
     return out
 
 
 class _Enough(Exception):
-    """All is made that the first forward had saved: what would follow is of no use."""
+    """Every saved tensor has been recomputed: the rest of the forward is not needed."""
 
 
 class _Results(TorchDispatchMode):
-    """Sees every operation, below autograd: keeps the results of some, or gives those that were kept."""
+    """Intercepts every operation, below autograd: keeps the results of some, or replays the kept ones."""
 
     def __init__(self, kept: Collection[str], results: list[Any], given: Iterator[Any] | None = None):
         super().__init__()
         self.kept, self.results, self.given = kept, results, given
 
-    # Else torch would import torch._dynamo, to tell it to leave this class alone.
+    # Without this torch imports torch._dynamo, to mark this class as one to skip.
     _should_skip_dynamo = classmethod(lambda cls: False)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if op.name() not in self.kept:
             return op(*args, **(kwargs or {}))
         result = next(self.given) if self.given else op(*args, **(kwargs or {}))
-        # Autograd notes on what an operation returned where it came from: kept as it is, it would keep its own graph.
+        # Detached: an operation's result refers to its autograd graph, which would be kept alive with it.
         free = tree_map_only(Tensor, Tensor.detach, result)
         if self.given:
             return free

@@ -1,1 +1,1 @@
-"""What runs have come to: tables, figures, failures, lengths."""
+"""Reports on runs and data: tables, figures, failures, lengths."""

@@ -1,10 +1,10 @@
-"""What runs have come to, and what was in their way.
+"""What came of runs, and what went wrong in them.
 
-python -m nanoredi.report RUN ... [--paper] [--wide]         the course of one or several runs, and their results; --paper: the
-                                                            paper's rows beside; --wide: all columns
-python -m nanoredi.report RUN ... --out FIGURE.png          and the four panels of figures.py, --entropy: all eight
-python -m nanoredi.report --failures RUN [--only KIND]      each sample that is not right; KIND: wrong, cut_off, no_answer
-python -m nanoredi.report --lengths DATA                    how long rows are (lengths.py)
+python -m nanoredi.report RUN ... [--paper] [--wide]     training curves in numbers, and results; --paper adds the
+                                                        paper's rows, --wide all columns
+python -m nanoredi.report RUN ... --out FIGURE.png      also draws the four panels of figures.py; --entropy: all eight
+python -m nanoredi.report --failures RUN [--only KIND]  the incorrect samples; KIND: wrong, cut_off, no_answer
+python -m nanoredi.report --lengths DATA                how long rows are (lengths.py)
 """
 
 import pydoc
@@ -16,6 +16,7 @@ from nanoredi.common.errors import UserError, run_script, visible
 from nanoredi.common.files import check, read_json
 from nanoredi.common.flags import option, read_flags, resolve
 from nanoredi.evaluation.samples import DIFFERENCE, read_results
+from nanoredi.evaluation.scores import Row
 from nanoredi.report import lengths
 from nanoredi.report.failures import KINDS, failures
 from nanoredi.report.figures import check_figure, draw, read_runs, summary
@@ -26,32 +27,37 @@ from nanoredi.report.tables import show, tables
 class ReportFlags:
     """The command's flags."""
 
-    runs: list[str] = option([], "folders of runs; words that follow no flag are these")
-    paper: bool = option(False, "show the rows of the paper's tables 1 to 4 beside")
+    runs: list[str] = option([], "folders of runs; the flag's name may be left out")
+    paper: bool = option(False, "add the rows of the paper's tables 1 to 4")
     wide: bool = option(False, "show all columns of the table, however wide")
     out: str = option("", "PNG file for the figure")
-    entropy: bool = option(False, "with --out: draw token entropy, and the log-probs' change since the start, too")
-    failures: str = option("", "folder of a run whose samples that are not right are shown")
-    only: str = option("", "with --failures: one kind of them", choices=KINDS)
-    lengths: str = option("", "rows whose lengths are shown: a folder that prepare wrote, or a JSONL file")
-    tokenizer: str = option("", "with --lengths: Hugging Face folder to measure rows that do not hold their lengths")
+    entropy: bool = option(False, "with --out: also draw token entropy, and how the log-probs changed since the start")
+    failures: str = option("", "folder of a run: show its samples that are not correct")
+    only: str = option("", "with --failures: show one kind only", choices=KINDS)
+    lengths: str = option("", "show how long rows are: of a folder that prepare wrote, or of a JSONL file")
+    tokenizer: str = option("", "with --lengths: Hugging Face folder, to tokenise rows that do not say their lengths")
     max_prompt_tokens: int = option(800, "with --lengths: longest prompt of a pair", low=1)
     max_response_tokens: int = option(19_000, "with --lengths: longest response of a pair", low=1)
+
+
+_FLAGS_OF = {"lengths": ("tokenizer", "max_prompt_tokens", "max_response_tokens"), "failures": ("only",)}
 
 
 def main(argv: list[str]) -> None:
     _, given = read_flags(__doc__, argv or ["--help"], "report", ReportFlags, positional="runs")
     flags = resolve(ReportFlags, "report", given)
-    for other in ("lengths", "failures"):
-        if getattr(flags, other) and (flags.runs or flags.out):
-            more = flags.runs[0] if flags.runs else "--out"
-            raise UserError(f"--{other} takes one folder and makes a report of its own: leave out {more}")
+    kind = next((name for name in _FLAGS_OF if getattr(flags, name)), "runs")
+    for name in given.get("report", {}):
+        of = next((other for other, names in _FLAGS_OF.items() if name in (other, *names)), "runs")
+        if of != kind == "runs":
+            raise UserError(f"--{name} goes with --{of}")
+        if of != kind:
+            more = flags.runs[0] if name == "runs" else f"--{name}"
+            raise UserError(f"--{kind} takes one folder and makes a report of its own: leave out {more}")
     if flags.lengths:
         print(lengths.show(flags.lengths, flags.tokenizer, flags.max_prompt_tokens, flags.max_response_tokens))
     elif flags.failures:
         _show_failures(flags)
-    elif flags.only:
-        raise UserError("--only goes with --failures RUN")
     elif not flags.runs:
         raise UserError("there is nothing to report on: give the folders of runs")
     else:
@@ -66,27 +72,34 @@ def _show_runs(flags: ReportFlags) -> None:
     trained, evaluated = (
         [f for f in flags.runs if (Path(f) / name).exists()] for name in ("metrics.jsonl", "results.json")
     )
-    for folder in flags.runs:
+    paths = [Path(folder).resolve() for folder in flags.runs]
+    for folder, path in zip(flags.runs, paths):
+        if paths.count(path) > 1:
+            raise UserError(f"{folder} is given twice")
         if folder not in trained + evaluated:
             raise UserError(f"{folder} holds no run: there is neither metrics.jsonl nor results.json in it")
     runs = read_runs(trained)
     for run in runs:
         print(summary(run), end="\n\n")
-    if evaluated:
-        rows = []
-        for folder in evaluated:
-            whose = f"{folder}: " if len(evaluated) > 1 else ""
-            rows += [{**row, "model": f"{whose}{row['model']}"} for row in read_results(folder)]
-        files = [Path(folder) / "differences.json" for folder in evaluated]
-        compared = [
-            row for file in files if file.exists() for row in check(str(file), read_json(file, list), [DIFFERENCE])
-        ]
+    rows: list[Row] = []
+    compared: list[Row] = []
+    for folder in evaluated:
+        whose = f"{folder}: " if len(evaluated) > 1 else ""
+        rows += _named(whose, read_results(folder), "model")
+        if (file := Path(folder) / "differences.json").exists():
+            compared += _named(whose, check(str(file), read_json(file, list), [DIFFERENCE]), "first", "second")
+    if rows:
         print(show(tables(rows, compared, flags.paper), flags.wide))
     elif flags.paper:
-        raise UserError("--paper needs results to stand beside: give the folder of a run that was evaluated")
+        raise UserError("--paper needs results to compare: give the folder of a run that was evaluated")
     if flags.out:
         draw(runs, flags.out, flags.entropy)
         print(f"drawn in {flags.out}")
+
+
+def _named(whose: str, rows: list[Row], *names: str) -> list[Row]:
+    """Rows with the run's folder in front of their models' names."""
+    return [{**row, **{name: whose + row[name] for name in names}} for row in rows]
 
 
 def _show_failures(flags: ReportFlags) -> None:

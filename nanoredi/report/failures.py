@@ -1,4 +1,4 @@
-"""The samples of an evaluation that are not right, to be read: the answer, the gold one, the response's tail."""
+"""The incorrect samples of an evaluation, for reading: answer, gold answer, and the end of the response."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,18 +8,18 @@ from nanoredi.evaluation.samples import SAMPLE
 from nanoredi.evaluation.scores import Row
 
 KINDS = ("wrong", "cut_off", "no_answer")
-_TAIL = 600  # characters of a response that are shown
+_TAIL = 600  # how many characters of a response are shown
 
 
 def failures(folder: str, only: str = "") -> Iterator[str]:
-    """Each sample of a run that is not right, as a paragraph; first their number.
+    """How many samples there are of each kind, then each incorrect sample as a paragraph.
 
     Args:
-        folder: of a run of evaluate.py or of train_redi.py, with samples.jsonl.
-        only: one of KINDS: wrong (an answer that is not the gold one), cut_off (by length), no_answer (neither).
+        folder: the output of evaluate.py or train_redi.py, with samples.jsonl.
+        only: one of KINDS: wrong (another answer than the gold one), cut_off (by length), no_answer (neither).
 
     Raises:
-        UserError: when the file is missing or broken.
+        UserError: if the file is missing or broken.
     """
     path = Path(folder) / "samples.jsonl"
     counts, shown = dict.fromkeys(("right", *KINDS), 0), []

@@ -1,9 +1,9 @@
-"""The course of runs: the paper's four panels as a picture, and the series behind them in figures.
+"""The training curves of runs: the paper's four panels as a picture, and a summary of each curve in numbers.
 
-Accuracy where the run was evaluated, log-prob a token of the chosen and of the rejected traces, and the size of the
-parameter update, all by optimiser step. Together they tell a healthy run from a collapse: there both log-probs plunge
-while the update's size surges. On request there are four more: the entropy of the model's predictions on the chosen and
-on the rejected traces, and how far their log-probs have moved since the start. Nothing is smoothed.
+The panels show accuracy (where the run was evaluated), the log-prob a token of the chosen and of the rejected traces,
+and the size of the parameter update, all by optimiser step. Together they tell a healthy run from a collapse, in which
+both log-probs plunge while the updates grow. Four optional panels show the entropy of the model's predictions on chosen
+and rejected traces, and how far their log-probs have moved since the start. Nothing is smoothed.
 """
 
 import itertools
@@ -38,23 +38,22 @@ SERIES = [
     ("peak_memory_gb", "peak memory (GB)", ".2f"),
 ]
 LOGPS, ENTROPIES = ("chosen_logp", "rejected_logp"), ("chosen_entropy", "rejected_entropy")
-# Okabe and Ito's colours, which the colour-blind tell apart, less the yellow that white paper swallows. Neighbours
-# differ in lightness and in the line's style too, for grey prints.
+# Okabe and Ito's palette, which is safe for the colour-blind, without its yellow, which is invisible on white.
+# Neighbours also differ in lightness and line style, for grey prints.
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "osD^v*"
 DRAWN_BY = "nanoredi.report.__main__"
 
-
-Accuracy = dict[str, list[tuple[int, float, float]]]  # of each benchmark (step, pass@1, its error), in order of steps
+Accuracy = dict[str, list[tuple[int, float, float]]]  # {benchmark: [(step, pass@1, its standard error), ...]}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder tells of its course."""
+    """The training curves of a run."""
 
-    name: str  # the folder's, with as much of its path as tells it from the others
-    rows: list[dict[str, Any]]  # of metrics.jsonl
+    name: str  # the folder's name, with as much of its path as distinguishes it from the others
+    rows: list[dict[str, Any]]  # the rows of metrics.jsonl
     accuracy: Accuracy
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
@@ -63,33 +62,31 @@ class Run:
         return [row["step"] for row in self.rows], [math.nan if v is None else v for v in values]
 
     def watched(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) of the watched pairs wherever they were looked at, the start at step 0."""
-        looks = [(0, row.get(f"start_{key}")) for row in self.rows[:1]]
-        looks += [(row["step"], row.get(f"watch_{key}")) for row in self.rows]
-        return [(step, value) for step, value in looks if value is not None]
+        """(step, value) for the watched pairs at each step where they were scored; step 0 is the initial model."""
+        scored = [(0, row.get(f"start_{key}")) for row in self.rows[:1]]
+        scored += [(row["step"], row.get(f"watch_{key}")) for row in self.rows]
+        return [(step, value) for step, value in scored if value is not None]
 
 
 def read_runs(folders: list[str]) -> list[Run]:
-    """The runs in folders. One that has not come to its first line yet has no rows.
+    """The runs in folders, all different. A run that has not logged a step yet has no rows.
 
     Raises:
-        UserError: when a folder holds no run, is given twice, or has a broken file.
+        UserError: if a folder holds no run, or a broken file.
     """
     paths = [Path(folder).resolve() for folder in folders]
     runs = []
-    for folder, path in zip(folders, paths):
-        if paths.count(path) > 1:
-            raise UserError(f"{folder} is given twice")
+    for path in paths:
         depth = 1
-        while [p.parts[-depth:] for p in paths].count(path.parts[-depth:]) > 1:
+        while [p.parts[-depth:] for p in paths].count(path.parts[-depth:]) > 1 and depth < len(path.parts):
             depth += 1
-        rows = _metrics(Path(folder) / "metrics.jsonl")
-        runs.append(Run("/".join(path.parts[-depth:]), rows, _accuracy(Path(folder) / "results.json", rows)))
+        rows = _metrics(path / "metrics.jsonl")
+        runs.append(Run("/".join(path.parts[-depth:]), rows, _accuracy(path / "results.json", rows)))
     return runs
 
 
 def summary(run: Run) -> str:
-    """The first, last, lowest and highest value of each of a run's series, as text."""
+    """The first, last, lowest and highest value of each of a run's curves, as text."""
     if not run.rows:
         return f"{run.name}: no steps yet"
     lines = [["", "first", "last", "lowest", "highest"]]
@@ -101,11 +98,10 @@ def summary(run: Run) -> str:
 
 
 def check_figure(path: str) -> None:
-    """Whether a figure may be written there. One that was drawn by this program is drawn anew, as a run goes on; no
-    other file is overwritten.
+    """Check that a figure may be written to a path. A figure of an earlier call is replaced, any other file is not.
 
     Raises:
-        UserError: when it may not.
+        UserError: if it may not.
     """
     file = Path(path)
     if file.suffix.lower() != ".png":
@@ -117,15 +113,15 @@ def check_figure(path: str) -> None:
 
 
 def draw(runs: list[Run], path: str, entropy: bool = False) -> None:
-    """Draw the four panels of runs into a PNG, with entropy all eight; runs without steps are left out.
+    """Draw the four panels, or with `entropy` all eight, into a PNG. Runs without steps are left out.
 
     Raises:
-        UserError: when there is nothing to draw, or matplotlib is missing.
+        UserError: if there is nothing to draw, or matplotlib is missing.
     """
     check_figure(path)
     runs = [run for run in runs if run.rows]
     if not runs:
-        raise UserError("there is nothing to draw: no run has come to its first line in metrics.jsonl")
+        raise UserError("there is nothing to draw: no run has a line in metrics.jsonl yet")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -146,7 +142,7 @@ def draw(runs: list[Run], path: str, entropy: bool = False) -> None:
         _draw_run(run, panels, markers, look)
     _label_panels(panels, f" on {benchmarks[0]}" if len(benchmarks) == 1 else "")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-    # Outside of the panels, where they cover no line.
+    # Legends are outside the panels, where they cover no line.
     width = max(len(run.name) for run in runs) + 8
     if any(run.watched(key) for run in runs for key in LOGPS):
         handles.append(Line2D([], [], color="0.3", linestyle="", marker="x", label="watched pairs"))
@@ -166,13 +162,13 @@ def _draw_run(run: Run, panels: Any, markers: dict[str, str], look: dict[str, An
         accuracy.errorbar(steps, *percent, marker=markers[name], markersize=5, capsize=3, **look)
     cross = {"color": look["color"], "linestyle": "", "marker": "x"}
     for axes, key in zip((update, *panels[1:3].flat), ("update_norm", *LOGPS, *ENTROPIES)):
-        # Of a single step there is no line to see, only its dot.
+        # Without markers a single step would be invisible.
         axes.plot(*run.series(key), marker="." if len(run.rows) < 50 else None, **look)
-        if looks := run.watched(key):
-            axes.plot(*zip(*looks), **cross)
+        if scored := run.watched(key):
+            axes.plot(*zip(*scored), **cross)
     for axes, key in zip(panels[3:].flat, LOGPS):
-        if (looks := run.watched(key)) and looks[0][0] == 0:
-            axes.plot(*zip(*((step, value - looks[0][1]) for step, value in looks)), **look | cross)
+        if (scored := run.watched(key)) and scored[0][0] == 0:
+            axes.plot(*zip(*((step, value - scored[0][1]) for step, value in scored)), **look | cross)
 
 
 def _label_panels(panels: Any, where: str) -> None:
@@ -191,11 +187,11 @@ def _label_panels(panels: Any, where: str) -> None:
         axes.set_xlabel("optimiser step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         low, high = axes.get_xlim()
-        axes.set_xlim(low - (high - low < 1), high + (high - low < 1))  # else a lone step stands among fractions
+        axes.set_xlim(low - (high - low < 1), high + (high - low < 1))  # ticks at whole steps
 
 
 def _label(axes: Any, title: str, unit: str, nothing: str) -> None:
-    """A panel's title and unit; a word in its middle where no run has anything to draw."""
+    """Set a panel's title and unit, and write `nothing` in its middle if no run has anything to draw."""
     axes.set_title(title)
     axes.set_ylabel(unit)
     axes.grid(color="0.9")
@@ -205,7 +201,7 @@ def _label(axes: Any, title: str, unit: str, nothing: str) -> None:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl. A last line that was broken off in the writing is left out."""
+    """The rows of metrics.jsonl, without an incomplete last line."""
     lines, rows = read_text(path).split("\n"), []
     for number, line in enumerate(lines, 1):
         try:
@@ -217,10 +213,8 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _accuracy(path: Path, rows: list[dict[str, Any]]) -> Accuracy:
-    """The evaluations in a run's results.json, each at its model's step.
-
-    A model's name tells its step; a second SFT is the end of a run whose own objective is sft.
-    """
+    """The evaluations in a run's results.json, each at the step that its model's name tells. In results of former
+    versions a second SFT is the final model of a run with the objective sft."""
     if not rows or not path.exists():
         return {}
     benchmarks: dict[str, dict[int, tuple[float, float]]] = {}

@@ -1,10 +1,10 @@
-"""How long prompts and responses are, and what the limits cut.
+"""How long prompts and responses are, and how much the limits cut.
 
     python -m nanoredi.report --lengths DATA
 
-DATA is a folder that prepare wrote, or a JSONL file of rows. Lengths are those in the rows, which prepare puts there;
-beside pairs.jsonl those in too_long.jsonl count too, so that what the limits have cut is still seen. With --tokenizer
-the rows are measured, as prepare does it.
+DATA is a folder that prepare wrote, or a JSONL file of rows. The lengths are those that prepare wrote into the rows;
+for pairs.jsonl the rows of too_long.jsonl are added, so that pairs beyond the limits are visible, too. With --tokenizer
+the rows are tokenised to get their lengths, as in prepare.
 """
 
 import math
@@ -21,10 +21,10 @@ from nanoredi.data.messages import SIDES, Messages, conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.report.tables import Table, as_text
 
-Lengths = dict[str, np.ndarray]  # {part: tokens (rows,)}, the parts being those of a pair or of an SFT row
+Lengths = dict[str, np.ndarray]  # {part of a pair or of an SFT row: tokens (rows,)}
 _PAIR, _SFT = ("prompt", *SIDES), ("prompt", "response")
 _QUANTILES = (0, 10, 25, 50, 75, 90, 99, 100)  # percent
-_BINS, _BAR = 12, 50  # lines of a histogram, and its longest bar's characters
+_BINS, _BAR = 12, 50  # lines of a histogram, and the characters of its longest bar
 
 
 def show(data: str, tokenizer: str, max_prompt_tokens: int, max_response_tokens: int) -> str:
@@ -32,7 +32,7 @@ def show(data: str, tokenizer: str, max_prompt_tokens: int, max_response_tokens:
 
     Args:
         data: a folder that prepare wrote, or a JSONL file.
-        tokenizer: Hugging Face folder to measure the rows with; empty: they hold their lengths.
+        tokenizer: Hugging Face folder to tokenise the rows with; empty: take the lengths in the rows.
         max_prompt_tokens, max_response_tokens: a pair's limits.
 
     Raises:
@@ -46,10 +46,10 @@ def show(data: str, tokenizer: str, max_prompt_tokens: int, max_response_tokens:
 
 
 def read_lengths(file: Path, tokenizer: Tokenizer | None = None) -> Lengths:
-    """The lengths of a file's rows, by the tokenizer or, without one, those in the rows.
+    """The lengths of a file's rows, by the tokenizer or, without one, as written in the rows.
 
     Raises:
-        UserError: naming file and line of a row that is malformed or holds no lengths.
+        UserError: with file and line, if a row is malformed or has no lengths.
     """
     if tokenizer:
         found = list(tokenizer.lengths_of_rows(_parts(file)))
@@ -66,7 +66,7 @@ def read_lengths(file: Path, tokenizer: Tokenizer | None = None) -> Lengths:
 
 
 def _known(where: str, row: Any) -> tuple[tuple[str, ...], list[int]]:
-    """The parts of a row, and the lengths that it holds."""
+    """The names of a row's parts, and the lengths written in the row."""
     for names in (_PAIR, _SFT):
         lengths = [row.get(f"{name}_tokens") if isinstance(row, dict) else None for name in names]
         if all(type(length) is int and 0 < length < 2**31 for length in lengths):
@@ -75,7 +75,7 @@ def _known(where: str, row: Any) -> tuple[tuple[str, ...], list[int]]:
 
 
 def _parts(file: Path) -> Iterator[tuple[str, Messages, Messages, tuple[str, ...]]]:
-    """Each row's place, its prompt and answers, and their names."""
+    """Of each row: "file, line n", its prompt and answers, and their names."""
     for where, row in read_rows(str(file)):
         if isinstance(row, dict) and "chosen" in row:
             yield where, *pair(where, row), _PAIR
@@ -85,7 +85,7 @@ def _parts(file: Path) -> Iterator[tuple[str, Messages, Messages, tuple[str, ...
 
 
 def table(name: str, parts: Lengths, limits: dict[str, int]) -> str:
-    """Quantiles, what the limits cut, and a histogram of each part, as text."""
+    """Quantiles, how many rows the limits cut, and a histogram of each part, as text."""
     pairs, total = "chosen" in parts, len(parts["prompt"])
     heads = ["", "min", *(f"{q} %" for q in _QUANTILES[1:-1]), "max", "mean", *(["limit", "longer"] if pairs else [])]
     cells = [heads]
@@ -102,11 +102,11 @@ def table(name: str, parts: Lengths, limits: dict[str, int]) -> str:
 
 
 def histogram(lengths: np.ndarray, limit: float) -> list[str]:
-    """A line a bin; what is longer than the limit is drawn lighter. The last bin takes the longest hundredth too."""
+    """One line a bin, lighter for lengths over the limit. The last bin also takes the longest one percent."""
     smallest = max(np.percentile(lengths, 99) / _BINS, 1)
     size = 10 ** math.floor(math.log10(smallest))
     step = next(size * m for m in (1, 2, 5, 10) if size * m >= smallest)  # 1, 2, 5, 10, 20, 50, ...
-    bins = np.minimum((lengths - 1) // step, _BINS - 1)  # a bin ends with its upper edge, as a limit does
+    bins = np.minimum((lengths - 1) // step, _BINS - 1)  # the upper edge belongs to the bin, like a limit
     counts = np.bincount(bins, minlength=_BINS)
     longer = np.bincount(bins[lengths > limit], minlength=_BINS)
     lines = []

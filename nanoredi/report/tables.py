@@ -1,4 +1,4 @@
-"""Results as tables: for a terminal of 80 columns, in Markdown, beside the paper's."""
+"""Results as tables, for a terminal of 80 columns and in Markdown, optionally with the paper's rows."""
 
 import re
 from dataclasses import dataclass
@@ -9,9 +9,8 @@ from nanoredi.common.files import write_json, write_text
 from nanoredi.data.benchmarks import PAPER
 from nanoredi.evaluation.scores import Row, average
 
-# The figures of arXiv 2505.24850 in percent, in the order of PAPER and, where the paper gives it with an error, then the
-# mean: (model, the recipe that claims the row, figures). In table 1 the base model's row is EMPO's, the Instruct one's
-# Qwen's own.
+# The results of arXiv 2505.24850 in percent: (model, recipe for the row, results in the order of PAPER, in table 2 also
+# their mean). In table 1 the base model's row was measured by EMPO's authors, the Instruct one's by Qwen's.
 _BASE = "qwen2.5-math-1.5b"
 _PAPER = {
     "pass@1": {
@@ -46,8 +45,8 @@ _PAPER = {
     },
 }
 
-# (key, heading, format), what people compare first in front; shares are shown in percent. pass@k stands for those that the
-# rows have, the largest k in the first place.
+# (key, heading, format), the most compared ones first; shares are shown in percent. pass@K stands for the largest k in
+# the rows, pass@k for the others.
 _COLUMNS = [
     ("model", "model", "{}"),
     ("benchmark", "benchmark", "{}"),
@@ -64,30 +63,24 @@ _COLUMNS = [
     ("waits_per_response", "Wait/response", "{:.2f}"),
     ("waits_per_1000_tokens", "Wait/1000 tokens", "{:.2f}"),
 ]
-_LEAST = 7  # columns that are compared first
+_LEAST = 7  # how many columns are always shown
 _WIDTH = 80  # of a terminal
 
-Lines = list[list[str]]  # of a table's cells, the headings first; a line of one cell goes through all columns
+Lines = list[list[str]]  # a table's cells, the headings first; a line of one cell spans all columns
 
 
 @dataclass
 class Table:
-    """Lines; how many of their columns stand to the left; and how many a narrow terminal gets at least, 0 for all: before
-    there are fewer, the first column's cells stand above their lines."""
+    """A table, before it is laid out for a terminal or for Markdown."""
 
     lines: Lines
-    left: int = 1
-    least: int = 0
-
-
-def table(rows: list[Row]) -> str:
-    """Rows of results.json as text for a terminal (details has the columns)."""
-    return as_text(details(rows), _WIDTH)
+    left: int = 1  # how many columns are left-aligned
+    least: int = 0  # columns shown at least, 0 for all: the first column moves above its lines before there are fewer
 
 
 def details(rows: list[Row]) -> Table:
-    """A line a model and benchmark: shares in percent, log-probs in nats a token, columns that no row fills left out;
-    an average under a model's several benchmarks."""
+    """A line for each model and benchmark, and an average if a model has several: shares in percent, log-probs in nats
+    a token. Columns without any value are left out."""
     rows = [line for model in dict.fromkeys(row["model"] for row in rows) for line in _with_average(rows, model)]
     ks = sorted({int(key[5:]) for row in rows for key in row if re.fullmatch("pass@[0-9]+", key)} - {1})
     columns = []
@@ -101,8 +94,8 @@ def details(rows: list[Row]) -> Table:
 
 
 def scores(rows: list[Row], metric: str = "pass@1", paper: bool = False) -> Table:
-    """A line a model: a metric on each benchmark, in percent, pass@1 with its standard error, and the mean; the paper's
-    rows below on request, each with its recipe, and - for a benchmark that is not the paper's."""
+    """A line for each model: a metric in percent on each benchmark (pass@1 with its standard error), and the mean. With
+    `paper`, the paper's rows below, each with its recipe, and "-" for a benchmark that the paper does not have."""
     names = list(dict.fromkeys(row["benchmark"] for row in rows))
     columns = [*names, "average"] if len(names) > 1 else names
     lines = [[f"{metric} %", *("mean" if name == "average" else name.removesuffix("_bench") for name in columns)]]
@@ -111,12 +104,7 @@ def scores(rows: list[Row], metric: str = "pass@1", paper: bool = False) -> Tabl
         if not all(name in own for name in names):
             own.pop("average", None)
         cells = [own.get(name, {}) for name in columns]
-        lines.append(
-            [
-                _name(next(iter(own.values()))),
-                *(_with_error(c.get(metric), c.get("sem") if metric == "pass@1" else None) for c in cells),
-            ]
-        )
+        lines.append([_name(next(iter(own.values()))), *(_with_error(cell, metric) for cell in cells)])
     for title, known in _PAPER[metric].items() if paper else ():
         lines.append([f"the paper's {title} (*: {_BASE})"])
         for model, recipe, figures in known:
@@ -130,7 +118,7 @@ def scores(rows: list[Row], metric: str = "pass@1", paper: bool = False) -> Tabl
 
 
 def differences(compared: list[Row]) -> Table:
-    """A line a benchmark: by how many points the second model's pass@1 is above the first's, with its interval."""
+    """A line for each benchmark: by how many points the second model's pass@1 exceeds the first's, with an interval."""
     lines, models = [["pass@1", "points", "95 % interval"]], None
     for row in compared:
         if models != (row["second"], row["first"]):
@@ -142,7 +130,7 @@ def differences(compared: list[Row]) -> Table:
 
 
 def as_text(table: Table, width: int = 0) -> str:
-    """Columns in step, in at most so many characters; 0: however wide they are."""
+    """Aligned columns in at most `width` characters; 0: as wide as they are."""
     lines, left = table.lines, table.left
     shown = len(lines[0])
     ways = [(lines, k) for k in range(shown, min(table.least or shown, shown) - 1, -1)]
@@ -160,12 +148,12 @@ def as_text(table: Table, width: int = 0) -> str:
 
 
 def _widths(lines: Lines, k: int) -> list[int]:
-    """Of the first k columns."""
+    """The widths of the first k columns."""
     return [max(map(len, column)) for column in zip(*(line[:k] for line in lines if len(line) > 1))]
 
 
 def _stacked(lines: Lines) -> Lines:
-    """With the first column's cells above their lines."""
+    """The table with the first column's cells on lines of their own, above the lines that they belong to."""
     stacked, above = lines[:1], None
     for first, *rest in lines[1:]:
         stacked = [*stacked, *([[first]] if first != above else []), *([["", *rest]] if rest else [])]
@@ -186,8 +174,8 @@ def as_markdown(table: Table) -> str:
 
 
 def tables(rows: list[Row], compared: list[Row], paper: bool) -> list[Table]:
-    """All there is to show of results: the details; scores where there are several benchmarks, or the paper's rows to
-    show; differences of two models."""
+    """All tables of some results: details, scores if there are several benchmarks or `paper` is set, and differences
+    of two models."""
     shown = [details(rows)]
     if paper or len({row["benchmark"] for row in rows}) > 1:
         shown.append(scores(rows, paper=paper))
@@ -196,13 +184,14 @@ def tables(rows: list[Row], compared: list[Row], paper: bool) -> list[Table]:
     return [*shown, differences(compared)] if compared else shown
 
 
-def show(shown: list[Table], wide: bool) -> str:
-    """Tables for the terminal."""
+def show(shown: list[Table], wide: bool = False) -> str:
+    """Tables as text for a terminal."""
     return "\n\n".join(as_text(one, 0 if wide else _WIDTH) for one in shown)
 
 
 def write(out: Path, rows: list[Row], compared: list[Row], paper: bool, wide: bool = False) -> str:
-    """Write results.json (differences.json for two models), results.txt and, with all columns, results.md; the text."""
+    """Write results.json, differences.json for two models, results.txt, and results.md with all columns. Returns the
+    text of results.txt."""
     write_json(out / "results.json", rows)
     if compared:
         write_json(out / "differences.json", compared)
@@ -215,7 +204,7 @@ def write(out: Path, rows: list[Row], compared: list[Row], paper: bool, wide: bo
 
 def _with_average(rows: list[Row], model: str) -> list[Row]:
     own = [row for row in rows if row["model"] == model]
-    return [*own, average(own)] if len(own) > 1 else own
+    return [*own, average(own)] if len({row["benchmark"] for row in own}) > 1 else own
 
 
 def _name(row: Row) -> str:
@@ -226,5 +215,6 @@ def _cell(form: str, value: Any) -> str:
     return "-" if value is None else form.format(value).rstrip("%")
 
 
-def _with_error(share: float | None, error: float | None) -> str:
-    return _cell("{:.1%}", share) + (f" ± {100 * error:.1f}" if error is not None else "")
+def _with_error(row: Row, metric: str) -> str:
+    has_error = metric == "pass@1" and row.get("sem") is not None
+    return _cell("{:.1%}", row.get(metric)) + (f" ± {100 * row['sem']:.1f}" if has_error else "")

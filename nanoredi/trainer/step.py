@@ -1,7 +1,7 @@
-"""An optimiser step: its units dealt to ranks and micro-batches, gradients added up, clipped, and applied.
+"""An optimiser step: distribute its units over ranks and micro-batches, accumulate gradients, clip, and update.
 
-Nothing here waits for the device: the figures of a step stay there until a line of the log is due. Only with --offload
-a step ends on the host.
+The host never waits for the device here: a step's metrics stay there until the log needs them. Only with --offload does
+a step end on the host.
 """
 
 import numpy as np
@@ -22,22 +22,22 @@ from nanoredi.trainer.optimizer import AdamW, gradient_square
 def train_step(
     model: Qwen2, optimizer: AdamW, units: list[Unit], config: SftConfig | RediConfig, world: World
 ) -> tuple[Tensor, int, float]:
-    """One optimiser step of all ranks' units (objectives.units); skipped where its loss or gradient is not finite.
+    """One optimiser step over the units (objectives.units) of all ranks; skipped if its loss or gradient is not finite.
 
     Returns:
-        Where the gradients are: chosen and rejected log-prob, gradient norm, update norm, loss (not all finite where the step
-        was skipped), chosen and rejected entropy (7,); the tokens that went through; and their floating-point operations.
+        Metrics (7,) on the device of the gradients: chosen and rejected log-prob, gradient norm, update norm, loss (not
+        all finite if the step was skipped), chosen and rejected entropy; the step's tokens; and its flops.
     """
     lengths = [sum(s.num_inputs for s in unit) for unit in units]
     costs = [sum(model.config.flops(s.num_inputs, s.num_learned) for s in unit) for unit in units]
     micro_batches = divide(lengths, costs, world.size, config.max_tokens_per_micro_batch)[world.rank]
     totals = torch.zeros(5, device=world.device)
     for i, indices in enumerate(micro_batches):
-        if isinstance(model, FSDPModule):  # gradients add up on each rank; ranks exchange them once a step
+        if isinstance(model, FSDPModule):  # gradients accumulate on each rank and are reduced once a step
             model.set_requires_gradient_sync(i == len(micro_batches) - 1)
         mine = [units[j] for j in indices] or [_idle(units)]
         totals += forward_backward(model, mine, len(units), config, world.device)
-    # With several copies of the weights, every shard is there as often as there are copies.
+    # With several replicas of the weights (HSDP) the sum over all ranks counts every shard once per replica.
     copies = world.size // (config.shard_size or world.size)
     square = gradient_square(model) / copies
     sums = torch.stack((square, *totals.to(square.device)))
@@ -56,12 +56,12 @@ def train_step(
 def forward_backward(
     model: Qwen2, units: list[Unit], num_units: int, config: SftConfig | RediConfig, device: torch.device
 ) -> Tensor:
-    """A micro-batch's units forward and backward; its gradients are added to the parameters'. The losses of pairs are a
-    mean over the num_units of the whole step.
+    """Forward and backward of a micro-batch; its gradients are added to the parameters'. The losses of pairs are
+    averaged over the num_units of the whole step.
 
     Returns:
-        What it adds to the step's mean chosen and rejected log-prob, to its loss, and to its mean chosen and rejected
-        entropy: (5,), on the device.
+        The micro-batch's share of the step's mean chosen and rejected log-prob, its loss, and its mean chosen and
+        rejected entropy: (5,), on the device.
     """
     batch = pack([s for unit in units for s in unit]).to(device)
     entropies = torch.zeros_like(batch.weights)
@@ -76,7 +76,6 @@ def forward_backward(
 
 
 def _idle(units: list[Unit]) -> Unit:
-    """What a rank with nothing to do computes, since it takes part in every collective: a short sequence that teaches
-    nothing."""
+    """A short sequence of weight 0, for a rank that has none in this micro-batch but takes part in the collectives."""
     shortest = min((s for unit in units for s in unit), key=lambda s: len(s.tokens))
     return (shortest._replace(learned=np.zeros_like(shortest.learned), weight=0.0),)

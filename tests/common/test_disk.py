@@ -1,4 +1,4 @@
-"""Onto the disk whole, by one process at a time."""
+"""Files are written completely or not at all, and by one process at a time."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "two" and os.listdir(path.parent) == ["f"]
 
 
-def test_a_folder_takes_the_place_of_nothing_or_of_an_empty_one(tmp_path):
+def test_a_folder_replaces_only_an_empty_one(tmp_path):
     path = tmp_path / "f"
     for _ in range(2):
         with writing(path) as beside:
@@ -64,7 +64,7 @@ def test_a_folder_takes_the_place_of_nothing_or_of_an_empty_one(tmp_path):
         pass
 
 
-def test_what_is_written_has_the_permissions_of_its_neighbours(tmp_path):
+def test_new_files_have_the_user_s_usual_permissions(tmp_path):
     (tmp_path / "plain").write_text("x")
     with writing(tmp_path / "f") as beside:
         beside.touch(0o600)
@@ -72,7 +72,7 @@ def test_what_is_written_has_the_permissions_of_its_neighbours(tmp_path):
 
 
 @pytest.mark.parametrize("place, is_whole", [(1, False), (2, False), (3, True)])
-def test_killed_at_any_place(place, is_whole, tmp_path):
+def test_killed_at_any_write(place, is_whole, tmp_path):
     code = f"import nanoredi.common.disk as d, pathlib\nwith d.writing(pathlib.Path({str(tmp_path)!r}, 'f')) as b: b.mkdir()"
     process = python(code, NANOREDI_CRASH_AT=str(place))
     process.communicate()
@@ -82,7 +82,7 @@ def test_killed_at_any_place(place, is_whole, tmp_path):
     assert os.listdir(tmp_path) == (["f"] if is_whole else [])
 
 
-def test_only_leftovers_go(tmp_path):
+def test_only_leftovers_are_removed(tmp_path):
     mine = path_beside(tmp_path / "f")
     elsewhere = tmp_path / "f.another-host.1.writing"
     for path in (mine, elsewhere, tmp_path / "f"):
@@ -101,7 +101,7 @@ def names(folder):
 
 
 def together(out, linked=("a", "b")):
-    """What a killed process leaves that wanted to write a and b, and had come so far."""
+    """The leftovers of a process that was killed while writing a and b together."""
     beside = out / f"files.{os.uname().nodename}.999999.writing"
     beside.mkdir(parents=True)
     for name in ("a", "b"):
@@ -110,7 +110,7 @@ def together(out, linked=("a", "b")):
         os.link(beside / name, out / name)
 
 
-def test_files_come_together_and_replace_nothing(tmp_path):
+def test_several_files_appear_together_and_replace_nothing(tmp_path):
     out = tmp_path / "new" / "out"
     with writing_together(out) as beside:
         (beside / "a").write_text("1")
@@ -124,7 +124,7 @@ def test_files_come_together_and_replace_nothing(tmp_path):
         assert names(tmp_path / name) == [name] and (tmp_path / name / name).read_text() == "yours"
 
 
-def test_on_a_disk_without_links_they_are_moved(tmp_path, monkeypatch):
+def test_without_hard_links_they_are_moved(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(1, "Operation not permitted")
 
@@ -134,7 +134,7 @@ def test_on_a_disk_without_links_they_are_moved(tmp_path, monkeypatch):
     assert names(tmp_path) == ["a"]
 
 
-def test_of_a_killed_process_s_files_all_stay_or_none(tmp_path):
+def test_a_killed_process_leaves_all_of_its_files_or_none(tmp_path):
     together(tmp_path / "all")
     together(tmp_path / "one", ["a"])
     together(tmp_path / "theirs", ["a"])
@@ -147,7 +147,7 @@ def test_of_a_killed_process_s_files_all_stay_or_none(tmp_path):
     assert found == {"all": ["a", "b"], "one": [], "theirs": ["b"], "moved": ["a"]}
 
 
-def test_one_process_has_a_folder_and_its_end_frees_it(tmp_path):
+def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     folder = tmp_path / "run"
     code = f"import nanoredi.common.disk as d, pathlib, time\nd.lock(pathlib.Path({str(folder)!r})); print('has it', flush=True); time.sleep(60)"
     owner = python(code)
@@ -157,7 +157,7 @@ def test_one_process_has_a_folder_and_its_end_frees_it(tmp_path):
     owner.kill()
     owner.communicate()
     lock(folder)
-    lock(folder)  # its own lock is no hindrance
+    lock(folder)  # a process may lock again what it has locked
     second = python(code)
     assert f"process {os.getpid()} on" in second.communicate()[1]
 

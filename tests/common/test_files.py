@@ -1,4 +1,4 @@
-"""What comes in from outside: bounded, of a declared shape, or refused in one sentence."""
+"""Input from outside is bounded and has a declared shape, or is refused in one sentence."""
 
 import pytest
 
@@ -11,13 +11,13 @@ from nanoredi.common.files import check, parse_json, read_json, read_rows, write
     [
         ("[" * 100_000, "nested more than 100 levels deep"),
         ("[" * 101 + "]" * 101, "nested more than 100 levels deep"),
-        ('{"a": NaN}', "NaN is no finite number"),
-        ('{"a": [-Infinity]}', "-Infinity is no finite number"),
-        ("1e999", "1e999 is no finite number"),
+        ('{"a": NaN}', "NaN is not a finite number"),
+        ('{"a": [-Infinity]}', "-Infinity is not a finite number"),
+        ("1e999", "1e999 is not a finite number"),
         ("9" * 5000, "is not JSON"),
         ("", "is not JSON"),
         ('{"a": 1', "is not JSON"),
-        ('{"a": [{"b": 1, "c": 2, "b": null}]}', "is not JSON: 'b' stands in it twice, with two values"),
+        ('{"a": [{"b": 1, "c": 2, "b": null}]}', "is not JSON: it has 'b' twice, with two values"),
     ],
 )
 def test_json_beyond_its_bounds(text, words, tmp_path):

@@ -1,8 +1,10 @@
 """Every format gives the rows that JSONL gives, and a damaged file is named."""
 
+import datetime
 import gzip
 import json
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,35 @@ def test_tables(tmp_path):
         assert num_rows(path) == len(ROWS)
 
 
+def test_a_table_s_values_become_json_values(tmp_path):
+    """Times in other columns, or inside messages, do no harm."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    day = datetime.datetime(2026, 1, 2, 3, 4, 5)
+    table = pyarrow.table(
+        {
+            "prompt": ["Q", "R"],
+            "score": [float("nan"), 0.1],
+            "at": pyarrow.array([1, None], pyarrow.timestamp("ns")),
+            "far": pyarrow.array([10**18, None], pyarrow.timestamp("us")),
+            "bytes": [b"\xff", None],
+            "messages": [[{"content": "x", "at": day, "cost": Decimal("1.50")}], []],
+        }
+    )
+    parquet.write_table(table, tmp_path / "a.parquet")
+    first, second = (row for _, row in read_rows(str(tmp_path / "a.parquet")))
+    assert first == {
+        "prompt": "Q",
+        "score": None,
+        "at": "1970-01-01 00:00:00.000000001",
+        "far": "<value out of range: 1000000000000000000>",
+        "bytes": "b'\\xff'",
+        "messages": [{"content": "x", "at": "2026-01-02 03:04:05", "cost": "1.50"}],
+    }
+    assert second == {"prompt": "R", "score": 0.1, "at": None, "far": None, "bytes": None, "messages": []}
+    assert list(read_rows(str(tmp_path / "a.parquet"), ("none",)))[1] == (f"{tmp_path / 'a.parquet'}, row 2", {})
+
+
 @pytest.mark.parametrize(
     "name, content, words",
     [
@@ -109,7 +140,7 @@ def test_tables(tmp_path):
         ),
         ("a.zst", b"(\xb5/\xfd", "a.zst, line 1 is not UTF-8 text: .*; rows are JSONL"),
         ("a.csv", b"a,b\n1,2,3\n", "a.csv, row 1 has more cells than"),
-        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv: its first line has the name 'a' twice"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv: its first line names the column 'a' twice"),
         ("a.csv", b'a\n"x', "cannot read .*a.csv: unexpected end of data"),
         ("a.csv", b"a\n\xe9\n", "cannot read .*a.csv: .*utf-8"),
         ("a.json", b'{\n"a": 1}\n{\n"a": 2}', "a.json, which begins as an object, is not JSON: Extra data"),

@@ -1,4 +1,4 @@
-"""Packing, the order of the rows, and how they are dealt."""
+"""Packing, the order of the rows, and their distribution over ranks and micro-batches."""
 
 import numpy as np
 import pytest
@@ -58,5 +58,5 @@ def test_divide_deals_everything_evenly_within_the_budget(world_size, max_tokens
         assert max(spent) <= 1.05 * sum(costs) / world_size
 
 
-def test_divide_with_fewer_sequences_than_ranks_leaves_places_empty():
+def test_divide_with_fewer_sequences_than_ranks_leaves_micro_batches_empty():
     assert sorted(divide([5, 9], [5, 9], 4, 100)) == [[[]], [[]], [[0]], [[1]]]

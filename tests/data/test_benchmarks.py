@@ -27,7 +27,7 @@ def test_the_paper_s_answers_in_their_formats(shared):
     assert load("olympiad_bench", folder).golds[1] == ["$\\frac{1}{2 n+2}$"]
 
 
-def test_one_s_own_rows(tmp_path):
+def test_rows_of_the_user_s_own(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"problem": "1+1?", "answer": 2}\n{"problem": "half?", "answer": ["0.5", "1/2"], "more": 1}\n')
     benchmark = load(str(path), "")
@@ -77,9 +77,15 @@ def test_what_a_row_asks_and_its_answer(tmp_path, row, problem, golds):
 @pytest.mark.parametrize(
     "rows, words",
     [
-        ([{"question": "q", "choices": ["1", "2"], "answer": 1}], "line 1 is multiple choice; put its 'choices' into"),
+        (
+            [{"question": "q", "choices": ["1", "2"], "answer": 1}],
+            "line 1 is multiple choice; write its 'choices' into",
+        ),
         ([{"query": "q", "answer": 1}], "in 'problem' or 'question'; it has query, answer"),
-        ([{"Problem": "p", "problem": "q", "answer": 1}], "line 1 has 'Problem' in two spellings, with two values"),
+        (
+            [{"Problem": "p", "problem": "q", "answer": 1}],
+            "line 1 has 'Problem' in two spellings, with different values",
+        ),
         ([{"problem": "p", "answer": "it is so " * 9}] * 2, "2 of 2 answers are solutions without a box or ####"),
     ],
 )
@@ -89,7 +95,7 @@ def test_what_would_be_scored_wrong_is_refused(tmp_path, rows, words):
         load(str(tmp_path / "b.jsonl"), "")
 
 
-def test_what_is_missing_or_of_another_length(tmp_path):
+def test_missing_files_and_wrong_numbers_of_problems(tmp_path):
     with pytest.raises(UserError, match=r"no benchmark 'math50' \(did you mean 'math500'\?\)"):
         load("math50", "")
     with pytest.raises(UserError, match="give --data DIR"):
@@ -97,7 +103,7 @@ def test_what_is_missing_or_of_another_length(tmp_path):
     with pytest.raises(UserError, match="holds no file aime24 that ends in .json, .jsonl"):
         load("aime24", str(tmp_path))
     (tmp_path / "aime24.json").write_text(json.dumps([{"problem": "x", "answer": "1"}]))
-    with pytest.raises(UserError, match="holds 1 problems; aime24 has 30"):
+    with pytest.raises(UserError, match="holds 1 problems, but aime24 has 30"):
         load("aime24", str(tmp_path))
 
 
@@ -153,11 +159,11 @@ def test_a_named_benchmark_may_be_jsonl(tmp_path):
         ("['", ["['"]),
     ],
 )
-def test_answers_as_files_have_them(answer, golds):
+def test_answers_in_the_formats_of_files(answer, golds):
     assert golds_of("here", answer) == golds
 
 
-def test_the_one_frame_of_a_problem():
+def test_a_problem_has_one_prompt_template():
     problem = "What is {problem} in $\\frac{1}{2}$?"
     ((role, text),) = (m.values() for m in frame(problem, "paper"))
     assert (
@@ -171,7 +177,7 @@ def test_the_one_frame_of_a_problem():
     assert with_system([system], "Be long.") == [system]
 
 
-def test_the_paper_s_frame():
+def test_the_paper_s_prompt_template():
     """As both programs that the original evaluates with have it: two spaces after "clearly."."""
     assert PAPER_TEMPLATE == (
         "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
@@ -228,18 +234,18 @@ def test_aime25_by_name(tmp_path):
     benchmark = load("aime25", str(tmp_path))
     assert (benchmark.name, len(benchmark.problems)) == ("aime25", 30) and benchmark.questions[0].startswith("Solve")
     (tmp_path / "amc23.jsonl").write_text('{"question": "p", "answer": "1"}\n' * 40)
-    with pytest.raises(UserError, match="holds 40 problems; amc23 has 83, and another set goes by its path"):
+    with pytest.raises(UserError, match="holds 40 problems, but amc23 has 83; give another set by its path"):
         load("amc23", str(tmp_path))
 
 
-def test_a_frame_of_one_s_own(tmp_path):
+def test_a_template_of_the_user_s_own(tmp_path):
     path = tmp_path / "b.jsonl"
     path.write_text('{"problem": "1+1", "answer": 2}\n')
     questions = [load(str(path), "", template=t).questions for t in ("", "plain", "paper", "{problem}={}")]
     assert questions[:2] == [["1+1"], ["1+1"]] and questions[2][0].startswith("Solve") and questions[3] == ["1+1={}"]
 
 
-def test_files_of_one_name(tmp_path):
+def test_files_with_the_same_name(tmp_path):
     files = ["a/x/t.jsonl", "b/x/t.jsonl", "b/y/t.jsonl", "b/y/t.json", "u.jsonl", "math500.jsonl", "d/math500.json"]
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

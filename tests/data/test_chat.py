@@ -1,4 +1,4 @@
-"""Messages to text: the prompt is sampling's, the end is learned, nothing of an answer is lost, and what is odd is said."""
+"""Messages to text: training and sampling share the prompt, the end is learned, answers are whole, changes are reported."""
 
 import json
 
@@ -45,7 +45,7 @@ def answered(answer: str | dict, *before: dict) -> list[dict]:
     [
         ("chatml", TRACE, TRACE + IM),
         ("chatml", "B", "B" + IM),
-        # DeepSeek's prompt opens the thinking: it is opened once, whatever the answer begins with.
+        # DeepSeek's prompt opens <think>, so the completion must not, whatever the answer begins with.
         ("deepseek", TRACE, "A\n</think>\n\nB" + EOS),
         ("deepseek", "<think>A</think>B", "A</think>B" + EOS),
         ("deepseek", "A\n</think>\n\nB", "A\n</think>\n\nB" + EOS),
@@ -72,7 +72,7 @@ def test_the_prompt_is_samplings_and_the_answer_is_whole(chats, name, answer, co
 
 def test_an_answer_that_thinks_where_the_prompt_has_closed_the_thinking_is_refused(chats):
     for answer in (TRACE, "A\n</think>\n\nB", "<think>\nA"):
-        with pytest.raises(UserError, match="has the model answer without thinking; this answer thinks"):
+        with pytest.raises(UserError, match="closes the thinking in the prompt, but this answer thinks"):
             chats["qwen3-not"].split(answered(answer))
 
 
@@ -86,6 +86,8 @@ def test_thinking_beside_the_content_is_thinking(chats, name, field):
     assert completion({"content": "B", field: "C"}) != completion(TRACE)
     assert completion({"content": "B", field: None}) == completion("B")
     assert completion({"content": TRACE, field: "A"}) == completion(TRACE)
+    # Thinking is not dropped if the answer repeats it.
+    assert completion({"content": "A, so B", field: "A"}) == completion("<think>\nA\n</think>\n\nA, so B")
 
 
 def test_a_template_writes_the_thinking_in_its_own_way(tmp_path):
@@ -94,18 +96,23 @@ def test_a_template_writes_the_thinking_in_its_own_way(tmp_path):
     assert Tokenizer(small_folder(tmp_path, own)).split(answered(message))[1] == "[A]B" + IM
 
 
-def test_an_answer_that_looks_changed_is_said(chats):
+def test_what_is_done_to_an_answer_is_reported(chats):
     def remarks(name, messages):
         found = set()
         chats[name].split(messages, found)
         return [remark.split(":")[0] for remark in found]
 
     assert remarks("chatml", answered("B")) == remarks("qwen3", answered(TRACE)) == []
-    assert remarks("qwen3", answered("B")) == ["rows have an answer that the chat template writes in another way"]
+    assert remarks("qwen3", answered("B")) == ["rows have an answer that the chat template rewrites"]
     assert "cuts" in remarks("deepseek", answered(TRACE))[0]
-    assert remarks("chatml", answered("B" + IM)) == ["rows have the template's header or end on an answer"]
+    assert remarks("chatml", answered("B" + IM)) == ["rows have an answer with the template's own header or end"]
     templated = user_message(chats["chatml"].prompt(user_message("Q")))
     assert remarks("chatml", answered("B", *templated)) == ["rows have a prompt that is templated already"]
+    assert remarks("chatml", answered("B", *answered("A"), *user_message("Q"))) == ["rows have several answers"]
+    unclosed = "rows have an answer that never closes the <think> that their prompt opens"
+    for name in ("deepseek", "qwen3-thinking"):
+        assert unclosed in remarks(name, answered("<think>\nA")) and unclosed not in remarks(name, answered(TRACE))
+    assert unclosed in remarks("deepseek", answered("B")) and unclosed not in remarks("qwen3-thinking", answered("B"))
 
 
 @pytest.mark.parametrize(
@@ -113,10 +120,11 @@ def test_an_answer_that_looks_changed_is_said(chats):
 )
 def test_the_templates_end_is_taken_once(chats, name, ends):
     for end in ends:
-        assert chats[name].split(answered("B" + end)) == chats[name].split(answered("B"))
+        for padding in ("", chats[name].backend.id_to_token(chats[name].pad_id) * 9):
+            assert chats[name].split(answered("B" + end + padding)) == chats[name].split(answered("B"))
 
 
-def test_white_space_that_is_a_token_is_no_end():
+def test_a_white_space_token_is_not_an_end():
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '<e>\\n' if m.role == 'assistant' }}{% endfor %}"
     chat = Chat(source, "x", {}, ["<e>", "\n"])
     assert chat.split(answered("B<e>\n")) == chat.split(answered("B"))
@@ -131,7 +139,7 @@ def test_the_templates_header_is_taken_once(chats, name):
             assert chats[name].split(answered(begun + answer)) == chats[name].split(answered(answer))
 
 
-def test_a_word_that_the_prompt_ends_in_too_is_the_answer_s(tmp_path):
+def test_a_word_that_also_ends_the_prompt_belongs_to_the_answer(tmp_path):
     tokenizer = Tokenizer(small_folder(tmp_path, CHATML.replace("assistant\n{% endif", "\nassistant\n{% endif")))
     assert tokenizer.split(answered("assistants"))[1] == "assistants" + IM
 
@@ -165,6 +173,9 @@ def test_a_prompt_that_is_templated_already_stays_as_it_is(chats, name):
     forced = chats[name].prompt(user_message("Q"), think=True)
     assert chats[name].prompt(user_message(forced)) == forced
     assert chats[name].prompt(user_message("What is <|im_end|>?")).count("What") == 1
+    for text in (prompt, begun):
+        with pytest.raises(UserError, match="the last message is templated already, so no other may stand before it"):
+            chats[name].prompt([{"role": "system", "content": "S"}, *user_message(text)])
 
 
 @pytest.mark.parametrize(
@@ -173,20 +184,24 @@ def test_a_prompt_that_is_templated_already_stays_as_it_is(chats, name):
         (
             "chatml",
             [{"role": "human", "content": "Q"}],
-            "does not show message 1, whose role is 'human'; .*system, user",
+            "does not show message 1, whose role is 'human', as such; .*system, user",
         ),
         ("chatml", [{"role": "developer", "content": "S"}, *user_message("Q")], "message 1, whose role is 'developer'"),
-        ("deepseek", [{"role": "system", "content": s} for s in "XY"] + user_message("Q"), "message 1, .* 'system'"),
+        (
+            "deepseek",
+            [{"role": "system", "content": s} for s in "XY"] + user_message("Q"),
+            "message 1, .* 'system', as such; it knows the roles user, assistant$",
+        ),
     ],
 )
-def test_a_message_that_the_template_passes_over_is_refused(chats, name, before, words):
+def test_a_message_that_the_template_skips_is_refused(chats, name, before, words):
     with pytest.raises(UserError, match=words):
         chats[name].split(answered("B", *before))
     with pytest.raises(UserError, match=words):
         chats[name].prompt(before)
 
 
-def test_a_role_that_the_template_takes_for_another_is_refused(tmp_path):
+def test_a_role_that_the_template_shows_as_another_is_refused(tmp_path):
     template = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% else %}<|im_end|>{% endif %}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="message 1, whose role is 'developer'"):
         Tokenizer(small_folder(tmp_path, template)).prompt([{"role": "developer", "content": "S"}, *user_message("Q")])
@@ -243,7 +258,7 @@ def test_an_end_of_plain_text_is_learned_and_ends_a_sample_before_it(tmp_path, e
     )
     data = load_sft(str(file), tokenizer, 500, str(tmp_path))
     stream = tokenizer.stream()
-    for i in range(3 if stop.strip() else 1):  # the end that a row has already is taken once
+    for i in range(3 if stop.strip() else 1):  # an end that a row already has is not doubled
         sequence = data.row(i)[0]
         learned = sequence.tokens[len(tokenizer.encode("Q: Q\nA: ")) :]
         assert tokenizer.decode(learned.tolist()) == answer + end.replace("<|im_end|>", "")
@@ -255,7 +270,7 @@ def test_an_end_of_plain_text_is_learned_and_ends_a_sample_before_it(tmp_path, e
     assert tokenizer.stop_text == stop and (tokenizer.stream(shown=False) is None) == (not stop)
 
 
-def test_the_originals_quirk_where_the_template_has_another_end(tmp_path):
+def test_eos_is_not_learned_in_stage_1_if_it_is_padding_and_not_the_template_s_end(tmp_path):
     tokenizer = Tokenizer(small_folder(tmp_path / "t", CHATML, eos_token="<|endoftext|>"))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": answered(TRACE)}))
     data = load_sft(str(tmp_path / "rows.jsonl"), tokenizer, 500, str(tmp_path))
@@ -275,7 +290,7 @@ def test_the_originals_quirk_where_the_template_has_another_end(tmp_path):
         ("{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}", "refuses the messages: RecursionError"),
     ],
 )
-def test_a_templates_own_fault_is_a_sentence(tmp_path, template, words):
+def test_an_error_of_the_template_is_one_sentence(tmp_path, template, words):
     with pytest.raises(UserError, match=words):
         Tokenizer(small_folder(tmp_path, template))
 

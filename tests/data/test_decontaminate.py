@@ -91,7 +91,7 @@ def test_reported_by_default_and_dropped_on_demand(run, tmp_path, toy_data, benc
         done = run(*command, *flags)
         assert done.returncode == 0, done.stderr
         assert "any of them" in done.stdout and done.stdout.split("any of them")[1].split()[:2] == ["2", "1"]
-        assert ("These were dropped." in done.stdout) == ("--drop" in flags)
+        assert ("They were dropped." in done.stdout) == ("--drop" in flags)
         for name, kept in (("sft", set(numbers)), ("pairs", {i for i in numbers if i % 2})):
             lines = (tmp_path / flags[1] / f"{name}.jsonl").read_text().splitlines()
             assert {json.loads(line)["original_index"] for line in lines} == kept

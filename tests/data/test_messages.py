@@ -1,4 +1,4 @@
-"""Rows to messages, in the layouts that people have, and what is refused by name."""
+"""Rows in people's layouts to messages, and refused rows."""
 
 import pytest
 
@@ -23,6 +23,9 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"prompt": TURNS[:1], "completion": TURNS[1:]},
         {"question": "Q", "completion": "B", "label": True},
         {"prompt": "Q", "completion": "B", "label": False, "weight": -1},
+        {"prompt": "Q", "completion": TURNS},
+        {"completion": TURNS, "label": "72"},
+        {"messages": TURNS, "tools": "[]"},
         {"messages": TURNS[:1], "completion": "B"},
     ],
 )
@@ -30,7 +33,20 @@ def test_stage_1_rows(row):
     assert conversation("here", row) == TURNS
 
 
-def test_a_wrong_answer_may_bear_its_weight_itself():
+def test_thinking_beside_a_completion_belongs_to_it():
+    for field in ("reasoning_content", "reasoning", "thinking"):
+        thought = {"prompt": "Q", "completion": "B", field: "A"}
+        assert conversation("here", thought) == [TURNS[0], {**TURNS[1], "reasoning_content": "A"}]
+
+
+@pytest.mark.parametrize("field", ["label", "correct", "is_correct"])
+def test_what_is_labelled_wrong_is_not_learned_as_right(field):
+    for verdict in (False, "False", "false", [False]):
+        with pytest.raises(UserError, match=f"here: {field!r} is false; give the row a 'weight'"):
+            conversation("here", {"messages": TURNS, field: verdict})
+
+
+def test_a_wrong_answer_may_have_the_weight_in_its_message():
     turns = [TURNS[0], {**TURNS[1], "weight": -1}]
     assert conversation("here", {"messages": turns, "label": False}) == turns
 
@@ -73,6 +89,9 @@ def test_a_system_message_beside_the_others_is_the_first():
     )
     for row in (WHOLE, {"prompt": "Q", "chosen": "B", "rejected": "C"}):
         assert pair("here", {"system": "S", **row})[0] == [system, TURNS[0]]
+        assert pair("here", {"system": None, "system_prompt": "S", **row})[0] == [system, TURNS[0]]
+        with pytest.raises(UserError, match="here has 'tools', which prompts do not show"):
+            pair("here", {"tools": [{"name": "f"}], **row})
         assert pair("here", {"system": None, **row})[0] == TURNS[:1]
     with pytest.raises(UserError, match=r"here: system is \['S'\]; it must be text or null"):
         conversation("here", {"system": ["S"], "messages": TURNS})
@@ -84,6 +103,7 @@ def test_a_system_message_beside_the_others_is_the_first():
         ([*TURNS[:1], {"role": "assistant", "content": None}], r"message 2 \(assistant\): its content is null"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], r"message 1 \(assistant\) has tool_calls"),
         ([{"role": "user", "content": [{"type": "image"}]}], r"message 1 \(user\): its content is no text"),
+        ([{"role": "assistant", "content": [{"type": "reasoning", "text": "A"}]}], "its content is no text"),
         ([{"content": "Q"}], "message 1 has no role"),
         ([{"role": "assistant", "content": "B", "reasoning": ["A"]}], "its thinking is no text"),
     ],
@@ -96,7 +116,7 @@ def test_messages_that_cannot_be_learned_are_named(messages, words):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({**WHOLE, "prompt": "other"}, "here: 'prompt' must be what stands in 'chosen' before the answer"),
+        ({**WHOLE, "prompt": "other"}, "here: 'prompt' must be the messages before the answer in 'chosen'"),
         ({**WHOLE, "rejected": [*user_message("R"), TURNS[1]]}, "must differ in their last message alone"),
         ({**WHOLE, "rejected": "C"}, "must differ in their last message alone"),
         (
@@ -108,3 +128,16 @@ def test_messages_that_cannot_be_learned_are_named(messages, words):
 def test_pairs_that_do_not_fit_are_named(row, words):
     with pytest.raises(UserError, match=words):
         pair("here", row)
+
+
+@pytest.mark.parametrize("name", ["prompt", "messages", "conversations"])
+def test_a_prompt_that_holds_an_answer_already_is_refused(name):
+    """Otherwise an answer would be learned after a prompt that contains it, or a question asked twice."""
+    words = f"here: {name!r} must not end with a message of the assistant"
+    with pytest.raises(UserError, match=words):
+        pair("here", {name: TURNS, "chosen": "B", "rejected": "C"})
+    if name != "messages":  # which may be a whole row of stage 1 without the completion
+        with pytest.raises(UserError, match=words):
+            conversation("here", {name: TURNS, "completion": "B"})
+    with pytest.raises(UserError, match="'prompt' must be the messages before the answer in 'completion'"):
+        conversation("here", {"prompt": "other", "completion": TURNS})

@@ -1,4 +1,4 @@
-"""One's own responses, labelled with the grader: both layouts, bad rows, the loop from samples to a trained model."""
+"""The user's own responses, labelled by the grader: both layouts, bad rows, the loop from samples to a trained model."""
 
 import json
 
@@ -56,8 +56,8 @@ def test_a_system_message_beside_the_prompt_belongs_to_it(tmp_path):
     assert [message["content"] for message in made["prompt"]] == ["S", "Q"] and made["problem"] == "Q"
 
 
-def test_a_row_a_response(prepared):
-    """Rows stand in the order in which they ended; a problem's samples are taken by number."""
+def test_one_row_per_response(prepared):
+    """Rows may be in any order, as sampling ended them; a problem's samples are sorted by number."""
     sft, pairs = prepared(
         response(WRONG, 2),
         response("\\boxed{5}", 1, "a=2b+3", "5"),
@@ -68,12 +68,12 @@ def test_a_row_a_response(prepared):
         response("\\boxed{9}", 0, "a=3b+3", "6"),
         response("\\boxed{9}", 0, "a=4b+3", None),
     )
-    # Sample 0 boxes the answer, and goes on until it is cut off: incorrect.
+    # Sample 0 boxes the answer but is truncated later: incorrect.
     assert sft == {"a=1b+2": RIGHT, "a=2b+3": "\\boxed{5}"}
     assert pairs == {"a=1b+2": (RIGHT, "\\boxed{3}"), "a=2b+3": ("\\boxed{5}", "\\boxed{7}")}
 
 
-def test_a_row_a_problem(prepared):
+def test_one_row_per_problem(prepared):
     sft, pairs = prepared(
         {"problem": "a=1b+2", "generations": ["", WRONG, RIGHT], "answer": 3.0},
         {"prompt": "a=2b+2", "generations": ["\\boxed{4}", "\\boxed{5}"], "answer": ["5", "4"]},
@@ -130,7 +130,7 @@ def test_thinking_that_the_template_opened_belongs_to_the_response(tmp_path, tok
     config["chat_template"] = toy.CHAT_TEMPLATE.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
     (tmp_path / "tokenizer.json").write_text((tokenizer.folder / "tokenizer.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    # A box within thoughts that never close is no answer.
+    # A box inside thinking that is never closed is not an answer.
     texts = ["b+2=3;</think>\\boxed{3}", "\\boxed{3}", ""]
     rows = [(f"line {i}", response(text, i)) for i, text in enumerate(texts)]
     with Spool(tmp_path / "spool") as spool:
@@ -148,8 +148,12 @@ def test_thinking_that_the_template_opened_belongs_to_the_response(tmp_path, tok
         (response("1", prompt="a=2", answer=True), True, "line 2 has no 'answer'"),
         (response(1), True, "line 2 must hold 'completion'"),
         ({"generations": ["1"], "answer": "1"}, True, "line 2 must hold 'completion'"),
-        ({"completion": "1", "answer": "1"}, True, "line 2 has no field 'problem', 'question', 'prompt' or 'messages'"),
-        (response("1", prompt=[{"role": "assistant", "content": "1"}]), True, "line 2: the last of 'prompt' must be"),
+        ({"completion": "1", "answer": "1"}, True, "line 2 has no field 'prompt'; it holds 'completion', 'answer'"),
+        (
+            response("1", prompt=[{"role": "assistant", "content": "1"}]),
+            True,
+            "line 2: 'prompt' must not end with a message of the assistant",
+        ),
         (response("1"), False, "line 1: 'correct' must say true or false of each response; or let --grade label"),
     ],
 )
@@ -180,6 +184,11 @@ def test_bad_rows_are_named(prepared, row, grading, words):
 def test_bad_problems_are_named(prepared, row, grading, words):
     with pytest.raises(UserError, match=words):
         prepared(row, grading=grading)
+
+
+def test_rows_of_the_other_layout_are_named(prepared):
+    with pytest.raises(UserError, match="line 2 has a 'completion', unlike the rows before it"):
+        prepared({"problem": "a=1", "generations": ["1"], "answer": "1"}, response(RIGHT))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ PAIR = {"prompt": "a=1b+2", "chosen": "<think>b+2=3;</think>\\boxed{3}", "reject
 
 
 def sequence(data, j):
-    """Tokens and learned of sequence j, a pair being two."""
+    """Tokens and learned of sequence j; a pair has two sequences."""
     return data.row(j // len(data.sides))[j % len(data.sides)][:2]
 
 
@@ -62,7 +62,7 @@ def test_real_ids_of_both_stages_are_pinned(real_tokenizer, write, cache):
     assert sequence(pairs, 1)[0].tolist() == [*head, 18, 151645, 198, 151643]
 
 
-# By the published templates, as transformers renders and tokenises them.
+# With the published templates, as transformers renders and tokenises them.
 INSTRUCT = [151644, 8948, 198, 2610, 525, 1207, 16948, 11, 3465, 553, 54364, 14817, 13, 1446, 525, 264, 10950, 17847]
 INSTRUCT += [13, 151645, 198, 151644, 872, 198, 16, 10, 16, 30, 151645, 198, 151644, 77091, 198]
 QWEN3 = [151644, 872, 198, 16, 10, 16, 30, 151645, 198, 151644, 77091, 198]
@@ -98,14 +98,14 @@ def test_whole_conversations_of_other_families_are_pinned(shared, write, cache, 
     ):
         assert tokens.tolist() == [*prompt, *completion]
         assert learned.tolist() == [False] * len(prompt) + [True] * len(completion)
-    # Tokenised at once, the line break after an opened <think> would be one token with the answer's.
+    # If all were tokenised at once, the line break after <think> would merge with the answer's into one token.
     if tokenizer.prompt(user_message("1+1?")).endswith("<think>\n"):
         for answer in ("<think>\n\nA</think>2", "\nA</think>2"):
             tokens, learned = sequence(load_sft(write(conversation("1+1?", answer)), tokenizer, 100, cache), 0)
             assert tokens[~learned].tolist() == prompt and tokenizer.decode(tokens[learned].tolist()).startswith("\nA")
 
 
-def test_rows_that_are_nothing_to_learn_from_are_counted(tokenizer, write, cache):
+def test_rows_without_anything_to_learn_are_counted(tokenizer, write, cache):
     data = load_sft(
         write(conversation(), conversation("a=1", " \n"), conversation("a=1", "<eos>")), tokenizer, 50, cache
     )
@@ -119,15 +119,15 @@ def test_rows_that_are_nothing_to_learn_from_are_counted(tokenizer, write, cache
     assert [note.split(": ", 1)[1] for note in data.notes] == [
         "1 of 4 rows dropped: an answer is nothing but white space",
         "1 of 4 rows dropped: chosen and rejected are the same",
-        "1 of 4 rows have the template's header or end on an answer: it is taken once",
+        "1 of 4 rows have an answer with the template's own header or end: it is not doubled",
     ]
 
 
 def test_an_answer_that_goes_on_after_an_end_is_counted(tokenizer, write, cache):
     rows = conversation(), conversation("a=1", "1<eos>2<eos>"), {"prompt": "a=1", "completion": "1<eos>2"}
-    goes_on = "an answer that goes on after what ends completions: all is learned"
+    goes_on = "an answer that continues after an end of turn: all of it is learned"
     assert {note.split(": ", 1)[1] for note in load_sft(write(*rows), tokenizer, 50, cache).notes} == {
-        "1 of 3 rows have the template's header or end on an answer: it is taken once",
+        "1 of 3 rows have an answer with the template's own header or end: it is not doubled",
         f"2 of 3 rows have {goes_on}",
     }
     notes = load_pairs(write(PAIR, {**PAIR, "chosen": "<think><eos></think>1"}), tokenizer, 50, 50, cache).notes
@@ -146,7 +146,7 @@ def test_the_weight_of_a_row(tokenizer, write, cache):
     for weight in (1.5, -2, "1", True):
         with pytest.raises(UserError, match="line 1: 'weight' must be a number from -1 to 1, not "):
             load_sft(write({**conversation(), "weight": weight}), tokenizer, 50, cache)
-    with pytest.raises(UserError, match="line 1 is not JSON: NaN is no finite number"):
+    with pytest.raises(UserError, match="line 1 is not JSON: NaN is not a finite number"):
         load_sft(write({**conversation(), "weight": float("nan")}), tokenizer, 50, cache)
     with pytest.raises(UserError, match="line 1: 'chosen_weight' must be a number from 0 to 1, not '-1'"):
         load_pairs(write({**PAIR, "chosen_weight": -1}), tokenizer, 50, 50, cache)
@@ -164,7 +164,7 @@ def test_toy_rows(tokenizer, write, cache):
         tokenizer.backend.decode(tokens.tolist(), skip_special_tokens=False)
         == "<user>a=1b+2<assistant>" + PAIR["chosen"] + "<eos>"
     )
-    # Here padding is a token of its own, and the end is learned in stage 1 too.
+    # Here padding is a separate token, so eos is learned in stage 1, too.
     assert learned.sum() == len(tokenizer.encode(PAIR["chosen"])) + 1 == data.row(0)[0].num_learned and learned[-1]
     assert data.notes == []
 
@@ -218,17 +218,17 @@ def test_the_cache_is_used_and_follows_data_limits_and_tokenizer(tokenizer, writ
     assert len(list(Path(cache).iterdir())) == 4
 
 
-def test_data_that_changes_behind_its_size_and_time_is_noticed(tokenizer, write, cache):
+def test_data_that_changes_with_equal_size_and_time_is_noticed(tokenizer, write, cache):
     for rejected in ("\\boxed{5}", "\\boxed{6}"):
         path = write(PAIR, {**PAIR, "rejected": rejected})
         os.utime(path, (10**9, 10**9))
         now = load_pairs(path, tokenizer, 50, 50, cache)
         assert tokenizer.decode(sequence(now, 3)[0].tolist()).endswith(rejected)
-    assert len(list(Path(cache).iterdir())) == 2  # nothing half done is left
+    assert len(list(Path(cache).iterdir())) == 2  # nothing half-written is left
 
 
 @pytest.mark.parametrize("name", ["tokens", "learned", "weights", "offsets", "whole.json"])
-def test_a_damaged_cache_is_made_again(tokenizer, write, cache, name):
+def test_a_damaged_cache_is_rebuilt(tokenizer, write, cache, name):
     path = write(PAIR, PAIR)
     first = load_pairs(path, tokenizer, 50, 50, cache)
     tokens = first.tokens.copy()
@@ -237,12 +237,12 @@ def test_a_damaged_cache_is_made_again(tokenizer, write, cache, name):
         file.write_bytes(content)
         again = load_pairs(path, tokenizer, 50, 50, cache)
         assert np.array_equal(again.tokens, tokens)
-        assert again.notes[-1].endswith("was damaged, and has been made again")
+        assert again.notes[-1].endswith("was damaged and has been rebuilt")
     assert load_pairs(path, tokenizer, 50, 50, cache).notes == first.notes
 
 
 def test_two_runs_fill_one_cache(tokenizer, write, cache, monkeypatch):
-    """The second comes when the first has begun; it takes what the first has made."""
+    """The second starts while the first is running, and both end with one whole cache."""
     path = write(PAIR)
     encode_rows = Tokenizer.encode_rows
 
@@ -258,10 +258,10 @@ def test_two_runs_fill_one_cache(tokenizer, write, cache, monkeypatch):
     assert len(list(Path(cache).iterdir())) == 1
 
 
-def test_what_stands_beside_a_cache_that_failed(tokenizer, write, cache):
+def test_a_failed_cache_leaves_nothing_behind(tokenizer, write, cache):
     with pytest.raises(UserError, match="line 2 has no field 'rejected'"):
         load_pairs(write(PAIR, {"prompt": "a=1", "chosen": "1"}), tokenizer, 50, 50, cache)
-    with pytest.raises(UserError, match="rows.jsonl, line 3: the tokenizer of .* cannot write 'xyz"):
+    with pytest.raises(UserError, match="rows.jsonl, line 3: the tokenizer of .* cannot encode 'xyz"):
         load_pairs(write(PAIR, PAIR, {**PAIR, "chosen": "xyz"}, PAIR), tokenizer, 50, 50, cache)
     assert list(Path(cache).iterdir()) == []
 
@@ -276,8 +276,8 @@ def test_many_rows_keep_their_order(tokenizer, write, cache):
 
 
 @pytest.mark.parametrize("header", [None, "{{ m['role'] }}:  "])
-def test_learned_is_what_starts_behind_the_prompt(shared, write, cache, tmp_path, header):
-    """By each token's own offset, also where a token straddles the border or one character is many tokens. The second
+def test_learned_is_what_starts_after_the_prompt(shared, write, cache, tmp_path, header):
+    """Checked by each token's offset, also if a token straddles the border or one character is many tokens. The second
     header ends with two spaces, which are one token by themselves and two before a word."""
     folder = shared / "qwen2.5-tokenizer"
     if header:
@@ -324,8 +324,8 @@ def test_malformed_pairs_are_named(tokenizer, write, cache, row, words):
     "row, words",
     [
         ({"text": "a", "id": 3}, "line 2 has no field 'messages' .*; it holds 'text', 'id'"),
-        ({"prompt": "a", "completion": "1", "label": False}, "line 2: 'label' is false; give such a row a 'weight'"),
-        ({**conversation(), "correct": False}, "line 2: 'correct' is false; .* or leave it out"),
+        ({"prompt": "a", "completion": "1", "label": False}, "line 2: 'label' is false; give the row a 'weight'"),
+        ({**conversation(), "correct": False}, "line 2: 'correct' is false; .* or drop it"),
         ({"messages": "a"}, "line 2: 'messages' must be a list"),
         ({"messages": []}, "line 2: 'messages' must be text, or a list of messages"),
         ({"messages": [{"role": "user", "content": "a"}]}, "must be the assistant's; its role is 'user'"),

@@ -14,7 +14,7 @@ CONVERSATION = [
     {"role": "user", "content": "What is 1+1?"},
     {"role": "assistant", "content": "<think>\nAdd.\n</think>\n\\boxed{2}"},
 ]
-# DeepSeek-R1-Distill's manner: <think> opened in the generation prompt, and dropped from the answers shown.
+# Like DeepSeek-R1-Distill's: <think> is opened in the generation prompt, and thinking dropped from answers.
 R1_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}{% else %}<assistant>"
     "{% set c = m['content'] %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
@@ -70,6 +70,13 @@ def test_real_streaming_holds_half_characters_back(real_tokenizer):
         stream.push(i)
         pieces.append(stream.text[len("".join(pieces)) :])
     assert "".join(pieces) == "∑ 😀 ü" and "\ufffd" not in "".join(pieces)
+    # Ended within a character, behind bytes that are none: the text is that of decode().
+    for ids in ([198, 84200, 44474, 139816], real_tokenizer.encode("🤖🧮")[:-1]):
+        stream = real_tokenizer.stream()
+        for i in ids:
+            stream.push(i)
+        stream.finish()
+        assert stream.text == real_tokenizer.decode(ids) and stream.text.endswith("\ufffd")
 
 
 def test_toy_round_trip(toy_data):
@@ -82,7 +89,7 @@ def test_toy_round_trip(toy_data):
         text,
     )
     assert tokenizer.stop_ids == [tokenizer.eos_id] != [tokenizer.pad_id]
-    with pytest.raises(UserError, match="cannot write 'xyz'"):
+    with pytest.raises(UserError, match="cannot encode 'xyz'"):
         tokenizer.encode("xyz")
 
 
@@ -122,8 +129,8 @@ def test_templates_in_a_list_and_in_a_file(toy_data, tmp_path):
         ({"chat_template": "{% if %}"}, "chat template of .* is broken"),
         ({"chat_template": "nothing"}, "shows the last answer 0 times"),
         ({"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, "refuses the messages"),
-        ({"eos_token": "<nope>"}, "eos_token is '<nope>', which the vocabulary does not hold"),
-        ({"eos_token": None}, "tokenizer_config.json: there is no eos_token$"),
+        ({"eos_token": "<nope>"}, "eos_token is '<nope>', which is not in the vocabulary"),
+        ({"eos_token": None}, "tokenizer_config.json: eos_token is missing$"),
         (
             {"chat_template": [{"name": "rag", "template": "x"}, {"name": "tools"}]},
             "no chat template named default, only rag, tools",
@@ -132,7 +139,7 @@ def test_templates_in_a_list_and_in_a_file(toy_data, tmp_path):
         ({"pad_token": {"content": ["x"]}}, "tokenizer_config.json: pad_token is "),
     ],
 )
-def test_templates_and_tokens_that_cannot_serve(toy_data, tmp_path, changes, words):
+def test_unusable_templates_and_tokens(toy_data, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         edited(toy_data, tmp_path, **changes)
 
@@ -142,19 +149,19 @@ def test_the_template_may_refuse(toy_data):
         Tokenizer(toy_data / "model").prompt([{"role": "system", "content": "a"}])
 
 
-def test_a_folder_that_holds_a_tokenizer_further_down_is_told_apart_from_a_hub_name(toy_data, tmp_path):
+def test_a_folder_with_a_tokenizer_further_down_is_not_mistaken_for_a_hub_name(toy_data, tmp_path):
     shutil.copytree(toy_data / "model", tmp_path / "models--org--name" / "snapshots" / "1a2b")
-    with pytest.raises(UserError, match="is the hub's cache and no model's: give .*/snapshots/1a2b$"):
+    with pytest.raises(UserError, match="is the hub's cache, not a model's: give .*/snapshots/1a2b$"):
         Tokenizer(tmp_path / "models--org--name")
     with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B; then give"):
         Tokenizer("Qwen/Qwen2.5-Math-1.5B")
 
 
 def test_broken_files(tmp_path):
-    with pytest.raises(UserError, match="has no tokenizer.json, so it is no model's folder"):
+    with pytest.raises(UserError, match="has no tokenizer.json, so it is not a model's folder"):
         Tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="has no tokenizer.json; copy that of the model that it was made from"):
+    with pytest.raises(UserError, match="has no tokenizer.json; copy the one of the model that it was made from"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(
@@ -167,7 +174,7 @@ def test_broken_files(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["", "  ", [], None, 3, [{"role": "user"}], [{"role": "user", "content": 1}], ["a"]])
-def test_what_is_no_message(value):
+def test_what_is_not_a_message(value):
     with pytest.raises(UserError, match="here must be text, or a list of messages"):
         check_messages("here", value)
 
@@ -175,10 +182,10 @@ def test_what_is_no_message(value):
 @pytest.mark.parametrize(
     "stops, text, stopped",
     [
-        (["b+2"], "a=1", True),  # a stop text of several tokens
-        (["+2c", "b+"], "a=1", True),  # the one that is whole first
+        (["b+2"], "a=1", True),  # a stop string of several tokens
+        (["+2c", "b+"], "a=1", True),  # the one that is complete first
         (["2d"], "a=1b+2c*3", False),
-        (["3d"], "a=1b+2c*3", False),  # what may begin a stop text is shown at the end
+        (["3d"], "a=1b+2c*3", False),  # the possible start of a stop string is shown at the end
     ],
 )
 def test_streaming_ends_before_a_stop_text(toy_data, stops, text, stopped):

@@ -1,6 +1,7 @@
 """Each completion finds its problem, and a file that does not fit its benchmark is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from completions import graded, rows_of, written
@@ -17,14 +18,14 @@ SAMPLE = {"model": "m", "benchmark": "b", "problem": 0, "sample": 0, "response":
     [
         ([], "holds no rows"),
         ([7], "line 1 holds no JSON object"),
-        ([{"prompt": "What is 1+1?", "text": "2"}], "line 1 is in no layout"),
-        ([{"prompt": "What is 1+1?", "outputs": [{"txt": "2"}]}], "line 1 has no text where its completion"),
-        ([{"prompt": "What is 1+1?", "completion": 2}], "line 1 has no text where its completion"),
+        ([{"prompt": "What is 1+1?", "text": "2"}], "line 1 is in no known layout"),
+        ([{"prompt": "What is 1+1?", "outputs": [{"txt": "2"}]}], "line 1 has .* for a completion; it must be a text"),
+        ([{"prompt": "What is 1+1?", "completion": 2}], "line 1 has '2' for a completion; it must be a text"),
         ([{"prompt": "What is 1+2?", "completion": "3"}], "line 1: its prompt holds no problem of b"),
         ([{"completion": "3"}], "line 1 has no prompt"),
         (
             [SAMPLE, {**SAMPLE, "response": "2"}],
-            "line 2 is sample 0 of its problem, as an earlier row of other words is",
+            "line 2 is sample 0 of its problem, as is an earlier row with other text",
         ),
         ([{"prompt": "What is 1+1?", "completion": "3"}], "has 0 completions for problem 2 of b and 1 for others"),
     ],
@@ -40,6 +41,9 @@ def test_no_gold_answer_anywhere(tmp_path):
     with pytest.raises(UserError, match="line 2 has another gold answer than an earlier row"):
         rows = [{"prompt": "What is 1+1?", "answer": gold, "completion": "2"} for gold in "23"]
         grade_file(written(tmp_path, rows), "m", [], thinking=True)
+
+    with pytest.raises(UserError, match="line 1 has neither a prompt nor an id"):
+        graded(tmp_path, [{"gold": "2", "completion": "2"}])
 
 
 def answer(text=r"</think>\boxed{2}", **more):
@@ -82,6 +86,12 @@ def test_a_custom_id_that_names_no_problem_is_refused(tmp_path, many, name):
 
 
 def test_ids_of_two_benchmarks(tmp_path, many, benchmark):
+    longer = replace(benchmark, name="many-b")  # begins with the other's name
+    rows = [batch(f"many-{i}", rf"</think>\boxed{{{i}}}") for i in range(12)]
+    rows += [batch("many-b-1"), batch("many-b-2", r"</think>\boxed{4}")]
+    assert graded(tmp_path, rows[::-1], longer, many)[0] == [(0, 0, True), (1, 0, True), *ALL_RIGHT]
+    done, (said,) = graded(tmp_path, rows[:12], longer, many)
+    assert done == ALL_RIGHT and "m has no completions for many-b" in said
     rows = [batch(f"many-{i}", rf"</think>\boxed{{{i}}}") for i in range(12)]
     rows += [batch("b-1"), batch("b-2", r"</think>\boxed{4}")]
     assert graded(tmp_path, rows[::-1], benchmark, many)[0] == [(0, 0, True), (1, 0, True), *ALL_RIGHT]
@@ -103,6 +113,10 @@ def test_by_place_only_where_nothing_else_is_there(tmp_path, many):
     rows = [answer(rf"</think>\boxed{{{i}}}", id=f"chatcmpl-{i * 7919:x}", prompt=None) for i in range(12)]
     done, (said,) = graded(tmp_path, rows, many)
     assert done == ALL_RIGHT and "are taken in the order of many" in said
+    named = [{**row, "problem_idx": i + 1} for i, row in enumerate(rows)]
+    assert graded(tmp_path, named[::-1], many) == (ALL_RIGHT, [])
+    with pytest.raises(UserError, match="line 1 has no prompt, and no id"):
+        graded(tmp_path, [{**row, "sample_idx": k} for row in rows for k in range(12)], many)
     with pytest.raises(UserError, match="line 1 has no prompt, and no id that names its problem"):
         graded(tmp_path, rows[1:], many)
 
@@ -150,7 +164,7 @@ def test_failed_requests_are_wrong_and_shown(tmp_path, many):
     done, (said,) = graded(tmp_path, failed + right[6:], many)
     assert done == [(i, 0, i >= 6) for i in range(12)]
     assert "6 of 12 requests failed" in said and "line 1" in said and "2 x 'Rate limit'" in said and "\x1b" not in said
-    (samples,) = grade_file(written(tmp_path, failed + right[6:]), "m", [many], True, say=lambda _: None)
+    (samples,) = grade_file(written(tmp_path, failed + right[6:]), "m", [many], True)
     assert samples[0]["response"] == "<think>\n" and samples[0]["finish_reason"] == "error"
     # Of a request for several samples each failed.
     for row in right:
@@ -273,3 +287,60 @@ def test_solutions_are_no_gold_answers(tmp_path):
         graded(tmp_path, rows)
     rows += [{"prompt": str(i), "output": "7", "answer": "7"} for i in range(3, 6)]
     graded(tmp_path, rows)
+
+
+def test_rows_that_stand_twice(tmp_path, many):
+    """sample.py numbers a prompt's samples, so a file that was appended to itself is recognised; of others it is said."""
+    texts = [(p, rf"</think>\boxed{{{i}}}") for i, p in enumerate(many.problems)]
+    own = [
+        {"prompt": p, "completion": text, "finish_reason": "stop", "tokens": 3, "sample": k}
+        for p, text in texts
+        for k in (0, 1)
+    ]
+    done, (said,) = graded(tmp_path, own * 2, many)
+    assert done == [(i, k, True) for i in range(12) for k in (0, 1)] and "every completion of many more than" in said
+    other_seed = [{**row, "completion": row["completion"] + "."} for row in own]
+    assert len(graded(tmp_path, own + other_seed + own, many)[0]) == 48
+    done, (said,) = graded(tmp_path, [{"prompt": p, "output": text} for p, text in texts] * 2, many)
+    assert len(done) == 24 and "m has every completion of many more than once, word for word" in said
+
+
+def test_a_few_shot_prompt_is_no_answer(tmp_path, benchmark):
+    shots = r"Q: What is 3+3? A: \boxed{6}. Q: "
+    rows = [{"question": p, "generated_text": f"{shots}{p} A: I do not know."} for p in benchmark.problems]
+    with pytest.raises(UserError, match="2 of 2 completions have a boxed answer in front of the problem itself"):
+        graded(tmp_path, rows, benchmark, thinking=False)
+    for row in rows:
+        row["prompt"] = shots + row["question"]  # then it is known, and cut off
+    assert graded(tmp_path, rows, benchmark, thinking=False)[0] == [(0, 0, False), (1, 0, False)]
+
+
+def test_text_cells_of_a_csv_file(tmp_path, capsys):
+    """Numbers are text there, and empty cells are empty text."""
+    path = tmp_path / "c.csv"
+    path.write_text("prompt,completion,tokens,finish_reason,gold\nq,</think>\\boxed{2},12,stop,2\nr,,,,3\n")
+    (samples,) = grade_file(str(path), "m", [], thinking=True)
+    assert [(s["correct"], s["tokens"], s["finish_reason"]) for s in samples] == [(True, 12, "stop"), (False, None, "")]
+    assert capsys.readouterr().out == f"{path}: 1 of 2 completions are empty and count as wrong\n"
+    path.write_text(
+        "model,benchmark,problem,sample,gold,response\na,b,1,0,['4'],\\boxed{4}\na,b,0,0,['2'],\\boxed{2}\n"
+    )
+    (samples,) = grade_file(str(path), "m", [], thinking=True)
+    assert [(s["model"], s["problem"], s["correct"]) for s in samples] == [("m: a", 0, True), ("m: a", 1, True)]
+
+
+def test_of_two_fields_with_completions_it_is_said_which_is_read(tmp_path, benchmark):
+    rows = [{"prompt": p, "completion": r"</think>\boxed{2}", "generated_text": "?"} for p in benchmark.problems]
+    done, (said,) = graded(tmp_path, rows, benchmark)
+    assert done == [(0, 0, True), (1, 0, False)]
+    assert said.endswith("completions are taken from the field completion, and not from generated_text")
+    rows = [{**row, "generated_text": row["completion"]} for row in rows]
+    assert graded(tmp_path, rows, benchmark) == (done, [])
+
+
+def test_sample_numbers_may_have_gaps_but_not_be_missing(tmp_path, benchmark):
+    rows = [{**SAMPLE, "problem": p, "sample": k, "response": r"\boxed{4}"} for p in (0, 1) for k in (7, 2)]
+    done, _ = graded(tmp_path, rows, benchmark)
+    assert done == [(0, 0, False), (0, 1, False), (1, 0, True), (1, 1, True)]
+    with pytest.raises(UserError, match="m: m has 1 completions for problem 2 of b and 2 for others"):
+        graded(tmp_path, rows[:-1], benchmark)

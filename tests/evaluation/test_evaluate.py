@@ -158,7 +158,7 @@ def test_along_a_run_that_goes_on(a_run, capsys):
     shutil.rmtree("a")
     before = (a_run / "samples.jsonl").read_text()
     out, models, _ = along(capsys)
-    assert models == ALONG and "the model that run started from is not there" in out
+    assert models == ALONG and "the model that run started from does not exist" in out
     assert (a_run / "samples.jsonl").read_text().startswith(before)
     with pytest.raises(UserError, match="the setting n is 2 there and 3 here; give another --out"):
         along(capsys, "--n", "3")
@@ -213,11 +213,11 @@ def test_two_ranks_with_nothing_missing(models, run):
         (["--model", "a", "--benchmarks", "toy.jsonl", "./toy.jsonl"], "--benchmarks names toy.jsonl twice"),
         (["--model", "a", "--out", "toy.jsonl/x"], "toy.jsonl/x"),
         (["--model", "Qwen/Qwen2.5-Math-1.5B"], "hf download Qwen/Qwen2.5-Math-1.5B"),
-        (["--model", "."], "a folder of models and no model's: give "),
-        (["--model", "a", "--along"], "a is no run's folder, which holds its config.toml and metrics.jsonl"),
+        (["--model", "."], "a folder of models, not a model's: give "),
+        (["--model", "a", "--along"], "a is not a run's folder: it has no config.toml"),
         (["--model", "a", "b", "--along"], "--along takes one run"),
         (["--along"], "there is no model under runs/ yet"),
-        (["--model", "a", "--template", "Solve it"], "--template takes paper, plain, or a text that says {problem}"),
+        (["--model", "a", "--template", "Solve it"], "--template takes paper, plain, or a text with {problem} where"),
     ],
 )
 def test_what_is_refused(models, flags, words):
@@ -247,7 +247,7 @@ def test_template_and_system(models, capsys, monkeypatch):
         "nanoredi.evaluation.evaluate.Tokenizer.prompt", lambda self, messages, think: asked.append(messages) or "1"
     )
     out = start(capsys, "--model", "a")
-    assert "toy.jsonl: asked without a frame; --template paper" in out and len(asked[0]) == 1
+    assert "toy.jsonl: asked as they are; --template paper" in out and len(asked[0]) == 1
     out = start(capsys, "--model", "a", "--template", "In \\boxed{}: {problem}?", "--system", "Be brief.", "--out", "x")
     assert "asked without" not in out
     assert asked[-1][0] == {"role": "system", "content": "Be brief."}

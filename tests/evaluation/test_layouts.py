@@ -1,6 +1,7 @@
 """Rows of other engines, each in its layout, come to the same samples."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -66,15 +67,15 @@ def second(example):
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_the_examples_of_the_docs(tmp_path, benchmark, example):
+def test_the_examples_of_the_docs(tmp_path, benchmark, example, capsys):
     rows = [second(example), json.loads(example)]
-    said = []
-    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=True, say=said.append)
+    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=True)
     failed = "not done in time" in example
     assert [(s["problem"], s["correct"], s["gold"]) for s in samples] == [
         (0, not failed, ["2"]),
         (1, not failed, ["4"]),
     ]
+    said = capsys.readouterr().out.splitlines()
     assert len(said) == failed and (
         not failed or "2 of 2 requests failed" in said[0] and "'not done in time'" in said[0]
     )
@@ -133,11 +134,11 @@ def test_lists_of_texts_and_why_a_completion_ended(tmp_path, row, reasons):
         {"response": None, "error": {"message": "down"}, "message": {"role": "assistant", "content": "2"}},
     ],
 )
-def test_what_stands_beside_an_error_is_no_completion(tmp_path, row):
-    said = []
+def test_what_stands_beside_an_error_is_no_completion(tmp_path, row, capsys):
     rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
-    grade_file(written(tmp_path, rows), "m", [], thinking=False, say=said.append)
-    assert "1 of 1 requests failed" in said[0] and "'down'" in said[0]
+    grade_file(written(tmp_path, rows), "m", [], thinking=False)
+    said = capsys.readouterr().out
+    assert "1 of 1 requests failed" in said and "'down'" in said
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_thinking_and_words_that_are_no_completion(tmp_path, row):
 
 def test_a_response_of_another_api_is_no_failed_request(tmp_path, benchmark):
     rows = [{"key": "1", "response": {"results": [{"generated": "2"}]}}]
-    with pytest.raises(UserError, match="line 1 is in no layout"):
+    with pytest.raises(UserError, match="line 1 is in no known layout"):
         grade_file(written(tmp_path, rows), "m", [benchmark], thinking=True)
 
 
@@ -174,8 +175,7 @@ def test_lm_eval_s_messages_and_filters(tmp_path, benchmark):
     assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, True), (0, 1, False), (1, 0, True), (1, 1, False)]
 
 
-def test_empty_responses(tmp_path, benchmark):
-    said = []
+def test_empty_responses(tmp_path, benchmark, capsys):
     short, long = benchmark.problems
     rows = [
         {"prompt": short, "choices": [{"message": {"content": None, "reasoning_content": None}}]},
@@ -185,8 +185,8 @@ def test_empty_responses(tmp_path, benchmark):
         {"prompt": short, "response": {"candidates": [{"content": {"parts": [], "role": "model"}}]}},
         {"prompt": long, "response": ""},
     ]
-    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False, say=said.append)
-    assert said == [f"{tmp_path}/c.jsonl: no completion has a boxed answer, which is the one that counts"]
+    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False)
+    assert f"{tmp_path}/c.jsonl: 6 of 6 completions are empty and count as wrong" in capsys.readouterr().out
     assert [s["response"] for s in samples] == [""] * 6 and not any(s["correct"] for s in samples)
 
 
@@ -204,13 +204,13 @@ def test_finish_reasons(tmp_path, benchmark, reason, kept):
 @pytest.mark.parametrize(
     "more, words",
     [
-        ({"tokens": "9"}, "line 1: its number of tokens is '9'; it must be a whole number"),
+        ({"tokens": "9.5"}, "line 1: its number of tokens is '9.5'; it must be a whole number"),
         ({"tokens": True}, "its number of tokens is 'True'"),
         ({"tokens": -1}, "its number of tokens is '-1'"),
         ({"finish_reason": 3}, "its finish_reason is '3'; it must be a text"),
         ({"finish_reason": [3]}, "its finish_reason is '3'; it must be a text"),
         ({"benchmark": "b", "problem": 0, "sample": []}, r"its 'sample' is '\[\]'; it must be a whole number"),
-        ({"completion": {"a": 1}}, "no text where its completion should be"),
+        ({"completion": {"a": 1}}, "line 1 has .* for a completion; it must be a text"),
         ({"completion": []}, "its 'completion' holds no completion"),
     ],
 )
@@ -221,7 +221,8 @@ def test_fields_of_a_wrong_type_are_named(tmp_path, benchmark, more, words):
 
 def test_an_unknown_layout_is_described(tmp_path, benchmark):
     with pytest.raises(
-        UserError, match=r"it has the fields prompt, reply; known are .*outputs \(vLLM's RequestOutput\)"
+        UserError,
+        match="no known layout: it has the fields prompt, reply, and completions are looked for in .* outputs,",
     ):
         graded(tmp_path, [{"prompt": "What is 1+1?", "reply": "2"}], benchmark)
 
@@ -235,6 +236,10 @@ def test_parquet_is_read_as_it_is(tmp_path, benchmark):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "details.parquet")
     (samples,) = grade_file(str(tmp_path / "details.parquet"), "m", [benchmark], thinking=True)
     assert [s["correct"] for s in samples] == [True, False, True, False] and samples[0]["tokens"] == 9
+    rows = [{"prompt": p, "output": "x", "tokens": n} for p, n in zip(benchmark.problems, (3.0, math.nan))]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "pandas.parquet")
+    (samples,) = grade_file(str(tmp_path / "pandas.parquet"), "m", [benchmark], thinking=True)
+    assert [s["tokens"] for s in samples] == [3, None]
 
 
 def test_a_reader_may_leave_before_the_list_of_layouts_is_printed():
@@ -319,7 +324,7 @@ def test_a_piece_of_a_stream_is_no_completion(tmp_path, benchmark, piece):
 def test_other_requests_that_failed(tmp_path, benchmark, row, words):
     rows = [{"prompt": benchmark.problems[0], **row}, {"prompt": benchmark.problems[1], "response": RIGHT}]
     done, said = graded(tmp_path, rows, benchmark)
-    assert done == [(0, 0, False), (1, 0, False)] and "1 of 2 requests failed" in said[0] and words in said[0]
+    assert done == [(0, 0, False), (1, 0, False)] and "1 of 2 requests failed" in said[-1] and words in said[-1]
 
 
 @pytest.mark.parametrize("name", ["gold_answer", "target"])
@@ -332,6 +337,13 @@ def test_a_gold_answer_and_a_response_named_answer(tmp_path, name):
 def test_a_gold_answer_that_is_a_place_among_choices(tmp_path, box, right):
     rows = [{"question": "q", "choices": ["4", "5"], "answer": 1, "response": rf"</think>\boxed{{{box}}}"}]
     assert graded(tmp_path, rows)[0] == [(0, 0, right)]
+
+
+def test_a_number_among_the_choices_of_a_completion_is_a_number(tmp_path):
+    rows = [
+        {"question": "q", "answer": 0, "choices": [{"message": {"role": "assistant", "content": r"</think>\boxed{0}"}}]}
+    ]
+    assert graded(tmp_path, rows)[0] == [(0, 0, True)]
 
 
 def test_json_that_the_model_wrote(tmp_path, benchmark):

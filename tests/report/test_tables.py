@@ -12,8 +12,9 @@ from nanoredi.evaluation.samples import read_results
 from nanoredi.evaluation.scores import summarise
 from nanoredi.report import tables
 from nanoredi.report.__main__ import ReportFlags
+from nanoredi.report.__main__ import main as report
 from nanoredi.report.failures import KINDS, failures
-from nanoredi.report.tables import Table, as_markdown, as_text, details, differences, scores, table
+from nanoredi.report.tables import Table, as_markdown, as_text, details, differences, scores, show
 
 
 def rows_of(names, benchmarks=("toy",)):
@@ -32,7 +33,7 @@ def rows_of(names, benchmarks=("toy",)):
 
 def test_table(tmp_path):
     rows = rows_of((("SFT", False), ("REDI", True)))
-    assert [line.split() for line in table(rows).splitlines()[2:]] == [
+    assert [line.split() for line in show([details(rows)]).splitlines()[2:]] == [
         ["SFT", "toy", "0.0", "0.0", "0.0", "10.0", "0.0", "-0.500"],
         ["REDI", "toy", "50.0", "35.4", "100.0", "10.0", "0.0", "-0.500"],
         ["4", "more", "columns:", "python", "-m", "nanoredi.report", "RUN", "--wide"],
@@ -55,6 +56,26 @@ def test_table(tmp_path):
     assert read_results(tmp_path) == rows
     with pytest.raises(UserError, match="cannot read .*results.json"):
         read_results(tmp_path / "nowhere")
+
+
+def test_an_average_is_over_different_benchmarks():
+    row = {"model": "SFT", "benchmark": "b", "pass@1": 0.5, "sem": 0.1}  # twice in runs of former versions
+    assert [line[1] for line in details([row, row]).lines] == ["benchmark", "b", "b"]
+    assert [line[1] for line in details([row, {**row, "benchmark": "c"}]).lines] == ["benchmark", "b", "c", "average"]
+
+
+def test_several_folders_keep_their_models_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        rows = [{"model": m, "benchmark": "b", "pass@1": 0.5, "sem": 0.1} for m in ("SFT", "REDI")]
+        (tmp_path / name / "results.json").write_text(json.dumps(rows))
+        compared = {"benchmark": "b", "first": "SFT", "second": "REDI", "difference": 0.1, "low": 0.0, "high": 0.2}
+        (tmp_path / name / "differences.json").write_text(json.dumps([compared]))
+    report(["x", "y"])
+    said = capsys.readouterr().out
+    assert "x: SFT" in said and "y: REDI" in said
+    assert "x: REDI less x: SFT" in said and "y: REDI less y: SFT" in said
 
 
 def test_columns_in_step():
