@@ -87,8 +87,8 @@ _ALONE = (
 )
 
 _Rules = list[tuple[str, str | Callable[[re.Match], str]]]
-# Rules about digits, which come before macros become signs.
-_DIGITS: _Rules = [
+# Rules about digits, and then the spelling of every macro and character.
+_SPELLINGS: _Rules = [
     (r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", ""),  # these commas group digits, wherever they are
     # 3'600 and 1.000.000, and 1,000, for no list has a member 000
     (
@@ -104,6 +104,8 @@ _DIGITS: _Rules = [
     (r"(\.[0-9]{0,50})\(([0-9]{1,50})\)(?=[\s$\\)}]*$)", r"\1\\overline{\2}"),
     (r"(\.[0-9]{0,50}?)([0-9]{1,9}?)\2+\s*(?:…|\.{3}|\\[lcd]?dots(?![a-z]))", r"\1\\overline{\2}"),
     (r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))", lambda found: _repeating(found)),
+    (r"\\([A-Za-z]+|[^A-Za-z])", lambda found: _MACROS.get(found[1], found[0])),
+    (r"(?s).+", lambda found: found[0].translate(_CHARACTERS)),
 ]
 _REWRITES: _Rules = [
     (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
@@ -164,6 +166,8 @@ _REWRITES: _Rules = [
     (r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
     (r"⦃\s*⟦array¦([^⟦⟧]*)⟧(?!\s*⦄)", r"⟦cases¦\1⟧"),
 ]
+_RULES = [(re.compile(pattern), new) for pattern, new in _SPELLINGS + _REWRITES]
+
 # Units without \text. A single letter is a unit only in a quotient: 3 m/s, but not 3 m.
 _SHORT_UNITS = (
     "cm|mm|km|nm|kg|mg|lbs?|oz|ft|in|yd|mi|hrs?|min|secs?|ms|k?Hz|MHz|GHz|[kMG]?eV|kJ|kW|MW|mV|kV|k?Pa|atm|mol|mL|ml|"
@@ -216,12 +220,8 @@ def clean(text: str) -> str:
     """The plain string of an answer."""
     if not text.isascii():
         text = _compatible(text.translate(_BEFORE))
-    for pattern, new in _DIGITS:
-        text = re.sub(pattern, new, text)
-    text = re.sub(r"\\([A-Za-z]+|[^A-Za-z])", lambda found: _MACROS.get(found[1], found[0]), text)
-    text = text.translate(_CHARACTERS)
-    for pattern, new in _REWRITES:
-        text = re.sub(pattern, new, text)
+    for pattern, new in _RULES:
+        text = pattern.sub(new, text)
     pieces = _LABEL.split(text)  # "", a, 5, b, 6
     places = [_LABELS.index(label) % 4 for label in pieces[1::2]]
     if len(places) > 1 and places == [*range(len(places))] and all(pieces[2::2]):

@@ -199,7 +199,7 @@ class _Reader:
         text = matrices.without_determinants(text)
         if "⟦" not in text:
             return self.one(text)
-        grid = matrices.evaluate(split(text, "+-"))
+        grid = matrices.evaluate(split(text, "-+"))
         rows = tuple(Reading("row", "&".join(row), tuple(map(self.read, row))) for row in grid)
         return Reading("matrix", text, rows)
 
@@ -285,14 +285,14 @@ def is_name(text: str) -> bool:
 
 def stands_for(text: str) -> bool:
     """Is it a left side that a bare answer may leave out: a name, or a sum, ratio, union or tuple of names?"""
-    pieces = split(text, "+-:/∪∩∖")
+    pieces = split(text, "-+:/∪∩∖")
     alike = len(set(pieces[1::2])) < 2 or set(pieces[1::2]) == {"+", "-"}
     return alike and all(map(_STANDS_FOR.fullmatch, pieces[::2])) or bool(_NAMES_TUPLE.fullmatch(text))
 
 
 def is_uncomputed(side: str, part: Reading) -> bool:
     """Is it just a limit, a sum or the like that is not computed here, so that the other side is its value?"""
-    alone = len(split(side.lstrip("-"), "+-")) == 1 or re.search(r"\\(?:i+|oi)nt(?![A-Za-z]).*d ?\\?[a-z]+$", side)
+    alone = len(split(side.lstrip("-"), "-+")) == 1 or re.search(r"\\(?:i+|oi)nt(?![A-Za-z]).*d ?\\?[a-z]+$", side)
     return part.kind == "text" and bool(_COMPUTED.search(side)) and bool(alone)
 
 
@@ -307,7 +307,7 @@ def inside(text: str) -> str | None:
 def split(text: str, separators: str) -> list[str]:
     """Pieces alternating with the separators between them, which count only outside brackets."""
     pieces, start, depth = [], 0, 0
-    for found in re.finditer(f"[{re.escape(OPEN + CLOSE + separators)}]", text):
+    for found in re.finditer(f"[{separators}()\\[\\]{{}}⦃⦄⌊⌋⌈⌉⟦⟧]", text):
         depth += (found[0] in OPEN) - (found[0] in CLOSE)
         if depth < 0:
             raise Unreadable
