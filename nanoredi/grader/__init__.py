@@ -1,19 +1,18 @@
 r"""The grader: the last boxed answer, normalised and compared with the gold answer.
 
-Benchmarks are scored on what stands in the last \boxed{...} after the thinking, and one value has many spellings:
-\frac12, 0.5, 1/2 and x=\tfrac{1}{2} are the same answer, 0.33 and 1/3 are not. An answer goes through three steps:
+Benchmarks are scored on the last \boxed{...} after the thinking, and one value has many spellings: \frac12, 0.5, 1/2
+and x=\tfrac{1}{2} are the same answer, 0.33 and 1/3 are not. An answer goes through three steps:
 
     clean   LaTeX to a plain string (latex.py)
     read    the string to a small tree (parse.py): a list or set, a tuple or interval, a matrix, an equation, an
-            inequality, a number in a base, a time of day, a value, else a text
+            inequality, a number in a base, a time of day, a value, otherwise a text
     same    two trees compared node by node (compare.py)
 
-A value is known by its values at fixed points (expression.py), so expanded and factored forms agree.
+Expressions are compared by their values at fixed points (expression.py), so expanded and factored forms agree.
 
 Responses are untrusted: nothing in them is executed, every size, depth and amount of work is bounded, no input raises,
 and what cannot be read is compared as a string. Left out on purpose: integrals, limits and infinite sums (compared as
-strings), conversion of units and of number bases, solving (an inequality is what it says, not its solutions).
-docs/grading.md lists what is policy.
+strings), conversion of units and of number bases, solving. docs/grading.md lists the policies.
 """
 
 import itertools
@@ -22,18 +21,18 @@ from collections import deque
 
 from nanoredi.grader import deepscaler
 from nanoredi.grader.compare import same
+from nanoredi.grader.expression import MAX_LENGTH
 from nanoredi.grader.parse import read
 
-MAX_BOX = 10_000  # characters looked through for a box's closing brace
-MAX_LENGTH = 1_000  # a longer answer is compared as a string
-MAX_BOXES = 20  # joined to one list
+MAX_BOX = 10_000  # characters searched for a box's closing brace
+MAX_BOXES = 20  # joined into one list
 
 # \boxed{5} or \boxed 5; a mere mention of \boxed is no box.
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox(?:\s*\[[^\]]*\]){0,2})\s*(?:\{(\s*\})?|(-?[0-9][0-9.,/]*))")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are no braces
-# Before an empty box that is the answer; any other after a full one is a mention: "in a \boxed{}".
+# The text before an empty box that is the answer; any other empty box after a full one is a mention: "in a \boxed{}".
 _INTRODUCED = re.compile(r"(?:[:=]|\bis|\n)[\s$*\\(\[]*$")
-# Between the boxes of one list: at least a comma or a word, and no end of a sentence.
+# The text between the boxes of one list: at least a comma, "and" or "or", and no end of a sentence.
 _JOINT = re.compile(
     r"(?=[^A-Za-z,;]*(?:,|;|and\b|or\b|\\))"
     r"(?:[\s$,;&()]|\\[()\[\],;:! ]|\\q?quad|(?:\\text\s*\{\s*)?\b(?:and|or)\b(?:\s*\})?)+"
@@ -50,26 +49,21 @@ def grade(response: str, gold: str | list[str], style: str = "nanoredi") -> bool
             alone; "deepscaler" is the stricter reading of the paper's evaluation.
     """
     golds = [gold] if isinstance(gold, str) else gold
-    answers = _answers(response)
-    if style == "deepscaler":
-        # It knows no \boxed {5} and no \boxed 5.
-        answers = [one for one in answers[:1] if one.strip() and f"boxed{{{one}}}" in response]
-        return any(
-            max(len(answer), len(one)) <= MAX_LENGTH and deepscaler.equal(answer, one)
-            for answer in answers
-            for one in golds
-        )
-    joined = [", ".join(reversed(answers))] if len(answers) > 1 else []
-    return any(equal(answer, one) for answer in [*answers[:1], *joined] if answer.strip() for one in golds)
+    answers, matches = _answers(response), equal
+    if style == "deepscaler":  # it knows neither \boxed {5} nor \boxed 5
+        answers, matches = [one for one in answers[:1] if f"boxed{{{one}}}" in response], deepscaler.equal
+    elif len(answers) > 1:
+        answers = [answers[0], ", ".join(reversed(answers))]
+    return any(matches(answer, one) for answer in answers if answer.strip() for one in golds)
 
 
 def extract_answer(response: str) -> str | None:
-    """What the last box after the thinking holds. None: still thinking, no box, or the last box never closes."""
+    """The content of the last box after the thinking; None without a box, or if the thinking or the box never ends."""
     return next(iter(_answers(response)), None)
 
 
 def _answers(response: str) -> list[str]:
-    """The last box's content, and before it in the list those of the boxes that are joined to it, last first."""
+    """The contents of the last box and of the boxes joined to it, last first."""
     thinking, closed, text = response.partition("</think>")
     if not closed:
         text = "" if "<think>" in thinking else thinking
@@ -89,7 +83,7 @@ def _answers(response: str) -> list[str]:
 
 
 def _content(text: str, start: int) -> tuple[str | None, int]:
-    """What stands before the brace that closes a box, and where the box ends."""
+    """A box's content up to its closing brace, None without one, and where the box ends."""
     depth = 1
     for token in _BRACE.finditer(text, start, start + MAX_BOX):
         depth += (token[0] == "{") - (token[0] == "}")
@@ -100,11 +94,9 @@ def _content(text: str, start: int) -> tuple[str | None, int]:
 
 def equal(answer: str, gold: str) -> bool:
     """Do two answers mean the same? Symmetric; what cannot be read is compared as a string."""
-    answer, gold = sorted((answer.strip(), gold.strip()))  # so that the order cannot matter
-    if answer == gold:
-        return True
-    if max(len(answer), len(gold)) > MAX_LENGTH:
-        return False
+    answer, gold = sorted((answer.strip(), gold.strip()))  # makes it symmetric
+    if answer == gold or max(len(answer), len(gold)) > MAX_LENGTH:
+        return answer == gold
     return any(
         same(x, y) and (left_out <= also or also <= left_out)
         for (x, left_out), (y, also) in itertools.product(read(answer), read(gold))

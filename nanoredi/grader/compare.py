@@ -1,6 +1,6 @@
 """The tree of an answer's parts, and when two trees mean the same.
 
-A leaf that has a value is compared by its values at fixed points (expression.py), every other by its text.
+Leaves with a value are compared by their values at fixed points (expression.py), other leaves by their text.
 """
 
 import re
@@ -11,13 +11,13 @@ from nanoredi.grader.expression import Expression
 from nanoredi.grader.numbers import add, close, divide, is_real
 from nanoredi.grader.symbols import GENERAL, LETTERS, NEGATIVE, WHOLE
 
-# A single name: x, S_{10}, \\theta, AB, \\angle ABC, [ABC], \\bar{AB}, f(x), P(A|B), The area.
+# A single name: x, S_{10}, \\theta, AB, \\angle ABC, [ABC], \\bar{AB}, f(x), P(A|B), \\max f, The area.
 _INDEX = r"(?:_\{(?![^{}]*\w[+-])[^{}]*\})?"  # a_{n+1} is no single name
 LETTER = rf"(?:\\(?:{'|'.join(LETTERS)}) ?|[A-Za-z]){_INDEX}"
 _ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{4,}})"
 NAME = (
-    rf"(?:(?:m ?)?\\(?:angle|triangle|odot) ?)?"
-    rf"(?:{LETTER}|[A-Z]{{2,}}{_INDEX}|(?!arc|sqrt|sinh|cosh|tanh)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
+    rf"(?:(?:m ?)?\\(?:angle|triangle|odot|max|min) ?)?"
+    rf"(?:\\?(?:max|min)|{LETTER}|[A-Z]{{2,}}{_INDEX}|(?!arc|sqrt|sinh|cosh|tanh)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
     rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\bar\{{[A-Z]{{2,}}\}}"
 )
 
@@ -29,9 +29,8 @@ def points_for(*expressions: Expression) -> list[int]:
 
 
 def agree(a: Expression, b: Expression) -> bool:
-    """Have they the same value at every point?"""
-    points = points_for(a, b) if a.letters or b.letters else GENERAL[:1]
-    pairs = ((a.at(point), b.at(point)) for point in points)
+    """Do both have the same value at every point?"""
+    pairs = ((a.at(point), b.at(point)) for point in points_for(a, b))
     return all(x is not None and y is not None and close(x, y) for x, y in pairs)
 
 
@@ -43,49 +42,52 @@ class Reading:
     kind: str
     text: str  # the plain string
     parts: tuple["Reading", ...] = ()  # the nodes below
-    expression: Expression | None = None  # of a value
-    bare: "Reading | None" = None  # of a relation: what it says without the names on one side, 5 or an interval
-    name: str = ""  # of an equation x = 5: x; of a time: am, pm or nothing
-    braces: bool = False  # whether it stood in braces, as a set does
+    expression: Expression | None = None  # only of a value
+    bare: "Reading | None" = None  # what a relation says without its names, 5 or an interval; (1,2) for (x,y)=(1,2)
+    name: str = ""  # x for the equation x = 5; for a time am, pm or nothing
+    braces: bool = False  # whether it was in braces, as a set is
 
 
 def same(a: Reading, b: Reading) -> bool:
+    """Do two trees mean the same?"""
     if a.text == b.text and a.kind == b.kind and a.kind != "time":
         return True
     if a.kind == b.kind == "=":
         return match(a.parts, b.parts) or proportional(a, b) or same_definition(a, b)
     if a.kind == b.kind in ("<", "≤") and proportional(a, b):
         return True
+    if "system" in (a.kind, b.kind):
+        return same_system(a, b)
     if (a.bare or b.bare) and (a.kind != b.kind or a.bare and b.bare):
         return same(a.bare or a, b.bare or b)
     if "time" in (a.kind, b.kind):
         if a.kind == b.kind:
             return a.text == b.text and (a.name == b.name or not a.name or not b.name)
         return bool(a.expression and b.expression) and agree(a.expression, b.expression)
-    if "system" in (a.kind, b.kind):
-        return same_system(a, b)
     if a.kind != b.kind:
         return False
-    # ACB is an order, not ABC, and "is it" a phrase; neither is a product.
-    words = re.fullmatch("[A-Z]{3,}/[A-Z]{3,}|[A-Za-z ]*[a-z]{2} [A-Za-z /]*", f"{a.text}/{b.text}")
+    # These are no products: ACB (not ABC), the number IV and the phrase "is it".
+    words = re.fullmatch("[A-Z]{3,}/[A-Z]{3,}|[IVX]{2}/[IVX]{2}|[A-Za-z ]*[a-z]{2} [A-Za-z /]*", f"{a.text}/{b.text}")
     if a.kind == "value" and not words and agree(a.expression, b.expression):
         return True
     if a.kind == "text" or re.fullmatch("[A-Za-z ]{2,}", a.text):
-        return word(a.text) == word(b.text)  # a short word reads as a product
+        return word(a.text) == word(b.text)  # a short word was read as a product
     if a.kind in ("list", "cases", "≠", "∨"):
         return match(a.parts, b.parts)
     return len(a.parts) == len(b.parts) > 0 and all(map(same, a.parts, b.parts))
 
 
 def word(text: str) -> str:
-    """A text without what does not matter in it: spaces, the case of words, braces around one letter or macro."""
+    """A text without what does not matter: spaces, the case and plural of words, the letter that a sum runs over, and
+    braces around one letter or macro."""
     if re.fullmatch(r"[A-Za-z ,.'-]+", text) and re.search("[A-Za-z]{4}", text):  # a phrase; "team B wins" too
-        text = re.sub("^(?:an?|the) ", "", text.lower())
-    text = re.sub(_WORD, lambda found: found[0].lower(), text)
-    return re.sub(r"\{(\w|\\[A-Za-z]+)\}", r"\1", re.sub(r"[ °]", "", text))
-
-
-_WORD = r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|N[Oo])(?![A-Za-z])"
+        text = re.sub(r"^(?:an?|the) |(?<=[a-z]{3}[^s])s\b", "", text.lower())
+    any_case = r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|N[Oo])(?![A-Za-z])"
+    text = re.sub(any_case, lambda found: found[0].lower(), text)
+    for run in re.finditer(r"\\(?:sum|prod)_\{([a-z])=", text):
+        text = re.sub(rf"(?<![A-Za-z\\]){run[1]}(?![A-Za-z])", "ζ", text)
+    text = re.sub(r"\(mod(\w+)\)", r"mod\1", re.sub(r"[ °]", "", text))
+    return re.sub(r"\{(\w|∞|\\[A-Za-z]+)\}", r"\1", text)
 
 
 def distinct(nodes: Iterable[Reading]) -> list[Reading]:
@@ -98,15 +100,20 @@ def distinct(nodes: Iterable[Reading]) -> list[Reading]:
 
 
 def same_definition(a: Reading, b: Reading) -> bool:
-    """y = 2x and f(x) = 2x, whose left sides are names. p = q and r = q are equations between names."""
+    """y = 2x and f(x) = 2x, whose left sides are names; f(x) = x + 1 and f(n) = n + 1, but not f(x) = n and f(n) = n.
+    p = q and r = q are equations between names."""
     if not (a.name and b.name and a.bare and b.bare):
         return False
     stems, indices = zip(*(re.fullmatch(r"(.[^(_]*)(.*)", one.name, re.DOTALL).groups() for one in (a, b)))
-    if stems[0] == stems[1] and indices[0] != indices[1] and all(indices):
-        # f(2) = 5 is not f(3) = 5; f(x) = 5 is f(n) = 5, but f(x) = n is not f(n) = n.
-        letters = all(re.fullmatch(r"\([a-z]\)|_\{[a-z]\}", index) for index in indices)
-        if not letters or not (a.bare.expression and not a.bare.expression.letters):
-            return False
+    if indices[0] != indices[1] and all(indices):
+        letters = [index.strip("(_{})") for index in indices]
+        bodies = [one.bare.expression for one in (a, b) if one.bare.expression]
+        bound = len(bodies) == 2 and all(re.fullmatch("[a-z]", letter) for letter in letters)
+        if bound and all(letter in body.tokens for letter, body in zip(letters, bodies)):
+            renamed = [body.of(letter) for letter, body in zip(letters, bodies)]
+            return None not in renamed and agree(*renamed)
+        if stems[0] == stems[1] and not (bound and not bodies[0].letters):
+            return False  # f(2) = 5 is not f(3) = 5, but f(x) = 5 is f(n) = 5
     return ("(" in a.name + b.name or not re.fullmatch(NAME, a.bare.text)) and same(a.bare, b.bare)
 
 
@@ -122,7 +129,10 @@ def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
 
 
 def same_system(a: Reading, b: Reading) -> bool:
-    """x = 1, y = 2 against the same names, other names or (1, 2), each in the order of its names, or against a list."""
+    """x = 1, y = 2 against the same names, other names or (1, 2), each in the order of its names, or against a list;
+    (r, t, f) = (1, 2, 3) also in the order in which it is written."""
+    if a.kind != b.kind and (a.bare or b.bare) and same(a.bare or a, b.bare or b):
+        return True
     if {a.kind, b.kind} == {"system", "list"}:  # x_1 = 1, x_2 = 2 are values of x, but x = 1, y = 2 are not
         names = [{part.name.partition("_")[0] for part in one.parts if part.name} for one in (a, b)]
         return (not all(names) or len(names[0]) == len(names[1])) and match(a.parts, b.parts)
@@ -135,10 +145,9 @@ def same_system(a: Reading, b: Reading) -> bool:
 
 
 def order(part: Reading) -> list[tuple[int, str]]:
-    """x_2 comes before x_10, r before θ."""
-    return [
-        (int(digits or -1), text) for digits, text in re.findall("([0-9]{1,9})|([^0-9]+)", part.name.replace("\\", "~"))
-    ]
+    """A sort key that puts x_2 before x_10 and r before θ."""
+    pieces = re.findall("([0-9]{1,9})|([^0-9]+)", part.name.replace("\\", "~"))
+    return [(int(digits or -1), text) for digits, text in pieces]
 
 
 def proportional(a: Reading, b: Reading) -> bool:
@@ -147,16 +156,14 @@ def proportional(a: Reading, b: Reading) -> bool:
     sides = [part.expression for part in (*a.parts, *b.parts)]
     if len(sides) != 4 or None in sides or not any(side.letters for side in sides):
         return False
-    ratios = []
-    for point in points_for(*sides):
-        values = [side.at(point) for side in sides]
-        if None in values:
-            return False
-        try:
-            ratios.append(divide(add(values[0], -values[1]), add(values[2], -values[3])))
-        except ArithmeticError:
-            return False
+    table = [[side.at(point) for side in sides] for point in points_for(*sides)]
+    if any(None in values for values in table):
+        return False
+    try:
+        ratios = [divide(add(p, -q), add(r, -s)) for p, q, r, s in table]
+    except ArithmeticError:
+        return False
     if not ratios[0] or a.kind != "=" and not (is_real(ratios[0]) and ratios[0] > 0):
         return False
-    varies = any(not close(side.at(GENERAL[0]), side.at(point)) for side in sides for point in GENERAL[1:])
+    varies = any(not close(x, y) for values in table[1:3] for x, y in zip(table[0], values))
     return varies and all(close(ratio, ratios[0]) for ratio in ratios)

@@ -1,29 +1,28 @@
 r"""The stricter reading of an answer, DeepScaleR's, which the paper's evaluation used.
 
-Published scores were made by rules about strings, with a computer algebra system behind them. So that scores can be
-compared, this file follows the same rules, and leaves the algebra to expression.py. An answer is right when it is,
-after small repairs of its LaTeX, the gold string; or when both, turned into plain text and cut at the commas of one
-pair of brackets, agree part by part:
+The published scores come from rules about strings, backed by a computer algebra system. To make scores comparable, this
+file follows the same rules, with expression.py for the algebra. An answer is right if it is, after small repairs of its
+LaTeX, the gold string, or if both, converted to plain text and split at the commas of one pair of brackets, agree part
+by part:
 
     an integer only with an integer         2^{10} is not 1024 where the gold answer is 1024
     a fraction only with the same fraction  3/12 is not 1/4
     everything else by value                but only without ^{ and with at most two letters
 
-No credit, therefore, for a list in another order, for other brackets, for several forms of an equation, for a matrix
-written another way. Not copied, because they are faults and no rules: that a root's index is ignored (the cube root
-of 2 was that of 2), that 8180_9 is Python's number 81809, and that an answer with "\text{ " in it is cut there.
+So there is no credit for a list in another order, other brackets, another form of an equation or a matrix written
+another way. Three faults of the original are not copied: it ignores a root's index (the cube root of 2 equals its
+square root), reads 8180_9 as Python's number 81809, and cuts an answer at "\text{ ".
 """
 
 import math
 import re
-import unicodedata
 
 from nanoredi.grader.compare import agree
-from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
+from nanoredi.grader.expression import MAX_DEPTH, MAX_LENGTH, NO_VALUE, Budget, Expression
 from nanoredi.grader.symbols import GREEK
 
 _UNITS = "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard liter".split()
-# What a macro looks like; some are for layout and leave nothing, of any other its name stays.
+# The sign that each macro stands for; macros for layout vanish, and any other leaves its name.
 _SIGNS = (
     "cdot * times * cap ∩ le ≤ leq ≤ ge ≥ geq ≥ neq ≠ pm ± circ ∘ in ∈ lt < gt > % % setminus ∖ approx ≈ lfloor ⌊ "
     "rfloor ⌋ lceil ⌈ rceil ⌉ infty inf cup U emptyset ∅ varnothing ∅ pmod mod bmod mod epsilon ϵ "
@@ -33,13 +32,15 @@ _LAYOUT = (
     "left right big Big bigg Bigg displaystyle mathrm mathbf mathit mathcal boldsymbol bf rm it limits boxed phantom "
     "underline ! ( ) [ ] { } $"
 ).split()
-_MACROS = {name: unicodedata.lookup(f"GREEK SMALL LETTER {name.replace('lambda', 'lamda')}") for name in GREEK}
-_MACROS |= dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
+_MACROS = GREEK | dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
 _MACROS |= dict.fromkeys(_LAYOUT, "")
+_LETTERS = {*"abcdefghijklmnopqrstuvwxyzοπ", *GREEK.values()}
 
 
 def equal(answer: str, gold: str) -> bool:
-    """Is the answer right by DeepScaleR's rules? Not symmetric in principle; both at most 1,000 characters."""
+    """Is the answer right by DeepScaleR's rules? Not symmetric; an answer of over MAX_LENGTH characters is wrong."""
+    if max(len(answer), len(gold)) > MAX_LENGTH:
+        return False
     return _repaired(answer) == _repaired(gold) or _same_parts(_plain(answer), _plain(gold))
 
 
@@ -48,9 +49,7 @@ def equal(answer: str, gold: str) -> bool:
 
 def _repaired(text: str) -> str:
     r"""One spelling of \frac12, \dfrac, \sqrt3, degrees, percent, x = 5 and a leading zero."""
-    text = text.strip()
-    if wrapped := re.fullmatch(r"\\text\{(.+?)\}", text):
-        text = wrapped[1].strip()
+    text = re.sub(r"^\s*\\text\{(.+?)\}\s*$", r"\1", text).strip()
     text = re.sub(r"\n|\\!|\\left|\\right|\^\{\\circ\}|\^\\circ|\\\$|\\?%", "", text.replace("\\\\", "\\"))
     if text.count("\\text{ ") == 1:
         text = re.sub(r"(?<=[0-9}])\s*\\text\{ (?!or |and )[^{}]*\}.*", "", text)  # a unit
@@ -71,15 +70,13 @@ def _repaired(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    text = text.strip()
-    if wrapped := re.fullmatch(r"\\text\{(.+?)\}", text, re.DOTALL):
-        text = wrapped[1]
+    """Plain text in lower case, without units, spaces and LaTeX."""
+    text = re.sub(r"(?s)^\s*\\text\{(.+?)\}\s*$", r"\1", text).strip()
     text = re.sub(r"\\?[%$]", "", text)
     text = re.sub(" (?:or|and) ", " , ", text)
     for word, power in (("million", 6), ("billion", 9), ("trillion", 12)):
         text = text.replace(word, f"*10^{power}")
-    for unit in _UNITS:
-        text = re.sub(rf"{unit}(?:es)?s? *(?:\^[0-9]+)?", "", text)
+    text = re.sub(rf"(?:{'|'.join(_UNITS)})(?:es)?s? *(?:\^[0-9]+)?", "", text)
     text = re.sub(r"\^ *\\circ", "", text)
     if text[:1] + text[-1:] == "{}":
         text = text[1:-1]
@@ -95,13 +92,12 @@ def _plain(text: str) -> str:
 
 def _as_integer(text: str) -> str:
     """142.0 and 14,200 as integers."""
-    digits = _grouped(text)
-    if not re.fullmatch(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]{1,2})?\s*", digits):
-        return text
-    value = float(digits)
-    if not math.isfinite(value):
-        return text
-    return str(round(value)) if abs(value - round(value)) <= 1e-7 else text
+    number = _grouped(text)
+    if re.fullmatch(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]{1,2})?\s*", number):
+        value = float(number)
+        if math.isfinite(value) and abs(value - round(value)) <= 1e-7:
+            return str(round(value))
+    return text
 
 
 def _grouped(text: str) -> str:
@@ -112,8 +108,8 @@ def _grouped(text: str) -> str:
 
 
 def _without_latex(text: str) -> str:
-    r"""What a reader sees of it: \frac{a}{b} is a/b, a matrix is [a b;c d], braces and unknown macros are gone."""
-    text = re.sub(r"\\[td]?frac", r" \\frac", text).replace("~", "\xa0")  # which is no space to what follows
+    r"""\frac{a}{b} as a/b and a matrix as [a b;c d], without braces and with unknown macros' names."""
+    text = re.sub(r"\\[td]?frac", r" \\frac", text).replace("~", "\xa0")  # no space for the rules below
     text = re.sub(r"\\mbox\s*\{[^{}]*\}", "", text)
     text = re.sub(r"\\mathbf\s*\{(?=[^{}]*[A-Za-z])", "{𝐁", text)  # a bold letter is another letter
     text = re.sub(r"\\begin\{[pb]?matrix\}(.*?)\\end\{[pb]?matrix\}", _matrix, text, flags=re.DOTALL)
@@ -133,14 +129,12 @@ def _without_latex(text: str) -> str:
 
 
 def _matrix(found: re.Match) -> str:
-    return "[" + ";".join(row.replace("&", " ") for row in found[1].split("\\\\")) + "]"
+    return "[" + found[1].replace("&", " ").replace("\\\\", ";") + "]"
 
 
 def _same_parts(answer: str, gold: str) -> bool:
-    if answer == gold:
-        return True
-    if not answer or not gold:
-        return False
+    if answer == gold or not answer or not gold:
+        return answer == gold
     golds, answers = _parts(gold), _parts(answer)
     if len(golds) > 1 and (gold[0] != answer[0] or gold[-1] != answer[-1]) or len(golds) != len(answers):
         return False
@@ -160,11 +154,11 @@ def _same_part(answer: str, gold: str) -> bool:
         return answer == gold
     if bool(re.fullmatch("[+-]?[0-9]+", answer)) != bool(re.fullmatch("[+-]?[0-9]+", gold)):
         return False
-    if "=" in answer + gold or len(set(re.sub("sqrt|frac", "", f"{answer}{gold}")) & set(_LETTERS)) > 2:
+    if "=" in answer + gold or len(set(re.sub("sqrt|frac", "", f"{answer}{gold}")) & _LETTERS) > 2:
         return False
     if re.search(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]|l[ng](?!\()|[a-z)]!|[⌊⌈|]", f"{answer} {gold}"):
         return False
-    # To it e and i are letters like others.
+    # In its reading e and i are ordinary letters.
     answer, gold = (
         re.sub("[ei]", lambda m: m[0].upper(), one.replace("pi", "π")).replace("I", "J") for one in (answer, gold)
     )
@@ -173,6 +167,3 @@ def _same_part(answer: str, gold: str) -> bool:
         return agree(Expression(answer, budget), Expression(gold, budget))
     except NO_VALUE:
         return False
-
-
-_LETTERS = "abcdefghijklmnopqrstuvwxyzαβγδεζηθικλμνξοπρστυφχψω"

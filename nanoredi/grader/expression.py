@@ -4,10 +4,11 @@ A value is exact (a Fraction) until a root, pi or a function makes it a complex 
 Letters stand for fixed pseudo-random numbers, so that an expression with letters has a value too, and two expressions
 are equal when they agree at every point (symbols.py, compare.py).
 
-Nothing is executed: the parser below is all there is. Depth, sizes and the work on one answer are bounded.
-What it reads is the grader's plain string (latex.py), not LaTeX as it comes.
+Nothing is executed: the parser below is all there is. Depth, sizes and the work on one answer are bounded. It reads
+the grader's plain string (latex.py), not raw LaTeX.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -18,20 +19,20 @@ from nanoredi.grader import numbers
 from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, add, divide, inexact, multiply
 from nanoredi.grader.symbols import BRACKETS, LETTERS, NUMBER, SEVERAL, Unreadable, digits, letter, opaque, tokens_of
 
-MAX_DEPTH = 20  # brackets, or powers and functions without brackets, inside each other
-MAX_BITS = 10_000  # of an exact value
+MAX_LENGTH = 1_000  # characters; a longer answer is compared as a string
+MAX_DEPTH = 20  # nested brackets, or nested powers and functions without brackets
+MAX_BITS = 10_000  # in the numerator or denominator of an exact value
 MAX_FACTORIAL = 500
 MAX_WORK = 10_000  # on one answer, in units of about a microsecond
 _ROOT_WORK, _FUNCTION_WORK = 50, 200
 
-NO_VALUE = (Unreadable, ArithmeticError, ValueError)  # what Expression raises
+NO_VALUE = (Unreadable, ArithmeticError, ValueError)  # raised by Expression
 
 
 class Budget:
-    """The work that one answer may cost, whatever it is made of."""
+    """The work that one answer may cost, whatever it consists of."""
 
-    def __init__(self, work: int = MAX_WORK):
-        self.left = work
+    left = MAX_WORK
 
     def spend(self, work: int) -> None:
         self.left -= work
@@ -43,27 +44,31 @@ class Expression:
     """A text that has a value.
 
     Attributes:
-        letters: whether it has any, so that its value depends on the point.
+        letters: whether it contains letters, so that its value depends on the point.
 
     Raises:
-        one of NO_VALUE: when it has no value, or none within the bounds.
+        one of NO_VALUE: it has no value, or none within the bounds.
     """
 
-    def __init__(self, text: str, budget: Budget):
-        self.tokens, self.budget = tokens_of(text), budget
+    def __init__(self, text: str | list[str], budget: Budget):
+        self.tokens, self.budget = tokens_of(text) if isinstance(text, str) else text, budget
         evaluator = _Evaluator(self.tokens, 0, budget)
-        self._values: dict[int, Number | None] = {0: evaluator.value()}
+        self._values: dict[int, Number] = {0: evaluator.value}
         self.letters = evaluator.letters
 
+    def of(self, letter: str) -> "Expression | None":
+        """The expression with ζ for a letter, so that functions of different letters can be compared."""
+        with contextlib.suppress(*NO_VALUE):
+            return Expression(["ζ" if token == letter else token for token in self.tokens], self.budget)
+        return None
+
     def at(self, point: int) -> Number | None:
-        """The value at a point; None where it has none."""
+        """The value at a point; None if it has none."""
         point = point if self.letters else 0
         if point not in self._values:
-            try:
-                self._values[point] = _Evaluator(self.tokens, point, self.budget).value()
-            except NO_VALUE:
-                self._values[point] = None
-        return self._values[point]
+            with contextlib.suppress(*NO_VALUE):
+                self._values[point] = _Evaluator(self.tokens, point, self.budget).value
+        return self._values.get(point)
 
 
 _MARKS = set("dot ddot bar hat tilde".split())  # over a letter
@@ -79,15 +84,13 @@ class _Evaluator:
 
     def __init__(self, tokens: list[str], point: int, budget: Budget):
         self.tokens, self.point, self.budget = tokens, point, budget
-        self.position = self.depth = self.angles = 0  # angles: how many functions are open, where ° counts
+        self.position = self.depth = 0
+        self.angles = 0  # how many functions we are inside; only there does ° convert to radians
         self.letters = False
-        self.bound: dict[str, Number] = {}  # the letters that sums run over
-
-    def value(self) -> Number:
-        result = self.expression()
+        self.bound: dict[str, Number] = {}  # the current values of letters that sums run over
+        self.value = self.expression()
         if self.peek():
             raise Unreadable
-        return result
 
     def peek(self) -> str:
         return self.tokens[self.position]
@@ -100,8 +103,8 @@ class _Evaluator:
     def accept(self, token: str) -> bool:
         return self.peek() == token and bool(self.next())
 
-    def expect(self, token: str) -> None:
-        if not self.accept(token):
+    def expect(self, *tokens: str) -> None:
+        if not all(map(self.accept, tokens)):
             raise Unreadable
 
     def nested(self, rule: Callable[[], Number]) -> Number:
@@ -114,7 +117,7 @@ class _Evaluator:
         return result
 
     def bounded(self, x: Number) -> Number:
-        """x, paid for: an exact product or sum costs with the square of its size."""
+        """x, once it is paid for; the cost of an exact product or sum grows with the square of its size."""
         bits = _bits_of(x)
         self.budget.spend(5 + (bits // 100) ** 2 // 30 if isinstance(x, Fraction) else 15)
         if bits > MAX_BITS:
@@ -124,11 +127,17 @@ class _Evaluator:
     def expression(self) -> Number:
         result = self.sign() * self.term()
         while self.peek() in ("+", "-"):
-            result = self.bounded(add(result, self.sign() * self.term()))
+            result = self.sum(result, self.sign() * self.term())
         if self.peek() not in _OPERATORS:
             return result
         operation = {"over": divide, "choose": self.binomial, "mod": self.residue}[self.next()]
         return self.bounded(operation(result, self.nested(self.expression)))
+
+    def sum(self, x: Number, y: Number) -> Number:
+        total = self.bounded(add(x, y))
+        if not self.letters and (x and numbers.close(total, y) or y and numbers.close(total, x)):
+            raise Unreadable  # in e^100 + 1 the 1 is lost to rounding, and the sum would equal e^100
+        return total
 
     def sign(self) -> int:
         sign = 1
@@ -136,23 +145,22 @@ class _Evaluator:
             sign *= -1 if self.next() == "-" else 1
         return sign
 
-    def term(self) -> Number:
+    def term(self, operators: tuple[str, ...] = ("*", "/")) -> Number:
+        """Factors side by side or with operators between them. A function's argument without brackets has no operators
+        and ends before another function."""
         result = self.factor()
-        while True:
-            if self.accept("*"):
-                result = self.bounded(multiply(result, self.sign() * self.factor()))
-            elif self.accept("/"):
-                result = self.bounded(divide(result, self.sign() * self.factor()))
-            elif self.at_factor():
-                result = self.bounded(multiply(result, self.factor()))
-            else:
-                return result
+        while (token := self.peek()) in operators or self.at_factor() and (operators or token not in FUNCTIONS):
+            self.position += token in operators
+            factor = self.sign() * self.factor()
+            result = self.bounded((divide if token == "/" else multiply)(result, factor))
+        return result
 
     def at_factor(self) -> bool:
-        """Does an implicit product go on here? A number goes on only after a bracket or a !: (n-2)2^n, but not 3 4."""
-        token = self.peek()
+        """Does an implicit product continue here? A number continues one only after a bracket or a !, (n-2)2^n, or as
+        the base of a power after a letter, n 2^n; 3 4 is no product."""
+        token, before = self.peek(), self.tokens[self.position - 1]
         if token[:1].isdigit():
-            return self.tokens[self.position - 1] in ")]}!"
+            return before in ")]}!" or before.isalpha() and self.tokens[self.position + 1] == "^"
         return token in BRACKETS or token.isalpha() and token not in _OPERATORS
 
     def factor(self) -> Number:
@@ -161,12 +169,12 @@ class _Evaluator:
             result = self.factorial(result, step=2 if self.accept("!") else 1)
         if self.accept("^"):
             result = self.power(result, self.exponent())
-        if self.accept("°") and self.angles:  # elsewhere a unit like any other
+        if self.accept("°") and self.angles:  # elsewhere it is a unit
             result = multiply(result, numbers.PI / 180)
         return result
 
     def exponent(self) -> Number:
-        """Of 2^10 the whole 10, as everyone means it, though LaTeX would raise only the 1."""
+        """In 2^10 it is 10, as everyone means it, though LaTeX would raise only the 1."""
         return self.sign() * self.nested(self.factor)
 
     def atom(self) -> Number:
@@ -194,10 +202,8 @@ class _Evaluator:
         return self.function(token) if token in FUNCTIONS else self.symbol(token)
 
     def arguments(self) -> list[Number]:
-        """What stands in brackets, between commas."""
-        closing = {"(": ")", "[": "]", "⦃": "⦄"}.get(self.next())
-        if not closing:
-            raise Unreadable
+        """The values in brackets, separated by commas."""
+        closing = {"(": ")", "[": "]", "⦃": "⦄"}.get(self.next(), "")
         values = [self.nested(self.expression)]
         while self.accept(","):
             values.append(self.nested(self.expression))
@@ -205,7 +211,7 @@ class _Evaluator:
         return values
 
     def several(self, name: str) -> Number:
-        """max(a, b); all that is known of it with letters is that the order does not matter."""
+        """max(a, b) and the like; with letters, only that the arguments' order does not matter is known."""
         letters, self.letters = self.letters, False
         values = self.arguments()
         variable, self.letters = self.letters, self.letters or letters
@@ -219,13 +225,11 @@ class _Evaluator:
 
     def repeated(self, operation: Callable[[Number, Number], Number]) -> Number:
         """The sum or product of a term from k = a to b, two whole numbers."""
-        self.expect("_")
-        self.expect("{")
+        self.expect("_", "{")
         letter = self.next()
         self.expect("=")
         first = self.nested(self.expression)
-        self.expect("}")
-        self.expect("^")
+        self.expect("}", "^")
         last, start, outer = self.exponent(), self.position, self.bound
         if not (_is_whole(first) and _is_whole(last)) or first > last or self.letters or not letter.isalpha():
             raise Unreadable
@@ -237,7 +241,7 @@ class _Evaluator:
         return result
 
     def residue(self, x: Number, modulus: Number) -> Number:
-        """17 mod 5; where nothing is computed, 2 mod 5, it is a class of numbers and no value."""
+        """17 mod 5; where there is nothing to compute, as in 2 mod 5, it is a class of numbers and no value."""
         known = isinstance(x, Fraction) and isinstance(modulus, Fraction) and not self.letters
         if not known or 0 <= x < modulus or modulus <= 0:
             raise Unreadable
@@ -247,20 +251,13 @@ class _Evaluator:
         base = inexact(self.nested(self.atom)) if self.accept("_") else None
         exponent = self.exponent() if self.accept("^") else Fraction(1)
         self.angles += 1
-        argument = inexact(self.nested(self.atom if self.peek() in ("(", "{") else self.product))
+        argument = inexact(self.nested(self.atom if self.peek() in ("(", "{") else lambda: self.term(())))
         self.angles -= 1
         self.budget.spend(_FUNCTION_WORK)
         if exponent == -1 and "arc" + name in FUNCTIONS:
             return numbers.evaluate("arc" + name, argument)
         result = numbers.evaluate(name, argument)
         return self.power(divide(result, numbers.log(base)) if base else result, exponent)
-
-    def product(self) -> Number:
-        """What a function without brackets takes: factors side by side, up to an operator or another function."""
-        result = self.factor()
-        while self.at_factor() and self.peek() not in FUNCTIONS:
-            result = self.bounded(multiply(result, self.factor()))
-        return result
 
     def symbol(self, name: str) -> Number:
         if name in self.bound:
@@ -292,7 +289,7 @@ class _Evaluator:
             base, exponent = self.root(base, exponent.denominator), Fraction(exponent.numerator)
             if isinstance(base, Fraction) and max(1, _bits_of(base)) * abs(exponent) <= MAX_BITS:
                 return self.bounded(base ** int(exponent))
-            if _is_whole(base):  # rounded, it would equal its neighbours
+            if _is_whole(base):  # a rounded value would equal its neighbours
                 return opaque("^", str(base), str(exponent))
             if not isinstance(base, Fraction) and 1 <= exponent <= 10:
                 return self.bounded(functools.reduce(multiply, [base] * int(exponent)))
@@ -300,7 +297,7 @@ class _Evaluator:
         return numbers.power(inexact(base), inexact(exponent))
 
     def root(self, x: Number, n: int) -> Number:
-        """The real root where there is one, exact where it is rational."""
+        """The real root if there is one, exact if it is rational."""
         if n == 1:
             return x
         self.budget.spend(_ROOT_WORK if n == 2 else _FUNCTION_WORK)
@@ -321,6 +318,8 @@ class _Evaluator:
     def binomial(self, n: Number, k: Number) -> Number:
         if _is_whole(n) and isinstance(k, Fraction) and not 0 <= k <= n:
             raise Unreadable
+        if _is_whole(n) and _is_whole(k) and min(k, n - k) * _bits_of(n) <= MAX_BITS:
+            return self.bounded(Fraction(math.comb(int(n), int(k))))
         rest = self.factorial(add(n, -k))
         return self.bounded(divide(self.factorial(n), multiply(self.factorial(k), rest)))
 
@@ -334,7 +333,7 @@ def _bits_of(x: Number) -> int:
 
 
 def _floor(bracket: str, x: Number) -> Fraction:
-    if not numbers.is_real(x):  # of a root of n - 1 at a small n, say; what counts are the whole points
+    if not numbers.is_real(x):  # e.g. sqrt(n - 9) at a small n; the other points decide
         return opaque(bracket, digits(x))
     if not isinstance(x, Fraction):
         nearest = Fraction(int(CONTEXT.nint(x)))

@@ -1,19 +1,19 @@
 r"""LaTeX to the grader's plain string: layout, fonts, units and currencies are dropped, every operator and bracket gets
 one spelling (\leq and <= become ≤, \{ becomes ⦃), and short forms are written out (\frac12, 0.1\overline{6}, 2\frac12).
 
-Every rule is one regular expression on a string of bounded length. A rule may be wrong for an answer that it was not
-written for; where it often would be (is 12,345 one number or two? is 5 km a product?), readings tries both.
+Every rule is one regular expression on a string of bounded length. Where a rule would often be wrong (is 12,345 one
+number or two? is 5 km a product?), `readings` tries both meanings.
 """
 
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nanoredi.grader.numbers import FUNCTIONS
 from nanoredi.grader.symbols import GREEK
 
-# Macros and the signs that they are, in turn; the grader's own brackets ⦃ ⦄ are those of a set.
+# Each macro followed by the sign that it stands for; ⦃ and ⦄ are the grader's own brackets around a set.
 _SIGNS = r"""
     cdot * times * ast * div / colon : ratio : pm ± mp ∓ cup ∪ bigcup ∪ cap ∩ bigcap ∩ setminus ∖ backslash ∖
     smallsetminus ∖ in ∈ infty ∞ infin ∞ emptyset ∅ varnothing ∅ pi π circ ° degree ° textdegree ° prime ' lvert |
@@ -21,45 +21,48 @@ _SIGNS = r"""
     lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor ,∨ vee ,∨
     ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j
     dbinom \binom tbinom \binom lgroup ( rgroup ) ulcorner ⌈ urcorner ⌉ llcorner ⌊ lrcorner ⌋ overline \bar
-    varepsilon \epsilon varphi \phi vartheta \theta varrho \rho
+    varepsilon \epsilon varphi \phi vartheta \theta varrho \rho land \wedge lnot \neg
+    | | lVert | rVert | Vert | to → rightarrow → longrightarrow → implies ⇒ Rightarrow ⇒ iff ⇔ Leftrightarrow ⇔
 """.split()
 _SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
 _LAYOUT = (
     "! $ % ( ) [ ] left right mleft mright middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr "
     "displaystyle textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline "
-    "boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar"
+    "boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar checkmark small large Large huge"
 ).split()
 _MACROS = dict.fromkeys(_LAYOUT, "") | dict.fromkeys(_SPACES, " ") | dict(zip(_SIGNS[::2], _SIGNS[1::2]))
-# NFKC would turn the first of these into other signs; of a letter's forms (φ, ϕ) it leaves one.
+# Replaced before NFKC, which would turn them into other signs (and which unites a letter's forms, φ and ϕ).
 _BEFORE = str.maketrans(
-    {"º": "°", "ℓ": "\\ell ", "ℏ": "\\hbar "} | {c: f"\\mathbb{{{n}}}" for c, n in zip("ℝℤℕℚℂ", "RZNQC")}
+    {"º": "°", "ℓ": "\\ell ", "ℏ": "\\hbar "}
+    | {c: f"\\mathbb{{{n}}}" for c, n in zip("ℝℤℕℚℂ", "RZNQC")}
+    | {chr(ord("①") + n): f"{n + 1}," for n in range(20)}
 )
 _CHARACTER_SIGNS = r"""
     × * · * ⋅ * ∙ * • * ÷ / ∕ / ⁄ / ∣ | 〈 ( ⟨ ( 〉 ) ⟩ ) ∨ ,∨ 、 , 。 . ′ ' ’ ' − - ≦ ≤ ⩽ ≤ ≧ ≥ ⩾ ≥ √ \sqrt ∛ \cbrt
     ∜ \sqrt[4] ∑ \sum ∏ \prod ∫ \int ∠ \angle ∀ \forall ≡ \equiv ∆ \Delta
 """.split()
-_BY_CHARACTER = {"~": " "} | dict.fromkeys('$%"“”', "") | {"或": " or ", "和": " and ", "与": " and "}
-for _char, _sign in zip(_CHARACTER_SIGNS[::2], _CHARACTER_SIGNS[1::2]):
-    _BY_CHARACTER[_char] = f"{_sign} " if _sign[0] == "\\" else _sign
-for _letter in GREEK:
-    _name = _letter.replace("lambda", "lamda")  # as Unicode spells it
-    _BY_CHARACTER[unicodedata.lookup(f"GREEK SMALL LETTER {_name}")] = f"\\{_letter} "
-    _BY_CHARACTER[unicodedata.lookup(f"GREEK CAPITAL LETTER {_name}")] = f"\\{_letter.title()} "
-_CHARACTERS = str.maketrans(_BY_CHARACTER)
+_BY_CHARACTER = {"~": " "} | dict.fromkeys('$%"“”✓', "") | {"或": " or ", "和": " and ", "与": " and "}
+_BY_CHARACTER |= dict(zip(_CHARACTER_SIGNS[::2], _CHARACTER_SIGNS[1::2]))
+_BY_CHARACTER |= {sign: f"\\{name}" for name, sign in GREEK.items()}
+_BY_CHARACTER |= {sign.upper(): f"\\{name.title()}" for name, sign in GREEK.items()}
+_CHARACTERS = str.maketrans({char: f"{sign} " if "\\" in sign else sign for char, sign in _BY_CHARACTER.items()})
 _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 _FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt|bb|cal|frak)|bm)\s*"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?[0-9]\s*\}|-?[0-9]))?"
-# A \text or the like that begins with no digit. 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even} have no unit.
+# A \text after a number is its unit unless it begins with a digit or with one of these words or signs, as in
+# 2\mathrm{i}, 3\text{ p.m.}, 2\text{ if }x>0, n>2\text{ even}.
 _NO_UNIT_WORD = (
     r"hal(?:f|ves)|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial|odd|"
     r"even|prime|integer|negative|positive|more|less|fewer|short|under|(?:degrees )?(?:below|under) zero"
 )
 _NO_UNIT = (
-    r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|[^{}]*\bnot?\b|(?:\( ?|is )(?:mod|extr|rej|disc)"
-    rf"|(?:to|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
+    r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|[^{}]*\bnot?\b|(?:\( ?|is )"
+    r"(?:mod|extr|rej|disc)|(?:to|at|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|"
+    rf"(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
-_UNIT = rf"(?!\\math(?:bf|it|bb|cal|frak)|\\bm){_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}"
-_MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
+_NO_UNIT_FONT = r"(?!\\math(?:bf|it|bb|cal|frak)|\\bm)"
+_UNIT = rf"{_NO_UNIT_FONT}{_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}(?!\s*_){_POWER}"
+_MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}(?:\\Omega)?|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
 _JOINING = rf"(?<![\\A-Za-z{{])WORD(?![A-Za-z}}])|(?<=[0-9)\]}}⦄])WORD(?=[A-Za-z]\b)|{_FONT}\{{\s*,?\s*WORD\s*\}}"
 _DERIVATIVE = (
     r"\\frac\s*\{\s*d\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([^{}]*(?:_\{\w+\})?)\s*\}"
@@ -69,142 +72,174 @@ _ONES = "zero one two three four five six seven eight nine ten eleven twelve".sp
 _ONES += [f"{three}teen" for three in "thir four fif six seven eigh nine".split()]
 _TENS = [f"{three}ty" for three in "twen thir for fif six seven eigh nine".split()]
 _NUMBERS = _ONES + [f"{ten}-{one}".removesuffix("-zero") for ten in _TENS for one in _ONES[:10]]
-_MULTIPLE = re.compile(r"(?<=[0-9])\s*(" + _FONT + r"\{)?\s*(hundred|thousand|million|billion|trillion)\b")
-_ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-
-_REWRITES = [
-    (re.compile(pattern), new)
-    for pattern, new in [
-        (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
-        (rf"(?<=[0-9]) ?\^ ?\{{? ?(?:{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b) ?\}}?", ""),
-        *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])", r"\+/-", r"\.\.\."), "≤≥≠^=±…"),
-        (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
-        (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
-        (r"(?<=[A-Za-z)}'])\s*°\s*(?=[A-Za-z(\\])(?![CFK]\b)", "∘"),  # f of g
-        (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
-        (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
-        (r"\s*\\pmod\s*(?:\{([^{}]*)\}|(\w+))", r" (mod \1\2)"),
-        (r"\\b?mod\b", " mod "),
-        (r"\\(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R)", "ℝ"),
-        (_FONT + r"\{\s*(?:base|in base)?\s*([0-9]+)\s*\}", r"\1"),
-        (r"_\s*" + _FONT + r"(\{[^{}]*\})", r"_\1"),
-        (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
-        (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
-        (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
-        (_FONT + r"\{\s*(" + "|".join(FUNCTIONS) + r")\s*\}(?!\s*$)", r"\\\1 "),
-        *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
-        (_FONT + r"\{\s*,\s*\}", " , "),
-        (r"^(\s*[0-9.]+\s*)\*(?=\s*[0-9.]+\s*(?:" + _MANY_UNITS + r"|\s(?:[a-z]{4,}|cm|in|ft)\b))", r"\1×"),  # a size
-        (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
-        *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
-        (_FONT + r"(?=[A-Za-z0-9\\])", " "),
-        (r"(?i)^\s*(?:\\(?:therefore|implies|rightarrow)|答案[是为:]*|(?:the )?(?:final )?answer *(?:is\b|:))", ""),
-        (r"(?i)^\s*(?:option|choice)\s+(?=\W*[A-J]\b)", ""),
-        (r"(?i)^\s*(?:usd?|rs\.?)(?=[ 0-9])", ""),
-        (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
-        (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
-        (r"(?i)\b(?:below|under) zero[\s.]*$", ""),
-        (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
-        (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
-        *[(rf"(?:\\|\b){name}\s*\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
-        (r"\\(frac|binom)\s*([0-9])", r"\\\1{\2}"),
-        (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-        (r"(\\sqrt\s*(?:\[[0-9]\])?)\s*([0-9]+)", r"\1{\2}"),
-        (r"(?<=[0-9])'\s*'?(?!['\w])", ""),  # minutes and seconds of arc
-        (r"\\(?:vec|overrightarrow)\s*\{\s*([A-Z]{2})\s*\}", r"v_{\1}"),  # not that from B to A
-        (r"\\(?:vec|overrightarrow)(?![A-Za-z])", ""),
-        (r"(?<=[)\]}⦄])\s*U\s*(?=[(\[{⦃])", "∪"),
-        (r"ℝ\s*-\s*(?=[⦃{])", "ℝ∖"),
-        (r"(⦃[^⦃⦄:|]*[A-Za-z)ℝ]\s*):(?=[^⦃⦄]*[=<>≤≥≠∈])", r"\1|"),  # such that
-        (r"\^\s*(\{[^{}]*\}|\w)\s*_\{([^{}]*)\}", r"_{\2}^\1"),
-        (r"(?:^|(?<=∪))\s*\]", "("),  # ]1,2[ is the open interval
-        (r"\[\s*(?=$|∪)", ")"),
-        (_DERIVATIVE, r"ð_{\3\1}\2"),  # one letter, so that its d is not cancelled
-        *[(r"(\\[A-Za-z]+\s*\{|[_^}\]]\s*\{)|\{\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w+\})?)\s*\}(?!\s*\\over)", r"\1\2")]
-        * 2,  # {{g}_{k}}
-        (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # brackets like others
-        (r"\\end\s*\{\w+\*?\}", "⟧"),
-        (r"(?<![0-9./^_])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"(\1+\2/\3)"),  # 1 1/2 is a sum
-        (r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
-        (r"⦃\s*⟦array¦([^⟦⟧]*)⟧\s*\.", r"⟦cases¦\1⟧"),
-    ]
-]
-_REPEATING = re.compile(
-    r"([0-9]*)\.([0-9]*)(?:\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))|\(([0-9]{1,50})\)(?=[\s$\\)}]*$))"
+_PARTS = dict(enumerate("half third fourth fifth sixth seventh eighth ninth tenth".split(), 2))
+_IN_WORDS = dict(zip(_NUMBERS, map(str, range(100)))) | {"half": "1/2"}
+_IN_WORDS |= {f"{_ONES[n]}-{part}{'s' * (n > 1)}": f"{n}/{size}" for n in range(1, 10) for size, part in _PARTS.items()}
+_COUNTS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_BOUNDS = {"at least": "≥", "at most": "≤", "(?:less|fewer) than": "<", "(?:more|greater) than": ">"}
+_VALUE = r"(?=[0-9.\\([⦃-]|[a-z] *[=<>≤≥])"  # how an answer begins
+_MULTIPLE = re.compile(rf"(?<=[0-9])\s*({_FONT}\{{)?\s*({'|'.join(_COUNTS)})\b")
+_SIZE = rf"(?:{_MANY_UNITS}|\s(?:[a-z]{{4,}}|cm|in|ft)\b)"
+# A letter, macro or fraction alone in braces that are no macro's argument; of {{g}_{k}} it takes two passes.
+_ALONE = (
+    r"(\\[A-Za-z]+\s*\{|[_^}\]]\s*\{)|"
+    r"\{\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w+\})?|\\frac\{\w+\}\{\w+\})\s*\}(?!\s*\\over)"
 )
-_TWO_DOTS = re.compile(r"\\dot\s*\{?([0-9])\}?([0-9]{0,48})\\dot\s*\{?([0-9])\}?")
 
-# Bare units, by what may stand around them. One letter is a unit only over another: 3 m/s, but not 3 m.
+_Rules = list[tuple[str, str | Callable[[re.Match], str]]]
+# Rules about digits, and then the spelling of every macro and character.
+_SPELLINGS: _Rules = [
+    (r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", ""),  # these commas group digits, wherever they are
+    # 3'600 and 1.000.000, and 1,000, for no list has a member 000
+    (
+        r"(?<![.,0-9])[0-9]{1,3}(?:('[0-9]{3})+|(\.[0-9]{3}){2,}|(,[0-9]{3})*,0[0-9]{2}(,[0-9]{3})*)(?![.]?[0-9])",
+        lambda found: re.sub("[',.]", "", found[0]),
+    ),
+    (r"(?<=[0-9])\{,\}(?=[0-9])", "."),  # elsewhere it is a decimal comma
+    (r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§"),  # 17%6 is not 176
+    (r"\\q?quad", " "),  # also where a letter is glued to it
+    (r"\\(?:left|right)\s*\.", ""),
+    # 0.\dot{1}4\dot{2}, 0.1(6) and 0.1666... become 0.1\overline{6}, and that becomes a fraction
+    (r"\\dot\s*\{?([0-9])\}?([0-9]{0,48})\\dot\s*\{?([0-9])\}?", r"\\overline{\1\2\3}"),
+    (r"(\.[0-9]{0,50})\(([0-9]{1,50})\)(?=[\s$\\)}]*$)", r"\1\\overline{\2}"),
+    (r"(\.[0-9]{0,50}?)([0-9]{1,9}?)\2+\s*(?:…|\.{3}|\\[lcd]?dots(?![a-z]))", r"\1\\overline{\2}"),
+    (r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))", lambda found: _repeating(found)),
+    (r"\\([A-Za-z]+|[^A-Za-z])", lambda found: _MACROS.get(found[1], found[0])),
+    (r"(?s).+", lambda found: found[0].translate(_CHARACTERS)),
+]
+_REWRITES: _Rules = [
+    (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
+    (r"\{\s*([:=+<>.-])\s*\}", r"\1"),
+    (rf"(?<=[0-9]) ?\^ ?\{{? ?(?:{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b) ?\}}?|(?<=[0-9])(?:st|nd|rd|th)\b", ""),
+    *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])", r"\+/-", r"\.\.\."), "≤≥≠^=±…"),
+    (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
+    (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
+    (r"(?<=[A-Za-z)}'])\s*°\s*(?=[A-Za-z(\\])(?![CFK]\b)", "∘"),  # composition
+    (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
+    (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
+    (r"\s*(?:\(\s*\\[bp]?mod\s*(\w+)\s*\)|\\pmod\s*(?:\{([^{}]*)\}|(\w+)))", r" (mod \1\2\3)"),
+    (r"\\b?mod\b", " mod "),
+    (r"\\(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R)|(?<=∈)\s*R\b", "ℝ"),
+    (r"_\s*" + _FONT + r"(\{[^{}]*\})", r"_\1"),
+    (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
+    (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
+    (r"\\bar\s*\{\s*([a-z])\s*([a-z]+)\s*\}", r"\\bar{\1_{\2}}"),  # the number with these digits is no product
+    (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
+    *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
+    (rf"^(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?!.*=)(?=\s*[0-9.]+\s*{_SIZE})", r"\1×"),  # a size is no product
+    (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
+    *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
+    (_FONT + r"(?=[A-Za-z0-9\\])", " "),
+    (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
+    (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
+    (r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)", ""),
+    (r"(?i)^\s*(?:答案[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
+    (r"(?i)^\s*(?:(?:option|choice)\s+(?=\W*[A-J]\b)|(?:usd?|rs\.?)(?=[ 0-9]))", ""),
+    (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
+    (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
+    (r"(?i)\b(?:(?:below|under) zero|only)[\s.]*$", ""),
+    (rf"(?i)^\s*(?!yes|true|false|.*[,;].*:)[a-z]{{3,}}(?: +[a-z]+){{0,7}}?\s*(?:\bis\b|:)\s*{_VALUE}", ""),
+    *[(rf"(?i)^\s*{words}\s+{_VALUE}", sign) for words, sign in _BOUNDS.items()],
+    (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
+    (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
+    *[(rf"(?:\\|\b){name}\s*\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
+    (r"\\(frac|binom)\s*([0-9])", r"\\\1{\2}"),
+    (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+    (r"(?<=[0-9])'\s*'?(?!['\w])", ""),  # minutes and seconds of arc
+    (r"\\(?:vec|overrightarrow)\s*\{\s*([A-Z]{2})\s*\}", r"v_{\1}"),  # AB and BA are different vectors
+    (r"\\(?:vec|overrightarrow)(?![A-Za-z])", ""),
+    (r"\\hat\s*\{?\s*([ijk])\b\s*\}?", r" \1 "),  # unit vectors
+    (r"(?<=[)\]}⦄])\s*U\s*(?=[(\[{⦃])", "∪"),
+    (r"ℝ\s*-\s*(?=[⦃{])", "ℝ∖"),
+    (r"(⦃[^⦃⦄:|]*[A-Za-z)ℝ]\s*):(?=[^⦃⦄]*[=<>≤≥≠∈])", r"\1|"),  # such that
+    (r"\^\s*(\{[^{}]*\}|\w)\s*_\{([^{}]*)\}", r"_{\2}^\1"),
+    (r"(?<![A-Za-z\\])C_\{(?![0-3]\})([^{}]+)\}\s*\^\s*\{?\s*(\w+)\s*\}?", r"\\binom{\1}{\2}"),
+    (r"(?<![\w}])(?:\{\s*\}\s*)?[_^]\s*\{?\s*(\w+)\s*\}?\s*C_\{(\w+)\}", r"\\binom{\1}{\2}"),
+    (r"(?<![A-Za-z\\])C\s*\(\s*([0-9]+)\s*,\s*([0-9]+)\s*\)", r"\\binom{\1}{\2}"),
+    (r"(?:^|(?<=∪))\s*\]", "("),  # ]1,2[ is the open interval
+    (r"\[\s*(?=$|∪)", ")"),
+    (_DERIVATIVE, r"ð_{\3\1}\2"),  # one symbol, so that its d's do not cancel
+    *[(_ALONE, r"\1\2")] * 2,
+    (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # read as brackets
+    (r"\\end\s*\{\w+\*?\}", "⟧"),
+    (r"(?<![0-9./^_])([0-9]+)\s*\\frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}", r"(\1+\2/\3)"),  # 1 1/2 is a sum
+    (r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
+    (r"⦃\s*⟦array¦([^⟦⟧]*)⟧(?!\s*⦄)", r"⟦cases¦\1⟧"),
+]
+_RULES = [(re.compile(pattern), new) for pattern, new in _SPELLINGS + _REWRITES]
+
+# Units without \text. A single letter is a unit only in a quotient: 3 m/s, but not 3 m.
 _SHORT_UNITS = (
     "cm|mm|km|nm|kg|mg|lbs?|oz|ft|in|yd|mi|hrs?|min|secs?|ms|k?Hz|MHz|GHz|[kMG]?eV|kJ|kW|MW|mV|kV|k?Pa|atm|mol|mL|ml|"
     "rad|deg|mph|kph|k?cal|yrs?|USD|pct|sq|cu|units?"
 )
 _SMALL_UNITS = (
-    r"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L)" + _POWER + r"\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b" + _POWER
+    rf"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L){_POWER}\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b{_POWER}"
+    r"|[MLR]_\{\\(?:odot|oplus|sun)\}"
 )
-_WORD = rf"(?:(?!(?:{_NO_UNIT_WORD})\W*(?:$|,)|(?:more|less) than)[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
+_NO_BARE_UNIT = rf"(?!(?:{_NO_UNIT_WORD})\W*(?:$|,)|(?:more|less) than)"
+_WORD = rf"(?:{_NO_BARE_UNIT}[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
 _BARE_UNITS = re.compile(
     rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}"
     r"|\s*(?![万亿千百十半成折分之多余点])[一-龥]{1,4})\.?\s*(?=$|,)"
 )
-# 3'600, and 1,000, for no list has a member 000.
-_THOUSANDS = re.compile(r"(?<![.,0-9])[0-9]{1,3}(?:('[0-9]{3})+|(,[0-9]{3})*,0[0-9]{2}(,[0-9]{3})*)(?![0-9])")
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
-# After an answer: a remark in brackets, or from a word to the end.
+# A remark after an answer: in brackets, or from a word to the end.
 _BRACKETED = re.compile(
-    r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}]))\("
+    r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}\]]))\("
     r"\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*",
     re.DOTALL,
 )
 _TAIL = re.compile(
     r"(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)", re.DOTALL
 )
-_CONDITION = re.compile(  # kπ, k ∈ ℤ: of a letter that stands before
+_CONDITION = re.compile(  # kπ, k ∈ ℤ: about a letter of the answer
     r"([^∈<>≤≥≠]*?([a-z])[^∈<>≤≥≠]*?(?<![\s,;(+*/=^-]))[\s,;]+(\2\s*∈\s*(?:[ZNQ].*|ℝ[\s.]*))", re.DOTALL
 )
 _REASONS = "≈ approx approximately about since because".split()
-# In a remark: what changes the answer, or begins another.
+# A remark with one of these changes the answer, or begins another one.
 _NO_REMARK = re.compile(
     r"⟦|\b(?:exclu|except|extraneous|reject|discard|squared|cubed|negative|"
     rf"(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
 )
-# These may be left out, but 25% increase is not 25% decrease, 5 cm are not 5 m, 5 million not 5 billion.
+# One answer may leave these out, but two must agree: 25% increase is not 25% decrease, and 5 cm are not 5 m.
 _AGREEING = re.compile(
-    r"(?<![\\a-z])(?<!per )((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|"
+    r"(?<![\\a-z])(?<!per )(?:((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|"
     r"late|from now|early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|"
-    r"c(?=elsius)|f(?=ahrenheit)|hundred|thousand|million|billion|trillion|cent|dollar|second|minute|hour|day|week|month|year|"
-    r"inch|feet|yard|mile|[cdkmn]m|m(?=et)|g(?=ram)|kg)(?:e?s|et(?:er|re)s?|rams?|elsius|ahrenheit|wards?)?(?![a-z])"
-    r"|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mg])(?:et(?:er|re)s?|rams?)?\b"
+    r"c(?=elsius)|f(?=ahrenheit)|hundred|thousand|million|billion|trillion|dozen|cent|dollar|day|week|month|inch|yard|"
+    r"mile|lb|oz|[cdkmn][mgljw]|[mgljw](?=eter|etre|ram|iter|itre|oule|att))|(gal)(?:lon)?|(se)c(?:ond)?|(mi)n(?:ute)?|"
+    r"(h)(?:ou)?r|(y)(?:ea)?r|(f)(?:oo|ee)?(t))(?:e?s|(?:et(?:er|re)|ram|it(?:er|re)|oule|att)s?|elsius|ahrenheit|wards?)?"
+    r"(?![a-z])|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mgljw])\b"
 )
-_CHOICE = re.compile(r"\s*\(?([A-J])\s*[):.]\s+(\S.*)", re.DOTALL)
+_LABELS = "a b c d A B C D 1 2 3 4 i ii iii iv I II III IV".split()
+_LABEL = re.compile(rf"(?:^\s*|[\s,;.]+)\(({'|'.join(_LABELS)})\)\s*")  # (a) 5, (b) 6
+_CHOICE = re.compile(r"\s*\(?\s*([A-J])\s*[):.]\s+([^\s,∧∨].*)", re.DOTALL)
 
 
 def clean(text: str) -> str:
     """The plain string of an answer."""
     if not text.isascii():
         text = _compatible(text.translate(_BEFORE))
-    text = re.sub(r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", "", text)  # these commas group digits, wherever they stand
-    text = _THOUSANDS.sub(lambda number: re.sub("[',]", "", number[0]), text)
-    text = re.sub(r"(?<=[0-9])\{,\}(?=[0-9])", ".", text)  # elsewhere it is a decimal comma
-    text = re.sub(r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§", text)  # 17%6 is not 176
-    text = re.sub(r"\\q?quad", " ", text)  # also where a letter is glued to it
-    text = _REPEATING.sub(_repeating, _TWO_DOTS.sub(r"\\overline{\1\2\3}", text))
-    text = re.sub(r"\\([A-Za-z]+|[^A-Za-z])", lambda found: _MACROS.get(found[1], found[0]), text)
-    text = text.translate(_CHARACTERS)
-    for pattern, new in _REWRITES:
+    for pattern, new in _RULES:
         text = pattern.sub(new, text)
-    word = text.strip(" .-").lower().replace(" ", "-")
-    return text[: text.find("-", 0, 2) + 1] + str(_NUMBERS.index(word)) if word in _NUMBERS else text.rstrip(" \\")
+    pieces = _LABEL.split(text)  # "", a, 5, b, 6
+    places = [_LABELS.index(label) % 4 for label in pieces[1::2]]
+    if len(places) > 1 and places == [*range(len(places))] and all(pieces[2::2]):
+        return f"({','.join(pieces[2::2])})"
+    word = text.strip(" .-").lower().replace(" ", "-").replace("quarter", "fourth")
+    return text[: text.find("-", 0, 2) + 1] + _IN_WORDS[word] if word in _IN_WORDS else text.rstrip(" \\")
 
 
 def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
-    """What an answer may mean, and the restrictions that each leaves out: a bare 12,345 one number or two, 12 345 one
-    number, 5 km a number with its unit or a product, (C) 12 the letter of a choice or the choice, a line a part of a
-    list, 2x for x > 0 also 2x."""
+    """The plain strings that an answer may mean, each with the restrictions that it leaves out: 12,345 may be one number
+    or two, 12 345 one number, 5 km a number with its unit or a product, (C) 12 a choice's letter or the choice itself, a
+    line a member of a list, 2x for x > 0 also 2x."""
     lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())
-    counted = _MULTIPLE.sub(lambda found: f"*10^{{{_ZEROS[found[2]]}}}{found[1] or ''}", text)
-    raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines])
-    lower = [re.sub("(k)ilo|(c)enti|(m)illi(?=[gm])", r"\1\2\3", one.lower().replace("\\$", "dollar ")) for one in raw]
+    counted = _MULTIPLE.sub(lambda found: f"*{{{_COUNTS[found[2]]}}}{found[1] or ''}", text)
+    common = re.sub(r"\\log(?![\sA-Za-z]*_)", r"\\lg", text)  # \log as the logarithm of base 10
+    raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines, common])
+    lower = [one.lower().replace("\\$", "dollar ") for one in raw]
+    lower = [re.sub("(k)ilo|(c)enti|(m)illi(?=[gmljw])", r"\1\2\3", one) for one in lower]
     details = [frozenset(map("".join, _AGREEING.findall(one))) for one in lower]
     texts = dict(zip(map(clean, raw), details))
     for one in list(texts):
@@ -216,7 +251,7 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
             if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
                 harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
                 texts.setdefault(head, texts[one] | (set() if harmless else {re.sub(r"\s", "", tail)}))
-                if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # whatever its name is
+                if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # its name does not matter
                     letter = rf"(?<![A-Za-z\\]){bound[1]}(?![A-Za-z])"
                     texts.setdefault(re.sub(letter, r"\\zeta ", head), frozenset([re.sub(rf"\s|{letter}", "", tail)]))
     for change in (lambda one: _BARE_UNITS.sub("", one), _without_grouping):
@@ -232,16 +267,15 @@ def _without_grouping(text: str) -> str:
 
 
 def _compatible(text: str) -> str:
-    """Full-width and mathematical letters as plain ones, x² as x^{2}, ½ apart; without what cannot be seen."""
-    pieces = []
-    for form, chars in itertools.groupby(text, key=lambda char: unicodedata.decomposition(char).partition(" ")[0]):
-        pieces.append(_FORMS.get(form, "%s") % unicodedata.normalize("NFKC", "".join(chars)))
+    """Full-width and mathematical letters as plain ones, x² as x^{2}, ½ apart; without invisible characters."""
+    runs = itertools.groupby(text, key=lambda char: unicodedata.decomposition(char).partition(" ")[0])
+    pieces = [_FORMS.get(form, "%s") % unicodedata.normalize("NFKC", "".join(chars)) for form, chars in runs]
     kinds = {"Cf": "", "Sc": "", "Pd": "-", "Zs": " "}  # format, currency, dash, space
     return "".join(kinds.get(unicodedata.category(char), char) for char in "".join(pieces))
 
 
 def _repeating(found: re.Match) -> str:
-    """0.1\\overline{6} as the fraction that it is: (16 - 1) / 90."""
-    whole, fixed, period = found[1], found[2], found[3] or found[4] or found[5]
+    """0.1\\overline{6} as a fraction: (16 - 1) / 90."""
+    whole, fixed, period = found[1], found[2], found[3] or found[4]
     numerator = int(whole + fixed + period) - int("0" + whole + fixed)
     return f"({numerator}/{'9' * len(period)}{'0' * len(fixed)})"

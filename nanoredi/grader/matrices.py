@@ -1,5 +1,5 @@
-"""Sums and products of matrices, and determinants, as texts: a cell of A B is the text (a)*(b)+(c)*(d), which is read
-like any other value."""
+"""Sums and products of matrices, and determinants, as texts: a cell of A B becomes the text (a)*(b)+(c)*(d), which is
+read like any other value."""
 
 import re
 
@@ -17,7 +17,7 @@ def rows_of(body: str) -> Grid:
 
 
 def without_determinants(text: str) -> str:
-    """Each determinant as the sum that it is."""
+    """The text with each determinant expanded to a sum."""
     return _DETERMINANT.sub(lambda found: f"({_determinant(rows_of(found[1] or found[2] or ''))})", text)
 
 
@@ -31,10 +31,10 @@ def _determinant(grid: Grid) -> str:
 
 
 def evaluate(pieces: list[str]) -> Grid:
-    """The matrix that terms and the signs between them, in turn, add up to.
+    """The sum of terms, given alternating with the signs between them.
 
     Raises:
-        Unreadable: the sizes do not fit, or something is no number and no matrix.
+        Unreadable: the sizes do not fit, or a term is neither a number nor a matrix.
     """
     total: Grid = []
     for sign, term in zip(["+", *pieces[1::2]], pieces[::2]):

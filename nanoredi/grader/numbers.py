@@ -1,10 +1,10 @@
 """Exact fractions and complex numbers of 60 digits (mpmath), with the functions that answers contain.
 
 The grader compares values, and a double's 16 digits would call 1.4142135623730951 and the root of 2 equal. A number is
-a Fraction for as long as it can be. A part of a sum that cancels to rounding is set to 0, so that sin(pi) is 0 and
+a Fraction for as long as possible. A sum that cancels to rounding noise is set to 0, so that sin(pi) is 0 and
 (1 + i)^4 is -4 and real.
 
-A Fraction and an mpmath number must meet only in the functions below: Python's own operators would turn both to floats.
+Only the functions below may combine a Fraction with an mpmath number: Python's own operators would make floats of both.
 """
 
 import functools
@@ -15,13 +15,13 @@ from typing import TypeAlias
 
 import mpmath
 
-CONTEXT = mpmath.MPContext()  # our own, so that nobody else's precision changes
+CONTEXT = mpmath.MPContext()  # a separate one, so that the process-wide precision does not change
 CONTEXT.dps = 60
 _REAL, _COMPLEX = CONTEXT.mpf, CONTEXT.mpc
 Inexact: TypeAlias = mpmath.mpf | mpmath.mpc
 Number: TypeAlias = Fraction | Inexact
 
-_CLOSE = _REAL("1e-40")  # relative: what a few hundred operations leave of 60 digits
+_CLOSE = _REAL("1e-40")  # relative tolerance: a few hundred operations on 60 digits leave more than 40
 _NOISE = _REAL("1e-50")
 _LARGEST_ARGUMENT = 10**12
 _LARGEST_BITS = 17_000  # before or after the point, about 10^5000
@@ -37,11 +37,11 @@ def is_real(x: Number) -> bool:
 
 
 def close(x: Number, y: Number) -> bool:
-    """Are they equal: exactly where both are exact, else to 40 digits?"""
+    """Are they equal, exactly if both are exact, otherwise to 40 digits?"""
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
     x, y = inexact(x), inexact(y)
-    return x == y or abs(x - y) <= _CLOSE * min(abs(x), abs(y))  # ∞ is close to itself alone
+    return x == y or abs(x - y) <= _CLOSE * min(abs(x), abs(y))  # ∞ is close only to itself
 
 
 def add(x: Number, y: Number) -> Number:
@@ -62,11 +62,11 @@ def divide(x: Number, y: Number) -> Number:
 def power(z: Inexact, w: Inexact) -> Inexact:
     if not z:
         return z if w.real > 0 else z / z  # 0^0 and 0^-1 have no value
-    return exp(w * log(z))
+    return _tidy(_apply("exp", w * log(z)))
 
 
 def root(z: Inexact, n: int) -> Inexact:
-    """The principal root, and of a negative number the real one where n is odd."""
+    """The principal root; for a negative number and an odd n the real one."""
     if is_real(z) and (z >= 0 or n % 2):
         size = CONTEXT.root(abs(z), n)
         return size if z >= 0 else -size
@@ -74,13 +74,9 @@ def root(z: Inexact, n: int) -> Inexact:
 
 
 def whole_root(x: int, n: int) -> int | None:
-    """The nth root of x >= 0 where it is a whole number."""
+    """The nth root of x >= 0 if it is a whole number."""
     whole = math.isqrt(x) if n == 2 else int(CONTEXT.nint(CONTEXT.root(x, n)))
     return whole if whole**n == x else None
-
-
-def exp(z: Inexact) -> Inexact:
-    return _tidy(CONTEXT.exp(_bounded(z)))
 
 
 def log(z: Inexact) -> Inexact:
@@ -88,7 +84,9 @@ def log(z: Inexact) -> Inexact:
 
 
 def _apply(name: str, z: Inexact) -> Inexact:
-    return getattr(CONTEXT, name)(_bounded(z))
+    if abs(z) > _LARGEST_ARGUMENT:  # an exponential would be huge, and a sine's angle has no digits left
+        raise ArithmeticError("out of bounds")
+    return getattr(CONTEXT, name)(z)
 
 
 def _circular(name: str, z: Inexact) -> Inexact:
@@ -96,29 +94,15 @@ def _circular(name: str, z: Inexact) -> Inexact:
 
 
 sin, cos = (functools.partial(_circular, name) for name in ("sin", "cos"))
-FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {
-    "sin": sin,
-    "cos": cos,
-    "tan": lambda z: sin(z) / cos(z),
-    "sec": lambda z: 1 / cos(z),
-    "csc": lambda z: 1 / sin(z),
-    "cot": lambda z: cos(z) / sin(z),
-    "cis": lambda z: exp(IMAGINARY * z),
-    "arccot": lambda z: PI / 2 - CONTEXT.atan(z),
-    "exp": exp,
-    "ln": log,
-    "log": log,
-    "lg": lambda z: log(z) / CONTEXT.log(10),
-}
-for _name in "sin cos tan sinh cosh tanh sec csc".split():
+FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {"sin": sin, "cos": cos, "ln": log, "log": log}
+FUNCTIONS |= {"tan": lambda z: sin(z) / cos(z), "cot": lambda z: cos(z) / sin(z), "exp": lambda z: _apply("exp", z)}
+FUNCTIONS |= {"sec": lambda z: 1 / cos(z), "csc": lambda z: 1 / sin(z), "lg": lambda z: log(z) / CONTEXT.log(10)}
+FUNCTIONS |= {"arccot": lambda z: PI / 2 - CONTEXT.atan(z), "cis": lambda z: _apply("exp", IMAGINARY * z)}
+for _name in "sin cos tan sinh cosh tanh sec csc sech csch coth".split():
     FUNCTIONS |= dict.fromkeys([f"{arc}{_name}" for arc in ("arc", "ar", "a")], getattr(CONTEXT, "a" + _name))
     FUNCTIONS.setdefault(_name, functools.partial(_apply, _name))
-FUNCTIONS |= {
-    "tg": FUNCTIONS["tan"],
-    "ctg": FUNCTIONS["cot"],
-    "arctg": FUNCTIONS["arctan"],
-    "arcctg": FUNCTIONS["arccot"],
-}
+for _short, _name in zip("tg ctg arctg arcctg".split(), "tan cot arctan arccot".split()):
+    FUNCTIONS[_short] = FUNCTIONS[_name]
 
 
 def factorial(z: Inexact) -> Inexact:
@@ -129,17 +113,12 @@ def evaluate(name: str, z: Inexact) -> Inexact:
     return _tidy(FUNCTIONS[name](z))
 
 
-def _bounded(z: Inexact) -> Inexact:
-    if abs(z) > _LARGEST_ARGUMENT:  # the exponential's size has no bound, and no digits of a sine's angle are left
-        raise ArithmeticError("out of bounds")
-    return z
-
-
 def _tidy(z: Inexact, size: Inexact | int = 0) -> Inexact:
-    """z without the parts that are rounding beside a size, its own or a larger one; real where nothing else is left.
+    """z without parts that are rounding noise relative to a size, its own or a larger one; real if its imaginary part
+    is noise.
 
     Raises:
-        ArithmeticError: it is too large, too small or no number.
+        ArithmeticError: it is too large, too small or not a number.
     """
     re, im = (z, 0) if is_real(z) else (z.real, z.imag)
     noise = _NOISE * max(size, abs(re), abs(im))

@@ -1,9 +1,7 @@
 """An answer's plain string (latex.py) to the tree of its parts (compare.py).
 
-A part is a list or set, a tuple or interval, a matrix, an equation, an inequality, a number in a base, a time of day, a
-value, else a text.
-
-A grammar in functions, from the outside in: `several` takes lists apart, `one` knows what is none.
+The grammar is a set of functions, from the outside in: `several` splits lists and sets, and `one` reads anything else: a
+relation, a matrix, a tuple or interval, a number in a base, a time of day, a value, otherwise a text.
 """
 
 import contextlib
@@ -17,51 +15,49 @@ from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
 from nanoredi.grader.sets import EMPTY
 from nanoredi.grader.symbols import Unreadable
 
-MAX_PARTS = 100  # of a list; cells of a matrix
+MAX_PARTS = 100  # parts of a list, or cells of a matrix
 _NODE_WORK = 50
 
-_NAME = re.compile(NAME)
-# More that a value may be of: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), P(X=2), E[X], Var(X); \\frac{m}{n}.
+# Other left sides of an equation that a bare value may leave out: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), P(X=2),
+# E[X], Var(X); \\frac{m}{n}.
 _QUANTITY = (
     rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|Delta) ?\{{?(?:{NAME})\}}?"
     rf"|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)"
-    r"|[A-Z]\([^()]*[=<>≤≥][^()]*\)|[A-Z]\[\w+\]|\\?[A-Z][a-z]+ ?\(\w\))"
+    r"|[A-Z]\([^()]*[=<>≤≥∩∪∧∨][^()]*\)|[A-Z]\[\w+\]|\\?[A-Z][a-z]+ ?\(\w\))"
 )
 _STANDS_FOR = re.compile(rf"{_QUANTITY}|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}")
 _NAMES_TUPLE = re.compile(rf"\({LETTER}(?:,{LETTER})+\)")
 _COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i+nt|oint|det|sup|inf) ?(?![A-Za-z])|\bmod\b|⟦vmatrix")
 _STACKED = re.compile(r"[^⟦]*⟦(cases|align(?:ed)?|gather(?:ed)?|equation|split)¦([^⟦]*)⟧", re.DOTALL)
-_BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{(?:base ?)?| (?:in )?base )([0-9]{1,2})\}?")
+_BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{(?:base)?|(?:in)?base)([0-9]{1,2})\}?")
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
-_ALL_REALS = re.compile(r"(?:the )?(?:set of )?all real(?: number)?s|ℝ", re.IGNORECASE)
+_REALS = {"": "(-∞,∞)", "positive ": "(0,∞)", "negative ": "(-∞,0)", "nonnegative ": "[0,∞)"}
+_ALL_REALS = re.compile(rf"(?:the )?(?:set of )?all ({'|'.join(_REALS)})real(?: number)?s|ℝ", re.IGNORECASE)
 _SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
-_FLIP = {">": "<", "≥": "≤"}
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
 
 def read(text: str) -> list[tuple[Reading, frozenset[str]]]:
-    """All that an answer may mean, and the restrictions that each leaves out; the readings share one budget of work."""
+    """All that an answer may mean, each with the restrictions that it leaves out; they share one budget of work."""
     reader = _Reader(Budget())
     return [(reader.read(one), restriction) for one, restriction in latex.readings(text) if one]
 
 
 class _Reader:
-    """Strings to trees, paid for from one budget."""
+    """Strings to trees, within one budget of work."""
 
     def __init__(self, budget: Budget):
         self.budget = budget
 
     def read(self, text: str) -> Reading:
-        try:
+        with contextlib.suppress(*NO_VALUE):
             self.budget.spend(_NODE_WORK)
-            deepest = max(itertools.accumulate((char in OPEN) - (char in CLOSE) for char in "." + text))
-            return self.as_text(text) if deepest > MAX_DEPTH else self.several(text)
-        except NO_VALUE:
-            return self.as_text(text)
+            if max(itertools.accumulate((char in OPEN) - (char in CLOSE) for char in "." + text)) <= MAX_DEPTH:
+                return self.several(text)
+        return self.as_text(text)
 
     def as_text(self, text: str) -> Reading:
-        if text.startswith("{") and text.endswith("}"):
-            text = inside(text) or text
+        text = (inside(text) if text[:1] + text[-1:] == "{}" else None) or text
         return Reading("text", text.strip(" .,;").removeprefix("+"))
 
     def several(self, text: str) -> Reading:
@@ -79,13 +75,12 @@ class _Reader:
             braces += "" if such_that else text[0].strip("([")
             text = such_that[1] if such_that else inner
         groups = [split(group, ",")[::2] for group in split(text, ";")[::2]]
-        if len(groups) > 1 and len(groups[0]) > 1 and len({*map(len, groups)}) == 1:  # 1,2;3,4 are pairs
-            nodes = [self.group(group) for group in groups]
-        else:
-            nodes = self.members([piece for group in groups for piece in group], "⦃" in braces)
+        pieces = [piece for group in groups for piece in group]
+        pairs = len(groups) > 1 and len(groups[0]) > 1 and len({*map(len, groups)}) == 1  # 1,2;3,4
+        nodes = [self.group(group) for group in groups] if pairs else self.members(pieces, "⦃" in braces)
         system = is_system(nodes)
         if not system and (braces or all(one.kind in ("system", "()") for one in nodes)):
-            nodes = distinct(nodes)  # what is written twice is one
+            nodes = distinct(nodes)  # a repeated member counts once
         node, *others = nodes
         if others or node.kind == "list" and "⦃" in braces:
             node = Reading("system" if system else "list", text, tuple(nodes))
@@ -97,7 +92,7 @@ class _Reader:
         return Reading("system" if is_system(nodes) else "()", ",".join(pieces), nodes)
 
     def members(self, pieces: list[str], of_set: bool) -> list[Reading]:
-        """The members of a list; conditions on one name are one member, as are a=0 or b=0; x=1,y=2,x=3,y=4 are two
+        """The members of a list. Conditions on one name are one member, and so is "a=0 or b=0"; x=1,y=2,x=3,y=4 are two
         systems."""
         words = {piece.strip()[:1] for piece in pieces} & {"∨", "∧"}
         pieces = [piece.strip(" ∨∧") for piece in pieces]
@@ -126,12 +121,12 @@ class _Reader:
         return nodes
 
     def read_set(self, text: str) -> Reading:
-        """A set that is a member of another, also where it has a single member."""
+        """A set that is a member of another one; it remains a set even with a single member."""
         node = self.read(text)
         return node if node.kind == "list" or node.text == EMPTY.text else Reading("list", text, (node,))
 
     def condition(self, parts: list[str], words: set[str]) -> Reading | None:
-        """Conditions on one name as a set: with "and" all hold, with "or" one does, with commas all where they can."""
+        """Conditions on one name as a set: with "and" all hold, with "or" one does, with commas all do if they can."""
         names = [[side for side in split(part, "=<>≤≥≠∈")[::2] if is_name(side)] for part in parts]
         signs = "∪" if "∨" in words else "∩" if "∧" in words else "∩∪"
         for sign in signs if len(names[0]) == 1 and all(one == names[0] for one in names) else "":
@@ -142,14 +137,14 @@ class _Reader:
         return Reading("∨", ",".join(parts), tuple(map(self.read, parts))) if "∨" in words else None
 
     def one(self, text: str) -> Reading:
-        """Not a list: a relation, a set, a matrix, a tuple, a base, a time, a ratio or a value."""
+        """Anything but a list: a relation, union, matrix, base, time, tuple, ratio or value."""
         members = split(text, "∈")
         if len(members) == 3 and (is_name(members[0]) or _NAMES_TUPLE.fullmatch(members[0])):
             return self.read(members[2])
         if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{1,2}/[0-9]{1,2}/(?:19|20)[0-9]{2}", text):  # a date
             raise Unreadable
-        if _ALL_REALS.fullmatch(text):
-            return self.read("(-∞,∞)")
+        if reals := _ALL_REALS.fullmatch(text):
+            return self.read(_REALS[(reals[1] or "").lower()])
         exact = split(text, "≈")[::2]  # x ≈ 3.2 says 3.2, √2 ≈ 1.4 says √2
         if len(exact) > 1:
             return self.read(exact[1] if not exact[0] or is_name(exact[0]) else exact[0])
@@ -163,7 +158,7 @@ class _Reader:
             return self.relation(text, sides[::2], sides[1::2])
         if "⟦" in text:
             return self.matrix(text)
-        if base := _BASE.fullmatch(text):
+        if base := _BASE.fullmatch(text.replace(" ", "")):
             return Reading("base", f"{base[1].lstrip('0').upper()}_{base[2]}")
         if time := _TIME.fullmatch(text.replace(" ", "")):
             return self.time(time, text)
@@ -178,14 +173,19 @@ class _Reader:
         return Reading("value", text, expression=Expression(quotient, self.budget))
 
     def union(self, text: str, pieces: list[str]) -> Reading:
-        parts = sets.combine([self.read(piece) for piece in pieces[::2]], pieces[1::2])
+        operands, operators = [self.read(piece) for piece in pieces[::2]], pieces[1::2]
+        if any(one.kind == "value" and not one.braces for one in operands[: None if "∪" in operators else 1]):
+            if {*operators} == {"∪"}:
+                return Reading("∨", text, tuple(operands))  # A ∪ B is not A, B
+            raise Unreadable
+        parts = sets.combine(operands, operators)
         if len(parts) > MAX_PARTS:
             raise Unreadable
         return Reading("list", text, tuple(parts)) if len(parts) > 1 else parts[0] if parts else self.as_text("∅")
 
     def time(self, time: re.Match, text: str) -> Reading:
-        """Of day, as seconds from midnight or noon; the name is the half of the day, where it is known. 10:30 may also
-        be a ratio."""
+        """A time of day as seconds from midnight or noon; its name is the half of the day, if known. 10:30 may also be
+        a ratio."""
         hour, minute, second = (int(part or 0) for part in time.groups()[:3])
         half = f"{time[4]}m".lower() if time[4] else "pm" if hour >= 12 else "am" if hour == 0 else ""
         ratio = None if time[3] or time[4] or not minute else Expression(text.replace(":", "/"), self.budget)
@@ -199,7 +199,7 @@ class _Reader:
         text = matrices.without_determinants(text)
         if "⟦" not in text:
             return self.one(text)
-        grid = matrices.evaluate(split(text, "+-"))
+        grid = matrices.evaluate(split(text, "-+"))
         rows = tuple(Reading("row", "&".join(row), tuple(map(self.read, row))) for row in grid)
         return Reading("matrix", text, rows)
 
@@ -207,13 +207,13 @@ class _Reader:
         rows = [row for row in body.split("\\\\") if row.strip()]
         if kind != "cases" or not re.search(r"&|\b(?:if|for|when)\b", body):
             return self.several(",".join(row.replace("&", "").strip(" ,") for row in rows))
-        rows = [re.sub(r",?\s*&|,\s*(?:if|for|when)\b", "&", row) for row in rows]
-        rows = [re.sub(r"\b(?:if|for|when)\s*|,\s*$", "", row) for row in rows]
-        nodes = tuple(Reading("row", row, tuple(self.read(cell.strip()) for cell in row.split("&"))) for row in rows)
+        separator = r"[\s,]*(?:&|\b(?:if|for|when)\b)[\s,]*(?:(?:if|for|when)\b)?"
+        cells = [re.split(separator, row, maxsplit=1) for row in rows]
+        nodes = tuple(Reading("row", "&".join(row), tuple(self.read(one.strip()) for one in row)) for row in cells)
         return Reading("cases", body, nodes)
 
     def relation(self, text: str, sides: list[str], signs: list[str]) -> Reading:
-        """An equation, or an inequality from the smallest side up, with its interval where it is one of a name."""
+        """An equation, or an inequality with its smallest side first and, if it bounds a name, its interval."""
         sides[0] = sides[0] or "x"
         if set(signs) == {"="}:
             return self.equation(text, sides)
@@ -224,7 +224,7 @@ class _Reader:
             node.name = sides[0]
             return node
         if set(signs) <= {">", "≥"}:
-            sides, signs = sides[::-1], [_FLIP[sign] for sign in signs[::-1]]
+            sides, signs = sides[::-1], ["<" if sign == ">" else "≤" for sign in signs[::-1]]
         node = Reading("".join(signs), text, tuple(map(self.read, sides)))
         if set(signs) <= {"<", "≤"}:
             if len(sides) == 2 and is_name(sides[0]) != is_name(sides[1]):
@@ -235,13 +235,15 @@ class _Reader:
         return node
 
     def equation(self, text: str, sides: list[str]) -> Reading:
-        """x = 5 and 5 = x say 5 of a name, and so does x = 10/2 = 5; of m + n = 5, a:b = 5 and of a limit or the like
-        that equals 5 no name is known; 0.5 = 1/2 is a value; 2x + y = 5 is only itself."""
+        """x = 5, 5 = x and x = 10/2 = 5 give the name x the bare value 5; m + n = 5, a:b = 5 and a limit or the like
+        that equals 5 have the bare value and no name; 0.5 = 1/2 is a value; 2x + y = 5 is only itself."""
         parts = tuple(map(self.read, sides))
         if _NAMES_TUPLE.fullmatch(sides[0]) and len(sides) == 2 and parts[1].kind == "()":
             pairs = list(zip(sides[0][1:-1].split(","), parts[1].parts))
             if len(pairs) == len(parts[0].parts) == len(parts[1].parts):
-                return self.group([f"{name}={value.text}" for name, value in pairs])
+                system = self.group([f"{name}={value.text}" for name, value in pairs])
+                system.bare = parts[1]
+                return system
         chained = _NAMES_TUPLE.fullmatch(f"({','.join(sides[:-1])})")  # x = y = 1
         if chained and not is_name(sides[-1]):
             return self.group([f"{name}={sides[-1]}" for name in sides[:-1]])
@@ -262,13 +264,13 @@ class _Reader:
 
 
 def is_system(nodes: list[Reading] | tuple[Reading, ...]) -> bool:
-    """Does each say something of a name, x = 1 or x > 1, and each of another?"""
+    """Is each an equation or inequality for a name, x = 1 or x > 1, and each for a different one?"""
     names = {node.name for node in nodes if node.kind != "time"}
     return len(names) == len(nodes) > 1 and "" not in names
 
 
 def mentions(part: Reading, name: str) -> bool:
-    """Does the name stand in the value too, and without an index? x = 2x does not say 2x."""
+    """Is the name also in the value, without an index? x = 2x does not give x the value 2x."""
     tokens = part.expression.tokens if part.expression and part.text != name else []
     return any(token == name.strip("\\ ") and after != "_" for token, after in itertools.pairwise(tokens))
 
@@ -278,24 +280,24 @@ def is_constant(part: Reading) -> bool:
 
 
 def is_name(text: str) -> bool:
-    return bool(_NAME.fullmatch(text.strip()))
+    return len(text) < 100 and bool(re.fullmatch(NAME, text.strip()))
 
 
 def stands_for(text: str) -> bool:
-    """A name, or what else a bare answer may leave out with the =: a sum, ratio, union or tuple of names."""
-    pieces = split(text, "+-:/∪∩∖")
+    """Is it a left side that a bare answer may leave out: a name, or a sum, ratio, union or tuple of names?"""
+    pieces = split(text, "-+:/∪∩∖")
     alike = len(set(pieces[1::2])) < 2 or set(pieces[1::2]) == {"+", "-"}
     return alike and all(map(_STANDS_FOR.fullmatch, pieces[::2])) or bool(_NAMES_TUPLE.fullmatch(text))
 
 
 def is_uncomputed(side: str, part: Reading) -> bool:
-    """Is it a limit, a sum or the like that we do not compute, alone, so that the other side is its value?"""
-    alone = len(split(side.lstrip("-"), "+-")) == 1 or re.search(r"\\(?:i+|oi)nt(?![A-Za-z]).*d ?\\?[a-z]+$", side)
+    """Is it just a limit, a sum or the like that is not computed here, so that the other side is its value?"""
+    alone = len(split(side.lstrip("-"), "-+")) == 1 or re.search(r"\\(?:i+|oi)nt(?![A-Za-z]).*d ?\\?[a-z]+$", side)
     return part.kind == "text" and bool(_COMPUTED.search(side)) and bool(alone)
 
 
 def inside(text: str) -> str | None:
-    """What stands between the first and last characters where these are brackets that belong together."""
+    """The text without its first and last characters if these are a pair of brackets."""
     if len(text) < 2 or text[0] not in OPEN or text[-1] not in CLOSE:
         return None
     depths = list(itertools.accumulate((char in OPEN) - (char in CLOSE) for char in text))
@@ -303,26 +305,23 @@ def inside(text: str) -> str | None:
 
 
 def split(text: str, separators: str) -> list[str]:
-    """Pieces and the separators between them, in turn, looking only outside brackets."""
+    """Pieces alternating with the separators between them, which count only outside brackets."""
     pieces, start, depth = [], 0, 0
-    for i, char in enumerate(text):
-        depth += (char in OPEN) - (char in CLOSE)
+    for found in re.finditer(f"[{separators}()\\[\\]{{}}⦃⦄⌊⌋⌈⌉⟦⟧]", text):
+        depth += (found[0] in OPEN) - (found[0] in CLOSE)
         if depth < 0:
             raise Unreadable
-        if depth == 0 and char in separators:
-            pieces += [text[start:i], char]
-            start = i + 1
+        if depth == 0 and found[0] in separators:
+            pieces += [text[start : found.start()], found[0]]
+            start = found.end()
     return [*pieces, text[start:]]
 
 
 def each_sign(text: str) -> Iterator[str]:
-    """Each ± stands for two answers; with a ∓ in it, all signs change together."""
+    """The answers that ± stands for: two for each sign, but two in all with a ∓, since then all signs change together."""
     pieces = re.split("([±∓])", text) if re.search("[±∓]", re.sub("⦃[^⦃⦄]*⦄", "", text)) else [text]
     if len(pieces) > 9:
         raise Unreadable
-    marks = pieces[1::2]
-    choices = itertools.product("+-", repeat=len(marks))
-    if "∓" in marks:
-        choices = [tuple("+-"[(mark == "∓") ^ turned] for mark in marks) for turned in (False, True)]
-    for choice in choices:
+    signs = ["+-" if mark == "±" else "-+" for mark in pieces[1::2]]
+    for choice in zip(*signs) if "-+" in signs else itertools.product(*signs):
         yield "".join(itertools.chain(*itertools.zip_longest(pieces[::2], choice, fillvalue="")))

@@ -1,4 +1,4 @@
-"""Union, intersection and difference of sets: of intervals and numbers exactly, of other things member by member.
+"""Union, intersection and difference of sets: exactly for intervals and numbers, otherwise member by member.
 
 The ends of all intervals cut the line into cells: end 0, the gap after it, end 1, the gap after it, ... A set is a
 Python set of cells' numbers (an end's is even), and its intervals are the runs of cells in it.
@@ -17,16 +17,18 @@ EMPTY = Reading("text", "∅")
 
 
 def combine(operands: list[Reading], operators: list[str]) -> list[Reading]:
-    """The members of A ∪ B ∖ C, from left to right: disjoint intervals and numbers, or anything if that is finite.
+    """The members of A ∪ B ∖ C, from left to right: disjoint intervals and numbers, or any members of finite sets.
 
     Raises:
-        Unreadable: they are neither.
+        Unreadable: the operands are neither.
     """
     sets = [_members(one) for one in operands]
     if "∩" in operators and len(set(operators)) > 1:
         raise Unreadable
     places = [_place(end) for members in sets for one in members for end in _ends(one)]
-    if None not in places and not any(one.braces and any(map(_is_interval, _members(one))) for one in operands):
+    if None not in places and not any(
+        one.braces and any(len(_ends(member)) == 2 for member in _members(one)) for one in operands
+    ):
         return _intervals(sets, operators)
     result = sets[0]
     for sign, other in zip(operators, sets[1:]):
@@ -44,16 +46,12 @@ def _members(one: Reading) -> list[Reading]:
     return [] if one.text == EMPTY.text else list(one.parts) if one.kind == "list" else [one]
 
 
-def _is_interval(one: Reading) -> bool:
-    return one.kind in ("()", "(]", "[)", "[]") and len(one.parts) == 2
-
-
 def _ends(one: Reading) -> tuple[Reading, ...]:
-    return one.parts if _is_interval(one) else (one,)
+    return one.parts if one.kind in ("()", "(]", "[)", "[]") and len(one.parts) == 2 else (one,)
 
 
 def _place(end: Reading) -> Inexact | None:
-    """Where on the line an end is; None: not on it, or not known."""
+    """Where on the real line an end is; None if that is not known."""
     if end.text in ("∞", "-∞"):
         return CONTEXT.ninf if end.text[0] == "-" else CONTEXT.inf
     value = end.expression.at(0) if end.kind == "value" and not end.expression.letters else None
@@ -62,7 +60,7 @@ def _place(end: Reading) -> Inexact | None:
 
 def _intervals(sets: list[list[Reading]], operators: list[str]) -> list[Reading]:
     ends: list[Reading] = []
-    cell = {}  # of each end, by its id
+    cell = {}  # the cell of each end, by the end's id
     for end in sorted((end for members in sets for one in members for end in _ends(one)), key=_place):
         if not ends or not close(_place(end), _place(ends[-1])):
             ends.append(end)

@@ -1,44 +1,44 @@
-"""The symbols of an expression, for the grader: how a text falls into tokens, and which numbers its letters stand for.
+"""The symbols of an expression, for the grader: how a text is split into tokens, and which numbers letters stand for.
 
-What the grader cannot compute, such as the derivative x' or a power of millions of digits, is a fixed pseudo-random
-function of what it stands on.
+What the grader cannot compute, such as the derivative x' or a power with millions of digits, is a fixed pseudo-random
+function of its arguments.
 """
 
 import functools
 import random
 import re
+import unicodedata
 from fractions import Fraction
 
 from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, inexact
 
-# A point says which numbers the letters stand for. Small, middling and large ones, so that no term of e^{-30t} + 1
-# drowns at all of them. Negative points are asked only about absolute values, since sqrt(x^2) is x to everyone who
-# writes it for lengths; at the first all letters are negative, at the others some. Rounding asks only for whole
-# numbers, which is what floor and ceil are written of, and for others where the letter is one of t to z.
+# A point determines which numbers the letters stand for: small, medium and large ones, so that every term of
+# e^{-30t} + 1 counts at some point. Negative points are used only with absolute values, since sqrt(x^2) means x wherever
+# x is a length; at the first point all letters are negative, at the others some. With floor and ceil, letters are whole
+# numbers, as they mostly are there; t to z are also fractions.
 GENERAL, WHOLE, NEGATIVE = range(3), range(4, 16), range(16, 22)
 _SCALES = (9_000, 1_000, 300)
 
-GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
-).split()
+GREEK = {unicodedata.name(c).split()[-1].lower().replace("lamda", "lambda"): c for c in "αβγδεζηθικλμνξρστυφχψω"}
 LETTERS = {*GREEK, *map(str.title, GREEK), "hbar", "ell"}
 SEVERAL = {"max", "min", "gcd", "lcm"}
-_NAMES = sorted({*FUNCTIONS, *SEVERAL, "sqrt", "cbrt", "pi", "mod"} - {"tg"}, key=lambda name: (-len(name), name))
-_WORDS = set("if is of to for the not all any are has but".split())  # no products
+_NAMES = sorted({*FUNCTIONS, *SEVERAL, "sqrt", "cbrt", "pi", "mod"} - {"tg"}, key=len, reverse=True)
+_NAME = re.compile(rf"(?:{'|'.join(_NAMES)})(?=.?$)|")  # with at most one letter after it
+_WORDS = set("if is of to for the not all any are has but".split())  # these are no products of letters
 BRACKETS = {"(": ")", "[": "]", "{": "}", "abs": "|", "⌊": "⌋", "⌈": "⌉"}
 NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE]([+-]?[0-9]+))?")
 _TOKEN = re.compile(NUMBER.pattern + r"|\\?[A-Za-z]+|[^ ]")
 
 
 class Unreadable(Exception):
-    """The text is nothing that we know: compare it as a string."""
+    """The text has no form that the grader knows; it is compared as a string."""
 
 
 def tokens_of(text: str) -> list[str]:
-    """Names without their backslash; letters side by side are a product, unless so many that they are a word; the bar
-    that opens an absolute value is "abs"; "" ends the list."""
+    """Names without their backslash; adjacent letters as a product, unless there are so many that they are a word; the
+    bar that opens an absolute value as "abs"; "" at the end."""
     tokens: list[str] = []
-    bars = [False]  # for each open bracket, and outside: is an absolute value open in it?
+    bars = [False]  # for the outermost level and each open bracket: is an absolute value open in it?
     for found in _TOKEN.finditer(text):
         token = found[0]
         if token == "|":
@@ -53,7 +53,7 @@ def tokens_of(text: str) -> list[str]:
         if token[0] == "\\" and len(token) > 1:
             tokens.append(token[1:])
         elif token.isascii() and token.isalpha() and token != "abs":
-            name = next((n for n in _NAMES if token.startswith(n) and len(token) <= len(n) + 1), "")
+            name = _NAME.match(token)[0]
             letters = token[len(name) :]
             if len(letters) > 3 or token in _WORDS:
                 raise Unreadable
@@ -65,7 +65,7 @@ def tokens_of(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=4096)
 def letter(name: str, point: int) -> Fraction:
-    """What a letter stands for at a point."""
+    """The number that a letter stands for at a point."""
     rng = random.Random(f"{name} {point}")
     if point in WHOLE:
         parts = 100 if name[0] in "tuvwxyz" and point % 2 else 1  # these need not be whole
