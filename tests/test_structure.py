@@ -113,12 +113,12 @@ def test_the_method_is_read_in_an_evening():
     ]
     files += [f"trainer/{name}.py" for name in ("loop", "step", "optimizer", "distributed", "reference")]
     number = lines(*files, but=("hf_folder.py", "top_p.py", "paged_attention.py"))
-    says_by_how_much("the method's path", number, planned=3000, at_most=3000)
+    says_by_how_much("the method's path", number, planned=3000, at_most=2979)
 
 
 def test_the_whole_is_short_without_what_only_makes_a_cpu_fast():
     number = lines("**/*") - (lines("cpu/**/*") if (ROOT / "nanoredi" / "cpu").exists() else 0)
-    says_by_how_much("nanoredi/ without cpu/", number, planned=7900, at_most=11723)
+    says_by_how_much("nanoredi/ without cpu/", number, planned=7900, at_most=11689)
 
 
 @pytest.mark.parametrize("script", ["train_sft.py", "train_redi.py", "sample.py", "evaluate.py"])

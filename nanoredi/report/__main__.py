@@ -1,9 +1,11 @@
 """Show the training curves and results of runs, what went wrong in them, and how long the rows of data are.
 
-python -m nanoredi.report RUN ...            # curves in numbers, results
-python -m nanoredi.report RUN ... --out FIGURE.png     # and as a figure
-python -m nanoredi.report --failures RUN           # the incorrect samples
-python -m nanoredi.report --lengths DATA
+    python -m nanoredi.report RUN ...            # curves in numbers, results
+    python -m nanoredi.report RUN ... --out FIGURE.png     # and as a figure
+    python -m nanoredi.report --failures RUN           # the incorrect samples
+    python -m nanoredi.report --lengths DATA
+
+RUN is the folder of a training run or an evaluation, DATA one that prepare wrote, or a JSONL file.
 """
 
 import pydoc
