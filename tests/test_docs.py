@@ -10,7 +10,7 @@ README = ROOT / "README.md"
 PAGES = [*ROOT.glob("*.md"), *(page for room in ("docs", "bench", "experiments") for page in ROOT.glob(f"{room}/*.md"))]
 # Flags of other programs: torchrun's, pip's, hf's, pytest's and SLURM's.
 OTHERS = set("standalone nproc_per_node nnodes rdzv_backend rdzv_endpoint rdzv_id repo-type local-dir slow".split())
-OTHERS |= set("nodes ntasks-per-node gpus-per-node signal requeue help".split())
+OTHERS |= set("nodes ntasks-per-node gpus-per-node signal signals-to-handle requeue help".split())
 
 
 def links(page: Path) -> list[tuple[Path, str]]:
