@@ -39,7 +39,7 @@ validation problems said that 6e-5 was too much for both and 3e-5 for the second
 and SimPO were then no longer tried at 6e-5. Where a bold figure stands at an end of its row, the grid was too small for
 this method.
 
-The grid is not as innocent as the choice. Before this there was a trial by hand from a stage 1 of a thousand rows, which
+The grid is not as innocent as the choice. Before this there was a manual trial from a stage 1 of a thousand rows, which
 was evaluated on the same test problems: after 30 steps of 32 pairs, REDI 0.8 had 15.4 % at 2e-5 and 7.6 % at 1e-4, against
 14.9 % before. The rates of the first grid were put between those two, and stage 1's rate and batch are that trial's."""
 NOT_SHOWN = """- Anything of the paper's own size: its model has 1.5 billion parameters, its traces are thousands of tokens long and come
@@ -213,7 +213,7 @@ def time_taken(out: Path) -> str:
     minutes = sum(row["cpu"] for row in rows) / 60
     return (
         f"The {whole} commands took {minutes:.0f} minutes of processor time, which is {minutes / 2:.0f} minutes of two "
-        "busy cores, with what was broken off and begun again. By the clock it was longer: the cores were shared."
+        "busy cores, counting what was interrupted and started again. By the clock it was longer: the cores were shared."
     )
 
 

@@ -1,4 +1,4 @@
-"""train_redi.py, asked to stop (SIGTERM) once a step's figures are written.
+"""train_redi.py, asked to stop (SIGTERM) once a step's metrics are written.
 
 python tests/stop_at.py STEP FLAG ...
 """

@@ -14,16 +14,16 @@ from nanoredi.data.batch import step_rows
 from nanoredi.data.sequences import Sequence, load_pairs
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.objectives import pair_losses, simpo, units, wants_pairs
+from nanoredi.objectives import needs_pairs, pair_losses, simpo, units
 from nanoredi.trainer.distributed import shard
 from nanoredi.trainer.step import train_step
 
 
 def test_which_objectives_need_pairs():
-    assert not any(map(wants_pairs, (SftConfig(), RediConfig(), RediConfig(objective="sft"))))
-    assert not wants_pairs(RediConfig(alpha=0.0, neg_weight_gamma=1.0))  # no negatives to weigh
-    assert all(map(wants_pairs, (RediConfig(objective="dpo"), RediConfig(objective="simpo"))))
-    assert wants_pairs(RediConfig(neg_weight_gamma=1.0))
+    assert not any(map(needs_pairs, (SftConfig(), RediConfig(), RediConfig(objective="sft"))))
+    assert not needs_pairs(RediConfig(alpha=0.0, neg_weight_gamma=1.0))  # no negatives to weigh
+    assert all(map(needs_pairs, (RediConfig(objective="dpo"), RediConfig(objective="simpo"))))
+    assert needs_pairs(RediConfig(neg_weight_gamma=1.0))
 
 
 def test_a_pair_s_losses_from_its_tokens():

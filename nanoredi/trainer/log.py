@@ -140,8 +140,8 @@ class Log:
             **({"skipped": True} if skipped else {}),
             **{
                 f"{when}_{column}": value
-                for when, figures in step.watched.items()
-                for column, value in zip(COLUMNS, _finite(figures.flatten().tolist()))
+                for when, means in step.watched.items()
+                for column, value in zip(COLUMNS, _finite(means.flatten().tolist()))
             },
         }
 

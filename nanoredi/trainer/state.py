@@ -1,7 +1,7 @@
 """The training state, for an exact resume: weights, AdamW's moments, and the guards' counters.
 
-    out/state/step-000200/    a safetensors file a rank, and state.json: the notes, every file's size and digest, and a
-                              digest of all that
+    out/state/step-000200/    a safetensors file a rank, and state.json: the step, the notes (the guards' counters and
+                              what the run began with), every file's size and digest, and a digest of all that
 
 torch.distributed.checkpoint writes and reads the tensors, so a run can resume on another number of ranks. Its own
 format keeps a pickle beside the data; its safetensors format does not. A state is written to a temporary folder while
