@@ -216,7 +216,7 @@ def test_a_terminal_that_is_gone_does_not_end_a_run(one_rank):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_a_rank_that_has_no_terminal_left_ends_all_the_same_for_another_that_is_silent():
+def test_a_silent_rank_ends_the_job_even_without_a_terminal():
     child = os.fork()
     if not child:
         reader, writer = os.pipe()
