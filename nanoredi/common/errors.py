@@ -87,7 +87,7 @@ def visible(text: str) -> str:
 
 
 def say(text: str, stream: TextIO) -> None:
-    """Print, unless the terminal or pipe is gone, as after a closed ssh: that is not to end a run."""
+    """Print. A terminal or pipe that is gone, as after a closed ssh, is no error: it must not end a run."""
     try:
         print(text, file=stream, flush=True)
     except OSError:
@@ -95,7 +95,7 @@ def say(text: str, stream: TextIO) -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Write to nowhere from now on, at exit too, when Python flushes the stream."""
+    """Redirect a stream to /dev/null, so that Python's flush at exit does not fail either."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -78,7 +78,7 @@ class Log:
         return self.flush() if due else []
 
     def flush(self) -> list[tuple[Step, dict[str, Any]]]:
-        """Write the steps that wait. Returns them with their rows of metrics.jsonl."""
+        """Write the steps that wait, or raise a UserError on every rank. Returns them with their rows of metrics.jsonl."""
         if not self.waiting:
             return []
         values = torch.stack([step.metrics for step in self.waiting]).tolist()  # the one wait for the device
@@ -95,7 +95,7 @@ class Log:
         }
         rows = [{**self._row(step, v), **common} for step, v in zip(self.waiting, values)]
         pairs, self.waiting, self.last = list(zip(self.waiting, rows)), [], now
-        self.world.first(lambda: self._write(rows))  # so that a full disk ends every rank
+        self.world.first(lambda: self._write(rows))
         return pairs
 
     def status(self) -> str:
