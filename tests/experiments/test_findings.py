@@ -38,10 +38,10 @@ def write_runs(out: Path, accuracy: dict[str, float]) -> Results:
     [
         ([0.10, 0.11, 0.12], "**holds**"),
         ([-0.10, -0.11, -0.12], "**the opposite holds**"),
-        ([0.01, 0.01, 0.30], "holds on every seed, but the spread is as large"),
-        ([-0.01, -0.01, -0.30], "the opposite on every seed, but the spread is as large"),
-        ([0.1, -0.1, 0.2], "undecided: 2 of 3 seeds"),
-        ([0.0, 0.0, 0.0], "undecided: 0 of 3 seeds"),
+        ([0.01, 0.01, 0.30], "true on every seed, but the interval includes 0"),
+        ([-0.01, -0.01, -0.30], "the opposite on every seed, but the interval includes 0"),
+        ([0.1, -0.1, 0.2], "undecided: true on 2 of 3 seeds"),
+        ([0.0, 0.0, 0.0], "undecided: true on 0 of 3 seeds"),
     ],
 )
 def test_a_verdict_follows_the_differences(differences, want):
