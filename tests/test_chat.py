@@ -71,7 +71,7 @@ def test_a_conversation_keeps_its_turns_without_their_thinking(monkeypatch, toke
     assert "cannot encode" in said and "(a new conversation)" in said and "Ctrl-D ends" in said
 
 
-def test_ctrl_c_ends_the_answer_alone(monkeypatch, tokenizer, capsys):
+def test_ctrl_c_ends_only_the_answer(monkeypatch, tokenizer, capsys):
     steps = []
 
     def interrupt():
@@ -105,7 +105,7 @@ def test_thinking_is_dimmed_on_a_terminal(monkeypatch, tokenizer, capsys, answer
     assert capsys.readouterr().out.startswith(f"{shown}\033[0m\n(")
 
 
-def test_marks_of_several_tokens_are_found(monkeypatch, tokenizer, capsys):
+def test_think_tags_of_several_tokens_are_found(monkeypatch, tokenizer, capsys):
     sampler = Scripted(tokenizer, [""])
     sampler.answers = iter(["1"])
     request = Request([1], stream=tokenizer.stream())

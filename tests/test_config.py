@@ -220,7 +220,7 @@ def test_a_missing_recipe_names_the_nearest():
         read_recipe("toi")
 
 
-def test_what_is_written_reads_back(tmp_path):
+def test_a_written_recipe_reads_back(tmp_path):
     config = EvaluateConfig(benchmarks=['a "quoted" \\ path\n\x7f\x1b', "ü😀"], data="", temperature=1e-7, n=2)
     write_recipe(tmp_path / "config.toml", {"evaluate": config, "toy": ToyConfig()})
     assert resolve(EvaluateConfig, "evaluate", read_recipe(tmp_path / "config.toml")) == config
@@ -234,7 +234,7 @@ def test_a_model_s_recipe_is_its_run_s(tmp_path):
     assert recipe_of(tmp_path / "other" / "final") == {}
 
 
-def test_a_run_s_folder(tmp_path):
+def test_which_runs_a_folder_may_hold(tmp_path):
     out, config = str(tmp_path / "run"), RediConfig(alpha=0.5)
     assert open_run(out, {"redi": config}) is False
     assert open_run(out, {"redi": config}) is False  # nothing but config.toml is there yet
@@ -270,7 +270,7 @@ def test_a_run_s_folder(tmp_path):
         open_run("", {"redi": config})
 
 
-def test_a_run_s_folder_by_another_name_and_in_another_place(tmp_path, monkeypatch):
+def test_a_run_s_folder_by_another_path(tmp_path, monkeypatch):
     def config(out, model):
         benchmarks = EvaluateConfig(benchmarks=[f"{out}/data/toy.jsonl", "math500"])
         return {"redi": RediConfig(out=out, model=model, data=f"{out}/data/pairs.jsonl"), "evaluate": benchmarks}
@@ -289,7 +289,7 @@ def test_a_run_s_folder_by_another_name_and_in_another_place(tmp_path, monkeypat
             open_run("moved", config("moved", model))
 
 
-def test_a_template_says_where_the_problem_goes():
+def test_a_template_needs_a_slot_for_the_problem():
     for template in ("", "paper", "plain", "Solve {problem}!"):
         assert resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": template}}).template == template
     with pytest.raises(
@@ -319,7 +319,7 @@ def test_a_template_says_where_the_problem_goes():
         ("m", ["m/model.safetensors"], "m has no config.json, so it is not a model's folder"),
     ],
 )
-def test_what_is_not_a_model_s_folder_is_named(given, files, words, tmp_path, monkeypatch):
+def test_a_folder_that_holds_no_model_is_refused(given, files, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -328,12 +328,12 @@ def test_what_is_not_a_model_s_folder_is_named(given, files, words, tmp_path, mo
         check_model(given)
 
 
-def test_a_model_s_folder_is_taken(tmp_path):
+def test_a_model_s_folder_is_accepted(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert check_model(str(tmp_path)) == str(tmp_path)
 
 
-def test_weights_that_are_a_pickle_are_named(tmp_path):
+def test_pickled_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="has no model.safetensors and no model.safetensors.index.json$"):
         weight_files(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()

@@ -253,14 +253,14 @@ def test_bad_input_ends_with_one_sentence(outcomes, case):
     assert (folder / "full" / "thesis.txt").read_text() == "mine"
 
 
-def test_bad_input_ends_a_process_so(tmp_path):
+def test_bad_input_without_the_fork_server(tmp_path):
     """One that Python starts and takes down."""
     command, environment = [sys.executable, str(ROOT / "sample.py")], {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     said_no(done, "there is no model under runs/ yet")
 
 
-def test_two_ranks_say_it_once(run):
+def test_two_ranks_print_one_error(run):
     done = run("train_redi.py", "--alhpa", "1", torchrun=["--standalone", "--nproc_per_node=2"])
     assert done.returncode != 0
     assert done.stderr.count("error: there is no flag --alhpa (did you mean '--alpha'?)") == 1
@@ -283,13 +283,13 @@ def test_ctrl_c_leaves_whole_rows(forks, tmp_path, toy_data):
     )
 
 
-def test_an_older_python_is_told_so(monkeypatch):
+def test_an_older_python_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 14))
     with pytest.raises(SystemExit, match="error: nanoredi runs on Python 3.11 and newer; this is Python "):
         importlib.reload(nanoredi)
 
 
-def test_windows_is_told_so(monkeypatch):
+def test_windows_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SystemExit, match="error: nanoredi runs on Linux and macOS; on Windows"):
         importlib.reload(nanoredi)

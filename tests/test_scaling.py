@@ -36,7 +36,7 @@ def test_parameters_are_the_checkpoints():
     assert (step_costs.parameters(SMALL), step_costs.parameters(LARGE)) == (1_543_714_304, 7_615_616_512)
 
 
-def test_memory_by_hand():
+def test_memory_formula():
     """1.5B on 8 GPUs: 4 micro-batches of 38,000 tokens."""
     block, root, everything = 46_797_824, 233_375_232, 1_543_714_304
     parts = step_costs.memory(SMALL, Layout(8, 8))
@@ -53,7 +53,7 @@ def test_memory_by_hand():
     assert parts["gradients"] - one["gradients"] == everything * 4
 
 
-def test_offload_by_hand():
+def test_offload_formulas():
     """1.5B on one GPU: 32 micro-batches, each brought all weights in fp32 and those of the blocks once more."""
     block, root, everything = 46_797_824, 233_375_232, 1_543_714_304
     layout, device = Layout(1, 1, offload=True), Device(pcie=20, host_bandwidth=50, link_share=0.5)
@@ -69,7 +69,7 @@ def test_offload_by_hand():
     )
 
 
-def test_traffic_by_hand():
+def test_traffic_formula():
     """7B on 16 GPUs: 2 micro-batches, each with two gathers of the blocks and one of the root unit in bf16."""
     blocks, root, everything = 28 * 233_057_792, 1_089_998_336, 7_615_616_512
     inside, outside = step_costs.step_traffic(LARGE, Layout(16, 16))
@@ -81,7 +81,7 @@ def test_traffic_by_hand():
     assert outside == pytest.approx(everything * 4 / 8)
 
 
-def test_time_by_hand():
+def test_time_formula():
     """1.5B on one GPU: 1,216,000 tokens in 64 sequences; nothing is sent."""
     repeated = 28 * (46_797_824 - 1536 * 8960)  # down_proj is not made again
     linear = 1_216_000 * (6 * 28 * 46_797_824 + 2 * repeated + 6 * 151_936 * 1536)

@@ -69,7 +69,7 @@ def test_no_room_imports_a_later_one(room):
                 )
 
 
-def test_what_only_a_cpu_needs_is_in_its_room():
+def test_what_only_a_cpu_needs_is_in_cpu():
     words = re.compile(
         r"\b(oneDNN|MKL|AVX\w*|AMX|gcc|ctypes)\b|mkldnn|malloc|\b(in|of|by|for|to) C[.,:; ]|\bC('s| code| compiler| library)\b"
     )
@@ -101,7 +101,7 @@ def says_by_how_much(what: str, number: int, planned: int, at_most: int) -> None
     assert number <= at_most, f"{what} has {number:,} lines; it had {at_most:,}, where {planned:,} were planned"
 
 
-def test_the_method_is_read_in_an_evening():
+def test_the_method_stays_short():
     files = [
         "objectives.py",
         "config.py",
@@ -116,7 +116,7 @@ def test_the_method_is_read_in_an_evening():
     says_by_how_much("the method's path", number, planned=3000, at_most=2979)
 
 
-def test_the_whole_is_short_without_what_only_makes_a_cpu_fast():
+def test_nanoredi_without_cpu_stays_short():
     number = lines("**/*") - (lines("cpu/**/*") if (ROOT / "nanoredi" / "cpu").exists() else 0)
     says_by_how_much("nanoredi/ without cpu/", number, planned=7900, at_most=11689)
 

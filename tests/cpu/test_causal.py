@@ -41,7 +41,7 @@ def test_in_c_packed_equals_dense_forward_and_backward(heads, kv_heads, size, dt
         assert (a.double() - b).norm() / b.norm() < bound * rounding
 
 
-def test_without_a_compiler_it_is_torch_s(monkeypatch):
+def test_without_a_compiler_torch_attends(monkeypatch):
     native.compiled.cache_clear()
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     inputs = qkv(60, size=64)

@@ -21,7 +21,7 @@ from nanoredi.kernels.dispatch import after_step
         (True, True, 7, 40, True),
     ],
 )
-def test_it_is_given_back_for_a_large_model(large, in_c, num_steps, num_micro_batches, is_given, monkeypatch):
+def test_free_memory_goes_back_for_a_large_model(large, in_c, num_steps, num_micro_batches, is_given, monkeypatch):
     """At each step, or where oneDNN makes no products once in 32 micro-batches."""
     pads = []
 
@@ -35,7 +35,7 @@ def test_it_is_given_back_for_a_large_model(large, in_c, num_steps, num_micro_ba
     assert pads == ([0] if is_given else [])
 
 
-def test_a_small_models_memory_is_kept(monkeypatch):
+def test_free_memory_stays_for_a_small_model(monkeypatch):
     """What a step takes and frees costs the system nothing in the next one."""
     heap._keep.cache_clear()
     accepted = []

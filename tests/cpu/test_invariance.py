@@ -55,7 +55,7 @@ def test_samples_are_the_same_bit_for_bit(model, dtype, monkeypatch):
     assert tokens_of(model, dtype) == want
 
 
-def test_full_steps_and_rows_that_begin_again(model, monkeypatch):
+def test_full_batches_and_resampled_rows(model, monkeypatch):
     """What a GPU does, by the CPU's products."""
     preempted, shown = [], []
 
@@ -74,7 +74,7 @@ def test_full_steps_and_rows_that_begin_again(model, monkeypatch):
 
 @pytest.mark.parametrize("in_c", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_attends_alone_as_beside_longer_ones(in_c, dtype, monkeypatch):
+def test_a_row_attends_the_same_alone_and_beside_longer_ones(in_c, dtype, monkeypatch):
     monkeypatch.setattr(decode, "_SPAN", 32)
     if not in_c:
         monkeypatch.setattr(native, "compiled", lambda *_, **__: None)

@@ -41,7 +41,7 @@ def test_sums_are_the_gradients_that_autograd_adds_up(tied, dtype, level):
     assert all(p.grad is sums[name] and not p.grad.any() for name, p in model.named_parameters())
 
 
-def test_what_is_no_master_loses_its_gradient():
+def test_a_parameter_that_is_no_master_drops_its_gradient():
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     assert kept_sum(p) is None
@@ -69,7 +69,7 @@ def test_the_loss_of_a_master_has_a_gradient_of_1():
         (2 * loss).backward()
 
 
-def test_a_repeated_token_adds_up():
+def test_gradients_of_a_repeated_token_add_up():
     weight = nn.Parameter(torch.rand(4, 2))
     make_master(weight)
     embedding(torch.tensor([3, 1, 3]), weight).sum().backward()

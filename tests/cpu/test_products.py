@@ -85,7 +85,7 @@ def test_in_c_sums_are_fp32_and_nothing_else_is_written(shape, in_c):
     assert around[0].eq(1).all() and around[-1].eq(1).all() and around[:, :4].eq(1).all() and around[:, -4:].eq(1).all()
 
 
-def test_in_c_what_is_no_number_stays_in_its_row(in_c):
+def test_in_c_nan_stays_in_its_row(in_c):
     a, b = matrix(20, 34, dtype=torch.bfloat16), matrix(34, 60, dtype=torch.bfloat16)
     a[7, 3] = torch.nan
     for left in (a, a.T.contiguous().T):
@@ -165,14 +165,14 @@ def test_a_dtype_that_onednn_lacks_is_not_packed():
     assert torch.equal(packed(weight, True), weight)
 
 
-def test_what_is_no_factor_is_copied_and_not_packed():
+def test_a_weight_of_no_product_is_copied_and_not_packed():
     weight = matrix(3, 4)
     copy = packed(weight, False)
     assert torch.equal(copy, weight) and copy.data_ptr() != weight.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_mlp_s_last_product_is_not_made_again(dtype):
+def test_an_mlp_s_last_product_is_not_recomputed(dtype):
     if native.library("pointwise", dtype, 48) is None:
         skip_without_gcc("pointwise.c")
 

@@ -123,7 +123,7 @@ def test_rows_without_anything_to_learn_are_counted(tokenizer, write, cache):
     ]
 
 
-def test_an_answer_that_goes_on_after_an_end_is_counted(tokenizer, write, cache):
+def test_answers_that_continue_after_an_end_are_counted(tokenizer, write, cache):
     rows = conversation(), conversation("a=1", "1<eos>2<eos>"), {"prompt": "a=1", "completion": "1<eos>2"}
     goes_on = "an answer that continues after an end of turn: all of it is learned"
     assert {note.split(": ", 1)[1] for note in load_sft(write(*rows), tokenizer, 50, cache).notes} == {
@@ -180,7 +180,7 @@ def test_text_and_messages_are_the_same_row(tokenizer, write, cache):
         assert np.array_equal(sequence(data, i)[0], sequence(data, i + 2)[0])
 
 
-def test_limits_cut_as_the_original_and_say_so(tokenizer, write, cache):
+def test_limits_truncate_as_the_original_and_are_reported(tokenizer, write, cache):
     whole = load_pairs(write(PAIR), tokenizer, 50, 50, cache)
     cut = load_pairs(write(PAIR), tokenizer, 3, 5, cache)
     prompt_length = int((~sequence(whole, 0)[1]).sum())
@@ -276,7 +276,7 @@ def test_many_rows_keep_their_order(tokenizer, write, cache):
 
 
 @pytest.mark.parametrize("header", [None, "{{ m['role'] }}:  "])
-def test_learned_is_what_starts_after_the_prompt(shared, write, cache, tmp_path, header):
+def test_tokens_that_start_after_the_prompt_are_learned(shared, write, cache, tmp_path, header):
     """Checked by each token's offset, also if a token straddles the border or one character is many tokens. The second
     header ends with two spaces, which are one token by themselves and two before a word."""
     folder = shared / "qwen2.5-tokenizer"

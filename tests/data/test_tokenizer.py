@@ -144,7 +144,7 @@ def test_unusable_templates_and_tokens(toy_data, tmp_path, changes, words):
         edited(toy_data, tmp_path, **changes)
 
 
-def test_the_template_may_refuse(toy_data):
+def test_a_template_s_refusal_is_shown(toy_data):
     with pytest.raises(UserError, match="the toy knows the roles user and assistant"):
         Tokenizer(toy_data / "model").prompt([{"role": "system", "content": "a"}])
 
@@ -174,7 +174,7 @@ def test_broken_files(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["", "  ", [], None, 3, [{"role": "user"}], [{"role": "user", "content": 1}], ["a"]])
-def test_what_is_not_a_message(value):
+def test_malformed_messages_are_refused(value):
     with pytest.raises(UserError, match="here must be text, or a list of messages"):
         check_messages("here", value)
 

@@ -65,7 +65,7 @@ def test_the_last_model_is_gone_when_the_next_one_is_loaded(models, capsys, monk
     assert len(held) == 2
 
 
-def test_a_killed_table_is_made_again(models, capsys):
+def test_a_table_lost_by_a_kill_is_rewritten(models, capsys):
     first = start(capsys, "--model", "a", "--out", "out")
     for left in (None, "", "[{"):
         (models / "out/results.json").unlink()
@@ -75,7 +75,7 @@ def test_a_killed_table_is_made_again(models, capsys):
         assert "a: 6 samples are there, 0 are missing" in again and first.splitlines()[-3:] == again.splitlines()[-3:]
 
 
-def test_only_the_second_of_two_models_was_broken_off(models, capsys):
+def test_only_the_second_of_two_models_is_resumed(models, capsys):
     start(capsys, "--model", "a", "b", "--out", "out")
     path = models / "out/samples.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -121,7 +121,7 @@ def make_right(a_run, model, number):
     path.write_text("".join(lines))
 
 
-def test_along_a_run(a_run, capsys, monkeypatch):
+def test_all_checkpoints_of_a_run(a_run, capsys, monkeypatch):
     out, models, best = along(capsys)
     assert models == ALONG and len(best) == 1 and f"{best[0]} (best)" in out
     make_right(a_run, "SFT", 6)  # the start is there to compare with, and not among those to choose from
@@ -143,7 +143,7 @@ def test_along_a_run(a_run, capsys, monkeypatch):
     ]
 
 
-def test_along_a_run_that_goes_on(a_run, capsys):
+def test_all_checkpoints_of_a_run_that_resumes(a_run, capsys):
     """What was evaluated before is kept: by a start that was broken off, by the training itself, of a checkpoint that is
     gone."""
     (a_run / "final").rename(a_run / "later")
@@ -168,7 +168,7 @@ def test_along_a_run_that_goes_on(a_run, capsys):
         along(capsys)
 
 
-def test_a_run_that_was_evaluated_along_shows_all_of_it(a_run, capsys):
+def test_a_run_whose_checkpoints_were_evaluated_shows_them_all(a_run, capsys):
     """The training's own table is made only where one of its two models lacks."""
     (a_run / "final").rename(a_run / "later")
     along(capsys)
@@ -184,7 +184,7 @@ def test_a_run_that_was_evaluated_along_shows_all_of_it(a_run, capsys):
     assert capsys.readouterr().out in out
 
 
-def test_a_run_whose_model_does_not_think_is_told_so(a_run, capsys, monkeypatch):
+def test_a_run_whose_model_does_not_think_is_warned(a_run, capsys, monkeypatch):
     tables = recipe_of("run/final")
     evaluation = EvaluateConfig(**{**tables["evaluate"], "think": "forced"})
     # The toy knows no line break, with which a prompt opens <think>.

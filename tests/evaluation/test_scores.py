@@ -9,7 +9,7 @@ from nanoredi.data.benchmarks import Benchmark
 from nanoredi.evaluation.scores import average, compare, graded, mark_best, pass_at_k, summarise
 
 
-def test_summary_by_hand():
+def test_summary_of_an_example():
     # 3 problems, 2 samples each. Accuracies by sample number: 2/3 and 1/3; their standard deviation (ddof 0) is 1/6.
     samples = [
         sample(0, 0, True, waits=3),
@@ -35,7 +35,7 @@ def test_summary_by_hand():
     }
 
 
-def test_what_another_engine_did_not_say():
+def test_scores_that_lack_their_fields_are_none():
     row = summarise([sample(0, 0, True, tokens=None, finish_reason=None, waits=2)], 1)
     assert row["mean_tokens"] is row["cut_off"] is row["waits_per_1000_tokens"] is None
     assert row["waits_per_response"] == 2 and "pass@4" not in row
@@ -45,7 +45,7 @@ def test_what_another_engine_did_not_say():
     "n, c, k, chance",
     [(4, 1, 1, 1 / 4), (4, 2, 2, 5 / 6), (4, 1, 4, 1), (4, 0, 4, 0), (16, 2, 4, 1 - 1001 / 1820), (16, 13, 4, 1)],
 )
-def test_pass_at_k_by_hand(n, c, k, chance):
+def test_pass_at_k_of_examples(n, c, k, chance):
     # Of 4 samples with 2 right ones a pair misses both in 1 of 6 cases; C(14, 4) = 1001 of C(16, 4) = 1820.
     assert pass_at_k(n, c, k) == pytest.approx(chance)
 

@@ -314,7 +314,7 @@ def test_a_line_may_be_a_part_of_a_list() -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_answers_are_wrong_in_no_time(text: str) -> None:
+def test_hostile_answers_are_rejected_fast(text: str) -> None:
     for response, gold in [
         (f"\\boxed{{{text}}}", "42"),
         (text, "42"),

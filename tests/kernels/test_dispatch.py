@@ -21,7 +21,7 @@ def double():
     return double
 
 
-def test_the_version_of_the_device_runs_and_may_decline(double):
+def test_the_device_s_version_runs_unless_it_declines(double):
     ones = torch.ones(2, device=DEVICE)
     assert double(ones).tolist() == [2, 2] and double.__doc__ == "What it computes."
 
@@ -35,7 +35,7 @@ def test_the_version_of_the_device_runs_and_may_decline(double):
     assert double(torch.ones(2, device="meta")).is_meta  # a device without versions and without a package
 
 
-def test_hooks_do_nothing_by_themselves(plain):
+def test_hooks_without_a_device_s_version_do_nothing(plain):
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     assert dispatch.prepare_for_training(p) is None and p.grad is not None

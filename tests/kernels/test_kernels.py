@@ -133,7 +133,7 @@ def test_bfloat16_is_no_worse_than_the_plain_way(way, n, v, monkeypatch):
     assert relative(grad_head, want_head) <= 1.05 * relative(m.grad, want_head)
 
 
-def test_a_bfloat16_head_takes_its_gradient_in_fp32_where_it_may(monkeypatch):
+def test_a_bfloat16_head_takes_its_gradient_in_fp32_if_allowed(monkeypatch):
     set_chunk(monkeypatch, 20 * 123)
     hidden, lm_head, targets, weights = case(50, 123, d=64, dtype=torch.bfloat16)
     lm_head.grad_dtype = torch.float32
@@ -142,7 +142,7 @@ def test_a_bfloat16_head_takes_its_gradient_in_fp32_where_it_may(monkeypatch):
     assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())
 
 
-def test_upstream_gradient_scales_and_comes_once():
+def test_the_upstream_gradient_scales_and_backward_runs_once():
     hidden, lm_head, targets, weights = case(20, 30)
     loss, _ = weighted_cross_entropy(hidden, lm_head, targets, weights)
     (-3 * loss).backward(retain_graph=True)
@@ -152,7 +152,7 @@ def test_upstream_gradient_scales_and_comes_once():
         loss.backward()
 
 
-def test_logprob_s_gradient_may_be_asked_for_twice():
+def test_logprob_s_backward_may_run_twice():
     hidden, lm_head, targets, _ = case(20, 30)
     logps = linear_logprob(hidden, lm_head, targets)
     loss = -torch.nn.functional.logsigmoid(logps[:10].sum() - logps[10:].sum())  # DPO's shape

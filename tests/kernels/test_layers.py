@@ -117,7 +117,7 @@ def test_a_layer_of_fp32_masters_and_its_gradients(name, n, dtype, bound):
         assert got.dtype == x.dtype and close(got, right, bound)
 
 
-def test_an_embedding_s_repeated_token_adds_up():
+def test_embedding_gradients_of_a_repeated_token_add_up():
     weight = matrix(4, 2).requires_grad_()
     ids = torch.tensor([3, 1, 3], device=DEVICE)
     out = embedding(ids, weight)

@@ -108,7 +108,7 @@ def calls_of_a_step(model: Qwen2, activation_checkpointing: str) -> tuple[list[t
 
 # Of each of the two blocks: the linear layers with a bias (q, k, v), those without, and the activation.
 @pytest.mark.parametrize("kept, addmm, mm, silu", [("attention", 3, 3, 1), ("products", 0, 0, 1)])
-def test_activation_checkpointing_changes_no_gradient_and_repeats_what_it_says(kept, addmm, mm, silu, plain):
+def test_activation_checkpointing_changes_no_gradient_and_recomputes_what_it_says(kept, addmm, mm, silu, plain):
     grads, calls = zip(*(calls_of_a_step(tiny.tiny_model(tied=True), setting) for setting in ("off", kept)))
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
@@ -176,7 +176,7 @@ def test_rope_theta_of_either_transformers_layout(folder):
     assert Qwen2.from_pretrained(folder).config.rope_theta == 1234.0
 
 
-def test_tokenizer_files_and_stop_tokens_go_along(toy_data, tmp_path):
+def test_tokenizer_files_and_stop_tokens_are_saved(toy_data, tmp_path):
     model = Qwen2.from_pretrained(toy_data / "model")
     model.save_pretrained(tmp_path / "m", dtype=torch.bfloat16)
     assert {p.name for p in (tmp_path / "m").iterdir()} == {

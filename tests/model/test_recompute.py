@@ -24,7 +24,7 @@ SOME = ("aten::mm", "aten::topk")
 
 
 @pytest.mark.parametrize("kept", [(), SOME])
-def test_gradients_are_those_of_everything_kept(kept):
+def test_gradients_equal_those_without_recomputation(kept):
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     out, want = recomputed(run, kept, x, 3.0), run(x, 3.0)
     assert torch.equal(out, want)
@@ -34,7 +34,7 @@ def test_gradients_are_those_of_everything_kept(kept):
         assert all(map(torch.equal, got, plain))
 
 
-def test_the_second_run_ends_with_the_last_tensor_that_was_saved():
+def test_recomputation_ends_with_the_last_saved_tensor():
     seen = []
 
     class Seen(tuple):
@@ -50,7 +50,7 @@ def test_the_second_run_ends_with_the_last_tensor_that_was_saved():
     assert [name for name in seen if name in SOME] == ["aten::mm", "aten::topk"]
 
 
-def test_a_result_that_backward_does_not_come_to_is_not_kept():
+def test_a_result_that_backward_does_not_need_is_freed():
     """The last product is made after the last tensor was saved."""
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     out = recomputed(run, SOME, x, 3.0)

@@ -62,12 +62,12 @@ def test_series_and_their_gaps(make):
 
 
 @pytest.mark.parametrize("tail", ['{"step": 3, "chosen_l', '{"step": 3, "chosen_logp": -1', "{", "\n\n"])
-def test_a_broken_off_last_line_is_left_out(make, tail):
+def test_a_truncated_last_line_is_ignored(make, tail):
     make("run", [metrics(1), metrics(2)], tail)
     assert [row["step"] for row in figures.read_runs(["run"])[0].rows] == [1, 2]
 
 
-def test_a_whole_last_line_needs_no_end(make):
+def test_a_complete_last_line_needs_no_line_break(make):
     make("run", [metrics(1)], json.dumps(metrics(2)))
     assert [row["step"] for row in figures.read_runs(["run"])[0].rows] == [1, 2]
 
@@ -87,14 +87,14 @@ def test_a_broken_line_is_named(make, line, words):
         figures.read_runs(["run"])
 
 
-def test_names_tell_runs_apart(make):
+def test_runs_get_distinct_names(make):
     for name in ("a/redi", "b/redi", "b/c/redi", "sft"):
         make(name, [metrics(1)])
     names = [run.name for run in figures.read_runs(["a/redi", "b/redi", "b/c/redi", "sft"])]
     assert names == ["a/redi", "b/redi", "c/redi", "sft"]
 
 
-def test_accuracy_stands_at_its_models_step(make):
+def test_accuracy_is_drawn_at_its_model_s_step(make):
     models = ["SFT", "REDI", "step-000200", "runs/x/step-000400"]
     make("run", [metrics(i) for i in range(1, 501)], results=[result(m, "toy", i / 10) for i, m in enumerate(models)])
     (run,) = figures.read_runs(["run"])
@@ -109,7 +109,7 @@ def test_a_second_sft_is_the_end(make):
     assert run.accuracy == {b: [(0, 0.1, 0.01), (2, 0.2, 0.01)] for b in ("x", "y")}
 
 
-def test_results_that_are_none_are_refused(make):
+def test_malformed_results_are_refused(make):
     make("run", [metrics(1)], results=[{"model": "SFT", "benchmark": "toy"}])
     with pytest.raises(UserError, match=r"results.json: \[0\] has no field 'pass@1'"):
         figures.read_runs(["run"])

@@ -78,7 +78,7 @@ def test_several_folders_keep_their_models_apart(tmp_path, monkeypatch, capsys):
     assert "x: REDI less x: SFT" in said and "y: REDI less y: SFT" in said
 
 
-def test_columns_in_step():
+def test_columns_are_aligned():
     shown = Table([["model", "%"], ["a", "100.0"], ["through both"], ["bcd", "5"]])
     assert as_text(shown) == "model      %\n------------\na      100.0\nthrough both\nbcd        5"
     shown = Table([["a|b", "%"], ["x", "5"], ["y"]])
@@ -185,7 +185,7 @@ def test_differences():
         (["--runs", "a", "--paper", "b"], "'b' follows no flag"),
     ],
 )
-def test_folders_may_stand_anywhere_among_the_flags(argv, want):
+def test_folders_may_come_anywhere_among_the_flags(argv, want):
     if isinstance(want, dict):
         assert read_flags("", argv, "report", ReportFlags, positional="runs") == (None, {"report": want})
     else:
