@@ -56,18 +56,8 @@ def memory_table(c: Qwen2Config) -> str:
 
 def time_table(c: Qwen2Config, device: Device) -> str:
     alone = times(c, LAYOUTS[0], device)["step"]
-    rows = [
-        [
-            "GPUs",
-            "NVLink, GB",
-            "network, GB",
-            "computing, s",
-            "step, s",
-            "products kept, s",
-            "of linear scaling",
-            "network to keep up, Gb/s",
-        ]
-    ]
+    head = ["GPUs", "NVLink, GB", "network, GB", "computing, s", "step, s", "products kept, s", "of linear scaling"]
+    rows = [[*head, "network to keep up, Gb/s"]]
     for x in LAYOUTS:
         inside, outside = step_traffic(c, x)
         t, kept = times(c, x, device), times(c, dataclasses.replace(x, together=1, products=True), device)
@@ -172,7 +162,7 @@ def page(device: Device) -> str:
         linear=f"{100 * min(step[c, 1] / (64 * step[c, 64]) for c in MODELS.values()):.0f}",
         network=f"{device.network:g}",
         hsdp_saves=f"up to {100 * saved:.0f} % of a step" if saved >= 0.005 else "no time",
-        needed=" to ".join(f"{extreme(needed):.0f}" for extreme in (min, max)),
+        needed=f"{min(needed):.0f} to {max(needed):.0f}",
         slow=slow_table(device),
         offload=offload_table(device),
         card=offloaded_card(device),

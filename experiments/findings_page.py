@@ -236,8 +236,7 @@ the standard deviation of the seeds' pass@1. Log-probs are in nats a token, on h
 
 ![Accuracy, log-probs and the size of the update of every method, by step](findings.png)
 
-Lines are means over the seeds, error bars the standard error over seeds. Accuracy at the intermediate steps is from
-{along} samples a problem.
+Lines are means over seeds, bars the standard error over seeds; accuracy before the end is from {along} samples a problem.
 
 ## The paper's claims
 

@@ -1,4 +1,4 @@
-"""Turns in the terminal: what the model is shown of them, what the reader is, and what Ctrl-C ends."""
+"""Turns in the terminal: what the model sees of them, what the reader sees, and what Ctrl-C ends."""
 
 import builtins
 import os
@@ -63,7 +63,7 @@ def test_a_conversation_keeps_its_turns_without_their_thinking(monkeypatch, toke
     assert sampler.prompts == [
         "<user>a=1:<assistant>",
         "<user>a=1:<assistant>3<user>b=2:<assistant>",
-        "<user>a=1:<assistant>3<user>b=2:<assistant><user>c=3:<assistant>",  # it had not thought to an end
+        "<user>a=1:<assistant>3<user>b=2:<assistant><user>c=3:<assistant>",  # its thinking had not ended
         "<user>d=4:<assistant>",
     ]
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Recipes and flags: which one wins, what is refused and how, and what a run's folder allows."""
+"""Recipes and flags: which take precedence, what is refused and how, and which runs a folder may hold."""
 
 import ast
 import dataclasses
@@ -207,7 +207,7 @@ def test_the_recipes_of_the_paper_s_comparison(name, epochs, stage_2):
     tables = read_recipe(f"qwen2.5-math-1.5b{name}")
     sft, redi = resolve(SftConfig, "sft", tables), resolve(RediConfig, "redi", tables)
     assert sft.epochs == epochs and {key: getattr(redi, key) for key in stage_2} == stage_2
-    # Everything else is the base's.
+    # Everything else comes from the base.
     base = read_recipe("qwen2.5-math-1.5b")
     assert {**vars(sft), "epochs": 5} == vars(resolve(SftConfig, "sft", base))
     own = {f.name for f in dataclasses.fields(RediConfig) if f.metadata["of"]}
@@ -238,7 +238,7 @@ def test_which_runs_a_folder_may_hold(tmp_path):
     out, config = str(tmp_path / "run"), RediConfig(alpha=0.5)
     assert open_run(out, {"redi": config}) is False
     assert open_run(out, {"redi": config}) is False  # nothing but config.toml is there yet
-    assert open_run(out, {"redi": RediConfig(alpha=0.7)}) is False  # so another run may begin
+    assert open_run(out, {"redi": RediConfig(alpha=0.7)}) is False  # so another run may start there
     assert open_run(out, {"redi": config}) is False
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="holds another run: redi.alpha is 0.5 there and 0.8 here"):
@@ -249,7 +249,7 @@ def test_which_runs_a_folder_may_hold(tmp_path):
     (tmp_path / "run" / "state" / "step-000010").mkdir(parents=True)
     assert open_run(out, {"redi": config}) is False
     assert (tmp_path / "run" / "state" / "step-000010").exists()
-    # Killed after the final model was renamed and before the states were removed: now they are.
+    # Killed after the final model was renamed and before the states were removed: they are removed now.
     (tmp_path / "run" / "final").mkdir()
     assert open_run(out, {"redi": config}) is False  # an empty folder is not a model
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
@@ -282,7 +282,7 @@ def test_a_run_s_folder_by_another_path(tmp_path, monkeypatch):
     assert open_run(whole, config(whole, f"{whole}/sft/final")) is False
     (tmp_path / "run").rename(tmp_path / "moved")
     assert open_run("moved", config("moved", "moved/sft/final")) is False
-    (tmp_path / "run" / "sft" / "final").mkdir(parents=True)  # another one, where the first was
+    (tmp_path / "run" / "sft" / "final").mkdir(parents=True)  # another run where the first one was
     (tmp_path / "moved" / "sft" / "final").mkdir(parents=True)
     for model in ("final", "moved/sft", "moved/sft/final", "other/sft/final"):
         with pytest.raises(UserError, match="redi.model is 'run/sft/final' there"):

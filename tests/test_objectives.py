@@ -1,4 +1,4 @@
-"""The losses, on examples worked out by hand."""
+"""The losses, on examples that were worked out on paper."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""sample.py: prompts in all their forms, what asks them, what ends a completion, and a file that is gone on with."""
+"""sample.py: prompts in all their forms, their frame, what ends a completion, and resuming a file."""
 
 import fcntl
 import io
@@ -13,7 +13,7 @@ from nanoredi.common.errors import UserError
 
 @pytest.fixture
 def said(toy_data, tmp_path, monkeypatch, capsys):
-    """What sample.py says to words, in an empty folder."""
+    """Run sample.py with arguments in an empty folder. Returns its output."""
     monkeypatch.chdir(tmp_path)
 
     def said(*words):
@@ -37,7 +37,7 @@ def write(path, *rows):
 
 
 def completions(path):
-    """By the prompt's row and the sample's number."""
+    """Completions by the prompt's row and the sample's number."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     added = ("completion", "finish_reason", "tokens")
     return {json.dumps({k: v for k, v in row.items() if k not in added}): row["completion"] for row in rows}

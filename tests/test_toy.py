@@ -1,4 +1,4 @@
-"""The embedded task: the teacher's rules, the data's shape, and that it is made the same again."""
+"""The embedded task: the teacher's rules, the shape of the data, and that it is reproducible."""
 
 import json
 import random

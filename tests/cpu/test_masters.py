@@ -1,4 +1,4 @@
-"""Masters' sums and copies: the gradients that autograd would give, the dtype that was asked for."""
+"""Masters' gradient sums and casts: equal to autograd's gradients, and in the dtype asked for."""
 
 import pytest
 import tiny
@@ -11,7 +11,7 @@ from nanoredi.kernels.dispatch import drop_gradient
 
 
 def two_losses(model, dtype, level="off"):
-    """Of two micro-batches, one through the loss and one through the log-probs."""
+    """The gradients of two micro-batches, one through the loss and one through the log-probs."""
     model.compute_dtype = dtype
     for block in model.model.layers:
         block.activation_checkpointing = level
@@ -34,7 +34,7 @@ def test_sums_are_the_gradients_that_autograd_adds_up(tied, dtype, level):
     got = two_losses(model, dtype, level)
     for name, p in model.named_parameters():
         assert got[name] is sums[name] and p.grad.dtype == torch.float32
-        # In bf16 the embedding's gradient is the same but for the order of its sum.
+        # In bf16 the embedding's gradient is summed in another order.
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4 * want[name].abs().max().item())
     for p in model.parameters():
         drop_gradient(p)

@@ -40,7 +40,7 @@ def test_unsupported_sizes_and_dtypes_are_not_compiled(monkeypatch):
     ],
 )
 def test_a_failing_compiler_is_reported(words, why, tmp_path, monkeypatch, capsys):
-    """It says that it failed, or makes no library, hangs, writes what is no text, or its folder has vanished."""
+    """It prints an error, writes no library, prints bytes that are no text, hangs, or removes its folder."""
     monkeypatch.setattr(native, "_SECONDS", 1)
     (tmp_path / "cc").write_text(f"#!/bin/sh\n{words}\n")
     (tmp_path / "cc").chmod(0o755)

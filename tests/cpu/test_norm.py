@@ -10,7 +10,7 @@ def plain(x, weight, eps):
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
-# In PyTorch, and, of rows of 48 numbers, in C where there is a compiler.
+# In PyTorch, and for rows of 48 numbers in C, where there is a compiler.
 @pytest.mark.parametrize("size", [24, 48])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("master", [True, False])

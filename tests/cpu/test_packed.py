@@ -1,4 +1,4 @@
-"""A model whose weights were laid out for sampling on a CPU."""
+"""A model whose weights have been packed for sampling on a CPU."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def test_a_packed_model_cannot_be_saved(tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
 def test_a_packed_model_unmaps_its_file(tmp_path):
     folder = tmp_path / "model"
     tiny.tiny_model(tied=False).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Matrix products and linear layers against float64, whichever library makes them."""
+"""Matrix products and linear layers against float64, whichever library computes them."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from nanoredi.cpu.products import multiply, packed
 from nanoredi.kernels.layers import PRODUCTS, add_product, linear, mlp, product, put_product
 from nanoredi.model.recompute import recomputed
 
-# A small shape; one large enough for oneDNN to be asked; one row more than a piece that is made at once; and for
-# products.c several blocks of panels, an inner dimension in parts, and no whole tile.
+# A small shape; one large enough for oneDNN; one row more than the rows that are computed at a time; and for
+# products.c several blocks of panels, an inner dimension in parts, and incomplete tiles.
 SHAPES = [(3, 5, 7), (300, 400, 300), (2050, 8, 2060), (41, 4099, 1100), (9, 4100, 50), (1, 2, 1)]
 
 
@@ -26,7 +26,7 @@ def matrix(*shape, dtype=torch.float32):
 
 @pytest.fixture(params=["torch", "onednn", "c"])
 def library(request, monkeypatch):
-    """Without and with AVX-512, on any machine whose torch has oneDNN; and products.c, where it can run."""
+    """oneDNN without and with AVX-512, if torch has oneDNN; and products.c, where it can run."""
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(products, "_HAS_AVX512", request.param == "onednn")
@@ -119,12 +119,12 @@ def test_a_linear_layer_of_fp32_masters_and_its_gradients(rows, biased, dtype, l
 @pytest.mark.parametrize("size", [48, 20])
 @pytest.mark.parametrize("master", [True, False])
 def test_an_mlp_and_its_gradients(master, size, dtype, bound, library):
-    """Of 20 inner numbers in torch's operations, of 48 in C, where there is a compiler."""
+    """With an inner size of 20 by torch's operations, of 48 in C, where there is a compiler."""
     x = matrix(30, size, dtype=dtype).mul_(4)
     x[3] = 0
     x[4, :8] = torch.tensor([100.0, -100, 88, -88, 1e4, -1e4, 30, -30])
     of_weights = torch.float32 if master and dtype == torch.bfloat16 else dtype
-    gate = torch.eye(size, dtype=of_weights)  # so that these are the gate's numbers
+    gate = torch.eye(size, dtype=of_weights)  # so that the gate's outputs are x
     up, down = (matrix(rows, size, dtype=of_weights) for rows in (size, 7))
     inputs = [t.requires_grad_() for t in (x, gate, up, down)]
     exact = [t.detach().to(dtype).double().requires_grad_() for t in inputs]

@@ -178,7 +178,7 @@ def test_a_problem_has_one_prompt_template():
 
 
 def test_the_paper_s_prompt_template():
-    """As both programs that the original evaluates with have it: two spaces after "clearly."."""
+    """With two spaces after "clearly.", as in both programs that the original evaluates with."""
     assert PAPER_TEMPLATE == (
         "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
         "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) where "
@@ -187,7 +187,7 @@ def test_the_paper_s_prompt_template():
     )
 
 
-PUBLISHED = {  # a row as its publisher has it, and its gold answer
+PUBLISHED = {  # a row as published, and its gold answer
     "aime24": ({"id": 60, "problem": "p", "solution": "\\boxed{204}", "url": "u"}, ["204"]),
     "aime25": ({"problem": "p", "answer": "70", "id": "0"}, ["70"]),
     "amc23": ({"id": 0, "answer": "27.0", "url": "u", "question": "p"}, ["27.0"]),

@@ -1,4 +1,4 @@
-"""Messages to text: training and sampling share the prompt, the end is learned, answers are whole, changes are reported."""
+"""Messages to text: training and sampling share the prompt, ends are learned, answers stay whole, changes are reported."""
 
 import json
 
@@ -258,7 +258,7 @@ def test_an_end_of_plain_text_is_learned_and_ends_a_sample_before_it(tmp_path, e
     )
     data = load_sft(str(file), tokenizer, 500, str(tmp_path))
     stream = tokenizer.stream()
-    for i in range(3 if stop.strip() else 1):  # an end that a row already has is not doubled
+    for i in range(3 if stop.strip() else 1):  # an end that the row already has is not written again
         sequence = data.row(i)[0]
         learned = sequence.tokens[len(tokenizer.encode("Q: Q\nA: ")) :]
         assert tokenizer.decode(learned.tolist()) == answer + end.replace("<|im_end|>", "")

@@ -1,4 +1,4 @@
-"""Rows in people's layouts to messages, and refused rows."""
+"""Rows in common layouts to messages, and refused rows."""
 
 import pytest
 
@@ -136,7 +136,7 @@ def test_a_prompt_that_holds_an_answer_already_is_refused(name):
     words = f"here: {name!r} must not end with a message of the assistant"
     with pytest.raises(UserError, match=words):
         pair("here", {name: TURNS, "chosen": "B", "rejected": "C"})
-    if name != "messages":  # which may be a whole row of stage 1 without the completion
+    if name != "messages":  # the messages alone are a valid row of stage 1
         with pytest.raises(UserError, match=words):
             conversation("here", {name: TURNS, "completion": "B"})
     with pytest.raises(UserError, match="'prompt' must be the messages before the answer in 'completion'"):

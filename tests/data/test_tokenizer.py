@@ -1,4 +1,4 @@
-"""Chat templates and token ids: golden facts of the real tokenizer, templates of other shapes, and what is refused."""
+"""Chat templates and token ids: golden facts of the real tokenizer, other kinds of templates, and what is refused."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_real_streaming_holds_half_characters_back(real_tokenizer):
         stream.push(i)
         pieces.append(stream.text[len("".join(pieces)) :])
     assert "".join(pieces) == "∑ 😀 ü" and "\ufffd" not in "".join(pieces)
-    # Ended within a character, behind bytes that are none: the text is that of decode().
+    # Ends within a character, after invalid bytes: the text is that of decode().
     for ids in ([198, 84200, 44474, 139816], real_tokenizer.encode("🤖🧮")[:-1]):
         stream = real_tokenizer.stream()
         for i in ids:
@@ -183,7 +183,7 @@ def test_malformed_messages_are_refused(value):
     "stops, text, stopped",
     [
         (["b+2"], "a=1", True),  # a stop string of several tokens
-        (["+2c", "b+"], "a=1", True),  # the one that is complete first
+        (["+2c", "b+"], "a=1", True),  # the one that is completed first
         (["2d"], "a=1b+2c*3", False),
         (["3d"], "a=1b+2c*3", False),  # the possible start of a stop string is shown at the end
     ],

@@ -86,7 +86,7 @@ def test_a_custom_id_that_names_no_problem_is_refused(tmp_path, many, name):
 
 
 def test_ids_of_two_benchmarks(tmp_path, many, benchmark):
-    longer = replace(benchmark, name="many-b")  # begins with the other's name
+    longer = replace(benchmark, name="many-b")  # its name begins with the other's
     rows = [batch(f"many-{i}", rf"</think>\boxed{{{i}}}") for i in range(12)]
     rows += [batch("many-b-1"), batch("many-b-2", r"</think>\boxed{4}")]
     assert graded(tmp_path, rows[::-1], longer, many)[0] == [(0, 0, True), (1, 0, True), *ALL_RIGHT]
@@ -144,7 +144,7 @@ def test_a_duplicate_problem(tmp_path):
     benchmark = load(str(path), "")
     row = {"p": {"prompt": "p", "output": r"</think>\boxed{1}"}, "q": {"prompt": "q", "output": r"</think>\boxed{2}"}}
     each = [(0, 0, True), (0, 1, True), (1, 0, True), (1, 1, True), (2, 0, True), (2, 1, True)]
-    for order in ("ppqqpp", "qqpp"):  # each asked, and asked once for both
+    for order in ("ppqqpp", "qqpp"):  # each asked separately, and asked once for both
         assert graded(tmp_path, [row[one] for one in order], benchmark)[0] == each
     with pytest.raises(UserError, match="1 completions for problem 1 of twice and 2"):
         graded(tmp_path, [row[one] for one in "pppqq"], benchmark)
@@ -166,14 +166,14 @@ def test_failed_requests_are_wrong_and_shown(tmp_path, many):
     assert "6 of 12 requests failed" in said and "line 1" in said and "2 x 'Rate limit'" in said and "\x1b" not in said
     (samples,) = grade_file(written(tmp_path, failed + right[6:]), "m", [many], True)
     assert samples[0]["response"] == "<think>\n" and samples[0]["finish_reason"] == "error"
-    # Of a request for several samples each failed.
+    # If a request for several samples fails, each of them has failed.
     for row in right:
         row["response"]["body"]["choices"] *= 3
     assert len(graded(tmp_path, failed + right[6:], many)[0]) == 36
 
 
 def test_an_evaluation_s_samples_are_regraded(tmp_path):
-    """Several models and benchmarks, rows in the order in which they ended, one of them twice."""
+    """Several models and benchmarks, rows in the order in which they finished, one of them twice."""
     rows = [
         {
             "model": m,
@@ -290,7 +290,7 @@ def test_solutions_are_no_gold_answers(tmp_path):
 
 
 def test_duplicate_rows(tmp_path, many):
-    """sample.py numbers a prompt's samples, so a file that was appended to itself is recognised; of others it is said."""
+    """sample.py numbers a prompt's samples, so a file appended to itself is recognised; for others there is a warning."""
     texts = [(p, rf"</think>\boxed{{{i}}}") for i, p in enumerate(many.problems)]
     own = [
         {"prompt": p, "completion": text, "finish_reason": "stop", "tokens": 3, "sample": k}
@@ -311,12 +311,12 @@ def test_a_few_shot_prompt_is_no_answer(tmp_path, benchmark):
     with pytest.raises(UserError, match="2 of 2 completions have a boxed answer in front of the problem itself"):
         graded(tmp_path, rows, benchmark, thinking=False)
     for row in rows:
-        row["prompt"] = shots + row["question"]  # then it is known, and cut off
+        row["prompt"] = shots + row["question"]  # then the few-shot part is known, and removed
     assert graded(tmp_path, rows, benchmark, thinking=False)[0] == [(0, 0, False), (1, 0, False)]
 
 
 def test_text_cells_of_a_csv_file(tmp_path, capsys):
-    """Numbers are text there, and empty cells are empty text."""
+    """In CSV numbers are text, and empty cells are empty text."""
     path = tmp_path / "c.csv"
     path.write_text("prompt,completion,tokens,finish_reason,gold\nq,</think>\\boxed{2},12,stop,2\nr,,,,3\n")
     (samples,) = grade_file(str(path), "m", [], thinking=True)

@@ -1,4 +1,4 @@
-"""Rows of other engines, each in its layout, come to the same samples."""
+"""Rows of other engines, each in its layout, give the same samples."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""An evaluation's samples on disk: whole lines, a torn one cut off, another one refused, only the missing made."""
+"""An evaluation's samples on disk: a torn line is removed, another evaluation refused, only what is missing drawn."""
 
 import json
 import signal
@@ -61,7 +61,7 @@ def test_an_evaluation_resumes_in_its_dtype_and_old_ones_get_defaults(claimed, a
     with pytest.raises(UserError, match=f"the setting dtype is '{dtype}' there and '{other}' here"):
         again(dtype=other)
     claimed.about.write_text(claimed.about.read_text().replace(f'"{dtype}"', f'"{other}"'))
-    assert again() == other  # though this machine would take another
+    assert again() == other  # although auto would choose another on this machine
     about = json.loads(claimed.about.read_text())
     about["setting"]["dtype"] = "auto"
     del about["setting"]["template"], about["setting"]["system"]
@@ -144,8 +144,8 @@ def test_another_model_or_benchmark_is_refused(claimed, toy_data, tmp_path):
 
 
 def test_a_killed_evaluation_resumes_to_the_same_samples(forks, run, tmp_path, toy_data):
-    """Two ranks are killed in the middle, and leave half a line; then torchrun's two do what is missing, in other batches.
-    The samples are those of one rank that nobody disturbed."""
+    """Two ranks are killed in the middle, and leave half a line; then two ranks under torchrun draw what is missing, in
+    other batches. The samples are those of one uninterrupted rank."""
     words = "evaluate.py --n 5 --max_tokens 60 --batch_size 2 --dtype float32 --seed 3 --think own --model MODEL"
     words = [*words.replace("MODEL", str(toy_data / "model")).split(), "--benchmarks", toy_data / "toy.jsonl", "--out"]
     path = tmp_path / "broken/samples.jsonl"

@@ -32,7 +32,7 @@ def test_the_device_s_version_runs_unless_it_declines(double):
     assert double(ones) == double(x=ones) == faster(ones) == "faster"
     assert double(ones, 3).tolist() == double(ones, times=3).tolist() == [3, 3]
     assert double.plain(ones).tolist() == [2, 2]
-    assert double(torch.ones(2, device="meta")).is_meta  # a device without versions and without a package
+    assert double(torch.ones(2, device="meta")).is_meta  # a device with neither versions nor a package
 
 
 def test_hooks_without_a_device_s_version_do_nothing(plain):
@@ -46,7 +46,7 @@ def test_hooks_without_a_device_s_version_do_nothing(plain):
 
 
 def test_a_device_s_package_is_imported_with_its_first_tensor(forks, tmp_path):
-    """In a process that has imported all of nanoredi."""
+    """Checked in a process that has imported all of nanoredi."""
     script = """
 import sys
 before = {name for name in sys.modules if name.startswith("nanoredi.")}

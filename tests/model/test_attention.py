@@ -38,7 +38,7 @@ def test_later_tokens_have_no_influence():
 
 
 def test_a_nan_score_is_not_hidden():
-    """Of a row's own past alone; guards.py must see it."""
+    """NaN in a row's own past, and there alone, reaches the result, because guards.py must see it."""
     q, k, v = (x.detach() for x in qkv(60, size=64))
     k[30, 0, 5] = torch.nan
     lost = PackedAttention(cumulative((60,)))(0, q, k, v).isnan()

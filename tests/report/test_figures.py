@@ -1,4 +1,4 @@
-"""The course of runs: what is read of them, and the picture."""
+"""Training curves: what is read of runs, and the figure."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def make(tmp_path, monkeypatch):
 
 @pytest.fixture
 def lines(monkeypatch):
-    """The points of every line that is drawn, by panel."""
+    """The points of every line drawn, by panel."""
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
 
@@ -102,7 +102,7 @@ def test_accuracy_is_drawn_at_its_model_s_step(make):
 
 
 def test_a_second_sft_is_the_end(make):
-    """A stage-2 run with the objective sft names both of its models so."""
+    """A stage-2 run with the objective sft names both of its models SFT."""
     rows = [result(m, b, a) for m, a in (("SFT", 0.1), ("SFT", 0.2)) for b in ("x", "y")]
     make("run", [metrics(1), metrics(2)], results=rows)
     (run,) = figures.read_runs(["run"])
@@ -147,7 +147,7 @@ def test_entropy_and_the_change_since_the_start_on_request(make, lines):
 
     entropies = {"chosen_entropy": 0.5, "rejected_entropy": 0.75}
     make("redi", [metrics(1, **entropies, **looks("start", -1.0)), metrics(2, **entropies, **looks("watch", -1.5))])
-    make("before", [metrics(1), metrics(2, watch_chosen_logp=-3.0)])  # begun before there were such columns
+    make("before", [metrics(1), metrics(2, watch_chosen_logp=-3.0)])  # started before these columns existed
     runs = figures.read_runs(["redi", "before"])
     figures.draw(runs, "out.png")
     assert not [title for title in lines if "entropy" in title or "Change" in title]
@@ -169,7 +169,7 @@ def test_the_command(make, capsys, tmp_path):
     assert "redi: steps 1 to 2" in out and "sft: steps 1 to 1" in out and "pass@1 %" in out
     first = (tmp_path / "figure.png").read_bytes()
     assert first.startswith(b"\x89PNG\r\n\x1a\n") and len(first) > 10_000
-    # Its own figure is drawn anew.
+    # Its own figure is overwritten.
     report.main(["sft", "--out=figure.png"])
     second = (tmp_path / "figure.png").read_bytes()
     assert second not in (b"", first)
@@ -178,7 +178,7 @@ def test_the_command(make, capsys, tmp_path):
 
 
 def test_a_results_folder_needs_no_run(make, capsys, tmp_path):
-    """evaluate.py's folders have results alone."""
+    """evaluate.py's folders have results but no metrics."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps([result("m", "toy", 0.5)]))
