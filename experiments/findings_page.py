@@ -236,7 +236,7 @@ the standard deviation of the seeds' pass@1. Log-probs are in nats a token, on h
 
 ![Accuracy, log-probs and the size of the update of every method, by step](findings.png)
 
-Lines are means over seeds, bars the standard error over seeds; accuracy before the end is from {along} samples a problem.
+Lines are means over seeds, bars the standard error over seeds; accuracy between start and end has {along} samples a problem.
 
 ## The paper's claims
 

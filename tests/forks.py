@@ -44,8 +44,8 @@ class Server:
         """Start a script of the repository in the folder."""
         self._started += 1
         job = Job([str(ROOT / script), *map(str, flags)], self._folder / str(self._started))
-        told = {"words": job.words, "said": str(job.said), "folder": str(folder), "environment": environment}
-        print(json.dumps(told), file=self._process.stdin, flush=True)
+        job_line = {"words": job.words, "said": str(job.said), "folder": str(folder), "environment": environment}
+        print(json.dumps(job_line), file=self._process.stdin, flush=True)
         job.pid = int(self._process.stdout.readline())
         return job
 

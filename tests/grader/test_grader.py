@@ -1,5 +1,5 @@
 """The grader on written-out answers, on hostile and on mutated input, and on the labelled development rows where
-they are at hand.
+they are available.
 
 answers.txt beside this file holds pairs of answers, one a line: what is equal (==), then what is not (!=).
 """
