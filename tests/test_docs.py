@@ -1,4 +1,4 @@
-"""The pages: what they link to, run and name is there, and the README stays short."""
+"""The pages: the files, commands and flags that they name exist, and the README stays short."""
 
 import re
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_every_flag_named_exists():
         *(file for room in ("nanoredi", "bench", "experiments") for file in ROOT.glob(f"{room}/**/*.py")),
     ]
     source = "".join(file.read_text() for file in files)
-    # An option of a config, a device's figure in bench/step_costs.py, or an argument by hand.
+    # An option of a config, a device's figure in bench/step_costs.py, or an argument of argparse.
     found = re.findall(r"^    (\w+): .* = (?:option|rate)\(|\"--([\w-]+)\"", source, re.MULTILINE)
     known = OTHERS | {name for names in found for name in names}
     for page in PAGES:

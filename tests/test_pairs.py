@@ -42,7 +42,7 @@ def test_a_pair_s_losses_from_its_tokens():
     # Means: -2 and -2; -0.5 and -2.
     assert losses.tolist() == pytest.approx([np.log1p(np.exp(1)), np.log1p(np.exp(-2))])
     losses.sum().backward()
-    # By hand: -beta * sigmoid(gamma - beta * difference) / |y_w| on a chosen token, the opposite / |y_l| on a rejected.
+    # -beta * sigmoid(gamma - beta * difference) / |y_w| on a chosen token, the opposite / |y_l| on a rejected one.
     first, second = 2 / (1 + np.exp(-1)), 2 / (1 + np.exp(2))
     third = second / 3
     learned = logps.grad[[0, 1, 2, 4, 6, 7, 8]].tolist()
