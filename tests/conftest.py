@@ -4,6 +4,7 @@ the scripts."""
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,10 @@ from nanoredi.trainer.distributed import World, world  # noqa: E402
 
 # isort: split
 from tiny import tiny_config  # noqa: E402
+
+# A shell's background and nohup ignore these for all that they start; the tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
