@@ -39,8 +39,9 @@ from nanoredi.data.tokenizer import Tokenizer
 PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all of OpenR1-Math-Raw
 # The only columns of a Parquet or Arrow file that are read.
 _FIELDS = (
-    *("problem_is_valid", "source", "problem", "question", "generations", "correctness", "answer", "correct", "tools"),
-    *("system", "system_prompt", "prompt", "messages", "completion", "finish_reason", "sample", *THINKING_NAMES),
+    *"problem_is_valid source problem question generations correctness answer correct tools system".split(),
+    *"system_prompt prompt messages conversations completion finish_reason sample".split(),
+    *THINKING_NAMES,
 )
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 Rows = Iterable[tuple[str, dict[str, Any]]]  # (file and line, for error messages; row)

@@ -1,10 +1,7 @@
 """How long prompts and responses are, and how much the limits cut.
 
-    python -m nanoredi.report --lengths DATA
-
-DATA is a folder that prepare wrote, or a JSONL file of rows. The lengths are those that prepare wrote into the rows;
-for pairs.jsonl the rows of too_long.jsonl are added, so that pairs beyond the limits are visible, too. With --tokenizer
-the rows are tokenised to get their lengths, as in prepare.
+The lengths are those that prepare wrote into the rows; for pairs.jsonl the rows of too_long.jsonl are added, so that
+pairs beyond the limits are visible, too. With --tokenizer the rows are tokenised to get their lengths, as in prepare.
 """
 
 import math
@@ -75,7 +72,7 @@ def _known(where: str, row: Any) -> tuple[tuple[str, ...], list[int]]:
 
 
 def _parts(file: Path) -> Iterator[tuple[str, Messages, Messages, tuple[str, ...]]]:
-    """Of each row: "file, line n", its prompt and answers, and their names."""
+    """Each row's "file, line n", its prompt and answers, and their names."""
     for where, row in read_rows(str(file)):
         if isinstance(row, dict) and "chosen" in row:
             yield where, *pair(where, row), _PAIR

@@ -26,7 +26,12 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"prompt": "Q", "completion": TURNS},
         {"completion": TURNS, "label": "72"},
         {"messages": TURNS, "tools": "[]"},
+        {"messages": TURNS, "tools": "null"},
+        {"messages": TURNS, "tools": {}},
         {"messages": TURNS[:1], "completion": "B"},
+        {"messages": SHAREGPT[:1], "completion": "B"},
+        {"problem": "Q", "conversations": SHAREGPT, "completion": "B"},
+        {"prompt": "Q", "completion": "B", "reasoning": "on"},
     ],
 )
 def test_stage_1_rows(row):
@@ -48,7 +53,8 @@ def test_what_is_labelled_wrong_is_not_learned_as_right(field):
 
 def test_a_wrong_answer_may_have_the_weight_in_its_message():
     turns = [TURNS[0], {**TURNS[1], "weight": -1}]
-    assert conversation("here", {"messages": turns, "label": False}) == turns
+    for row in ({"messages": turns}, {"conversations": turns}, {"prompt": "Q", "completion": turns[1]}):
+        assert conversation("here", {**row, "label": False}) == turns
 
 
 WHOLE = {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "C"}]}
@@ -128,6 +134,10 @@ def test_messages_that_cannot_be_learned_are_named(messages, words):
 def test_pairs_that_do_not_fit_are_named(row, words):
     with pytest.raises(UserError, match=words):
         pair("here", row)
+
+
+def test_beside_a_question_its_answered_conversation_is_no_prompt():
+    assert pair("here", {"question": "Q", "conversations": SHAREGPT, "chosen": "B", "rejected": "C"})[0] == TURNS[:1]
 
 
 @pytest.mark.parametrize("name", ["prompt", "messages", "conversations"])
