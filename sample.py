@@ -30,7 +30,7 @@ from nanoredi.common.progress import progress
 from nanoredi.common.runs import check_model, newest_model, recipe_of
 from nanoredi.config import EvaluateConfig, SamplingConfig
 from nanoredi.data import benchmarks
-from nanoredi.data.messages import behind_system, check_messages, is_answered, with_system
+from nanoredi.data.messages import behind_system, check_messages, last_role, with_system
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.evaluation.samples import claim, digest_of_files
 from nanoredi.model.hf_folder import stop_ids
@@ -159,7 +159,7 @@ def _messages(where: str, row: Any, config: SampleFlags) -> list[dict[str, str]]
     """The messages of a row: its conversation as it is, or its text in the template."""
     fields = benchmarks.in_one_case(where, row, str.lower) if isinstance(row, dict) else {}
     names = ("messages", "conversations", "prompt", "problem", "question")
-    for name in sorted(names, key=lambda name: is_answered(fields.get(name))):  # an answered conversation is the last
+    for name in sorted(names, key=lambda name: last_role(fields.get(name)) == "assistant"):
         value = fields.get(name)
         if isinstance(value, list):
             messages = check_messages(f"{where}: {name!r}", value)

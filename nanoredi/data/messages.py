@@ -85,7 +85,7 @@ def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
     given = _given(row)
     name = "conversations" if "conversations" in given and "messages" not in given else "messages"
-    if "completion" in given and not is_answered(given.get("messages")):
+    if "completion" in given and last_role(given.get("messages")) != "assistant":
         *before, answer = _answer(where, "completion", said(given))
         messages = [*prompt_of(where, given, "completion", before), answer]
     elif name not in given:
@@ -129,7 +129,9 @@ def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messa
     """A row's prompt with its system message. `before`: what comes before the answer in the field `answer`."""
     names = _PROMPTS[:2] if before else _PROMPTS  # beside whole conversations the other names may hold anything
     there = (name for name in names if given.get(name) is not None)
-    name = min(there, key=lambda name: is_answered(given[name]), default=None)  # the first one without an answer
+    name = min(
+        there, key=lambda name: last_role(given[name]) == "assistant", default=None
+    )  # the first one without an answer
     prompt = check_messages(f"{where}: {name!r}", given[name]) if name else before
     if not prompt:
         raise _missing(where, given, "'prompt'")
@@ -148,10 +150,12 @@ def said(row: dict[str, Any]) -> Any:
     return {"role": "assistant", "content": text, **thinking} if isinstance(text, str) else text
 
 
-def is_answered(value: Any) -> bool:
-    """Whether a field of a row is a conversation that ends with the assistant's answer."""
-    last = value[-1] if isinstance(value, list) and value else None
-    return isinstance(last, dict) and (last.get("role") or last.get("from")) in ("assistant", "gpt")
+def last_role(messages: Any) -> str | None:
+    """The role of the last message; None if these are no messages."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        return None
+    role = messages[-1].get("role") or messages[-1].get("from")
+    return {"gpt": "assistant", "model": "assistant"}.get(role, role) if isinstance(role, str) else None
 
 
 def _answer(where: str, name: str, value: Any) -> Messages:
