@@ -165,7 +165,7 @@ def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         problem = problem_of(row)
         if problem is None:
             raise UserError(f"{where} has no text in 'problem' or 'question'; it has {', '.join(row) or 'no fields'}")
-        answer = next((row[key] for key in GOLDS if row.get(key) not in (None, "")), None)
+        answer = next((row[key] for key in GOLDS if row.get(key) not in (None, "", [])), None)
         if answer is None and isinstance(row.get("solution"), str):
             answer = extract_answer(row["solution"])
         yield where, {**row, "problem": problem, "answer": answer}

@@ -209,7 +209,7 @@ class Chat:
             begun = tail[:length]
             if bare.endswith(begun) and (begun == tail or any(mark in begun for mark in self._marks)):
                 if len(messages) > 1:
-                    raise UserError("the last message is templated already, so no other may stand before it")
+                    raise UserError("the last message is templated already: give it alone, without a system message")
                 text = text if forced else bare + tail[length:] + self._tail[len(self._tail.rstrip()) :]
                 return self._bos + text.removeprefix(self._bos)
         return None

@@ -129,9 +129,8 @@ def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messa
     """A row's prompt with its system message. `before`: what comes before the answer in the field `answer`."""
     names = _PROMPTS[:2] if before else _PROMPTS  # beside whole conversations the other names may hold anything
     there = (name for name in names if given.get(name) is not None)
-    name = min(
-        there, key=lambda name: last_role(given[name]) == "assistant", default=None
-    )  # the first one without an answer
+    # A conversation that ends with an answer is a prompt only if there is no other field, and then refused.
+    name = min(there, key=lambda name: last_role(given[name]) == "assistant", default=None)
     prompt = check_messages(f"{where}: {name!r}", given[name]) if name else before
     if not prompt:
         raise _missing(where, given, "'prompt'")

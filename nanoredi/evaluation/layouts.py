@@ -110,7 +110,7 @@ def read(where: str, row: Any) -> Answers:
     row = _plain(in_one_case(where, given, _name))
     prompts = [text for path in _PROMPTS if (text := "\n".join(_texts(_get(row, path))))]
     found = Answers(where, "\n".join(prompts) or None, [], any(p.rstrip().endswith("<think>") for p in prompts))
-    golds = ((path, gold) for path in _GOLDS if (gold := _get(row, path)) not in (None, ""))
+    golds = ((path, gold) for path in _GOLDS if (gold := _get(row, path)) not in (None, "", []))
     found.gold_field, found.golds = next(golds, ("", None))
     index, choices = _get(row, "doc.gold_index"), _get(row, "doc.choices")
     if isinstance(index, (int, list)) and isinstance(choices, list):

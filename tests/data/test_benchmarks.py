@@ -95,6 +95,11 @@ def test_what_would_be_scored_wrong_is_refused(tmp_path, rows, words):
         load(str(tmp_path / "b.jsonl"), "")
 
 
+def test_an_empty_list_is_no_gold_answer(tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"problem": "p", "gold": [], "answer": 1}\n')
+    assert load(str(tmp_path / "b.jsonl"), "").golds == [["1"]]
+
+
 def test_missing_files_and_wrong_numbers_of_problems(tmp_path):
     with pytest.raises(UserError, match=r"no benchmark 'math50' \(did you mean 'math500'\?\)"):
         load("math50", "")
