@@ -2,7 +2,7 @@
 
     python sample.py     # the newest run's model on its benchmark's problems
     python sample.py "What is 7 * 8?" --model DIR --n 4
-    python sample.py --model DIR --chat  # /reset: anew; Ctrl-C: stop the answer
+    python sample.py --model DIR --chat  # /reset: start over; Ctrl-C: end it
     python sample.py --model DIR --prompts prompts.jsonl --n 16 --out out.jsonl
 
 Prompts are rows of JSONL with a text in "prompt", "problem" or "question", or a conversation in "messages"; or the lines
@@ -47,7 +47,7 @@ _ADDED = ("completion", "finish_reason", "tokens", "sample")  # the fields added
 class SampleFlags(SamplingConfig):
     """sample.py's own flags."""
 
-    n: int = option(1, "samples for each prompt", low=1, high=2**16)
+    n: int = option(1, "samples per prompt", low=1, high=2**16)
     model: str = option("", "Hugging Face folder; empty: the newest model under runs/")
     prompt: str = option("", "text of the user's message; the flag's name may be left out")
     prompts: str = option("", "file of prompts, JSONL or a plain text with one prompt a line; -: standard input")

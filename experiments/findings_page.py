@@ -46,7 +46,7 @@ def claims(tuned: dict[str, dict[float, float]]) -> list[Claim]:
     redi, symmetric, (healthy, collapse) = best["REDI 0.8"], best["symmetric REDI"], HIGH
     return [
         Claim("Learning from incorrect traces, too, raises accuracy over stage 1", redi, STAGE_1),
-        Claim("... and over going on with the correct ones alone", redi, best["SFT continued"]),
+        Claim("... and over continuing SFT on the correct ones alone", redi, best["SFT continued"]),
         Claim("REDI is better than DPO", redi, best["DPO"]),
         Claim("... both at their second-best rate", second["REDI 0.8"], second["DPO"]),
         Claim("REDI is better than SimPO", redi, best["SimPO"]),
@@ -222,14 +222,14 @@ def write_page(
 
 Made by `python experiments/findings.py`, as is the figure: every result and every verdict below comes from its runs.
 
-The toy (`nanoredi/toy.py`) was built to show how REDI works, and alpha 0.8 and DPO's beta were found good on it while
-it was built. What holds here is a demonstration, and what does not hold here says as little about the paper, whose
-model is 4,600 times as large.
+The toy (`nanoredi/toy.py`) was built to show how REDI works, and alpha 0.8 and DPO's beta were tuned on it. What
+holds here is a demonstration, and what does not hold here says just as little about the paper, whose model is 4,600
+times as large.
 
 Stage 1 is trained once a seed, and stage 2 from it in {len(arms)} ways, each of {steps} steps. Their learning rates
 were chosen on seed {tuning} alone, for every method from the same {rates} (the sweep is at the end); seeds {many} had
-no part in that. pass@1 is over {last["problems"]} unseen problems with {last["n"]} samples each. A seed makes other
-data, another start and another order.
+no part in it. pass@1 is over {last["problems"]} unseen problems with {last["n"]} samples each. Another seed gives
+other data, another initialisation and another order.
 
 ## Results
 
@@ -240,13 +240,13 @@ seeds' pass@1; log-probs are nats a token on pairs kept out of training.
 
 ![Accuracy, log-probs and the size of the update of every method, by step](findings.png)
 
-The lines are means over the seeds; accuracy's error bars are the standard error over seeds. On the way there are fewer
-samples a problem than at the end.
+The lines are means over the seeds; accuracy's error bars are the standard error over seeds. During a run there
+are fewer samples a problem than at its end.
 
 ## The paper's claims
 
 A difference is between runs of the same seed. Its interval is Student's, of {len(seeds)} seeds, and wide: what is true
-on every seed may still not be certain. "Holds" is said where the whole interval is above 0.
+on every seed may still not be certain. A claim holds if the whole interval is above 0.
 
 {chr(10).join(claims_table(results, tuned))}
 
@@ -257,12 +257,12 @@ where it stands at an end of the row, the grid was too small for this method.
 
 {chr(10).join(sweep_table(tuned))}
 
-One seed chooses roughly, which is why REDI 0.8, DPO and SimPO are above at their second-best rate, too: a
-rule made after an earlier run, in which SimPO's best rate had done badly on these same seeds.
+A choice on one seed is rough, so REDI 0.8, DPO and SimPO are also above at their second-best rate. This rule was
+made after an earlier run, in which SimPO's best rate did badly on these same seeds.
 Not tried on the other seeds, though within 5 points of the best of their row:
 {near(tuned, arms)}.
 
-DPO has beta 0.1, SimPO the paper's beta 2 and gamma 1. Neither was swept; another value may bring them further.
+DPO has beta 0.1, SimPO the paper's beta 2 and gamma 1. Neither was swept; another value may do better.
 
 All of it, {trainings} trainings with their evaluations, took {minutes:.1f} minutes on 2 cores{restarts}.
 """

@@ -23,7 +23,7 @@ RATES = {method: _LOW if method in ("DPO", "SimPO") else _ALL for method in METH
 # What the paper says (arXiv 2505.24850): the first method has a higher pass@1 than the second.
 CLAIMS = [
     ("Learning from incorrect traces, too, raises accuracy over stage 1", "REDI 0.8", "stage 1"),
-    ("... and over going on with the correct ones alone", "REDI 0.8", "SFT continued"),
+    ("... and over continuing SFT on the correct ones alone", "REDI 0.8", "SFT continued"),
     ("REDI is better than DPO", "REDI 0.8", "DPO"),
     ("REDI is better than SimPO", "REDI 0.8", "SimPO"),
     ("Alpha 0.8 is better than symmetric REDI at its own rate", "REDI 0.8", "symmetric REDI"),
@@ -34,14 +34,14 @@ KINDS = [  # of problems, by whether the first sample was right before and after
     ("right before, wrong after", (True, False)),
     ("wrong before and after", (False, False)),
 ]
-GRID = """How the grid came about: it began as 3e-5 and 6e-5. When REDI with alpha 0.5 and 0.8 had been tried at these, the
-validation problems said that 6e-5 was too much for both and 3e-5 for the second, so 1e-5 was put in for every method; DPO
+GRID = """The grid began as 3e-5 and 6e-5. When REDI with alpha 0.5 and 0.8 had been tried at these, the validation problems
+showed that 6e-5 was too high for both and 3e-5 for the second, so 1e-5 was added for every method; DPO
 and SimPO were then no longer tried at 6e-5. Where a bold figure stands at an end of its row, the grid was too small for
 this method.
 
-The grid is not as innocent as the choice. Before this there was a trial by hand from a stage 1 of a thousand rows, which
-was evaluated on the same test problems: after 30 steps of 32 pairs, REDI 0.8 had 15.4 % at 2e-5 and 7.6 % at 1e-4, against
-14.9 % before. The rates of the first grid were put between those two, and stage 1's rate and batch are that trial's."""
+The grid itself did use the test problems. An earlier manual trial, from a stage 1 of a thousand rows, was evaluated on
+them: after 30 steps of 32 pairs, REDI 0.8 had 15.4 % at 2e-5 and 7.6 % at 1e-4, against
+14.9 % before. The rates of the first grid lie between those two, and stage 1's rate and batch are that trial's."""
 NOT_SHOWN = """- Anything of the paper's own size: its model has 1.5 billion parameters, its traces are thousands of tokens long and come
   from a strong teacher, its problems are competition mathematics. Here the wrong traces are the model's own, and short.
 - What each method can do at its best. The grid is coarse, the choice within it rests on few answers, and stage 1's
@@ -213,7 +213,7 @@ def time_taken(out: Path) -> str:
     minutes = sum(row["cpu"] for row in rows) / 60
     return (
         f"The {whole} commands took {minutes:.0f} minutes of processor time, which is {minutes / 2:.0f} minutes of two "
-        "busy cores, with what was broken off and begun again. By the clock it was longer: the cores were shared."
+        "busy cores, interrupted and repeated ones included. The wall time was longer, as the cores were shared."
     )
 
 
@@ -266,7 +266,7 @@ def write_page(out: Path, seeds: int, docs: Path) -> None:
     # The pairs' correct traces alone raise accuracy, too; what the incorrect ones add is the difference from SFT.
     answer = {
         "**holds**": "Yes, on these problems" if verdict(redi) == "**holds**" else "Not shown",
-        "**the opposite holds**": "No, not here: going on with the correct traces alone is better",
+        "**the opposite holds**": "No, not here: continuing SFT on the correct traces alone is better",
         "undecided": "Not shown",
     }[verdict(over_sft)]
     text = f"""# The claim on a real model
@@ -277,8 +277,8 @@ Does learning from incorrect traces raise the accuracy of a real language model,
 **{answer}.** In points of pass@1, with 95 % intervals:
 
 - REDI with alpha 0.8 against stage 1: {points(redi)};
-- going on with the correct traces alone against stage 1: {points(sft)};
-- REDI against going on with the correct ones alone: {points(over_sft)}.
+- continuing SFT on the correct traces alone against stage 1: {points(sft)};
+- REDI against continuing SFT on the correct ones alone: {points(over_sft)}.
 
 {what_was_done(out, results)}
 The training problems are MAWPS's and ASDiv-A's, the test problems SVAMP's. A trace is the equations of a problem
@@ -297,8 +297,8 @@ nats a token, the mean of the last {LAST} steps of training, before each step's 
 
 ## The paper's claims
 
-"Holds" is said where the whole interval is above 0. Of pages with {len(CLAIMS)} intervals of 95 %, {100 * (1 - 0.95 ** len(CLAIMS)):.0f} % would have
-one that misses by chance, were they independent. Every claim is of methods at their own rates.
+A claim holds if the whole interval is above 0. Of pages with {len(CLAIMS)} intervals of 95 %, {100 * (1 - 0.95 ** len(CLAIMS)):.0f} % would have
+one that misses by chance, if they were independent. Each method has its own best rate.
 
 {chr(10).join(claims_table(results))}
 
@@ -306,8 +306,8 @@ one that misses by chance, were they independent. Every claim is of methods at t
 
 pass@1 in % on {on_validation["problems"]} validation problems, which are training problems kept apart, with {on_validation["n"]}
 sample{"s" * (on_validation["n"] > 1)} each; the best, in bold, is what a method has above. A share of so few answers has a
-standard error of about {error:.1f} points. The choice among the rates knew nothing of the test problems, which were first
-answered when it stood.
+standard error of about {error:.1f} points. The choice among the rates did not use the test problems, which were first
+evaluated after it.
 
 {chr(10).join(validation_table(out, chosen))}
 

@@ -37,7 +37,7 @@ class TrainConfig:
     reshard_after_forward: bool = option(True, "gather a block's weights again in backward: less memory", free=True)
     shard_size: int = option(0, "ranks that share one copy of the weights; 0: all ranks", low=0, free=True)
     offload: bool = option(False, "keep fp32 weights and Adam's moments in host memory", free=True)
-    max_tokens_per_micro_batch: int = option(40_000, "per rank; a longer sequence goes alone", low=1, free=True)
+    max_tokens_per_micro_batch: int = option(40_000, "on each rank; a longer sequence goes alone", low=1, free=True)
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", low=0, free=True)
     log_every: int = option(10, "steps between printed lines", low=1, free=True)
     tensorboard: bool = option(False, "also write the metrics for TensorBoard (package tensorboard)", free=True)
