@@ -135,6 +135,8 @@ def _as_raw_rows(files: list[Path], total: int, spool: Spool, tokenizer: Tokeniz
         total = own.gather(progress(rows, "gathering", total, "rows", delay=1), spool, tokenizer, grading)
         return total, own.gathered(spool)
     if grading or "correct" in first[1]:
+        if "generations" not in first[1]:
+            raise UserError(f"{first[0]} has no responses: 'generations', a list of texts, or 'completion', a text")
         return total, ((where, own.labelled(where, row, tokenizer, grading)) for where, row in rows)
     return total, rows
 

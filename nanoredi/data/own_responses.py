@@ -75,7 +75,7 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
     unclear: dict[int, str] = {}
     for where, row in rows:
         if not isinstance(row.get("completion"), str):
-            raise UserError(f"{where} must hold 'completion', a text, like the rows before it")
+            raise UserError(f"{where} must hold 'completion', a text, like all rows of the file")
         [answer] = check_messages(where, [said(row)])
         alone = {**row, "generations": [folded(answer)["content"]], "correct": [row.get("correct")]}
         raw = labelled(where, alone, tokenizer, grading)
