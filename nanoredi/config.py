@@ -81,7 +81,7 @@ class RediConfig(TrainConfig):
     on_collapse: str = option("warn", "what to do at a collapse", choices=("warn", "stop"), free=True)
     watch: str = option("", "file of pairs kept out of training, whose log-probs are in the final table")
     watch_every: int = option(0, "steps between evaluations of the watched pairs; 0: none", low=0, free=True)
-    evaluate: bool = option(False, "at the end, compare the starting and the final model on [evaluate]'s benchmarks")
+    evaluate: bool = option(False, "at the end, compare the initial and the final model on [evaluate]'s benchmarks")
 
     def __post_init__(self):
         """Fill in the defaults of the objective's own parameters, and refuse another objective's."""

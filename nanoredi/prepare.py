@@ -91,23 +91,20 @@ def prepare(
     if not total:
         raise UserError(f"there are no rows in {', '.join(map(str, files))}")
     gates = Gates(flags.max_prompt_tokens, flags.max_response_tokens, flags.strict_negatives)
-    try:
-        with ExitStack() as stack:
-            beside = stack.enter_context(writing_together(out))
-            own_rows, *spools = (stack.enter_context(Spool(beside / f"{n}.spool")) for n in ("own", *_FILES[:3]))
-            total, rows = _as_raw_rows(files, total, own_rows, tokenizer, flags.grade)
-            rows = progress(rows, "reading", total, "rows", delay=1)
-            _sift(rows, total, flags.seed, gates, tokenizer, overlap, spools)
-            for name, spool in zip(_FILES, spools):
-                lines = _swapped(spool, flags) if name == "pairs.jsonl" else spool.lines()
-                with open(beside / name, "wb") as file:
-                    file.writelines(progress(lines, f"writing {name}", len(spool), "rows", delay=1))
-            if overlap.files:
-                overlap.write(beside / _FILES[3])
-            for path in beside.glob("*.spool"):
-                remove(path)
-    except OSError as error:  # from writing; reading raises UserErrors
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+    with ExitStack() as stack:
+        beside = stack.enter_context(writing_together(out))
+        own_rows, *spools = (stack.enter_context(Spool(beside / f"{n}.spool")) for n in ("own", *_FILES[:3]))
+        total, rows = _as_raw_rows(files, total, own_rows, tokenizer, flags.grade)
+        rows = progress(rows, "reading", total, "rows", delay=1)
+        _sift(rows, total, flags.seed, gates, tokenizer, overlap, spools)
+        for name, spool in zip(_FILES, spools):
+            lines = _swapped(spool, flags) if name == "pairs.jsonl" else spool.lines()
+            with open(beside / name, "wb") as file:
+                file.writelines(progress(lines, f"writing {name}", len(spool), "rows", delay=1))
+        if overlap.files:
+            overlap.write(beside / _FILES[3])
+        for path in beside.glob("*.spool"):
+            remove(path)
     return gates.counts
 
 

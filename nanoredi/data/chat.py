@@ -194,7 +194,7 @@ class Chat:
             seen = role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)
             if not (known and seen):
                 roles = [one for one in ("system", "user", "assistant", "tool") if one in self._template.source]
-                hint = f"; it knows the roles {', '.join(one for one in roles if one != role)}" if roles else ""
+                hint = f"; it handles the roles {', '.join(one for one in roles if one != role)}" if roles else ""
                 raise UserError(f"{self._label} does not show message {number}, whose role is {role!r}, as such{hint}")
 
     def _templated(self, messages: Messages) -> str | None:

@@ -142,7 +142,7 @@ def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messa
 
 
 def said(row: dict[str, Any]) -> Any:
-    """A row's completion; one that is text as the assistant's message, with the thinking that stands beside it."""
+    """A row's completion; if it is text, as the assistant's message, with thinking from the row's own field."""
     # "reasoning" may also be a switch that says how the row was made.
     thinking = {name: t for name in THINKING_NAMES if isinstance(t := row.get(name), str) and t not in ("on", "off")}
     text = row["completion"]

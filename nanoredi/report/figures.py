@@ -209,7 +209,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _accuracy(path: Path, rows: list[dict[str, Any]]) -> Accuracy:
-    """The evaluations in a run's results.json, each at the step that its model's name tells. In results of former
+    """The evaluations in a run's results.json, each at the step in its model's name. In results of former
     versions a second SFT is the final model of a run with the objective sft."""
     if not rows or not path.exists():
         return {}

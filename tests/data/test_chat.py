@@ -190,7 +190,7 @@ def test_a_prompt_that_is_templated_already_stays_as_it_is(chats, name):
         (
             "deepseek",
             [{"role": "system", "content": s} for s in "XY"] + user_message("Q"),
-            "message 1, .* 'system', as such; it knows the roles user, assistant$",
+            "message 1, .* 'system', as such; it handles the roles user, assistant$",
         ),
     ],
 )
