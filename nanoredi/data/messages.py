@@ -134,11 +134,17 @@ def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messa
     prompt = check_messages(f"{where}: {name!r}", given[name]) if name else before
     if not prompt:
         raise _missing(where, given, "'prompt'")
-    if before and prompt not in (before, *([m] for m in before if m["role"] == "user")):
-        raise UserError(f"{where}: {name!r} must be the messages before the answer in {answer!r}")
-    if not before and prompt[-1]["role"] == "assistant":
+    if before:  # of which the prompt may repeat all, all but the system message, or one of the user's
+        texts = _texts(before)
+        if _texts(prompt) not in (texts, texts[texts[0][0] == "system" :], *([t] for t in texts if t[0] == "user")):
+            raise UserError(f"{where}: {name!r} must be the messages before the answer in {answer!r}")
+    elif prompt[-1]["role"] == "assistant":
         raise UserError(f"{where}: {name!r} must not end with a message of the assistant")
     return behind_system(where, given, before or prompt)
+
+
+def _texts(messages: Messages) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def said(row: dict[str, Any]) -> Any:

@@ -25,15 +25,12 @@ _BINS, _BAR = 12, 50  # lines of a histogram, and the characters of its longest 
 
 
 def show(data: str, tokenizer: str, max_prompt_tokens: int, max_response_tokens: int) -> str:
-    """The lengths of the rows of DATA, as text.
+    """The lengths of the rows of DATA, as text. Raises UserErrors as read_lengths does.
 
     Args:
         data: a folder that prepare wrote, or a JSONL file.
         tokenizer: Hugging Face folder to tokenise the rows with; empty: take the lengths in the rows.
         max_prompt_tokens, max_response_tokens: a pair's limits.
-
-    Raises:
-        UserError: as read_lengths does.
     """
     path = Path(data)
     files = [path / name for name in ("sft.jsonl", "pairs.jsonl")] if path.is_dir() else [path]

@@ -136,6 +136,13 @@ def test_pairs_that_do_not_fit_are_named(row, words):
         pair("here", row)
 
 
+@pytest.mark.parametrize("prompt", ["Q\n", [{**TURNS[0], "id": 3}], TURNS + user_message("R")])
+def test_a_prompt_may_differ_from_the_conversations_in_what_is_not_said(prompt):
+    before = [{"role": "system", "content": "S"}, *(prompt if len(prompt) > 2 else TURNS[:1])]
+    row = {"prompt": prompt, "chosen": [*before, TURNS[1]], "rejected": [*before, {**TURNS[1], "content": "C"}]}
+    assert pair("here", row)[0] == before
+
+
 def test_beside_a_question_its_answered_conversation_is_no_prompt():
     assert pair("here", {"question": "Q", "conversations": SHAREGPT, "chosen": "B", "rejected": "C"})[0] == TURNS[:1]
 
