@@ -234,7 +234,7 @@ def test_evaluate_grades_completions(run, tmp_path, benchmark):
     assert "answer  3\ngold    2" in shown.stdout and shown.stdout.count("--- ") == 3
     shown = run("nanoredi/report/__main__.py", "--failures", "out", "--only", "no_answer")
     assert shown.stdout.count("--- ") == 2 and "answer  none" in shown.stdout
-    assert "two less one" in run("nanoredi/report/__main__.py", "out").stdout
+    assert "two minus one" in run("nanoredi/report/__main__.py", "out").stdout
 
 
 def test_a_problem_under_a_name_that_is_not_known(tmp_path, many):
