@@ -208,7 +208,7 @@ class Chat:
         for length in range(len(tail), 0, -1):
             begun = tail[:length]
             if bare.endswith(begun) and (begun == tail or any(mark in begun for mark in self._marks)):
-                if len(messages) > 1:
+                if any(message["content"].strip() not in text for message in messages):
                     raise UserError("the last message is templated already: give it alone, without a system message")
                 text = text if forced else bare + tail[length:] + self._tail[len(self._tail.rstrip()) :]
                 return self._bos + text.removeprefix(self._bos)

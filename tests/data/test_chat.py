@@ -175,7 +175,8 @@ def test_a_prompt_that_is_templated_already_stays_as_it_is(chats, name):
     assert chats[name].prompt(user_message("What is <|im_end|>?")).count("What") == 1
     for text in (prompt, begun):
         with pytest.raises(UserError, match="the last message is templated already: give it alone"):
-            chats[name].prompt([{"role": "system", "content": "S"}, *user_message(text)])
+            chats[name].prompt([{"role": "system", "content": "Other."}, *user_message(text)])
+        assert chats[name].prompt([*user_message("Q"), *user_message(text)]) == prompt  # which holds it already
 
 
 @pytest.mark.parametrize(
