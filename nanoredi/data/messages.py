@@ -148,11 +148,13 @@ def _texts(messages: Messages) -> list[tuple[str, str]]:
 
 
 def said(row: dict[str, Any]) -> Any:
-    """A row's completion; if it is text, as the assistant's message, with thinking from the row's own field."""
+    """A row's completion as a list of messages, the last one with the thinking that the row has in a field of its own."""
     # "reasoning" may also be a switch that says how the row was made.
     thinking = {name: t for name in THINKING_NAMES if isinstance(t := row.get(name), str) and t not in ("on", "off")}
-    text = row["completion"]
-    return {"role": "assistant", "content": text, **thinking} if isinstance(text, str) else text
+    given = row["completion"]
+    *before, last = given if isinstance(given, list) and given else [given]
+    last = {"role": "assistant", "content": last} if isinstance(last, str) else last
+    return [*before, {**last, **thinking} if isinstance(last, dict) else last]
 
 
 def last_role(messages: Any) -> str | None:

@@ -76,7 +76,7 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
     for where, row in rows:
         if not isinstance(row.get("completion"), str):
             raise UserError(f"{where} must hold 'completion', a text, like all rows of the file")
-        [answer] = check_messages(where, [said(row)])
+        [answer] = check_messages(where, said(row))
         alone = {**row, "generations": [folded(answer)["content"]], "correct": [row.get("correct")]}
         raw = labelled(where, alone, tokenizer, grading)
         if grading and raw["correct"] and row.get("finish_reason") == "length":

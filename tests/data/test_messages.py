@@ -42,6 +42,8 @@ def test_thinking_beside_a_completion_belongs_to_it():
     for field in ("reasoning_content", "reasoning", "thinking"):
         thought = {"prompt": "Q", "completion": "B", field: "A"}
         assert conversation("here", thought) == [TURNS[0], {**TURNS[1], "reasoning_content": "A"}]
+        for completion in (TURNS[1], TURNS[1:], TURNS):
+            assert conversation("here", {**thought, "completion": completion}) == conversation("here", thought)
 
 
 @pytest.mark.parametrize("field", ["label", "correct", "is_correct"])
