@@ -1,13 +1,13 @@
 """How fast training is on a shared machine, beside another busy process.
 
-    python bench/beside.py                       two processes that use every core; first alone, then side by side
+    python bench/beside.py                       one process alone, then beside another; each uses every core
     python bench/beside.py --rounds 1 --steps 1                       shorter
 
 OpenMP's threads spin for a while before they sleep when they wait for each other. On an idle machine that saves the
-time of waking up; beside another process they take time from the very thread that they wait for. nanoredi lets them
-sleep sooner (nanoredi/__init__.py) unless the environment says otherwise. The steps are those of bench/train_step.py,
-with its model and the CPU's best dtype; the other process runs the same steps. Ideally a process alone keeps all of its
-speed, and one beside another keeps half.
+time of waking up; beside another process the spinning takes time from the very thread that they wait for. nanoredi lets
+them sleep sooner (nanoredi/__init__.py) unless the environment says otherwise. The steps are those of
+bench/train_step.py, with its model and the CPU's best dtype; the other process runs the same steps. Ideally a process
+alone loses no speed by that, and one beside another keeps half of it.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from train_step import SIZES, Qwen2, compute_dtype, torch  # noqa: E402
 
 HERE = Path(__file__).parent
 WAITS = {
-    "nanoredi": {"GOMP_SPINCOUNT": "4000"},  # as nanoredi/__init__.py has it
-    "OpenMP's own": {"GOMP_SPINCOUNT": "300000"},  # libgomp's default
+    "nanoredi": {"GOMP_SPINCOUNT": "4000"},  # as nanoredi/__init__.py sets it
+    "OpenMP's default": {"GOMP_SPINCOUNT": "300000"},  # libgomp's
 }
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     name, size = next(iter(SIZES.items()))
     dtype = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
     print(f"{torch.get_num_threads()} threads; {name}, one pair a step, {dtype}\n")
-    print("| wait | s a step alone | of OpenMP's own | s beside an equal process | of its speed alone |")
+    print("| wait | s a step alone | relative to default | s a step beside an equal process | speed kept |")
     print("| --- " * 5 + "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         Qwen2(size.config).init_weights(0).save_pretrained(Path(folder), torch.float32)
@@ -54,7 +54,7 @@ def main() -> None:
                 beside[wait] += seconds(words, WAITS[wait], flags.steps)
                 other.kill()
                 other.wait()
-    own = statistics.median(alone["OpenMP's own"])
+    own = statistics.median(alone["OpenMP's default"])
     for wait in WAITS:
         a, b = statistics.median(alone[wait]), statistics.median(beside[wait])
         print(f"| {wait} | {a:.3g} | {a / own:.3f} | {b:.3g} | {a / b:.0%} |", flush=True)

@@ -139,10 +139,10 @@ def in_time(command: list[str], seconds: float) -> tuple[int | None, str, str]:
 
 
 def row_of(part: Part, folder: Path, dry: bool, left: float) -> Row:
-    """The part with its measurements, or with the reason why there are none.
+    """A row of the table: the part with its measurements, or with the reason why there are none.
 
     Args:
-        folder: of the model's weights; the tests' output goes beside it.
+        folder: the model's weights; the tests' output is written beside it.
     """
     start = time.monotonic()
     peer = PEERS.get(part["kind"], {}).get(part.get("method"))
@@ -150,7 +150,7 @@ def row_of(part: Part, folder: Path, dry: bool, left: float) -> Row:
     if not _is_installed(package):
         return {**part, "note": f"{package} is not installed"}
     if peer == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
-        note = "this release has none"
+        note = "this torch has none"
     elif left <= 0:
         note = "no time was left"
     version = {"version": f"{peer} {importlib.metadata.version(peer)}"} if peer else {}

@@ -6,12 +6,12 @@ import sys
 
 
 def figures(script: str, words: list[str], name: str, profiled: bool) -> dict | None:
-    """The last line, parsed as JSON, that a script prints when it is run with these words; None when it fails, after
-    its last line of stderr was printed.
+    """Run a script with these arguments. Returns the last line that it prints, parsed as JSON; None if it fails, once
+    the last line of its stderr has been printed.
 
     Args:
         name: of the method, for that message.
-        profiled: print its stderr in any case.
+        profiled: print all of its stderr as well.
     """
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
     if profiled:

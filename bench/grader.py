@@ -2,8 +2,8 @@
 
     python bench/grader.py ../shared/data/benchmarks
 
-It prints two lists for a person to read: pairs of different golds that count as equal, and golds that still count as
-right with one character changed, by what makes them equal. A fixed seed draws the mutations.
+It prints two lists for a person to read: pairs of different golds that the grader takes as equal, and golds with one
+character changed that it still accepts, by what makes them equal. The mutations are drawn with a fixed seed.
 """
 
 import itertools
@@ -29,7 +29,7 @@ def main(folder: str) -> None:
     trees = [(gold, read(gold)) for gold in golds]
     pairs = itertools.combinations(trees, 2)
     twins = [(a, b) for (a, x), (b, y) in pairs if any(same(p, q) for p, _ in x for q, _ in y) and equal(a, b)]
-    print(f"{len(golds)} golds, {len(twins)} pairs are equal:")
+    print(f"{len(golds)} golds, {len(twins)} pairs count as equal:")
     for a, b in twins:
         print(f"    {a}  ==  {b}")
 
@@ -44,7 +44,7 @@ def main(folder: str) -> None:
             plain = [{text.replace(" ", "") for text, _ in readings(text)} for text in (new, gold)]
             kinds = {tree.kind for tree, _ in read(new)} | {tree.kind for tree, _ in read(gold)}
             accepted["the same plain string" if plain[0] & plain[1] else " or ".join(sorted(kinds))].append((new, gold))
-    print(f"{MUTATIONS} mutations, {sum(map(len, accepted.values()))} still count as right:")
+    print(f"{MUTATIONS} mutations, {sum(map(len, accepted.values()))} are still accepted:")
     for reason, cases in accepted.items():
         print(f"  {reason}: {len(cases)}")
         for new, gold in cases:

@@ -3,8 +3,8 @@
     python -m bench.preparing --tokenizer DIR --folder NEW_FOLDER [--rows 516499] [--shards 20] [--correct 0.15]
 
 A row has two traces with a median of 10,000 characters. The share of rows with a correct trace is that of the real data
-after its filters; two thirds of these rows also have an incorrect one. With fewer there would be less to tokenise,
-which takes most of the time. Every shard is a single row group, the worst case for reading.
+after its filters; two thirds of these rows also have an incorrect one. Tokenising these traces takes most of the time,
+so a smaller share would flatter the result. Every shard is a single row group, the worst case for reading.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 WORDS = (
     "so we have x y the = + - \\frac{1}{2} 12 7 305 \\( \\) \\sqrt{3} therefore let's check that sum is equal to n \n\n"
 )
-# Run in a process of its own, which prints its peak memory at the end, as Linux has counted it from the start.
+# Run in a separate process, which prints at its end the peak of its memory as counted by Linux.
 PREPARE = """
 import sys
 from nanoredi import prepare

@@ -1,4 +1,4 @@
-"""How memory, traffic and step time scale from 1 to 64 GPUs: docs/scaling.md, computed by step_costs.py.
+"""How memory, traffic and step time scale from 1 to 64 GPUs: writes docs/scaling.md, computed by step_costs.py.
 
     python bench/scaling.py > docs/scaling.md              the page in the repository: H100s
     python bench/scaling.py --memory 40 --flops 312        the same page for other devices
@@ -56,18 +56,8 @@ def memory_table(c: Qwen2Config) -> str:
 
 def time_table(c: Qwen2Config, device: Device) -> str:
     alone = times(c, LAYOUTS[0], device)["step"]
-    rows = [
-        [
-            "GPUs",
-            "NVLink, GB",
-            "network, GB",
-            "computing, s",
-            "step, s",
-            "products kept, s",
-            "of linear",
-            "network to keep up, Gb/s",
-        ]
-    ]
+    head = ["GPUs", "NVLink, GB", "network, GB", "computing, s", "step, s", "products kept, s", "of linear scaling"]
+    rows = [[*head, "network to keep up, Gb/s"]]
     for x in LAYOUTS:
         inside, outside = step_traffic(c, x)
         t, kept = times(c, x, device), times(c, dataclasses.replace(x, together=1, products=True), device)
@@ -118,13 +108,13 @@ def offload_table(device: Device) -> str:
 
 
 def offloaded_card(device: Device) -> str:
-    """What 1.5B takes of a card of 24 GB, as text."""
+    """What 1.5B takes of a card of 24 GB and of its host, as text."""
     c, card, layout = MODELS["1.5B"], dataclasses.replace(device, **CARD), Layout(1, 1, offload=True)
     need, usable = sum(memory(c, layout).values()) / 1e9, card.memory * card.memory_share
     more = times(c, layout, card)["step"] / times(c, Layout(1, 1), card)["step"] - 1
     return (
-        f"{need:.1f} GB with a pair in a micro-batch, of {usable:.1f} usable,\n  {host_memory(c)['training'] / 1e9:.0f} GB of "
-        f"the host's, and {100 * more:.0f} % more time a step"
+        f"{need:.1f} of {usable:.1f} usable GB with a pair in a micro-batch,\n  {host_memory(c)['training'] / 1e9:.0f} GB "
+        f"of host memory, and a step {100 * more:.0f} % longer than it would be without `--offload`"
     )
 
 
@@ -142,6 +132,7 @@ def page(device: Device) -> str:
     across = [(c, n) for c in MODELS.values() for n in GPUS if n > MACHINE]
     step = {(c, n): times(c, Layout(n, n), device)["step"] for c in MODELS.values() for n in GPUS}
     kept_on_8 = [times(c, Layout(8, 8, together=1, products=True), device)["step"] for c in MODELS.values()]
+    needed = [times(c, Layout(n, n), device)["network needed"] for c, n in across]
     saved = max(1 - times(c, Layout(n, MACHINE), device)["step"] / step[c, n] for c, n in across)
     fits = (
         f"- **{name}** ({parameters(c) / 1e9:.2f} billion parameters) fits on {fewest(c, device, 2)} with a pair in a "
@@ -171,7 +162,7 @@ def page(device: Device) -> str:
         linear=f"{100 * min(step[c, 1] / (64 * step[c, 64]) for c in MODELS.values()):.0f}",
         network=f"{device.network:g}",
         hsdp_saves=f"up to {100 * saved:.0f} % of a step" if saved >= 0.005 else "no time",
-        needed=f"{max(times(c, Layout(n, n), device)['network needed'] for c, n in across):.0f}",
+        needed=f"{min(needed):.0f} to {max(needed):.0f}",
         slow=slow_table(device),
         offload=offload_table(device),
         card=offloaded_card(device),
@@ -184,7 +175,7 @@ def page(device: Device) -> str:
 PAGE = """\
 # From 1 to 64 GPUs
 
-Computed, not measured: `python bench/scaling.py` computes this page from the rates at its end.
+Computed, not measured: `python bench/scaling.py` computes this page from the rates at its end, several of them assumed.
 
 1.5B is Qwen2.5-Math-1.5B, 7B has the shape of Qwen2.5-7B. A step of REDI is 32 pairs of 2 x 19,000 tokens, the
 longest that the paper allows; with the default `--max_tokens_per_micro_batch` a micro-batch is a pair. Forward and
@@ -197,72 +188,72 @@ micro-batch.
 ## Conclusions
 
 {fits}
-- **One card of 24 GB** trains 1.5B with `--offload`: {card}.
+- **One card of 24 GB** holds 1.5B with `--offload`: {card}.
 - Until a step's last micro-batch each GPU accumulates the unsharded gradient in fp32, {sums} GB, however many GPUs
   there are. With 32 GPUs or more a step has one micro-batch a GPU, and nothing is accumulated.
-- A step takes {on_8} s on 8 GPUs and {on_64} s on 64: {linear} % of linear or better. The longer a micro-batch
-  computes, the more of its communication is hidden.
+- A step takes {on_8} s on 8 GPUs and {on_64} s on 64: at least {linear} % of linear scaling. The longer a
+  micro-batch computes, the more of its communication is hidden.
 - `--activation_checkpointing products` keeps the linear layers' outputs instead of recomputing them: {kept_on_8} s a
   step on 8 GPUs with one sequence in a micro-batch, {kept_saves} % less. 1.5B then fits on {products_small}, 7B on
   {products_large}. A micro-batch of half the tokens needs a faster network: up to {kept_needed} Gb/s a GPU.
-- HSDP needs more memory, and at {network} Gb/s a GPU it saves {hsdp_saves}. It is for slow networks: below {needed}
-  Gb/s a GPU the communication of FSDP over all GPUs no longer hides behind computing. HSDP then helps most if a GPU
-  has several micro-batches a step, because its traffic between machines does not grow with them. Seconds of a step,
-  FSDP / HSDP (3.1 Gb/s a GPU is one link of 25 Gb/s a machine):
+- HSDP needs more memory, and at {network} Gb/s a GPU it saves {hsdp_saves}. It is for slow networks: below {needed} Gb/s
+  a GPU, depending on the layout, FSDP's communication no longer hides behind computing. HSDP then helps if a GPU has
+  several micro-batches a step, because its traffic between machines does not grow with them; with one it may be slower.
+  Seconds of a step, FSDP / HSDP (3.1 Gb/s a GPU is one link of 25 Gb/s a machine):
 
 {slow}
 
 - All this is for long traces. Traffic does not depend on their length: with a tenth of the tokens in a micro-batch the
   network must be ten times as fast or more, and the latency of messages, which is not counted here, begins to matter.
 
-"Fits" means in {usable} GB; times are given for fewer GPUs too. Memory is the peak.
+"Fits" means that the peak of memory is within {usable} GB. The tables also have layouts that do not fit.
 
 {sections}
 
 ## One GPU with --offload
 
 Master weights and Adam's moments are on the host, which also runs the optimiser. The GPU keeps the rest of the first
-rows above, including the accumulated gradient, which therefore crosses the bus once a step. The card of 24 GB is an
-RTX 4090; *without it* is the step without `--offload` if the GPU had the memory:
+row of each table above, including the accumulated gradient, which therefore crosses the bus once a step. The card of 24
+GB is an RTX 4090; *without it* is the step without `--offload`, if the GPU had enough memory:
 
 {offload}
 
-While a state is saved the host needs {saving} GB more. Each micro-batch copies the weights to the GPU twice, so larger
-micro-batches, of which there are fewer, are better.
+While a state is saved the host needs {saving} GB more. Each micro-batch copies the weights to the GPU twice, so fewer
+and larger micro-batches are faster.
 
 ## What was measured
 
-Nothing: no accelerator has run these sizes yet. `tests/test_scaling.py` compares the formulas with the program: the
-number of parameters with the model's, and the peak memory, for four blocks of each model on one GPU, with the tensors
-that a step keeps, which it counts without a GPU.
+Nothing: no accelerator has run these sizes yet. `tests/test_scaling.py` compares two of the formulas with the program,
+without a GPU: the number of parameters with the model's, and the peak memory, for four blocks of each model on one GPU,
+with the size of the tensors that a step keeps. Time and network traffic are not compared with a run.
 
 ## How it is computed
 
 **Memory.** *weights, Adam*: three fp32 numbers a parameter, sharded over the GPUs that share a copy. *gradients*: the
-unsharded sum of the earlier micro-batches; a block's gradient while it is reduced; the head's, which the loss
-computes in forward. *gathered*: the unsharded bf16 weights of the root unit (embedding, norm and head: gathered once
-a forward, kept to the end of backward) and of up to three blocks (running, next, being gathered). *checkpoints*: the
-input of each block and its attention's output; if products are kept, also the linear layers' outputs but for the last
-one's. *a block*: what a block's backward recomputes and keeps. The loss needs its chunk of logits at another time,
-when no block is running. Not counted: CUDA, NCCL, fragmentation.
+unsharded sum of the earlier micro-batches; a block's gradient while it is reduced; the head's, which the loss computes
+in forward. *gathered*: the unsharded bf16 weights of the root unit (embedding, norm and head: gathered once a forward,
+kept to the end of backward) and of up to three blocks (running, next, being gathered). *checkpoints*: the input of each
+block and its attention's output; if products are kept, also the outputs of all linear layers but the last. *a block*:
+what a block's backward recomputes and keeps. The loss needs its chunk of logits at another time, before any block's
+backward. Not counted: CUDA, NCCL, fragmentation.
 
-**Traffic.** A micro-batch gathers each block twice, for forward and for backward, and the root unit once, in bf16.
-Once a step gradients are reduced in fp32. To gather or reduce S bytes over n GPUs each sends S (n - 1) / n; across
-machines an eighth of that goes through each GPU's adapter, as the 8 adapters of a machine carry a ring each. HSDP's
+**Traffic.** A micro-batch gathers each block twice, for forward and for backward, and the root unit once, in bf16. Once
+a step gradients are reduced in fp32. To gather or reduce S bytes over n GPUs each sends S (n - 1) / n; across machines
+an eighth of that goes through each GPU's adapter, because the 8 adapters of a machine carry one ring each. HSDP's
 all-reduce among m machines sends 2 (m - 1) / m of an eighth of the gradient through each.
 
 **Time.** Linear layers take 2 FLOPs a parameter and token in forward and 4 in backward; if products are not kept, 2
 more for all but the MLP's last layer, which is not recomputed. The loss takes 6. Causal attention takes 2 n^2 D a
 sequence and block, and 2.5 times that in backward; its forward is not recomputed. What blocks do between products
-(norms, residuals, rotation, SwiGLU) takes its traffic at the memory's rate, 254 kB a token and block of 1.5B. Each
-forward and each backward takes the longer of computing and communicating; the last backward also sends the gradients.
-What overlaps with nothing is added: the gather of the root unit and the first block in each micro-batch, the root
-unit's reduction at the end, the optimiser. With `--offload` a micro-batch copies the fp32 weights over the bus, those
-of the blocks again in backward, which on one GPU overlaps with nothing; gradients are copied back during the last
-backward. The host's optimiser step reads and writes 52 bytes a parameter. Its memory is 8 bytes a parameter for the
-moments, and weights and gradients in pinned memory, where torch rounds each tensor up to a power of two. All GPUs
-have equal work. *network to keep up*: the rate below which communicating takes longer than computing in some forward
-or backward.
+(norms, residuals, rotation, SwiGLU) takes as long as its memory traffic, 254 kB a token and block of 1.5B. Each forward
+and each backward takes the longer of computing and communicating; the last backward also sends the gradients. What
+overlaps with nothing is added: the gather of the root unit and the first block in each micro-batch, the root unit's
+reduction at the end, the optimiser. With `--offload` a micro-batch copies the fp32 weights over the bus, those of the
+blocks again in backward, which on one GPU overlaps with nothing; gradients are copied back during the last backward.
+The host's optimiser step reads and writes 52 bytes a parameter. Its memory is 8 bytes a parameter for the moments, and
+weights and gradients in pinned memory, where torch rounds each tensor up to a power of two. All GPUs are taken to have
+equal work. *network to keep up*: the rate below which communicating takes longer than computing in some forward or
+backward.
 
 **Rates.**
 

@@ -18,7 +18,7 @@ from nanoredi.model.qwen2 import Qwen2
 
 
 def rate(value: float, unit: str, source: str) -> Any:
-    """A device's rate, and its source."""
+    """A field of Device: a rate with its unit and source."""
     return dataclasses.field(default=value, metadata={"unit": unit, "source": source})
 
 
@@ -31,18 +31,18 @@ class Device:
 
     flops: float = rate(989, "Tflop/s", f"bf16 matrix products, dense: {DATASHEET}")
     memory: float = rate(80, "GB", DATASHEET)
-    bandwidth: float = rate(3350, "GB/s", f"of that memory: {DATASHEET}")
+    bandwidth: float = rate(3350, "GB/s", f"of the GPU's memory: {DATASHEET}")
     nvlink: float = rate(450, "GB/s", f"a direction, within a machine: {DATASHEET} (900 both ways)")
     network: float = rate(400, "Gb/s", "a GPU's adapter, between machines: assumed, one 400 Gb/s adapter a GPU")
-    pcie: float = rate(31.5, "GB/s", "a direction, to the host: PCIe 4.0 x16 by its standard")
+    pcie: float = rate(31.5, "GB/s", "a direction, to the host: PCIe 4.0 x16 by the standard")
     host_bandwidth: float = rate(76.8, "GB/s", "of the host's memory: assumed, two channels of DDR5-4800")
-    matrix_share: float = rate(0.5, "", "of flops in the linear layers and the loss: assumed")
+    matrix_share: float = rate(0.5, "", "share of flops reached in the linear layers and the loss: assumed")
     attention_share: float = rate(
-        0.35, "", "of flops in attention: FlashAttention-2 on an H100, as arXiv 2407.08608 has it"
+        0.35, "", "share of flops reached in attention: FlashAttention-2 on an H100 in arXiv 2407.08608"
     )
-    link_share: float = rate(0.7, "", "of the memory's and the links' rates: assumed")
+    link_share: float = rate(0.7, "", "share reached of the memory's and the links' rates: assumed")
     memory_share: float = rate(
-        0.9, "", "of the memory that tensors may fill; CUDA, NCCL and gaps take the rest: assumed"
+        0.9, "", "share of the memory that tensors may fill, beside CUDA, NCCL and fragmentation: assumed"
     )
 
 
@@ -77,11 +77,11 @@ class Layout:
     """A step's work on some GPUs.
 
     Attributes:
-        gpus: their number.
-        shard: how many share a copy of the model: all (FSDP), or fewer (HSDP).
-        together: sequences in a micro-batch, if a GPU has as many.
-        products: the linear layers' outputs are kept for backward (--activation_checkpointing products).
-        offload: master weights and moments are on the host (--offload); for one GPU only.
+        gpus: number of GPUs.
+        shard: number of GPUs that share a copy of the model: all (FSDP), or fewer (HSDP).
+        together: sequences in a micro-batch, or fewer if a GPU has fewer in a step.
+        products: whether the linear layers' outputs are kept for backward (--activation_checkpointing products).
+        offload: whether master weights and moments are on the host (--offload); for one GPU only.
     """
 
     gpus: int
@@ -152,7 +152,7 @@ def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
 
 
 def host_memory(c: Qwen2Config) -> dict[str, float]:
-    """Bytes of host memory that --offload takes for one GPU: to train, and in addition while a state is saved. torch
+    """Bytes of host memory that --offload takes for one GPU: in training, and in addition while a state is saved. torch
     rounds each pinned tensor, here weights and gradients, up to a power of two."""
     with torch.device("meta"):
         pinned = sum(2 * 2 ** math.ceil(math.log2(4 * p.numel())) for p in Qwen2(c).parameters())

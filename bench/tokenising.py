@@ -8,7 +8,7 @@ depends on it less than wall time:
     encode_batch     `tokenizers` alone: the templated texts are in memory, the encodings are discarded
     ... and ids      the same, and the ids are read, as training needs them
     load_sft         nanoredi: read the file, check and template the rows, encode, mark learned tokens, write the cache
-    digest           only the digest of the file, by which the cache is found
+    digest           only the digest of the file, which names the cache
     again            a second start, from the cache: the digests of file and cache
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
         data = Path(folder, "rows.jsonl")
         rows = [row for _, row in islice(read_rows(flags.data), flags.rows)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.utime(data, (0, 0))  # as if it were not new
+        os.utime(data, (0, 0))  # as if the file were old
         texts = ["".join(tokenizer.split(row["messages"])) for row in rows]
         total = sum(len(encoding) for encoding in tokenizer.encode_batch(texts))
         print(f"{len(rows):,} rows, {total / len(rows):,.0f} tokens each, {os.cpu_count()} cores", flush=True)
@@ -58,7 +58,7 @@ def main() -> None:
                 "again": lambda: load_sft(str(data), tokenizer, LONGEST, cache),
             }.items():
                 seconds.setdefault(name, []).append(timed(work))
-    print("                   wall, s  (least, most)           CPU, s  M tokens/s  encode_batch's time / its own")
+    print("                   wall, s  (least, most)           CPU, s  M tokens/s  encode_batch's time / this one's")
     plain = medians(seconds["encode_batch"])
     for name, times in seconds.items():
         clock, processor = medians(times)

@@ -4,8 +4,8 @@
     python experiments/findings.py --page        only the page and its figure, from the finished runs
 
 Stage 1 is trained once for each seed. On a tuning seed every method is trained at every rate of one grid, and the rate
-with the highest pass@1 is chosen. At these rates, and some of them also at their second-best rate, the methods are
-trained on the other seeds, and evaluated along the run and at its end. docs/findings.md and docs/findings.png are
+with the highest pass@1 is chosen. At these rates, and three of them also at their second-best rate, the methods are
+trained on the other seeds, and evaluated during the run and at its end. docs/findings.md and docs/findings.png are
 written from these runs.
 """
 
@@ -46,7 +46,7 @@ METHODS = {
     "symmetric REDI": {"alpha": 1.0},
 }
 CONTESTED = ("REDI 0.8", "DPO", "SimPO")  # also trained at their second-best rate, since one seed is a rough choice
-ALONG, N_ALONG, N_END = 22, 4, 16  # steps between evaluations; samples a problem, along the run and at its end
+ALONG, N_ALONG, N_END = 22, 4, 16  # steps between evaluations; samples a problem, during the run and at its end
 
 
 class Bench:
@@ -57,7 +57,7 @@ class Bench:
         self.tables = read_recipe("toy")
 
     def stage_1(self, seed: int) -> None:
-        """Data and stage 1 of a seed, evaluated."""
+        """Make a seed's data, train its stage 1 and evaluate it."""
         folder = self.out / f"seed-{seed}"
         if (folder / "results.json").exists():
             return
@@ -75,7 +75,7 @@ class Bench:
         self.finish(folder, seed, [("SFT", folder / "sft" / "final", N_END)])
 
     def stage_2(self, seed: int, name: str, parameters: dict, lr: float, tuning: bool) -> float:
-        """Train a method from a seed's stage 1, and evaluate it: pass@1 at the end."""
+        """Train a method from a seed's stage 1 and evaluate it. Returns the final pass@1."""
         start = self.out / f"seed-{seed}"
         folder = start / run_name(name, lr)
         if not (folder / "results.json").exists():
@@ -102,7 +102,7 @@ class Bench:
                 train(config, self.ranks)
 
     def finish(self, folder: Path, seed: int, models: list[tuple[str, Path, int]]) -> None:
-        """Evaluate models, and write results.json."""
+        """Evaluate models and write results.json."""
         data = self.out / f"seed-{seed}" / "data"
         problems = [benchmarks.load(str(data / "toy.jsonl"), "", 0)]
         watch = RediConfig(watch=str(data / "watch.jsonl"), cache=str(self.out / "cache"))
@@ -118,7 +118,7 @@ class Bench:
 
 @contextlib.contextmanager
 def timed(out: Path) -> Iterator[None]:
-    """Add a line to seconds.txt: how long this start of the program ran, even if it was interrupted."""
+    """Append to seconds.txt how long this start of the program ran, even if it was interrupted."""
     start = time.perf_counter()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command resumes"))
     try:
@@ -129,7 +129,7 @@ def timed(out: Path) -> Iterator[None]:
 
 
 def run_all(out: Path) -> None:
-    """Every run that is not finished yet."""
+    """Do every run that is not finished yet."""
     out.mkdir(parents=True, exist_ok=True)
     with timed(out), world() as ranks:
         bench = Bench(out, ranks)
@@ -146,7 +146,7 @@ def run_all(out: Path) -> None:
 
 
 def arms(tuned: dict[str, dict[float, float]]) -> list[Arm]:
-    """What is trained on the seeds: each method at its best rate, and some at another one, too."""
+    """The runs for each seed: every method at its best rate, then some also at another one."""
     best = [(name, ranked(at)[0]) for name, at in tuned.items()]
     second = [(name, ranked(tuned[name])[1]) for name in CONTESTED]
     return list(dict.fromkeys([*best, *second, *HIGH]))

@@ -1,4 +1,4 @@
-"""The page and the figure of experiments/findings.py; every result and verdict in them comes from its runs."""
+"""Write docs/findings.md and its figure from the runs of experiments/findings.py, results and verdicts included."""
 
 import json
 import math
@@ -11,21 +11,19 @@ from nanoredi.report.figures import Run, draw, read_runs
 
 Arm = tuple[str, float]  # method and learning rate
 STAGE_1: Arm = ("stage 1", 0.0)
-HIGH: list[Arm] = [
-    ("REDI 0.8", 1e-3),
-    ("symmetric REDI", 1e-3),
-]  # where the second should collapse and the first should not
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for an interval of 95 %, by the number of seeds
+# Not from the sweep: at this rate the second arm should collapse and the first should not.
+HIGH: list[Arm] = [("REDI 0.8", 1e-3), ("symmetric REDI", 1e-3)]
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for a 95 % interval, by the number of seeds
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says: that `more` is larger than `less` by a metric of the last evaluation.
+    """A claim of the paper: a metric of the last evaluation is larger for `more` than for `less`.
 
     Attributes:
-        text: the paper's claim (arXiv 2505.24850).
+        text: the claim in words (arXiv 2505.24850).
         more, less: the arms.
-        key: the metric; shares are shown in points.
+        key: the metric; shares are shown in percentage points.
     """
 
     text: str
@@ -40,33 +38,33 @@ def ranked(at: dict[float, float]) -> list[float]:
 
 
 def claims(tuned: dict[str, dict[float, float]]) -> list[Claim]:
-    """The paper's claims, about the arms that the sweep chose."""
+    """The paper's claims, as comparisons of the arms that the sweep chose."""
     best = {name: (name, ranked(at)[0]) for name, at in tuned.items()}
     second = {name: (name, ranked(at)[1]) for name, at in tuned.items()}
     redi, symmetric, (healthy, collapse) = best["REDI 0.8"], best["symmetric REDI"], HIGH
     return [
-        Claim("Learning from incorrect traces, too, raises accuracy over stage 1", redi, STAGE_1),
-        Claim("... and over continuing SFT on the correct ones alone", redi, best["SFT continued"]),
+        Claim("Learning also from incorrect traces raises accuracy over stage 1", redi, STAGE_1),
+        Claim("... and over continuing on the correct ones alone", redi, best["SFT continued"]),
         Claim("REDI is better than DPO", redi, best["DPO"]),
         Claim("... both at their second-best rate", second["REDI 0.8"], second["DPO"]),
         Claim("REDI is better than SimPO", redi, best["SimPO"]),
         Claim("... both at their second-best rate", second["REDI 0.8"], second["SimPO"]),
-        Claim("The higher pass@1 does not cost pass@16", redi, STAGE_1, "pass@16"),
+        Claim("The higher pass@1 is not at the expense of pass@16", redi, STAGE_1, "pass@16"),
         Claim("Symmetric REDI improves on stage 1 at a low rate", symmetric, STAGE_1),
         Claim("... and collapses at the high one: it ends below stage 1", STAGE_1, collapse),
-        Claim("... where alpha 0.8 stays above stage 1", healthy, STAGE_1),
-        Claim("REDI at its rate is better than symmetric REDI at its own", redi, symmetric),
+        Claim("... at which alpha 0.8 stays above stage 1", healthy, STAGE_1),
+        Claim("REDI is better than symmetric REDI, each at its best rate", redi, symmetric),
         Claim("Alpha 0.8 is better than 0.5", redi, best["REDI 0.5"]),
         Claim("Alpha 0.8 is better than 0.2", redi, best["REDI 0.2"]),
         Claim("In a healthy run the chosen log-prob falls", STAGE_1, redi, "chosen_logp"),
-        Claim("... and the rejected one", STAGE_1, redi, "rejected_logp"),
+        Claim("... and so does the rejected one", STAGE_1, redi, "rejected_logp"),
         Claim("In the collapse the chosen log-prob falls far lower", redi, collapse, "chosen_logp"),
-        Claim("... and the rejected one", redi, collapse, "rejected_logp"),
+        Claim("... and so does the rejected one", redi, collapse, "rejected_logp"),
     ]
 
 
 class Results:
-    """The last rows of all runs."""
+    """The rows of results.json of all runs, by arm and seed."""
 
     def __init__(self, out: Path, arms: Sequence[Arm], seeds: Sequence[int]):
         self.out, self.arms, self.seeds = out, [STAGE_1, *arms], seeds
@@ -86,7 +84,7 @@ def run_name(method: str, lr: float) -> str:
 
 
 def verdict(differences: Sequence[float], scale: float, unit: str) -> tuple[str, str]:
-    """The mean difference with its 95 % interval, and what that says of a claim that it is positive."""
+    """The mean difference with its 95 % interval, and the verdict on a claim that it is positive."""
     n, mean = len(differences), statistics.fmean(differences)
     half = T_95[n] * statistics.stdev(differences) / math.sqrt(n)
     wins = sum(d > 0 for d in differences)
@@ -95,11 +93,11 @@ def verdict(differences: Sequence[float], scale: float, unit: str) -> tuple[str,
     elif mean + half < 0:
         word = "**the opposite holds**"
     elif wins == n:
-        word = "holds on every seed, but the spread is as large"
+        word = "true on every seed, but the interval includes 0"
     elif sum(d < 0 for d in differences) == n:
-        word = "the opposite on every seed, but the spread is as large"
+        word = "the opposite on every seed, but the interval includes 0"
     else:
-        word = f"undecided: {wins} of {n} seeds"
+        word = f"undecided: true on {wins} of {n} seeds"
     form = "+.1f" if unit == "points" else "+.2f"
     ends = f"{scale * (mean - half):{form}} to {scale * (mean + half):{form}}"
     return f"{scale * mean:{form}} {unit} ({ends})", word
@@ -121,10 +119,7 @@ def claims_table(results: Results, tuned: dict[str, dict[float, float]]) -> list
 def results_table(results: Results) -> list[str]:
     seeds = " | ".join(f"seed {seed}" for seed in results.seeds)
     headings = "method | lr | pass@1 % | SEM | over seeds ± | pass@16 % | logp chosen | logp rejected | no answer %"
-    lines = [
-        f"| {headings} | {seeds} |",
-        "| --- |" + " --- |" * (8 + len(results.seeds)),
-    ]
+    lines = [f"| {headings} | {seeds} |", "| --- |" + " --- |" * (8 + len(results.seeds))]
     for arm in results.arms:
         value = {
             key: results.values(arm, key)
@@ -161,7 +156,7 @@ def sweep_table(tuned: dict[str, dict[float, float]]) -> list[str]:
 
 
 def near(tuned: dict[str, dict[float, float]], arms: Sequence[Arm]) -> str:
-    """The rates that came close to the best one, but were not trained on the seeds."""
+    """The rates within 5 points of their method's best that were tried on the tuning seed alone."""
     found = []
     for name, at in tuned.items():
         highest = max(at.values())
@@ -171,7 +166,7 @@ def near(tuned: dict[str, dict[float, float]], arms: Sequence[Arm]) -> str:
 
 
 def mean_run(arm: Arm, results: Results) -> Run:
-    """An arm's training curve, averaged over seeds; the accuracy's error is the standard error over seeds."""
+    """An arm's training curve, averaged over seeds; accuracy's error bar is the standard error over seeds."""
     runs = read_runs([str(results.file(arm, seed).parent) for seed in results.seeds])
     keys = ("chosen_logp", "rejected_logp", "update_norm")
     rows = []
@@ -191,7 +186,7 @@ def mean_run(arm: Arm, results: Results) -> Run:
 
 
 def time_taken(out: Path) -> tuple[int, float, int]:
-    """The number of trainings, their minutes with evaluations, and how often the program was started."""
+    """The number of training runs, their minutes with evaluations, and how often the program was started."""
     seconds = list(map(float, (out / "seconds.txt").read_text().split()))
     return len(list(out.glob("seed-*/**/results.json"))), sum(seconds) / 60, len(seconds)
 
@@ -204,9 +199,9 @@ def write_page(
     Args:
         out: the runs.
         tuned: {method: {learning rate: pass@1}} on the tuning seed.
-        arms: what was trained on the seeds, a method's best rate first.
-        seeds, tuning: the seeds, and the one that the rates were chosen on.
-        docs: the folder.
+        arms: those trained on the seeds, the best rates first.
+        seeds, tuning: the seeds of the results, and the one on which the rates were chosen.
+        docs: the folder to write into.
 
     Raises:
         FileNotFoundError: when a run is not finished.
@@ -215,55 +210,57 @@ def write_page(
     draw([mean_run(arm, results) for arm in arms], str(docs / "findings.png"))
     many, rates = f"{', '.join(map(str, seeds[:-1]))} and {seeds[-1]}", len(next(iter(tuned.values())))
     last = results.rows[arms[0], seeds[0]][-1]
+    sweep_high = 100 * tuned[HIGH[1][0]][HIGH[1][1]]
+    along = results.rows[arms[0], seeds[0]][0]["n"]
     steps = read_runs([str(results.file(arms[0], seeds[0]).parent)])[0].rows[-1]["step"]
     trainings, minutes, starts = time_taken(out)
     restarts = f", in {starts} starts of the program" if starts > 1 else ""
     text = f"""# The paper's findings on the toy
 
-Made by `python experiments/findings.py`, as is the figure: every result and every verdict below comes from its runs.
+`python experiments/findings.py` writes this page and its figure: each result and verdict below comes from its runs.
 
-The toy (`nanoredi/toy.py`) was built to show how REDI works, and alpha 0.8 and DPO's beta were tuned on it. What
-holds here is a demonstration, and what does not hold here says just as little about the paper, whose model is 4,600
-times as large.
+The toy (`nanoredi/toy.py`) was built to show how REDI works, and alpha 0.8 and DPO's beta were found to work on it
+while it was being built. What holds here is a demonstration, and what does not hold here says as little about the paper,
+whose model is 4,600 times as large.
 
-Stage 1 is trained once a seed, and stage 2 from it in {len(arms)} ways, each of {steps} steps. Their learning rates
-were chosen on seed {tuning} alone, for every method from the same {rates} (the sweep is at the end); seeds {many} had
-no part in it. pass@1 is over {last["problems"]} unseen problems with {last["n"]} samples each. Another seed gives
-other data, another initialisation and another order.
+Each seed has its own data, initialisation and order, one stage 1, and from it {len(arms)} runs of stage 2, each of {steps}
+steps: {len(tuned)} methods at the best of {rates} learning rates, some also at another. The best was chosen on seed {tuning} (the
+sweep is at the end); the results are of seeds {many}. pass@1 is over {last["problems"]} unseen problems, {last["n"]} samples each.
 
 ## Results
 
-Means over seeds {many}. SEM is the mean's standard error over samples, "over seeds" the standard deviation of the
-seeds' pass@1; log-probs are nats a token on pairs kept out of training.
+Means over seeds {many}. SEM is the mean's standard error over samples, for these models and problems; "over seeds" is
+the standard deviation of the seeds' pass@1. Log-probs are in nats a token, on held-out pairs.
 
 {chr(10).join(results_table(results))}
 
 ![Accuracy, log-probs and the size of the update of every method, by step](findings.png)
 
-The lines are means over the seeds; accuracy's error bars are the standard error over seeds. During a run there
-are fewer samples a problem than at its end.
+Lines are means over seeds, bars the standard error over seeds; accuracy between start and end has {along} samples a problem.
 
 ## The paper's claims
 
-A difference is between runs of the same seed. Its interval is Student's, of {len(seeds)} seeds, and wide: what is true
-on every seed may still not be certain. A claim holds if the whole interval is above 0.
+A difference is the mean over {len(seeds)} seeds of the difference between two runs of a seed. Its interval is Student's, wide
+with so few seeds, and not corrected for the number of claims. "Holds" means that the whole interval is above 0. The
+high rate, {HIGH[1][1]:g}, is not chosen by the sweep; in the sweep, on seed {tuning}, {HIGH[1][0]} has {sweep_high:.1f} % at it.
 
 {chr(10).join(claims_table(results, tuned))}
 
 ## How the rates were chosen
 
-pass@1 in % on seed {tuning}, with fewer samples a problem. The best of a row, in bold, is what the method has above;
-where it stands at an end of the row, the grid was too small for this method.
+pass@1 in % on seed {tuning}, {along} samples a problem. The best of a row, in bold, has the rate used above; where it stands
+at an end of the row, a rate outside the grid may be better.
 
 {chr(10).join(sweep_table(tuned))}
 
-A choice on one seed is rough, so REDI 0.8, DPO and SimPO are also above at their second-best rate. This rule was
-made after an earlier run, in which SimPO's best rate did badly on these same seeds.
-Not tried on the other seeds, though within 5 points of the best of their row:
+One seed is a rough guide, so REDI 0.8, DPO and SimPO are also compared at their second-best rate. That rule was made
+after an earlier experiment, in which SimPO at its best rate had done badly on these same seeds.
+Within 5 points of the best of their row, but not tried on the other seeds:
 {near(tuned, arms)}.
 
-DPO has beta 0.1, SimPO the paper's beta 2 and gamma 1. Neither was swept; another value may do better.
+DPO has beta 0.1, SimPO the paper's beta 2 and gamma 1. Neither was swept; other values may do better. Another processor
+rounds differently and gives other figures ([measured](measured.md#the-toy)).
 
-All of it, {trainings} trainings with their evaluations, took {minutes:.1f} minutes on 2 cores{restarts}.
+All of this, {trainings} trainings with their evaluations, took {minutes:.1f} minutes on 2 cores{restarts}.
 """
     (docs / "findings.md").write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Convert a Llama in a GGUF file to a Qwen2 in a Hugging Face folder, for experiments/real.py: `pip install gguf`.
 
-A Qwen2 block is a Llama block with biases on queries, keys and values; with biases of 0 it computes the same. GGUF has
-names of its own and another order of the rows of queries and keys, and it is quantised; the folder's weights are fp32.
+A Qwen2 block is a Llama block with biases on queries, keys and values; with biases of 0 it computes the same. GGUF
+names the weights otherwise, orders the rows of queries and keys otherwise, and is quantised; the folder is in fp32.
 """
 
 import json
@@ -51,11 +51,11 @@ def convert(file: Path, folder: Path, pad_token: str, chat_template: str) -> Non
     reader = GGUFReader(file)
     facts = {name: field.contents() for name, field in reader.fields.items()}
     if (facts["general.architecture"], facts["tokenizer.ggml.model"]) != ("llama", "gpt2"):
-        raise UserError(f"{file} holds no Llama with a byte-level tokenizer")
+        raise UserError(f"{file} is not a Llama with a byte-level tokenizer")
     config = _config(facts)
     raw = {t.name: torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), np.float32)) for t in reader.tensors}
     if "output.weight" in raw:
-        raise UserError(f"{file} has a head of its own")
+        raise UserError(f"{file} has an untied head; this converter takes a model with tied embeddings")
     save_folder(folder, config.to_dict(), _weights(raw, config), None, torch.float32)
     write_tokenizer(facts, folder, pad_token, chat_template)
 

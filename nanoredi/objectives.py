@@ -101,7 +101,7 @@ def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
-def wants_pairs(config: SftConfig | RediConfig) -> bool:
+def needs_pairs(config: SftConfig | RediConfig) -> bool:
     """Whether the loss is not linear in the log-probabilities, so it needs both sequences of a pair at once."""
     if isinstance(config, SftConfig) or config.objective == "sft":
         return False
@@ -126,7 +126,7 @@ def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> l
         tokens = {side: sum(s.num_learned for s, _ in kept if s.side == side) for side in SIDES}
         return [(s._replace(weight=w, share=1 / tokens[s.side]),) for s, w in kept]
     chosen, rejected = ([s._replace(share=1 / (len(rows) * s.num_learned)) for s in side] for side in zip(*rows))
-    if wants_pairs(config):
+    if needs_pairs(config):
         return list(zip(chosen, rejected))
     counts = [[s.num_learned for s in side] for side in (chosen, rejected)]
     weights = redi(*counts, config.alpha, config.chosen_weight)

@@ -1,4 +1,4 @@
-"""What tests of other engines' completions share: two problems, and what comes of rows that answer them."""
+"""Shared by the tests of other engines' completions: two problems, and how rows that answer them are graded."""
 
 import contextlib
 import io
@@ -42,7 +42,7 @@ def written(tmp_path, rows):
 
 
 def graded(tmp_path, rows, *benchmarks, thinking=True, limit=0):
-    """(problem, sample, is it correct) of each sample, and the notes that were printed."""
+    """(problem, sample, correct) of each sample, and the notes that were printed."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         found = grade_file(written(tmp_path, rows), "m", list(benchmarks), thinking, limit)
     return [

@@ -1,5 +1,5 @@
-"""What many tests share: the real data beside the repository, a small toy, one process as a world, and runs of the
-scripts."""
+"""Fixtures that many tests share: the real data beside the repository, a small toy, a world of one process, and runs of
+the scripts."""
 
 import functools
 import os
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import nanoredi  # noqa: F401  before torch, which reads what it sets
+import nanoredi  # noqa: F401  before torch, which reads the variables that it sets
 
 # isort: split
 import torch
@@ -68,7 +68,7 @@ cp "KEPT/$key" "$made"
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """The tests start many processes; what the C compiler makes of the same input is kept for the next one."""
+    """The tests start many processes, so the C compiler's output for an input is cached for the next one."""
     compiler = shutil.which("cc")
     if compiler is None or not shutil.which("sha1sum"):
         return
@@ -80,7 +80,7 @@ def compile_once(tmp_path_factory):
 
 
 def skip_without_gcc(source: str) -> None:
-    """For a test of C that could not be compiled: where gcc is, on Linux, it can be."""
+    """Skip a test of C that could not be compiled; with gcc on Linux it must compile, so fail there."""
     if sys.platform == "linux" and shutil.which("cc"):
         about = subprocess.run(["cc", "--version"], capture_output=True, text=True).stdout
         assert "Free Software Foundation" not in about, f"gcc cannot compile {source}, or torch not run it"
@@ -89,33 +89,33 @@ def skip_without_gcc(source: str) -> None:
 
 @pytest.fixture
 def plain(monkeypatch) -> None:
-    """Every operation by its plain version."""
+    """Run every operation in its plain version."""
     monkeypatch.setattr(dispatch.operation, "__call__", lambda self, *args, **kwargs: self.plain(*args, **kwargs))
 
 
 @pytest.fixture(params=["plain", "fastest"])
 def version(request) -> str:
-    """Every operation by its plain version, then by what the machine's device has; the same where that is nothing."""
+    """Run the test with the plain version of every operation, then with the device's version where there is one."""
     if request.param == "plain":
         request.getfixturevalue("plain")
     return request.param
 
 
 def use_triton(monkeypatch: pytest.MonkeyPatch, *operations: dispatch.operation) -> None:
-    """On the CPU, too, where Triton's interpreter runs."""
+    """Run operations in Triton; on the CPU in its interpreter."""
     if dispatch.triton is None:
         pytest.skip("Triton is not installed")
     if DEVICE.type == "cpu":
-        import interpreter  # noqa: F401  it learns to multiply and to round bf16
+        import interpreter  # noqa: F401  teaches it to multiply and to round bf16
     for device_type in (DEVICE.type, "cuda"):
-        dispatch._import_package(device_type)  # each registers its own once
+        dispatch._import_package(device_type)  # each registers its versions once
     for operation in operations:
         monkeypatch.setitem(operation.faster, DEVICE.type, operation.faster["cuda"])
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data; tests that want it skip where it is missing."""
+    """The folder of real data; tests that need it skip where it is missing."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.exists():
         pytest.skip("the real data is not beside the repository (../shared/data)")
@@ -148,27 +148,27 @@ def byte_model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def hasty(monkeypatch) -> None:
-    """Without what takes time in every run and changes no file: a disk that is waited for, a rate that is measured."""
+    """Leave out what takes time in every run and changes no file: syncing the disk and measuring the matrix rate."""
     monkeypatch.setattr(loop, "matrix_rate", lambda *_: 1e9)
     monkeypatch.setattr(disk, "_sync_entry", lambda path: None)
 
 
 @pytest.fixture
 def share(request) -> int:
-    """How many times as much an attack tries."""
+    """Factor on the number of attempts of an attack."""
     return 10 if request.config.getoption("--slow") else 1
 
 
 @pytest.fixture(scope="session", autouse=True)
 def runs_in_one_process() -> Iterator[None]:
-    """Those in the tests' own process need no pause at its end, and measure its rate once."""
+    """Runs inside the tests' process skip the pause at their end, and measure the matrix rate once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
         patch.setattr(loop, "matrix_rate", functools.cache(loop.matrix_rate))
         yield
 
 
-@pytest.fixture(scope="module")  # the next module may want a world of its own
+@pytest.fixture(scope="module")  # the next module may create another world
 def one_rank() -> Iterator[World]:
     with world() as ranks:
         yield ranks
@@ -176,7 +176,7 @@ def one_rank() -> Iterator[World]:
 
 @pytest.fixture(scope="session", autouse=True)
 def server(request, tmp_path_factory, compile_once) -> Iterator[Server | None]:
-    """Where a test wants one: it imports everything while the tests that come first run."""
+    """The fork server, if a test uses one. It imports everything while the first tests run."""
     if not any({"forks", "run"} & {*item.fixturenames} for item in request.session.items):
         yield None
         return
@@ -187,8 +187,8 @@ def server(request, tmp_path_factory, compile_once) -> Iterator[Server | None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def watched(request) -> Iterator[subprocess.Popen | None]:
-    """What whole steps do to a GPU (device/test_steps.py), where that is asked for: a quarter of a minute on its own, so it
-    begins with the first test."""
+    """The process that records what whole steps do on a GPU, if device/test_steps.py is to run: it takes a quarter of a
+    minute, so it starts with the first test."""
     if not any("found" in item.fixturenames for item in request.session.items):
         yield None
         return
@@ -209,9 +209,9 @@ def forks(server) -> Server:
 
 @pytest.fixture
 def run(server, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Run a script of the repository in an empty folder, as a user would, and wait for it; with ranks > 0 so many of them,
-    with torchrun's flags through torchrun. Where there are not as many GPUs as ranks, or as the test says it needs, all
-    of it runs on the CPU."""
+    """Run a script of the repository in an empty folder, as a user would, and wait for it: on `ranks` processes if that
+    is > 0, by torchrun if its flags are given. With fewer GPUs than ranks, or than the test needs, it runs on the
+    CPU."""
 
     def run(
         *words: str | Path, ranks: int = 0, torchrun: list[str] | None = None, gpus: int = 1

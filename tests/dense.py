@@ -1,4 +1,4 @@
-"""Attention as one dense matrix a head: what every faster one is compared with."""
+"""Attention as one dense matrix a head: the reference for every faster version."""
 
 import torch
 
@@ -9,7 +9,7 @@ def qkv(n, heads=6, kv_heads=2, size=8, seed=0):
 
 
 def dense(q, k, v, lengths):
-    """Softmax over one (N, N) matrix a head, everything outside a token's own past masked, in float64."""
+    """Softmax over one (N, N) matrix a head, masked but for each token's own past, in float64."""
     q, k, v = (x.double() for x in (q, k, v))
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(len(sequence))

@@ -1,9 +1,9 @@
-"""Runs the repository's scripts as a user would, each in a process of its own, without the seconds that Python takes to
-import torch: every process is a fork of a server that has imported everything.
+"""Runs the repository's scripts as a user would, each in a separate process, but without the seconds that importing
+torch takes: every process is a fork of a server that has imported everything.
 
-    PYTHONPATH=. python tests/forks.py        the server: a job as JSON in each line of stdin; answers with its process id
+    PYTHONPATH=. python tests/forks.py        the server: reads jobs as JSON lines from stdin, prints their process ids
 
-Where two ranks are wanted, two forks with torchrun's variables stand in for torchrun.
+For several ranks, forks with torchrun's environment variables replace torchrun.
 """
 
 import atexit
@@ -29,28 +29,28 @@ IMPORTED = ("train_sft", "train_redi", "sample", "evaluate", "nanoredi.prepare",
 
 
 class Server:
-    """The client's end. What it starts runs on the CPU: a process that has asked for a GPU cannot have it in its forks, and
-    importing asks."""
+    """The client's side of the server. Its jobs run on the CPU: CUDA cannot be used in forks of a process that has
+    queried it, and importing does."""
 
     def __init__(self, folder: Path):
         self._folder, self._started = folder, 0
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        environment.pop("TRITON_INTERPRET", None)  # it is the tests' own
+        environment.pop("TRITON_INTERPRET", None)  # meant for the tests' process
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        # Ctrl-C is for the tests, which then stop the server.
+        # In its own session, so that Ctrl-C reaches the tests only, which then stop the server.
         self._process = subprocess.Popen([sys.executable, __file__], env=environment, start_new_session=True, **pipes)
 
     def start(self, folder: Path, script: str | Path, *flags: str | Path, **environment: str) -> "Job":
-        """The script of the repository, running in the folder."""
+        """Start a script of the repository in the folder."""
         self._started += 1
         job = Job([str(ROOT / script), *map(str, flags)], self._folder / str(self._started))
-        told = {"words": job.words, "said": str(job.said), "folder": str(folder), "environment": environment}
-        print(json.dumps(told), file=self._process.stdin, flush=True)
+        job_line = {"words": job.words, "said": str(job.said), "folder": str(folder), "environment": environment}
+        print(json.dumps(job_line), file=self._process.stdin, flush=True)
         job.pid = int(self._process.stdout.readline())
         return job
 
     def start_ranks(self, count: int, *words: str | Path, **environment: str) -> list["Job"]:
-        """As torchrun would on one machine, a thread each."""
+        """Start ranks as torchrun would on one machine, with one thread each."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
@@ -64,7 +64,7 @@ class Server:
 
 
 class Job:
-    """A process that was started, and what it has said so far."""
+    """A started process, and its output so far."""
 
     pid: int
 
@@ -88,7 +88,7 @@ class Job:
         return self.said.with_suffix(".err").read_text()
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
-        """Until the condition holds, while it runs."""
+        """Wait until the condition holds; fail if the process ends first."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.returncode is None and time.monotonic() < deadline, self.stdout + self.stderr
@@ -100,7 +100,7 @@ class Job:
 
 
 def ended(*jobs: Job, seconds: float = 280.0) -> subprocess.CompletedProcess:
-    """What they came to together. As under torchrun, one that fails takes the others along; so does time that runs out."""
+    """Wait for jobs and join their results. As under torchrun, if one fails the others are killed; so on a timeout."""
     deadline = time.monotonic() + seconds
     while None in (codes := [job.returncode for job in jobs]):
         if any(codes) or time.monotonic() > deadline:
@@ -114,11 +114,11 @@ def ended(*jobs: Job, seconds: float = 280.0) -> subprocess.CompletedProcess:
 
 
 def serve() -> dict:
-    """Answers until it is a fork that has got a job, which it returns."""
+    """Serve jobs. Returns only in the fork that is to run one, with that job."""
     for name in IMPORTED:
         importlib.import_module(name)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how those that wait for a job have ended
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the forks that wait for a job are not reaped
     for line in sys.stdin:
         if os.fork():
             continue
@@ -136,11 +136,11 @@ def serve() -> dict:
 
 
 def become(job: dict) -> int:
-    """The process of the script, set up as Python would have done; its exit code."""
+    """Run the job's script in this process, set up as Python would. Returns its exit code."""
     files = (os.devnull, os.O_RDONLY), (f"{job['said']}.out", os.O_WRONLY), (f"{job['said']}.err", os.O_WRONLY)
     for number, (name, flags) in enumerate(files):
         os.dup2(os.open(name, flags | os.O_APPEND), number)
-    sys.stdin = open(0)  # the old one may hold a job that was sent after this
+    sys.stdin = open(0)  # the old one's buffer may hold a later job
     os.chdir(job["folder"])
     os.environ.update(job["environment"])
     if "OMP_NUM_THREADS" in job["environment"]:
@@ -154,7 +154,7 @@ def become(job: dict) -> int:
             return end.code or 0
         print(end.code, file=sys.stderr)
         return 1
-    except BaseException:  # noqa: BLE001 - whatever it is, this fork must not go on as its parent
+    except BaseException:  # noqa: BLE001 - whatever it is, this fork must not continue as the server
         traceback.print_exc()
         return 1
     return 0
@@ -162,7 +162,7 @@ def become(job: dict) -> int:
 
 if __name__ == "__main__":
     code = become(serve())
-    # Taking the interpreter down object by object would copy all memory that is shared with the server.
+    # Finalising the interpreter would touch, and so copy, all memory that is shared with the server.
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,5 +1,5 @@
-"""Triton's interpreter keeps bf16 as the bits of integers. It multiplies matrices of it as if these were the numbers, and cuts
-off what is too much for it. With this imported it multiplies the numbers, and rounds as a device does."""
+"""Triton's interpreter stores bf16 as integers. It multiplies matrices of these integers, and truncates when it converts
+to bf16. Importing this module makes it multiply the numbers they encode, and round to nearest as a device does."""
 
 import numpy as np
 import triton.language as tl
@@ -10,14 +10,14 @@ _create_dot, _convert_float = InterpreterBuilder.create_dot, triton_s._convert_f
 
 
 def _widened(x: TensorHandle) -> TensorHandle:
-    """Itself, or bf16 as fp32, of which it is the upper half."""
+    """bf16 as fp32, whose upper half it is; other dtypes unchanged."""
     if x.dtype.scalar != tl.bfloat16:
         return x
     return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def _rounded(x: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
-    """To the nearest bf16, of two the even one."""
+    """Round fp32 to the nearest bf16, ties to even; other conversions unchanged."""
     if (source, target) != (tl.float32, tl.bfloat16):
         return _convert_float(x, source, target, mode)
     bits = x.view(np.uint32).astype(np.uint64)

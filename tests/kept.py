@@ -1,4 +1,4 @@
-"""AdamW that keeps the gradients its last step began with: the step itself scales and drops them."""
+"""An AdamW that keeps its last step's incoming gradients, which the step itself scales and drops."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""What the attacks share: values, texts and bytes by mutation of whole ones, and the only two ends that are allowed."""
+"""Shared by the attacks: mutated values, texts and bytes, and the only two outcomes that are allowed."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ _PIECES = ["", "\0", "\x1b]0;x\a", "\u202e", "\ud800", "<think>", "\\boxed{", "}
 _PIECES += [
     f"\\boxed{{{answer}}}" for answer in [*_HARD, "1/" * 999, "1e999999999", "[0," * 300, "\\begin{matrix}" * 99]
 ]
-SECONDS, BYTES = 60, 2 << 30  # that an attempt may take
+SECONDS, BYTES = 60, 2 << 30  # limits of an attempt
 
 
 class TooLong(BaseException):
@@ -31,13 +31,13 @@ class TooLong(BaseException):
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """Inside, this process may take BYTES more of memory than it has."""
+    """Inside, this process may allocate at most BYTES of memory beyond what it has."""
 
     def stop(*_: object) -> None:
         raise TooLong
 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # a run's lock lasts as long as its process, which is this one
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # runs' locks stay open until this process ends
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, hard))
@@ -50,7 +50,7 @@ def limits() -> Iterator[None]:
 
 
 def end(attempt: Callable[[], object]) -> str:
-    """How an attempt ends: empty for a success, else its one sentence.
+    """How an attempt ends: empty for a success, otherwise its one-sentence error.
 
     Raises:
         AssertionError: for any other end.
@@ -75,7 +75,7 @@ def end(attempt: Callable[[], object]) -> str:
 
 
 def mutated(value: Any, rng: random.Random, names: tuple[str, ...] = ("x",)) -> Any:
-    """A JSON value with one of its parts dropped, doubled, added or made another.
+    """A JSON value with one of its parts dropped, duplicated, added or replaced.
 
     Args:
         names: that a new field of an object may have.
@@ -105,7 +105,7 @@ def _changed_text(text: str, rng: random.Random) -> str:
 
 
 def text_of(value: Any, rng: random.Random) -> str:
-    """A JSON text of a value, now and then one that no program would write."""
+    """A value as JSON text, sometimes in a form that no program would write."""
     text = json.dumps(value, ensure_ascii=rng.random() < 0.7, allow_nan=True)
     way = rng.random()
     if way < 0.02:
@@ -120,7 +120,7 @@ def text_of(value: Any, rng: random.Random) -> str:
 
 
 def broken(data: bytes, rng: random.Random) -> bytes:
-    """Bytes cut short, overwritten, or with something put in."""
+    """Bytes truncated, overwritten, or with others inserted."""
     place = rng.randrange(len(data) + 1)
     way = rng.random()
     if way < 0.4:
@@ -132,7 +132,7 @@ def broken(data: bytes, rng: random.Random) -> bytes:
 
 
 def break_file(path: Path, rng: random.Random, names: tuple[str, ...] = ("x",)) -> None:
-    """Mutate a file: JSON and JSONL by their values, others by their bytes; each now and then by its bytes."""
+    """Mutate a file: JSON and JSONL by their values, sometimes by their bytes, as all others are."""
     data = path.read_bytes()
     if path.suffix == ".json" and rng.random() < 0.7:
         data = text_of(mutated(json.loads(data), rng, names), rng).encode(errors="surrogatepass")
@@ -162,7 +162,7 @@ _CLOCK = ("tokens_per_s", "peak_memory_gb", "matrix_share")
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """{file: content} of a run, less what tells the time, the process or the folder's own name."""
+    """{file: content} of a run, without what depends on the time, the process or the folder's name."""
     found: dict[str, object] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _OWN):
         name = str(path.relative_to(folder))

@@ -1,4 +1,4 @@
-"""Rows in a pool of pages, for attention over pages, and what that must give."""
+"""Rows laid out in a pool of pages, for paged attention, and the result it must give."""
 
 import torch
 from dense import dense, qkv

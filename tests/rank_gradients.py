@@ -37,7 +37,7 @@ with world() as ranks:
         ("many-dpo", dpo, np.arange(16)),
         ("one-dpo", dpo, np.arange(1)),
     ):
-        # One rank alone makes nothing again.
+        # A single rank recomputes nothing.
         kept = "off" if ranks.size == 1 else "attention" if objective is dpo else "products"
         step = replace(objective, max_tokens_per_micro_batch=300, shard_size=shard_size, activation_checkpointing=kept)
         model = shard(Qwen2.from_pretrained(config.model), ranks, torch.float32, step)

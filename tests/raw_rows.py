@@ -79,5 +79,5 @@ def read(path: Path) -> list[dict]:
 
 
 def prepared(files: list[Path], tokenizer: Tokenizer, out: Path, **flags: int | float | bool) -> dict[str, int]:
-    """What prepare counts."""
+    """The counts that prepare reports."""
     return prepare.prepare(files, tokenizer, out, prepare.PrepareFlags(**flags), Overlap([]))

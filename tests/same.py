@@ -1,4 +1,4 @@
-"""Runs that must have come to the same: bit for bit on a CPU. A GPU's attention adds up its gradients in no fixed order."""
+"""Compare runs that must be equal: bit for bit on a CPU; a GPU's attention adds its gradients in no fixed order."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,13 @@ def steps_of(run: Path) -> list[dict]:
 
 
 def assert_same_weights(a: Path, b: Path, tolerance: float = TOLERANCE) -> None:
-    """The final models of two runs."""
+    """Compare the final models of two runs."""
     one, other = (load_file(run / "final" / "model.safetensors") for run in (a, b))
     torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 def assert_same_run(a: Path, b: Path, tolerance: float = TOLERANCE) -> None:
-    """All steps' figures, but for the clock and memory, too."""
+    """Compare also the metrics of all steps, except times and memory."""
     for one, other in zip(steps_of(a), steps_of(b), strict=True):
         assert one.keys() == other.keys()
         figures = (

@@ -1,4 +1,4 @@
-"""train_redi.py, asked to stop (SIGTERM) once a step's figures are written.
+"""Runs train_redi.py, and sends it SIGTERM once the metrics of a step are written.
 
 python tests/stop_at.py STEP FLAG ...
 """

@@ -1,5 +1,5 @@
-"""Chat templates in the manner of well-known ones (what those write of text, without their tools), and tokenizers for
-them: a small one, or the real vocabulary under other names."""
+"""Chat templates like well-known ones (for text, without tools), and tokenizers for them: a small one, or the real
+vocabulary with other special tokens."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ CHATML = (
     "{% if m.role in ['system', 'user', 'assistant'] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Drops the thinking, opens <think> in the generation prompt, and keeps but one system message.
+# Drops the thinking, opens <think> in the generation prompt, and keeps only one system message.
 DEEPSEEK = (
     "{{ bos_token }}{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
     "{% set ns.system = m.content %}{% endif %}{% endfor %}{{ ns.system }}{% for m in messages %}"
@@ -21,7 +21,7 @@ DEEPSEEK = (
     "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
 )
-# Takes the thinking out of the content, and writes it, or an empty block, after the last question only.
+# Removes the thinking from the content, and writes it, or an empty block, after the last question only.
 QWEN3 = (
     "{% set ns = namespace(last=messages|length) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% set c = m.content %}"
@@ -43,7 +43,7 @@ _DEEPSEEK = {
     "eos_token": "<｜end▁of▁sentence｜>",
     "pad_token": "<｜end▁of▁sentence｜>",
 }
-# Template, special tokens, and the ids that tokens of that name have beside Qwen2.5's vocabulary.
+# Template, special tokens, and the ids that these get on top of Qwen2.5's vocabulary.
 FAMILIES = {
     "qwen2.5-instruct": (CHATML, _QWEN, {}),
     "qwen3": (

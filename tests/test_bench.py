@@ -1,4 +1,4 @@
-"""The benches run at small sizes, so that every figure can be measured again; their output is not looked at closely."""
+"""The benches run at small sizes, so that every figure can be measured again; their output is checked only roughly."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def test_a_bench_ends_with_a_table(command):
     assert not any("Error" in row or "failed" in row for row in ours), run.stdout
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the bench reads its memory where Linux says it")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the bench reads its memory from Linux's /proc")
 def test_the_kernels_methods_are_measured():
     size = (300, 32, 512, "float32")
     assert all(seconds > 0 for seconds in kernels.products(size, 1).values())

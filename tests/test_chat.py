@@ -1,4 +1,4 @@
-"""Turns in the terminal: what the model is shown of them, what the reader is, and what Ctrl-C ends."""
+"""Turns in the terminal: what the model sees of them, what the reader sees, and what Ctrl-C ends."""
 
 import builtins
 import os
@@ -63,7 +63,7 @@ def test_a_conversation_keeps_its_turns_without_their_thinking(monkeypatch, toke
     assert sampler.prompts == [
         "<user>a=1:<assistant>",
         "<user>a=1:<assistant>3<user>b=2:<assistant>",
-        "<user>a=1:<assistant>3<user>b=2:<assistant><user>c=3:<assistant>",  # it had not thought to an end
+        "<user>a=1:<assistant>3<user>b=2:<assistant><user>c=3:<assistant>",  # its thinking had not ended
         "<user>d=4:<assistant>",
     ]
     said = capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_a_conversation_keeps_its_turns_without_their_thinking(monkeypatch, toke
     assert "cannot encode" in said and "(a new conversation)" in said and "Ctrl-D ends" in said
 
 
-def test_ctrl_c_ends_the_answer_alone(monkeypatch, tokenizer, capsys):
+def test_ctrl_c_ends_only_the_answer(monkeypatch, tokenizer, capsys):
     steps = []
 
     def interrupt():
@@ -105,7 +105,7 @@ def test_thinking_is_dimmed_on_a_terminal(monkeypatch, tokenizer, capsys, answer
     assert capsys.readouterr().out.startswith(f"{shown}\033[0m\n(")
 
 
-def test_marks_of_several_tokens_are_found(monkeypatch, tokenizer, capsys):
+def test_think_tags_of_several_tokens_are_found(monkeypatch, tokenizer, capsys):
     sampler = Scripted(tokenizer, [""])
     sampler.answers = iter(["1"])
     request = Request([1], stream=tokenizer.stream())

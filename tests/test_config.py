@@ -1,4 +1,4 @@
-"""Recipes and flags: which one wins, what is refused and how, and what a run's folder allows."""
+"""Recipes and flags: which take precedence, what is refused and how, and which runs a folder may hold."""
 
 import ast
 import dataclasses
@@ -207,7 +207,7 @@ def test_the_recipes_of_the_paper_s_comparison(name, epochs, stage_2):
     tables = read_recipe(f"qwen2.5-math-1.5b{name}")
     sft, redi = resolve(SftConfig, "sft", tables), resolve(RediConfig, "redi", tables)
     assert sft.epochs == epochs and {key: getattr(redi, key) for key in stage_2} == stage_2
-    # Everything else is the base's.
+    # Everything else comes from the base.
     base = read_recipe("qwen2.5-math-1.5b")
     assert {**vars(sft), "epochs": 5} == vars(resolve(SftConfig, "sft", base))
     own = {f.name for f in dataclasses.fields(RediConfig) if f.metadata["of"]}
@@ -220,7 +220,7 @@ def test_a_missing_recipe_names_the_nearest():
         read_recipe("toi")
 
 
-def test_what_is_written_reads_back(tmp_path):
+def test_a_written_recipe_reads_back(tmp_path):
     config = EvaluateConfig(benchmarks=['a "quoted" \\ path\n\x7f\x1b', "ü😀"], data="", temperature=1e-7, n=2)
     write_recipe(tmp_path / "config.toml", {"evaluate": config, "toy": ToyConfig()})
     assert resolve(EvaluateConfig, "evaluate", read_recipe(tmp_path / "config.toml")) == config
@@ -234,11 +234,11 @@ def test_a_model_s_recipe_is_its_run_s(tmp_path):
     assert recipe_of(tmp_path / "other" / "final") == {}
 
 
-def test_a_run_s_folder(tmp_path):
+def test_which_runs_a_folder_may_hold(tmp_path):
     out, config = str(tmp_path / "run"), RediConfig(alpha=0.5)
     assert open_run(out, {"redi": config}) is False
     assert open_run(out, {"redi": config}) is False  # nothing but config.toml is there yet
-    assert open_run(out, {"redi": RediConfig(alpha=0.7)}) is False  # so another run may begin
+    assert open_run(out, {"redi": RediConfig(alpha=0.7)}) is False  # so another run may start there
     assert open_run(out, {"redi": config}) is False
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="holds another run: redi.alpha is 0.5 there and 0.8 here"):
@@ -249,7 +249,7 @@ def test_a_run_s_folder(tmp_path):
     (tmp_path / "run" / "state" / "step-000010").mkdir(parents=True)
     assert open_run(out, {"redi": config}) is False
     assert (tmp_path / "run" / "state" / "step-000010").exists()
-    # Killed after the final model was renamed and before the states were removed: now they are.
+    # Killed after the final model was renamed and before the states were removed: they are removed now.
     (tmp_path / "run" / "final").mkdir()
     assert open_run(out, {"redi": config}) is False  # an empty folder is not a model
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
@@ -270,7 +270,7 @@ def test_a_run_s_folder(tmp_path):
         open_run("", {"redi": config})
 
 
-def test_a_run_s_folder_by_another_name_and_in_another_place(tmp_path, monkeypatch):
+def test_a_run_s_folder_by_another_path(tmp_path, monkeypatch):
     def config(out, model):
         benchmarks = EvaluateConfig(benchmarks=[f"{out}/data/toy.jsonl", "math500"])
         return {"redi": RediConfig(out=out, model=model, data=f"{out}/data/pairs.jsonl"), "evaluate": benchmarks}
@@ -282,14 +282,14 @@ def test_a_run_s_folder_by_another_name_and_in_another_place(tmp_path, monkeypat
     assert open_run(whole, config(whole, f"{whole}/sft/final")) is False
     (tmp_path / "run").rename(tmp_path / "moved")
     assert open_run("moved", config("moved", "moved/sft/final")) is False
-    (tmp_path / "run" / "sft" / "final").mkdir(parents=True)  # another one, where the first was
+    (tmp_path / "run" / "sft" / "final").mkdir(parents=True)  # another run where the first one was
     (tmp_path / "moved" / "sft" / "final").mkdir(parents=True)
     for model in ("final", "moved/sft", "moved/sft/final", "other/sft/final"):
         with pytest.raises(UserError, match="redi.model is 'run/sft/final' there"):
             open_run("moved", config("moved", model))
 
 
-def test_a_template_says_where_the_problem_goes():
+def test_a_template_needs_a_slot_for_the_problem():
     for template in ("", "paper", "plain", "Solve {problem}!"):
         assert resolve(EvaluateConfig, "evaluate", {"evaluate": {"template": template}}).template == template
     with pytest.raises(
@@ -319,7 +319,7 @@ def test_a_template_says_where_the_problem_goes():
         ("m", ["m/model.safetensors"], "m has no config.json, so it is not a model's folder"),
     ],
 )
-def test_what_is_not_a_model_s_folder_is_named(given, files, words, tmp_path, monkeypatch):
+def test_a_folder_that_holds_no_model_is_refused(given, files, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -328,12 +328,12 @@ def test_what_is_not_a_model_s_folder_is_named(given, files, words, tmp_path, mo
         check_model(given)
 
 
-def test_a_model_s_folder_is_taken(tmp_path):
+def test_a_model_s_folder_is_accepted(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert check_model(str(tmp_path)) == str(tmp_path)
 
 
-def test_weights_that_are_a_pickle_are_named(tmp_path):
+def test_pickled_weights_are_refused(tmp_path):
     with pytest.raises(UserError, match="has no model.safetensors and no model.safetensors.index.json$"):
         weight_files(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()

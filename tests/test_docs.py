@@ -1,4 +1,4 @@
-"""The pages: what they link to, run and name is there, and the README stays short."""
+"""The pages: the files, commands and flags that they name exist, and the README stays short."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ README = ROOT / "README.md"
 PAGES = [*ROOT.glob("*.md"), *(page for room in ("docs", "bench", "experiments") for page in ROOT.glob(f"{room}/*.md"))]
 # Flags of other programs: torchrun's, pip's, hf's, pytest's and SLURM's.
 OTHERS = set("standalone nproc_per_node nnodes rdzv_backend rdzv_endpoint rdzv_id repo-type local-dir slow".split())
-OTHERS |= set("nodes ntasks-per-node gpus-per-node signal requeue help".split())
+OTHERS |= set("nodes ntasks-per-node gpus-per-node signal signals-to-handle requeue help".split())
 
 
 def links(page: Path) -> list[tuple[Path, str]]:
@@ -62,7 +62,7 @@ def test_every_flag_named_exists():
         *(file for room in ("nanoredi", "bench", "experiments") for file in ROOT.glob(f"{room}/**/*.py")),
     ]
     source = "".join(file.read_text() for file in files)
-    # An option of a config, a device's figure in bench/step_costs.py, or an argument by hand.
+    # An option of a config, a device's figure in bench/step_costs.py, or an argument of argparse.
     found = re.findall(r"^    (\w+): .* = (?:option|rate)\(|\"--([\w-]+)\"", source, re.MULTILINE)
     known = OTHERS | {name for names in found for name in names}
     for page in PAGES:

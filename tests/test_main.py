@@ -122,7 +122,7 @@ def test_the_main_job_on_a_shrunken_toy(run, tmp_path):
     (row,) = json.loads((folder / "results.json").read_text())
     assert {**row, "model": "REDI"} == pytest.approx(results[1])
 
-    # A run without its final model is made whole again, the same.
+    # A run that lost its final model is completed again, with the same result.
     (tmp_path / "before").mkdir()
     (out / "final").rename(tmp_path / "before" / "final")
     again = run("train_redi.py", *SMALL)
@@ -182,7 +182,7 @@ def test_stage_1_alone(run, tmp_path):
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["rejected_logp"] is None and row["loss"] == -row["chosen_logp"] for row in rows)
     assert (tmp_path / "runs/toy-sft/final/tokenizer.json").exists()
-    assert dtype_of_run(str(tmp_path / "runs/toy-sft"), "sft") in ("float32", "bfloat16")  # what auto came to
+    assert dtype_of_run(str(tmp_path / "runs/toy-sft"), "sft") in ("float32", "bfloat16")  # what auto resolved to
 
 
 BAD_INPUT = [
@@ -230,7 +230,7 @@ BAD_INPUT = [
 
 @pytest.fixture(scope="module")
 def outcomes(forks, toy_data, tmp_path_factory):
-    """What each of them comes to, and the folder it ran in."""
+    """The result of each bad input, and the folder it ran in."""
     jobs = []
     for script, flags, _ in BAD_INPUT:
         folder = tmp_path_factory.mktemp("bad")
@@ -253,14 +253,14 @@ def test_bad_input_ends_with_one_sentence(outcomes, case):
     assert (folder / "full" / "thesis.txt").read_text() == "mine"
 
 
-def test_bad_input_ends_a_process_so(tmp_path):
-    """One that Python starts and takes down."""
+def test_bad_input_without_the_fork_server(tmp_path):
+    """In a process that Python itself starts and ends."""
     command, environment = [sys.executable, str(ROOT / "sample.py")], {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     said_no(done, "there is no model under runs/ yet")
 
 
-def test_two_ranks_say_it_once(run):
+def test_two_ranks_print_one_error(run):
     done = run("train_redi.py", "--alhpa", "1", torchrun=["--standalone", "--nproc_per_node=2"])
     assert done.returncode != 0
     assert done.stderr.count("error: there is no flag --alhpa (did you mean '--alpha'?)") == 1
@@ -283,13 +283,13 @@ def test_ctrl_c_leaves_whole_rows(forks, tmp_path, toy_data):
     )
 
 
-def test_an_older_python_is_told_so(monkeypatch):
+def test_an_older_python_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 14))
     with pytest.raises(SystemExit, match="error: nanoredi runs on Python 3.11 and newer; this is Python "):
         importlib.reload(nanoredi)
 
 
-def test_windows_is_told_so(monkeypatch):
+def test_windows_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(SystemExit, match="error: nanoredi runs on Linux and macOS; on Windows"):
         importlib.reload(nanoredi)

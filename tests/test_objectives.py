@@ -1,4 +1,4 @@
-"""The losses, on examples worked out by hand."""
+"""The losses, on examples that were worked out on paper."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_simpo():
     assert rejected == pytest.approx([-g for g in chosen])
 
 
-def test_weighted_redi_lets_go_of_a_negative_at_1_over_gamma():
+def test_weighted_redi_stops_pushing_a_negative_down_at_1_over_gamma():
     values = [-0.5, -0.5, -0.5], [-1.0, -2.0, -4.0]
     losses, chosen, rejected = gradients(lambda won, lost: weighted_redi(won, lost, 0.8, 0.5), *values)
     assert losses == pytest.approx([0.5 - 0.8 * m * math.exp(-m / 2) for m in (1, 2, 4)])

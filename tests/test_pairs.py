@@ -14,16 +14,16 @@ from nanoredi.data.batch import step_rows
 from nanoredi.data.sequences import Sequence, load_pairs
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.objectives import pair_losses, simpo, units, wants_pairs
+from nanoredi.objectives import needs_pairs, pair_losses, simpo, units
 from nanoredi.trainer.distributed import shard
 from nanoredi.trainer.step import train_step
 
 
 def test_which_objectives_need_pairs():
-    assert not any(map(wants_pairs, (SftConfig(), RediConfig(), RediConfig(objective="sft"))))
-    assert not wants_pairs(RediConfig(alpha=0.0, neg_weight_gamma=1.0))  # no negatives to weigh
-    assert all(map(wants_pairs, (RediConfig(objective="dpo"), RediConfig(objective="simpo"))))
-    assert wants_pairs(RediConfig(neg_weight_gamma=1.0))
+    assert not any(map(needs_pairs, (SftConfig(), RediConfig(), RediConfig(objective="sft"))))
+    assert not needs_pairs(RediConfig(alpha=0.0, neg_weight_gamma=1.0))  # no negatives to weigh
+    assert all(map(needs_pairs, (RediConfig(objective="dpo"), RediConfig(objective="simpo"))))
+    assert needs_pairs(RediConfig(neg_weight_gamma=1.0))
 
 
 def test_a_pair_s_losses_from_its_tokens():
@@ -42,7 +42,7 @@ def test_a_pair_s_losses_from_its_tokens():
     # Means: -2 and -2; -0.5 and -2.
     assert losses.tolist() == pytest.approx([np.log1p(np.exp(1)), np.log1p(np.exp(-2))])
     losses.sum().backward()
-    # By hand: -beta * sigmoid(gamma - beta * difference) / |y_w| on a chosen token, the opposite / |y_l| on a rejected.
+    # -beta * sigmoid(gamma - beta * difference) / |y_w| on a chosen token, the opposite / |y_l| on a rejected one.
     first, second = 2 / (1 + np.exp(-1)), 2 / (1 + np.exp(2))
     third = second / 3
     learned = logps.grad[[0, 1, 2, 4, 6, 7, 8]].tolist()

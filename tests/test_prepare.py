@@ -1,5 +1,5 @@
-"""Raw rows to sft.jsonl and pairs.jsonl, compared with results computed by hand, with `datasets`, and by plain loops over
-the real sample."""
+"""Raw rows to sft.jsonl and pairs.jsonl, compared with results written out here, with `datasets`, and with plain loops
+over the real sample."""
 
 import copy
 import json
@@ -173,7 +173,7 @@ def test_a_row_that_no_tokenizer_can_encode_is_dropped_and_named(tmp_path, token
 
 
 def original(rows: list[dict]) -> tuple[list, list]:
-    """What the original's scripts keep of raw rows, with `datasets` doing the numbering and the shuffle: (number,
+    """The raw rows that the original's scripts keep, with `datasets` for the numbering and the shuffle: (number,
     problem, generation) of SFT rows, (number, problem, chosen, rejected) of pairs before their lengths are looked at.
     Written from the description of the scripts; an empty generation is skipped, as nanoredi does on purpose."""
     datasets = pytest.importorskip("datasets")
@@ -215,11 +215,11 @@ def test_ten_thousand_rows_as_the_original(tmp_path, tokenizer):
     left = list(counts.values())
     assert (
         all(after < before for before, after in zip(left, left[1:])) and len(pairs) > 200
-    )  # each gate stopped some rows
+    )  # each filter dropped some rows
 
 
 def defective(row: dict, rng: random.Random) -> dict:
-    """The row with random changes, some of which make it malformed in one more way."""
+    """The row with random changes, some of which make it malformed."""
     row = copy.deepcopy(row)
     if row["problem"]:
         row["problem"] = f"a={rng.randrange(10 ** rng.randint(1, 5))}"
@@ -289,8 +289,8 @@ def test_the_real_sample(tmp_path, sample):
 
 
 def test_lengths_are_the_originals(tmp_path, sample):
-    """The limits set to the longest pair's own lengths, worked out with the template written by hand, keep it; one
-    less drops it."""
+    """The limits set to the longest pair's own lengths, computed from the written-out template, keep it; one less
+    drops it."""
     file, tokenizer = sample
     prepared([file], tokenizer, tmp_path / "all")
     pairs = read(tmp_path / "all" / "pairs.jsonl")

@@ -1,4 +1,4 @@
-"""The files that prepare reads and writes: their layouts and faults, what is there already, and its flags."""
+"""The files that prepare reads and writes: their layouts and faults, existing output, and its flags."""
 
 import signal
 import subprocess
@@ -42,7 +42,7 @@ def test_parquet_and_shards_equal_jsonl(tmp_path, tokenizer):
 
 
 def test_a_row_group_is_not_held_in_memory(tmp_path):
-    """100 MB in one row group, which pyarrow would take whole, pass through a small part of that."""
+    """A row group of 100 MB, which pyarrow would load as a whole, is read in a small part of that memory."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = [f"{i:05}" * 2000 for i in range(10_000)]

@@ -1,7 +1,7 @@
 """Every part on real data: a Qwen2 of some 10 million parameters with the real vocabulary, from raw rows to the
 benchmarks' table.
 
-Its scores mean nothing; that the parts fit does.
+Its scores mean nothing; what counts is that the parts fit together.
 """
 
 import json

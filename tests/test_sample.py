@@ -1,4 +1,4 @@
-"""sample.py: prompts in all their forms, what asks them, what ends a completion, and a file that is gone on with."""
+"""sample.py: prompts in all their forms, their frame, what ends a completion, and resuming a file."""
 
 import fcntl
 import io
@@ -13,7 +13,7 @@ from nanoredi.common.errors import UserError
 
 @pytest.fixture
 def said(toy_data, tmp_path, monkeypatch, capsys):
-    """What sample.py says to words, in an empty folder."""
+    """Run sample.py with arguments in an empty folder. Returns its output."""
     monkeypatch.chdir(tmp_path)
 
     def said(*words):
@@ -37,7 +37,7 @@ def write(path, *rows):
 
 
 def completions(path):
-    """By the prompt's row and the sample's number."""
+    """Completions by the prompt's row and the sample's number."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     added = ("completion", "finish_reason", "tokens")
     return {json.dumps({k: v for k, v in row.items() if k not in added}): row["completion"] for row in rows}
@@ -94,7 +94,7 @@ def test_prompts_in_their_forms(said, asked, tmp_path, monkeypatch, name, text, 
         ("p.txt", b"\xff\xfe", "p.txt is not UTF-8 text"),
     ],
 )
-def test_what_is_no_prompt_is_named(said, tmp_path, name, text, words):
+def test_files_without_prompts_are_refused(said, tmp_path, name, text, words):
     if text is not None:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=words):
@@ -110,7 +110,7 @@ def test_a_row_s_own_system_message_comes_before_the_flag_s():
     assert [m["content"] for m in sample._messages("here", solved, flags)] == ["F", "Q"]
 
 
-def test_a_row_that_no_prompt_can_be_made_of_is_named(said, tmp_path):
+def test_a_row_that_makes_no_prompt_is_named(said, tmp_path):
     write(tmp_path / "p.jsonl", {"messages": TURNS}, {"messages": TURNS[:2]})
     with pytest.raises(
         UserError, match="p.jsonl, line 2: the last message is the assistant's; a prompt must end with "
@@ -121,7 +121,7 @@ def test_a_row_that_no_prompt_can_be_made_of_is_named(said, tmp_path):
         said("--prompts", str(tmp_path / "p.jsonl"))
 
 
-def test_a_prompt_needs_no_flag_and_is_framed(said, asked):
+def test_a_prompt_without_a_flag_and_in_a_template(said, asked):
     text = said("a=1", "--n", "2", "--template", "b=2+{problem}")
     assert ": 2 samples at temperature" in text and "--- b=2+a=1\n" in text and "--- b=2+a=1  [sample 1]" in text
     assert asked == ["<user>b=2+a=1<assistant>"]
@@ -153,7 +153,7 @@ def test_a_stop_text_ends_a_completion(said, tmp_path):
     assert "\n\n(1 token, cut off)\n" in said("a=1", "--max_tokens", "1")
 
 
-def test_the_same_command_goes_on(said, tmp_path):
+def test_the_same_command_resumes(said, tmp_path):
     write(tmp_path / "p.jsonl", {"prompt": "a=1", "id": 0}, {"prompt": "a=2"}, {"problem": "a=1"})
     words, path = ["--prompts", "p.jsonl", "--n", "3", "--batch_size", "2", "--out", "made/o"], tmp_path / "made" / "o"
     assert said(*words) == "made/o: 9 completions\n"

@@ -1,4 +1,4 @@
-"""The story runs one way: no file imports one that comes later in it."""
+"""The rooms have an order, and no file imports one from a later room."""
 
 import ast
 import re
@@ -33,7 +33,7 @@ OPTIONAL = {"pyarrow", "matplotlib"}
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names of all that a file imports."""
+    """Dotted names of everything that a file imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -51,7 +51,7 @@ def room_of(file: Path) -> str:
 
 
 def test_every_file_is_in_a_room():
-    rooms = {room_of(p) for p in (ROOT / "nanoredi").rglob("*.py")} | {"cpu"}  # which may be deleted
+    rooms = {room_of(p) for p in (ROOT / "nanoredi").rglob("*.py")} | {"cpu"}  # cpu/ may be deleted
     assert sorted(rooms) == sorted([*ROOMS, "__init__"])
 
 
@@ -69,7 +69,7 @@ def test_no_room_imports_a_later_one(room):
                 )
 
 
-def test_what_only_a_cpu_needs_is_in_its_room():
+def test_what_only_a_cpu_needs_is_in_cpu():
     words = re.compile(
         r"\b(oneDNN|MKL|AVX\w*|AMX|gcc|ctypes)\b|mkldnn|malloc|\b(in|of|by|for|to) C[.,:; ]|\bC('s| code| compiler| library)\b"
     )
@@ -85,7 +85,7 @@ def test_the_readme_has_the_rooms_in_this_order():
 
 
 def lines(*patterns: str, but: tuple[str, ...] = ()) -> int:
-    """Lines of the files that the patterns name within nanoredi/, each of which must name one."""
+    """Lines of the files in nanoredi/ that match the patterns, each of which must match one."""
     files: set[Path] = set()
     for pattern in patterns:
         found = set((ROOT / "nanoredi").glob(pattern))
@@ -95,13 +95,13 @@ def lines(*patterns: str, but: tuple[str, ...] = ()) -> int:
 
 
 def says_by_how_much(what: str, number: int, planned: int, at_most: int) -> None:
-    """It is over the plan and may not grow: whoever adds a line takes one away. `at_most` goes down with the code."""
+    """Fail if there are more lines than `at_most`, which is lowered as the code shrinks; warn if more than planned."""
     if number > planned:
         warnings.warn(f"{what} has {number:,} lines, {number - planned:,} more than planned", stacklevel=2)
     assert number <= at_most, f"{what} has {number:,} lines; it had {at_most:,}, where {planned:,} were planned"
 
 
-def test_the_method_is_read_in_an_evening():
+def test_the_method_stays_short():
     files = [
         "objectives.py",
         "config.py",
@@ -116,14 +116,14 @@ def test_the_method_is_read_in_an_evening():
     says_by_how_much("the method's path", number, planned=3000, at_most=2979)
 
 
-def test_the_whole_is_short_without_what_only_makes_a_cpu_fast():
+def test_nanoredi_without_cpu_stays_short():
     number = lines("**/*") - (lines("cpu/**/*") if (ROOT / "nanoredi" / "cpu").exists() else 0)
     says_by_how_much("nanoredi/ without cpu/", number, planned=7900, at_most=11689)
 
 
 @pytest.mark.parametrize("script", ["train_sft.py", "train_redi.py", "sample.py", "evaluate.py"])
 def test_a_script_imports_nanoredi_before_torch(script):
-    """nanoredi sets what torch reads when it is loaded."""
+    """nanoredi sets environment variables that torch reads when it is loaded."""
     names = re.findall(r"^(?:import|from) (nanoredi|torch)\b", (ROOT / script).read_text(), flags=re.MULTILINE)
     assert names[0] == "nanoredi"
 

@@ -1,4 +1,4 @@
-"""The embedded task: the teacher's rules, the data's shape, and that it is made the same again."""
+"""The embedded task: the teacher's rules, the shape of the data, and that it is reproducible."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from nanoredi.common.errors import UserError
 from nanoredi.config import ToyConfig
 
 
-def test_a_problem_by_hand():
+def test_one_problem_step_by_step():
     problem = toy.Problem(3, (("+", 5), ("-", 6), ("+", 6), ("-", 6), ("*", 2), ("-", 6)))
     assert problem.text == "a=3b+5c-6d+6e-6f*2g-6"
     # 3, 8, 2, 8, 2, 4, -2 = 8 modulo 10

@@ -22,7 +22,7 @@ LENGTHS = (5, 17, 2, 30)
 
 
 def tiny_config(**others: Any) -> Qwen2Config:
-    """Two grouped-query layers; others replace their sizes."""
+    """Two grouped-query layers; `others` replace sizes."""
     sizes = {
         "vocab_size": 97,
         "hidden_size": 48,
@@ -77,7 +77,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             tiny_model(tied).save_pretrained(Path(folder, "model"))
             logps = transformers_logps(Path(folder, "model"))
-        # The next token's log-prob at each place of each sequence.
+        # The next token's log-prob at each position of each sequence.
         golden["tied" if tied else "untied"] = [
             [round(x, 7) for x in lp[:-1].gather(1, ids[1:, None]).squeeze(1).tolist()]
             for lp, ids in zip(logps, sequences())

@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -41,18 +42,17 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(stopped, flush=True)
+            say(str(stopped), sys.stdout)
         sys.exit(stopped.code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of the output has closed it (`| head`). At exit Python would flush into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)  # its reader has closed it (`| head`)
         sys.exit(141)
     except Exception as error:
         if (text := sentence(error)) is None:
             raise
-        _say(visible(f"error: {text}"))
+        _report(visible(f"error: {text}"))
         sys.exit(2)
 
 
@@ -86,14 +86,27 @@ def visible(text: str) -> str:
     return re.sub(r"\\x1b\[([02])m", "\x1b[\\1m", text.translate(_ESCAPED))
 
 
-def _say(text: str) -> None:
+def say(text: str, stream: TextIO) -> None:
+    """Print. A terminal or pipe that is gone, as after a closed ssh, is no error: it must not end a run."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        _discard(stream)
+
+
+def _discard(stream: TextIO) -> None:
+    """Redirect a stream to /dev/null, so that Python's flush at exit does not fail either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _report(text: str) -> None:
     """Under torchrun an error usually occurs on every rank, and only rank 0 should print it: the others wait, and are
     ended by torchrun. An error on one rank alone is printed by that rank after the wait."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(2)
         text = f"rank {rank}: {text}"
-    print(text, file=sys.stderr, flush=True)
+    say(text, sys.stderr)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """Decode attention: a row's newest token attends to the row's pages, in C (decode.c), without a compiler in PyTorch.
 
-C works like the Triton kernel (kernels/paged_attention.py), a split at a time. PyTorch has to copy pages, so it takes a
+C works like the Triton kernel (kernels/paged_attention.py), a span at a time. PyTorch has to copy pages, so it takes a
 few at a time, as a batch of matrix products with the queries of their rows.
 """
 
@@ -14,7 +14,7 @@ from nanoredi.kernels.paged_attention import memory_for, paged_decode
 
 # Elements that PyTorch copies at a time: they stay in the cache.
 _AT_ONCE = 1 << 20
-# Tokens of a split. Independent of the batch, so that a row's sums are too; rounded to whole pages.
+# Tokens of a span. Independent of the batch, so that a row's sums are too; rounded to whole pages.
 _SPAN = 2048
 
 
@@ -25,19 +25,19 @@ def _(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, lengths: Tens
     if c is None:
         return by_pages(q, keys, values, page_table, lengths)
     # keys and values are contiguous, and so are the rows of page_table.
-    span = max(1, _SPAN // page_size)  # in pages
-    num_splits = -(-int(lengths.max()) // (span * page_size))
-    partial = memory_for(q, num_splits)
+    span_pages = max(1, _SPAN // page_size)
+    num_spans = -(-int(lengths.max()) // (span_pages * page_size))
+    partial = memory_for(q, num_spans)
     tensors = q.float().contiguous(), keys, values, page_table, lengths.contiguous(), *partial
-    sizes = page_table.stride(0), len(q), keys.shape[1], num_splits, span
+    sizes = page_table.stride(0), len(q), keys.shape[1], num_spans, span_pages
     call(c, "decode", "ttttttttiiiiif", *tensors, *sizes, q.shape[2] ** -0.5)
-    return _put_together(*partial).to(q.dtype)
+    return _combine(*partial).to(q.dtype)
 
 
-def _put_together(outs: Tensor, tops: Tensor, sums: Tensor) -> Tensor:
-    """Combine the splits: (B, H, E)."""
-    weights = (tops - tops.amax(-1, keepdim=True)).exp_()
-    # cumsum adds in order, so that empty splits at the end change nothing.
+def _combine(outs: Tensor, maxima: Tensor, sums: Tensor) -> Tensor:
+    """Combine the spans: (B, H, E)."""
+    weights = (maxima - maxima.amax(-1, keepdim=True)).exp_()
+    # cumsum adds in order, so that empty spans at the end change nothing.
     return (weights[..., None] * outs).sum(2) / (weights * sums).cumsum(2)[..., -1:]
 
 
@@ -66,8 +66,8 @@ def by_pages(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, length
     for (rows, pages), part in zip(parts, scores.split(at_once)):
         torch.matmul(queries[rows], fp32(keys, pages).mT, out=part)
     scores.masked_fill_(unused[:, None, None], -torch.inf)
-    tops = torch.segment_reduce(scores.amax(-1), "max", lengths=num_pages)  # (B, K, G)
-    weights = scores.sub_(tops[row][..., None]).exp2_()
+    maxima = torch.segment_reduce(scores.amax(-1), "max", lengths=num_pages)  # (B, K, G)
+    weights = scores.sub_(maxima[row][..., None]).exp2_()
     for (_, pages), part, weight in zip(parts, outs.split(at_once), weights.split(at_once)):
         torch.matmul(weight, fp32(values, pages), out=part)
     sums = torch.segment_reduce(weights.sum(-1), "sum", lengths=num_pages)

@@ -36,7 +36,7 @@ def library(name: str, dtype: torch.dtype, size: int = 0, **constants: int) -> c
     """
     if dtype not in (torch.float32, torch.bfloat16) or size % _MULTIPLES[name]:
         return None
-    if name == "products":  # the only one for bf16 alone
+    if name == "products":  # for bf16 only
         return compiled(name) if dtype == torch.bfloat16 and HAS_PAIRS else None
     if size:
         constants["SIZE"] = 16 if name == "pointwise" else size

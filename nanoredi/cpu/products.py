@@ -145,7 +145,7 @@ class _GatedLinear(torch.autograd.Function):
 
 class _Made(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, stand_in, gate, up, weight):
+    def forward(ctx, placeholder, gate, up, weight):
         return _linear(swiglu(gate, up), _for_product(weight, gate), None)
 
     @staticmethod

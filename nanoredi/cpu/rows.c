@@ -1,5 +1,4 @@
-/* Rows of logits on a CPU: the C version of logits.py's Triton kernel, with its formulas and names. -DIN_BF16=1 or 0 is the
-logits' dtype. */
+/* Rows of logits on a CPU: the C version of logits.py's Triton kernel. -DIN_BF16=1 or 0: the logits' dtype. */
 
 #include <math.h>
 
@@ -44,13 +43,13 @@ void logprobs(Stored *logits, int64_t stride, const int64_t *targets, const floa
             moments += power * below;
         }
         double total = sum(sums), gap = top + log(total) - target, tail = exp(-fabs(gap));
-        double logp = -fmax(gap, 0) - log1p(tail), missing = (gap > 0 ? 1 : tail) / (1 + tail);
+        double logp = -fmax(gap, 0) - log1p(tail), one_minus_p = (gap > 0 ? 1 : tail) / (1 + tail);
         float lse = target - logp;
         logps[t] = logp;
-        entropies[t] = log1p(tail) + fabs(gap) * tail / (1 + tail) + missing * (log(total) - sum(moments) / total);
+        entropies[t] = log1p(tail) + fabs(gap) * tail / (1 + tail) + one_minus_p * (log(total) - sum(moments) / total);
         if (!weights) continue;
         for (int64_t v = 0; v < num_columns; v += LANES)
             put(row + v, power_of_e(logits_at(row, v, num_columns) - lse) * -weights[t], num_columns - v);
-        if (y >= 0 && y < num_columns) put(row + y, (Floats){0} + weights[t] * (float)missing, 1);
+        if (y >= 0 && y < num_columns) put(row + y, (Floats){0} + weights[t] * (float)one_minus_p, 1);
     }
 }

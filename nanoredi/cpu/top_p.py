@@ -21,9 +21,9 @@ _FEW = 1 << 11
 def by_histogram(probs: Tensor, needed: Tensor, by_mass: bool) -> Tensor:
     if probs.shape[1] < _FEW:
         return NotImplemented
-    lost = probs[:, 0].isnan()  # then the whole row is NaN
-    if lost.any():
-        probs = probs.masked_fill(lost[:, None], 1.0)
+    is_nan = probs[:, 0].isnan()  # then the whole row is NaN
+    if is_nan.any():
+        probs = probs.masked_fill(is_nan[:, None], 1.0)
     values = probs.double()
     masses = values if by_mass else torch.ones_like(values)
     bucket = (probs.contiguous().view(torch.int32) >> _SHIFT).long()

@@ -69,9 +69,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         if ctx.grads is None:
-            raise RuntimeError(
-                "weighted_cross_entropy returns its gradients once; a second backward needs a second forward"
-            )
+            raise RuntimeError("the gradients are returned once; a second backward needs a second forward")
         grads, ctx.grads = ctx.grads, None
         return *(grad if grad is None else grad.mul_(grad_loss) for grad in grads), None, None, None, None, None
 
@@ -83,8 +81,8 @@ def logps_and_gradients(
 
     Args:
         weights: (N,) fp32; None if no gradient is wanted.
-        outputs: three tensors, or None for each: the gradient of hidden (N, D), which is overwritten; that of lm_head
-            (V, D) fp32, which is added to; the entropies (N,) fp32, which are overwritten in these rows.
+        outputs: three tensors, or None for each: the gradient of hidden (N, D), overwritten in these rows; that of
+            lm_head (V, D) fp32, added to; the entropies (N,) fp32, overwritten in these rows.
     """
     grad_hidden, grad_head, entropies = outputs
     wanted = grad_hidden is not None or grad_head is not None

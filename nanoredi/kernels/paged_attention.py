@@ -27,13 +27,7 @@ _BLOCK, SPAN = 64, 1024
 
 @operation
 def write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rope: tuple[Tensor, Tensor] | None,
-    keys: Tensor,
-    values: Tensor,
-    indices: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, indices: Tensor
 ) -> Tensor:
     """Write new keys and values into a layer's pool, rotated.
 
@@ -74,11 +68,10 @@ def paged_decode(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, le
     return torch.cat(outs).squeeze(2).to(q.dtype)  # of (1, H, 1, E) each
 
 
-def memory_for(q: Tensor, num_spans: int) -> tuple[Tensor, Tensor, Tensor]:
+def memory_for(q: Tensor, num_spans: int) -> tuple[Tensor, ...]:
     """Memory for the spans' a (B, H, spans, E), m and l (B, H, spans), fp32."""
     shape = *q.shape[:2], num_spans
-    outs, maxima, sums = (q.new_empty(shape + more, dtype=torch.float32) for more in (q.shape[2:], (), ()))
-    return outs, maxima, sums
+    return tuple(q.new_empty(shape + more, dtype=torch.float32) for more in (q.shape[2:], (), ()))
 
 
 if triton is not None:

@@ -88,9 +88,7 @@ def load_weights(
     files = open_weights(folder)
     missing = sorted(shapes.keys() - files.keys())
     # Old checkpoints also store the rotary frequencies, which the config determines.
-    unexpected = sorted(
-        name for name in files.keys() - shapes.keys() - tied.keys() if not name.endswith("rotary_emb.inv_freq")
-    )
+    unexpected = sorted(name for name in files.keys() - {*shapes, *tied} if not name.endswith("rotary_emb.inv_freq"))
     if missing:
         raise UserError(f"{folder} lacks the weights {_some(missing)}")
     if unexpected:

@@ -25,25 +25,25 @@ def recomputed(run: Callable[..., Tensor], kept: Collection[str], *inputs: Any) 
     needed: list[int] = []  # for each saved tensor, the number of results kept before it
     made: dict[int, Tensor] = {}
 
-    def number(tensor: Tensor) -> int:
+    def pack(tensor: Tensor) -> int:
         needed.append(len(results))
         return len(needed) - 1
 
-    def make_again(tensor: Tensor) -> None:
+    def record(tensor: Tensor) -> None:
         made[len(made)] = tensor.detach()
         if len(made) == len(needed):
             raise _Enough
 
-    def find(number: int) -> Tensor:
+    def unpack(number: int) -> Tensor:
         if number not in made:
             made.clear()
             own = [x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
-            hooks = saved_tensors_hooks(make_again, lambda _: None)
+            hooks = saved_tensors_hooks(record, lambda _: None)
             with suppress(_Enough), torch.enable_grad(), hooks, _Results(kept, results, iter(results)):
                 run(*own)
         return made.pop(number)
 
-    with saved_tensors_hooks(number, find), _Results(kept, results):
+    with saved_tensors_hooks(pack, unpack), _Results(kept, results):
         out = run(*inputs)
     del results[needed[-1] if needed else 0 :]  # the rerun ends before these
     return out

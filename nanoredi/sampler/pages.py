@@ -26,7 +26,7 @@ class Pages:
     def __init__(self, num_pages: int, page_size: int):
         self.page_size, self.num_free = page_size, num_pages
         self.refcounts = [0] * num_pages
-        self._free = list(range(num_pages))  # a heap of all free pages, and of some that are in use again
+        self._free = list(range(num_pages))  # a heap of all free pages, some of them twice, and of some in use again
         self._registered: dict[_Key, int] = {}
         self._keys: list[_Key | None] = [None] * num_pages
         # A page gets a new version when it is registered, so pages that followed its old content are found no more.

@@ -7,6 +7,7 @@ fp32 master weights where it uses them.
 import contextlib
 import datetime
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from nanoredi.common.errors import UserError, sentence
+from nanoredi.common.errors import UserError, say, sentence
 from nanoredi.config import TrainConfig
 from nanoredi.kernels.dispatch import prepare_for_training
 from nanoredi.model.qwen2 import Qwen2
@@ -64,12 +65,9 @@ class World:
         return bool(flags)
 
     def say(self, text: str) -> None:
-        """Print on rank 0. A terminal or pipe that is gone, as after a closed ssh, does not end the run."""
-        try:
-            if self.rank == 0:
-                print(text, flush=True)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        """Print on rank 0."""
+        if self.rank == 0:
+            say(text, sys.stdout)
 
 
 @contextlib.contextmanager
@@ -80,9 +78,8 @@ def world(timeout_minutes: float = 10.0) -> Iterator[World]:
     Raises:
         UserError: when ranks would share a GPU.
     """
-    rank, size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    size = int(os.environ.get("WORLD_SIZE", 1))
     store = next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():

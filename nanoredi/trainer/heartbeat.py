@@ -11,6 +11,8 @@ import time
 
 import torch.distributed as dist
 
+from nanoredi.common.errors import say
+
 
 class Heartbeat:
     """Made by all ranks together; beats until close()."""
@@ -57,6 +59,5 @@ class Heartbeat:
                     self._end(rank)
 
     def _end(self, rank: int) -> None:
-        minutes = f"{self.timeout / 60:g} minutes"
-        print(f"error: rank {rank} has not answered for {minutes} (--timeout_minutes)", file=sys.stderr, flush=True)
+        say(f"error: rank {rank} has not answered for {self.timeout / 60:g} minutes (--timeout_minutes)", sys.stderr)
         os._exit(2)

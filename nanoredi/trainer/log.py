@@ -65,9 +65,8 @@ class Log:
         self.path = Path(config.out) / "metrics.jsonl"
         self.has_rejected = has_negatives or getattr(config, "objective", "sft") != "sft" and config.alpha != 0
         self.waiting: list[Step] = []
-        self.first, self.start = first, time.perf_counter()
-        self.last = self.start
-        self.line, self.num_lines = "no step yet", 0
+        self.start = self.last = time.perf_counter()
+        self.first, self.line, self.num_lines = first, "no step yet", 0
         world.first(lambda: drop_steps_after(self.path, first))
         board = config.tensorboard and world.rank == 0
         self.board = _tensorboard(Path(config.out) / "tensorboard", first) if board else None
@@ -79,7 +78,7 @@ class Log:
         return self.flush() if due else []
 
     def flush(self) -> list[tuple[Step, dict[str, Any]]]:
-        """Write the steps that wait. Returns them with their rows of metrics.jsonl."""
+        """Write the steps that wait, or raise a UserError on every rank. Returns them with their rows of metrics.jsonl."""
         if not self.waiting:
             return []
         values = torch.stack([step.metrics for step in self.waiting]).tolist()  # the one wait for the device
@@ -94,32 +93,33 @@ class Log:
             "peak_memory_gb": round(peak_memory_gb(self.world.device), 3),
             "matrix_share": round(rate / self.matrix_rate, 4),
         }
-        pairs = [(step, {**self._row(step, v), **common}) for step, v in zip(self.waiting, values)]
-        self.waiting, self.last = [], now
-        if self.world.rank == 0:
-            with open(self.path, "ab", buffering=0) as file:
-                for _, row in pairs:
-                    write_row(file, row)
-            row_now = pairs[-1][1]
-            header, self.line = self._lines(row_now, now)
-            self.world.say(self.line if self.num_lines % _HEADER_EVERY else f"{header}\n{self.line}")
-            self.num_lines, self.line = self.num_lines + 1, f"{header}\n{self.line}"
-            for row in (row for _, row in pairs if "watch_chosen_logp" in row):
-                chosen, rejected = (_show(row[f"watch_{side}_logp"], ".4f") for side in ("chosen", "rejected"))
-                self.world.say(f"watched pairs after step {row['step']}: chosen {chosen}  rejected {rejected}")
-            if row_now["step"] == self.total:
-                share = f"{row_now['matrix_share']:.0%} of a large matrix product's rate at the end"
-                self.world.say(f"{self.label}: at most {row_now['peak_memory_gb']:.1f} GB, {share}")
-            for _, row in pairs if self.board else []:
-                for key, value in row.items():
-                    if value is not None and key != "step":
-                        self.board.add_scalar(key, value, row["step"])
+        rows = [{**self._row(step, v), **common} for step, v in zip(self.waiting, values)]
+        pairs, self.waiting, self.last = list(zip(self.waiting, rows)), [], now
+        self.world.first(lambda: self._write(rows))
         return pairs
 
     def status(self) -> str:
         """The last line, and how long ago it was printed."""
         since = time.perf_counter() - self.last
         return f"{self.label}, {clock(since)} after this line, {len(self.waiting)} steps on:\n{self.line}"
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        with open(self.path, "ab", buffering=0) as file:
+            for row in rows:
+                write_row(file, row)
+        header, self.line = self._lines(rows[-1])
+        self.world.say(self.line if self.num_lines % _HEADER_EVERY else f"{header}\n{self.line}")
+        self.num_lines, self.line = self.num_lines + 1, f"{header}\n{self.line}"
+        for row in (row for row in rows if "watch_chosen_logp" in row):
+            chosen, rejected = (_show(row[f"watch_{side}_logp"], ".4f") for side in ("chosen", "rejected"))
+            self.world.say(f"watched pairs after step {row['step']}: chosen {chosen}  rejected {rejected}")
+        if rows[-1]["step"] == self.total:
+            share = f"{rows[-1]['matrix_share']:.0%} of a large matrix product's rate at the end"
+            self.world.say(f"{self.label}: at most {rows[-1]['peak_memory_gb']:.1f} GB, {share}")
+        for row in rows if self.board else []:
+            for key, value in row.items():
+                if value is not None and key != "step":
+                    self.board.add_scalar(key, value, row["step"])
 
     def _row(self, step: Step, values: list[float]) -> dict[str, Any]:
         skipped = not all(map(math.isfinite, values[:5]))
@@ -140,14 +140,14 @@ class Log:
             **({"skipped": True} if skipped else {}),
             **{
                 f"{when}_{column}": value
-                for when, figures in step.watched.items()
-                for column, value in zip(COLUMNS, _finite(figures.flatten().tolist()))
+                for when, means in step.watched.items()
+                for column, value in zip(COLUMNS, _finite(means.flatten().tolist()))
             },
         }
 
-    def _lines(self, row: dict[str, Any], now: float) -> tuple[str, str]:
+    def _lines(self, row: dict[str, Any]) -> tuple[str, str]:
         """The names of the columns, and a row under them, each at most 80 characters wide."""
-        left = (now - self.start) / (row["step"] - self.first) * (self.total - row["step"])
+        left = (self.last - self.start) / (row["step"] - self.first) * (self.total - row["step"])
         columns = {
             "step": f"{row['step']}/{self.total}".rjust(max(4, 2 * len(str(self.total)) + 1)),
             "loss": _show(row["loss"], "7.4f"),

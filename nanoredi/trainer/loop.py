@@ -64,6 +64,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
                 run.save_model(out / f"step-{number:06d}", number)
             run.save_state(number)
             if stops:
+                run.states.wait()
                 raise Stopped(f"{run.log.label} was asked to stop: step {number} is saved, the same command resumes")
         run.save_model(out / "final", run.total)
         run.states.drop()
@@ -126,6 +127,7 @@ class _Run:
             failure = str(error)
         if failure := self.world.first(lambda: failure):
             self.save_state(step)
+            self.states.wait()
             raise UserError(f"{failure}; the state of step {step} is saved, the same command resumes")
 
 

@@ -18,16 +18,16 @@ _CHUNK = 128  # rows divided among the ranks at once
 
 
 @torch.no_grad()
-def trace_sums(model: Qwen2, data: TokenData, max_tokens: int, world: World, what: str = "") -> Tensor:
+def trace_sums(model: Qwen2, data: TokenData, max_tokens: int, world: World, label: str = "") -> Tensor:
     """Sums over every trace's tokens, of the log-probs and of the entropies: (2, rows, sides) fp32, on every rank.
 
     Args:
         model: sharded over the ranks, or whole on each.
         max_tokens: of a micro-batch; a longer row is one by itself.
-        what: label of the progress bar; empty: there is none.
+        label: of the progress bar; empty: there is none.
     """
     totals = torch.zeros(2, len(data), len(data.sides), device=world.device)
-    done = progress(None, what, len(data), "rows", disable=world.rank > 0 or not what)
+    done = progress(None, label, len(data), "rows", disable=world.rank > 0 or not label)
     for start in range(0, len(data), _CHUNK):
         rows = [data.row(i) for i in range(start, min(start + _CHUNK, len(data)))]
         lengths = [sum(s.num_inputs for s in row) for row in rows]

@@ -1,7 +1,7 @@
 """The training state, for an exact resume: weights, AdamW's moments, and the guards' counters.
 
-    out/state/step-000200/    a safetensors file a rank, and state.json: the notes, every file's size and digest, and a
-                              digest of all that
+    out/state/step-000200/    a safetensors file a rank, and state.json: the step, the notes (the guards' counters and
+                              what the run began with), every file's size and digest, and a digest of all that
 
 torch.distributed.checkpoint writes and reads the tensors, so a run can resume on another number of ranks. Its own
 format keeps a pickle beside the data; its safetensors format does not. A state is written to a temporary folder while
@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nanoredi.common.disk import digest, file_digest, move_into_place, path_beside, remove, remove_leftovers
-from nanoredi.common.errors import Stopped, UserError
+from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json
 from nanoredi.trainer.distributed import PATIENCE, World
 from nanoredi.trainer.guards import Guards
@@ -45,10 +45,10 @@ def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     return tensors
 
 
-class States:
+class States(contextlib.AbstractContextManager):
     """The states of a run whose folder this job has locked. All ranks have one and call its methods together.
 
-    In a `with` block, a UserError or Stopped that ends the run first waits for the state that is being written.
+    In a `with` block, an exception that ends the run first waits for the state that is being written.
     """
 
     def __init__(self, folder: Path, world: World):
@@ -59,12 +59,14 @@ class States:
         self.pending: Future[int] | None = None  # the step whose state is being written
         self.newest = 0  # the step of the newest whole state
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind in (UserError, Stopped):
-            self.wait()
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, UserError):  # every rank raises it
+            try:
+                self.wait()
+            except UserError as unsaved:
+                raise UserError(f"{error}; {unsaved}") from None
+        elif self.pending:
+            self.pending.exception()  # without the other ranks, which may not come
 
     def save(self, step: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
         """Begin to save the state of a step; tensors may change as soon as this returns.

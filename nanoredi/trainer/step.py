@@ -14,7 +14,7 @@ from nanoredi.config import RediConfig, SftConfig
 from nanoredi.data.batch import divide, pack
 from nanoredi.kernels.dispatch import after_step
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.objectives import Unit, pair_losses, wants_pairs
+from nanoredi.objectives import Unit, needs_pairs, pair_losses
 from nanoredi.trainer.distributed import World
 from nanoredi.trainer.optimizer import AdamW, gradient_square
 
@@ -38,8 +38,8 @@ def train_step(
         mine = [units[j] for j in indices] or [_idle(units)]
         totals += forward_backward(model, mine, len(units), config, world.device)
     # With several replicas of the weights (HSDP) the sum over all ranks counts every shard once per replica.
-    copies = world.size // (config.shard_size or world.size)
-    square = gradient_square(model) / copies
+    replicas = world.size // (config.shard_size or world.size)
+    square = gradient_square(model) / replicas
     sums = torch.stack((square, *totals.to(square.device)))
     dist.all_reduce(sums)
     square, chosen, rejected, loss, *entropies = sums
@@ -47,7 +47,7 @@ def train_step(
     optimizer.step(norm, config.clip, skip)
     num_parameters = sum(p.numel() for p in optimizer.parameters)
     after_step(optimizer.num_steps[0], len(micro_batches), num_parameters, model.compute_dtype)
-    update = optimizer.update_square() / copies
+    update = optimizer.update_square() / replicas
     dist.all_reduce(update)
     update = torch.where(skip.bool(), 0.0, update.sqrt())
     return torch.stack((chosen, rejected, norm, update, loss, *entropies)), sum(lengths), sum(costs)
@@ -65,7 +65,7 @@ def forward_backward(
     """
     batch = pack([s for unit in units for s in unit]).to(device)
     entropies = torch.zeros_like(batch.weights)
-    if wants_pairs(config) and len(batch.rows):
+    if needs_pairs(config) and len(batch.rows):
         token_logps = model.logprobs(batch.targets, batch.rows, *batch[:3], batch.max_seqlen, entropies=entropies)
         loss = pair_losses(config, units, token_logps).sum() / num_units
     else:

@@ -1,7 +1,9 @@
 """What a terminal would obey reaches none, whichever way it goes; and what a run with broken weights says."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -24,6 +26,16 @@ def test_control_characters_are_shown_escaped(capsys, monkeypatch):
         run_script(main)
     said = capsys.readouterr()
     assert said.out == f"{SHOWN}\tas it is\n\x1b[2mdim\x1b[0m\n" and said.err == f"error: no {SHOWN}\\nfile\n"
+
+
+@pytest.mark.parametrize("error, code", [("Stopped", 0), ("UserError", 2)])
+def test_the_last_words_may_find_the_terminal_gone(error, code):
+    reader, writer = os.pipe()
+    os.close(reader)
+    raises = f"from nanoredi.common import errors\ndef main(_): raise errors.{error}('words')\nerrors.run_script(main)"
+    done = subprocess.run([sys.executable, "-c", raises], stdout=writer, stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == code
 
 
 def test_the_pager_gets_them_escaped_too(tmp_path, monkeypatch):

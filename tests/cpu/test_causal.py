@@ -1,4 +1,4 @@
-"""Packed attention in C against a dense masked reference; what it shares with other versions is in test_attention.py."""
+"""Packed attention in C against a dense masked reference; tests that all versions share are in test_attention.py."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from dense import cumulative, dense, qkv
 from nanoredi.cpu import native
 from nanoredi.model.attention import PackedAttention
 
-# Of the result and the gradients of q, k and v. In bf16 a result is rounded (1.7e-3), and so are the weights and their
-# gradients before it; torch's own attention has 5e-3 to 8e-3 for q and k, 2e-3 to 5e-3 for v.
+# For the result and the gradients of q, k and v. In bf16 a result is rounded (1.7e-3), and so are the attention weights
+# and their gradients before it; torch's attention has 5e-3 to 8e-3 for q and k, 2e-3 to 5e-3 for v.
 BOUNDS = {torch.float32: [2e-6] * 4, torch.bfloat16: [1.7e-3, 2.8e-3, 2.8e-3, 2.2e-3]}
 
 
@@ -20,7 +20,7 @@ BOUNDS = {torch.float32: [2e-6] * 4, torch.bfloat16: [1.7e-3, 2.8e-3, 2.8e-3, 2.
         (6, 2, 64, torch.float32),
         (6, 2, 64, torch.bfloat16),
         (2, 2, 128, torch.bfloat16),
-        (5, 1, 192, torch.float32),  # each size and dtype is compiled: a second
+        (5, 1, 192, torch.float32),  # compiling a size and dtype takes a second
     ],
 )
 def test_in_c_packed_equals_dense_forward_and_backward(heads, kv_heads, size, dtype, lengths):
@@ -34,14 +34,14 @@ def test_in_c_packed_equals_dense_forward_and_backward(heads, kv_heads, size, dt
     want = dense(*exact, lengths)
     rounding = (size / 64) ** 0.5 if dtype == torch.float32 else 1  # of a sum of E products
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    upstream = upstream.transpose(0, 2).contiguous().transpose(0, 2)  # not as it lies in memory
+    upstream = upstream.transpose(0, 2).contiguous().transpose(0, 2)  # not contiguous in the expected order
     got = torch.autograd.grad(out, inputs, upstream)
     for a, b, bound in zip((out, *got), (want, *torch.autograd.grad(want, exact, upstream.double())), BOUNDS[dtype]):
         assert a.dtype == dtype
         assert (a.double() - b).norm() / b.norm() < bound * rounding
 
 
-def test_without_a_compiler_it_is_torch_s(monkeypatch):
+def test_without_a_compiler_torch_attends(monkeypatch):
     native.compiled.cache_clear()
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     inputs = qkv(60, size=64)

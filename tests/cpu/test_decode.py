@@ -1,4 +1,4 @@
-"""Attention over pages without a compiler, by PyTorch arranged for a CPU's cache; in C it is tested in test_kv_cache.py."""
+"""Paged attention without a compiler, in PyTorch arranged for a CPU's cache; in C it is tested in test_kv_cache.py."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from nanoredi.kernels.paged_attention import paged_decode
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("page_size, heads, kv_heads, size", [(16, 6, 2, 64), (7, 14, 2, 20), (5, 16, 1, 48)])
-def test_by_pages_equals_dense(dtype, tolerance, page_size, heads, kv_heads, size, monkeypatch):
-    # Pages that are taken at once, and no whole number of times.
+def test_paged_equals_dense(dtype, tolerance, page_size, heads, kv_heads, size, monkeypatch):
+    # Pages that are gathered at a time; the lengths are no multiples of them.
     monkeypatch.setattr(decode, "_AT_ONCE", 3 * kv_heads * page_size * size)
     lengths, shared = [1, 16, 130, 77, 90], [None, None, None, None, (3, 64 // page_size)]
     rows = rows_of(lengths, kv_heads, size, shared, page_size)
@@ -25,7 +25,7 @@ def test_by_pages_equals_dense(dtype, tolerance, page_size, heads, kv_heads, siz
     torch.testing.assert_close(got, plain, atol=tolerance, rtol=0)
 
 
-def test_where_there_is_gcc_it_runs_in_c():
+def test_with_gcc_it_runs_in_c():
     if native.library("decode", torch.float32, 32, GROUP=3, PAGE=16) is None:
         skip_without_gcc("decode.c")
 

@@ -1,5 +1,5 @@
-"""That free memory goes back to the system after steps of large models and stays after those of small ones, where the C
-library can."""
+"""Free memory is returned to the system after steps of large models and kept after those of small ones, if the C library
+can do so."""
 
 import ctypes
 import resource
@@ -21,8 +21,8 @@ from nanoredi.kernels.dispatch import after_step
         (True, True, 7, 40, True),
     ],
 )
-def test_it_is_given_back_for_a_large_model(large, in_c, num_steps, num_micro_batches, is_given, monkeypatch):
-    """At each step, or where oneDNN makes no products once in 32 micro-batches."""
+def test_free_memory_goes_back_for_a_large_model(large, in_c, num_steps, num_micro_batches, is_given, monkeypatch):
+    """At each step, or once in 32 micro-batches if oneDNN computes no products."""
     pads = []
 
     class Library:
@@ -35,8 +35,8 @@ def test_it_is_given_back_for_a_large_model(large, in_c, num_steps, num_micro_ba
     assert pads == ([0] if is_given else [])
 
 
-def test_a_small_models_memory_is_kept(monkeypatch):
-    """What a step takes and frees costs the system nothing in the next one."""
+def test_free_memory_stays_for_a_small_model(monkeypatch):
+    """Memory that a step allocates and frees causes no page faults in the next one."""
     heap._keep.cache_clear()
     accepted = []
     library = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""A sample is the same, bit for bit, whatever else is in its batch and however the work is cut."""
+"""A sample is the same, bit for bit, whatever else is in its batch and however the work is divided."""
 
 from types import SimpleNamespace
 
@@ -55,8 +55,8 @@ def test_samples_are_the_same_bit_for_bit(model, dtype, monkeypatch):
     assert tokens_of(model, dtype) == want
 
 
-def test_full_steps_and_rows_that_begin_again(model, monkeypatch):
-    """What a GPU does, by the CPU's products."""
+def test_full_batches_and_resampled_rows(model, monkeypatch):
+    """A GPU's scheduling, with the CPU's products."""
     preempted, shown = [], []
 
     def as_on_a_gpu(one):
@@ -74,7 +74,7 @@ def test_full_steps_and_rows_that_begin_again(model, monkeypatch):
 
 @pytest.mark.parametrize("in_c", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_attends_alone_as_beside_longer_ones(in_c, dtype, monkeypatch):
+def test_a_row_attends_the_same_alone_and_beside_longer_ones(in_c, dtype, monkeypatch):
     monkeypatch.setattr(decode, "_SPAN", 32)
     if not in_c:
         monkeypatch.setattr(native, "compiled", lambda *_, **__: None)
@@ -92,9 +92,9 @@ def test_a_row_attends_alone_as_beside_longer_ones(in_c, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size, out", [(96, 288), (896, 128), (1536, 576), (1536, 8960), (4864, 896)])
 def test_a_row_of_a_product_does_not_depend_on_the_others(dtype, size, out):
-    """What the promise rests on, with this machine's processor and libraries."""
+    """What invariance relies on, for this machine's processor and libraries."""
     on_a_cpu = SimpleNamespace(full_size=False, device=torch.device("cpu"))
-    assert Sampler._num_padding(on_a_cpu, 1, 64) == 1  # one row alone is multiplied by other code
+    assert Sampler._num_padding(on_a_cpu, 1, 64) == 1  # because a single row is multiplied by other code
 
     g = torch.Generator().manual_seed(1)
     weight = prepare_for_sampling((torch.randn(out, size, generator=g) / size**0.5).to(dtype), True)

@@ -1,4 +1,4 @@
-"""Masters' sums and copies: the gradients that autograd would give, the dtype that was asked for."""
+"""Masters' gradient sums and casts: equal to autograd's gradients, and in the dtype asked for."""
 
 import pytest
 import tiny
@@ -11,7 +11,7 @@ from nanoredi.kernels.dispatch import drop_gradient
 
 
 def two_losses(model, dtype, level="off"):
-    """Of two micro-batches, one through the loss and one through the log-probs."""
+    """The gradients of two micro-batches, one through the loss and one through the log-probs."""
     model.compute_dtype = dtype
     for block in model.model.layers:
         block.activation_checkpointing = level
@@ -34,14 +34,14 @@ def test_sums_are_the_gradients_that_autograd_adds_up(tied, dtype, level):
     got = two_losses(model, dtype, level)
     for name, p in model.named_parameters():
         assert got[name] is sums[name] and p.grad.dtype == torch.float32
-        # In bf16 the embedding's gradient is the same but for the order of its sum.
+        # In bf16 the embedding's gradient is summed in another order.
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4 * want[name].abs().max().item())
     for p in model.parameters():
         drop_gradient(p)
     assert all(p.grad is sums[name] and not p.grad.any() for name, p in model.named_parameters())
 
 
-def test_what_is_no_master_loses_its_gradient():
+def test_a_parameter_that_is_no_master_drops_its_gradient():
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     assert kept_sum(p) is None
@@ -69,7 +69,7 @@ def test_the_loss_of_a_master_has_a_gradient_of_1():
         (2 * loss).backward()
 
 
-def test_a_repeated_token_adds_up():
+def test_gradients_of_a_repeated_token_add_up():
     weight = nn.Parameter(torch.rand(4, 2))
     make_master(weight)
     embedding(torch.tensor([3, 1, 3]), weight).sum().backward()

@@ -13,13 +13,13 @@ def nothing_compiled():
     native.compiled.cache_clear()
 
 
-def test_no_compiler_is_said(monkeypatch, capsys):
+def test_a_missing_compiler_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     assert native.library("pointwise", torch.float32, 16) is None
     assert "pointwise.c was not compiled (there is no C compiler, cc); PyTorch does" in capsys.readouterr().err
 
 
-def test_a_size_or_dtype_that_a_file_does_not_know_is_not_compiled(monkeypatch):
+def test_unsupported_sizes_and_dtypes_are_not_compiled(monkeypatch):
     monkeypatch.setattr(native, "compiled", lambda *_, **__: pytest.fail("compiled"))
     for name, dtype, size in [
         ("causal", torch.float32, 48),
@@ -39,8 +39,8 @@ def test_a_size_or_dtype_that_a_file_does_not_know_is_not_compiled(monkeypatch):
         ('rm -rf "$(dirname "$(echo "$*" | grep -o "[^ ]*part.o")")"', "library.so"),
     ],
 )
-def test_a_compiler_that_fails_is_done_without(words, why, tmp_path, monkeypatch, capsys):
-    """It says that it failed, or makes no library, hangs, writes what is no text, or its folder has vanished."""
+def test_a_failing_compiler_is_reported(words, why, tmp_path, monkeypatch, capsys):
+    """It prints an error, writes no library, prints bytes that are no text, hangs, or removes its folder."""
     monkeypatch.setattr(native, "_SECONDS", 1)
     (tmp_path / "cc").write_text(f"#!/bin/sh\n{words}\n")
     (tmp_path / "cc").chmod(0o755)

@@ -10,12 +10,12 @@ def plain(x, weight, eps):
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
-# In PyTorch, and, of rows of 48 numbers, in C where there is a compiler.
+# In PyTorch, and for rows of 48 numbers in C, where there is a compiler.
 @pytest.mark.parametrize("size", [24, 48])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("master", [True, False])
 @pytest.mark.parametrize("eps", [1e-6, 1.0])
-def test_it_is_the_formula(dtype, master, eps, size):
+def test_norm_and_gradients_follow_the_formula(dtype, master, eps, size):
     generator = torch.Generator().manual_seed(0)
     x, upstream = (torch.randn(50, size, generator=generator).to(dtype) for _ in range(2))
     x[3] *= 1e-3
@@ -35,7 +35,7 @@ def test_it_is_the_formula(dtype, master, eps, size):
 
 
 @pytest.mark.parametrize("size", [4, 32])
-def test_what_needs_no_gradient_gets_none(size):
+def test_inputs_that_need_no_gradient_get_none(size):
     x, weight = torch.randn(3, size), torch.randn(size)
     for needs in ((True, False), (False, True)):
         inputs = x.clone().requires_grad_(needs[0]), weight.clone().requires_grad_(needs[1])

@@ -1,4 +1,4 @@
-"""A model whose weights were laid out for sampling on a CPU."""
+"""A model whose weights have been packed for sampling on a CPU."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from nanoredi.model.qwen2 import Qwen2
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
-def test_it_cannot_be_saved(tmp_path):
+def test_a_packed_model_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="self_attn.q_proj.weight"):
         tiny.tiny_model(True).pack().save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says what is mapped")
-def test_it_lets_go_of_its_file(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
+def test_a_packed_model_unmaps_its_file(tmp_path):
     folder = tmp_path / "model"
     tiny.tiny_model(tied=False).save_pretrained(folder)
     model = Qwen2.from_pretrained(folder)

@@ -21,7 +21,7 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-def test_pairs_turn_by_their_angles_and_their_gradients_back(dtype, bound, way):
+def test_pairs_rotate_and_their_gradients_rotate_back(dtype, bound, way):
     config = tiny_config(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024)
     cos, sin = rotary_angles(PLACES, config, dtype)
     generator = torch.Generator().manual_seed(0)

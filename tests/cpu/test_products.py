@@ -1,4 +1,4 @@
-"""Matrix products and linear layers against float64, whichever library makes them."""
+"""Matrix products and linear layers against float64, whichever library computes them."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from nanoredi.cpu.products import multiply, packed
 from nanoredi.kernels.layers import PRODUCTS, add_product, linear, mlp, product, put_product
 from nanoredi.model.recompute import recomputed
 
-# A small shape; one large enough for oneDNN to be asked; one row more than a piece that is made at once; and for
-# products.c several blocks of panels, an inner dimension in parts, and no whole tile.
+# A small shape; one large enough for oneDNN; one row more than the rows that are computed at a time; and for
+# products.c several blocks of panels, an inner dimension in parts, and incomplete tiles.
 SHAPES = [(3, 5, 7), (300, 400, 300), (2050, 8, 2060), (41, 4099, 1100), (9, 4100, 50), (1, 2, 1)]
 
 
@@ -26,7 +26,7 @@ def matrix(*shape, dtype=torch.float32):
 
 @pytest.fixture(params=["torch", "onednn", "c"])
 def library(request, monkeypatch):
-    """Without and with AVX-512, on any machine whose torch has oneDNN; and products.c, where it can run."""
+    """oneDNN without and with AVX-512, if torch has oneDNN; and products.c, where it can run."""
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch is built without oneDNN")
     monkeypatch.setattr(products, "_HAS_AVX512", request.param == "onednn")
@@ -85,7 +85,7 @@ def test_in_c_sums_are_fp32_and_nothing_else_is_written(shape, in_c):
     assert around[0].eq(1).all() and around[-1].eq(1).all() and around[:, :4].eq(1).all() and around[:, -4:].eq(1).all()
 
 
-def test_in_c_what_is_no_number_stays_in_its_row(in_c):
+def test_in_c_nan_stays_in_its_row(in_c):
     a, b = matrix(20, 34, dtype=torch.bfloat16), matrix(34, 60, dtype=torch.bfloat16)
     a[7, 3] = torch.nan
     for left in (a, a.T.contiguous().T):
@@ -119,12 +119,12 @@ def test_a_linear_layer_of_fp32_masters_and_its_gradients(rows, biased, dtype, l
 @pytest.mark.parametrize("size", [48, 20])
 @pytest.mark.parametrize("master", [True, False])
 def test_an_mlp_and_its_gradients(master, size, dtype, bound, library):
-    """Of 20 inner numbers in torch's operations, of 48 in C, where there is a compiler."""
+    """With an inner size of 20 by torch's operations, of 48 in C, where there is a compiler."""
     x = matrix(30, size, dtype=dtype).mul_(4)
     x[3] = 0
     x[4, :8] = torch.tensor([100.0, -100, 88, -88, 1e4, -1e4, 30, -30])
     of_weights = torch.float32 if master and dtype == torch.bfloat16 else dtype
-    gate = torch.eye(size, dtype=of_weights)  # so that these are the gate's numbers
+    gate = torch.eye(size, dtype=of_weights)  # so that the gate's outputs are x
     up, down = (matrix(rows, size, dtype=of_weights) for rows in (size, 7))
     inputs = [t.requires_grad_() for t in (x, gate, up, down)]
     exact = [t.detach().to(dtype).double().requires_grad_() for t in inputs]
@@ -165,14 +165,14 @@ def test_a_dtype_that_onednn_lacks_is_not_packed():
     assert torch.equal(packed(weight, True), weight)
 
 
-def test_what_is_no_factor_is_copied_and_not_packed():
+def test_a_weight_of_no_product_is_copied_and_not_packed():
     weight = matrix(3, 4)
     copy = packed(weight, False)
     assert torch.equal(copy, weight) and copy.data_ptr() != weight.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_mlp_s_last_product_is_not_made_again(dtype):
+def test_an_mlp_s_last_product_is_not_recomputed(dtype):
     if native.library("pointwise", dtype, 48) is None:
         skip_without_gcc("pointwise.c")
 

@@ -29,7 +29,7 @@ def test_a_row_of_nan_leaves_the_others_alone(monkeypatch):
     assert torch.equal(keep_likeliest(probs, 0.5, True)[::2], want[::2])
 
 
-def test_fewer_likely_tokens_than_are_asked_for(monkeypatch):
+def test_fewer_likely_tokens_than_top_p_asks_for(monkeypatch):
     monkeypatch.setattr(top_p, "_FEW", 0)
     probs = torch.zeros(1, 300)
     probs[0, [3, 7]] = 0.5

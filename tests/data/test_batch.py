@@ -27,7 +27,7 @@ def test_pack():
 
 
 @pytest.mark.parametrize("rows, batch_size, epochs", [(10, 4, 1), (12, 4, 2), (3, 8, 2)])
-def test_every_epoch_sees_every_row_once_in_an_order_of_its_own(rows, batch_size, epochs):
+def test_every_epoch_sees_every_row_once_in_a_different_order(rows, batch_size, epochs):
     total = num_steps(rows, batch_size, epochs, max_steps=0)
     steps = [step_rows(i, rows, batch_size, seed=1).tolist() for i in range(total)]
     per_epoch = total // epochs
@@ -44,7 +44,7 @@ def test_max_steps():
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("max_tokens", [50, 300, 10_000])
-def test_divide_deals_everything_evenly_within_the_budget(world_size, max_tokens):
+def test_divide_distributes_everything_evenly_within_the_budget(world_size, max_tokens):
     lengths = np.random.default_rng(0).integers(10, 120, 64).tolist()
     costs = [n + n * n / 100 for n in lengths]
     places = divide(lengths, costs, world_size, max_tokens)

@@ -27,7 +27,7 @@ def test_the_paper_s_answers_in_their_formats(shared):
     assert load("olympiad_bench", folder).golds[1] == ["$\\frac{1}{2 n+2}$"]
 
 
-def test_rows_of_the_user_s_own(tmp_path):
+def test_a_user_s_file(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"problem": "1+1?", "answer": 2}\n{"problem": "half?", "answer": ["0.5", "1/2"], "more": 1}\n')
     benchmark = load(str(path), "")
@@ -68,7 +68,7 @@ def test_malformed_rows_are_named(tmp_path, text, words):
         ({"Problem": "p", "problem": "p", "answer": 4}, "p", ["4"]),
     ],
 )
-def test_what_a_row_asks_and_its_answer(tmp_path, row, problem, golds):
+def test_a_row_s_problem_and_answer(tmp_path, row, problem, golds):
     (tmp_path / "b.jsonl").write_text(json.dumps(row))
     benchmark = load(str(tmp_path / "b.jsonl"), "")
     assert (benchmark.problems, benchmark.golds) == ([problem], [golds])
@@ -89,7 +89,7 @@ def test_what_a_row_asks_and_its_answer(tmp_path, row, problem, golds):
         ([{"problem": "p", "answer": "it is so " * 9}] * 2, "2 of 2 answers are solutions without a box or ####"),
     ],
 )
-def test_what_would_be_scored_wrong_is_refused(tmp_path, rows, words):
+def test_rows_that_would_be_scored_wrongly_are_refused(tmp_path, rows, words):
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match=words):
         load(str(tmp_path / "b.jsonl"), "")
@@ -190,7 +190,7 @@ def test_a_problem_has_one_prompt_template():
 
 
 def test_the_paper_s_prompt_template():
-    """As both programs that the original evaluates with have it: two spaces after "clearly."."""
+    """With two spaces after "clearly.", as in both programs that the original evaluates with."""
     assert PAPER_TEMPLATE == (
         "Solve the following math problem efficiently and clearly.  The last line of your response should be of the "
         "following format: 'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) where "
@@ -199,7 +199,7 @@ def test_the_paper_s_prompt_template():
     )
 
 
-PUBLISHED = {  # a row as its publisher has it, and its gold answer
+PUBLISHED = {  # a row as published, and its gold answer
     "aime24": ({"id": 60, "problem": "p", "solution": "\\boxed{204}", "url": "u"}, ["204"]),
     "aime25": ({"problem": "p", "answer": "70", "id": "0"}, ["70"]),
     "amc23": ({"id": 0, "answer": "27.0", "url": "u", "question": "p"}, ["27.0"]),
@@ -235,7 +235,7 @@ def test_a_solution_without_a_box_is_no_answer(tmp_path):
         load(str(tmp_path / "b.jsonl"), "")
 
 
-def test_not_a_number_is_no_answer(tmp_path):
+def test_nan_is_no_answer(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"problem": "p", "answer": NaN}\n')
     with pytest.raises(UserError, match="line 1"):
         load(str(tmp_path / "b.jsonl"), "")
@@ -250,7 +250,7 @@ def test_aime25_by_name(tmp_path):
         load("amc23", str(tmp_path))
 
 
-def test_a_template_of_the_user_s_own(tmp_path):
+def test_a_user_s_template(tmp_path):
     path = tmp_path / "b.jsonl"
     path.write_text('{"problem": "1+1", "answer": 2}\n')
     questions = [load(str(path), "", template=t).questions for t in ("", "plain", "paper", "{problem}={}")]

@@ -1,4 +1,4 @@
-"""Messages to text: training and sampling share the prompt, the end is learned, answers are whole, changes are reported."""
+"""Messages to text: training and sampling share the prompt, ends are learned, answers stay whole, changes are reported."""
 
 import json
 
@@ -63,7 +63,7 @@ def answered(answer: str | dict, *before: dict) -> list[dict]:
         ("qwen3-not", "B", "B" + IM),
     ],
 )
-def test_the_prompt_is_samplings_and_the_answer_is_whole(chats, name, answer, completion):
+def test_training_has_sampling_s_prompt_and_the_whole_answer(chats, name, answer, completion):
     tokenizer = chats[name]
     prompt, text = tokenizer.split(answered(answer))
     assert prompt == tokenizer.prompt(user_message("Q"))
@@ -96,7 +96,7 @@ def test_a_template_writes_the_thinking_in_its_own_way(tmp_path):
     assert Tokenizer(small_folder(tmp_path, own)).split(answered(message))[1] == "[A]B" + IM
 
 
-def test_what_is_done_to_an_answer_is_reported(chats):
+def test_changes_to_an_answer_are_reported(chats):
     def remarks(name, messages):
         found = set()
         chats[name].split(messages, found)
@@ -118,7 +118,7 @@ def test_what_is_done_to_an_answer_is_reported(chats):
 @pytest.mark.parametrize(
     "name, ends", [("chatml", [IM, "<|im_end|>", IM + "<|im_end|>"]), ("deepseek", [EOS, EOS + "\n"])]
 )
-def test_the_templates_end_is_taken_once(chats, name, ends):
+def test_the_template_s_end_is_written_once(chats, name, ends):
     for end in ends:
         for padding in ("", chats[name].backend.id_to_token(chats[name].pad_id) * 9):
             assert chats[name].split(answered("B" + end + padding)) == chats[name].split(answered("B"))
@@ -131,7 +131,7 @@ def test_a_white_space_token_is_not_an_end():
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_templates_header_is_taken_once(chats, name):
+def test_the_template_s_header_is_written_once(chats, name):
     tail = chats[name].prompt(user_message("Q")).split("Q")[-1]
     header = tail[max(tail.rfind("<|im_start|>"), tail.rfind("<｜Assistant｜>")) :].removesuffix("<think>\n")
     for answer in ("B", "B" + (EOS if name == "deepseek" else IM)) if name == "qwen3-not" else ("B", TRACE):
@@ -139,13 +139,13 @@ def test_the_templates_header_is_taken_once(chats, name):
             assert chats[name].split(answered(begun + answer)) == chats[name].split(answered(answer))
 
 
-def test_a_word_that_also_ends_the_prompt_belongs_to_the_answer(tmp_path):
+def test_an_answer_may_begin_with_the_prompt_s_last_word(tmp_path):
     tokenizer = Tokenizer(small_folder(tmp_path, CHATML.replace("assistant\n{% endif", "\nassistant\n{% endif")))
     assert tokenizer.split(answered("assistants"))[1] == "assistants" + IM
 
 
 @pytest.mark.parametrize("opening", ["<thinking>\n", "<|endoftext|>", "Answer:"])
-def test_whatever_the_prompt_opens_is_opened_once(tmp_path, opening):
+def test_a_tag_that_the_prompt_opens_is_not_opened_again(tmp_path, opening):
     tokenizer = Tokenizer(
         small_folder(tmp_path, CHATML.replace("assistant\n{% endif", f"assistant\n{opening}{{% endif"))
     )
@@ -161,7 +161,7 @@ def test_white_space_behind_an_opened_think_is_written_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["chatml", "deepseek", "qwen3", "qwen3-thinking"])
-def test_a_prompt_that_is_templated_already_stays_as_it_is(chats, name):
+def test_an_already_templated_prompt_is_left_alone(chats, name):
     prompt = chats[name].prompt(user_message("Q"))
     begun = prompt.removesuffix("<think>\n")
     cut = prompt[: prompt.rindex("Q") + 1]
@@ -223,7 +223,7 @@ def test_a_role_that_is_shown_in_capitals_is_known(tmp_path):
         ("<|endoftext|>", CHATML, True),
     ],
 )
-def test_what_ends_a_turn_is_learned_in_both_stages(tmp_path, pad, template, learned):
+def test_the_end_of_a_turn_is_learned_in_both_stages(tmp_path, pad, template, learned):
     tokenizer = Tokenizer(small_folder(tmp_path / "t", template, pad_token=pad))
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"messages": answered(TRACE), "prompt": "Q", "chosen": TRACE, "rejected": "C"}))
@@ -259,7 +259,7 @@ def test_an_end_of_plain_text_is_learned_and_ends_a_sample_before_it(tmp_path, e
     )
     data = load_sft(str(file), tokenizer, 500, str(tmp_path))
     stream = tokenizer.stream()
-    for i in range(3 if stop.strip() else 1):  # an end that a row already has is not doubled
+    for i in range(3 if stop.strip() else 1):  # an end that the row already has is not written again
         sequence = data.row(i)[0]
         learned = sequence.tokens[len(tokenizer.encode("Q: Q\nA: ")) :]
         assert tokenizer.decode(learned.tolist()) == answer + end.replace("<|im_end|>", "")
@@ -304,7 +304,7 @@ def test_a_template_that_fails_later_and_then_works(chats):
     assert tokenizer.prompt(user_message("Q")) == chats["chatml"].prompt(user_message("Q"))
 
 
-def test_what_transformers_gives_its_templates(tmp_path):
+def test_templates_get_what_transformers_gives_them(tmp_path):
     extras = (
         "{% if tools is not none or documents is not none or pad_token is none %}{{ 1 // 0 }}{% endif %}{{ mask_token }}"
         "{{ strftime_now('%%') }}{{ ['é<', {'b': 1, 'a': 2}] | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}"

@@ -36,7 +36,7 @@ def benchmark(tmp_path):
         ("one two three four five six seven", False),
         ("one two three four five six seven nine eight", False),
         ("eight seven six five four three two one", False),
-        ("What is 1 + 1?", True),  # shorter than eight words: the very same ones
+        ("What is 1 + 1?", True),  # shorter than eight words: overlaps if all are the same
         ("what is 1 + 1?", True),
         ("Tell me, what is 1 + 1?", False),
         ("", False),
@@ -78,7 +78,7 @@ def test_the_papers_benchmarks_overlap_with_themselves(shared):
 
 
 def test_reported_by_default_and_dropped_on_demand(run, tmp_path, toy_data, benchmark):
-    # The toy's problems have one word each.
+    # Each of the toy's problems is a single word.
     pairs = [json.loads(line) for line in (toy_data / "pairs.jsonl").read_text().splitlines()]
     rows = [
         {"problem": p["prompt"], "generations": [p["chosen"], p["rejected"]], "correct": [True, i % 2 == 0]}

@@ -1,4 +1,4 @@
-"""Rows in people's layouts to messages, and refused rows."""
+"""Rows in common layouts to messages, and refused rows."""
 
 import pytest
 
@@ -47,13 +47,13 @@ def test_thinking_beside_a_completion_belongs_to_it():
 
 
 @pytest.mark.parametrize("field", ["label", "correct", "is_correct"])
-def test_what_is_labelled_wrong_is_not_learned_as_right(field):
+def test_rows_labelled_wrong_are_not_learned_as_right(field):
     for verdict in (False, "False", "false", [False]):
         with pytest.raises(UserError, match=f"here: {field!r} is false; give the row a 'weight'"):
             conversation("here", {"messages": TURNS, field: verdict})
 
 
-def test_a_wrong_answer_may_have_the_weight_in_its_message():
+def test_a_message_may_hold_the_weight_of_a_wrong_answer():
     turns = [TURNS[0], {**TURNS[1], "weight": -1}]
     for row in ({"messages": turns}, {"conversations": turns}, {"prompt": "Q", "completion": turns[1]}):
         assert conversation("here", {**row, "label": False}) == turns
@@ -88,7 +88,7 @@ def test_a_prompt_beside_whole_conversations_may_be_any_question_of_them():
         assert pair("here", {"prompt": question, **sides})[0] == [*TURNS, *user_message("R")]
 
 
-def test_a_system_message_beside_the_others_is_the_first():
+def test_a_separate_system_message_comes_first():
     system = {"role": "system", "content": "S"}
     for row in ({"messages": TURNS}, {"prompt": "Q", "completion": "B"}):
         assert conversation("here", {"system": "S", **row}) == [system, *TURNS]
@@ -155,7 +155,7 @@ def test_a_prompt_that_holds_an_answer_already_is_refused(name):
     words = f"here: {name!r} must not end with a message of the assistant"
     with pytest.raises(UserError, match=words):
         pair("here", {name: TURNS, "chosen": "B", "rejected": "C"})
-    if name != "messages":  # which may be a whole row of stage 1 without the completion
+    if name != "messages":  # the messages alone are a valid row of stage 1
         with pytest.raises(UserError, match=words):
             conversation("here", {name: TURNS, "completion": "B"})
     with pytest.raises(UserError, match="'prompt' must be the messages before the answer in 'completion'"):

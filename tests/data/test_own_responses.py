@@ -57,7 +57,7 @@ def test_a_system_message_beside_the_prompt_belongs_to_it(tmp_path):
 
 
 def test_one_row_per_response(prepared):
-    """Rows may be in any order, as sampling ended them; a problem's samples are sorted by number."""
+    """Rows may be in any order, as sampling finished them; a problem's samples are sorted by number."""
     sft, pairs = prepared(
         response(WRONG, 2),
         response("\\boxed{5}", 1, "a=2b+3", "5"),

@@ -62,7 +62,7 @@ def test_real_ids_of_both_stages_are_pinned(real_tokenizer, write, cache):
     assert sequence(pairs, 1)[0].tolist() == [*head, 18, 151645, 198, 151643]
 
 
-# With the published templates, as transformers renders and tokenises them.
+# By the published templates, as transformers renders and tokenises them.
 INSTRUCT = [151644, 8948, 198, 2610, 525, 1207, 16948, 11, 3465, 553, 54364, 14817, 13, 1446, 525, 264, 10950, 17847]
 INSTRUCT += [13, 151645, 198, 151644, 872, 198, 16, 10, 16, 30, 151645, 198, 151644, 77091, 198]
 QWEN3 = [151644, 872, 198, 16, 10, 16, 30, 151645, 198, 151644, 77091, 198]
@@ -98,7 +98,7 @@ def test_whole_conversations_of_other_families_are_pinned(shared, write, cache, 
     ):
         assert tokens.tolist() == [*prompt, *completion]
         assert learned.tolist() == [False] * len(prompt) + [True] * len(completion)
-    # If all were tokenised at once, the line break after <think> would merge with the answer's into one token.
+    # If the whole text were tokenised at once, the line break after <think> would merge with the answer's into one token.
     if tokenizer.prompt(user_message("1+1?")).endswith("<think>\n"):
         for answer in ("<think>\n\nA</think>2", "\nA</think>2"):
             tokens, learned = sequence(load_sft(write(conversation("1+1?", answer)), tokenizer, 100, cache), 0)
@@ -123,7 +123,7 @@ def test_rows_without_anything_to_learn_are_counted(tokenizer, write, cache):
     ]
 
 
-def test_an_answer_that_goes_on_after_an_end_is_counted(tokenizer, write, cache):
+def test_answers_that_continue_after_an_end_are_counted(tokenizer, write, cache):
     rows = conversation(), conversation("a=1", "1<eos>2<eos>"), {"prompt": "a=1", "completion": "1<eos>2"}
     goes_on = "an answer that continues after an end of turn: all of it is learned"
     assert {note.split(": ", 1)[1] for note in load_sft(write(*rows), tokenizer, 50, cache).notes} == {
@@ -138,7 +138,7 @@ def test_the_weight_of_a_row(tokenizer, write, cache):
     rows = [{**conversation(), "weight": weight} for weight in (None, 0.25, -1, 0)]
     assert load_sft(write(*rows), tokenizer, 50, cache).row_weights.tolist() == [1.0, 0.25, -1.0, 0.0]
     row = conversation()
-    row["messages"][1]["weight"] = 0  # as OpenAI's rows say that an answer is not to be learned
+    row["messages"][1]["weight"] = 0  # OpenAI's way to exclude an answer from training
     rows = row, {**row, "weight": None}, {**row, "weight": 0.5}
     assert load_sft(write(*rows), tokenizer, 50, cache).row_weights.tolist() == [0.0, 0.0, 0.5]
     pairs = load_pairs(write(PAIR, {**PAIR, "chosen_weight": 0.5}), tokenizer, 50, 50, cache)
@@ -180,7 +180,7 @@ def test_text_and_messages_are_the_same_row(tokenizer, write, cache):
         assert np.array_equal(sequence(data, i)[0], sequence(data, i + 2)[0])
 
 
-def test_limits_cut_as_the_original_and_say_so(tokenizer, write, cache):
+def test_limits_truncate_as_the_original_and_are_reported(tokenizer, write, cache):
     whole = load_pairs(write(PAIR), tokenizer, 50, 50, cache)
     cut = load_pairs(write(PAIR), tokenizer, 3, 5, cache)
     prompt_length = int((~sequence(whole, 0)[1]).sum())
@@ -242,7 +242,7 @@ def test_a_damaged_cache_is_rebuilt(tokenizer, write, cache, name):
 
 
 def test_two_runs_fill_one_cache(tokenizer, write, cache, monkeypatch):
-    """The second starts while the first is running, and both end with one whole cache."""
+    """The second starts while the first is running, and both end with one complete cache."""
     path = write(PAIR)
     encode_rows = Tokenizer.encode_rows
 
@@ -276,7 +276,7 @@ def test_many_rows_keep_their_order(tokenizer, write, cache):
 
 
 @pytest.mark.parametrize("header", [None, "{{ m['role'] }}:  "])
-def test_learned_is_what_starts_after_the_prompt(shared, write, cache, tmp_path, header):
+def test_tokens_that_start_after_the_prompt_are_learned(shared, write, cache, tmp_path, header):
     """Checked by each token's offset, also if a token straddles the border or one character is many tokens. The second
     header ends with two spaces, which are one token by themselves and two before a word."""
     folder = shared / "qwen2.5-tokenizer"

@@ -1,4 +1,4 @@
-"""Chat templates and token ids: golden facts of the real tokenizer, templates of other shapes, and what is refused."""
+"""Chat templates and token ids: golden facts of the real tokenizer, other kinds of templates, and what is refused."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_real_streaming_holds_half_characters_back(real_tokenizer):
         stream.push(i)
         pieces.append(stream.text[len("".join(pieces)) :])
     assert "".join(pieces) == "∑ 😀 ü" and "\ufffd" not in "".join(pieces)
-    # Ended within a character, behind bytes that are none: the text is that of decode().
+    # Ends within a character, after invalid bytes: the text is that of decode().
     for ids in ([198, 84200, 44474, 139816], real_tokenizer.encode("🤖🧮")[:-1]):
         stream = real_tokenizer.stream()
         for i in ids:
@@ -144,7 +144,7 @@ def test_unusable_templates_and_tokens(toy_data, tmp_path, changes, words):
         edited(toy_data, tmp_path, **changes)
 
 
-def test_the_template_may_refuse(toy_data):
+def test_a_template_s_refusal_is_shown(toy_data):
     with pytest.raises(UserError, match="the toy knows the roles user and assistant"):
         Tokenizer(toy_data / "model").prompt([{"role": "system", "content": "a"}])
 
@@ -174,7 +174,7 @@ def test_broken_files(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["", "  ", [], None, 3, [{"role": "user"}], [{"role": "user", "content": 1}], ["a"]])
-def test_what_is_not_a_message(value):
+def test_malformed_messages_are_refused(value):
     with pytest.raises(UserError, match="here must be text, or a list of messages"):
         check_messages("here", value)
 
@@ -183,7 +183,7 @@ def test_what_is_not_a_message(value):
     "stops, text, stopped",
     [
         (["b+2"], "a=1", True),  # a stop string of several tokens
-        (["+2c", "b+"], "a=1", True),  # the one that is complete first
+        (["+2c", "b+"], "a=1", True),  # the one that is completed first
         (["2d"], "a=1b+2c*3", False),
         (["3d"], "a=1b+2c*3", False),  # the possible start of a stop string is shown at the end
     ],

@@ -1,4 +1,4 @@
-"""The problems that other engines' completions answer."""
+"""The benchmark that other engines' completions answer."""
 
 import json
 

@@ -30,7 +30,7 @@ SAMPLE = {"model": "m", "benchmark": "b", "problem": 0, "sample": 0, "response":
         ([{"prompt": "What is 1+1?", "completion": "3"}], "has 0 completions for problem 2 of b and 1 for others"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, benchmark, rows, words):
+def test_faults_are_named(tmp_path, benchmark, rows, words):
     with pytest.raises(UserError, match=words):
         grade_file(written(tmp_path, rows), "m", [benchmark], thinking=True)
 
@@ -88,7 +88,7 @@ def test_a_custom_id_that_names_no_problem_is_refused(tmp_path, many, name):
 
 
 def test_ids_of_two_benchmarks(tmp_path, many, benchmark):
-    longer = replace(benchmark, name="many-b")  # begins with the other's name
+    longer = replace(benchmark, name="many-b")  # its name begins with the other's
     rows = [batch(f"many-{i}", rf"</think>\boxed{{{i}}}") for i in range(12)]
     rows += [batch("many-b-1"), batch("many-b-2", r"</think>\boxed{4}")]
     assert graded(tmp_path, rows[::-1], longer, many)[0] == [(0, 0, True), (1, 0, True), *ALL_RIGHT]
@@ -111,7 +111,7 @@ def test_other_ids_and_a_prompt_in_parts(tmp_path, many):
         assert graded(tmp_path, rows[::-1], many) == (ALL_RIGHT, [])
 
 
-def test_by_place_only_where_nothing_else_is_there(tmp_path, many):
+def test_rows_are_matched_by_order_only_without_prompts_and_ids(tmp_path, many):
     rows = [answer(rf"</think>\boxed{{{i}}}", id=f"chatcmpl-{i * 7919:x}", prompt=None) for i in range(12)]
     done, (said,) = graded(tmp_path, rows, many)
     assert done == ALL_RIGHT and "are taken in the order of many" in said
@@ -140,13 +140,13 @@ def test_a_few_shot_prompt_asks_its_last_problem(tmp_path, benchmark):
     assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, True), (1, 0, True)]
 
 
-def test_a_problem_that_stands_twice(tmp_path):
+def test_a_duplicate_problem(tmp_path):
     path = tmp_path / "twice.jsonl"
     path.write_text("".join(json.dumps({"problem": p, "answer": a}) + "\n" for p, a in (("p", 1), ("q", 2), ("p", 1))))
     benchmark = load(str(path), "")
     row = {"p": {"prompt": "p", "output": r"</think>\boxed{1}"}, "q": {"prompt": "q", "output": r"</think>\boxed{2}"}}
     each = [(0, 0, True), (0, 1, True), (1, 0, True), (1, 1, True), (2, 0, True), (2, 1, True)]
-    for order in ("ppqqpp", "qqpp"):  # each asked, and asked once for both
+    for order in ("ppqqpp", "qqpp"):  # each asked separately, and asked once for both
         assert graded(tmp_path, [row[one] for one in order], benchmark)[0] == each
     with pytest.raises(UserError, match="1 completions for problem 1 of twice and 2"):
         graded(tmp_path, [row[one] for one in "pppqq"], benchmark)
@@ -168,14 +168,14 @@ def test_failed_requests_are_wrong_and_shown(tmp_path, many):
     assert "6 of 12 requests failed" in said and "line 1" in said and "2 x 'Rate limit'" in said and "\x1b" not in said
     (samples,) = grade_file(written(tmp_path, failed + right[6:]), "m", [many], True)
     assert samples[0]["response"] == "<think>\n" and samples[0]["finish_reason"] == "error"
-    # Of a request for several samples each failed.
+    # If a request for several samples fails, each of them has failed.
     for row in right:
         row["response"]["body"]["choices"] *= 3
     assert len(graded(tmp_path, failed + right[6:], many)[0]) == 36
 
 
-def test_samples_of_an_evaluation_graded_anew(tmp_path):
-    """Several models and benchmarks, rows in the order in which they ended, one of them twice."""
+def test_an_evaluation_s_samples_are_regraded(tmp_path):
+    """Several models and benchmarks, rows in the order in which they finished, one of them twice."""
     rows = [
         {
             "model": m,
@@ -237,7 +237,7 @@ def test_evaluate_grades_completions(run, tmp_path, benchmark):
     assert "two minus one" in run("nanoredi/report/__main__.py", "out").stdout
 
 
-def test_a_problem_under_a_name_that_is_not_known(tmp_path, many):
+def test_a_problem_under_an_unknown_name(tmp_path, many):
     for of in (
         lambda text: {"instruction": text},
         lambda text: {"prompt": "Answer.", "meta": {"item": [{"text": text}]}},
@@ -260,7 +260,7 @@ def test_a_problem_in_another_form_of_unicode(tmp_path):
     assert graded(tmp_path, rows, load(str(tmp_path / "u.jsonl"), "")) == ([(0, 0, True)], [])
 
 
-def test_what_the_model_quotes_is_not_what_it_was_asked(tmp_path, many):
+def test_a_problem_that_the_model_quotes_is_not_its_prompt(tmp_path, many):
     rows = [batch(f"r{i}", rf"Unlike {many.problems[3]}</think>\boxed{{{i}}}") for i in range(12)]
     for row in rows:
         row["response"]["body"]["choices"][0]["message"]["reasoning_content"] = many.problems[3]
@@ -291,8 +291,8 @@ def test_solutions_are_no_gold_answers(tmp_path):
     graded(tmp_path, rows)
 
 
-def test_rows_that_stand_twice(tmp_path, many):
-    """sample.py numbers a prompt's samples, so a file that was appended to itself is recognised; of others it is said."""
+def test_duplicate_rows(tmp_path, many):
+    """sample.py numbers a prompt's samples, so a file appended to itself is recognised; for others there is a warning."""
     texts = [(p, rf"</think>\boxed{{{i}}}") for i, p in enumerate(many.problems)]
     own = [
         {"prompt": p, "completion": text, "finish_reason": "stop", "tokens": 3, "sample": k}
@@ -313,7 +313,7 @@ def test_a_few_shot_prompt_is_no_answer(tmp_path, benchmark):
     with pytest.raises(UserError, match="2 of 2 completions have a boxed answer in front of the problem itself"):
         graded(tmp_path, rows, benchmark, thinking=False)
     for row in rows:
-        row["prompt"] = shots + row["question"]  # then it is known, and cut off
+        row["prompt"] = shots + row["question"]  # then the few-shot part is known, and removed
     assert graded(tmp_path, rows, benchmark, thinking=False)[0] == [(0, 0, False), (1, 0, False)]
 
 
@@ -327,7 +327,7 @@ def test_a_problem_may_stand_behind_a_box_that_is_no_answer(tmp_path, benchmark,
 
 
 def test_text_cells_of_a_csv_file(tmp_path, capsys):
-    """Numbers are text there, and empty cells are empty text."""
+    """In CSV numbers are text, and empty cells are empty text."""
     path = tmp_path / "c.csv"
     path.write_text("prompt,completion,tokens,finish_reason,gold\nq,</think>\\boxed{2},12,stop,2\nr,,,,3\n")
     (samples,) = grade_file(str(path), "m", [], thinking=True)
@@ -340,7 +340,7 @@ def test_text_cells_of_a_csv_file(tmp_path, capsys):
     assert [(s["model"], s["problem"], s["correct"]) for s in samples] == [("m: a", 0, True), ("m: a", 1, True)]
 
 
-def test_of_two_fields_with_completions_it_is_said_which_is_read(tmp_path, benchmark):
+def test_of_two_fields_with_completions_the_one_read_is_named(tmp_path, benchmark):
     rows = [{"prompt": p, "completion": r"</think>\boxed{2}", "generated_text": "?"} for p in benchmark.problems]
     done, (said,) = graded(tmp_path, rows, benchmark)
     assert done == [(0, 0, True), (1, 0, False)]

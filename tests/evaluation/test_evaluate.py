@@ -1,4 +1,4 @@
-"""Evaluations that end: with nothing missing, with a problem that is too long, in the frame and with the paths asked for."""
+"""Whole evaluations: resumed, of several models and of a run's checkpoints, with long problems, templates and paths."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ FLAGS = "--n 2 --max_tokens 8 --dtype float32 --think own --limit 3".split()
 
 @pytest.fixture
 def models(tmp_path, toy_data, monkeypatch):
-    """Two models that are the same, and a benchmark, in an empty folder."""
+    """Two equal models and a benchmark in an empty folder."""
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         shutil.copytree(toy_data / "model", tmp_path / name)
@@ -65,7 +65,7 @@ def test_the_last_model_is_gone_when_the_next_one_is_loaded(models, capsys, monk
     assert len(held) == 2
 
 
-def test_a_killed_table_is_made_again(models, capsys):
+def test_a_table_lost_by_a_kill_is_rewritten(models, capsys):
     first = start(capsys, "--model", "a", "--out", "out")
     for left in (None, "", "[{"):
         (models / "out/results.json").unlink()
@@ -75,7 +75,7 @@ def test_a_killed_table_is_made_again(models, capsys):
         assert "a: 6 samples are there, 0 are missing" in again and first.splitlines()[-3:] == again.splitlines()[-3:]
 
 
-def test_only_the_second_of_two_models_was_broken_off(models, capsys):
+def test_only_the_second_of_two_models_is_resumed(models, capsys):
     start(capsys, "--model", "a", "b", "--out", "out")
     path = models / "out/samples.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -87,7 +87,7 @@ def test_only_the_second_of_two_models_was_broken_off(models, capsys):
 
 @pytest.fixture
 def a_run(models, toy_data):
-    """A run of stage 2 that saved two checkpoints and its end, and what it began with."""
+    """A run of stage 2 with two checkpoints, its final model and the model it started from."""
     for seed, name in enumerate(("step-000002", "step-000010", "final")):
         model = Qwen2.from_pretrained(toy_data / "model").init_weights(seed)
         model.save_pretrained(models / "run" / name)
@@ -104,14 +104,14 @@ ALONG = ["SFT", "step-000002", "step-000010", "REDI"]
 
 
 def along(capsys, *flags):
-    """What is said, and the models of results.json with the best one of them."""
+    """Evaluate all checkpoints of the run. Returns the output, and from results.json the models and the best ones."""
     evaluate.main(["--model", "run", "--along", *flags])
     rows = json.loads(Path("run/results.json").read_text())
     return capsys.readouterr().out, [row["model"] for row in rows], [row["model"] for row in rows if row.get("best")]
 
 
 def make_right(a_run, model, number):
-    """Have the grader say so of a model's first samples."""
+    """Mark the first `number` samples of a model as correct, and its others as wrong."""
     path, lines = a_run / "samples.jsonl", []
     for line in path.read_text().splitlines():
         row = json.loads(line)
@@ -121,10 +121,10 @@ def make_right(a_run, model, number):
     path.write_text("".join(lines))
 
 
-def test_along_a_run(a_run, capsys, monkeypatch):
+def test_all_checkpoints_of_a_run(a_run, capsys, monkeypatch):
     out, models, best = along(capsys)
     assert models == ALONG and len(best) == 1 and f"{best[0]} (best)" in out
-    make_right(a_run, "SFT", 6)  # the start is there to compare with, and not among those to choose from
+    make_right(a_run, "SFT", 6)  # the start is shown for comparison, but is no candidate for the best
     make_right(a_run, "REDI", 2)
     make_right(a_run, "step-000010", 4)
     (a_run / "results.json").write_text("[{")
@@ -143,9 +143,8 @@ def test_along_a_run(a_run, capsys, monkeypatch):
     ]
 
 
-def test_along_a_run_that_goes_on(a_run, capsys):
-    """What was evaluated before is kept: by a start that was broken off, by the training itself, of a checkpoint that is
-    gone."""
+def test_all_checkpoints_of_a_run_that_resumes(a_run, capsys):
+    """Earlier evaluations are kept: of an interrupted command, of the training itself, and of a deleted checkpoint."""
     (a_run / "final").rename(a_run / "later")
     assert along(capsys)[1] == ALONG[:3]
     lines = (a_run / "samples.jsonl").read_text().splitlines(keepends=True)
@@ -168,8 +167,8 @@ def test_along_a_run_that_goes_on(a_run, capsys):
         along(capsys)
 
 
-def test_a_run_that_was_evaluated_along_shows_all_of_it(a_run, capsys):
-    """The training's own table is made only where one of its two models lacks."""
+def test_a_run_whose_checkpoints_were_evaluated_shows_them_all(a_run, capsys):
+    """The training's table has only its two models; it is made only if one of them is not evaluated yet."""
     (a_run / "final").rename(a_run / "later")
     along(capsys)
     (a_run / "later").rename(a_run / "final")
@@ -184,10 +183,10 @@ def test_a_run_that_was_evaluated_along_shows_all_of_it(a_run, capsys):
     assert capsys.readouterr().out in out
 
 
-def test_a_run_whose_model_does_not_think_is_told_so(a_run, capsys, monkeypatch):
+def test_a_run_whose_model_does_not_think_is_warned(a_run, capsys, monkeypatch):
     tables = recipe_of("run/final")
     evaluation = EvaluateConfig(**{**tables["evaluate"], "think": "forced"})
-    # The toy knows no line break, with which a prompt opens <think>.
+    # A prompt opens <think> with a line break, which the toy's vocabulary lacks.
     monkeypatch.setattr("nanoredi.evaluation.evaluate.Tokenizer.prompt", lambda *_, **__: "1<think>")
     monkeypatch.setattr("nanoredi.evaluation.evaluate.Tokenizer.decode", lambda *_: "\\boxed{1}")
     with world() as ranks:
@@ -230,7 +229,7 @@ def test_a_problem_that_is_too_long_counts_as_cut_off(models, capsys):
     rows = [json.loads(line) for line in (models / "toy.jsonl").read_text().splitlines()]
     rows[1]["problem"] = "1+" * 200
     (models / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for again in (False, True):  # said once, counted always
+    for again in (False, True):  # reported once, counted always
         out = start(capsys, "--model", "a", "--out", "out")
         samples = [json.loads(line) for line in (models / "out/samples.jsonl").read_text().splitlines()]
         assert [(s["tokens"], s["finish_reason"], s["correct"]) for s in samples if s["problem"] == 1] == [
@@ -312,6 +311,6 @@ def test_a_run_s_own_paths_from_another_folder(tmp_path, monkeypatch):
             str(elsewhere / "x.jsonl"),
         ]
         assert (tables["redi"]["watch"], tables["redi"]["data"]) == (f"{above}files/watch.jsonl", "gone.jsonl")
-    # A run that was moved takes its own data along.
+    # A run that was moved has its data in the new place.
     shutil.copytree(run, elsewhere / "moved")
     assert recipe_of("moved/final")["evaluate"]["benchmarks"][0] == "moved/data/toy.jsonl"

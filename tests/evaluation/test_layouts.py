@@ -1,4 +1,4 @@
-"""Rows of other engines, each in its layout, come to the same samples."""
+"""Rows of other engines, each in its layout, give the same samples."""
 
 import json
 import math
@@ -35,12 +35,12 @@ def test_layouts(tmp_path, benchmark, layout):
 
 
 @pytest.mark.parametrize("layout", ["rllm", "lighteval", "older lighteval"])
-def test_gold_answers_of_the_file_itself(tmp_path, layout):
+def test_gold_answers_in_the_file(tmp_path, layout):
     (samples,) = grade_file(written(tmp_path, rows_of(layout)), "m", [], thinking=True)
     assert [s["correct"] for s in samples] == [True, False, True, False] and samples[0]["benchmark"] == "c"
 
 
-def test_thinking_that_the_server_split_off(tmp_path, benchmark):
+def test_thinking_in_a_separate_field(tmp_path, benchmark):
     messages = [{"reasoning_content": r"\boxed{9}", "content": r"\boxed{2}"}, {"reasoning": "hm", "content": None}]
     rows = [{"response": {"body": {"choices": [{"message": m}], "usage": {"completion_tokens": 3}}}} for m in messages]
     (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False)
@@ -97,7 +97,7 @@ GOLDS = (
     "example",
     [e for e in EXAMPLES if re.search(GOLDS, e)],
 )
-def test_gold_answers_of_the_examples_themselves(tmp_path, example):
+def test_gold_answers_in_the_examples(tmp_path, example):
     (samples,) = grade_file(written(tmp_path, [json.loads(example), second(example)]), "m", [], thinking=True)
     assert [(s["correct"], s["gold"]) for s in samples] == [(True, ["2"]), (True, ["4"])]
     other = re.sub(GOLDS + r': ("2"|\["2"\])', r'\1: "7"', example)
@@ -119,7 +119,7 @@ def test_gold_answers_of_the_examples_themselves(tmp_path, example):
         ),
     ],
 )
-def test_lists_of_texts_and_why_a_completion_ended(tmp_path, row, reasons):
+def test_lists_of_texts_with_finish_reasons(tmp_path, row, reasons):
     rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
     (samples,) = grade_file(written(tmp_path, rows), "m", [], thinking=False)
     assert [(s["correct"], s["finish_reason"]) for s in samples] == list(zip([True, False], reasons))
@@ -134,7 +134,7 @@ def test_lists_of_texts_and_why_a_completion_ended(tmp_path, row, reasons):
         {"response": None, "error": {"message": "down"}, "message": {"role": "assistant", "content": "2"}},
     ],
 )
-def test_what_stands_beside_an_error_is_no_completion(tmp_path, row, capsys):
+def test_text_beside_an_error_is_no_completion(tmp_path, row, capsys):
     rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
     grade_file(written(tmp_path, rows), "m", [], thinking=False)
     said = capsys.readouterr().out
@@ -152,7 +152,7 @@ def test_what_stands_beside_an_error_is_no_completion(tmp_path, row, capsys):
         {"choices": ["1", "2"], "code": [r"\boxed{2}"]},
     ],
 )
-def test_thinking_and_words_that_are_no_completion(tmp_path, row):
+def test_fields_that_are_no_completion(tmp_path, row):
     rows = [{"prompt": "What is 1+1?", "answer": "2", **row}]
     thinks = "one and one" in str(row)
     ((sample,),) = grade_file(written(tmp_path, rows), "m", [], thinking=thinks)
@@ -227,7 +227,7 @@ def test_an_unknown_layout_is_described(tmp_path, benchmark):
         graded(tmp_path, [{"prompt": "What is 1+1?", "reply": "2"}], benchmark)
 
 
-def test_parquet_is_read_as_it_is(tmp_path, benchmark):
+def test_parquet_is_read_directly(tmp_path, benchmark):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [*rows_of("lighteval")]
@@ -284,7 +284,7 @@ def test_objects_within_objects(tmp_path, row):
 
 @pytest.mark.parametrize("texts", [[RIGHT, WRONG], repr([RIGHT, WRONG]), json.dumps([RIGHT, WRONG])])
 @pytest.mark.parametrize("name", ["predictions", "responses", "generation"])
-def test_several_completions_and_what_is_said_of_each(tmp_path, name, texts):
+def test_lists_of_completions_with_details_of_each(tmp_path, name, texts):
     row = {
         "problem": "What is 1+1?",
         "gold": "['2']",
@@ -308,7 +308,7 @@ def test_several_completions_and_what_is_said_of_each(tmp_path, name, texts):
         {"object": "chat.completion.chunk", "choices": [{"delta": {"content": "2"}, "finish_reason": None}]},
     ],
 )
-def test_a_piece_of_a_stream_is_no_completion(tmp_path, benchmark, piece):
+def test_a_streaming_chunk_is_no_completion(tmp_path, benchmark, piece):
     with pytest.raises(UserError, match="line 1 is a piece of a stream"):
         graded(tmp_path, [piece] * 2, benchmark)
 
@@ -334,19 +334,19 @@ def test_a_gold_answer_and_a_response_named_answer(tmp_path, name):
 
 
 @pytest.mark.parametrize("box, right", [("B", True), ("5", True), ("1", False), ("A", False)])
-def test_a_gold_answer_that_is_a_place_among_choices(tmp_path, box, right):
+def test_a_gold_answer_that_indexes_choices(tmp_path, box, right):
     rows = [{"question": "q", "choices": ["4", "5"], "answer": 1, "response": rf"</think>\boxed{{{box}}}"}]
     assert graded(tmp_path, rows)[0] == [(0, 0, right)]
 
 
-def test_a_number_among_the_choices_of_a_completion_is_a_number(tmp_path):
+def test_a_number_among_a_completion_s_choices_stays_a_number(tmp_path):
     rows = [
         {"question": "q", "answer": 0, "choices": [{"message": {"role": "assistant", "content": r"</think>\boxed{0}"}}]}
     ]
     assert graded(tmp_path, rows)[0] == [(0, 0, True)]
 
 
-def test_json_that_the_model_wrote(tmp_path, benchmark):
+def test_json_written_by_the_model(tmp_path, benchmark):
     rows = [{"prompt": problem, "output": text} for problem, text in zip(benchmark.problems, ('[{"a": 2}]', RIGHT))]
     assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, False), (1, 0, False)]
 

@@ -1,4 +1,4 @@
-"""An evaluation's samples on disk: whole lines, a torn one cut off, another one refused, only the missing made."""
+"""An evaluation's samples on disk: a torn line is removed, another evaluation refused, only what is missing drawn."""
 
 import json
 import signal
@@ -54,14 +54,14 @@ def again(claimed, toy_data):
     return lambda **change: claimed.claim({"SFT": toy_data / "model"}, tests, replace(CONFIG, **change))
 
 
-def test_they_go_on_in_their_dtype_and_former_ones_with_defaults(claimed, again):
+def test_an_evaluation_resumes_in_its_dtype_and_old_ones_get_defaults(claimed, again):
     dtype = json.loads(claimed.about.read_text())["setting"]["dtype"]
     assert dtype in ("float32", "bfloat16") and again() == again(dtype=dtype) == dtype
     other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
     with pytest.raises(UserError, match=f"the setting dtype is '{dtype}' there and '{other}' here"):
         again(dtype=other)
     claimed.about.write_text(claimed.about.read_text().replace(f'"{dtype}"', f'"{other}"'))
-    assert again() == other  # though this machine would take another
+    assert again() == other  # although auto would choose another on this machine
     about = json.loads(claimed.about.read_text())
     about["setting"]["dtype"] = "auto"
     del about["setting"]["template"], about["setting"]["system"]
@@ -83,14 +83,14 @@ def test_they_go_on_in_their_dtype_and_former_ones_with_defaults(claimed, again)
         (json.dumps(row(1, problem=4)), "line 2 holds no sample of this evaluation"),
     ],
 )
-def test_a_damaged_row_is_said_and_dropped(claimed, toy_data, bad, words, capsys):
+def test_a_damaged_row_is_reported_and_dropped(claimed, toy_data, bad, words, capsys):
     claimed.path.write_text(json.dumps(row(0)) + "\n" + bad + "\n" + json.dumps(row(2)) + "\n")
     claim_again(claimed, toy_data)
     assert [r["sample"] for r in claimed.rows()] == [0, 2]
     assert words in capsys.readouterr().out
 
 
-def test_an_empty_description_is_made_again_unless_there_are_samples(claimed, toy_data):
+def test_an_empty_description_is_rewritten_unless_there_are_samples(claimed, toy_data):
     whole = claimed.about.read_text()
     claimed.about.write_text("")
     claim_again(claimed, toy_data)
@@ -143,9 +143,9 @@ def test_another_model_or_benchmark_is_refused(claimed, toy_data, tmp_path):
         claimed.claim({"SFT": model}, tests, CONFIG)
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_samples(forks, run, tmp_path, toy_data):
-    """Two ranks are killed in the middle, and leave half a line; then torchrun's two do what is missing, in other batches.
-    The samples are those of one rank that nobody disturbed."""
+def test_a_killed_evaluation_resumes_to_the_same_samples(forks, run, tmp_path, toy_data):
+    """Two ranks are killed in the middle, and leave half a line; then two ranks under torchrun draw what is missing, in
+    other batches. The samples are those of one uninterrupted rank."""
     words = "evaluate.py --n 5 --max_tokens 60 --batch_size 2 --dtype float32 --seed 3 --think own --model MODEL"
     words = [*words.replace("MODEL", str(toy_data / "model")).split(), "--benchmarks", toy_data / "toy.jsonl", "--out"]
     path = tmp_path / "broken/samples.jsonl"

@@ -1,4 +1,4 @@
-"""The figures of the table, worked out by hand."""
+"""The figures of the table, on examples worked out on paper."""
 
 import math
 
@@ -9,7 +9,7 @@ from nanoredi.data.benchmarks import Benchmark
 from nanoredi.evaluation.scores import average, compare, graded, mark_best, pass_at_k, summarise
 
 
-def test_summary_by_hand():
+def test_summary_of_an_example():
     # 3 problems, 2 samples each. Accuracies by sample number: 2/3 and 1/3; their standard deviation (ddof 0) is 1/6.
     samples = [
         sample(0, 0, True, waits=3),
@@ -35,7 +35,7 @@ def test_summary_by_hand():
     }
 
 
-def test_what_another_engine_did_not_say():
+def test_scores_that_lack_their_fields_are_none():
     row = summarise([sample(0, 0, True, tokens=None, finish_reason=None, waits=2)], 1)
     assert row["mean_tokens"] is row["cut_off"] is row["waits_per_1000_tokens"] is None
     assert row["waits_per_response"] == 2 and "pass@4" not in row
@@ -45,8 +45,8 @@ def test_what_another_engine_did_not_say():
     "n, c, k, chance",
     [(4, 1, 1, 1 / 4), (4, 2, 2, 5 / 6), (4, 1, 4, 1), (4, 0, 4, 0), (16, 2, 4, 1 - 1001 / 1820), (16, 13, 4, 1)],
 )
-def test_pass_at_k_by_hand(n, c, k, chance):
-    # Of 4 samples with 2 right ones a pair misses both in 1 of 6 cases; C(14, 4) = 1001 of C(16, 4) = 1820.
+def test_pass_at_k_of_examples(n, c, k, chance):
+    # With 2 right samples of 4, a pair misses both in 1 of 6 cases; C(14, 4) = 1001 of C(16, 4) = 1820.
     assert pass_at_k(n, c, k) == pytest.approx(chance)
 
 
@@ -109,7 +109,7 @@ def test_a_graded_response():
             {"start": (0.9, 0.9), "step-000100": (0.2, 0.4), "step-000020": (0.4, 0.1), "final": (0.3, 0.2)},
             "step-000020",
         ),
-        ({"SFT": (0.1, 0.1), "step-000007": (0.4, 0.1), "REDI": (0.4, 0.9)}, "step-000007"),  # of equals the earliest
+        ({"SFT": (0.1, 0.1), "step-000007": (0.4, 0.1), "REDI": (0.4, 0.9)}, "step-000007"),  # in a tie the earliest
         ({"SFT": (0.1, 0.1), "REDI": (0.0, 0.0)}, "REDI"),
     ],
 )
@@ -125,7 +125,7 @@ def test_the_best_of_a_run_is_by_math500(figures, best):
     assert text == f"by pass@1 on MATH-500 the best is {best}, {figures[best][0]:.1%}; the last is {last}, {share:.1%}"
     steps = list(dict.fromkeys(row["model"] for row in marked))
     assert steps[0] == next(iter(figures)) and steps[1:-1] == sorted(steps[1:-1])
-    # Without it the mean over what is there counts.
+    # Without math500 the mean over the benchmarks present counts.
     for row in rows:
         row["benchmark"] = row["benchmark"].replace("math500", "amc23")
     means = {model: sum(shares) for model, shares in figures.items() if model not in ("start", "SFT")}

@@ -1,4 +1,4 @@
-"""The findings' page, from runs that are made up: its verdicts follow the numbers."""
+"""The findings' page, from made-up runs: its verdicts follow the numbers."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ SEEDS = (1, 2, 3)
 
 
 def write_runs(out: Path, accuracy: dict[str, float]) -> Results:
-    """Finished runs of all arms: pass@1 as given by name, else 0.5, and somewhat different on each seed."""
+    """Finished runs of all arms: pass@1 as given by method, otherwise 0.5, and slightly different on each seed."""
     results = Results.__new__(Results)
     results.out = out
     for arm in [STAGE_1, *ARMS]:
@@ -38,10 +38,10 @@ def write_runs(out: Path, accuracy: dict[str, float]) -> Results:
     [
         ([0.10, 0.11, 0.12], "**holds**"),
         ([-0.10, -0.11, -0.12], "**the opposite holds**"),
-        ([0.01, 0.01, 0.30], "holds on every seed, but the spread is as large"),
-        ([-0.01, -0.01, -0.30], "the opposite on every seed, but the spread is as large"),
-        ([0.1, -0.1, 0.2], "undecided: 2 of 3 seeds"),
-        ([0.0, 0.0, 0.0], "undecided: 0 of 3 seeds"),
+        ([0.01, 0.01, 0.30], "true on every seed, but the interval includes 0"),
+        ([-0.01, -0.01, -0.30], "the opposite on every seed, but the interval includes 0"),
+        ([0.1, -0.1, 0.2], "undecided: true on 2 of 3 seeds"),
+        ([0.0, 0.0, 0.0], "undecided: true on 0 of 3 seeds"),
     ],
 )
 def test_a_verdict_follows_the_differences(differences, want):
@@ -53,7 +53,7 @@ def test_an_interval_is_student_s():
     assert verdict([1, 2, 3], 1, "nats")[0] == "+2.00 nats (-0.48 to +4.48)"
 
 
-def test_every_method_has_its_best_rate_and_the_contested_ones_their_second():
+def test_every_method_runs_at_its_best_rate_and_the_contested_ones_also_at_their_second():
     tuned = {**TUNED, "DPO": {1e-4: 0.2, 2e-4: 0.6, 3e-4: 0.59, 1e-3: 0.57}}
     trained = arms(tuned)
     assert trained[:7] == [(name, 2e-4 if name == "DPO" else 3e-4) for name in METHODS]

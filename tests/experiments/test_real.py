@@ -1,4 +1,4 @@
-"""The trial on a real model: its data, the converter, and all of its stages with a tiny model and hardly any steps."""
+"""The experiment on a real model: its data, the converter, and all of its stages with a tiny model and few steps."""
 
 import json
 import signal
@@ -38,13 +38,13 @@ def write_problems(folder: Path) -> Path:
         {"problem": f"{name} has {i} and gets 3. How many?", "answer": str(i + 3), "steps": [f"{i} + 3 = {i + 3}"]}
         for i, name in enumerate(NAMES * 3)
     ]
-    rows += [rows[0], {**rows[1], "answer": "77"}]  # one again, and one with another answer
+    rows += [rows[0], {**rows[1], "answer": "77"}]  # a duplicate, and one with another answer
     real.write_rows(folder / "train.jsonl", rows)
     real.write_rows(folder / "test.jsonl", [{"problem": f"{n} has 5. How many?", "answer": "5"} for n in NAMES])
     return folder
 
 
-def test_a_problem_has_a_trace_for_each_order_of_what_commutes():
+def test_a_problem_has_a_trace_for_each_order_of_its_operands():
     assert real.phrasings(["4 + 3 = 7", "7 - 2 = 5"], "5") == [
         "<think>\n4 + 3 = 7\n7 - 2 = 5\n</think>\n\\boxed{5}",
         "<think>\n3 + 4 = 7\n7 - 2 = 5\n</think>\n\\boxed{5}",
@@ -80,7 +80,7 @@ def byte_config() -> Qwen2Config:
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    """A random Qwen2 with a token a byte."""
+    """A random Qwen2 whose tokens are bytes."""
     write_tokenizer(FACTS, tmp_path / "tokenizer", real.PAD, real.TEMPLATE)
     Qwen2(byte_config(), tmp_path / "tokenizer").init_weights(0).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -113,7 +113,7 @@ SIZES = real.Sizes(
 
 
 class Pretence:
-    """Takes the commands' flags as they do, and writes what they would, as if the answers were right that `right` says."""
+    """Parses the commands' flags as they do, and writes their outputs as if the answers were correct where `right` says."""
 
     def __init__(self, right: Callable[[str, int], bool]):
         self.right, self.commands = right, []
@@ -163,7 +163,7 @@ class Pretence:
 
 
 def make(folder: Path, model: Path, seeds: int, run: real.Run) -> str:
-    """All stages, and the page."""
+    """Run all stages. Returns the page."""
     if not (folder / "problems").exists():
         write_problems(folder / "problems")
     real.run_all(folder / "out", folder / "problems", model, SIZES, seeds, run)
@@ -182,18 +182,18 @@ def test_the_page_says_what_the_runs_say(few_methods, tmp_path, redi, sft, verdi
     assert f"| REDI 0.8 | 25.0 | **{100 / 4 * min(redi, 4):.1f}** |" in page
     said = [line.rsplit("| ", 1)[1] for line in page.splitlines() if line.startswith(("| Learning", "| ... and over"))]
     assert said == [f"**{word}** |" if word != "undecided" else "undecided |" for word in verdicts]
-    assert "took 8 minutes of processor time" in page and (tmp_path / "real-model.png").read_bytes()[:4] == b"\x89PNG"
+    assert "took 8 minutes of CPU time" in page and (tmp_path / "real-model.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_what_is_whole_is_not_made_again(few_methods, tmp_path, capsys, monkeypatch):
+def test_finished_stages_are_skipped(few_methods, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(real_page, "draw", lambda runs, path: None)
     play = Pretence(lambda run, problem: True)
     page = make(tmp_path, tmp_path / "model", 1, play)
     assert "[15/15]" in capsys.readouterr().out
     play.commands.clear()
     assert make(tmp_path, tmp_path / "model", 1, play) == page and not play.commands
-    # Another seed has no sweep: it trains at the rates that stand.
-    assert "Over 2 seeds" in make(tmp_path, tmp_path / "model", 2, play)
+    # Another seed has no sweep: it trains at the rates already chosen.
+    assert "With 2 seeds" in make(tmp_path, tmp_path / "model", 2, play)
     assert len(play.commands) == 3 + 2 + 3
 
 
@@ -216,7 +216,7 @@ def test_every_stage_runs_on_a_tiny_model(few_methods, model, tmp_path):
     assert "| REDI 0.8 |" in page and "undecided" in page
 
 
-def test_a_stage_that_fails_is_made_again(tmp_path):
+def test_a_failed_stage_is_run_again(tmp_path):
     answers = iter([(2, 1.0), (0, 2.0)])
     for _ in range(2):
         experiment = real.Experiment(tmp_path, real.Sizes(), 1, lambda *_: next(answers))
@@ -236,7 +236,7 @@ def test_a_command_that_is_stopped_has_failed(tmp_path):
     assert code == -signal.SIGTERM and 0 < cpu < 10
 
 
-def test_after_a_failure_no_other_command_begins(tmp_path):
+def test_after_a_failure_no_other_command_starts(tmp_path):
     begun = []
     experiment = real.Experiment(tmp_path, real.Sizes(), 1, lambda words, log, threads: begun.append(words) or (1, 0.1))
     with pytest.raises(UserError, match="says why"):
@@ -281,7 +281,7 @@ def test_a_llama_of_a_gguf_file_computes_the_same_as_a_qwen2(tmp_path):
 
 
 def write_gguf(gguf, path: Path, weights: dict[str, torch.Tensor], config: Qwen2Config, rope_theta: float) -> None:
-    """A Llama in the layout of llama.cpp's converter."""
+    """Write a Llama in the layout of llama.cpp's converter."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)

@@ -1,5 +1,5 @@
-"""The grader on answers worked out by hand, on hostile and on mutated input, and on the labelled development rows where
-they are at hand.
+"""The grader on written-out answers, on hostile and on mutated input, and on the labelled development rows where
+they are available.
 
 answers.txt beside this file holds pairs of answers, one a line: what is equal (==), then what is not (!=).
 """
@@ -16,7 +16,7 @@ import pytest
 from nanoredi.grader import MAX_BOX, equal, extract_answer, grade
 
 ANSWERS = (Path(__file__).parent / "answers.txt").read_text(encoding="utf-8").splitlines()
-LIMIT_S = 0.1  # of the processor, which others may share
+LIMIT_S = 0.1  # CPU seconds, since other processes may share the machine
 
 EXTRACTIONS = [
     (r"So \boxed{5}.", "5"),
@@ -26,7 +26,7 @@ EXTRACTIONS = [
     (r"\boxed {8}", "8"),
     (r"\boxed 9$", "9"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # an escaped brace has no partner to wait for
+    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # an escaped brace needs no partner
     (r"\boxed{x = \boxed{3}}", "3"),
     (r"\boxed{4}, as asked in \boxed form", "4"),
     (r"\boxed{}", ""),
@@ -314,7 +314,7 @@ def test_a_line_may_be_a_part_of_a_list() -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_answers_are_wrong_in_no_time(text: str) -> None:
+def test_hostile_answers_are_rejected_fast(text: str) -> None:
     for response, gold in [
         (f"\\boxed{{{text}}}", "42"),
         (text, "42"),
@@ -334,7 +334,7 @@ def test_pairs(line: str) -> None:
 
 
 def test_a_gold_answer_is_not_compared_by_chance() -> None:
-    """Near misses that doubles, two points or letters of one sign would take for equal."""
+    """Near misses that floats, a comparison at two points, or letters of one sign would take as equal."""
     assert not equal("1.4142135623730950488016887242096980785", r"\sqrt{2}")
     assert not equal(r"\sqrt{10^{20}+1}-10^{10}", "0")
     assert not equal("|x|", "x") and equal(r"\sqrt{x^2}", "x")
@@ -352,7 +352,7 @@ PIECES = [
 
 
 def took(work: Callable, *args: object, **options: str) -> float:
-    """Seconds of the processor: the best of three where the first seems slow, since collecting garbage counts too."""
+    """CPU seconds: the best of three if the first seems slow, since garbage collection counts too."""
     times = []
     while not times or min(times) >= LIMIT_S and len(times) < 3:
         start = time.process_time()
@@ -380,7 +380,7 @@ def mutated(rng: random.Random, answers: list[str]) -> str:
 
 @pytest.mark.parametrize("count", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_mutated_answers(count: int) -> None:
-    """No exception, quick, symmetric, reflexive."""
+    """Grading raises nothing, is quick, symmetric and reflexive."""
     rng = random.Random(0)
     answers = [text for line in ANSWERS if line for text in line.replace(" != ", " == ").split(" == ")]
     answers += [text for text in HOSTILE if len(text) <= 1_000]
@@ -415,7 +415,7 @@ def test_mutated_answers(count: int) -> None:
         (r"\sqrt[3]{2}", r"\sqrt{2}", False),  # the three faults that are not copied
         ("81809", "8180_9", False),
         (r"5 \text{ or } 6", "5", False),
-        (r"\lfloor n/2 \rfloor", "n/2", False),  # a macro that is not known does not vanish
+        (r"\lfloor n/2 \rfloor", "n/2", False),  # an unknown macro is not dropped
         (r"\max(a,b)", r"\min(a,b)", False),
         (r"\dot x", "x", False),
         ("2i", r"\sqrt{-4}", False),  # a letter like others
@@ -453,7 +453,7 @@ def test_development_rows(dev_rows: list[dict]) -> None:
 def test_agreement_with_deepscaler_s_grader(dev_rows: list[dict]) -> None:
     rows = [row for row in dev_rows if row["kind"] != "hostile"]
     agree = sum(grade(row["response"], row["gold"], style="deepscaler") == row["rllm"] for row in rows)
-    assert agree / len(rows) >= 0.98  # its faults are among the others
+    assert agree / len(rows) >= 0.98  # the others include its faults
     assert not any(
         grade(row["response"], row["gold"], style="deepscaler") for row in dev_rows if row["kind"] == "hostile"
     )

@@ -21,7 +21,7 @@ def double():
     return double
 
 
-def test_the_version_of_the_device_runs_and_may_decline(double):
+def test_the_device_s_version_runs_unless_it_declines(double):
     ones = torch.ones(2, device=DEVICE)
     assert double(ones).tolist() == [2, 2] and double.__doc__ == "What it computes."
 
@@ -32,10 +32,10 @@ def test_the_version_of_the_device_runs_and_may_decline(double):
     assert double(ones) == double(x=ones) == faster(ones) == "faster"
     assert double(ones, 3).tolist() == double(ones, times=3).tolist() == [3, 3]
     assert double.plain(ones).tolist() == [2, 2]
-    assert double(torch.ones(2, device="meta")).is_meta  # a device without versions and without a package
+    assert double(torch.ones(2, device="meta")).is_meta  # a device with neither versions nor a package
 
 
-def test_hooks_do_nothing_by_themselves(plain):
+def test_hooks_without_a_device_s_version_do_nothing(plain):
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     assert dispatch.prepare_for_training(p) is None and p.grad is not None
@@ -46,7 +46,7 @@ def test_hooks_do_nothing_by_themselves(plain):
 
 
 def test_a_device_s_package_is_imported_with_its_first_tensor(forks, tmp_path):
-    """In a process that has imported all of nanoredi."""
+    """Checked in a process that has imported all of nanoredi."""
     script = """
 import sys
 before = {name for name in sys.modules if name.startswith("nanoredi.")}

@@ -25,7 +25,7 @@ def set_chunk(monkeypatch, elements):
 
 
 def case(n, v, d=16, dtype=torch.float32, scale=1.0, seed=0):
-    """Inputs with weights of mixed signs and sizes, a third of them 0."""
+    """Inputs whose weights have mixed signs and sizes, a third of them 0."""
     g = torch.Generator().manual_seed(seed)
     hidden = (scale * torch.randn(n, d, generator=g)).to(DEVICE, dtype).requires_grad_()
     lm_head = torch.randn(v, d, generator=g).to(DEVICE, dtype).requires_grad_()
@@ -50,7 +50,7 @@ def by_cross_entropy(hidden, lm_head, targets, weights):
 
 
 def by_logprob(hidden, lm_head, targets, weights):
-    """The same, its weights arriving as the upstream gradient."""
+    """The same by the log-probs, where the weights arrive as the upstream gradient."""
     logps = linear_logprob(hidden, lm_head, targets, weights.nonzero().squeeze(1))
     loss = (weights * logps).sum()
     loss.backward()
@@ -76,7 +76,7 @@ def relative(got, want):
 @BOTH
 @pytest.mark.parametrize("n, v", [(1, 123), (2, 7), (5, 1), (50, 123), (37, 1000), (9, 9001), (6, 16384)])
 @pytest.mark.parametrize("chunk_elements", [1, 5000, 1 << 24])
-@pytest.mark.filterwarnings("ignore:divide by zero")  # V = 1: no other column, and log 0 is what is meant
+@pytest.mark.filterwarnings("ignore:divide by zero")  # V = 1: there is no other column, and log 0 is intended
 def test_equals_float64(way, n, v, chunk_elements, monkeypatch):
     set_chunk(monkeypatch, chunk_elements)
     inputs = case(n, v)
@@ -91,7 +91,7 @@ def test_equals_float64(way, n, v, chunk_elements, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n, v, scale", [(2, 2, 1.0), (31, 123, 1.0), (9, 9001, 1.0), (9, 50, 1e-4), (40, 50, 1e3)])
 def test_entropies_equal_float64(way, n, v, scale, dtype, monkeypatch):
-    """Over all chunks, and only where they are wanted. The logits' own rounding is theirs."""
+    """Over all chunks, and only in the rows asked for. The logits are exact, so that their rounding does not count."""
     set_chunk(monkeypatch, 4 * v)
     hidden, lm_head, targets, _ = case(n, v, d=1, scale=scale, dtype=dtype)
     with torch.no_grad():  # powers of 2: the products are exact
@@ -114,7 +114,7 @@ def test_entropy_keeps_its_digits_where_the_model_is_sure(way, gap, target):
     lm_head = torch.tensor([[1.0], [0.0], [0.0]], device=DEVICE)
     (got,) = entropies_of(way, hidden, lm_head, torch.tensor([target], device=DEVICE), None)
     p = torch.tensor([gap, 0.0, 0.0], dtype=torch.float64).softmax(0)
-    # Sure of another token than the target, it is right to a unit of fp32 beside 1.
+    # If the model is sure of a token other than the target, the error is about a unit of fp32 beside 1.
     assert got.item() == pytest.approx(torch.special.entr(p).sum().item(), rel=2e-6, abs=1e-7 if target else 0)
 
 
@@ -133,7 +133,7 @@ def test_bfloat16_is_no_worse_than_the_plain_way(way, n, v, monkeypatch):
     assert relative(grad_head, want_head) <= 1.05 * relative(m.grad, want_head)
 
 
-def test_a_bfloat16_head_takes_its_gradient_in_fp32_where_it_may(monkeypatch):
+def test_a_bfloat16_head_takes_its_gradient_in_fp32_if_allowed(monkeypatch):
     set_chunk(monkeypatch, 20 * 123)
     hidden, lm_head, targets, weights = case(50, 123, d=64, dtype=torch.bfloat16)
     lm_head.grad_dtype = torch.float32
@@ -142,7 +142,7 @@ def test_a_bfloat16_head_takes_its_gradient_in_fp32_where_it_may(monkeypatch):
     assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())
 
 
-def test_upstream_gradient_scales_and_comes_once():
+def test_the_upstream_gradient_scales_and_backward_runs_once():
     hidden, lm_head, targets, weights = case(20, 30)
     loss, _ = weighted_cross_entropy(hidden, lm_head, targets, weights)
     (-3 * loss).backward(retain_graph=True)
@@ -152,7 +152,7 @@ def test_upstream_gradient_scales_and_comes_once():
         loss.backward()
 
 
-def test_logprob_s_gradient_may_be_asked_for_twice():
+def test_logprob_s_backward_may_run_twice():
     hidden, lm_head, targets, _ = case(20, 30)
     logps = linear_logprob(hidden, lm_head, targets)
     loss = -torch.nn.functional.logsigmoid(logps[:10].sum() - logps[10:].sum())  # DPO's shape
@@ -177,7 +177,7 @@ def test_all_rows_masked(way):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
 def test_extreme_logits(way, scale, dtype):
-    """Logits of +-1e4 and beyond; against float64 on the same logits, since their own rounding is theirs."""
+    """Logits of +-1e4 and beyond, which are exact, so that their rounding does not count."""
     hidden, lm_head, targets, weights = case(40, 50, d=1, scale=scale, dtype=dtype)
     with torch.no_grad():  # powers of 2: the products are exact
         hidden.copy_(2 ** hidden.abs().log2().round() * hidden.sign())
@@ -195,7 +195,7 @@ def test_nothing_cancels_where_the_model_is_sure(way, gap):
     lm_head = torch.tensor([[1.0], [0.0]], device=DEVICE, requires_grad=True)
     _, logp, _, grad_head = way(hidden, lm_head, torch.tensor([0], device=DEVICE), torch.ones(1, device=DEVICE))
     missing = 1 / (1 + torch.tensor(gap, dtype=torch.float64).exp())
-    # A GPU's exp is right to some units of the last place.
+    # A GPU's exp is accurate to a few units in the last place.
     assert logp.item() == pytest.approx(torch.log1p(-missing).item(), rel=3e-6)
     assert grad_head[0].item() == pytest.approx(gap * missing.item(), rel=3e-6)
 
@@ -230,7 +230,7 @@ def test_frozen_head_and_no_grad():
 
 
 def test_the_kernel_stays_inside_its_rows(version):
-    """A target outside the vocabulary is refused with the batch; should one come, only its own row is touched."""
+    """A target outside the vocabulary is refused with the batch; if one got through, only its own row would be wrong."""
     if version == "plain" or DEVICE.type not in logprobs_.faster:
         pytest.skip("the plain version raises")
     around = torch.randn(5, 40, device=DEVICE)

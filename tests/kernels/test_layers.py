@@ -1,5 +1,5 @@
-"""Layers and products, plain, by the machine's own versions and by Triton's (in its interpreter where there is no GPU),
-against float64."""
+"""Layers and products against float64: the plain versions, the device's and Triton's (in its interpreter where there is
+no GPU)."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def version(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def few_at_once(monkeypatch):
-    """So that programs have several rows, tokens and elements, and the last one fewer."""
+    """Block sizes such that a program has several rows, tokens and elements, and the last program fewer."""
     for name, number in (("_PARTS", 4), ("_TOKENS", 4), ("_ELEMENTS", 128)):
         monkeypatch.setattr(pointwise, name, number)
 
@@ -46,7 +46,7 @@ def exact_norm(x, weight):
 
 
 def norm_and_stream(x, added, weight):
-    """Both results are used, so that their gradients meet."""
+    """Uses both results, so that their gradients are added."""
     return torch.cat(rms_norm(x, weight, 1e-6, added))
 
 
@@ -55,7 +55,7 @@ def exact_norm_and_stream(x, added, weight):
 
 
 def joint(layer):
-    """qkv as a layer whose results are side by side, of three query heads and one key-value head of 6 or 32 numbers."""
+    """qkv with its results side by side: three query heads and one key-value head, of size 6 or 32."""
 
     def side_by_side(x, *parameters):
         size = len(parameters[1])
@@ -117,7 +117,7 @@ def test_a_layer_of_fp32_masters_and_its_gradients(name, n, dtype, bound):
         assert got.dtype == x.dtype and close(got, right, bound)
 
 
-def test_an_embedding_s_repeated_token_adds_up():
+def test_embedding_gradients_of_a_repeated_token_add_up():
     weight = matrix(4, 2).requires_grad_()
     ids = torch.tensor([3, 1, 3], device=DEVICE)
     out = embedding(ids, weight)

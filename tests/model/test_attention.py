@@ -24,7 +24,7 @@ def test_packed_equals_dense_forward_and_backward(max_seqlen):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
-def test_what_comes_later_has_no_part_at_all():
+def test_later_tokens_have_no_influence():
     inputs = qkv(60, size=64)
     out = PackedAttention(cumulative((60,)))(0, *inputs)
     upstream = torch.zeros_like(out)
@@ -37,8 +37,8 @@ def test_what_comes_later_has_no_part_at_all():
     assert torch.equal(PackedAttention(cumulative((60,)))(0, *later)[:21], out[:21])
 
 
-def test_a_score_that_is_not_a_number_is_not_hidden():
-    """Of a row's own past alone; guards.py must see it."""
+def test_a_nan_score_is_not_hidden():
+    """NaN in a row's own past, and there alone, reaches the result, because guards.py must see it."""
     q, k, v = (x.detach() for x in qkv(60, size=64))
     k[30, 0, 5] = torch.nan
     lost = PackedAttention(cumulative((60,)))(0, q, k, v).isnan()

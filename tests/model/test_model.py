@@ -1,4 +1,4 @@
-"""The model against transformers, packed against apart, folders in and out, and what it refuses."""
+"""The model against transformers, packed sequences against separate ones, folders in and out, and what is refused."""
 
 import json
 import shutil
@@ -106,9 +106,9 @@ def calls_of_a_step(model: Qwen2, activation_checkpointing: str) -> tuple[list[t
     return [p.grad for p in model.parameters()], mode.counts
 
 
-# Of each of the two blocks: the linear layers with a bias (q, k, v), those without, and the activation.
+# In each of the two blocks: the linear layers with a bias (q, k, v), those without, and the activation.
 @pytest.mark.parametrize("kept, addmm, mm, silu", [("attention", 3, 3, 1), ("products", 0, 0, 1)])
-def test_activation_checkpointing_changes_no_gradient_and_repeats_what_it_says(kept, addmm, mm, silu, plain):
+def test_activation_checkpointing_changes_no_gradient_and_recomputes_what_it_says(kept, addmm, mm, silu, plain):
     grads, calls = zip(*(calls_of_a_step(tiny.tiny_model(tied=True), setting) for setting in ("off", kept)))
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
@@ -122,7 +122,7 @@ def test_activation_checkpointing_changes_no_gradient_and_repeats_what_it_says(k
 @pytest.mark.parametrize("kept", ["attention", "products"])
 @pytest.mark.parametrize("mlp_size", [200, 128, 80])
 def test_activation_checkpointing_of_any_mlp(mlp_size, kept, version):
-    """By whatever attends and multiplies here; down_proj may narrow, widen or do neither."""
+    """With this machine's attention and products; down_proj may narrow, widen or do neither."""
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = tiny.tiny_config(hidden_size=128, intermediate_size=mlp_size, **sizes)
     (want, calls_off), (got, calls) = (
@@ -176,7 +176,7 @@ def test_rope_theta_of_either_transformers_layout(folder):
     assert Qwen2.from_pretrained(folder).config.rope_theta == 1234.0
 
 
-def test_tokenizer_files_and_stop_tokens_go_along(toy_data, tmp_path):
+def test_tokenizer_files_and_stop_tokens_are_saved(toy_data, tmp_path):
     model = Qwen2.from_pretrained(toy_data / "model")
     model.save_pretrained(tmp_path / "m", dtype=torch.bfloat16)
     assert {p.name for p in (tmp_path / "m").iterdir()} == {

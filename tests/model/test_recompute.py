@@ -1,4 +1,4 @@
-"""Activation checkpointing by itself; what blocks do with it is in test_model.py."""
+"""Activation checkpointing on its own; blocks with it are tested in test_model.py."""
 
 import gc
 import weakref
@@ -14,7 +14,7 @@ WEIGHTS = [torch.randn(6, 6, dtype=torch.float64, requires_grad=True) for _ in r
 
 
 def run(x, scale):
-    """Two products, one saved on the way by what follows it, one not, and two operations with several results."""
+    """Two products, one before the last saved tensor and one after it, and two operations with several results."""
     top, _ = (x @ WEIGHTS[0]).topk(4)
     halves = F.silu(top * scale).split(2, dim=-1)
     return F.pad(halves[0] * halves[1], (2, 2)) @ WEIGHTS[1]
@@ -24,17 +24,17 @@ SOME = ("aten::mm", "aten::topk")
 
 
 @pytest.mark.parametrize("kept", [(), SOME])
-def test_gradients_are_those_of_everything_kept(kept):
+def test_gradients_equal_those_without_recomputation(kept):
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     out, want = recomputed(run, kept, x, 3.0), run(x, 3.0)
     assert torch.equal(out, want)
-    for twice in (True, False):  # a graph may be gone through again
+    for twice in (True, False):  # backward may run twice through a graph
         got = torch.autograd.grad(out.square().sum(), [x, *WEIGHTS], retain_graph=twice)
         plain = torch.autograd.grad(want.square().sum(), [x, *WEIGHTS], retain_graph=twice)
         assert all(map(torch.equal, got, plain))
 
 
-def test_the_second_run_ends_with_the_last_tensor_that_was_saved():
+def test_recomputation_ends_with_the_last_saved_tensor():
     seen = []
 
     class Seen(tuple):
@@ -50,8 +50,8 @@ def test_the_second_run_ends_with_the_last_tensor_that_was_saved():
     assert [name for name in seen if name in SOME] == ["aten::mm", "aten::topk"]
 
 
-def test_a_result_that_backward_does_not_come_to_is_not_kept():
-    """The last product is made after the last tensor was saved."""
+def test_a_result_that_backward_does_not_need_is_freed():
+    """The last product comes after the last saved tensor."""
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     out = recomputed(run, SOME, x, 3.0)
     alive = weakref.ref(out.untyped_storage())

@@ -1,4 +1,4 @@
-"""The course of runs: what is read of them, and the picture."""
+"""Training curves: what is read of runs, and the figure."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def make(tmp_path, monkeypatch):
 
 @pytest.fixture
 def lines(monkeypatch):
-    """The points of every line that is drawn, by panel."""
+    """The points of every line drawn, by panel."""
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
 
@@ -62,12 +62,12 @@ def test_series_and_their_gaps(make):
 
 
 @pytest.mark.parametrize("tail", ['{"step": 3, "chosen_l', '{"step": 3, "chosen_logp": -1', "{", "\n\n"])
-def test_a_broken_off_last_line_is_left_out(make, tail):
+def test_a_truncated_last_line_is_ignored(make, tail):
     make("run", [metrics(1), metrics(2)], tail)
     assert [row["step"] for row in figures.read_runs(["run"])[0].rows] == [1, 2]
 
 
-def test_a_whole_last_line_needs_no_end(make):
+def test_a_complete_last_line_needs_no_line_break(make):
     make("run", [metrics(1)], json.dumps(metrics(2)))
     assert [row["step"] for row in figures.read_runs(["run"])[0].rows] == [1, 2]
 
@@ -87,14 +87,14 @@ def test_a_broken_line_is_named(make, line, words):
         figures.read_runs(["run"])
 
 
-def test_names_tell_runs_apart(make):
+def test_runs_get_distinct_names(make):
     for name in ("a/redi", "b/redi", "b/c/redi", "sft"):
         make(name, [metrics(1)])
     names = [run.name for run in figures.read_runs(["a/redi", "b/redi", "b/c/redi", "sft"])]
     assert names == ["a/redi", "b/redi", "c/redi", "sft"]
 
 
-def test_accuracy_stands_at_its_models_step(make):
+def test_accuracy_is_drawn_at_its_model_s_step(make):
     models = ["SFT", "REDI", "step-000200", "runs/x/step-000400"]
     make("run", [metrics(i) for i in range(1, 501)], results=[result(m, "toy", i / 10) for i, m in enumerate(models)])
     (run,) = figures.read_runs(["run"])
@@ -102,14 +102,14 @@ def test_accuracy_stands_at_its_models_step(make):
 
 
 def test_a_second_sft_is_the_end(make):
-    """A stage-2 run with the objective sft names both of its models so."""
+    """A stage-2 run with the objective sft names both of its models SFT."""
     rows = [result(m, b, a) for m, a in (("SFT", 0.1), ("SFT", 0.2)) for b in ("x", "y")]
     make("run", [metrics(1), metrics(2)], results=rows)
     (run,) = figures.read_runs(["run"])
     assert run.accuracy == {b: [(0, 0.1, 0.01), (2, 0.2, 0.01)] for b in ("x", "y")}
 
 
-def test_results_that_are_none_are_refused(make):
+def test_malformed_results_are_refused(make):
     make("run", [metrics(1)], results=[{"model": "SFT", "benchmark": "toy"}])
     with pytest.raises(UserError, match=r"results.json: \[0\] has no field 'pass@1'"):
         figures.read_runs(["run"])
@@ -147,7 +147,7 @@ def test_entropy_and_the_change_since_the_start_on_request(make, lines):
 
     entropies = {"chosen_entropy": 0.5, "rejected_entropy": 0.75}
     make("redi", [metrics(1, **entropies, **looks("start", -1.0)), metrics(2, **entropies, **looks("watch", -1.5))])
-    make("before", [metrics(1), metrics(2, watch_chosen_logp=-3.0)])  # begun before there were such columns
+    make("before", [metrics(1), metrics(2, watch_chosen_logp=-3.0)])  # started before these columns existed
     runs = figures.read_runs(["redi", "before"])
     figures.draw(runs, "out.png")
     assert not [title for title in lines if "entropy" in title or "Change" in title]
@@ -169,7 +169,7 @@ def test_the_command(make, capsys, tmp_path):
     assert "redi: steps 1 to 2" in out and "sft: steps 1 to 1" in out and "pass@1 %" in out
     first = (tmp_path / "figure.png").read_bytes()
     assert first.startswith(b"\x89PNG\r\n\x1a\n") and len(first) > 10_000
-    # Its own figure is drawn anew.
+    # Its own figure is overwritten.
     report.main(["sft", "--out=figure.png"])
     second = (tmp_path / "figure.png").read_bytes()
     assert second not in (b"", first)
@@ -178,7 +178,7 @@ def test_the_command(make, capsys, tmp_path):
 
 
 def test_a_results_folder_needs_no_run(make, capsys, tmp_path):
-    """evaluate.py's folders have results alone."""
+    """evaluate.py's folders have results but no metrics."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps([result("m", "toy", 0.5)]))

@@ -25,7 +25,7 @@ def sizes(*numbers):
 
 @pytest.fixture
 def folder(tmp_path):
-    """As prepare leaves it: 100 pairs, 8 of them at the limits, and 5 that are too long."""
+    """A folder as prepare writes it: 100 pairs, 8 of them at the limits, and 5 that are too long."""
     pairs = [sizes(i + 1, 200 * i + 1, 300) for i in range(92)] + [sizes(800, 19_000, 19_000)] * 8
     longer = [
         sizes(801, 1, 1),

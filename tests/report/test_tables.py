@@ -7,7 +7,7 @@ from samples import sample
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.flags import read_flags, read_recipe
-from nanoredi.config import RediConfig  # noqa: F401 - makes the recipes' tables known
+from nanoredi.config import RediConfig  # noqa: F401 - registers the recipes' tables
 from nanoredi.evaluation.samples import read_results
 from nanoredi.evaluation.scores import summarise
 from nanoredi.report import tables
@@ -59,7 +59,7 @@ def test_table(tmp_path):
 
 
 def test_an_average_is_over_different_benchmarks():
-    row = {"model": "SFT", "benchmark": "b", "pass@1": 0.5, "sem": 0.1}  # twice in runs of former versions
+    row = {"model": "SFT", "benchmark": "b", "pass@1": 0.5, "sem": 0.1}  # duplicated in runs of older versions
     assert [line[1] for line in details([row, row]).lines] == ["benchmark", "b", "b"]
     assert [line[1] for line in details([row, {**row, "benchmark": "c"}]).lines] == ["benchmark", "b", "c", "average"]
 
@@ -78,7 +78,7 @@ def test_several_folders_keep_their_models_apart(tmp_path, monkeypatch, capsys):
     assert "x: REDI minus x: SFT" in said and "y: REDI minus y: SFT" in said
 
 
-def test_columns_in_step():
+def test_columns_are_aligned():
     shown = Table([["model", "%"], ["a", "100.0"], ["through both"], ["bcd", "5"]])
     assert as_text(shown) == "model      %\n------------\na      100.0\nthrough both\nbcd        5"
     shown = Table([["a|b", "%"], ["x", "5"], ["y"]])
@@ -90,7 +90,7 @@ def test_a_narrow_terminal():
     assert as_text(shown, 24) == as_text(shown) and max(map(len, as_text(shown).splitlines())) == 24
     more = "1 more columns: python -m nanoredi.report RUN --wide"
     assert as_text(shown, 23).splitlines()[2:] == ["a long name  x    1", "a long name  y    3", more]
-    # Rather than lose what is compared first, the names stand above.
+    # Rather than drop the first columns to compare, the names move to a line above.
     assert as_text(shown, 18).splitlines() == [
         "model  b  one  two",
         "------------------",
@@ -132,7 +132,7 @@ def test_average_and_the_paper_s_rows():
     paper = {line[0]: line[1:] for line in scores(rows, paper=True).lines}
     assert paper["REDI (*)"] == ["83.1", "28.1", "55.6"]
     assert paper["DPO 0.001, 2e-7 (*-dpo)"] == ["81.3 ± 0.2", "24.6 ± 1.7", "53.0"]
-    # The averages of the five that the paper gives: 49.5 for REDI, 45.8 for SFT, and table 2's with their errors.
+    # The averages over the paper's five benchmarks: 49.5 for REDI, 45.8 for SFT, and table 2's with their errors.
     five = {line[0]: line for line in scores(rows_of([("m", True)], tables.PAPER), paper=True).lines}
     assert five["REDI (*)"][-1] == "49.5" and five["SFT, 5 epochs (*)"][-1] == "45.8"
     assert five["REDI 0.8, 1e-6 (*-3-epochs)"][-1] == "48.3 ± 0.3"
@@ -142,7 +142,7 @@ def test_average_and_the_paper_s_rows():
 def test_pass_at_16_beside_the_paper_s():
     lines = scores(rows_of([("m", True)], tables.PAPER), "pass@16", paper=True).lines
     assert lines[0] == ["pass@16 %", "math500", "aime24", "amc23", "minerva", "olympiad", "mean"]
-    assert lines[1] == ["m", *"------"]  # of two samples there is none
+    assert lines[1] == ["m", *"------"]  # with two samples there is no pass@16
     assert lines[2] == ["the paper's table 3, from SFT of 3 epochs (*: qwen2.5-math-1.5b)"]
     assert lines[-1] == ["REDI, from 5 epochs (*)", "95.0", "66.7", "90.4", "57.0", "65.8", "75.0"]
     assert len(lines) == 2 + 1 + 5 + 1 + 3
@@ -185,7 +185,7 @@ def test_differences():
         (["--runs", "a", "--paper", "b"], "'b' follows no flag"),
     ],
 )
-def test_folders_may_stand_anywhere_among_the_flags(argv, want):
+def test_folders_may_come_anywhere_among_the_flags(argv, want):
     if isinstance(want, dict):
         assert read_flags("", argv, "report", ReportFlags, positional="runs") == (None, {"report": want})
     else:

@@ -49,7 +49,7 @@ def test_the_kept_tokens_are_those_of_a_full_sort(size, enough, by_mass, version
 
 
 @pytest.mark.parametrize("size, triton", [(300, False), (300, True), (20_000, False)])
-def test_fewer_likely_tokens_than_are_asked_for(size, triton, monkeypatch):
+def test_fewer_likely_tokens_than_top_p_asks_for(size, triton, monkeypatch):
     if triton:
         use_triton(monkeypatch, top_p.keep)
     probs = torch.zeros(1, size, device=DEVICE if triton else "cpu")

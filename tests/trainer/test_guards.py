@@ -21,6 +21,7 @@ from nanoredi.config import RediConfig
 from nanoredi.model import qwen2 as model_file
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer.guards import CollapseWatch, signals
+from nanoredi.trainer.heartbeat import Heartbeat
 from nanoredi.trainer.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -213,6 +214,22 @@ def test_a_terminal_that_is_gone_does_not_end_a_run(one_rank):
                 one_rank.say("a line")
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_silent_rank_ends_the_job_even_without_a_terminal():
+    child = os.fork()
+    if not child:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+        sys.stderr = open(2, "w")
+        heartbeat = Heartbeat.__new__(Heartbeat)
+        heartbeat.timeout = 60.0
+        try:
+            heartbeat._end(1)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
 
 
 def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take(forks, tmp_path):

@@ -1,14 +1,18 @@
 """Whole runs: what they write and say, what they refuse, and what they leave as it was."""
 
+import errno
 import json
 import os
 import signal
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from same import assert_same_weights
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from nanoredi.common.errors import Stopped, UserError
 from nanoredi.config import RediConfig
@@ -88,8 +92,28 @@ def test_a_step_fits_a_terminal_of_80_columns(one_rank, tmp_path):
     log = Log(config, 0, 99_999, 1e9, one_rank, "stage 2", False)
     row = dict.fromkeys(("loss", "chosen_logp", "rejected_logp"), -9.87654)
     row |= {"step": 99_998, "grad_norm": None, "update_norm": 1e-9, "lr": 1e-6, "tokens_per_s": 999_999.0}
-    for line in log._lines(row, log.start + 99 * 3600 * 99_998):
+    log.last = log.start + 99 * 3600 * 99_998
+    for line in log._lines(row):
         assert len(line) <= 80 and len(line.split()) == 9
+
+
+def test_a_disk_that_fills_up_under_the_log_loses_no_state(redi, one_rank, monkeypatch):
+    """The state that was being written when a row of metrics.jsonl found no room is finished."""
+    Path(redi.out).mkdir()
+    write, save_state = HuggingFaceStorageWriter.write_data, loop._Run.save_state
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", lambda *args: (time.sleep(0.5), write(*args))[1])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save_and_fill(self, step):
+        save_state(self, step)
+        monkeypatch.setattr("nanoredi.trainer.log.write_row", full)
+
+    monkeypatch.setattr(loop._Run, "save_state", save_and_fill)
+    with pytest.raises(UserError, match="No space left"):
+        train(replace(redi, save_every=1, log_every=1), one_rank)
+    assert [path.name for path in Path(redi.out, "state").iterdir()] == ["step-000001"]
 
 
 def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypatch):

@@ -232,7 +232,7 @@ def test_an_old_state_that_cannot_be_removed_ends_no_run(states, monkeypatch):
     assert States(folder, world).load(tensors)["step"] == 20
 
 
-@pytest.mark.parametrize("end", [UserError, Stopped])
+@pytest.mark.parametrize("end", [UserError, Stopped, RuntimeError])
 def test_a_run_that_ends_early_waits_for_the_state_being_written(end, states, monkeypatch):
     tensors, folder, world = states
     write = HuggingFaceStorageWriter.write_data
@@ -242,6 +242,20 @@ def test_a_run_that_ends_early_waits_for_the_state_being_written(end, states, mo
         states.save(20, tensors, {"skipped": 0})
         raise end("now")
     assert sorted(path.name for path in folder.iterdir()) == ["step-000015", "step-000020"]
+
+
+def test_why_a_run_ends_is_said_even_if_its_state_cannot_be_saved(states, monkeypatch):
+    tensors, folder, world = states
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
+    states = States(folder, world)
+    with pytest.raises(UserError, match="^COLLAPSE; cannot save the training state in .*: No space left on device"):
+        with states:
+            states.save(20, tensors, {"skipped": 0})
+            raise UserError("COLLAPSE")
 
 
 def test_metrics_lose_the_steps_that_come_again(tmp_path, capsys):
