@@ -5,7 +5,7 @@
         --model runs/sft/final runs/redi/final --data benchmarks
     python evaluate.py --model DIR --benchmarks math500 my_problems.jsonl \\
         --data benchmarks --n 4 --limit 100
-    python evaluate.py --model runs/redi --along   # its checkpoints; the best
+    python evaluate.py --model runs/redi --along   # which checkpoint is best?
     python evaluate.py --completions vllm.jsonl --benchmarks math500 \\
         --data benchmarks
 

@@ -2,7 +2,7 @@
 
     python sample.py     # the newest run's model on its benchmark's problems
     python sample.py "What is 7 * 8?" --model DIR --n 4
-    python sample.py --model DIR --chat  # /reset: anew; Ctrl-C: stop the answer
+    python sample.py --model DIR --chat  # /reset: start over; Ctrl-C: end it
     python sample.py --model DIR --prompts prompts.jsonl --n 16 --out out.jsonl
 
 Prompts are rows of JSONL with a text in "prompt", "problem" or "question", or a conversation in "messages"; or the lines
@@ -30,7 +30,7 @@ from nanoredi.common.progress import progress
 from nanoredi.common.runs import check_model, newest_model, recipe_of
 from nanoredi.config import EvaluateConfig, SamplingConfig
 from nanoredi.data import benchmarks
-from nanoredi.data.messages import behind_system, check_messages, with_system
+from nanoredi.data.messages import behind_system, check_messages, last_role, with_system
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.evaluation.samples import claim, digest_of_files
 from nanoredi.model.hf_folder import stop_ids
@@ -47,7 +47,7 @@ _ADDED = ("completion", "finish_reason", "tokens", "sample")  # the fields added
 class SampleFlags(SamplingConfig):
     """sample.py's own flags."""
 
-    n: int = option(1, "samples for each prompt", low=1, high=2**16)
+    n: int = option(1, "samples per prompt", low=1, high=2**16)
     model: str = option("", "Hugging Face folder; empty: the newest model under runs/")
     prompt: str = option("", "text of the user's message; the flag's name may be left out")
     prompts: str = option("", "file of prompts, JSONL or a plain text with one prompt a line; -: standard input")
@@ -158,7 +158,8 @@ def _samples(rows: list[tuple[str, Any]], tokenizer: Tokenizer, config: SampleFl
 def _messages(where: str, row: Any, config: SampleFlags) -> list[dict[str, str]]:
     """The messages of a row: its conversation as it is, or its text in the template."""
     fields = benchmarks.in_one_case(where, row, str.lower) if isinstance(row, dict) else {}
-    for name in ("messages", "conversations", "prompt", "problem", "question"):
+    names = ("messages", "conversations", "prompt", "problem", "question")
+    for name in sorted(names, key=lambda name: last_role(fields.get(name)) == "assistant"):
         value = fields.get(name)
         if isinstance(value, list):
             messages = check_messages(f"{where}: {name!r}", value)

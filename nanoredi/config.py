@@ -37,7 +37,7 @@ class TrainConfig:
     reshard_after_forward: bool = option(True, "gather a block's weights again in backward: less memory", free=True)
     shard_size: int = option(0, "ranks that share one copy of the weights; 0: all ranks", low=0, free=True)
     offload: bool = option(False, "keep fp32 weights and Adam's moments in host memory", free=True)
-    max_tokens_per_micro_batch: int = option(40_000, "per rank; a longer sequence goes alone", low=1, free=True)
+    max_tokens_per_micro_batch: int = option(40_000, "on each rank; a longer sequence goes alone", low=1, free=True)
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", low=0, free=True)
     log_every: int = option(10, "steps between printed lines", low=1, free=True)
     tensorboard: bool = option(False, "also write the metrics for TensorBoard (package tensorboard)", free=True)
@@ -81,7 +81,7 @@ class RediConfig(TrainConfig):
     on_collapse: str = option("warn", "what to do at a collapse", choices=("warn", "stop"), free=True)
     watch: str = option("", "file of pairs kept out of training, whose log-probs are in the final table")
     watch_every: int = option(0, "steps between evaluations of the watched pairs; 0: none", low=0, free=True)
-    evaluate: bool = option(False, "at the end, compare the starting and the final model on [evaluate]'s benchmarks")
+    evaluate: bool = option(False, "at the end, compare the initial and the final model on [evaluate]'s benchmarks")
 
     def __post_init__(self):
         """Fill in the defaults of the objective's own parameters, and refuse another objective's."""

@@ -39,8 +39,9 @@ from nanoredi.data.tokenizer import Tokenizer
 PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all of OpenR1-Math-Raw
 # The only columns of a Parquet or Arrow file that are read.
 _FIELDS = (
-    *("problem_is_valid", "source", "problem", "question", "generations", "correctness", "answer", "correct", "tools"),
-    *("system", "system_prompt", "prompt", "messages", "completion", "finish_reason", "sample", *THINKING_NAMES),
+    *"problem_is_valid source problem question generations correctness answer correct tools system".split(),
+    *"system_prompt prompt messages conversations completion finish_reason sample".split(),
+    *THINKING_NAMES,
 )
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 Rows = Iterable[tuple[str, dict[str, Any]]]  # (file and line, for error messages; row)
@@ -90,23 +91,20 @@ def prepare(
     if not total:
         raise UserError(f"there are no rows in {', '.join(map(str, files))}")
     gates = Gates(flags.max_prompt_tokens, flags.max_response_tokens, flags.strict_negatives)
-    try:
-        with ExitStack() as stack:
-            beside = stack.enter_context(writing_together(out))
-            own_rows, *spools = (stack.enter_context(Spool(beside / f"{n}.spool")) for n in ("own", *_FILES[:3]))
-            total, rows = _as_raw_rows(files, total, own_rows, tokenizer, flags.grade)
-            rows = progress(rows, "reading", total, "rows", delay=1)
-            _sift(rows, total, flags.seed, gates, tokenizer, overlap, spools)
-            for name, spool in zip(_FILES, spools):
-                lines = _swapped(spool, flags) if name == "pairs.jsonl" else spool.lines()
-                with open(beside / name, "wb") as file:
-                    file.writelines(progress(lines, f"writing {name}", len(spool), "rows", delay=1))
-            if overlap.files:
-                overlap.write(beside / _FILES[3])
-            for path in beside.glob("*.spool"):
-                remove(path)
-    except OSError as error:  # from writing; reading raises UserErrors
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
+    with ExitStack() as stack:
+        beside = stack.enter_context(writing_together(out))
+        own_rows, *spools = (stack.enter_context(Spool(beside / f"{n}.spool")) for n in ("own", *_FILES[:3]))
+        total, rows = _as_raw_rows(files, total, own_rows, tokenizer, flags.grade)
+        rows = progress(rows, "reading", total, "rows", delay=1)
+        _sift(rows, total, flags.seed, gates, tokenizer, overlap, spools)
+        for name, spool in zip(_FILES, spools):
+            lines = _swapped(spool, flags) if name == "pairs.jsonl" else spool.lines()
+            with open(beside / name, "wb") as file:
+                file.writelines(progress(lines, f"writing {name}", len(spool), "rows", delay=1))
+        if overlap.files:
+            overlap.write(beside / _FILES[3])
+        for path in beside.glob("*.spool"):
+            remove(path)
     return gates.counts
 
 
@@ -134,6 +132,8 @@ def _as_raw_rows(files: list[Path], total: int, spool: Spool, tokenizer: Tokeniz
         total = own.gather(progress(rows, "gathering", total, "rows", delay=1), spool, tokenizer, grading)
         return total, own.gathered(spool)
     if grading or "correct" in first[1]:
+        if "generations" not in first[1]:
+            raise UserError(f"{first[0]} has no responses: 'generations', a list of texts, or 'completion', a text")
         return total, ((where, own.labelled(where, row, tokenizer, grading)) for where, row in rows)
     return total, rows
 

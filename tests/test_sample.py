@@ -106,6 +106,8 @@ def test_a_row_s_own_system_message_comes_before_the_flag_s():
     for row in ({"system": "S", "prompt": "Q"}, {"messages": [{"role": "user", "content": "Q"}], "System": "S"}):
         assert [m["content"] for m in sample._messages("here", row, flags)] == ["S", "Q"]
     assert [m["content"] for m in sample._messages("here", {"problem": "Q"}, flags)] == ["F", "Q"]
+    solved = {"problem": "Q", "messages": [{"role": "user", "content": "P"}, {"role": "assistant", "content": "A"}]}
+    assert [m["content"] for m in sample._messages("here", solved, flags)] == ["F", "Q"]
 
 
 def test_a_row_that_makes_no_prompt_is_named(said, tmp_path):

@@ -55,11 +55,11 @@ def writing_together(out: Path) -> Iterator[Path]:
     """Yields a temporary folder in which to make files; on exit all of them move into the folder `out`, or none does.
 
     Raises:
-        OSError: when the disk refuses any step, or a file of such a name exists: nothing is replaced.
+        UserError: when the disk refuses any step, or a file of such a name exists: nothing is replaced.
     """
     beside = path_beside(out / "files")
-    beside.mkdir(parents=True)
     try:
+        beside.mkdir(parents=True)
         yield beside
         for path in sorted(beside.iterdir()):
             may_crash()
@@ -72,9 +72,12 @@ def writing_together(out: Path) -> Iterator[Path]:
                     raise
                 path.rename(out / path.name)  # the file system has no hard links
         _sync_entry(out)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}") from None
     finally:
-        _take_back(beside, out)
-        remove(beside)
+        if beside.is_dir():
+            _take_back(beside, out)
+            remove(beside)
 
 
 def _take_back(beside: Path, out: Path) -> None:

@@ -113,7 +113,11 @@ def write_row(file: FileIO, row: Any) -> None:
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="replace")
     while line:
         may_crash()
-        line = line[file.write(line) :]
+        try:
+            line = line[file.write(line) :]
+        except OSError as error:
+            error.filename = file.name  # for the message; a write does not know it
+            raise
     may_crash()
 
 

@@ -23,14 +23,8 @@ MAX_CHARS, MAX_DEPTH = 1 << 28, 100  # of a JSON file, or of a line of a JSONL f
 _TABLES = (".parquet", ".arrow")
 _KINDS = (".jsonl", ".csv", *_TABLES)  # suffixes of files that hold nothing but rows
 _ROWS_AT_ONCE = 64
-_ROWS = (
-    "data",
-    "rows",
-    "samples",
-    "examples",
-    "request_states",
-    "results",
-)  # fields of a JSON object that may hold the rows
+# Fields of a JSON object that may hold the rows.
+_ROWS = "data rows samples examples request_states results".split()
 
 
 def num_rows(path: Path) -> int:

@@ -120,7 +120,7 @@ def _out(tables: Tables) -> str:
 
 
 def models_along(run: Path) -> dict[str, Path]:
-    """{name in a table: folder} of those models of a run that exist: the starting one, every step-*, and the final one.
+    """{name in a table: folder} of those models of a run that exist: the initial one, every step-*, and the final one.
 
     Raises:
         UserError: when there is no run, or none of its own models exists.
@@ -139,7 +139,7 @@ def models_along(run: Path) -> dict[str, Path]:
 
 
 def final_name(objective: str) -> str:
-    """The name in tables of stage 2's final model; the starting model is SFT."""
+    """The name in tables of stage 2's final model; the initial model is SFT."""
     return "SFT continued" if objective == "sft" else objective.upper()
 
 

@@ -61,7 +61,7 @@ def num_steps(num_rows: int, batch_size: int, epochs: int, max_steps: int) -> in
 
 
 def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarray:
-    """The rows of an optimiser step, both counted from 0: a slice of the epoch's shuffle. To resume takes no more."""
+    """The rows of an optimiser step, both counted from 0: a slice of the epoch's shuffle."""
     epoch, i = divmod(step, -(-num_rows // batch_size))
     order = np.random.default_rng((seed, epoch)).permutation(num_rows)
     return order[i * batch_size : (i + 1) * batch_size]
@@ -72,8 +72,8 @@ def divide(lengths: list[int], costs: list[float], world_size: int, max_tokens: 
 
     The most expensive sequences are assigned first, each to the cheapest micro-batch that has room for it, with as few
     micro-batches as keep all within max_tokens (a longer sequence goes alone). Then each rank gets one micro-batch per
-    round. Those of a round have similar costs, since under FSDP the ranks wait for each other, and the more expensive
-    ones go to the ranks with the lowest cost so far.
+    round. A round's micro-batches have similar costs, since under FSDP the ranks wait for each other; its more
+    expensive ones go to the ranks with the lowest cost so far.
 
     Args:
         lengths: tokens of each sequence.

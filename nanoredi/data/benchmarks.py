@@ -104,6 +104,9 @@ def find(name: str, folder: str) -> Path:
         if not folder:
             raise UserError(f"the benchmark {name} needs its file: give --data DIR, the folder with {name}.json")
         found = [file for suffix in SUFFIXES if (file := Path(folder, name + suffix)).exists()]
+        if not os.path.isdir(folder):
+            own = f"; give a file of your own by its path: --benchmarks {folder}" * os.path.isfile(folder)
+            raise UserError(f"--data takes the folder with {name}.json, and {folder} is no folder{own}")
         if not found:
             raise UserError(f"{folder} holds no file {name} that ends in {', '.join(SUFFIXES)}")
         return found[0]
@@ -133,9 +136,7 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
     for where, row in read_problems(path):
         for choices in ("choices", "options"):
             if row.get(choices):
-                raise UserError(
-                    f"{where} is multiple choice; write its {choices!r} into the problem and drop the field"
-                )
+                raise UserError(f"{where} is multiple choice; write its {choices!r} into the problem, and drop them")
         rows.append((golds_of(where, row["answer"]), row))
     if not rows:
         raise UserError(f"{path} holds no problems")
@@ -164,7 +165,7 @@ def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         problem = problem_of(row)
         if problem is None:
             raise UserError(f"{where} has no text in 'problem' or 'question'; it has {', '.join(row) or 'no fields'}")
-        answer = next((row[key] for key in GOLDS if row.get(key) not in (None, "")), None)
+        answer = next((row[key] for key in GOLDS if row.get(key) not in (None, "", [])), None)
         if answer is None and isinstance(row.get("solution"), str):
             answer = extract_answer(row["solution"])
         yield where, {**row, "problem": problem, "answer": answer}

@@ -194,7 +194,7 @@ class Chat:
             seen = role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)
             if not (known and seen):
                 roles = [one for one in ("system", "user", "assistant", "tool") if one in self._template.source]
-                hint = f"; it knows the roles {', '.join(one for one in roles if one != role)}" if roles else ""
+                hint = f"; it handles the roles {', '.join(one for one in roles if one != role)}" if roles else ""
                 raise UserError(f"{self._label} does not show message {number}, whose role is {role!r}, as such{hint}")
 
     def _templated(self, messages: Messages) -> str | None:
@@ -208,8 +208,8 @@ class Chat:
         for length in range(len(tail), 0, -1):
             begun = tail[:length]
             if bare.endswith(begun) and (begun == tail or any(mark in begun for mark in self._marks)):
-                if len(messages) > 1:
-                    raise UserError("the last message is templated already, so no other may stand before it")
+                if any(message["content"].strip() not in text for message in messages):
+                    raise UserError("the last message is templated already: give it alone, without a system message")
                 text = text if forced else bare + tail[length:] + self._tail[len(self._tail.rstrip()) :]
                 return self._bos + text.removeprefix(self._bos)
         return None

@@ -35,7 +35,7 @@ def with_system(messages: Messages, system: str | None) -> Messages:
 
 def behind_system(where: str, row: dict[str, Any], messages: Messages) -> Messages:
     """A row's messages with the row's `system` in front, if any. Raises a UserError for tools: no prompt shows them."""
-    if row.get("tools") not in (None, "", "[]", []):
+    if str(row.get("tools") or "[]") not in ("[]", "{}", "null"):
         raise UserError(f"{where} has 'tools', which prompts do not show: drop the field, or the row if it needs them")
     name = "system" if row.get("system") is not None else "system_prompt"
     return with_system(messages, check(where, row.get(name), (str, None), name))
@@ -84,25 +84,24 @@ def _is_text(part: Any) -> bool:
 def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
     given = _given(row)
-    messages = given.get("messages")
-    last = messages[-1] if isinstance(messages, list) and messages and isinstance(messages[-1], dict) else {}
-    verdicts = ((name, str(given.get(name)).strip("[]")) for name in ("label", "correct", "is_correct"))
-    wrong = next((name for name, verdict in verdicts if verdict.lower() == "false"), None)
-    if wrong and "weight" not in given and last.get("weight") is None:
-        raise UserError(f"{where}: {wrong!r} is false; give the row a 'weight' (below 0 to unlearn it), or drop it")
-    if "completion" in given and (messages is None or last.get("role", "assistant") != "assistant"):
-        *before, answer = _answer(where, "completion", said(given))
-        return [*prompt_of(where, given, "completion", before), answer]
     name = "conversations" if "conversations" in given and "messages" not in given else "messages"
-    if name not in given:
+    if "completion" in given and last_role(given.get("messages")) != "assistant":
+        *before, answer = _answer(where, "completion", said(given))
+        messages = [*prompt_of(where, given, "completion", before), answer]
+    elif name not in given:
         raise _missing(where, given, "'messages' (nor 'conversations', nor 'prompt' with 'completion')")
-    if not isinstance(given[name], list):
+    elif not isinstance(given[name], list):
         raise UserError(f"{where}: {name!r} must be a list of messages with role and content")
-    messages = check_messages(f"{where}: {name!r}", given[name])
+    else:
+        messages = check_messages(f"{where}: {name!r}", given[name])
     if (role := messages[-1]["role"]) != "assistant":
         raise UserError(f"{where}: the last message must be the assistant's; its role is {role!r}")
     if len(messages) == 1:
         raise UserError(f"{where}: there is no message before the assistant's")
+    verdicts = ((name, str(given.get(name)).strip("[]")) for name in ("label", "correct", "is_correct"))
+    wrong = next((name for name, verdict in verdicts if verdict.lower() == "false"), None)
+    if wrong and "weight" not in given and "weight" not in messages[-1]:
+        raise UserError(f"{where}: {wrong!r} is false; give the row a 'weight' (below 0 to unlearn it), or drop it")
     return behind_system(where, given, messages)
 
 
@@ -129,22 +128,41 @@ def _missing(where: str, given: dict[str, Any], name: str) -> UserError:
 def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messages | None = None) -> Messages:
     """A row's prompt with its system message. `before`: what comes before the answer in the field `answer`."""
     names = _PROMPTS[:2] if before else _PROMPTS  # beside whole conversations the other names may hold anything
-    name = next((name for name in names if given.get(name) is not None), None)
+    there = (name for name in names if given.get(name) is not None)
+    # A conversation that ends with an answer is a prompt only if there is no other field, and then refused.
+    name = min(there, key=lambda name: last_role(given[name]) == "assistant", default=None)
     prompt = check_messages(f"{where}: {name!r}", given[name]) if name else before
     if not prompt:
         raise _missing(where, given, "'prompt'")
-    if before and prompt not in (before, *([m] for m in before if m["role"] == "user")):
-        raise UserError(f"{where}: 'prompt' must be the messages before the answer in {answer!r}")
-    if not before and prompt[-1]["role"] == "assistant":
+    if before:  # of which the prompt may repeat all, all but the system message, or one of the user's
+        texts = _texts(before)
+        if _texts(prompt) not in (texts, texts[texts[0][0] == "system" :], *([t] for t in texts if t[0] == "user")):
+            raise UserError(f"{where}: {name!r} must be the messages before the answer in {answer!r}")
+    elif prompt[-1]["role"] == "assistant":
         raise UserError(f"{where}: {name!r} must not end with a message of the assistant")
     return behind_system(where, given, before or prompt)
 
 
+def _texts(messages: Messages) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
+
+
 def said(row: dict[str, Any]) -> Any:
-    """A row's completion; one that is text as the assistant's message, with the thinking that stands beside it."""
-    thinking = {name: row[name] for name in THINKING_NAMES if isinstance(row.get(name), str)}
-    text = row["completion"]
-    return {"role": "assistant", "content": text, **thinking} if isinstance(text, str) else text
+    """A row's completion as a list of messages, the last one with the thinking that the row has in a field of its own."""
+    # "reasoning" may also be a switch that says how the row was made.
+    thinking = {name: t for name in THINKING_NAMES if isinstance(t := row.get(name), str) and t not in ("on", "off")}
+    given = row["completion"]
+    *before, last = given if isinstance(given, list) and given else [given]
+    last = {"role": "assistant", "content": last} if isinstance(last, str) else last
+    return [*before, {**last, **thinking} if isinstance(last, dict) else last]
+
+
+def last_role(messages: Any) -> str | None:
+    """The role of the last message; None if these are no messages."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        return None
+    role = messages[-1].get("role") or messages[-1].get("from")
+    return {"gpt": "assistant", "model": "assistant"}.get(role, role) if isinstance(role, str) else None
 
 
 def _answer(where: str, name: str, value: Any) -> Messages:

@@ -75,8 +75,8 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
     unclear: dict[int, str] = {}
     for where, row in rows:
         if not isinstance(row.get("completion"), str):
-            raise UserError(f"{where} must hold 'completion', a text, like the rows before it")
-        [answer] = check_messages(where, [said(row)])
+            raise UserError(f"{where} must hold 'completion', a text, like all rows of the file")
+        [answer] = check_messages(where, said(row))
         alone = {**row, "generations": [folded(answer)["content"]], "correct": [row.get("correct")]}
         raw = labelled(where, alone, tokenizer, grading)
         if grading and raw["correct"] and row.get("finish_reason") == "length":

@@ -8,11 +8,7 @@ from typing import Any
 
 
 class Spool(AbstractContextManager):
-    """Takes rows with sort keys in any order, and returns them sorted.
-
-    Args:
-        path: of a new file, which the caller removes.
-    """
+    """Takes rows with sort keys in any order, and returns them sorted. `path` is a new file; the caller removes it."""
 
     def __init__(self, path: Path):
         self.file = open(path, "w+b")

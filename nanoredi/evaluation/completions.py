@@ -19,6 +19,7 @@ from nanoredi.common.files import read_rows
 from nanoredi.data.benchmarks import Benchmark, check_golds, golds_of
 from nanoredi.evaluation.layouts import LAYOUTS, Answers, Completion, read
 from nanoredi.evaluation.scores import Row, graded
+from nanoredi.grader import extract_answer
 
 Problem = tuple[int, int]  # (index of the benchmark, index of the problem in it)
 Found = dict[Problem, dict[int, Completion]]  # each problem's completions, by sample number
@@ -177,7 +178,7 @@ def _assigned(path: str, answers: list[Answers], benchmarks: list[Benchmark], li
 def _refuse_prompts(path: str, answers: list[Answers], problems: list[str]) -> None:
     """Refuse completions that begin with a few-shot prompt, whose boxes would count as answers."""
     texts = [(one.text, asked) for row, asked in zip(answers, problems) for one in row.completions]
-    num_boxed = sum(asked in text and "\\box" in text.partition(asked)[0] for text, asked in texts)
+    num_boxed = sum(asked in text and bool(extract_answer(text.partition(asked)[0])) for text, asked in texts)
     if 2 * num_boxed > len(texts):
         raise UserError(
             f"{path}: {num_boxed:,} of {len(texts):,} completions have a boxed answer in front of the problem itself, "
@@ -225,7 +226,7 @@ def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list
         if name == "custom_id":
             raise UserError(
                 f"{rows[0].where}: its custom_id {ids[0]!r} names no problem of "
-                f"{', '.join(b.name for b in benchmarks)}, by no id and by no number; give the rows their prompts"
+                f"{', '.join(b.name for b in benchmarks)} by an id or its only number; give the rows their prompts"
             )
     return None
 
@@ -277,7 +278,7 @@ def _graded(path: str, name: str, benchmarks: list[Benchmark], found: Found, lim
             if len(own) != n:
                 raise UserError(
                     f"{path}: {name} has {len(own)} completions for problem {i + 1} of {benchmark.name} and {n} for "
-                    "others; every problem needs as many"
+                    "others; every problem needs the same number (--limit N grades the first N problems alone)"
                 )
         if n > 1 and all(min(Counter(one.text for one in own.values()).values()) > 1 for own in problems):
             print(f"{path}: {name} has every completion of {benchmark.name} more than once, word for word")

@@ -16,7 +16,7 @@ from typing import Any
 from nanoredi.common.errors import UserError
 from nanoredi.common.formats import parse_json
 from nanoredi.data.benchmarks import SURE_GOLDS, in_one_case, listed
-from nanoredi.data.messages import THINKING_NAMES
+from nanoredi.data.messages import THINKING_NAMES, last_role
 
 # The field that holds the completions, and who writes it. If a row has several, the first one here counts.
 LAYOUTS = {
@@ -110,7 +110,7 @@ def read(where: str, row: Any) -> Answers:
     row = _plain(in_one_case(where, given, _name))
     prompts = [text for path in _PROMPTS if (text := "\n".join(_texts(_get(row, path))))]
     found = Answers(where, "\n".join(prompts) or None, [], any(p.rstrip().endswith("<think>") for p in prompts))
-    golds = ((path, gold) for path in _GOLDS if (gold := _get(row, path)) not in (None, ""))
+    golds = ((path, gold) for path in _GOLDS if (gold := _get(row, path)) not in (None, "", []))
     found.gold_field, found.golds = next(golds, ("", None))
     index, choices = _get(row, "doc.gold_index"), _get(row, "doc.choices")
     if isinstance(index, (int, list)) and isinstance(choices, list):
@@ -176,7 +176,7 @@ def _completions(value: Any) -> list[Completion]:
     if isinstance(value, list) and (parts := _parts(value)) is not None:
         return [Completion(parts)]
     if isinstance(value, list):
-        is_asked = _role(value) and any(_role([message]) != "assistant" for message in value)
+        is_asked = last_role(value) and any(last_role([message]) != "assistant" for message in value)
         return [one for item in (value[-1:] if is_asked else value) for one in _completions(item)]
     if isinstance(value, dict):
         if fields := _fields(value, _INNER):
@@ -234,13 +234,13 @@ def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
     """Whether a field holds completions, rather than something else with the same name."""
     value = row[name]
     if name in ("messages", "conversations", "all_messages"):  # may be the prompt
-        return _role(value) == "assistant"
+        return last_role(value) == "assistant"
     if name == "choices":  # may be a question's choices
         return value is None or isinstance(value, list) and all(isinstance(one, dict) for one in value)
     if top and name == "text":
         return "meta_info" in row
     if top and name in ("code", "message", "content"):  # errors and prompts have such fields, too
-        is_said = name == "code" or _role([value if name == "message" else row]) == "assistant"
+        is_said = name == "code" or last_role([value if name == "message" else row]) == "assistant"
         is_said = is_said or name == "content" and bool({"stop_type", "stop"} & row.keys())
         if row.get("error") or {"response", "text"} & row.keys() or not is_said:
             return False
@@ -256,7 +256,7 @@ def _unquoted(value: Any) -> Any:
     if isinstance(value, str) and value[:2] in ("[{", '{"'):
         with suppress(UserError):
             inner = parse_json("it", value)
-            return _plain(inner) if _role(inner) or "choices" in inner else value
+            return _plain(inner) if last_role(inner) or "choices" in inner else value
     return listed(value)
 
 
@@ -266,19 +266,11 @@ def _texts(value: Any, is_asked: bool = True) -> Iterator[str]:
     if isinstance(value, str) and is_asked:
         yield value
     if isinstance(value, dict):
-        role = _role([value])
+        role = last_role([value])
         is_asked = role != "assistant" if role else is_asked
         value = [inner for name, inner in value.items() if name not in _NOT_ASKED]
     for inner in value if isinstance(value, list) else ():
         yield from _texts(inner, is_asked)
-
-
-def _role(messages: Any) -> str | None:
-    """The role of the last message; None if these are no messages."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        return None
-    role = messages[-1].get("role") or messages[-1].get("from")
-    return {"gpt": "assistant", "model": "assistant"}.get(role, role) if isinstance(role, str) else None
 
 
 def _parts(content: list[Any], is_sure: bool = False) -> str | None:

@@ -15,7 +15,7 @@ class Queue:
         self.world, self.length = world, length
         self._store: dist.Store = dist.HashStore()
         if world.size > 1:
-            # A separate store: in the process group's, one queue would go on with the count of the one before.
+            # A separate store: in the process group's, a queue would continue the count of the one before.
             host = os.environ["MASTER_ADDR"]
             own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if world.rank == 0 else None
             port = world.first(lambda: own.port if own else 0)

@@ -159,11 +159,7 @@ def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: 
 
 
 def read_results(folder: str | Path) -> list[Row]:
-    """The rows of a run's results.json.
-
-    Raises:
-        UserError: if it is missing or broken.
-    """
+    """The rows of a run's results.json. Raises a UserError if it is missing or broken."""
     path = Path(folder) / "results.json"
     rows = check(str(path), read_json(path, list), [_RESULT])
     if not rows:

@@ -98,11 +98,7 @@ def summary(run: Run) -> str:
 
 
 def check_figure(path: str) -> None:
-    """Check that a figure may be written to a path. A figure of an earlier call is replaced, any other file is not.
-
-    Raises:
-        UserError: if it may not.
-    """
+    """Raise a UserError if no figure may be written to a path. It may replace a figure of nanoredi's, but nothing else."""
     file = Path(path)
     if file.suffix.lower() != ".png":
         raise UserError(f"the figure is a PNG: give --out a name that ends in .png, not {path}")
@@ -213,7 +209,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _accuracy(path: Path, rows: list[dict[str, Any]]) -> Accuracy:
-    """The evaluations in a run's results.json, each at the step that its model's name tells. In results of former
+    """The evaluations in a run's results.json, each at the step in its model's name. In results of former
     versions a second SFT is the final model of a run with the objective sft."""
     if not rows or not path.exists():
         return {}

@@ -1,10 +1,7 @@
 """How long prompts and responses are, and how much the limits cut.
 
-    python -m nanoredi.report --lengths DATA
-
-DATA is a folder that prepare wrote, or a JSONL file of rows. The lengths are those that prepare wrote into the rows;
-for pairs.jsonl the rows of too_long.jsonl are added, so that pairs beyond the limits are visible, too. With --tokenizer
-the rows are tokenised to get their lengths, as in prepare.
+The lengths are those that prepare wrote into the rows; for pairs.jsonl the rows of too_long.jsonl are added, so that
+pairs beyond the limits are visible, too. With --tokenizer the rows are tokenised to get their lengths, as in prepare.
 """
 
 import math
@@ -28,15 +25,12 @@ _BINS, _BAR = 12, 50  # lines of a histogram, and the characters of its longest 
 
 
 def show(data: str, tokenizer: str, max_prompt_tokens: int, max_response_tokens: int) -> str:
-    """The lengths of the rows of DATA, as text.
+    """The lengths of the rows of DATA, as text. Raises UserErrors as read_lengths does.
 
     Args:
         data: a folder that prepare wrote, or a JSONL file.
         tokenizer: Hugging Face folder to tokenise the rows with; empty: take the lengths in the rows.
         max_prompt_tokens, max_response_tokens: a pair's limits.
-
-    Raises:
-        UserError: as read_lengths does.
     """
     path = Path(data)
     files = [path / name for name in ("sft.jsonl", "pairs.jsonl")] if path.is_dir() else [path]
@@ -75,7 +69,7 @@ def _known(where: str, row: Any) -> tuple[tuple[str, ...], list[int]]:
 
 
 def _parts(file: Path) -> Iterator[tuple[str, Messages, Messages, tuple[str, ...]]]:
-    """Of each row: "file, line n", its prompt and answers, and their names."""
+    """Each row's "file, line n", its prompt and answers, and their names."""
     for where, row in read_rows(str(file)):
         if isinstance(row, dict) and "chosen" in row:
             yield where, *pair(where, row), _PAIR

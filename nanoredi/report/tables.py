@@ -123,7 +123,7 @@ def differences(compared: list[Row]) -> Table:
     for row in compared:
         if models != (row["second"], row["first"]):
             models = row["second"], row["first"]
-            lines.append([" less ".join(models)])
+            lines.append([" minus ".join(models)])
         points, low, high = (f"{100 * row[key]:+.1f}" for key in ("difference", "low", "high"))
         lines.append([row["benchmark"], points, f"{low} to {high}"])
     return Table(lines)

@@ -117,11 +117,18 @@ def test_several_files_appear_together_and_replace_nothing(tmp_path):
         (beside / "b").write_text("2")
     assert names(out) == ["a", "b"] and (out / "b").read_text() == "2"
     for name in ("b", "c"):
-        with pytest.raises(FileExistsError), writing_together(tmp_path / name) as beside:
+        with pytest.raises(UserError, match=f"cannot write to .*{name}: "), writing_together(tmp_path / name) as beside:
             for file in ("a", "b", "c"):
                 (beside / file).write_text("mine")
             (tmp_path / name / name).write_text("yours")
         assert names(tmp_path / name) == [name] and (tmp_path / name / name).read_text() == "yours"
+
+
+def test_a_full_disk_names_their_folder(tmp_path):
+    with pytest.raises(UserError, match="cannot write to .*/out: No space left"), writing_together(tmp_path / "out"):
+        with open("/dev/full", "w") as file:
+            file.write("x")
+    assert names(tmp_path / "out") == []
 
 
 def test_without_hard_links_they_are_moved(tmp_path, monkeypatch):

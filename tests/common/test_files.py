@@ -87,5 +87,7 @@ def test_rows_are_written_as_whole_lines(tmp_path):
         write_row(file, {"a": "\ud800 é"})
         write_row(file, {"b": 1})
     assert [row for _, row in read_rows(str(tmp_path / "f.jsonl"))] == [{"a": "? é"}, {"b": 1}]
+    with open("/dev/full", "ab", buffering=0) as file, pytest.raises(OSError, match="'/dev/full'"):
+        write_row(file, {"b": 1})
     write_json(tmp_path / "f.json", {"a": "\ud800 é"})
     assert read_json(tmp_path / "f.json") == {"a": "? é"}

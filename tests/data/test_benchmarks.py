@@ -95,11 +95,23 @@ def test_rows_that_would_be_scored_wrongly_are_refused(tmp_path, rows, words):
         load(str(tmp_path / "b.jsonl"), "")
 
 
+def test_an_empty_list_is_no_gold_answer(tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"problem": "p", "gold": [], "answer": 1}\n')
+    assert load(str(tmp_path / "b.jsonl"), "").golds == [["1"]]
+
+
 def test_missing_files_and_wrong_numbers_of_problems(tmp_path):
     with pytest.raises(UserError, match=r"no benchmark 'math50' \(did you mean 'math500'\?\)"):
         load("math50", "")
     with pytest.raises(UserError, match="give --data DIR"):
         load("math500", "")
+    (tmp_path / "own.jsonl").write_text("")
+    with pytest.raises(
+        UserError, match="own.jsonl is no folder; give a file of your own by its path: --benchmarks .*own"
+    ):
+        load("aime24", str(tmp_path / "own.jsonl"))
+    with pytest.raises(UserError, match="folder with aime24.json, and nowhere is no folder$"):
+        load("aime24", "nowhere")
     with pytest.raises(UserError, match="holds no file aime24 that ends in .json, .jsonl"):
         load("aime24", str(tmp_path))
     (tmp_path / "aime24.json").write_text(json.dumps([{"problem": "x", "answer": "1"}]))

@@ -174,8 +174,9 @@ def test_an_already_templated_prompt_is_left_alone(chats, name):
     assert chats[name].prompt(user_message(forced)) == forced
     assert chats[name].prompt(user_message("What is <|im_end|>?")).count("What") == 1
     for text in (prompt, begun):
-        with pytest.raises(UserError, match="the last message is templated already, so no other may stand before it"):
-            chats[name].prompt([{"role": "system", "content": "S"}, *user_message(text)])
+        with pytest.raises(UserError, match="the last message is templated already: give it alone"):
+            chats[name].prompt([{"role": "system", "content": "Other."}, *user_message(text)])
+        assert chats[name].prompt([*user_message("Q"), *user_message(text)]) == prompt  # which holds it already
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_an_already_templated_prompt_is_left_alone(chats, name):
         (
             "deepseek",
             [{"role": "system", "content": s} for s in "XY"] + user_message("Q"),
-            "message 1, .* 'system', as such; it knows the roles user, assistant$",
+            "message 1, .* 'system', as such; it handles the roles user, assistant$",
         ),
     ],
 )

@@ -26,7 +26,12 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"prompt": "Q", "completion": TURNS},
         {"completion": TURNS, "label": "72"},
         {"messages": TURNS, "tools": "[]"},
+        {"messages": TURNS, "tools": "null"},
+        {"messages": TURNS, "tools": {}},
         {"messages": TURNS[:1], "completion": "B"},
+        {"messages": SHAREGPT[:1], "completion": "B"},
+        {"problem": "Q", "conversations": SHAREGPT, "completion": "B"},
+        {"prompt": "Q", "completion": "B", "reasoning": "on"},
     ],
 )
 def test_stage_1_rows(row):
@@ -37,6 +42,8 @@ def test_thinking_beside_a_completion_belongs_to_it():
     for field in ("reasoning_content", "reasoning", "thinking"):
         thought = {"prompt": "Q", "completion": "B", field: "A"}
         assert conversation("here", thought) == [TURNS[0], {**TURNS[1], "reasoning_content": "A"}]
+        for completion in (TURNS[1], TURNS[1:], TURNS):
+            assert conversation("here", {**thought, "completion": completion}) == conversation("here", thought)
 
 
 @pytest.mark.parametrize("field", ["label", "correct", "is_correct"])
@@ -48,7 +55,8 @@ def test_rows_labelled_wrong_are_not_learned_as_right(field):
 
 def test_a_message_may_hold_the_weight_of_a_wrong_answer():
     turns = [TURNS[0], {**TURNS[1], "weight": -1}]
-    assert conversation("here", {"messages": turns, "label": False}) == turns
+    for row in ({"messages": turns}, {"conversations": turns}, {"prompt": "Q", "completion": turns[1]}):
+        assert conversation("here", {**row, "label": False}) == turns
 
 
 WHOLE = {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "C"}]}
@@ -128,6 +136,17 @@ def test_messages_that_cannot_be_learned_are_named(messages, words):
 def test_pairs_that_do_not_fit_are_named(row, words):
     with pytest.raises(UserError, match=words):
         pair("here", row)
+
+
+@pytest.mark.parametrize("prompt", ["Q\n", [{**TURNS[0], "id": 3}], TURNS + user_message("R")])
+def test_a_prompt_may_differ_from_the_conversations_in_what_is_not_said(prompt):
+    before = [{"role": "system", "content": "S"}, *(prompt if len(prompt) > 2 else TURNS[:1])]
+    row = {"prompt": prompt, "chosen": [*before, TURNS[1]], "rejected": [*before, {**TURNS[1], "content": "C"}]}
+    assert pair("here", row)[0] == before
+
+
+def test_beside_a_question_its_answered_conversation_is_no_prompt():
+    assert pair("here", {"question": "Q", "conversations": SHAREGPT, "chosen": "B", "rejected": "C"})[0] == TURNS[:1]
 
 
 @pytest.mark.parametrize("name", ["prompt", "messages", "conversations"])

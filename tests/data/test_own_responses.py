@@ -173,6 +173,7 @@ def test_bad_rows_are_named(prepared, row, grading, words):
             r"line 1: generations\[0\] is 1; it must be text or",
         ),
         ({"problem": "a=1", "generations": ["1"]}, True, "line 1 has no field 'answer'"),
+        ({"problem": "a=1", "outputs": ["1"], "answer": "1"}, True, "line 1 has no responses: 'generations', a list"),
         ({"problem": "a=1", "generations": ["1"], "answer": "1"}, False, "no field 'problem_is_valid'; .*--grade"),
         (
             {"problem": "a=1", "generations": ["1"], "correct": [None]},

@@ -81,7 +81,9 @@ def test_an_id_names_the_problem_in_any_order(tmp_path, many, name):
 @pytest.mark.parametrize("name", ["request-{ten}", "q{}-{}", "7", "{word}"])
 def test_a_custom_id_that_names_no_problem_is_refused(tmp_path, many, name):
     rows = [batch(name.format(i, i, ten=i + 10, word="x" * i)) for i in range(12)]
-    with pytest.raises(UserError, match="line 1: its custom_id .* names no problem of many"):
+    with pytest.raises(
+        UserError, match="line 1: its custom_id .* names no problem of many by an id or its only number"
+    ):
         graded(tmp_path, rows, many)
 
 
@@ -232,7 +234,7 @@ def test_evaluate_grades_completions(run, tmp_path, benchmark):
     assert "answer  3\ngold    2" in shown.stdout and shown.stdout.count("--- ") == 3
     shown = run("nanoredi/report/__main__.py", "--failures", "out", "--only", "no_answer")
     assert shown.stdout.count("--- ") == 2 and "answer  none" in shown.stdout
-    assert "two less one" in run("nanoredi/report/__main__.py", "out").stdout
+    assert "two minus one" in run("nanoredi/report/__main__.py", "out").stdout
 
 
 def test_a_problem_under_an_unknown_name(tmp_path, many):
@@ -313,6 +315,15 @@ def test_a_few_shot_prompt_is_no_answer(tmp_path, benchmark):
     for row in rows:
         row["prompt"] = shots + row["question"]  # then the few-shot part is known, and removed
     assert graded(tmp_path, rows, benchmark, thinking=False)[0] == [(0, 0, False), (1, 0, False)]
+
+
+@pytest.mark.parametrize("begin", [r"Put it in \boxed{}. ", r"<think>Maybe \boxed{3}. But "])
+def test_a_problem_may_stand_behind_a_box_that_is_no_answer(tmp_path, benchmark, begin):
+    """The prompt's own instruction, or a thought."""
+    rows = [
+        {"question": p, "output": rf"{begin}{p}</think>\boxed{{{2 * i + 2}}}"} for i, p in enumerate(benchmark.problems)
+    ]
+    assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, True), (1, 0, True)]
 
 
 def test_text_cells_of_a_csv_file(tmp_path, capsys):

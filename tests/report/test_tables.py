@@ -75,7 +75,7 @@ def test_several_folders_keep_their_models_apart(tmp_path, monkeypatch, capsys):
     report(["x", "y"])
     said = capsys.readouterr().out
     assert "x: SFT" in said and "y: REDI" in said
-    assert "x: REDI less x: SFT" in said and "y: REDI less y: SFT" in said
+    assert "x: REDI minus x: SFT" in said and "y: REDI minus y: SFT" in said
 
 
 def test_columns_are_aligned():
@@ -167,10 +167,10 @@ def test_differences():
     own = ["+2.0", "-1.5 to +5.0"]
     assert differences(compared).lines == [
         ["pass@1", "points", "95 % interval"],
-        ["y less x"],
+        ["y minus x"],
         ["b", *own],
         ["c", *own],
-        ["y less z"],
+        ["y minus z"],
         ["b", *own],
     ]
 
