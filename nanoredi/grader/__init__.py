@@ -98,6 +98,12 @@ def equal(answer: str, gold: str) -> bool:
     if answer == gold or max(len(answer), len(gold)) > MAX_LENGTH:
         return answer == gold
     return any(
-        same(x, y) and (left_out <= also or also <= left_out)
-        for (x, left_out), (y, also) in itertools.product(read(answer), read(gold))
+        same(x, y) and _agree(details, others)
+        for (x, details), (y, others) in itertools.product(read(answer), read(gold))
     )
+
+
+def _agree(a: frozenset[str], b: frozenset[str]) -> bool:
+    """Do the units, the conditions ("|x>0") and the choices' letters ("(A") agree wherever both answers have some?"""
+    sorts = ({one[0] if one[0] in "(|" else "" for one in rest} for rest in (a - b, b - a))
+    return not set.intersection(*sorts)

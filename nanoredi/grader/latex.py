@@ -21,7 +21,7 @@ _SIGNS = r"""
     lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor ,∨ vee ,∨
     ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j
     dbinom \binom tbinom \binom lgroup ( rgroup ) ulcorner ⌈ urcorner ⌉ llcorner ⌊ lrcorner ⌋ overline \bar
-    varepsilon \epsilon varphi \phi vartheta \theta varrho \rho land \wedge lnot \neg
+    AA Å varepsilon \epsilon varphi \phi vartheta \theta varrho \rho land \wedge lnot \neg
     | | lVert | rVert | Vert | to → rightarrow → longrightarrow → implies ⇒ Rightarrow ⇒ iff ⇔ Leftrightarrow ⇔
 """.split()
 _SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
@@ -56,8 +56,8 @@ _NO_UNIT_WORD = (
     r"even|prime|integer|negative|positive|more|less|fewer|short|under|(?:degrees )?(?:below|under) zero"
 )
 _NO_UNIT = (
-    r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|[^{}]*\bnot?\b|(?:\( ?|is )"
-    r"(?:mod|extr|rej|disc)|(?:to|at|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|"
+    r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|[^{}]*(?:\bnot?\b|[∧∨]\s*[0-9])|"
+    r"(?:\( ?|is )(?:mod|extr|rej|disc)|(?:to|at|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|"
     rf"(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
 _NO_UNIT_FONT = r"(?!\\math(?:bf|it|bb|cal|frak)|\\bm)"
@@ -97,6 +97,7 @@ _SPELLINGS: _Rules = [
     ),
     (r"(?<=[0-9])\{,\}(?=[0-9])", "."),  # elsewhere it is a decimal comma
     (r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§"),  # 17%6 is not 176
+    (r"(?s)^\s*([*_]{1,3}|`+)(?![*_`])(.+?)\1\s*$", r"\2"),  # Markdown
     (r"\\q?quad", " "),  # also where a letter is glued to it
     (r"\\(?:left|right)\s*\.", ""),
     # 0.\dot{1}4\dot{2}, 0.1(6) and 0.1666... become 0.1\overline{6}, and that becomes a fraction
@@ -133,12 +134,12 @@ _REWRITES: _Rules = [
     (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
     (r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)", ""),
-    (r"(?i)^\s*(?:答案[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
+    (r"(?i)^\s*(?:答案?[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
     (r"(?i)^\s*(?:(?:option|choice)\s+(?=\W*[A-J]\b)|(?:usd?|rs\.?)(?=[ 0-9]))", ""),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
     (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
     (r"(?i)\b(?:(?:below|under) zero|only)[\s.]*$", ""),
-    (rf"(?i)^\s*(?!yes|true|false|.*[,;].*:)[a-z]{{3,}}(?: +[a-z]+){{0,7}}?\s*(?:\bis\b|:)\s*{_VALUE}", ""),
+    (rf"(?i)^\s*(?!yes|true|false|.*[,;].*:)[a-z]{{3,}}(?: +[\w+()]+){{0,7}}?\s*(?:\bis\b|:)\s*{_VALUE}", ""),
     *[(rf"(?i)^\s*{words}\s+{_VALUE}", sign) for words, sign in _BOUNDS.items()],
     (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
     (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
@@ -180,8 +181,8 @@ _SMALL_UNITS = (
 _NO_BARE_UNIT = rf"(?!(?:{_NO_UNIT_WORD})\W*(?:$|,)|(?:more|less) than)"
 _WORD = rf"(?:{_NO_BARE_UNIT}[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
 _BARE_UNITS = re.compile(
-    rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}"
-    r"|\s*(?![万亿千百十半成折分之多余点])[一-龥]{1,4})\.?\s*(?=$|,)"
+    rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}}(?: squared| cubed)?)|"
+    rf"(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}|\s*(?![万亿千百十半成折分之多余点])[一-龥]{{1,4}})\.?\s*(?=$|,)"
 )
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 # A remark after an answer: in brackets, or from a word to the end.
@@ -202,15 +203,27 @@ _NO_REMARK = re.compile(
     r"⟦|\b(?:exclu|except|extraneous|reject|discard|squared|cubed|negative|"
     rf"(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
 )
-# One answer may leave these out, but two must agree: 25% increase is not 25% decrease, and 5 cm are not 5 m.
-_AGREEING = re.compile(
-    r"(?<![\\a-z])(?<!per )(?:((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|"
-    r"late|from now|early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|"
-    r"c(?=elsius)|f(?=ahrenheit)|hundred|thousand|million|billion|trillion|dozen|cent|dollar|day|week|month|inch|yard|"
-    r"mile|lb|oz|[cdkmn][mgljw]|[mgljw](?=eter|etre|ram|iter|itre|oule|att))|(gal)(?:lon)?|(se)c(?:ond)?|(mi)n(?:ute)?|"
-    r"(h)(?:ou)?r|(y)(?:ea)?r|(f)(?:oo|ee)?(t))(?:e?s|(?:et(?:er|re)|ram|it(?:er|re)|oule|att)s?|elsius|ahrenheit|wards?)?"
-    r"(?![a-z])|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mgljw])\b"
+# One answer may leave these out, but two must agree: 25% increase is not 25% decrease, and 5 cm are neither 5 m nor
+# 5 cm^2. Spellings joined by commas mean the same.
+_DETAILS = r"""
+    increase decrease profit loss gain north south east west above below left right up down late early before after ago now
+    faster slower higher lower clockwise counterclockwise,anticlockwise noon midnight bc ad hundred thousand million billion
+    trillion dozen cent dollar,\$,usd euro,€ pound,lb,£ week month day,d year,yr,y hour,hr,h min,minute in,inch,inche
+    ft,foot,feet yard,yd mile,mi,mph km,kph oz,ounce gallon,gal %,\%,percent,pct C,celsius F,fahrenheit
+    °,º,\circ,\degree,degree,deg rad,radian atm ton AU ly erg
+""".split()
+_METRIC = """
+    m,meter,metre g,gram l,liter,litre J,joule W,watt N,newton,Nm V,volt A,ampere Pa,pascal Hz,hertz mol,mole K,kelvin
+    s,sec,second T,tesla eV cal,calorie Wh pc,parsec
+""".split()
+for _sign, _long in zip(["", *"kcmnMG", "micro"], ["", "kilo", "centi", "milli", "nano", "mega", "giga", "micro"]):
+    _DETAILS += [f"{_sign}{unit}".replace(",", f",{_long}") for unit in _METRIC]
+_DETAIL_OF = {word: words.split(",")[0] for words in _DETAILS for word in words.split(",")} | {"unit": "", "L": "l"}
+_TOKEN = re.compile(  # "in" before something else is no inch
+    r"((?!in\b[\s~}]*[A-Za-z0-9\\$])\\?[A-Za-z]+|\\?[%$]|[°º€£/])(?:\W{0,4}\^\W{0,3}([2-9])|\s*([²³]|squared|cubed))?"
 )
+_BEFORE_UNIT = {"\\text", "\\mathrm", "\\rm", "\\textrm", "\\mbox", "/"}
+_POWERS = {"sq": "2", "cu": "3", "²": "2", "³": "3"}
 _LABELS = "a b c d A B C D 1 2 3 4 i ii iii iv I II III IV".split()
 _LABEL = re.compile(rf"(?:^\s*|[\s,;.]+)\(({'|'.join(_LABELS)})\)\s*")  # (a) 5, (b) 6
 _CHOICE = re.compile(r"\s*\(?\s*([A-J])\s*[):.]\s+([^\s,∧∨].*)", re.DOTALL)
@@ -238,28 +251,49 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     counted = _MULTIPLE.sub(lambda found: f"*{{{_COUNTS[found[2]]}}}{found[1] or ''}", text)
     common = re.sub(r"\\log(?![\sA-Za-z]*_)", r"\\lg", text)  # \log as the logarithm of base 10
     raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines, common])
-    lower = [one.lower().replace("\\$", "dollar ") for one in raw]
-    lower = [re.sub("(k)ilo|(c)enti|(m)illi(?=[gmljw])", r"\1\2\3", one) for one in lower]
-    details = [frozenset(map("".join, _AGREEING.findall(one))) for one in lower]
-    texts = dict(zip(map(clean, raw), details))
+    details = _details(text)
+    texts = {clean(one): _details(one) if one == counted != text else details for one in raw}
     for one in list(texts):
         if choice := _CHOICE.fullmatch(one):
-            texts |= {choice[1]: frozenset([choice[2]]), choice[2]: frozenset(choice[1])}
+            texts |= {choice[1]: frozenset([f"({choice[2]}"]), choice[2]: texts[one] | {f"({choice[1]}"}}
         if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one) or _CONDITION.fullmatch(one):
             head, word, tail = remark.groups()
             several = "," in tail and (word == "for" or "=" in tail)
             if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
                 harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
-                texts.setdefault(head, texts[one] | (set() if harmless else {re.sub(r"\s", "", tail)}))
+                texts.setdefault(head, texts[one] | (set() if harmless else {re.sub(r"\s", "", f"|{tail}")}))
                 if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # its name does not matter
                     letter = rf"(?<![A-Za-z\\]){bound[1]}(?![A-Za-z])"
-                    texts.setdefault(re.sub(letter, r"\\zeta ", head), frozenset([re.sub(rf"\s|{letter}", "", tail)]))
+                    head, tail = re.sub(letter, r"\\zeta ", head), re.sub(rf"\s|{letter}", "", f"|{tail}")
+                    texts.setdefault(head, frozenset([tail]))
     for change in (lambda one: _BARE_UNITS.sub("", one), _without_grouping):
         texts = {change(one): restriction for one, restriction in reversed(texts.items())} | texts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
     for one, restriction in texts.items():
         one = re.sub(r"\s+", " ", one.strip())
         yield re.sub(r"\s+(?=[\W_])|(?<=\W)\s+", "", one), restriction
+
+
+def _details(text: str) -> frozenset[str]:
+    """The units, directions and so on in an answer, of a square or cubic unit also the power alone; and the last word if
+    it is the only one, as in 5 apples."""
+    found, words, lower, of_unit = set(), [], "", False
+    text = re.sub(r"(?:\\mu|[μµ])[\s}]*(\\(?:text|mathrm)\W*)?", r"\1micro", text)
+    for token, power, word in _TOKEN.findall(text):
+        before, lower = lower, token.lower() if len(token) > 1 else token
+        names = (_DETAIL_OF.get(one) for one in (token, lower, re.sub("(?:wards?|s)$", "", lower)))
+        name = next((one for one in names if one is not None), None)
+        if len(token) == 1 and token.isalpha() and not of_unit:
+            name = None  # a letter is a unit only in \text, after a slash or after another unit
+        if name is not None:
+            power = power or _POWERS.get(word[:2] or before[:2], "")
+            found |= {name + power, power}
+        elif len(token) > 3 and token[0] != "\\":
+            words.append(lower)
+        of_unit = name is not None or token in _BEFORE_UNIT
+    if words == [lower] and re.search("[0-9]", text):
+        found.add(lower.removesuffix("s"))
+    return frozenset(found - {""})
 
 
 def _without_grouping(text: str) -> str:

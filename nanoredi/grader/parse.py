@@ -188,7 +188,7 @@ class _Reader:
         a ratio."""
         hour, minute, second = (int(part or 0) for part in time.groups()[:3])
         half = f"{time[4]}m".lower() if time[4] else "pm" if hour >= 12 else "am" if hour == 0 else ""
-        ratio = None if time[3] or time[4] or not minute else Expression(text.replace(":", "/"), self.budget)
+        ratio = None if time[3] or time[4] or minute < 10 else Expression(text.replace(":", "/"), self.budget)
         return Reading("time", str((hour % 12 * 60 + minute) * 60 + second), expression=ratio, name=half)
 
     def matrix(self, text: str) -> Reading:
