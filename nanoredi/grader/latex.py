@@ -255,7 +255,7 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     texts = {clean(one): _details(one) if one == counted != text else details for one in raw}
     for one in list(texts):
         if choice := _CHOICE.fullmatch(one):
-            texts |= {choice[1]: frozenset([f"({choice[2]}"]), choice[2]: texts[one] | {f"({choice[1]}"}}
+            texts |= {choice[n]: texts[one] | {f"({choice[3 - n]}"} for n in (1, 2)}
         if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one) or _CONDITION.fullmatch(one):
             head, word, tail = remark.groups()
             several = "," in tail and (word == "for" or "=" in tail)
