@@ -275,11 +275,11 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
 
 
 def _details(text: str) -> frozenset[str]:
-    """The units, directions and so on in an answer, of a square or cubic unit also the power alone; and the last word if
-    it is the only one, as in 5 apples."""
+    """The units, directions and so on in an answer, of a square or cubic unit also the power alone; and the last word
+    if it is the only one and a plural, as in 5 apples."""
     found, words, lower, of_unit = set(), [], "", False
     text = re.sub(r"(?:\\mu|[μµ])[\s}]*(\\(?:text|mathrm)\W*)?", r"\1micro", text)
-    for token, power, word in _TOKEN.findall(text):
+    for token, power, word in _TOKEN.findall(text.replace("\\cdot", "")):
         before, lower = lower, token.lower() if len(token) > 1 else token
         names = (_DETAIL_OF.get(one) for one in (token, lower, re.sub("(?:wards?|s)$", "", lower)))
         name = next((one for one in names if one is not None), None)
@@ -291,8 +291,8 @@ def _details(text: str) -> frozenset[str]:
         elif len(token) > 3 and token[0] != "\\":
             words.append(lower)
         of_unit = name is not None or token in _BEFORE_UNIT
-    if words == [lower] and re.search("[0-9]", text):
-        found.add(lower.removesuffix("s"))
+    if words == [lower] and lower[-1] == "s" and re.search("[0-9]", text):
+        found.add(lower)
     return frozenset(found - {""})
 
 
