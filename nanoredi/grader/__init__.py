@@ -97,13 +97,8 @@ def equal(answer: str, gold: str) -> bool:
     answer, gold = sorted((answer.strip(), gold.strip()))  # makes it symmetric
     if answer == gold or max(len(answer), len(gold)) > MAX_LENGTH:
         return answer == gold
+    # The details that each answer leaves out must agree, sort by sort, if both have some of that sort.
     return any(
-        same(x, y) and _agree(details, others)
-        for (x, details), (y, others) in itertools.product(read(answer), read(gold))
+        same(x, y) and {sort for sort, _ in a - b}.isdisjoint(sort for sort, _ in b - a)
+        for (x, a), (y, b) in itertools.product(read(answer), read(gold))
     )
-
-
-def _agree(a: frozenset[str], b: frozenset[str]) -> bool:
-    """Do the units, the conditions ("|x>0") and the choices' letters ("(A") agree wherever both answers have some?"""
-    sorts = ({one[0] if one[0] in "(|" else "" for one in rest} for rest in (a - b, b - a))
-    return not set.intersection(*sorts)

@@ -60,8 +60,7 @@ _NO_UNIT = (
     r"(?:\( ?|is )(?:mod|extr|rej|disc)|(?:to|at|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|"
     rf"(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
-_NO_UNIT_FONT = r"(?!\\math(?:bf|it|bb|cal|frak)|\\bm)"
-_UNIT = rf"{_NO_UNIT_FONT}{_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}(?!\s*_){_POWER}"
+_UNIT = rf"(?!\\math(?:bf|it|bb|cal|frak)|\\bm){_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}(?!\s*_){_POWER}"
 _MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}(?:\\Omega)?|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
 _JOINING = rf"(?<![\\A-Za-z{{])WORD(?![A-Za-z}}])|(?<=[0-9)\]}}⦄])WORD(?=[A-Za-z]\b)|{_FONT}\{{\s*,?\s*WORD\s*\}}"
 _DERIVATIVE = (
@@ -187,22 +186,19 @@ _BARE_UNITS = re.compile(
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 # A remark after an answer: in brackets, or from a word to the end.
 _BRACKETED = re.compile(
-    r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}\]]))\("
-    r"\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*",
-    re.DOTALL,
+    r"(?s)(.*?[^\s,;(])(?:\s+|(?<=[0-9)}\]]))\("
+    r"\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*"
 )
-_TAIL = re.compile(
-    r"(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)", re.DOTALL
-)
-_CONDITION = re.compile(  # kπ, k ∈ ℤ: about a letter of the answer
-    r"([^∈<>≤≥≠]*?([a-z])[^∈<>≤≥≠]*?(?<![\s,;(+*/=^-]))[\s,;]+(\2\s*∈\s*(?:[ZNQ].*|ℝ[\s.]*))", re.DOTALL
-)
+_TAIL = re.compile(r"(?s)(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)")
+# kπ, k ∈ ℤ: about a letter of the answer
+_CONDITION = re.compile(r"(?s)([^∈<>≤≥≠]*?([a-z])[^∈<>≤≥≠]*?(?<![\s,;(+*/=^-]))[\s,;]+(\2\s*∈\s*(?:[ZNQ].*|ℝ[\s.]*))")
 _REASONS = "≈ approx approximately about since because".split()
 # A remark with one of these changes the answer, or begins another one.
 _NO_REMARK = re.compile(
     r"⟦|\b(?:exclu|except|extraneous|reject|discard|squared|cubed|negative|"
     rf"(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
 )
+Details = frozenset[tuple[str, str]]  # each with its sort: a choice's letter, a condition, or one of the following
 # One answer may leave these out, but two must agree: 25% increase is not 25% decrease, and 5 cm are neither 5 m nor
 # 5 cm^2. Spellings joined by commas mean the same.
 _DETAILS = r"""
@@ -226,7 +222,7 @@ _BEFORE_UNIT = {"\\text", "\\mathrm", "\\rm", "\\textrm", "\\mbox", "/"}
 _POWERS = {"sq": "2", "cu": "3", "²": "2", "³": "3"}
 _LABELS = "a b c d A B C D 1 2 3 4 i ii iii iv I II III IV".split()
 _LABEL = re.compile(rf"(?:^\s*|[\s,;.]+)\(({'|'.join(_LABELS)})\)\s*")  # (a) 5, (b) 6
-_CHOICE = re.compile(r"\s*\(?\s*([A-J])\s*[):.]\s+([^\s,∧∨].*)", re.DOTALL)
+_CHOICE = re.compile(r"(?s)\s*\(?\s*([A-J])\s*[):.]\s+([^\s,∧∨].*)")
 
 
 def clean(text: str) -> str:
@@ -243,8 +239,8 @@ def clean(text: str) -> str:
     return text[: text.find("-", 0, 2) + 1] + _IN_WORDS[word] if word in _IN_WORDS else text.rstrip(" \\")
 
 
-def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
-    """The plain strings that an answer may mean, each with the restrictions that it leaves out: 12,345 may be one number
+def readings(text: str) -> Iterator[tuple[str, Details]]:
+    """The plain strings that an answer may mean, each with the details that it leaves out: 12,345 may be one number
     or two, 12 345 one number, 5 km a number with its unit or a product, (C) 12 a choice's letter or the choice itself, a
     line a member of a list, 2x for x > 0 also 2x."""
     lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())
@@ -255,45 +251,43 @@ def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
     texts = {clean(one): _details(one) if one == counted != text else details for one in raw}
     for one in list(texts):
         if choice := _CHOICE.fullmatch(one):
-            texts |= {choice[n]: texts[one] | {f"({choice[3 - n]}"} for n in (1, 2)}
+            texts |= {choice[n]: texts[one] | {("choice", choice[3 - n])} for n in (1, 2)}
         if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one) or _CONDITION.fullmatch(one):
             head, word, tail = remark.groups()
             several = "," in tail and (word == "for" or "=" in tail)
             if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
                 harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
-                texts.setdefault(head, texts[one] | (set() if harmless else {re.sub(r"\s", "", f"|{tail}")}))
+                texts.setdefault(head, texts[one] | (set() if harmless else {("condition", re.sub(r"\s", "", tail))}))
                 if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # its name does not matter
                     letter = rf"(?<![A-Za-z\\]){bound[1]}(?![A-Za-z])"
-                    head, tail = re.sub(letter, r"\\zeta ", head), re.sub(rf"\s|{letter}", "", f"|{tail}")
-                    texts.setdefault(head, frozenset([tail]))
+                    tail = re.sub(rf"\s|{letter}", "", tail)
+                    texts.setdefault(re.sub(letter, r"\\zeta ", head), frozenset([("condition", tail)]))
     for change in (lambda one: _BARE_UNITS.sub("", one), _without_grouping):
-        texts = {change(one): restriction for one, restriction in reversed(texts.items())} | texts
+        texts = {change(one): details for one, details in reversed(texts.items())} | texts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
-    for one, restriction in texts.items():
+    for one, details in texts.items():
         one = re.sub(r"\s+", " ", one.strip())
-        yield re.sub(r"\s+(?=[\W_])|(?<=\W)\s+", "", one), restriction
+        yield re.sub(r"\s+(?=[\W_])|(?<=\W)\s+", "", one), details
 
 
-def _details(text: str) -> frozenset[str]:
-    """The units, directions and so on in an answer, of a square or cubic unit also the power alone; and the last word
-    if it is the only one and a plural, as in 5 apples."""
+def _details(text: str) -> Details:
+    """Units (of cm^2 also the power alone), directions and so on, and a plural that is the only word, as in 5 apples."""
     found, words, lower, of_unit = set(), [], "", False
     text = re.sub(r"(?:\\mu|[μµ])[\s}]*(\\(?:text|mathrm)\W*)?", r"\1micro", text)
     for token, power, word in _TOKEN.findall(text.replace("\\cdot", "")):
         before, lower = lower, token.lower() if len(token) > 1 else token
-        names = (_DETAIL_OF.get(one) for one in (token, lower, re.sub("(?:wards?|s)$", "", lower)))
-        name = next((one for one in names if one is not None), None)
+        known = [_DETAIL_OF[one] for one in (token, lower, re.sub("(?:wards?|s)$", "", lower)) if one in _DETAIL_OF]
         if len(token) == 1 and token.isalpha() and not of_unit:
-            name = None  # a letter is a unit only in \text, after a slash or after another unit
-        if name is not None:
+            known = []  # a letter is a unit only in \text, after a slash or after another unit
+        if known:
             power = power or _POWERS.get(word[:2] or before[:2], "")
-            found |= {name + power, power}
+            found |= {known[0] + power, power}
         elif len(token) > 3 and token[0] != "\\":
             words.append(lower)
-        of_unit = name is not None or token in _BEFORE_UNIT
+        of_unit = bool(known) or token in _BEFORE_UNIT
     if words == [lower] and lower[-1] == "s" and re.search("[0-9]", text):
         found.add(lower)
-    return frozenset(found - {""})
+    return frozenset(("detail", one) for one in found - {""})
 
 
 def _without_grouping(text: str) -> str:
