@@ -1,8 +1,7 @@
 r"""LaTeX to the grader's plain string: layout, fonts, units and currencies are dropped, every operator and bracket gets
 one spelling (\leq and <= become ≤, \{ becomes ⦃), and short forms are written out (\frac12, 0.1\overline{6}, 2\frac12).
 
-Every rule is one regular expression on a string of bounded length. Where a rule would often be wrong (is 12,345 one
-number or two? is 5 km a product?), `readings` tries both meanings.
+Every rule is one regular expression on a bounded string; where a rule may be wrong, `readings` tries both meanings.
 """
 
 import itertools
@@ -126,7 +125,7 @@ _REWRITES: _Rules = [
     (r"\\bar\s*\{\s*([a-z])\s*([a-z]+)\s*\}", r"\\bar{\1_{\2}}"),  # the number with these digits is no product
     (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
     *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
-    (rf"^(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?!.*=)(?=\s*[0-9.]+\s*{_SIZE})", r"\1×"),  # a size is no product
+    (rf"^(?=[^=]*\*[^=]*$)(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?=\s*[0-9.]+\s*{_SIZE})", r"\1×"),  # no product
     (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
     *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
     (_FONT + r"(?=[A-Za-z0-9\\])", " "),
@@ -230,7 +229,8 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = _compatible(text.translate(_BEFORE))
     for pattern, new in _RULES:
-        text = pattern.sub(new, text)
+        if pattern.search(text):  # far cheaper than sub, and most rules do not apply
+            text = pattern.sub(new, text)
     pieces = _LABEL.split(text)  # "", a, 5, b, 6
     places = [_LABELS.index(label) % 4 for label in pieces[1::2]]
     if len(places) > 1 and places == [*range(len(places))] and all(pieces[2::2]):
@@ -240,9 +240,8 @@ def clean(text: str) -> str:
 
 
 def readings(text: str) -> Iterator[tuple[str, Details]]:
-    """The plain strings that an answer may mean, each with the details that it leaves out: 12,345 may be one number
-    or two, 12 345 one number, 5 km a number with its unit or a product, (C) 12 a choice's letter or the choice itself, a
-    line a member of a list, 2x for x > 0 also 2x."""
+    """The plain strings that an answer may mean, each with the details that it leaves out: 12,345 may be one number or
+    two, 5 km a number or a product, (C) 12 a letter or 12, a line a member of a list, 2x for x > 0 also 2x."""
     lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())
     counted = _MULTIPLE.sub(lambda found: f"*{{{_COUNTS[found[2]]}}}{found[1] or ''}", text)
     common = re.sub(r"\\log(?![\sA-Za-z]*_)", r"\\lg", text)  # \log as the logarithm of base 10
@@ -277,14 +276,13 @@ def _details(text: str) -> Details:
     for token, power, word in _TOKEN.findall(text.replace("\\cdot", "")):
         before, lower = lower, token.lower() if len(token) > 1 else token
         known = [_DETAIL_OF[one] for one in (token, lower, re.sub("(?:wards?|s)$", "", lower)) if one in _DETAIL_OF]
-        if len(token) == 1 and token.isalpha() and not of_unit:
-            known = []  # a letter is a unit only in \text, after a slash or after another unit
-        if known:
+        of_unit = bool(known) and (of_unit or len(token) > 1 or not token.isalpha())  # x/s and 5\text{ s}, but not 5 s
+        if of_unit:
             power = power or _POWERS.get(word[:2] or before[:2], "")
             found |= {known[0] + power, power}
         elif len(token) > 3 and token[0] != "\\":
             words.append(lower)
-        of_unit = bool(known) or token in _BEFORE_UNIT
+        of_unit |= token in _BEFORE_UNIT
     if words == [lower] and lower[-1] == "s" and re.search("[0-9]", text):
         found.add(lower)
     return frozenset(("detail", one) for one in found - {""})

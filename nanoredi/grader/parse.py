@@ -232,8 +232,8 @@ class _Reader:
         return node
 
     def equation(self, text: str, sides: list[str]) -> Reading:
-        """x = 5, 5 = x and x = 10/2 = 5 give the name x the bare value 5; m + n = 5, a:b = 5 and a limit or the like
-        that equals 5 have the bare value and no name; 0.5 = 1/2 is a value; 2x + y = 5 is only itself."""
+        """x = 5, 5 = x and x = 10/2 = 5 give the name x the bare value 5; m + n = 5, a:b = 5 and a limit that equals 5
+        have a bare value and no name; 0.5 = 1/2 is a value; 2x + y = 5 is only itself."""
         parts = tuple(map(self.read, sides))
         if _NAMES_TUPLE.fullmatch(sides[0]) and len(sides) == 2 and parts[1].kind == "()":
             pairs = list(zip(sides[0][1:-1].split(","), parts[1].parts))
@@ -303,6 +303,8 @@ def inside(text: str) -> str | None:
 
 def split(text: str, separators: str) -> list[str]:
     """Pieces alternating with the separators between them, which count only outside brackets."""
+    if set(separators).isdisjoint(text):
+        return [text]
     pieces, start, depth = [], 0, 0
     for found in re.finditer(f"[{separators}()\\[\\]{{}}⦃⦄⌊⌋⌈⌉⟦⟧]", text):
         depth += (found[0] in OPEN) - (found[0] in CLOSE)
