@@ -204,7 +204,7 @@ _DETAILS = r"""
     increase decrease profit loss gain north south east west above below left right up down late early before after ago now
     faster slower higher lower clockwise counterclockwise,anticlockwise noon midnight bc ad hundred thousand million billion
     trillion dozen cent dollar,\$,usd euro,€ pound,lb,£ week month day,d year,yr,y hour,hr,h min,minute in,inch,inche
-    ft,foot,feet yard,yd mile,mi,mph km,kph oz,ounce gallon,gal %,\%,percent,pct C,celsius F,fahrenheit
+    ft,foot,feet yard,yd mile,mi,mph km,kph oz,ounce gallon,gal %,\%,percent,pct C,celsius,coulomb F,fahrenheit
     °,º,\circ,\degree,degree,deg rad,radian atm ton AU ly erg
 """.split()
 _METRIC = """

@@ -18,10 +18,10 @@ from nanoredi.grader.symbols import Unreadable
 MAX_PARTS = 100  # parts of a list, or cells of a matrix
 _NODE_WORK = 50
 
-# Other left sides that a bare value may leave out: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), P(X=2), E[X], Var(X).
+# Other left sides that a bare value may leave out: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), (f+g)(x), P(X=2), E[X].
 _QUANTITY = (
     rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|Delta) ?\{{?(?:{NAME})\}}?"
-    rf"|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)"
+    rf"|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)|\([f-h][∘+*/-]?[f-h]\)\(-?\w+\)"
     r"|[A-Z]\([^()]*[=<>≤≥∩∪∧∨][^()]*\)|[A-Z]\[\w+\]|\\?[A-Z][a-z]+ ?\(\w\))"
 )
 _STANDS_FOR = re.compile(rf"{_QUANTITY}|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}")
