@@ -137,7 +137,7 @@ _REWRITES: _Rules = [
     (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
     (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
     (r"(?i)\b(?:(?:below|under) zero|only)[\s.]*$", ""),
-    (rf"(?i)^\s*(?!yes|true|false|.*[,;].*:)[a-z]{{3,}}(?: +[\w+()]+){{0,7}}?\s*(?:\bis\b|:)\s*{_VALUE}", ""),
+    (rf"(?i)^\s*(?!yes|true|false|.*[,;].*:)[a-z]{{3,}}(?: +[a-z][\w+()]*){{0,7}}?\s*(?:\bis\b|:)\s*{_VALUE}", ""),
     *[(rf"(?i)^\s*{words}\s+{_VALUE}", sign) for words, sign in _BOUNDS.items()],
     (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
     (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
@@ -204,12 +204,12 @@ _DETAILS = r"""
     increase decrease profit loss gain north south east west above below left right up down late early before after ago now
     faster slower higher lower clockwise counterclockwise,anticlockwise noon midnight bc ad hundred thousand million billion
     trillion dozen cent dollar,\$,usd euro,€ pound,lb,£ week month day,d year,yr,y hour,hr,h min,minute in,inch,inche
-    ft,foot,feet yard,yd mile,mi,mph km,kph oz,ounce gallon,gal %,\%,percent,pct C,celsius,coulomb F,fahrenheit
+    ft,foot,feet yard,yd mile,mi,mph km,kph oz,ounce gallon,gal %,\%,percent,pct C,celsius,coulomb F,fahrenheit,farad
     °,º,\circ,\degree,degree,deg rad,radian atm ton AU ly erg
 """.split()
 _METRIC = """
-    m,meter,metre g,gram l,liter,litre J,joule W,watt N,newton,Nm V,volt A,ampere Pa,pascal Hz,hertz mol,mole K,kelvin
-    s,sec,second T,tesla eV cal,calorie Wh pc,parsec
+    m,meter,metre g,gram l,liter,litre J,joule W,watt N,newton,Nm V,volt A,amp,ampere Pa,pascal Hz,hertz mol,mole K,kelvin
+    s,sec,second T,tesla eV,electronvolt cal,calorie Wh pc,parsec
 """.split()
 for _sign, _long in zip(["", *"kcmnMG", "micro"], ["", "kilo", "centi", "milli", "nano", "mega", "giga", "micro"]):
     _DETAILS += [f"{_sign}{unit}".replace(",", f",{_long}") for unit in _METRIC]
@@ -283,7 +283,7 @@ def _details(text: str) -> Details:
         elif len(token) > 3 and token[0] != "\\":
             words.append(lower)
         of_unit |= token in _BEFORE_UNIT
-    if words == [lower] and lower[-1] == "s" and re.search("[0-9]", text):
+    if words == [lower] and re.search(r"[0-9].*s\W*$", text):
         found.add(lower)
     return frozenset(("detail", one) for one in found - {""})
 
