@@ -170,7 +170,7 @@ _RULES = [(re.compile(pattern), new) for pattern, new in _SPELLINGS + _REWRITES]
 # Units without \text. A single letter is a unit only in a quotient: 3 m/s, but not 3 m.
 _SHORT_UNITS = (
     "cm|mm|km|nm|kg|mg|lbs?|oz|ft|in|yd|mi|hrs?|min|secs?|ms|k?Hz|MHz|GHz|[kMG]?eV|kJ|kW|MW|mV|kV|k?Pa|atm|mol|mL|ml|"
-    "rad|deg|mph|kph|k?cal|yrs?|USD|pct|sq|cu|units?"
+    "rad|deg|mph|kph|k?cal|yrs?|USD|pct|sq|cu|units?|erg|AU|[kM]pc"
 )
 _SMALL_UNITS = (
     rf"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L){_POWER}\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b{_POWER}"
