@@ -97,7 +97,8 @@ def equal(answer: str, gold: str) -> bool:
     answer, gold = sorted((answer.strip(), gold.strip()))  # makes it symmetric
     if answer == gold or max(len(answer), len(gold)) > MAX_LENGTH:
         return answer == gold
+    # The details that each answer leaves out must agree, sort by sort, if both have some of that sort.
     return any(
-        same(x, y) and (left_out <= also or also <= left_out)
-        for (x, left_out), (y, also) in itertools.product(read(answer), read(gold))
+        same(x, y) and {sort for sort, _ in a - b}.isdisjoint(sort for sort, _ in b - a)
+        for (x, a), (y, b) in itertools.product(read(answer), read(gold))
     )

@@ -78,8 +78,7 @@ def same(a: Reading, b: Reading) -> bool:
 
 
 def word(text: str) -> str:
-    """A text without what does not matter: spaces, the case and plural of words, the letter that a sum runs over, and
-    braces around one letter or macro."""
+    """A text without spaces, a word's case and plural, a sum's letter and braces around one letter or macro."""
     if re.fullmatch(r"[A-Za-z ,.'-]+", text) and re.search("[A-Za-z]{4}", text):  # a phrase; "team B wins" too
         text = re.sub(r"^(?:an?|the) |(?<=[a-z]{3}[^s])s\b", "", text.lower())
     any_case = r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|N[Oo])(?![A-Za-z])"
@@ -151,8 +150,7 @@ def order(part: Reading) -> list[tuple[int, str]]:
 
 
 def proportional(a: Reading, b: Reading) -> bool:
-    """Are two relations, brought to left - right, multiples of each other: 2x + y = 5 and y = 5 - 2x? An inequality's
-    factor is positive."""
+    """Are two relations multiples of each other, 2x + y = 5 and y = 5 - 2x? An inequality's factor is positive."""
     sides = [part.expression for part in (*a.parts, *b.parts)]
     if len(sides) != 4 or None in sides or not any(side.letters for side in sides):
         return False

@@ -44,11 +44,8 @@ def equal(answer: str, gold: str) -> bool:
     return _repaired(answer) == _repaired(gold) or _same_parts(_plain(answer), _plain(gold))
 
 
-# ---- the first reading: two strings, after small repairs
-
-
 def _repaired(text: str) -> str:
-    r"""One spelling of \frac12, \dfrac, \sqrt3, degrees, percent, x = 5 and a leading zero."""
+    r"""The first reading: one spelling of \frac12, \dfrac, \sqrt3, degrees, percent, x = 5 and a leading zero."""
     text = re.sub(r"^\s*\\text\{(.+?)\}\s*$", r"\1", text).strip()
     text = re.sub(r"\n|\\!|\\left|\\right|\^\{\\circ\}|\^\\circ|\\\$|\\?%", "", text.replace("\\\\", "\\"))
     if text.count("\\text{ ") == 1:
@@ -66,11 +63,8 @@ def _repaired(text: str) -> str:
     return re.sub(r"^(-?[0-9]+)/(-?[0-9]+)$", r"\\frac{\1}{\2}", text)
 
 
-# ---- the second reading: plain text, part by part
-
-
 def _plain(text: str) -> str:
-    """Plain text in lower case, without units, spaces and LaTeX."""
+    """The second reading: plain text in lower case, without units, spaces and LaTeX."""
     text = re.sub(r"(?s)^\s*\\text\{(.+?)\}\s*$", r"\1", text).strip()
     text = re.sub(r"\\?[%$]", "", text)
     text = re.sub(" (?:or|and) ", " , ", text)
@@ -159,9 +153,7 @@ def _same_part(answer: str, gold: str) -> bool:
     if re.search(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]|l[ng](?!\()|[a-z)]!|[⌊⌈|]", f"{answer} {gold}"):
         return False
     # In its reading e and i are ordinary letters.
-    answer, gold = (
-        re.sub("[ei]", lambda m: m[0].upper(), one.replace("pi", "π")).replace("I", "J") for one in (answer, gold)
-    )
+    answer, gold = (one.replace("pi", "π").translate(str.maketrans("eiI", "EJJ")) for one in (answer, gold))
     budget = Budget()
     try:
         return agree(Expression(answer, budget), Expression(gold, budget))

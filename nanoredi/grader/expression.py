@@ -41,14 +41,8 @@ class Budget:
 
 
 class Expression:
-    """A text that has a value.
-
-    Attributes:
-        letters: whether it contains letters, so that its value depends on the point.
-
-    Raises:
-        one of NO_VALUE: it has no value, or none within the bounds.
-    """
+    """A text that has a value, at each point another one if it contains `letters`. Raises one of NO_VALUE if it has
+    none, or none within the bounds."""
 
     def __init__(self, text: str | list[str], budget: Budget):
         self.tokens, self.budget = tokens_of(text) if isinstance(text, str) else text, budget
@@ -146,8 +140,7 @@ class _Evaluator:
         return sign
 
     def term(self, operators: tuple[str, ...] = ("*", "/")) -> Number:
-        """Factors side by side or with operators between them. A function's argument without brackets has no operators
-        and ends before another function."""
+        """Factors side by side or with operators between them; an argument without brackets has no operators or functions."""
         result = self.factor()
         while (token := self.peek()) in operators or self.at_factor() and (operators or token not in FUNCTIONS):
             self.position += token in operators

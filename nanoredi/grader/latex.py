@@ -1,8 +1,7 @@
 r"""LaTeX to the grader's plain string: layout, fonts, units and currencies are dropped, every operator and bracket gets
 one spelling (\leq and <= become ≤, \{ becomes ⦃), and short forms are written out (\frac12, 0.1\overline{6}, 2\frac12).
 
-Every rule is one regular expression on a string of bounded length. Where a rule would often be wrong (is 12,345 one
-number or two? is 5 km a product?), `readings` tries both meanings.
+Every rule is one regular expression on a bounded string; where a rule may be wrong, `readings` tries both meanings.
 """
 
 import itertools
@@ -21,7 +20,7 @@ _SIGNS = r"""
     lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor ,∨ vee ,∨
     ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j
     dbinom \binom tbinom \binom lgroup ( rgroup ) ulcorner ⌈ urcorner ⌉ llcorner ⌊ lrcorner ⌋ overline \bar
-    varepsilon \epsilon varphi \phi vartheta \theta varrho \rho land \wedge lnot \neg
+    AA Å varepsilon \epsilon varphi \phi vartheta \theta varrho \rho land \wedge lnot \neg
     | | lVert | rVert | Vert | to → rightarrow → longrightarrow → implies ⇒ Rightarrow ⇒ iff ⇔ Leftrightarrow ⇔
 """.split()
 _SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
@@ -56,12 +55,11 @@ _NO_UNIT_WORD = (
     r"even|prime|integer|negative|positive|more|less|fewer|short|under|(?:degrees )?(?:below|under) zero"
 )
 _NO_UNIT = (
-    r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|[^{}]*\bnot?\b|(?:\( ?|is )"
-    r"(?:mod|extr|rej|disc)|(?:to|at|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|"
+    r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|[^{}]*(?:\bnot?\b|[∧∨]\s*[0-9])|"
+    r"(?:\( ?|is )(?:mod|extr|rej|disc)|(?:to|at|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|"
     rf"(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
-_NO_UNIT_FONT = r"(?!\\math(?:bf|it|bb|cal|frak)|\\bm)"
-_UNIT = rf"{_NO_UNIT_FONT}{_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}(?!\s*_){_POWER}"
+_UNIT = rf"(?!\\math(?:bf|it|bb|cal|frak)|\\bm){_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}(?!\s*_){_POWER}"
 _MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}(?:\\Omega)?|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
 _JOINING = rf"(?<![\\A-Za-z{{])WORD(?![A-Za-z}}])|(?<=[0-9)\]}}⦄])WORD(?=[A-Za-z]\b)|{_FONT}\{{\s*,?\s*WORD\s*\}}"
 _DERIVATIVE = (
@@ -97,6 +95,7 @@ _SPELLINGS: _Rules = [
     ),
     (r"(?<=[0-9])\{,\}(?=[0-9])", "."),  # elsewhere it is a decimal comma
     (r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§"),  # 17%6 is not 176
+    (r"(?s)^\s*([*_]{1,3}|`+)(?![*_`])(.+?)\1\s*$", r"\2"),  # Markdown
     (r"\\q?quad", " "),  # also where a letter is glued to it
     (r"\\(?:left|right)\s*\.", ""),
     # 0.\dot{1}4\dot{2}, 0.1(6) and 0.1666... become 0.1\overline{6}, and that becomes a fraction
@@ -126,19 +125,19 @@ _REWRITES: _Rules = [
     (r"\\bar\s*\{\s*([a-z])\s*([a-z]+)\s*\}", r"\\bar{\1_{\2}}"),  # the number with these digits is no product
     (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
     *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
-    (rf"^(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?!.*=)(?=\s*[0-9.]+\s*{_SIZE})", r"\1×"),  # a size is no product
+    (rf"^(?=[^=]*\*[^=]*$)(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?=\s*[0-9.]+\s*{_SIZE})", r"\1×"),  # no product
     (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
     *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
     (_FONT + r"(?=[A-Za-z0-9\\])", " "),
     (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
     (r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)", ""),
-    (r"(?i)^\s*(?:答案[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
+    (r"(?i)^\s*(?:答案?[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
     (r"(?i)^\s*(?:(?:option|choice)\s+(?=\W*[A-J]\b)|(?:usd?|rs\.?)(?=[ 0-9]))", ""),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
     (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
     (r"(?i)\b(?:(?:below|under) zero|only)[\s.]*$", ""),
-    (rf"(?i)^\s*(?!yes|true|false|.*[,;].*:)[a-z]{{3,}}(?: +[a-z]+){{0,7}}?\s*(?:\bis\b|:)\s*{_VALUE}", ""),
+    (rf"(?i)^\s*(?!yes|true|false|.*[,;].*:)[a-z]{{3,}}(?: +[a-z][\w+()]*){{0,7}}?\s*(?:\bis\b|:)\s*{_VALUE}", ""),
     *[(rf"(?i)^\s*{words}\s+{_VALUE}", sign) for words, sign in _BOUNDS.items()],
     (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
     (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
@@ -171,7 +170,7 @@ _RULES = [(re.compile(pattern), new) for pattern, new in _SPELLINGS + _REWRITES]
 # Units without \text. A single letter is a unit only in a quotient: 3 m/s, but not 3 m.
 _SHORT_UNITS = (
     "cm|mm|km|nm|kg|mg|lbs?|oz|ft|in|yd|mi|hrs?|min|secs?|ms|k?Hz|MHz|GHz|[kMG]?eV|kJ|kW|MW|mV|kV|k?Pa|atm|mol|mL|ml|"
-    "rad|deg|mph|kph|k?cal|yrs?|USD|pct|sq|cu|units?"
+    "rad|deg|mph|kph|k?cal|yrs?|USD|pct|sq|cu|units?|erg|AU|[kM]pc"
 )
 _SMALL_UNITS = (
     rf"(?:cm|mm|km|m|g|kg|mi|ft|N|J|W|C|V|A|L){_POWER}\s*/\s*(?:s|h|hr|min|m|cm|kg|L|mol|K|C|day)\b{_POWER}"
@@ -180,40 +179,49 @@ _SMALL_UNITS = (
 _NO_BARE_UNIT = rf"(?!(?:{_NO_UNIT_WORD})\W*(?:$|,)|(?:more|less) than)"
 _WORD = rf"(?:{_NO_BARE_UNIT}[A-Za-z]{{4,}}|\\Omega|Å|[μµ]m|per|of|{_SHORT_UNITS})\b{_POWER}"
 _BARE_UNITS = re.compile(
-    rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}})|(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}"
-    r"|\s*(?![万亿千百十半成折分之多余点])[一-龥]{1,4})\.?\s*(?=$|,)"
+    rf"(?<=[0-9}}π°])(?:\s+(?:{_SMALL_UNITS}|{_WORD}(?:[\s/*]+{_WORD}){{0,4}}(?: squared| cubed)?)|"
+    rf"(?:cm|mm|km|kg|mL|k?Hz|MHz|mph){_POWER}|\s*(?![万亿千百十半成折分之多余点])[一-龥]{{1,4}})\.?\s*(?=$|,)"
 )
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 # A remark after an answer: in brackets, or from a word to the end.
 _BRACKETED = re.compile(
-    r"(.*?[^\s,;(])(?:\s+|(?<=[0-9)}\]]))\("
-    r"\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*",
-    re.DOTALL,
+    r"(?s)(.*?[^\s,;(])(?:\s+|(?<=[0-9)}\]]))\("
+    r"\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*"
 )
-_TAIL = re.compile(
-    r"(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)", re.DOTALL
-)
-_CONDITION = re.compile(  # kπ, k ∈ ℤ: about a letter of the answer
-    r"([^∈<>≤≥≠]*?([a-z])[^∈<>≤≥≠]*?(?<![\s,;(+*/=^-]))[\s,;]+(\2\s*∈\s*(?:[ZNQ].*|ℝ[\s.]*))", re.DOTALL
-)
+_TAIL = re.compile(r"(?s)(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)")
+# kπ, k ∈ ℤ: about a letter of the answer
+_CONDITION = re.compile(r"(?s)([^∈<>≤≥≠]*?([a-z])[^∈<>≤≥≠]*?(?<![\s,;(+*/=^-]))[\s,;]+(\2\s*∈\s*(?:[ZNQ].*|ℝ[\s.]*))")
 _REASONS = "≈ approx approximately about since because".split()
 # A remark with one of these changes the answer, or begins another one.
 _NO_REMARK = re.compile(
     r"⟦|\b(?:exclu|except|extraneous|reject|discard|squared|cubed|negative|"
     rf"(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
 )
-# One answer may leave these out, but two must agree: 25% increase is not 25% decrease, and 5 cm are not 5 m.
-_AGREEING = re.compile(
-    r"(?<![\\a-z])(?<!per )(?:((?:in|de)crease|profit|loss|gain|north|south|east|west|above|below|left|right|up|down|"
-    r"late|from now|early|before|after|ago|(?:fast|slow|high|low)er|(?:counter|anti)?clockwise|noon|midnight|bc|ad|"
-    r"c(?=elsius)|f(?=ahrenheit)|hundred|thousand|million|billion|trillion|dozen|cent|dollar|day|week|month|inch|yard|"
-    r"mile|lb|oz|[cdkmn][mgljw]|[mgljw](?=eter|etre|ram|iter|itre|oule|att))|(gal)(?:lon)?|(se)c(?:ond)?|(mi)n(?:ute)?|"
-    r"(h)(?:ou)?r|(y)(?:ea)?r|(f)(?:oo|ee)?(t))(?:e?s|(?:et(?:er|re)|ram|it(?:er|re)|oule|att)s?|elsius|ahrenheit|wards?)?"
-    r"(?![a-z])|(?:circ|°)\W{0,9}(?:[a-z]{4,6}\W{0,9})?([cf])\b|(?:text|rm)\W{0,9}([mgljw])\b"
+Details = frozenset[tuple[str, str]]  # each with its sort: a choice's letter, a condition, or one of the following
+# One answer may leave these out, but two must agree: 25% increase is not 25% decrease, and 5 cm are neither 5 m nor
+# 5 cm^2. Spellings joined by commas mean the same.
+_DETAILS = r"""
+    increase decrease profit loss gain north south east west above below left right up down late early before after ago now
+    faster slower higher lower clockwise counterclockwise,anticlockwise noon midnight bc ad hundred thousand million billion
+    trillion dozen cent dollar,\$,usd euro,€ pound,lb,£ week month day,d year,yr,y hour,hr,h min,minute in,inch,inche
+    ft,foot,feet yard,yd mile,mi,mph km,kph oz,ounce gallon,gal %,\%,percent,pct C,celsius,coulomb F,fahrenheit,farad
+    °,º,\circ,\degree,degree,deg rad,radian atm ton AU ly erg
+""".split()
+_METRIC = """
+    m,meter,metre g,gram l,liter,litre J,joule W,watt N,newton,Nm V,volt A,amp,ampere Pa,pascal Hz,hertz mol,mole K,kelvin
+    s,sec,second T,tesla eV,electronvolt cal,calorie Wh pc,parsec
+""".split()
+for _sign, _long in zip(["", *"kcmnMG", "micro"], ["", "kilo", "centi", "milli", "nano", "mega", "giga", "micro"]):
+    _DETAILS += [f"{_sign}{unit}".replace(",", f",{_long}") for unit in _METRIC]
+_DETAIL_OF = {word: words.split(",")[0] for words in _DETAILS for word in words.split(",")} | {"unit": "", "L": "l"}
+_TOKEN = re.compile(  # "in" before something else is no inch
+    r"((?!in\b[\s~}]*[A-Za-z0-9\\$])\\?[A-Za-z]+|\\?[%$]|[°º€£/])(?:\W{0,4}\^\W{0,3}([2-9])|\s*([²³]|squared|cubed))?"
 )
+_BEFORE_UNIT = {"\\text", "\\mathrm", "\\rm", "\\textrm", "\\mbox", "/"}
+_POWERS = {"sq": "2", "cu": "3", "²": "2", "³": "3"}
 _LABELS = "a b c d A B C D 1 2 3 4 i ii iii iv I II III IV".split()
 _LABEL = re.compile(rf"(?:^\s*|[\s,;.]+)\(({'|'.join(_LABELS)})\)\s*")  # (a) 5, (b) 6
-_CHOICE = re.compile(r"\s*\(?\s*([A-J])\s*[):.]\s+([^\s,∧∨].*)", re.DOTALL)
+_CHOICE = re.compile(r"(?s)\s*\(?\s*([A-J])\s*[):.]\s+([^\s,∧∨].*)")
 
 
 def clean(text: str) -> str:
@@ -221,7 +229,8 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = _compatible(text.translate(_BEFORE))
     for pattern, new in _RULES:
-        text = pattern.sub(new, text)
+        if pattern.search(text):  # far cheaper than sub, and most rules do not apply
+            text = pattern.sub(new, text)
     pieces = _LABEL.split(text)  # "", a, 5, b, 6
     places = [_LABELS.index(label) % 4 for label in pieces[1::2]]
     if len(places) > 1 and places == [*range(len(places))] and all(pieces[2::2]):
@@ -230,36 +239,53 @@ def clean(text: str) -> str:
     return text[: text.find("-", 0, 2) + 1] + _IN_WORDS[word] if word in _IN_WORDS else text.rstrip(" \\")
 
 
-def readings(text: str) -> Iterator[tuple[str, frozenset[str]]]:
-    """The plain strings that an answer may mean, each with the restrictions that it leaves out: 12,345 may be one number
-    or two, 12 345 one number, 5 km a number with its unit or a product, (C) 12 a choice's letter or the choice itself, a
-    line a member of a list, 2x for x > 0 also 2x."""
+def readings(text: str) -> Iterator[tuple[str, Details]]:
+    """The plain strings that an answer may mean, each with the details that it leaves out: 12,345 may be one number or
+    two, 5 km a number or a product, (C) 12 a letter or 12, a line a member of a list, 2x for x > 0 also 2x."""
     lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())
     counted = _MULTIPLE.sub(lambda found: f"*{{{_COUNTS[found[2]]}}}{found[1] or ''}", text)
     common = re.sub(r"\\log(?![\sA-Za-z]*_)", r"\\lg", text)  # \log as the logarithm of base 10
     raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines, common])
-    lower = [one.lower().replace("\\$", "dollar ") for one in raw]
-    lower = [re.sub("(k)ilo|(c)enti|(m)illi(?=[gmljw])", r"\1\2\3", one) for one in lower]
-    details = [frozenset(map("".join, _AGREEING.findall(one))) for one in lower]
-    texts = dict(zip(map(clean, raw), details))
+    details = _details(text)
+    texts = {clean(one): _details(one) if one == counted != text else details for one in raw}
     for one in list(texts):
         if choice := _CHOICE.fullmatch(one):
-            texts |= {choice[1]: frozenset([choice[2]]), choice[2]: frozenset(choice[1])}
+            texts |= {choice[n]: texts[one] | {("choice", choice[3 - n])} for n in (1, 2)}
         if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one) or _CONDITION.fullmatch(one):
             head, word, tail = remark.groups()
             several = "," in tail and (word == "for" or "=" in tail)
             if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
                 harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
-                texts.setdefault(head, texts[one] | (set() if harmless else {re.sub(r"\s", "", tail)}))
+                texts.setdefault(head, texts[one] | (set() if harmless else {("condition", re.sub(r"\s", "", tail))}))
                 if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # its name does not matter
                     letter = rf"(?<![A-Za-z\\]){bound[1]}(?![A-Za-z])"
-                    texts.setdefault(re.sub(letter, r"\\zeta ", head), frozenset([re.sub(rf"\s|{letter}", "", tail)]))
+                    tail = re.sub(rf"\s|{letter}", "", tail)
+                    texts.setdefault(re.sub(letter, r"\\zeta ", head), frozenset([("condition", tail)]))
     for change in (lambda one: _BARE_UNITS.sub("", one), _without_grouping):
-        texts = {change(one): restriction for one, restriction in reversed(texts.items())} | texts
+        texts = {change(one): details for one, details in reversed(texts.items())} | texts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
-    for one, restriction in texts.items():
+    for one, details in texts.items():
         one = re.sub(r"\s+", " ", one.strip())
-        yield re.sub(r"\s+(?=[\W_])|(?<=\W)\s+", "", one), restriction
+        yield re.sub(r"\s+(?=[\W_])|(?<=\W)\s+", "", one), details
+
+
+def _details(text: str) -> Details:
+    """Units (of cm^2 also the power alone), directions and so on, and a plural that is the only word, as in 5 apples."""
+    found, words, lower, of_unit = set(), [], "", False
+    text = re.sub(r"(?:\\mu|[μµ])[\s}]*(\\(?:text|mathrm)\W*)?", r"\1micro", text)
+    for token, power, word in _TOKEN.findall(text.replace("\\cdot", "")):
+        before, lower = lower, token.lower() if len(token) > 1 else token
+        known = [_DETAIL_OF[one] for one in (token, lower, re.sub("(?:wards?|s)$", "", lower)) if one in _DETAIL_OF]
+        of_unit = bool(known) and (of_unit or len(token) > 1 or not token.isalpha())  # x/s and 5\text{ s}, but not 5 s
+        if of_unit:
+            power = power or _POWERS.get(word[:2] or before[:2], "")
+            found |= {known[0] + power, power}
+        elif len(token) > 3 and token[0] != "\\":
+            words.append(lower)
+        of_unit |= token in _BEFORE_UNIT
+    if words == [lower] and re.search(r"[0-9].*s\W*$", text):
+        found.add(lower)
+    return frozenset(("detail", one) for one in found - {""})
 
 
 def _without_grouping(text: str) -> str:

@@ -1,6 +1,7 @@
 """Sums and products of matrices, and determinants, as texts: a cell of A B becomes the text (a)*(b)+(c)*(d), which is
 read like any other value."""
 
+import itertools
 import re
 
 from nanoredi.grader.symbols import Unreadable
@@ -24,18 +25,16 @@ def without_determinants(text: str) -> str:
 def _determinant(grid: Grid) -> str:
     if not grid or len(grid) > 4 or any(len(row) != len(grid) for row in grid):
         raise Unreadable
-    if len(grid) == 1:
-        return grid[0][0]
-    minors = [_determinant([row[:i] + row[i + 1 :] for row in grid[1:]]) for i in range(len(grid))]
-    return "".join(f"{'+-'[i % 2]}({grid[0][i]})*({minor})" for i, minor in enumerate(minors))
+    terms = []
+    for columns in itertools.permutations(range(len(grid))):
+        inversions = sum(a > b for a, b in itertools.combinations(columns, 2))
+        terms.append("+-"[inversions % 2] + "*".join(f"({row[i]})" for row, i in zip(grid, columns)))
+    return "".join(terms)
 
 
 def evaluate(pieces: list[str]) -> Grid:
-    """The sum of terms, given alternating with the signs between them.
-
-    Raises:
-        Unreadable: the sizes do not fit, or a term is neither a number nor a matrix.
-    """
+    """The sum of terms, given alternating with the signs between them. Raises Unreadable if the sizes do not fit or a
+    term is neither a number nor a matrix."""
     total: Grid = []
     for sign, term in zip(["+", *pieces[1::2]], pieces[::2]):
         if not term.strip() and not total:  # before a leading sign

@@ -115,11 +115,7 @@ def evaluate(name: str, z: Inexact) -> Inexact:
 
 def _tidy(z: Inexact, size: Inexact | int = 0) -> Inexact:
     """z without parts that are rounding noise relative to a size, its own or a larger one; real if its imaginary part
-    is noise.
-
-    Raises:
-        ArithmeticError: it is too large, too small or not a number.
-    """
+    is noise. Raises ArithmeticError if it is too large, too small or not a number."""
     re, im = (z, 0) if is_real(z) else (z.real, z.imag)
     noise = _NOISE * max(size, abs(re), abs(im))
     re, im = (0 if abs(part) <= noise else part for part in (re, im))

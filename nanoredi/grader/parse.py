@@ -18,17 +18,16 @@ from nanoredi.grader.symbols import Unreadable
 MAX_PARTS = 100  # parts of a list, or cells of a matrix
 _NODE_WORK = 50
 
-# Other left sides of an equation that a bare value may leave out: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), P(X=2),
-# E[X], Var(X); \\frac{m}{n}.
+# Other left sides that a bare value may leave out: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), (f+g)(x), P(X=2), E[X].
 _QUANTITY = (
     rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|Delta) ?\{{?(?:{NAME})\}}?"
-    rf"|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)"
+    rf"|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)|\([f-h][∘+*/-]?[f-h]\)\(-?\w+\)"
     r"|[A-Z]\([^()]*[=<>≤≥∩∪∧∨][^()]*\)|[A-Z]\[\w+\]|\\?[A-Z][a-z]+ ?\(\w\))"
 )
 _STANDS_FOR = re.compile(rf"{_QUANTITY}|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}")
 _NAMES_TUPLE = re.compile(rf"\({LETTER}(?:,{LETTER})+\)")
 _COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i+nt|oint|det|sup|inf) ?(?![A-Za-z])|\bmod\b|⟦vmatrix")
-_STACKED = re.compile(r"[^⟦]*⟦(cases|align(?:ed)?|gather(?:ed)?|equation|split)¦([^⟦]*)⟧", re.DOTALL)
+_STACKED = re.compile(r"[^⟦]*⟦(cases|align(?:ed)?|gather(?:ed)?|equation|split)¦([^⟦]*)⟧")
 _BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{(?:base)?|(?:in)?base)([0-9]{1,2})\}?")
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _REALS = {"": "(-∞,∞)", "positive ": "(0,∞)", "negative ": "(-∞,0)", "nonnegative ": "[0,∞)"}
@@ -37,10 +36,10 @@ _SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
 
-def read(text: str) -> list[tuple[Reading, frozenset[str]]]:
-    """All that an answer may mean, each with the restrictions that it leaves out; they share one budget of work."""
+def read(text: str) -> list[tuple[Reading, latex.Details]]:
+    """All that an answer may mean, each with the details that it leaves out; they share one budget of work."""
     reader = _Reader(Budget())
-    return [(reader.read(one), restriction) for one, restriction in latex.readings(text) if one]
+    return [(reader.read(one), details) for one, details in latex.readings(text) if one]
 
 
 class _Reader:
@@ -92,8 +91,7 @@ class _Reader:
         return Reading("system" if is_system(nodes) else "()", ",".join(pieces), nodes)
 
     def members(self, pieces: list[str], of_set: bool) -> list[Reading]:
-        """The members of a list. Conditions on one name are one member, and so is "a=0 or b=0"; x=1,y=2,x=3,y=4 are two
-        systems."""
+        """The members of a list. Conditions on one name are one member, like "a=0 or b=0"; x=1,y=2,x=3,y=4 are two."""
         words = {piece.strip()[:1] for piece in pieces} & {"∨", "∧"}
         pieces = [piece.strip(" ∨∧") for piece in pieces]
         if "≠" in pieces[0] and "∨" not in words:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
@@ -184,11 +182,10 @@ class _Reader:
         return Reading("list", text, tuple(parts)) if len(parts) > 1 else parts[0] if parts else self.as_text("∅")
 
     def time(self, time: re.Match, text: str) -> Reading:
-        """A time of day as seconds from midnight or noon; its name is the half of the day, if known. 10:30 may also be
-        a ratio."""
+        """A time of day as seconds from midnight or noon, with am or pm as its name; 10:30 may also be a ratio."""
         hour, minute, second = (int(part or 0) for part in time.groups()[:3])
         half = f"{time[4]}m".lower() if time[4] else "pm" if hour >= 12 else "am" if hour == 0 else ""
-        ratio = None if time[3] or time[4] or not minute else Expression(text.replace(":", "/"), self.budget)
+        ratio = None if time[3] or time[4] or minute < 10 else Expression(text.replace(":", "/"), self.budget)
         return Reading("time", str((hour % 12 * 60 + minute) * 60 + second), expression=ratio, name=half)
 
     def matrix(self, text: str) -> Reading:
@@ -235,8 +232,8 @@ class _Reader:
         return node
 
     def equation(self, text: str, sides: list[str]) -> Reading:
-        """x = 5, 5 = x and x = 10/2 = 5 give the name x the bare value 5; m + n = 5, a:b = 5 and a limit or the like
-        that equals 5 have the bare value and no name; 0.5 = 1/2 is a value; 2x + y = 5 is only itself."""
+        """x = 5, 5 = x and x = 10/2 = 5 give the name x the bare value 5; m + n = 5, a:b = 5 and a limit that equals 5
+        have a bare value and no name; 0.5 = 1/2 is a value; 2x + y = 5 is only itself."""
         parts = tuple(map(self.read, sides))
         if _NAMES_TUPLE.fullmatch(sides[0]) and len(sides) == 2 and parts[1].kind == "()":
             pairs = list(zip(sides[0][1:-1].split(","), parts[1].parts))
@@ -306,6 +303,8 @@ def inside(text: str) -> str | None:
 
 def split(text: str, separators: str) -> list[str]:
     """Pieces alternating with the separators between them, which count only outside brackets."""
+    if set(separators).isdisjoint(text):
+        return [text]
     pieces, start, depth = [], 0, 0
     for found in re.finditer(f"[{separators}()\\[\\]{{}}⦃⦄⌊⌋⌈⌉⟦⟧]", text):
         depth += (found[0] in OPEN) - (found[0] in CLOSE)

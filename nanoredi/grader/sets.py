@@ -18,10 +18,7 @@ EMPTY = Reading("text", "∅")
 
 def combine(operands: list[Reading], operators: list[str]) -> list[Reading]:
     """The members of A ∪ B ∖ C, from left to right: disjoint intervals and numbers, or any members of finite sets.
-
-    Raises:
-        Unreadable: the operands are neither.
-    """
+    Raises Unreadable if the operands are neither."""
     sets = [_members(one) for one in operands]
     if "∩" in operators and len(set(operators)) > 1:
         raise Unreadable

@@ -1,7 +1,6 @@
 """The symbols of an expression, for the grader: how a text is split into tokens, and which numbers letters stand for.
 
-What the grader cannot compute, such as the derivative x' or a power with millions of digits, is a fixed pseudo-random
-function of its arguments.
+What the grader cannot compute, such as the derivative x', is a fixed pseudo-random function of its arguments.
 """
 
 import functools
