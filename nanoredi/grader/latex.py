@@ -215,9 +215,10 @@ for _sign, _long in zip(["", *"kcmnMG", "micro"], ["", "kilo", "centi", "milli",
     _DETAILS += [f"{_sign}{unit}".replace(",", f",{_long}") for unit in _METRIC]
 _DETAIL_OF = {word: words.split(",")[0] for words in _DETAILS for word in words.split(",")} | {"unit": "", "L": "l"}
 _TOKEN = re.compile(  # "in" before something else is no inch
-    r"((?!in\b[\s~}]*[A-Za-z0-9\\$])\\?[A-Za-z]+|\\?[%$]|[°º€£/])(?:\W{0,4}\^\W{0,3}([2-9])|\s*([²³]|squared|cubed))?"
+    r"((?!in\b[\s~}]*[A-Za-z0-9\\$])\\?[A-Za-z]+|\\?[%$]|[°º€£])(?:\W{0,4}\^\W{0,3}([2-9])|\s*([²³]|squared|cubed))?"
 )
-_BEFORE_UNIT = {"\\text", "\\mathrm", "\\rm", "\\textrm", "\\mbox", "/"}
+# Where a single letter is a unit: 5\text{ s} and 5 m/s, but not x/(m+s).
+_OF_UNITS = re.compile(r"\\(?:text|mathrm|rm|textrm|mbox)(?![a-z])[\s{]*[^{}]*|[0-9}]\W{0,3}[A-Za-z]+\s*/\s*[A-Za-z]+")
 _POWERS = {"sq": "2", "cu": "3", "²": "2", "³": "3"}
 _LABELS = "a b c d A B C D 1 2 3 4 i ii iii iv I II III IV".split()
 _LABEL = re.compile(rf"(?:^\s*|[\s,;.]+)\(({'|'.join(_LABELS)})\)\s*")  # (a) 5, (b) 6
@@ -271,18 +272,18 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
 
 def _details(text: str) -> Details:
     """Units (of cm^2 also the power alone), directions and so on, and a plural that is the only word, as in 5 apples."""
-    found, words, lower, of_unit = set(), [], "", False
+    found, words, lower = set(), [], ""
     text = re.sub(r"(?:\\mu|[μµ])[\s}]*(\\(?:text|mathrm)\W*)?", r"\1micro", text)
-    for token, power, word in _TOKEN.findall(text.replace("\\cdot", "")):
+    places = [range(*one.span()) for one in _OF_UNITS.finditer(text)]
+    for match in _TOKEN.finditer(text):
+        token, power, word = match.groups(default="")
         before, lower = lower, token.lower() if len(token) > 1 else token
         known = [_DETAIL_OF[one] for one in (token, lower, re.sub("(?:wards?|s)$", "", lower)) if one in _DETAIL_OF]
-        of_unit = bool(known) and (of_unit or len(token) > 1 or not token.isalpha())  # x/s and 5\text{ s}, but not 5 s
-        if of_unit:
+        if known and (len(token) > 1 or not token.isalpha() or any(match.start() in place for place in places)):
             power = power or _POWERS.get(word[:2] or before[:2], "")
             found |= {known[0] + power, power}
         elif len(token) > 3 and token[0] != "\\":
             words.append(lower)
-        of_unit |= token in _BEFORE_UNIT
     if words == [lower] and re.search(r"[0-9].*s\W*$", text):
         found.add(lower)
     return frozenset(("detail", one) for one in found - {""})
