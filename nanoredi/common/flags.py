@@ -227,12 +227,9 @@ class _Parser(argparse.ArgumentParser):
         parts = [part if part.startswith("  ") else textwrap.fill(part, width) for part in description.split("\n\n")]
         module = sys.modules["__main__"].__spec__  # where it was started with python -m
         program = f"python -m {module.name.removesuffix('.__main__')}" if module else "%(prog)s"
-        super().__init__(
-            usage=f"{program} [FLAGS] [{positional.upper()}]".removesuffix(" []"),
-            description="\n\n".join(parts),
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        usage = f"{program} [FLAGS] [{positional.upper()}]".removesuffix(" []")
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(usage=usage, description="\n\n".join(parts), allow_abbrev=False, formatter_class=kind)
 
     def error(self, message: str):
         raise UserError(message)

@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -73,14 +73,19 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
 
 
 def _cells(column: Any) -> list[Any]:
-    """A column as JSON values: times, decimals and bytes become text, numbers that are not finite null."""
+    """A column as JSON values: times, decimals and UTF-8 become text, other bytes and numbers that are not finite null."""
     if not re.search("float|double|time|date|duration|decimal|binary|interval|extension", str(column.type)):
         return column.to_pylist()
     try:
         cells = column.to_pylist()
     except (ValueError, OverflowError):  # a time that Python's datetime cannot hold: nanoseconds, or a far year
         cells = column.cast("string").to_pylist()
-    return json.loads(json.dumps(cells, default=str), parse_constant=lambda _: None)
+    return json.loads(json.dumps(cells, default=_text), parse_constant=lambda _: None)
+
+
+def _text(cell: Any) -> str | None:
+    with suppress(UnicodeDecodeError):  # some writers do not say which of their columns are text
+        return cell.decode() if isinstance(cell, bytes) else str(cell)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -193,8 +193,9 @@ class Chat:
             # A template may trim or change what it shows; a placeholder tells whether it shows anything.
             seen = role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)
             if not (known and seen):
-                roles = [one for one in ("system", "user", "assistant", "tool") if one in self._template.source]
-                hint = f"; it handles the roles {', '.join(one for one in roles if one != role)}" if roles else ""
+                known_roles = (one for one in ("system", "user", "assistant", "tool") if one in self._template.source)
+                roles = ", ".join(one for one in known_roles if one != role)
+                hint = f"; it handles the roles {roles}" if roles else ""
                 raise UserError(f"{self._label} does not show message {number}, whose role is {role!r}, as such{hint}")
 
     def _templated(self, messages: Messages) -> str | None:

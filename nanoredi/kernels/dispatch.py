@@ -84,13 +84,9 @@ def prepare_for_sampling(weight: Tensor, is_factor: bool) -> Tensor:
 def decode_graphs(
     newest: Tensor, advance: Callable[..., Tensor], sizes: tuple[int, int, int], full_size: bool
 ) -> Callable[..., Tensor] | None:
-    """A replacement for `advance`, a sampler's decode step, with less launch overhead; None if there is none.
-
-    Args:
-        newest: any tensor on the device.
-        sizes: rows of a full batch, columns of the page table, tokens a page.
-        full_size: whether every step has all rows.
-    """
+    """A replacement for `advance`, a sampler's decode step, with less launch overhead, or None. newest is a tensor on the
+    device; sizes are a full batch's rows, the page table's columns and a page's tokens; full_size: every step has all
+    rows."""
     return None
 
 

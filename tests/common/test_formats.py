@@ -105,7 +105,7 @@ def test_a_table_s_values_become_json_values(tmp_path):
             "score": [float("nan"), 0.1],
             "at": pyarrow.array([1, None], pyarrow.timestamp("ns")),
             "far": pyarrow.array([10**18, None], pyarrow.timestamp("us")),
-            "bytes": [b"\xff", None],
+            "bytes": ["größer".encode(), b"\xff"],
             "messages": [[{"content": "x", "at": day, "cost": Decimal("1.50")}], []],
         }
     )
@@ -116,7 +116,7 @@ def test_a_table_s_values_become_json_values(tmp_path):
         "score": None,
         "at": "1970-01-01 00:00:00.000000001",
         "far": "<value out of range: 1000000000000000000>",
-        "bytes": "b'\\xff'",
+        "bytes": "größer",
         "messages": [{"content": "x", "at": "2026-01-02 03:04:05", "cost": "1.50"}],
     }
     assert second == {"prompt": "R", "score": 0.1, "at": None, "far": None, "bytes": None, "messages": []}
