@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO
 
@@ -50,10 +51,24 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         _discard(sys.stdout)  # its reader has closed it (`| head`)
         sys.exit(141)
     except Exception as error:
-        if (text := sentence(error)) is None:
-            raise
-        _report(visible(f"error: {text}"))
-        sys.exit(2)
+        sys.exit(report(error))
+
+
+def report(error: Exception) -> int:
+    """Print an error, and return the exit code: 2, or 1 for a bug, which is printed with its traceback.
+
+    Under torchrun an error usually occurs on every rank, and only rank 0 should print it: the others wait, and are
+    ended by torchrun. An error on one rank alone is printed by that rank after the wait.
+    """
+    if (text := sentence(error)) is None:
+        traceback.print_exception(error)
+        return 1
+    text, rank = visible(f"error: {text}"), os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(2)
+        text = f"rank {rank}: {text}"
+    say(text, sys.stderr)
+    return 2
 
 
 def sentence(error: BaseException) -> str | None:
@@ -97,16 +112,6 @@ def say(text: str, stream: TextIO) -> None:
 def _discard(stream: TextIO) -> None:
     """Redirect a stream to /dev/null, so that Python's flush at exit does not fail either."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _report(text: str) -> None:
-    """Under torchrun an error usually occurs on every rank, and only rank 0 should print it: the others wait, and are
-    ended by torchrun. An error on one rank alone is printed by that rank after the wait."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(2)
-        text = f"rank {rank}: {text}"
-    say(text, sys.stderr)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

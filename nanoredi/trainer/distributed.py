@@ -89,7 +89,7 @@ def world(timeout_minutes: float = 10.0) -> Iterator[World]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=bound)
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
-        with contextlib.closing(Heartbeat(rank, size, timeout_minutes)) if size > 1 else contextlib.nullcontext():
+        with Heartbeat(rank, size, timeout_minutes) if size > 1 else contextlib.nullcontext():
             yield World(rank, size, device, group)
     finally:
         dist.destroy_process_group()

@@ -1,21 +1,24 @@
 """Notice a rank that has stopped answering; without this, the others would wait for it in a collective for a long time.
+A rank that fails ends at once.
 
 Beside its work every rank increments a counter in a store that rank 0 holds, and reads the others' counters. The first
 to see one unchanged for too long names that rank and ends its own process; the launcher then ends the rest.
 """
 
+import contextlib
 import os
 import sys
 import threading
 import time
+from typing import Any
 
 import torch.distributed as dist
 
-from nanoredi.common.errors import say
+from nanoredi.common.errors import Stopped, report, say
 
 
-class Heartbeat:
-    """Made by all ranks together; beats until close()."""
+class Heartbeat(contextlib.AbstractContextManager):
+    """Made by all ranks together; beats inside a `with` block, and ends the process where that ends with an error."""
 
     def __init__(self, rank: int, size: int, timeout_minutes: float):
         self.rank, self.size, self.timeout = rank, size, 60 * timeout_minutes
@@ -29,8 +32,11 @@ class Heartbeat:
         for work in (self._beat, self._watch):
             threading.Thread(target=work, daemon=True).start()
 
-    def close(self) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         self._stopped.set()
+        if isinstance(error, Exception) and not isinstance(error, Stopped):
+            # Leaving the process group, NCCL would wait for the other ranks, which may have no error.
+            os._exit(report(error))
 
     def _beat(self) -> None:
         counts = [0] * self.size

@@ -1,5 +1,6 @@
 """Which GPU a rank takes, and the messages for what a GPU cannot do; the GPUs are simulated."""
 
+import contextlib
 import importlib
 import os
 import threading
@@ -73,7 +74,7 @@ def test_a_rank_with_a_gpu_joins_by_nccl_and_by_gloo(size, monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **told: joined.update(told, backend=backend))
     monkeypatch.setattr(dist, "new_group", lambda **_: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(distributed, "Heartbeat", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(distributed, "Heartbeat", lambda *_: contextlib.nullcontext())
     for name, value in (("RANK", "0"), ("WORLD_SIZE", str(size)), ("LOCAL_RANK", "3")):
         monkeypatch.setenv(name, value)
     with world() as ranks:

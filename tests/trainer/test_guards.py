@@ -237,6 +237,13 @@ def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take(forks, tmp_path
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("error, code, said", [("oom", 2, "rank 1: error: there is not enough"), ("bug", 1, "a bug")])
+def test_a_rank_that_fails_alone_says_why_and_ends(error, code, said, forks, tmp_path):
+    ranks = forks.start_ranks(2, tmp_path, "tests/trainer/fails.py", error)
+    ended(*ranks, seconds=30)
+    assert ranks[1].returncode == code and said in ranks[1].stderr
+
+
 @pytest.fixture
 def endless(toy_data) -> list:
     """A run of two ranks, for hours."""
