@@ -65,7 +65,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; Qwen2's is silu")
     if config.get("attention_dropout"):
         raise UserError(f"{path}: attention_dropout is {config['attention_dropout']}; nanoredi has none")
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise UserError(f"{path}: the weights are quantized; nanoredi reads float32, float16 and bfloat16")
     return config
 
@@ -148,54 +148,46 @@ def save_folder(
 
     Args:
         config: config.json's content, without the dtype.
-        weights: by Hugging Face's names; sharded ones (DTensor) are gathered one at a time.
+        weights: by Hugging Face's names; sharded ones (DTensor) are gathered one at a time into rank 0's host memory.
         companions: None writes none.
         dtype: of the saved weights; None keeps theirs.
 
     Raises:
-        UserError: on rank 0, when the folder exists and is not empty, or writing fails; the other ranks finish.
+        UserError: on rank 0, when the folder exists and is not empty, or writing fails.
     """
     folder = Path(folder)
-    dtypes = {name: dtype or w.dtype for name, w in weights.items()}
-    sizes = {name: w.numel() * dtypes[name].itemsize for name, w in weights.items()}
+    place = "meta" if dist.is_initialized() and dist.get_rank() > 0 else "cpu"
+    # All are gathered before anything is written: a collective that waits for rank 0's disk would time out.
+    whole = {name: _whole(w).to(place, dtype or w.dtype).contiguous() for name, w in weights.items()}
+    if place == "meta":
+        return
+    sizes = {name: w.nbytes for name, w in whole.items()}
     shards = _plan_shards(sizes)
-    # Gathering a weight is a collective: every rank takes part to the end, even if rank 0 cannot write.
-    whole = ((file, _whole({name: weights[name] for name in names}, dtypes)) for file, names in shards.items())
-    try:
-        if dist.is_initialized() and dist.get_rank() > 0:
-            return
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} is not empty; nothing was overwritten")
-        with writing(folder) as beside:
-            beside.mkdir()
-            for file, tensors in whole:
-                save_file(tensors, beside / file, metadata={"format": "pt"})
-            if len(shards) > 1:
-                weight_map = {name: file for file, names in shards.items() for name in names}
-                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-                (beside / INDEX).write_bytes(_json(index))
-            config = {**config, "torch_dtype": str(next(iter(dtypes.values()))).removeprefix("torch.")}
-            if companions:
-                config["eos_token_id"] = companions.eos_id
-                for name, content in companions.files.items():
-                    (beside / name).write_bytes(content)
-            (beside / "config.json").write_bytes(_json(config))
-    finally:
-        for _ in whole:
-            pass
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty; nothing was overwritten")
+    with writing(folder) as beside:
+        beside.mkdir()
+        for file, names in shards.items():
+            save_file({name: whole[name] for name in names}, beside / file, metadata={"format": "pt"})
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            (beside / INDEX).write_bytes(_json(index))
+        config = {**config, "torch_dtype": str(next(iter(whole.values())).dtype).removeprefix("torch.")}
+        if companions:
+            config["eos_token_id"] = companions.eos_id
+            for name, content in companions.files.items():
+                (beside / name).write_bytes(content)
+        (beside / "config.json").write_bytes(_json(config))
 
 
-def _whole(weights: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
-    """The gathered weights on rank 0, as they are written; nothing on the other ranks."""
-    whole = {}
-    for name, weight in weights.items():
-        weight = weight.detach()
-        if isinstance(weight, DTensor):
-            # Offloaded shards are on the host, but collectives run on the mesh's device.
-            weight = cast(DTensor, weight.to(weight.device_mesh.device_type)).full_tensor()
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            whole[name] = weight.to(device="cpu", dtype=dtypes[name]).contiguous()
-    return whole
+def _whole(weight: Tensor) -> Tensor:
+    """The weight, gathered if it is sharded."""
+    weight = weight.detach()
+    if isinstance(weight, DTensor):
+        # Offloaded shards are on the host, but collectives run on the mesh's device.
+        weight = cast(DTensor, weight.to(weight.device_mesh.device_type)).full_tensor()
+    return weight
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:

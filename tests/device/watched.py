@@ -88,9 +88,9 @@ def train(ranks: int, tied: bool, objective: str, shard_size: int = 0, offload: 
         with Watch() as watch:
             figures, *_ = trainer_step.train_step(model, optimizer, units, config, world)
         state = [*optimizer.parameters, *optimizer.exp_avg, *optimizer.exp_avg_sq, *optimizer.num_steps]
-        weights = dict(model.named_parameters())
         with Watch() as saving:
-            hf_folder._whole(weights, dict.fromkeys(weights, torch.bfloat16))
+            for weight in model.parameters():
+                hf_folder._whole(weight)
     dist.destroy_process_group()
     return {
         **watched(watch),

@@ -152,6 +152,16 @@ def test_saved_and_loaded_again_is_the_same(tied, shard_bytes, tmp_path, monkeyp
         assert all(f.stat().st_size < 25_000 for f in files)
 
 
+def test_all_weights_are_gathered_before_any_is_written(tmp_path, monkeypatch):
+    """Other ranks wait in the gathering, which would time out during a long write."""
+    did, whole, save = [], checkpoint._whole, checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint, "_whole", lambda weight: did.append("gather") or whole(weight))
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args, **told: did.append("write") or save(*args, **told))
+    tiny.tiny_model(tied=True).save_pretrained(tmp_path / "m")
+    assert did == sorted(did) and did.count("write") > 1
+
+
 def test_weights_are_mapped_from_the_file(folder):
     model = Qwen2.from_pretrained(folder)
     with open("/proc/self/maps") as maps:
@@ -242,7 +252,7 @@ def test_anything_but_this_qwen2_is_refused_by_name(folder, changes, words):
     [
         {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},  # Qwen2.5 as published
         {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2},
-        {"rope_scaling": None, "head_dim": 8},
+        {"rope_scaling": None, "head_dim": 8, "quantization_config": None},
     ],
 )
 def test_settings_without_effect_are_not_refused(folder, changes):
