@@ -153,10 +153,12 @@ def memory(c: Qwen2Config, layout: Layout) -> dict[str, float]:
 
 def host_memory(c: Qwen2Config) -> dict[str, float]:
     """Bytes of host memory that --offload takes for one GPU: in training, and in addition while a state is saved. torch
-    rounds each pinned tensor, here weights and gradients, up to a power of two."""
+    rounds each pinned tensor, here weights and gradients, up to a power of two. A state is copied, and the largest of
+    its 16 files once more, which has the embedding."""
     with torch.device("meta"):
         pinned = sum(2 * 2 ** math.ceil(math.log2(4 * p.numel())) for p in Qwen2(c).parameters())
-    return {"training": pinned + 8 * parameters(c), "saving": 12 * parameters(c)}
+    saving = 12 * parameters(c) * (1 + 1 / 16) + 4 * c.vocab_size * c.hidden_size
+    return {"training": pinned + 8 * parameters(c), "saving": saving}
 
 
 def bus_traffic(c: Qwen2Config, layout: Layout) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The training state, for an exact resume: weights, AdamW's moments, and the guards' counters.
 
-    out/state/step-000200/    a safetensors file a rank, and state.json: the step, the notes (the guards' counters and
+    out/state/step-000200/    safetensors files of each rank, and state.json: the step, the notes (the guards' counters and
                               what the run began with), every file's size and digest, and a digest of all that
 
 torch.distributed.checkpoint writes and reads the tensors, so a run can resume on another number of ranks. Its own
@@ -79,7 +79,9 @@ class States(contextlib.AbstractContextManager):
             return
         temporary = path_beside(self.folder / f"step-{step:06d}")
         temporary = self.world.first(lambda: (temporary.mkdir(parents=True), temporary)[1])
-        storage = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        # A file is put together in memory before it is written, so one of all tensors would take the state's size again.
+        files = {name: 1 + i % 16 for i, name in enumerate(tensors)}
+        storage = HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
         # async_save writes from a copy on the host. Copying ahead would ask CUDA for a stream, in a new thread and so
         # on the first device, where every rank would then hold a context.
         storage.per_thread_copy_ahead = 0

@@ -137,6 +137,12 @@ def test_two_states_are_kept_and_the_newest_is_loaded(states):
     assert not list(folder.rglob("*.pkl")) and not list(folder.rglob(".metadata"))
 
 
+def test_a_state_is_put_together_a_part_at_a_time(states):
+    """A file is in memory as a whole before it is written."""
+    sizes = [path.stat().st_size for path in (states[1] / "step-000015").glob("*.safetensors")]
+    assert max(sizes) < sum(sizes) / 4
+
+
 def spoil_a_byte(folder):
     path = next(folder.glob("*.safetensors"))
     data = bytearray(path.read_bytes())
