@@ -41,9 +41,7 @@ class TrainConfig:
     save_every: int = option(200, "steps between checkpoints; 0: only at the end", low=0, free=True)
     log_every: int = option(10, "steps between printed lines", low=1, free=True)
     tensorboard: bool = option(False, "also write the metrics for TensorBoard (package tensorboard)", free=True)
-    max_bad_steps: int = option(
-        5, "stop after this many steps in a row with a non-finite loss or gradient", low=1, free=True
-    )
+    max_bad_steps: int = option(5, "stop after so many non-finite losses or gradients in a row", low=1, free=True)
     timeout_minutes: float = option(10.0, "end the job when a rank has not responded for this long", above=0, free=True)
     seed: int = option(42, "seed of the data's order, and of everything that the toy makes", low=0)
     rope_theta: float = option(0.0, "base of the rotary embedding to train with; 0: the model's own", low=0)
@@ -56,6 +54,7 @@ class TrainConfig:
 class SftConfig(TrainConfig):
     """Stage 1: supervised fine-tuning on correct traces."""
 
+    label = "stage 1"  # in messages
     epochs: int = option(5, "passes over the data", low=1)
     batch_size: int = option(128, "sequences per optimiser step, over all ranks", low=1)
     lr: float = option(5e-5, "peak learning rate", low=0)
@@ -67,6 +66,7 @@ class SftConfig(TrainConfig):
 class RediConfig(TrainConfig):
     """Stage 2: pairs of a correct and an incorrect trace."""
 
+    label = "stage 2"
     objective: str = option("redi", "the loss; sft: on correct traces only", choices=("redi", "sft", "dpo", "simpo"))
     alpha: float | None = option(None, "weight of the incorrect trace", low=0, of={"redi": 0.8})
     chosen_weight: float | None = option(None, "weight of the correct trace", low=0, of={"redi": 1.0})
@@ -107,9 +107,7 @@ class SamplingConfig:
     seed: int = option(42, "seed of the samples", low=0)
     batch_size: int = option(0, "samples decoded at once; 0: 64, on a GPU up to 256", low=0, high=2**16, free=True)
     cache_gb: float = option(0.0, "size of the key-value cache in GB; 0: from free memory", low=0, high=1e6, free=True)
-    page_size: int = option(
-        0, "tokens per page of the cache; 0: 32 on a CPU, 256 on a GPU", low=0, high=2**16, free=True
-    )
+    page_size: int = option(0, "tokens per page of the cache; 0: 32, on a GPU 256", low=0, high=2**16, free=True)
     dtype: str = option("auto", "compute dtype; auto: bfloat16 if the device is fast at it", choices=DTYPES)
     batch_invariant: bool = option(True, "make the same samples, bit for bit, whatever else is in the batch")
     template: str = option(

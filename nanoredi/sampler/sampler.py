@@ -258,9 +258,14 @@ def _free_memory(model: Qwen2, num_rows: int, device: torch.device) -> float:
         block = _PREFILL_TOKENS * (8 * c.hidden_size + 4 * c.intermediate_size) * size
         return _GPU_SHARE * torch.cuda.mem_get_info(device)[0] - logits - block
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # this is not Linux
+        text = Path("/proc/meminfo").read_text() + Path("/proc/self/status").read_text()
+        free, own = (1024 * int(text.split(f"{name}:")[1].split()[0]) for name in ("MemAvailable", "RssAnon"))
+        # A container or a batch job may have less: its control group or a group around that has a limit.
+        groups = [line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        folders = [f for kind, path in groups for f in Path("/sys/fs/cgroup", kind, path[1:], "_").parents]
+        files = [f / name for f in folders for name in ("memory.max", "memory.limit_in_bytes") if (f / name).exists()]
+        free = min([free, *(int(limit) - own for f in files if (limit := f.read_text().strip()) != "max")])
+    except (OSError, IndexError):  # this is not Linux
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return _CPU_SHARE * free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 

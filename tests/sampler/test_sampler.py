@@ -315,3 +315,31 @@ def test_sampling_on_a_cpu_imports_no_compiler(toy_data, forks, tmp_path):
     flags = ["--model", toy_data / "model", *"--prompt a=1 --n 3 --max_tokens 2 --page_size 4".split()]
     done = ended(forks.start(tmp_path, "tests/no_compiler.py", ROOT / "sample.py", *flags))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "groups, limits, gb",
+    [
+        ("0::/user.slice", {"memory.max": "max", "user.slice/memory.max": "max"}, 40),  # of a whole machine
+        ("0::/", {"memory.max": "16000000000"}, 14),  # Docker
+        ("0::/job_7/step_0", {"job_7/memory.max": "12000000000", "job_7/step_0/memory.max": "max"}, 10),  # Slurm
+        ("0::/a/b", {"a/memory.max": "90000000000", "a/b/memory.max": "80000000000"}, 40),
+        ("5:memory:/docker/5f\n0::/", {"memory/memory.limit_in_bytes": "16000000000"}, 14),  # as seen inside
+        ("9:name=systemd:/\n5:memory:/s/job_7", {"memory/s/job_7/memory.limit_in_bytes": "12000000000"}, 10),
+        ("5:memory:/", {"memory/memory.limit_in_bytes": str(2**63 - 4096)}, 40),
+        ("", {}, 40),
+    ],
+)
+def test_the_cache_is_taken_from_what_a_container_may_use(groups, limits, gb, tmp_path, monkeypatch):
+    """40 GB are available; the process uses 2 of them already."""
+    files = {
+        "proc/meminfo": "MemTotal:  64000000 kB\nMemAvailable:   39062500 kB\n",
+        "proc/self/status": "Name:\tpython\nRssAnon:\t 1953125 kB\nRssFile:\t 7 kB\n",
+        "proc/self/cgroup": groups,
+        **{f"sys/fs/cgroup/{name}": f"{text}\n" for name, text in limits.items()},
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sampler, "Path", lambda *parts: tmp_path.joinpath(*(part.lstrip("/") for part in parts)))
+    assert sampler._free_memory(None, 1, torch.device("cpu")) == gb * 10**9 / 2
