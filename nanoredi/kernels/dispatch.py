@@ -13,7 +13,6 @@ package may use beside its operations.
 """
 
 import functools
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable

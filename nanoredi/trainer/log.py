@@ -45,25 +45,17 @@ class Log:
     """Every rank has one and adds the same steps; rank 0's writes them."""
 
     def __init__(
-        self,
-        config: SftConfig | RediConfig,
-        first: int,
-        total: int,
-        matrix_rate: float,
-        world: World,
-        label: str,
-        has_negatives: bool,
+        self, config: SftConfig | RediConfig, first: int, total: int, matrix_rate: float, world: World, negatives: bool
     ):
         """Begin after step number `first` of `total`: rows of later steps, which will be computed again, are dropped.
 
         Args:
             matrix_rate: FLOP/s that this rank's device reaches in a large matrix product.
-            label: the run's name in messages.
-            has_negatives: whether rows of stage 1 have weights below 0, so that there are rejected traces.
+            negatives: whether rows of stage 1 have weights below 0, so that there are rejected traces.
         """
-        self.config, self.total, self.matrix_rate, self.world, self.label = config, total, matrix_rate, world, label
+        self.config, self.total, self.matrix_rate, self.world = config, total, matrix_rate, world
         self.path = Path(config.out) / "metrics.jsonl"
-        self.has_rejected = has_negatives or getattr(config, "objective", "sft") != "sft" and config.alpha != 0
+        self.has_rejected = negatives or getattr(config, "objective", "sft") != "sft" and config.alpha != 0
         self.waiting: list[Step] = []
         self.start = self.last = time.perf_counter()
         self.first, self.line, self.num_lines = first, "no step yet", 0
@@ -101,7 +93,7 @@ class Log:
     def status(self) -> str:
         """The last line, and how long ago it was printed."""
         since = time.perf_counter() - self.last
-        return f"{self.label}, {clock(since)} after this line, {len(self.waiting)} steps on:\n{self.line}"
+        return f"{self.config.label}, {clock(since)} after this line, {len(self.waiting)} steps on:\n{self.line}"
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         with open(self.path, "ab", buffering=0) as file:
@@ -115,7 +107,7 @@ class Log:
             self.world.say(f"watched pairs after step {row['step']}: chosen {chosen}  rejected {rejected}")
         if rows[-1]["step"] == self.total:
             share = f"{rows[-1]['matrix_share']:.0%} of a large matrix product's rate at the end"
-            self.world.say(f"{self.label}: at most {rows[-1]['peak_memory_gb']:.1f} GB, {share}")
+            self.world.say(f"{self.config.label}: at most {rows[-1]['peak_memory_gb']:.1f} GB, {share}")
         for row in rows if self.board else []:
             for key, value in row.items():
                 if value is not None and key != "step":

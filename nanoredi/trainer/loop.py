@@ -65,12 +65,12 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
             run.save_state(number)
             if stops:
                 run.states.wait()
-                raise Stopped(f"{run.log.label} was asked to stop: step {number} is saved, the same command resumes")
+                raise Stopped(f"{config.label} was asked to stop: step {number} is saved, the same command resumes")
         run.save_model(out / "final", run.total)
         run.states.drop()
-        world.say(f"{run.log.label}: saved {out / 'final'}")
+        world.say(f"{config.label}: saved {out / 'final'}")
         if asked_to_stop():
-            raise Stopped(f"{run.log.label} was asked to stop, and is finished")
+            raise Stopped(f"{config.label} was asked to stop, and is finished")
 
 
 class _Run:
@@ -96,18 +96,17 @@ class _Run:
             data.reference, self.began_with["reference"] = reference_logps(config, model, data, dtype, world)
         self.optimizer = AdamW(model, config.lr, config.weight_decay)
         self.total = num_steps(len(data), config.batch_size, config.epochs, config.max_steps)
-        stage = "stage 1" if isinstance(config, SftConfig) else "stage 2"
         parameters, how = sum(p.numel() for p in model.parameters()), str(dtype)[6:]
         if world.device.type == "cuda" and dtype == torch.bfloat16:
             how += f", {flash_attention()}"
         world.say(
-            f"{stage}: {config.model} ({parameters:,} parameters, {how})\n"
+            f"{config.label}: {config.model} ({parameters:,} parameters, {how})\n"
             f"  {len(data):,} rows of {config.data}, {self.total:,} steps of {config.batch_size}, "
             f"{world.size} rank{'s' if world.size > 1 else ''}\n  kill -USR1 {os.getpid()} prints its status"
         )
         self.states, self.guards = States(Path(config.out) / "state", world), Guards(config, world)
         self.first = resume(self.states, model, self.optimizer, self.guards, self.began_with)  # steps that are done
-        self.log = Log(config, self.first, self.total, rate, world, stage, bool((data.row_weights < 0).any()))
+        self.log = Log(config, self.first, self.total, rate, world, bool((data.row_weights < 0).any()))
 
     def save_state(self, step: int) -> None:
         notes = {**self.guards.state(), "began_with": self.began_with}

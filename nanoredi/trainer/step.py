@@ -4,7 +4,6 @@ The host never waits for the device here: a step's metrics stay there until the 
 a step end on the host.
 """
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -78,4 +77,4 @@ def forward_backward(
 def _idle(units: list[Unit]) -> Unit:
     """A short sequence of weight 0, for a rank that has none in this micro-batch but takes part in the collectives."""
     shortest = min((s for unit in units for s in unit), key=lambda s: len(s.tokens))
-    return (shortest._replace(learned=np.zeros_like(shortest.learned), weight=0.0),)
+    return (shortest._replace(learned=shortest.learned & False, weight=0.0),)

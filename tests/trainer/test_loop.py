@@ -89,7 +89,7 @@ def test_a_run_s_files(redi, one_rank, tmp_path, capsys):
 
 def test_a_step_fits_a_terminal_of_80_columns(one_rank, tmp_path):
     config = RediConfig(out=str(tmp_path), log_every=1)
-    log = Log(config, 0, 99_999, 1e9, one_rank, "stage 2", False)
+    log = Log(config, 0, 99_999, 1e9, one_rank, False)
     row = dict.fromkeys(("loss", "chosen_logp", "rejected_logp"), -9.87654)
     row |= {"step": 99_998, "grad_norm": None, "update_norm": 1e-9, "lr": 1e-6, "tokens_per_s": 999_999.0}
     log.last = log.start + 99 * 3600 * 99_998
