@@ -44,3 +44,5 @@ def _(parameter: Tensor) -> None:
     if total is None:
         return NotImplemented
     total.zero_()
+    # torch's fused AdamW changes weights without a new version, so `cast` would return the copy from before.
+    torch.autograd.graph.increment_version(parameter)

@@ -8,6 +8,7 @@ from torch import nn
 from nanoredi.cpu.masters import cast, kept_sum, make_master
 from nanoredi.kernels import embedding, linear, rms_norm, weighted_cross_entropy
 from nanoredi.kernels.dispatch import drop_gradient
+from nanoredi.trainer.optimizer import AdamW
 
 
 def two_losses(model, dtype, level="off"):
@@ -84,3 +85,17 @@ def test_under_no_grad_nothing_is_added():
         _, x = rms_norm(embedding(torch.tensor([3, 1]), weight), norm, 1e-6)
         weighted_cross_entropy(linear(x, weight), weight, torch.tensor([0, 1]), torch.ones(2))
     assert not weight.grad.any() and not norm.grad.any()
+
+
+def test_a_copy_follows_the_optimiser():
+    """Steps of AdamW that are large enough to be seen in bf16."""
+    model = tiny.tiny_model(tied=True)
+    for p in model.parameters():
+        make_master(p)
+    optimizer = AdamW(model, lr=0.1, weight_decay=0.0)
+    for _ in range(2):
+        before = [cast(p, torch.bfloat16).clone() for p in model.parameters()]
+        two_losses(model, torch.bfloat16)
+        optimizer.step(torch.tensor(1.0), 1.0, torch.tensor(0.0))
+        for p, old in zip(model.parameters(), before):
+            assert torch.equal(cast(p, torch.bfloat16), p.detach().bfloat16()) and not torch.equal(p.bfloat16(), old)
