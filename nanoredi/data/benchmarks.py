@@ -102,7 +102,7 @@ def find(name: str, folder: str) -> Path:
     path = Path(name)
     if name in NAMED:
         if not folder:
-            raise UserError(f"the benchmark {name} needs its file: give --data DIR, the folder with {name}.json")
+            raise UserError(f"the benchmark {name} needs {name}.json: give --data DIR (train_redi.py: --evaluate.data)")
         found = [file for suffix in SUFFIXES if (file := Path(folder, name + suffix)).exists()]
         if not os.path.isdir(folder):
             own = f"; give a file of your own by its path: --benchmarks {folder}" * os.path.isfile(folder)

@@ -103,7 +103,7 @@ def test_an_empty_list_is_no_gold_answer(tmp_path):
 def test_missing_files_and_wrong_numbers_of_problems(tmp_path):
     with pytest.raises(UserError, match=r"no benchmark 'math50' \(did you mean 'math500'\?\)"):
         load("math50", "")
-    with pytest.raises(UserError, match="give --data DIR"):
+    with pytest.raises(UserError, match="math500.json: give --data DIR .train_redi.py: --evaluate.data."):
         load("math500", "")
     (tmp_path / "own.jsonl").write_text("")
     with pytest.raises(
