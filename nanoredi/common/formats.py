@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,13 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
             raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
         return
     with _table(path) as (_, batches):
-        number = 0
+        number = count(1)
         for batch in batches(fields):
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 part = batch.slice(start, _ROWS_AT_ONCE)
                 columns = {n: _cells(c) for n, c in zip(part.schema.names, part.columns) if not fields or n in fields}
                 for i in range(part.num_rows):
-                    number += 1
-                    yield f"{path}, row {number}", {name: cells[i] for name, cells in columns.items()}
+                    yield f"{path}, row {next(number)}", {name: cells[i] for name, cells in columns.items()}
 
 
 def _cells(column: Any) -> list[Any]:
