@@ -32,10 +32,47 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"messages": SHAREGPT[:1], "completion": "B"},
         {"problem": "Q", "conversations": SHAREGPT, "completion": "B"},
         {"prompt": "Q", "completion": "B", "reasoning": "on"},
+        {"instruction": "Q", "input": "", "output": "B", "text": "Below is an instruction"},  # Alpaca's
+        {"instruction": "", "input": "Q", "output": "B", "history": []},
+        {"input": TURNS[:1], "output": "B", "reasoning": "on"},
+        {"query": "Q", "response": "B", "original_question": "R"},
+        {"prompt": "Q", "response": "B", "label": "no", "correct": 1.0},
+        {"messages": TURNS[:1], "response": "B"},
+        {"conversations": SHAREGPT, "instruction": "R", "output": "C"},
+        {"messages": [{**TURNS[0], "train": False}, TURNS[1]], "images": [], "kto_tag": True, "functions": None},
     ],
 )
 def test_stage_1_rows(row):
-    assert conversation("here", row) == TURNS
+    answer = conversation("here", row)
+    assert [(message["role"], message["content"]) for message in answer] == [("user", "Q"), ("assistant", "B")]
+
+
+def test_alpaca_s_instruction_and_input_are_one_prompt():
+    parts = {"instruction": "Q", "input": "R", "context": None}
+    asked = user_message("Q\nR")
+    assert conversation("here", {**parts, "output": "B"}) == [*asked, TURNS[1]]
+    assert conversation("here", {**parts, "response": "B", "system": "S"})[1:] == [*asked, TURNS[1]]
+    assert pair("here", {**parts, "chosen": "B", "rejected": "C"})[0] == asked
+    assert pair("here", {**parts, "prompt": "P", "chosen": "B", "rejected": "C"})[0] == user_message("P")
+    with pytest.raises(UserError, match=r"here: input is \{'a': 1\}; it must be text"):
+        conversation("here", {**parts, "input": {"a": 1}, "output": "B"})
+
+
+@pytest.mark.parametrize(
+    "row, names",
+    [
+        # In some of Alpaca's files the prompt is the instruction together with the output.
+        (
+            {"prompt": "### Instruction: Q ### Output: B", "instruction": "Q", "output": "B"},
+            "'prompt' and 'instruction'",
+        ),
+        ({"question": "Q", "context": "C", "response": "B"}, "'question' and 'context'"),
+        ({"prompt": TURNS[:1], "input": "R", "output": "B"}, "'prompt' and 'input'"),
+    ],
+)
+def test_a_prompt_in_two_fields_is_refused(row, names):
+    with pytest.raises(UserError, match=f"here has {names}: one field must hold all that is asked"):
+        conversation("here", row)
 
 
 def test_thinking_beside_a_completion_belongs_to_it():
@@ -46,11 +83,28 @@ def test_thinking_beside_a_completion_belongs_to_it():
             assert conversation("here", {**thought, "completion": completion}) == conversation("here", thought)
 
 
-@pytest.mark.parametrize("field", ["label", "correct", "is_correct"])
+@pytest.mark.parametrize("field", ["label", "correct", "is_correct", "kto_tag"])
 def test_rows_labelled_wrong_are_not_learned_as_right(field):
-    for verdict in (False, "False", "false", [False]):
+    for verdict in (False, "False", "false", [False], 0, 0.0, "0"):
         with pytest.raises(UserError, match=f"here: {field!r} is false; give the row a 'weight'"):
             conversation("here", {"messages": TURNS, field: verdict})
+
+
+@pytest.mark.parametrize("field", ["loss", "train", "training"])
+def test_an_answer_that_a_trainer_is_not_to_learn_is_not_learned(field):
+    with pytest.raises(UserError, match=f"here: {field!r} is false; give the row a 'weight'"):
+        conversation("here", {"messages": [TURNS[0], {**TURNS[1], field: False}]})
+    assert conversation("here", {"messages": [TURNS[0], {**TURNS[1], field: False, "weight": 0}]})[0] == TURNS[0]
+
+
+@pytest.mark.parametrize("field", ["weight", "rejected_weight"])
+def test_a_pair_has_no_other_weight_than_the_chosen_s(field):
+    row = {"prompt": "Q", "chosen": "B", "rejected": "C"}
+    for weight in (0.5, 0, "1"):
+        with pytest.raises(UserError, match=f"here has {field!r}: the only weight .* is 'chosen_weight'"):
+            pair("here", {**row, field: weight})
+    for weight in (1, 1.0, None):
+        assert pair("here", {**row, field: weight}) == pair("here", {**row, "chosen_weight": 0.5})
 
 
 def test_a_message_may_hold_the_weight_of_a_wrong_answer():
@@ -74,6 +128,8 @@ WHOLE = {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content"
         {"messages": TURNS[:1], "chosen": TURNS[1], "rejected": WHOLE["rejected"][1]},
         {"problem": "Q", "chosen": "B", "rejected": "C"},
         {"messages": TURNS, "question": "other", **WHOLE},
+        {"input": "Q", "chosen": "B", "rejected": "C"},
+        {"instruction": "other", **WHOLE},
     ],
 )
 def test_stage_2_rows(row):
@@ -98,8 +154,9 @@ def test_a_separate_system_message_comes_first():
     for row in (WHOLE, {"prompt": "Q", "chosen": "B", "rejected": "C"}):
         assert pair("here", {"system": "S", **row})[0] == [system, TURNS[0]]
         assert pair("here", {"system": None, "system_prompt": "S", **row})[0] == [system, TURNS[0]]
-        with pytest.raises(UserError, match="here has 'tools', which prompts do not show"):
-            pair("here", {"tools": [{"name": "f"}], **row})
+        for unshown in ("tools", "functions", "images", "history"):
+            with pytest.raises(UserError, match=f"here has {unshown!r}, which prompts do not show"):
+                pair("here", {unshown: [{"name": "f"}], **row})
         assert pair("here", {"system": None, **row})[0] == TURNS[:1]
     with pytest.raises(UserError, match=r"here: system is \['S'\]; it must be text or null"):
         conversation("here", {"system": ["S"], "messages": TURNS})
