@@ -145,8 +145,7 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         import pyarrow.parquet
     except ImportError:
-        kind = path.suffix[1:].capitalize()
-        raise UserError(f"{path} is a {kind} file, which takes pyarrow to read: pip install pyarrow") from None
+        raise UserError(f"{path} takes pyarrow to read: pip install pyarrow") from None
     regular(path)
     try:
         if path.suffix == ".parquet":

@@ -74,9 +74,8 @@ def load_all(names: list[str], folder: str, limit: int = 0, template: str = "") 
         UserError: as load does, and for a file that is named twice.
     """
     paths = [find(name, folder).resolve() for name in names]
-    for name, path in zip(names, paths):
-        if paths.count(path) > 1:
-            raise UserError(f"--benchmarks names {name} twice")
+    if twice := next((name for name, path in zip(names, paths) if paths.count(path) > 1), None):
+        raise UserError(f"--benchmarks names {twice} twice")
     shown = unique_names([Path(name) if name in NAMED else path for name, path in zip(names, paths)])
     return [replace(load(name, folder, limit, template), name=unique) for name, unique in zip(names, shown)]
 

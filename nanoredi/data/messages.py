@@ -9,6 +9,7 @@ messages; an answer is text (the assistant's), a message, or a list that ends wi
 as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its content may be a list of text parts.
 """
 
+import re
 from typing import Any
 
 from nanoredi.common.errors import UserError
@@ -22,9 +23,8 @@ SIDES = ("chosen", "rejected")
 PROMPTS = ("prompt", "conversations", "problem", "question", "messages", "instruction", "query", "input")
 ALPACA = ("instruction", "input", "context")  # together they are one prompt
 _ANSWERS = ("completion", "output", "response")
-# Fields of a row, or of its answer, that say whether it is right, or whether a trainer is to learn it.
-_VERDICTS = ("label", "correct", "is_correct", "kto_tag", "loss", "train", "training")
-# Parts of a row that belong to its prompt, and that no prompt shows here.
+_VERDICTS = ("label", "correct", "is_correct", "kto_tag", "loss", "train", "training")  # false: not to be learned
+# Fields that belong to a row's prompt, and that no prompt shows.
 UNSHOWN = "tools functions images videos audios documents history chat_template_kwargs".split()
 
 
@@ -88,7 +88,7 @@ def _is_text(part: Any) -> bool:
 
 def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
-    given = _given(row)
+    given = _given(where, row)
     name = "conversations" if "conversations" in given and "messages" not in given else "messages"
     field = next((field for field in _ANSWERS if field in given), None)
     if field and last_role(given.get("messages" if field == "completion" else name)) != "assistant":
@@ -96,10 +96,8 @@ def conversation(where: str, row: Any) -> Messages:
         messages = [*prompt_of(where, given, field, before), answer]
     elif name not in given:
         raise _missing(where, given, "'messages' (nor 'prompt' with 'completion', nor 'instruction' with 'output')")
-    elif not isinstance(given[name], list):
-        raise UserError(f"{where}: {name!r} must be a list of messages with role and content")
     else:
-        messages = check_messages(f"{where}: {name!r}", given[name])
+        messages = check_messages(f"{where}: {name!r}", check(where, given[name], list, name))
     if (role := messages[-1]["role"]) != "assistant":
         raise UserError(f"{where}: the last message must be the assistant's; its role is {role!r}")
     if len(messages) == 1:
@@ -113,7 +111,7 @@ def conversation(where: str, row: Any) -> Messages:
 
 def pair(where: str, row: Any) -> tuple[Messages, Messages]:
     """The prompt of a stage 2 row, and its chosen and rejected answers."""
-    given = _given(row)
+    given = _given(where, row)
     if missing := next((name for name in SIDES if name not in given), None):
         raise _missing(where, given, repr(missing))
     if unread := next((name for name in ("weight", "rejected_weight") if given.get(name, 1) != 1), None):
@@ -124,9 +122,13 @@ def pair(where: str, row: Any) -> tuple[Messages, Messages]:
     return prompt_of(where, given, "chosen", before), [chosen, rejected]
 
 
-def _given(row: Any) -> dict[str, Any]:
+def _given(where: str, row: Any) -> dict[str, Any]:
     """A row's fields without those that are null: `datasets` reads a missing field as null."""
-    return {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    given = {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    for name in (*PROMPTS, *_ANSWERS, *SIDES):
+        if isinstance(text := given.get(name), str) and re.match(r"\s*\[\s*{\s*['\"](role|content|from|value)\b", text):
+            raise UserError(f"{where}: {name!r} has messages written as text, as in CSV: give a list, as in JSONL")
+    return given
 
 
 def _missing(where: str, given: dict[str, Any], name: str) -> UserError:

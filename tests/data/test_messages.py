@@ -1,5 +1,7 @@
 """Rows in common layouts to messages, and refused rows."""
 
+import json
+
 import pytest
 
 from nanoredi.common.errors import UserError
@@ -81,6 +83,26 @@ def test_thinking_beside_a_completion_belongs_to_it():
         assert conversation("here", thought) == [TURNS[0], {**TURNS[1], "reasoning_content": "A"}]
         for completion in (TURNS[1], TURNS[1:], TURNS):
             assert conversation("here", {**thought, "completion": completion}) == conversation("here", thought)
+
+
+@pytest.mark.parametrize("messages", [TURNS, SHAREGPT, PARTS])
+@pytest.mark.parametrize("write", [str, json.dumps, lambda messages: json.dumps(messages, indent=1)])
+def test_messages_written_as_text_are_refused(messages, write):
+    """In a CSV file a list is its own representation, which would be learned as text."""
+    words = "has messages written as text, as in CSV: give a list, as in JSONL"
+    asked, answer = write(messages[:1]), write(messages[1:])
+    for row in ({"messages": write(messages)}, {"prompt": "Q", "completion": answer}, {"input": asked, "output": "B"}):
+        with pytest.raises(UserError, match=words):
+            conversation("here", row)
+    for row in ({"prompt": asked, "chosen": "B"}, {"prompt": "Q", "chosen": answer}, {"chosen": write(messages)}):
+        with pytest.raises(UserError, match=words):
+            pair("here", {"rejected": "C", **row})
+
+
+@pytest.mark.parametrize("text", ["[{'a': 1}]", "[role]", "{'role': 1}", 'x [{"role": "user"}]', "[{valued}]"])
+def test_other_text_in_brackets_is_learned(text):
+    assert conversation("here", {"prompt": text, "completion": text})[1]["content"] == text
+    assert conversation("here", {"messages": [*user_message('[{"role": 1}]'), TURNS[1]]})[1] == TURNS[1]
 
 
 @pytest.mark.parametrize("field", ["label", "correct", "is_correct", "kto_tag"])
