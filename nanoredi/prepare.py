@@ -32,7 +32,7 @@ from nanoredi.common.progress import progress
 from nanoredi.data import own_responses as own
 from nanoredi.data.decontaminate import Overlap
 from nanoredi.data.filters import SFT_GATE, Gates, say_dropped
-from nanoredi.data.messages import ALPACA, PROMPTS, SIDES, THINKING_NAMES, UNSHOWN
+from nanoredi.data.messages import PARTS, PROMPTS, SIDES, THINKING_NAMES, UNSHOWN
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all 
 # The only columns of a Parquet or Arrow file that are read.
 _FIELDS = (
     *"problem_is_valid source generations correctness answer correct system system_prompt completion sample".split(),
-    *("finish_reason", "finish_reasons", *PROMPTS, *ALPACA, *UNSHOWN, *THINKING_NAMES),
+    *("finish_reason", "finish_reasons", *PROMPTS, *chain(*PARTS.values()), *UNSHOWN, *THINKING_NAMES),
 )
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 Rows = Iterable[tuple[str, dict[str, Any]]]  # (file and line, for error messages; row)
@@ -111,14 +111,12 @@ def find_files(paths: list[str]) -> list[Path]:
     """The files among the paths, and the files of the folders among them, sorted by name."""
     files: list[Path] = []
     for path in map(Path, paths):
-        if not path.is_dir():
-            files.append(path)
-            continue
-        kinds = {kind: found for kind in _KINDS if (found := sorted(path.glob(f"*{kind}")))}
-        if len(kinds) != 1:  # files of two kinds probably hold the same rows
+        inside = path.is_dir()
+        kinds = {kind: found for kind in _KINDS if inside and (found := sorted(path.glob(f"*{kind}")))}
+        if inside and len(kinds) != 1:  # files of two kinds probably hold the same rows
             holds = "both " + " and ".join(kinds) if kinds else "none"
             raise UserError(f"the folder {path} must hold one kind of {', '.join(_KINDS)} files; it holds {holds}")
-        files += next(iter(kinds.values()))
+        files += next(iter(kinds.values())) if inside else [path]
     return files
 
 

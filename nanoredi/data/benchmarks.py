@@ -19,7 +19,7 @@ from typing import Any
 
 from nanoredi.common.errors import UserError, nearest
 from nanoredi.common.files import read_rows
-from nanoredi.data.messages import user_message, with_system
+from nanoredi.data.messages import PARTS, user_message, with_system
 from nanoredi.grader import extract_answer
 
 # {name: number of problems}
@@ -177,7 +177,7 @@ def problem_of(row: dict[str, Any]) -> str | None:
     texts = {name: text for name, text in row.items() if isinstance(text, str) and text.strip()}
     if "problem" in texts or "question" not in texts:
         return texts.get("problem")
-    return "\n".join(texts[name] for name in ("context", "body", "question") if name in texts)
+    return "\n".join(texts[name] for name in PARTS["question"] if name in texts)
 
 
 def golds_of(where: str, answer: Any) -> list[str]:

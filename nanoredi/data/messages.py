@@ -21,7 +21,8 @@ _SHAREGPT = {"human": "user", "gpt": "assistant"}
 THINKING_NAMES = ("reasoning_content", "reasoning", "thinking")
 SIDES = ("chosen", "rejected")
 PROMPTS = ("prompt", "conversations", "problem", "question", "messages", "instruction", "query", "input")
-ALPACA = ("instruction", "input", "context")  # together they are one prompt
+# Fields that are one prompt together, by the field that must be there: Alpaca's, and those of questions about a text.
+PARTS = {"instruction": ("instruction", "input", "context"), "question": ("context", "body", "question")}
 _ANSWERS = ("completion", "output", "response")
 _VERDICTS = ("label", "correct", "is_correct", "kto_tag", "loss", "train", "training")  # false: not to be learned
 # Fields that belong to a row's prompt, and that no prompt shows.
@@ -141,10 +142,11 @@ def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messa
     there = (name for name in names if given.get(name) is not None)
     # A conversation that ends with an answer is a prompt only if there is no other field, and then refused.
     name = min(there, key=lambda name: last_role(given[name]) == "assistant", default=None)
-    asked, parts = given.get(name), [part for part in ALPACA if given.get(part)]
-    if name == "instruction":
-        asked = "\n".join(check(where, given[part], str, part) for part in parts)
-    elif name and answer in _ANSWERS[1:] and (beside := [part for part in parts if part != name]):
+    parts = PARTS.get(name, (name,))
+    if isinstance(asked := given.get(name), str):
+        asked = "\n".join(filter(str.strip, (check(where, given.get(part) or "", str, part) for part in parts)))
+    beside = [part for part in PARTS["instruction"] if given.get(part) and part not in parts]
+    if name and beside and answer in _ANSWERS[1:]:
         raise UserError(f"{where} has {name!r} and {beside[0]!r}: one field must hold all that is asked")
     prompt = check_messages(f"{where}: {name!r}", asked) if name else before
     if not prompt:

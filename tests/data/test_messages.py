@@ -5,7 +5,8 @@ import json
 import pytest
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.messages import check_messages, conversation, pair, user_message
+from nanoredi.data.benchmarks import problem_of
+from nanoredi.data.messages import check_messages, conversation, pair, prompt_of, user_message
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}]
 SHAREGPT = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "B"}]
@@ -60,6 +61,19 @@ def test_alpaca_s_instruction_and_input_are_one_prompt():
         conversation("here", {**parts, "input": {"a": 1}, "output": "B"})
 
 
+def test_a_question_about_a_text_is_asked_with_it_as_in_sampling():
+    row = {"question": "Q", "context": "C", "body": None, "id": 3}
+    asked = user_message(problem_of(row))
+    assert asked == user_message("C\nQ") and prompt_of("here", row) == asked
+    assert conversation("here", {**row, "completion": "B"}) == conversation("here", {**row, "response": "B"})
+    assert conversation("here", {**row, "completion": "B"}) == [*asked, TURNS[1]]
+    assert pair("here", {**row, "chosen": "B", "rejected": "C"})[0] == asked
+    assert pair("here", {**row, "prompt": "P", "chosen": "B", "rejected": "C"})[0] == user_message("P")
+    assert pair("here", {**row, **WHOLE})[0] == TURNS[:1]
+    with pytest.raises(UserError, match=r"here: context is \['C'\]; it must be text"):
+        conversation("here", {**row, "context": ["C"], "completion": "B"})
+
+
 @pytest.mark.parametrize(
     "row, names",
     [
@@ -68,7 +82,7 @@ def test_alpaca_s_instruction_and_input_are_one_prompt():
             {"prompt": "### Instruction: Q ### Output: B", "instruction": "Q", "output": "B"},
             "'prompt' and 'instruction'",
         ),
-        ({"question": "Q", "context": "C", "response": "B"}, "'question' and 'context'"),
+        ({"query": "Q", "context": "C", "response": "B"}, "'query' and 'context'"),
         ({"prompt": TURNS[:1], "input": "R", "output": "B"}, "'prompt' and 'input'"),
     ],
 )
