@@ -39,7 +39,7 @@ def refuse_folder(path: Path) -> None:
     """Raise a UserError for a folder, suggesting a file in it."""
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix in _KINDS)
-        such_as = f", such as {inside[0]}" if inside else ""
+        such_as = f", such as {inside[0]}" + f", the first of {len(inside)}" * (len(inside) > 1) if inside else ""
         raise UserError(f"{path} is a folder: give the file in it that holds the rows{such_as}")
 
 

@@ -75,8 +75,12 @@ def test_csv(tmp_path, name, between):
 
 def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "data-00000-of-00001.arrow").touch()
-    with pytest.raises(UserError, match="is a folder: give the file .* such as .*test/data-00000-of-00001.arrow"):
+    (tmp_path / "test" / "data-00000-of-00002.arrow").touch()
+    words = "is a folder: give the file .* such as .*test/data-00000-of-00002.arrow"
+    with pytest.raises(UserError, match=f"{words}$"):
+        list(read_rows(str(tmp_path)))
+    (tmp_path / "test" / "data-00001-of-00002.arrow").touch()  # so the first file is not all there is
+    with pytest.raises(UserError, match=f"{words}, the first of 2$"):
         list(read_rows(str(tmp_path)))
 
 
