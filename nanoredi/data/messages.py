@@ -138,10 +138,10 @@ def _missing(where: str, given: dict[str, Any], name: str) -> UserError:
 
 def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messages | None = None) -> Messages:
     """A row's prompt with its system message. `before`: what comes before the answer in the field `answer`."""
+    given = _given(where, given)
     names = PROMPTS[:2] if before else PROMPTS  # beside whole conversations the other names may hold anything
-    there = (name for name in names if given.get(name) is not None)
     # A conversation that ends with an answer is a prompt only if there is no other field, and then refused.
-    name = min(there, key=lambda name: last_role(given[name]) == "assistant", default=None)
+    name = min((n for n in names if n in given), key=lambda n: last_role(given[n]) == "assistant", default=None)
     parts = PARTS.get(name, (name,))
     if isinstance(asked := given.get(name), str):
         asked = "\n".join(filter(str.strip, (check(where, given.get(part) or "", str, part) for part in parts)))

@@ -111,6 +111,9 @@ def test_messages_written_as_text_are_refused(messages, write):
     for row in ({"prompt": asked, "chosen": "B"}, {"prompt": "Q", "chosen": answer}, {"chosen": write(messages)}):
         with pytest.raises(UserError, match=words):
             pair("here", {"rejected": "C", **row})
+    for name in ("prompt", "messages"):
+        with pytest.raises(UserError, match=words):
+            prompt_of("here", {name: asked, "generations": ["B"]})
 
 
 @pytest.mark.parametrize("text", ["[{'a': 1}]", "[role]", "{'role': 1}", 'x [{"role": "user"}]', "[{valued}]"])
