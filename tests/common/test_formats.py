@@ -66,7 +66,7 @@ def test_an_object_that_is_itself_the_row(tmp_path, row):
     assert [row for _, row in read_rows(str(tmp_path / "one.json"))] == [row]
 
 
-@pytest.mark.parametrize("name, between", [("a.csv", ","), ("a.tsv", "\t")])
+@pytest.mark.parametrize("name, between", [("a.csv", ","), ("A.CSV", ","), ("a.tsv", "\t")])
 def test_csv(tmp_path, name, between):
     text = f'\ufeffproblem{between}answer\r\n"a, ""b""\nc"{between}1\r\né{between}2\r\n'
     (tmp_path / name).write_bytes(text.encode())
@@ -89,6 +89,7 @@ def test_tables(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.Table.from_pylist(ROWS)
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70)
+    parquet.write_table(table, tmp_path / "B.PARQUET")
     for name, new in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
         with new(tmp_path / name, table.schema) as writer:
             writer.write_table(table, max_chunksize=100)
