@@ -32,16 +32,15 @@ from nanoredi.common.progress import progress
 from nanoredi.data import own_responses as own
 from nanoredi.data.decontaminate import Overlap
 from nanoredi.data.filters import SFT_GATE, Gates, say_dropped
-from nanoredi.data.messages import SIDES, THINKING_NAMES
+from nanoredi.data.messages import PARTS, PROMPTS, SIDES, THINKING_NAMES, UNSHOWN
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 
 PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all of OpenR1-Math-Raw
 # The only columns of a Parquet or Arrow file that are read.
 _FIELDS = (
-    *"problem_is_valid source problem question generations correctness answer correct tools system".split(),
-    *"system_prompt prompt messages conversations completion finish_reason sample".split(),
-    *THINKING_NAMES,
+    *"problem_is_valid source generations correctness answer correct system system_prompt completion sample".split(),
+    *("finish_reason", "finish_reasons", *PROMPTS, *chain(*PARTS.values()), *UNSHOWN, *THINKING_NAMES),
 )
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 Rows = Iterable[tuple[str, dict[str, Any]]]  # (file and line, for error messages; row)
@@ -112,14 +111,12 @@ def find_files(paths: list[str]) -> list[Path]:
     """The files among the paths, and the files of the folders among them, sorted by name."""
     files: list[Path] = []
     for path in map(Path, paths):
-        if not path.is_dir():
-            files.append(path)
-            continue
-        kinds = {kind: found for kind in _KINDS if (found := sorted(path.glob(f"*{kind}")))}
-        if len(kinds) != 1:  # files of two kinds probably hold the same rows
+        inside = path.is_dir()
+        kinds = {kind: found for kind in _KINDS if inside and (found := sorted(path.glob(f"*{kind}")))}
+        if inside and len(kinds) != 1:  # files of two kinds probably hold the same rows
             holds = "both " + " and ".join(kinds) if kinds else "none"
             raise UserError(f"the folder {path} must hold one kind of {', '.join(_KINDS)} files; it holds {holds}")
-        files += next(iter(kinds.values()))
+        files += next(iter(kinds.values())) if inside else [path]
     return files
 
 
@@ -193,10 +190,8 @@ def table(counts: dict[str, int]) -> str:
     lines = [f"{gate:{width}}  {rows:>9,}" for gate, rows in counts.items()]
     rows_read, *_, pairs = counts.values()
     if rows_read > 100_000 and (counts[SFT_GATE], pairs) != PUBLISHED_COUNTS:
-        sft, pairs = PUBLISHED_COUNTS
-        lines.append(
-            f"These are not the paper's counts: it has {sft:,} SFT traces and {pairs:,} pairs of OpenR1-Math-Raw."
-        )
+        published = "{:,} SFT traces and {:,} pairs of OpenR1-Math-Raw".format(*PUBLISHED_COUNTS)
+        lines.append(f"These are not the paper's counts: it has {published}.")
     return "\n".join(lines)
 
 
@@ -207,8 +202,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{' and '.join(missing)} must be given; --help lists the flags")
     if flags.drop and not flags.decontaminate:
         raise UserError("--drop needs --decontaminate FILE ..., the benchmarks whose overlaps it drops")
-    overlap = Overlap(flags.decontaminate, flags.drop)
-    out = Path(flags.out)
+    out, overlap = Path(flags.out), Overlap(flags.decontaminate, flags.drop)
     counts = prepare(find_files(flags.raw), Tokenizer(flags.tokenizer), out, flags, overlap)
     print(table(counts))
     if overlap.files:

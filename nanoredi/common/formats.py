@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _ROWS = "data rows samples examples request_states results".split()
 
 def num_rows(path: Path) -> int:
     """The number of rows in a file; lines are counted without parsing them."""
-    if path.suffix in _TABLES:
+    if path.suffix.lower() in _TABLES:
         with _table(path) as (total, _):
             return total
     return sum(1 for _ in file_rows(path))
@@ -38,8 +38,8 @@ def num_rows(path: Path) -> int:
 def refuse_folder(path: Path) -> None:
     """Raise a UserError for a folder, suggesting a file in it."""
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
-        inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix in _KINDS)
-        such_as = f", such as {inside[0]}" if inside else ""
+        inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix.lower() in _KINDS)
+        such_as = f", such as {inside[0]}" + f", the first of {len(inside)}" * (len(inside) > 1) if inside else ""
         raise UserError(f"{path} is a folder: give the file in it that holds the rows{such_as}")
 
 
@@ -54,22 +54,21 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
         UserError: when the file cannot be read.
     """
     refuse_folder(path)
-    if path.suffix not in _TABLES:
-        rows_of = _csv_rows if path.suffix in (".csv", ".tsv") else _text_rows
+    if path.suffix.lower() not in _TABLES:
+        rows_of = _csv_rows if path.suffix.lower() in (".csv", ".tsv") else _text_rows
         try:
             yield from rows_of(regular(path))
         except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:  # EOFError: a .gz is cut short
             raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
         return
     with _table(path) as (_, batches):
-        number = 0
+        number = count(1)
         for batch in batches(fields):
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 part = batch.slice(start, _ROWS_AT_ONCE)
                 columns = {n: _cells(c) for n, c in zip(part.schema.names, part.columns) if not fields or n in fields}
                 for i in range(part.num_rows):
-                    number += 1
-                    yield f"{path}, row {number}", {name: cells[i] for name, cells in columns.items()}
+                    yield f"{path}, row {next(number)}", {name: cells[i] for name, cells in columns.items()}
 
 
 def _cells(column: Any) -> list[Any]:
@@ -91,7 +90,7 @@ def _text(cell: Any) -> str | None:
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(MAX_CHARS)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t", strict=True)
+        table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         names = list(table.fieldnames or ())
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"{path}: its first line names the column {twice[0]!r} twice")
@@ -112,7 +111,7 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
         first = list(islice(lines, 2))
         line = first[0][1].strip() if first else b""
         is_row = len(first) > 1 and line[:1] + line[-1:] in (b"{}", b"[]")
-        if not is_row and (line[:1] == b"[" or line[:1] == b"{" and ".json" in path.suffixes):
+        if not is_row and (line[:1] == b"[" or line[:1] == b"{" and ".json" in map(str.lower, path.suffixes)):
             rows = _rows(path, b"".join(line for _, line in first) + file.read())
             yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
         else:
@@ -146,11 +145,10 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         import pyarrow.parquet
     except ImportError:
-        kind = path.suffix[1:].capitalize()
-        raise UserError(f"{path} is a {kind} file, which takes pyarrow to read: pip install pyarrow") from None
+        raise UserError(f"{path} takes pyarrow to read: pip install pyarrow") from None
     regular(path)
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             # By default whole row groups are loaded, and kept, and a row group may be the whole file.
             with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as table:
                 yield table.metadata.num_rows, lambda fields: table.iter_batches(_ROWS_AT_ONCE, columns=fields)

@@ -19,7 +19,7 @@ from typing import Any
 
 from nanoredi.common.errors import UserError, nearest
 from nanoredi.common.files import read_rows
-from nanoredi.data.messages import user_message, with_system
+from nanoredi.data.messages import PARTS, user_message, with_system
 from nanoredi.grader import extract_answer
 
 # {name: number of problems}
@@ -74,9 +74,8 @@ def load_all(names: list[str], folder: str, limit: int = 0, template: str = "") 
         UserError: as load does, and for a file that is named twice.
     """
     paths = [find(name, folder).resolve() for name in names]
-    for name, path in zip(names, paths):
-        if paths.count(path) > 1:
-            raise UserError(f"--benchmarks names {name} twice")
+    if twice := next((name for name, path in zip(names, paths) if paths.count(path) > 1), None):
+        raise UserError(f"--benchmarks names {twice} twice")
     shown = unique_names([Path(name) if name in NAMED else path for name, path in zip(names, paths)])
     return [replace(load(name, folder, limit, template), name=unique) for name, unique in zip(names, shown)]
 
@@ -85,10 +84,9 @@ def unique_names(paths: list[Path]) -> list[str]:
     """The files' stems, with as many folders in front as are needed to make them different."""
     names = [path.stem for path in paths]
     for depth in range(2, 1 + max((len(path.parts) for path in paths), default=0)):
-        again = [names.count(name) > 1 for name in names]
         names = [
-            "/".join((*path.parts[-depth:-1], path.stem)) if twice else name
-            for path, name, twice in zip(paths, names, again)
+            "/".join((*path.parts[-depth:-1], path.stem)) if names.count(name) > 1 else name
+            for path, name in zip(paths, names)
         ]
     return [path.name if names.count(name) > 1 else name for path, name in zip(paths, names)]
 
@@ -111,10 +109,8 @@ def find(name: str, folder: str) -> Path:
             raise UserError(f"{folder} holds no file {name} that ends in {', '.join(SUFFIXES)}")
         return found[0]
     if path.suffix not in SUFFIXES and not os.path.isdir(path):
-        raise UserError(
-            f"there is no benchmark {name!r}{nearest(name, NAMED)}; give one of {', '.join(NAMED)}, or a file that "
-            f"ends in {', '.join(SUFFIXES)}"
-        )
+        known = f"one of {', '.join(NAMED)}, or a file that ends in {', '.join(SUFFIXES)}"
+        raise UserError(f"there is no benchmark {name!r}{nearest(name, NAMED)}; give {known}")
     return path
 
 
@@ -134,26 +130,22 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
     path = find(name, folder)
     rows = []
     for where, row in read_problems(path):
-        for choices in ("choices", "options"):
-            if row.get(choices):
-                raise UserError(f"{where} is multiple choice; write its {choices!r} into the problem, and drop them")
+        if choices := next((name for name in ("choices", "options") if row.get(name)), None):
+            raise UserError(f"{where} is multiple choice; write its {choices!r} into the problem, and drop them")
         rows.append((golds_of(where, row["answer"]), row))
     if not rows:
         raise UserError(f"{path} holds no problems")
     if name in NAMED and len(rows) != NAMED[name]:
-        raise UserError(
-            f"{path} holds {len(rows)} problems, but {name} has {NAMED[name]}; give another set by its path: "
-            f"--benchmarks {path}"
-        )
+        own = f"give another set by its path: --benchmarks {path}"
+        raise UserError(f"{path} holds {len(rows)} problems, but {name} has {NAMED[name]}; {own}")
     golds, rows = zip(*rows[: limit or None])
     check_golds(path, golds)
     problems = [row["problem"] for row in rows]
     template = template or ("paper" if name in NAMED else "plain")
     questions = [frame(problem, template)[-1]["content"] for problem in problems]
     values = {key: [row.get(key) for row in rows] for key in IDS}
-    ids = {
-        key: [*map(str, ids)] for key, ids in values.items() if None not in ids and len({*map(str, ids)}) == len(ids)
-    }
+    texts = {key: [*map(str, ids)] for key, ids in values.items() if None not in ids}
+    ids = {key: own for key, own in texts.items() if len({*own}) == len(own)}
     return Benchmark(path.stem, problems, questions, list(golds), ids)
 
 
@@ -185,7 +177,7 @@ def problem_of(row: dict[str, Any]) -> str | None:
     texts = {name: text for name, text in row.items() if isinstance(text, str) and text.strip()}
     if "problem" in texts or "question" not in texts:
         return texts.get("problem")
-    return "\n".join(texts[name] for name in ("context", "body", "question") if name in texts)
+    return "\n".join(texts[name] for name in PARTS["question"] if name in texts)
 
 
 def golds_of(where: str, answer: Any) -> list[str]:

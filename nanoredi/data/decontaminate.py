@@ -50,18 +50,17 @@ class Overlap:
                 shared.setdefault(number, []).append(gram)
         for number, grams in shared.items():
             file, where, total = self._problems[number]
-            self.rows.append(
-                {
-                    "original_index": traces.index,
-                    "source": traces.source,
-                    "problem": traces.problem,
-                    "in_pairs": in_pairs,
-                    "benchmark": file,
-                    "benchmark_problem": where,
-                    "share": round(len(grams) / total, 3),
-                    "words": grams[0],
-                }
-            )
+            row = {
+                "original_index": traces.index,
+                "source": traces.source,
+                "problem": traces.problem,
+                "in_pairs": in_pairs,
+                "benchmark": file,
+                "benchmark_problem": where,
+                "share": round(len(grams) / total, 3),
+                "words": grams[0],
+            }
+            self.rows.append(row)
         return bool(shared)
 
     def write(self, path: Path) -> None:

@@ -1,15 +1,15 @@
 """Rows in people's layouts, read as messages: [{"role", "content"}], with "reasoning_content" if the thinking is apart.
 
     stage 1   {"messages"} or ShareGPT's {"conversations"}: a conversation that ends with the assistant's answer
-              {"prompt", "completion"}
+              {"prompt", "completion"}, or Alpaca's {"instruction", "input", "output"}
     stage 2   {"prompt", "chosen", "rejected"}; chosen and rejected may be whole conversations that include the prompt
 
-The prompt may also be called problem or question, or be the messages beside an answer. A prompt is text (the user's) or
-a list of messages; an answer is text (the assistant's), a message, or a list that ends with one. A row may have the
-system message as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its content may be a
-list of parts of text.
+The prompt may have any name of PROMPTS, and a completion any of _ANSWERS. A prompt is text (the user's) or a list of
+messages; an answer is text (the assistant's), a message, or a list that ends with one. A row may have the system message
+as {"system"}. A message may be written as ShareGPT does, {"from", "value"}, and its content may be a list of text parts.
 """
 
+import re
 from typing import Any
 
 from nanoredi.common.errors import UserError
@@ -20,7 +20,13 @@ _SHAREGPT = {"human": "user", "gpt": "assistant"}
 # The names under which servers return the thinking apart from the content.
 THINKING_NAMES = ("reasoning_content", "reasoning", "thinking")
 SIDES = ("chosen", "rejected")
-_PROMPTS = ("prompt", "conversations", "problem", "question", "messages")
+PROMPTS = ("prompt", "conversations", "problem", "question", "messages", "instruction", "query", "input")
+# Fields that are one prompt together, by the field that must be there: Alpaca's, and those of questions about a text.
+PARTS = {"instruction": ("instruction", "input", "context"), "question": ("context", "body", "question")}
+_ANSWERS = ("completion", "output", "response")
+_VERDICTS = ("label", "correct", "is_correct", "kto_tag", "loss", "train", "training")  # false: not to be learned
+# Fields that belong to a row's prompt, and that no prompt shows.
+UNSHOWN = "tools functions images videos audios documents history chat_template_kwargs".split()
 
 
 def user_message(text: str) -> Messages:
@@ -34,9 +40,9 @@ def with_system(messages: Messages, system: str | None) -> Messages:
 
 
 def behind_system(where: str, row: dict[str, Any], messages: Messages) -> Messages:
-    """A row's messages with the row's `system` in front, if any. Raises a UserError for tools: no prompt shows them."""
-    if str(row.get("tools") or "[]") not in ("[]", "{}", "null"):
-        raise UserError(f"{where} has 'tools', which prompts do not show: drop the field, or the row if it needs them")
+    """A row's messages with the row's `system` in front, if any. Raises a UserError for what no prompt shows: tools."""
+    if unshown := next((n for n in UNSHOWN if str(row.get(n) or "[]") not in ("[]", "{}", "null")), None):
+        raise UserError(f"{where} has {unshown!r}, which prompts do not show: drop it, or the row if it needs them")
     name = "system" if row.get("system") is not None else "system_prompt"
     return with_system(messages, check(where, row.get(name), (str, None), name))
 
@@ -83,42 +89,47 @@ def _is_text(part: Any) -> bool:
 
 def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
-    given = _given(row)
+    given = _given(where, row)
     name = "conversations" if "conversations" in given and "messages" not in given else "messages"
-    if "completion" in given and last_role(given.get("messages")) != "assistant":
-        *before, answer = _answer(where, "completion", said(given))
-        messages = [*prompt_of(where, given, "completion", before), answer]
+    field = next((field for field in _ANSWERS if field in given), None)
+    if field and last_role(given.get("messages" if field == "completion" else name)) != "assistant":
+        *before, answer = _answer(where, field, said(given, field))
+        messages = [*prompt_of(where, given, field, before), answer]
     elif name not in given:
-        raise _missing(where, given, "'messages' (nor 'conversations', nor 'prompt' with 'completion')")
-    elif not isinstance(given[name], list):
-        raise UserError(f"{where}: {name!r} must be a list of messages with role and content")
+        raise _missing(where, given, "'messages' (nor 'prompt' with 'completion', nor 'instruction' with 'output')")
     else:
-        messages = check_messages(f"{where}: {name!r}", given[name])
+        messages = check_messages(f"{where}: {name!r}", check(where, given[name], list, name))
     if (role := messages[-1]["role"]) != "assistant":
         raise UserError(f"{where}: the last message must be the assistant's; its role is {role!r}")
     if len(messages) == 1:
         raise UserError(f"{where}: there is no message before the assistant's")
-    verdicts = ((name, str(given.get(name)).strip("[]")) for name in ("label", "correct", "is_correct"))
-    wrong = next((name for name, verdict in verdicts if verdict.lower() == "false"), None)
-    if wrong and "weight" not in given and "weight" not in messages[-1]:
+    marks = messages[-1] | given
+    wrong = next((n for n in _VERDICTS if str(marks.get(n)).strip("[]").lower() in ("false", "0", "0.0")), None)
+    if wrong and "weight" not in marks:
         raise UserError(f"{where}: {wrong!r} is false; give the row a 'weight' (below 0 to unlearn it), or drop it")
     return behind_system(where, given, messages)
 
 
 def pair(where: str, row: Any) -> tuple[Messages, Messages]:
     """The prompt of a stage 2 row, and its chosen and rejected answers."""
-    given = _given(row)
+    given = _given(where, row)
     if missing := next((name for name in SIDES if name not in given), None):
         raise _missing(where, given, repr(missing))
+    if unread := next((name for name in ("weight", "rejected_weight") if given.get(name, 1) != 1), None):
+        raise UserError(f"{where} has {unread!r}: the only weight that a pair may have is 'chosen_weight'")
     (*before, chosen), (*others, rejected) = (_answer(where, name, given[name]) for name in SIDES)
     if before != others:
         raise UserError(f"{where}: 'chosen' and 'rejected' must differ in their last message alone")
     return prompt_of(where, given, "chosen", before), [chosen, rejected]
 
 
-def _given(row: Any) -> dict[str, Any]:
+def _given(where: str, row: Any) -> dict[str, Any]:
     """A row's fields without those that are null: `datasets` reads a missing field as null."""
-    return {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    given = {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    for name in (*PROMPTS, *_ANSWERS, *SIDES):
+        if isinstance(text := given.get(name), str) and re.match(r"\s*\[\s*{\s*['\"](role|content|from|value)\b", text):
+            raise UserError(f"{where}: {name!r} has messages written as text, as in CSV: give a list, as in JSONL")
+    return given
 
 
 def _missing(where: str, given: dict[str, Any], name: str) -> UserError:
@@ -127,11 +138,17 @@ def _missing(where: str, given: dict[str, Any], name: str) -> UserError:
 
 def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messages | None = None) -> Messages:
     """A row's prompt with its system message. `before`: what comes before the answer in the field `answer`."""
-    names = _PROMPTS[:2] if before else _PROMPTS  # beside whole conversations the other names may hold anything
-    there = (name for name in names if given.get(name) is not None)
+    given = _given(where, given)
+    names = PROMPTS[:2] if before else PROMPTS  # beside whole conversations the other names may hold anything
     # A conversation that ends with an answer is a prompt only if there is no other field, and then refused.
-    name = min(there, key=lambda name: last_role(given[name]) == "assistant", default=None)
-    prompt = check_messages(f"{where}: {name!r}", given[name]) if name else before
+    name = min((n for n in names if n in given), key=lambda n: last_role(given[n]) == "assistant", default=None)
+    parts = PARTS.get(name, (name,))
+    if isinstance(asked := given.get(name), str):
+        asked = "\n".join(filter(str.strip, (check(where, given.get(part) or "", str, part) for part in parts)))
+    beside = [part for part in PARTS["instruction"] if given.get(part) and part not in parts]
+    if name and beside and answer in _ANSWERS[1:]:
+        raise UserError(f"{where} has {name!r} and {beside[0]!r}: one field must hold all that is asked")
+    prompt = check_messages(f"{where}: {name!r}", asked) if name else before
     if not prompt:
         raise _missing(where, given, "'prompt'")
     if before:  # of which the prompt may repeat all, all but the system message, or one of the user's
@@ -147,11 +164,11 @@ def _texts(messages: Messages) -> list[tuple[str, str]]:
     return [(message["role"], message["content"].strip()) for message in messages]
 
 
-def said(row: dict[str, Any]) -> Any:
+def said(row: dict[str, Any], field: str = "completion") -> Any:
     """A row's completion as a list of messages, the last one with the thinking that the row has in a field of its own."""
     # "reasoning" may also be a switch that says how the row was made.
     thinking = {name: t for name in THINKING_NAMES if isinstance(t := row.get(name), str) and t not in ("on", "off")}
-    given = row["completion"]
+    given = row[field]
     *before, last = given if isinstance(given, list) and given else [given]
     last = {"role": "assistant", "content": last} if isinstance(last, str) else last
     return [*before, {**last, **thinking} if isinstance(last, dict) else last]

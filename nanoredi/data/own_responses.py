@@ -1,6 +1,6 @@
 """The user's own problems and responses, converted to raw rows for the gates.
 
-    one row per problem     {"problem", "generations": [...], "answer"}
+    one row per problem     {"problem", "generations": [...], "answer"}, maybe "finish_reasons": [...]
     one row per response    {"prompt", "completion", "answer"}: what sample.py writes; a problem's rows may be anywhere
 
 The problem is `problem`, `question` or `prompt` (text or messages), or `messages`. The rows are labelled by `correct`
@@ -47,8 +47,11 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
     correct = row.get("correct")
     if grading:
         golds = _golds(where, row)
-        # Without an answer there are no labels, and a gate stops the row.
-        correct = [bool(text) and grade(text, golds) for text in generations] if golds else None
+        # A truncated response never came to an end, so it is not to be learned as correct, whatever it boxed.
+        reasons = check(where, row.get("finish_reasons") or [], list, "finish_reasons")
+        cut = {i for i, reason in enumerate(reasons) if reason == "length"}
+        graded = (bool(text) and i not in cut and grade(text, golds) for i, text in enumerate(generations))
+        correct = [*graded] if golds else None  # without an answer there are no labels, and a gate stops the row
     elif not isinstance(correct, list) or not all(isinstance(one, bool) for one in correct):
         raise UserError(f"{where}: 'correct' must say true or false of each response; or let --grade label the row")
     return {
@@ -77,11 +80,8 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
         if not isinstance(row.get("completion"), str):
             raise UserError(f"{where} must hold 'completion', a text, like all rows of the file")
         [answer] = check_messages(where, said(row))
-        alone = {**row, "generations": [folded(answer)["content"]], "correct": [row.get("correct")]}
-        raw = labelled(where, alone, tokenizer, grading)
-        if grading and raw["correct"] and row.get("finish_reason") == "length":
-            # A truncated response never came to an end, so it is not to be learned as correct, whatever it boxed.
-            raw["correct"] = [False]
+        own = {"generations": [folded(answer)["content"]], "correct": [row.get("correct")]}
+        raw = labelled(where, {**row, **own, "finish_reasons": [row.get("finish_reason")]}, tokenizer, grading)
         gold = _golds(where, row) if grading else row.get("answer")
         number, first, known = problems.setdefault(json.dumps(raw["prompt"]), (len(problems), where, gold))
         if gold != known:

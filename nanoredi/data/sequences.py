@@ -24,8 +24,8 @@ from nanoredi.data.cache import Arrays, cached
 from nanoredi.data.messages import SIDES, Messages, conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
 
-# Part of the cache's key: raise it when the same rows become other sequences.
-_RULES = 6
+# Part of the cache's key: raise it when the same rows become other sequences, or are refused.
+_RULES = 7
 
 
 class Sequence(NamedTuple):

@@ -34,11 +34,13 @@ WHOLE = {
         {"messages": [*ASKED, SAID], "weight": -0.5},
         {"prompt": "1+1?", "completion": SAID},
         {"conversations": PARTS},
+        {"instruction": "Add.", "input": "1+1?", "output": "2", "kto_tag": True, "history": []},
     ],
     "pairs": [
         PAIR,
         {"chosen": [*ASKED, SAID], "rejected": [*ASKED, {**SAID, "content": "3"}]},
         {**PAIR, "chosen": "yes"},
+        {"question": "1+1?", "context": "Add.", "chosen": "2", "rejected": "3", "weight": 1},
     ],
     "prompts": [
         {"prompt": "1+1?", "id": 3},
@@ -51,7 +53,7 @@ WHOLE = {
         {"question": "?", "context": "c", "solution": "\\boxed{3}"},
     ],
     "raw": [{**RAW, "correctness": LABELS}, {**RAW, "problem": "What is 2+2?", "correctness": LABELS}],
-    "own": [OWN, {**OWN, "problem": "What is 2+2?"}],
+    "own": [OWN, {**OWN, "problem": "What is 2+2?", "finish_reasons": ["stop", "length"]}],
     "answers": [ANSWER, {**ANSWER, "sample": 1, "completion": "3"}, {**ANSWER, "correct": True, "thinking": "so"}],
     "lengths": [{**LENGTHS, "original_index": 0}, LENGTHS],
 }

@@ -66,7 +66,7 @@ def test_an_object_that_is_itself_the_row(tmp_path, row):
     assert [row for _, row in read_rows(str(tmp_path / "one.json"))] == [row]
 
 
-@pytest.mark.parametrize("name, between", [("a.csv", ","), ("a.tsv", "\t")])
+@pytest.mark.parametrize("name, between", [("a.csv", ","), ("A.CSV", ","), ("a.tsv", "\t")])
 def test_csv(tmp_path, name, between):
     text = f'\ufeffproblem{between}answer\r\n"a, ""b""\nc"{between}1\r\né{between}2\r\n'
     (tmp_path / name).write_bytes(text.encode())
@@ -75,8 +75,12 @@ def test_csv(tmp_path, name, between):
 
 def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "data-00000-of-00001.arrow").touch()
-    with pytest.raises(UserError, match="is a folder: give the file .* such as .*test/data-00000-of-00001.arrow"):
+    (tmp_path / "test" / "data-00000-of-00002.arrow").touch()
+    words = "is a folder: give the file .* such as .*test/data-00000-of-00002.arrow"
+    with pytest.raises(UserError, match=f"{words}$"):
+        list(read_rows(str(tmp_path)))
+    (tmp_path / "test" / "data-00001-of-00002.arrow").touch()  # so the first file is not all there is
+    with pytest.raises(UserError, match=f"{words}, the first of 2$"):
         list(read_rows(str(tmp_path)))
 
 
@@ -85,6 +89,7 @@ def test_tables(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.Table.from_pylist(ROWS)
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=70)
+    parquet.write_table(table, tmp_path / "B.PARQUET")
     for name, new in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
         with new(tmp_path / name, table.schema) as writer:
             writer.write_table(table, max_chunksize=100)
@@ -159,6 +164,6 @@ def test_damaged_files_are_named(tmp_path, name, content, words):
 
 def test_tables_without_pyarrow(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    for name, kind in (("a.parquet", "Parquet"), ("a.arrow", "Arrow")):
-        with pytest.raises(UserError, match=f"is a {kind} file, which takes pyarrow to read: pip install pyarrow"):
+    for name in ("a.parquet", "a.arrow"):
+        with pytest.raises(UserError, match=f"{name} takes pyarrow to read: pip install pyarrow"):
             num_rows(Path(name))

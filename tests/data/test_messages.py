@@ -1,9 +1,12 @@
 """Rows in common layouts to messages, and refused rows."""
 
+import json
+
 import pytest
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.messages import check_messages, conversation, pair, user_message
+from nanoredi.data.benchmarks import problem_of
+from nanoredi.data.messages import check_messages, conversation, pair, prompt_of, user_message
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}]
 SHAREGPT = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "B"}]
@@ -32,10 +35,60 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"messages": SHAREGPT[:1], "completion": "B"},
         {"problem": "Q", "conversations": SHAREGPT, "completion": "B"},
         {"prompt": "Q", "completion": "B", "reasoning": "on"},
+        {"instruction": "Q", "input": "", "output": "B", "text": "Below is an instruction"},  # Alpaca's
+        {"instruction": "", "input": "Q", "output": "B", "history": []},
+        {"input": TURNS[:1], "output": "B", "reasoning": "on"},
+        {"query": "Q", "response": "B", "original_question": "R"},
+        {"prompt": "Q", "response": "B", "label": "no", "correct": 1.0},
+        {"messages": TURNS[:1], "response": "B"},
+        {"conversations": SHAREGPT, "instruction": "R", "output": "C"},
+        {"messages": [{**TURNS[0], "train": False}, TURNS[1]], "images": [], "kto_tag": True, "functions": None},
     ],
 )
 def test_stage_1_rows(row):
-    assert conversation("here", row) == TURNS
+    answer = conversation("here", row)
+    assert [(message["role"], message["content"]) for message in answer] == [("user", "Q"), ("assistant", "B")]
+
+
+def test_alpaca_s_instruction_and_input_are_one_prompt():
+    parts = {"instruction": "Q", "input": "R", "context": None}
+    asked = user_message("Q\nR")
+    assert conversation("here", {**parts, "output": "B"}) == [*asked, TURNS[1]]
+    assert conversation("here", {**parts, "response": "B", "system": "S"})[1:] == [*asked, TURNS[1]]
+    assert pair("here", {**parts, "chosen": "B", "rejected": "C"})[0] == asked
+    assert pair("here", {**parts, "prompt": "P", "chosen": "B", "rejected": "C"})[0] == user_message("P")
+    with pytest.raises(UserError, match=r"here: input is \{'a': 1\}; it must be text"):
+        conversation("here", {**parts, "input": {"a": 1}, "output": "B"})
+
+
+def test_a_question_about_a_text_is_asked_with_it_as_in_sampling():
+    row = {"question": "Q", "context": "C", "body": None, "id": 3}
+    asked = user_message(problem_of(row))
+    assert asked == user_message("C\nQ") and prompt_of("here", row) == asked
+    assert conversation("here", {**row, "completion": "B"}) == conversation("here", {**row, "response": "B"})
+    assert conversation("here", {**row, "completion": "B"}) == [*asked, TURNS[1]]
+    assert pair("here", {**row, "chosen": "B", "rejected": "C"})[0] == asked
+    assert pair("here", {**row, "prompt": "P", "chosen": "B", "rejected": "C"})[0] == user_message("P")
+    assert pair("here", {**row, **WHOLE})[0] == TURNS[:1]
+    with pytest.raises(UserError, match=r"here: context is \['C'\]; it must be text"):
+        conversation("here", {**row, "context": ["C"], "completion": "B"})
+
+
+@pytest.mark.parametrize(
+    "row, names",
+    [
+        # In some of Alpaca's files the prompt is the instruction together with the output.
+        (
+            {"prompt": "### Instruction: Q ### Output: B", "instruction": "Q", "output": "B"},
+            "'prompt' and 'instruction'",
+        ),
+        ({"query": "Q", "context": "C", "response": "B"}, "'query' and 'context'"),
+        ({"prompt": TURNS[:1], "input": "R", "output": "B"}, "'prompt' and 'input'"),
+    ],
+)
+def test_a_prompt_in_two_fields_is_refused(row, names):
+    with pytest.raises(UserError, match=f"here has {names}: one field must hold all that is asked"):
+        conversation("here", row)
 
 
 def test_thinking_beside_a_completion_belongs_to_it():
@@ -46,11 +99,51 @@ def test_thinking_beside_a_completion_belongs_to_it():
             assert conversation("here", {**thought, "completion": completion}) == conversation("here", thought)
 
 
-@pytest.mark.parametrize("field", ["label", "correct", "is_correct"])
+@pytest.mark.parametrize("messages", [TURNS, SHAREGPT, PARTS])
+@pytest.mark.parametrize("write", [str, json.dumps, lambda messages: json.dumps(messages, indent=1)])
+def test_messages_written_as_text_are_refused(messages, write):
+    """In a CSV file a list is its own representation, which would be learned as text."""
+    words = "has messages written as text, as in CSV: give a list, as in JSONL"
+    asked, answer = write(messages[:1]), write(messages[1:])
+    for row in ({"messages": write(messages)}, {"prompt": "Q", "completion": answer}, {"input": asked, "output": "B"}):
+        with pytest.raises(UserError, match=words):
+            conversation("here", row)
+    for row in ({"prompt": asked, "chosen": "B"}, {"prompt": "Q", "chosen": answer}, {"chosen": write(messages)}):
+        with pytest.raises(UserError, match=words):
+            pair("here", {"rejected": "C", **row})
+    for name in ("prompt", "messages"):
+        with pytest.raises(UserError, match=words):
+            prompt_of("here", {name: asked, "generations": ["B"]})
+
+
+@pytest.mark.parametrize("text", ["[{'a': 1}]", "[role]", "{'role': 1}", 'x [{"role": "user"}]', "[{valued}]"])
+def test_other_text_in_brackets_is_learned(text):
+    assert conversation("here", {"prompt": text, "completion": text})[1]["content"] == text
+    assert conversation("here", {"messages": [*user_message('[{"role": 1}]'), TURNS[1]]})[1] == TURNS[1]
+
+
+@pytest.mark.parametrize("field", ["label", "correct", "is_correct", "kto_tag"])
 def test_rows_labelled_wrong_are_not_learned_as_right(field):
-    for verdict in (False, "False", "false", [False]):
+    for verdict in (False, "False", "false", [False], 0, 0.0, "0"):
         with pytest.raises(UserError, match=f"here: {field!r} is false; give the row a 'weight'"):
             conversation("here", {"messages": TURNS, field: verdict})
+
+
+@pytest.mark.parametrize("field", ["loss", "train", "training"])
+def test_an_answer_that_a_trainer_is_not_to_learn_is_not_learned(field):
+    with pytest.raises(UserError, match=f"here: {field!r} is false; give the row a 'weight'"):
+        conversation("here", {"messages": [TURNS[0], {**TURNS[1], field: False}]})
+    assert conversation("here", {"messages": [TURNS[0], {**TURNS[1], field: False, "weight": 0}]})[0] == TURNS[0]
+
+
+@pytest.mark.parametrize("field", ["weight", "rejected_weight"])
+def test_a_pair_has_no_other_weight_than_the_chosen_s(field):
+    row = {"prompt": "Q", "chosen": "B", "rejected": "C"}
+    for weight in (0.5, 0, "1"):
+        with pytest.raises(UserError, match=f"here has {field!r}: the only weight .* is 'chosen_weight'"):
+            pair("here", {**row, field: weight})
+    for weight in (1, 1.0, None):
+        assert pair("here", {**row, field: weight}) == pair("here", {**row, "chosen_weight": 0.5})
 
 
 def test_a_message_may_hold_the_weight_of_a_wrong_answer():
@@ -74,6 +167,8 @@ WHOLE = {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content"
         {"messages": TURNS[:1], "chosen": TURNS[1], "rejected": WHOLE["rejected"][1]},
         {"problem": "Q", "chosen": "B", "rejected": "C"},
         {"messages": TURNS, "question": "other", **WHOLE},
+        {"input": "Q", "chosen": "B", "rejected": "C"},
+        {"instruction": "other", **WHOLE},
     ],
 )
 def test_stage_2_rows(row):
@@ -98,8 +193,9 @@ def test_a_separate_system_message_comes_first():
     for row in (WHOLE, {"prompt": "Q", "chosen": "B", "rejected": "C"}):
         assert pair("here", {"system": "S", **row})[0] == [system, TURNS[0]]
         assert pair("here", {"system": None, "system_prompt": "S", **row})[0] == [system, TURNS[0]]
-        with pytest.raises(UserError, match="here has 'tools', which prompts do not show"):
-            pair("here", {"tools": [{"name": "f"}], **row})
+        for unshown in ("tools", "functions", "images", "history"):
+            with pytest.raises(UserError, match=f"here has {unshown!r}, which prompts do not show"):
+                pair("here", {unshown: [{"name": "f"}], **row})
         assert pair("here", {"system": None, **row})[0] == TURNS[:1]
     with pytest.raises(UserError, match=r"here: system is \['S'\]; it must be text or null"):
         conversation("here", {"system": ["S"], "messages": TURNS})

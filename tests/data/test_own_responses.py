@@ -54,6 +54,7 @@ def test_a_system_message_beside_the_prompt_belongs_to_it(tmp_path):
     made = own.labelled("here", {**row, "prompt": "Q"}, tokenizer, False)
     assert made == own.labelled("here", {**row, "question": "Q"}, tokenizer, False)
     assert [message["content"] for message in made["prompt"]] == ["S", "Q"] and made["problem"] == "Q"
+    assert made == own.labelled("here", {**row, "instruction": "Q", "input": ""}, tokenizer, False)
 
 
 def test_one_row_per_response(prepared):
@@ -80,8 +81,15 @@ def test_one_row_per_problem(prepared):
         {"messages": [{"role": "user", "content": "a=3b+2"}], "generations": [RIGHT, None], "answer": "5"},
         {"problem": "", "generations": [RIGHT], "answer": "3"},
         {"problem": "a=5", "generations": [RIGHT], "answer": "3", "source": "cn_k12"},
+        {"problem": "a=4b+2", "generations": [RIGHT], "answer": "3", "finish_reasons": None},
     )
+    assert sft.pop("a=4b+2") == RIGHT
     assert sft == {"a=1b+2": RIGHT, "a=2b+2": "\\boxed{4}"} and pairs == {"a=1b+2": (RIGHT, WRONG)}
+
+
+def test_truncated_responses_of_a_problem_are_incorrect(prepared):
+    row = {"problem": "a=1b+2", "generations": [RIGHT + ";", RIGHT, WRONG], "answer": "3"}
+    assert prepared({**row, "finish_reasons": ["length", "stop"]})[1] == {"a=1b+2": (RIGHT, RIGHT + ";")}
 
 
 def test_a_problem_with_two_answers_is_dropped_counted_and_named(prepared, capsys):
@@ -173,6 +181,11 @@ def test_bad_rows_are_named(prepared, row, grading, words):
             r"line 1: generations\[0\] is 1; it must be text or",
         ),
         ({"problem": "a=1", "generations": ["1"]}, True, "line 1 has no field 'answer'"),
+        (
+            {"problem": "a=1", "generations": ["1"], "answer": "1", "finish_reasons": "stop"},
+            True,
+            "finish_reasons is 's",
+        ),
         ({"problem": "a=1", "outputs": ["1"], "answer": "1"}, True, "line 1 has no responses: 'generations', a list"),
         ({"problem": "a=1", "generations": ["1"], "answer": "1"}, False, "no field 'problem_is_valid'; .*--grade"),
         (
