@@ -65,7 +65,7 @@ class Expression:
         return self._values.get(point)
 
 
-_MARKS = set("dot ddot bar hat tilde".split())  # over a letter
+_MARKS = {"bar", "hat", "tilde"}  # over a letter
 _CONSTANTS = {"pi": numbers.PI, "π": numbers.PI, "e": numbers.E, "i": numbers.IMAGINARY}
 _OPERATORS = {"over", "choose", "mod"}  # between two whole expressions
 
