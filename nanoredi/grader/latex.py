@@ -132,7 +132,10 @@ _REWRITES: _Rules = [
     (_FONT + r"(?=[A-Za-z0-9\\])", " "),
     (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
-    (r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)", ""),
+    (
+        r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|either|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)",
+        "",
+    ),
     (r"(?i)^\s*all(?: integers| values of)?(?= *[a-z] *[<>≤≥])", ""),
     (r"(?i)^\s*(?:答案?[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
     (r"(?i)^\s*(?:(?:option|choice)\s+(?=\W*[A-J]\b)|(?:usd?|rs\.?)(?=[ 0-9]))", ""),

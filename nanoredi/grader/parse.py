@@ -22,7 +22,7 @@ _NODE_WORK = 50
 _QUANTITY = (
     rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|Delta) ?\{{?(?:{NAME})\}}?"
     rf"|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)|\([f-h][∘+*/-]?[f-h]\)\(-?\w+\)"
-    r"|[A-Z]\([^()]*[=<>≤≥∩∪∧∨][^()]*\)|[A-Z]\[\w+\]|\\?[A-Z][a-z]+ ?\(\w\))"
+    r"|(?:[A-Z]|\\?Pr)\([^()]*[=<>≤≥∩∪∧∨][^()]*\)|[A-Z]\[\w+\]|\\?(?:max|min|[A-Z][a-z]+) ?[(\[⦃][^=<>≤≥]*[)\]⦄])"
 )
 _STANDS_FOR = re.compile(rf"{_QUANTITY}|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}")
 _NAMES_TUPLE = re.compile(rf"\({LETTER}(?:,{LETTER})+\)")
@@ -31,7 +31,7 @@ _STACKED = re.compile(r"[^⟦]*⟦(cases|align(?:ed)?|gather(?:ed)?|equation|spl
 _BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{\(?(?:base)?|(?:in)?base)([0-9]{1,2})\)?\}?")
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _REALS = {"": "(-∞,∞)", "positive ": "(0,∞)", "negative ": "(-∞,0)", "nonnegative ": "[0,∞)"}
-_ALL_REALS = re.compile(rf"(?:the )?(?:set of )?all ({'|'.join(_REALS)})real(?: number)?s|ℝ", re.IGNORECASE)
+_ALL_REALS = re.compile(rf"(?:the )?(?:set of )?(?:all|any) ({'|'.join(_REALS)})real(?: numbers?|s)|ℝ", re.IGNORECASE)
 _SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
@@ -251,6 +251,8 @@ class _Reader:
             sides, parts = sides[::-1], parts[::-1]
         node.name = sides[0] if is_name(sides[0]) else ""
         named = list(itertools.takewhile(stands_for, sides[: -1 if is_constant(parts[-1]) else 1]))
+        if len(sides) > 2 and all(map(is_constant, parts[1:])):  # 100m + n = 100(2) + 3 = 203
+            named = sides[:1]
         rest = parts[len(named) :]
         values = [part for side, part in zip(sides[-len(rest) :], rest) if not is_uncomputed(side, part)]
         if rest[-1] in values and all(same(x, y) for x, y in itertools.pairwise(values)):
