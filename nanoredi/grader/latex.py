@@ -162,10 +162,7 @@ _REWRITES: _Rules = [
     (r"(?:^|(?<=∪))\s*\]", "("),  # ]1,2[ is the open interval
     (r"\[\s*(?=$|∪)", ")"),
     (_DERIVATIVE, r"ð_{\3\1}\2"),  # one symbol, so that its d's do not cancel
-    *[
-        (rf"\\{name}\s*(?:\{{([^{{}}]*(?:_\{{\w+\}})?)\}}|(\w|\\[a-z]+))", rf"ð_{{t{n}}}\1\2")
-        for name, n in (("dot", ""), ("ddot", 2))
-    ],
+    (r"\\(d?)dot\s*(?:\{([^{}]*(?:_\{\w+\})?)\}|(\w|\\[a-z]+))", r"ð_{t\1}\2\3"),
     *[(_ALONE, r"\1\2")] * 2,
     (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # read as brackets
     (r"\\end\s*\{\w+\*?\}", "⟧"),
@@ -199,8 +196,7 @@ _BRACKETED = re.compile(
 _TAIL = re.compile(r"(?s)(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)")
 # kπ, k ∈ ℤ: about a letter of the answer
 _CONDITION = re.compile(r"(?s)([^∈<>≤≥≠]*?([a-z])[^∈<>≤≥≠]*?(?<![\s,;(+*/=^-]))[\s,;]+(\2\s*∈\s*(?:[ZNQ].*|ℝ[\s.]*))")
-_RATE = re.compile(r"ð_\{([a-z])([2-9]?)\}((?:\\[a-z]+|[A-Za-z])(?:_\{\w+\})?)")  # dy/dt or \dot y
-_REASONS = "≈ approx approximately about since because".split()
+_RATE = re.compile(r"ð_\{([a-z])([2-9d]?)\}((?:\\[a-z]+|[A-Za-z])(?:_\{\w+\})?)")  # dy/dt or \dot y
 # A remark with one of these changes the answer, or begins another one.
 _NO_REMARK = re.compile(
     r"⟦|\b(?:exclu|except|extraneous|reject|discard|squared|cubed|negative|"
@@ -223,9 +219,7 @@ _METRIC = """
 for _sign, _long in zip(["", *"kcmnMG", "micro"], ["", "kilo", "centi", "milli", "nano", "mega", "giga", "micro"]):
     _DETAILS += [f"{_sign}{unit}".replace(",", f",{_long}") for unit in _METRIC]
 _DETAIL_OF = {word: words.split(",")[0] for words in _DETAILS for word in words.split(",")} | {"unit": "", "L": "l"}
-for _words, _product in (("W watt", "J/s"), ("mph", "mile/hour"), ("kph", "km/hour")):
-    _DETAIL_OF |= dict.fromkeys(_words.split(), _product)
-_NO_RATE = {"dollar", "euro", "cent", "%"}
+_DETAIL_OF |= {"W": "J/s", "watt": "J/s", "mph": "mile/hour", "kph": "km/hour"}
 _OF_ANYTHING = re.compile(r"(?:way|method|case|choice|number|value|ement|tion|itie|ing)s$")  # 5 ways, 5 arrangements
 _TOKEN = re.compile(  # "in" before something else is no inch
     r"((?!in\b[\s~}]*[A-Za-z0-9\\$])\\?[A-Za-z]+|\\?[%$]|[°º€£])(?:\W{0,4}\^\W{0,3}([1-9])|\s*([²³]|squared|cubed))?"
@@ -270,14 +264,14 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
             head, word, tail = remark.groups()
             several = "," in tail and (word == "for" or "=" in tail)
             if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
-                harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
+                harmless = re.match("≈|approx|about|since|because", word) or not re.search("[0-9=<>≤≥≠∈]", tail)
                 texts.setdefault(head, texts[one] | (set() if harmless else {("condition", re.sub(r"\s", "", tail))}))
                 if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # its name does not matter
                     letter = rf"(?<![A-Za-z\\]){bound[1]}(?![A-Za-z])"
                     tail = re.sub(rf"\s|{letter}", "", tail)
                     texts.setdefault(re.sub(letter, r"\\zeta ", head), frozenset([("condition", tail)]))
         if "ð" in one or "'" in one:  # also y' and y'(t)
-            primed = _RATE.sub(lambda rate: rate[3] + "'" * int(rate[2] or 1), one)
+            primed = _RATE.sub(lambda rate: rate[3] + "'" * (int(rate[2] or 1) if rate[2] != "d" else 2), one)
             variables = {("variable", rate[0]) for rate in _RATE.findall(one)}
             texts.setdefault(re.sub(r"(?<=[\w'}])\(t\)", "", primed), texts[one] | variables)
     for change in (lambda one: _BARE_UNITS.sub("", one), _without_grouping):
@@ -291,7 +285,7 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
 def _details(text: str) -> Details:
     """Units (of cm^2 also the power alone; km and km/h differ, $5 and $5/h do not), directions and so on, a plural that is
     the only word, as in 5 apples, and how many there are of each if there are several, as in 5 boys and 4 girls."""
-    found, words, lower, rate = set(), [], "", ""
+    found, words, lower = set(), [], ""
     text = re.sub(r"(?:\\mu|[μµ])[\s}]*(\\(?:text|mathrm)\W*)?", r"\1micro", text)
     places = [range(*one.span()) for one in _OF_UNITS.finditer(text)]
     for match in _TOKEN.finditer(text):
@@ -300,16 +294,15 @@ def _details(text: str) -> Details:
         known = [_DETAIL_OF[one] for one in (token, lower, re.sub("(?:wards?|s)$", "", lower)) if one in _DETAIL_OF]
         if known and (len(token) > 1 or not token.isalpha() or any(match.start() in place for place in places)):
             power = power.strip("1") or _POWERS.get(word[:2] or before[:2], "")
-            found |= {*(one + power for one in known[0].split("/")), power}
             per = "/" in known[0] or "-" in match[0] or _PER.search(text, match.start() - 20, match.start())
-            rate = "per" if per else rate
+            found |= {*(one + power for one in known[0].split("/")), power, "per" if per else ""}
         elif len(token) > 3 and token[0] != "\\":
             words.append(lower)
     found ^= {"N", "m", "J"} if {"N", "m"} <= found else set()
     if words == [lower] and re.search(r"[0-9].*s\W*$", text) and not _OF_ANYTHING.search(lower):
         found.add(lower)
     counted = re.findall(r"([0-9]+)[\s~]*(?:\\[a-z]+\W*)?([a-z]{3,}s)\b", text)
-    kinds = {("rate", rate)} if found - {""} and found.isdisjoint(_NO_RATE) else set()
+    kinds = {("rate", str("per" in found))} if found - {""} and not found & {"dollar", "euro", "cent", "%"} else set()
     return frozenset({("detail", one) for one in found - {""}} | kinds | {*(counted if len(counted) > 1 else ())})
 
 

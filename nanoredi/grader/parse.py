@@ -15,7 +15,7 @@ from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
 from nanoredi.grader.sets import EMPTY
 from nanoredi.grader.symbols import Unreadable
 
-MAX_PARTS = 100  # parts of a list, or cells of a matrix
+MAX_PARTS = 100  # of a list
 _NODE_WORK = 50
 
 # Other left sides that a bare value may leave out: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), (f+g)(x), P(X=2), E[X].
@@ -64,8 +64,6 @@ class _Reader:
         while (inner := inside(text)) is not None and (
             text[0] in "{⦃" or text[0] in "([" and len(split(inner, ",;")) == 1
         ):  # brackets that only group
-            if text[0] + text[-1] in ("(]", "[)"):
-                raise Unreadable
             if text[0] == "⦃" in braces:  # a set of sets
                 return Reading("list", f"⦃{text}⦄", (self.read_set(text),), braces=True)
             if not inner.strip():
@@ -148,8 +146,6 @@ class _Reader:
             return self.read(exact[1] if not exact[0] or is_name(exact[0]) else exact[0])
         pieces = split(text, "∪∩∖")
         sides = split(text, "=<>≤≥≠")
-        if len(sides) > MAX_PARTS or len(pieces) > MAX_PARTS:
-            raise Unreadable
         if len(pieces) > 1 and (len(sides) == 1 or all(re.search("[=<>≤≥≠∈]", piece) for piece in pieces[::2])):
             return self.union(text, pieces)
         if len(sides) > 1:
@@ -177,8 +173,6 @@ class _Reader:
                 return Reading("∨", text, tuple(operands))  # A ∪ B is not A, B
             raise Unreadable
         parts = sets.combine(operands, operators)
-        if len(parts) > MAX_PARTS:
-            raise Unreadable
         return Reading("list", text, tuple(parts)) if len(parts) > 1 else parts[0] if parts else self.as_text("∅")
 
     def time(self, time: re.Match, text: str) -> Reading:
@@ -189,8 +183,6 @@ class _Reader:
         return Reading("time", str((hour % 12 * 60 + minute) * 60 + second), expression=ratio, name=half)
 
     def matrix(self, text: str) -> Reading:
-        if len(text.split("\\\\")) + text.count("&") > MAX_PARTS:
-            raise Unreadable
         if stacked := _STACKED.fullmatch(text):
             return self.stacked(*stacked.groups())
         text = matrices.without_determinants(text)
@@ -256,8 +248,6 @@ class _Reader:
         rest = parts[len(named) :]
         values = [part for side, part in zip(sides[-len(rest) :], rest) if not is_uncomputed(side, part)]
         if rest[-1] in values and all(same(x, y) for x, y in itertools.pairwise(values)):
-            if len(rest) == len(parts) == len(values):
-                return rest[-1] if rest[-1].kind != "text" else node
             node.bare = None if mentions(rest[-1], sides[0]) else rest[-1]
         return node
 
