@@ -243,7 +243,7 @@ class _Reader:
             sides, parts = sides[::-1], parts[::-1]
         node.name = sides[0] if is_name(sides[0]) else ""
         named = list(itertools.takewhile(stands_for, sides[: -1 if is_constant(parts[-1]) else 1]))
-        if len(sides) > 2 and all(map(is_constant, parts[1:])):  # 100m + n = 100(2) + 3 = 203
+        if len(sides) > 2 and not is_constant(parts[0]) and all(map(is_constant, parts[1:])):  # m + 2n = 1 + 4 = 5
             named = sides[:1]
         rest = parts[len(named) :]
         values = [part for side, part in zip(sides[-len(rest) :], rest) if not is_uncomputed(side, part)]

@@ -11,10 +11,10 @@ from fractions import Fraction
 
 from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, inexact
 
-# A point determines which numbers the letters stand for: small ones, ones near 1 and large ones, so that every term of
-# e^{-30t} + 1 and of x^{2023} + x^{1000} + 1 counts at some point. Negative points are used only with absolute values, since sqrt(x^2) means x wherever
-# x is a length; at the first point all letters are negative, at the others some. With floor and ceil, letters are whole
-# numbers, as they mostly are there; t to z are also fractions.
+# A point determines which numbers the letters stand for: small, medium (near 1) and large ones, so that every term of
+# e^{-30t} + 1 and x^{2023} + x^{1000} + 1 counts at some point. Negative points are used only with absolute values, as
+# sqrt(x^2) means x wherever x is a length; at the first point all letters are negative, at the others some. With floor
+# and ceil, letters are whole numbers, as they mostly are there; t to z are also fractions.
 GENERAL, WHOLE, NEGATIVE = range(3), range(4, 16), range(16, 22)
 _SCALES = (9_000, 100_000, 300)
 
