@@ -14,9 +14,9 @@ from nanoredi.grader.symbols import GENERAL, LETTERS, NEGATIVE, WHOLE
 # A single name: x, S_{10}, \\theta, AB, \\angle ABC, [ABC], \\bar{AB}, f(x), P(A|B), \\max f, The area.
 _INDEX = r"(?:_\{(?![^{}]*\w[+-])[^{}]*\})?"  # a_{n+1} is no single name
 LETTER = rf"(?:\\(?:{'|'.join(LETTERS)}) ?|[A-Za-z]){_INDEX}"
-_ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{4,}})"
+_ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{3,}}(?: \w+)*)"
 NAME = (
-    rf"(?:(?:m ?)?\\(?:angle|triangle|odot|max|min) ?)?"
+    rf"(?:(?:m ?)?\\(?:angle|triangle|odot|max|min|deg|dim) ?)?"
     rf"(?:\\?(?:max|min)|{LETTER}|[A-Z]{{2,}}{_INDEX}|(?!arc|sqrt|sinh|cosh|tanh)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
     rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\bar\{{[A-Z]{{2,}}\}}"
 )

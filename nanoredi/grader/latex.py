@@ -23,9 +23,9 @@ _SIGNS = r"""
     AA Å varepsilon \epsilon varphi \phi vartheta \theta varrho \rho land \wedge lnot \neg
     | | lVert | rVert | Vert | to → rightarrow → longrightarrow → implies ⇒ Rightarrow ⇒ iff ⇔ Leftrightarrow ⇔
 """.split()
-_SPACES = ", ; : > space enspace thinspace".split() + [" ", "\n"]
+_SPACES = ", ; : > $ % space enspace thinspace".split() + [" ", "\n"]
 _LAYOUT = (
-    "! $ % ( ) [ ] left right mleft mright middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr "
+    "! ( ) [ ] left right mleft mright middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr "
     "displaystyle textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox underline "
     "boldsymbol pmb widehat overset strut protect normalfont pounds euro textdollar checkmark small large Large huge"
 ).split()
@@ -40,7 +40,7 @@ _CHARACTER_SIGNS = r"""
     × * · * ⋅ * ∙ * • * ÷ / ∕ / ⁄ / ∣ | 〈 ( ⟨ ( 〉 ) ⟩ ) ∨ ,∨ 、 , 。 . ′ ' ’ ' − - ≦ ≤ ⩽ ≤ ≧ ≥ ⩾ ≥ √ \sqrt ∛ \cbrt
     ∜ \sqrt[4] ∑ \sum ∏ \prod ∫ \int ∠ \angle ∀ \forall ≡ \equiv ∆ \Delta
 """.split()
-_BY_CHARACTER = {"~": " "} | dict.fromkeys('$%"“”✓', "") | {"或": " or ", "和": " and ", "与": " and "}
+_BY_CHARACTER = dict.fromkeys("~$%", " ") | dict.fromkeys('"“”✓', "") | {"或": " or ", "和": " and ", "与": " and "}
 _BY_CHARACTER |= dict(zip(_CHARACTER_SIGNS[::2], _CHARACTER_SIGNS[1::2]))
 _BY_CHARACTER |= {sign: f"\\{name}" for name, sign in GREEK.items()}
 _BY_CHARACTER |= {sign.upper(): f"\\{name.title()}" for name, sign in GREEK.items()}
@@ -94,7 +94,6 @@ _SPELLINGS: _Rules = [
         lambda found: re.sub("[',.]", "", found[0]),
     ),
     (r"(?<=[0-9])\{,\}(?=[0-9])", "."),  # elsewhere it is a decimal comma
-    (r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§"),  # 17%6 is not 176
     (r"(?s)^\s*([*_]{1,3}|`+)(?![*_`])(.+?)\1\s*$", r"\2"),  # Markdown
     (r"\\q?quad", " "),  # also where a letter is glued to it
     (r"\\(?:left|right)\s*\.", ""),
@@ -112,6 +111,7 @@ _REWRITES: _Rules = [
     (rf"(?<=[0-9]) ?\^ ?\{{? ?(?:{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b) ?\}}?|(?<=[0-9])(?:st|nd|rd|th)\b", ""),
     *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])", r"\+/-", r"\.\.\."), "≤≥≠^=±…"),
     (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
+    (r"(?<=\\\\)\s*\[-?[0-9.]+ *[a-z]+\]", ""),  # \\[1ex]
     (r"\^\s*(?:('+)|\{\s*((?:'\s*)+)\})", r"\1\2"),
     (r"(?<=[A-Za-z)}'])\s*°\s*(?=[A-Za-z(\\])(?![CFK]\b)", "∘"),  # composition
     (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
@@ -120,8 +120,9 @@ _REWRITES: _Rules = [
     (r"\\b?mod\b", " mod "),
     (r"\\(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R)|(?<=∈)\s*R\b", "ℝ"),
     (r"_\s*" + _FONT + r"(\{[^{}]*\})", r"_\1"),
-    (r"_\s*([0-9]+|\w|\\[A-Za-z]+)", r"_{\1}"),
-    (r"\\(dot|ddot|bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
+    (r"_\s*([0-9]+|[\w∞*+-]|\\[A-Za-z]+)", r"_{\1}"),
+    (r"\\(?:angle|triangle) *[A-Z](?: [A-Z](?![A-Za-z]))+", lambda found: re.sub("(?<=[A-Z]) ", "", found[0])),
+    (r"\\(bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
     (r"\\bar\s*\{\s*([a-z])\s*([a-z]+)\s*\}", r"\\bar{\1_{\2}}"),  # the number with these digits is no product
     (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
     *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
@@ -131,7 +132,11 @@ _REWRITES: _Rules = [
     (_FONT + r"(?=[A-Za-z0-9\\])", " "),
     (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
-    (r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)", ""),
+    (
+        r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|either|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)",
+        "",
+    ),
+    (r"(?i)^\s*all(?: integers| values of)?(?= *[a-z] *[<>≤≥])", ""),
     (r"(?i)^\s*(?:答案?[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
     (r"(?i)^\s*(?:(?:option|choice)\s+(?=\W*[A-J]\b)|(?:usd?|rs\.?)(?=[ 0-9]))", ""),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
@@ -144,7 +149,6 @@ _REWRITES: _Rules = [
     *[(rf"(?:\\|\b){name}\s*\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
     (r"\\(frac|binom)\s*([0-9])", r"\\\1{\2}"),
     (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-    (r"(?<=[0-9])'\s*'?(?!['\w])", ""),  # minutes and seconds of arc
     (r"\\(?:vec|overrightarrow)\s*\{\s*([A-Z]{2})\s*\}", r"v_{\1}"),  # AB and BA are different vectors
     (r"\\(?:vec|overrightarrow)(?![A-Za-z])", ""),
     (r"\\hat\s*\{?\s*([ijk])\b\s*\}?", r" \1 "),  # unit vectors
@@ -158,6 +162,7 @@ _REWRITES: _Rules = [
     (r"(?:^|(?<=∪))\s*\]", "("),  # ]1,2[ is the open interval
     (r"\[\s*(?=$|∪)", ")"),
     (_DERIVATIVE, r"ð_{\3\1}\2"),  # one symbol, so that its d's do not cancel
+    (r"\\(d?)dot\s*(?:\{([^{}]*(?:_\{\w+\})?)\}|(\w|\\[a-z]+))", r"ð_{t\1}\2\3"),
     *[(_ALONE, r"\1\2")] * 2,
     (r"\\begin\s*\{(\w+)\*?\}(?:\s*\{[lcr|]+\})?", r"⟦\1¦"),  # read as brackets
     (r"\\end\s*\{\w+\*?\}", "⟧"),
@@ -191,7 +196,7 @@ _BRACKETED = re.compile(
 _TAIL = re.compile(r"(?s)(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)")
 # kπ, k ∈ ℤ: about a letter of the answer
 _CONDITION = re.compile(r"(?s)([^∈<>≤≥≠]*?([a-z])[^∈<>≤≥≠]*?(?<![\s,;(+*/=^-]))[\s,;]+(\2\s*∈\s*(?:[ZNQ].*|ℝ[\s.]*))")
-_REASONS = "≈ approx approximately about since because".split()
+_RATE = re.compile(r"ð_\{([a-z])([2-9d]?)\}((?:\\[a-z]+|[A-Za-z])(?:_\{\w+\})?)")  # dy/dt or \dot y
 # A remark with one of these changes the answer, or begins another one.
 _NO_REMARK = re.compile(
     r"⟦|\b(?:exclu|except|extraneous|reject|discard|squared|cubed|negative|"
@@ -204,19 +209,22 @@ _DETAILS = r"""
     increase decrease profit loss gain north south east west above below left right up down late early before after ago now
     faster slower higher lower clockwise counterclockwise,anticlockwise noon midnight bc ad hundred thousand million billion
     trillion dozen cent dollar,\$,usd euro,€ pound,lb,£ week month day,d year,yr,y hour,hr,h min,minute in,inch,inche
-    ft,foot,feet yard,yd mile,mi,mph km,kph oz,ounce gallon,gal %,\%,percent,pct C,celsius,coulomb F,fahrenheit,farad
+    ft,foot,feet yard,yd mile,mi km oz,ounce gallon,gal %,\%,percent,pct C,celsius,coulomb F,fahrenheit,farad
     °,º,\circ,\degree,degree,deg rad,radian atm ton AU ly erg
 """.split()
 _METRIC = """
-    m,meter,metre g,gram l,liter,litre J,joule W,watt N,newton,Nm V,volt A,amp,ampere Pa,pascal Hz,hertz mol,mole K,kelvin
+    m,meter,metre g,gram l,liter,litre J,joule,Nm W,watt N,newton V,volt A,amp,ampere Pa,pascal Hz,hertz mol,mole K,kelvin
     s,sec,second T,tesla eV,electronvolt cal,calorie Wh pc,parsec
 """.split()
 for _sign, _long in zip(["", *"kcmnMG", "micro"], ["", "kilo", "centi", "milli", "nano", "mega", "giga", "micro"]):
     _DETAILS += [f"{_sign}{unit}".replace(",", f",{_long}") for unit in _METRIC]
 _DETAIL_OF = {word: words.split(",")[0] for words in _DETAILS for word in words.split(",")} | {"unit": "", "L": "l"}
+_DETAIL_OF |= {"W": "J/s", "watt": "J/s", "mph": "mile/hour", "kph": "km/hour"}
+_OF_ANYTHING = re.compile(r"(?:way|method|case|choice|number|value|ement|tion|itie|ing)s$")  # 5 ways, 5 arrangements
 _TOKEN = re.compile(  # "in" before something else is no inch
-    r"((?!in\b[\s~}]*[A-Za-z0-9\\$])\\?[A-Za-z]+|\\?[%$]|[°º€£])(?:\W{0,4}\^\W{0,3}([2-9])|\s*([²³]|squared|cubed))?"
+    r"((?!in\b[\s~}]*[A-Za-z0-9\\$])\\?[A-Za-z]+|\\?[%$]|[°º€£])(?:\W{0,4}\^\W{0,3}([1-9])|\s*([²³]|squared|cubed))?"
 )
+_PER = re.compile(r"(?:/|\bper\b(?: sq\w*| cu\w*)?|\}\s*\{)[\s~{\\]*(?:(?:text|mathrm|rm)\b)?[\s~{]*$")  # before a unit
 # Where a single letter is a unit: 5\text{ s} and 5 m/s, but not x/(m+s).
 _OF_UNITS = re.compile(r"\\(?:text|mathrm|rm|textrm|mbox)(?![a-z])[\s{]*[^{}]*|[0-9}]\W{0,3}[A-Za-z]+\s*/\s*[A-Za-z]+")
 _POWERS = {"sq": "2", "cu": "3", "²": "2", "³": "3"}
@@ -256,12 +264,16 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
             head, word, tail = remark.groups()
             several = "," in tail and (word == "for" or "=" in tail)
             if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
-                harmless = word in _REASONS or not re.search("[0-9=<>≤≥≠∈]", tail)
+                harmless = re.match("≈|approx|about|since|because", word) or not re.search("[0-9=<>≤≥≠∈]", tail)
                 texts.setdefault(head, texts[one] | (set() if harmless else {("condition", re.sub(r"\s", "", tail))}))
                 if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # its name does not matter
                     letter = rf"(?<![A-Za-z\\]){bound[1]}(?![A-Za-z])"
                     tail = re.sub(rf"\s|{letter}", "", tail)
                     texts.setdefault(re.sub(letter, r"\\zeta ", head), frozenset([("condition", tail)]))
+        if "ð" in one or "'" in one:  # also y' and y'(t)
+            primed = _RATE.sub(lambda rate: rate[3] + "'" * (int(rate[2] or 1) if rate[2] != "d" else 2), one)
+            variables = {("variable", rate[0]) for rate in _RATE.findall(one)}
+            texts.setdefault(re.sub(r"(?<=[\w'}])\(t\)", "", primed), texts[one] | variables)
     for change in (lambda one: _BARE_UNITS.sub("", one), _without_grouping):
         texts = {change(one): details for one, details in reversed(texts.items())} | texts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
@@ -271,7 +283,8 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
 
 
 def _details(text: str) -> Details:
-    """Units (of cm^2 also the power alone), directions and so on, and a plural that is the only word, as in 5 apples."""
+    """Units (of cm^2 also the power alone; km and km/h differ, $5 and $5/h do not), directions and so on, a plural that is
+    the only word, as in 5 apples, and how many there are of each if there are several, as in 5 boys and 4 girls."""
     found, words, lower = set(), [], ""
     text = re.sub(r"(?:\\mu|[μµ])[\s}]*(\\(?:text|mathrm)\W*)?", r"\1micro", text)
     places = [range(*one.span()) for one in _OF_UNITS.finditer(text)]
@@ -280,13 +293,17 @@ def _details(text: str) -> Details:
         before, lower = lower, token.lower() if len(token) > 1 else token
         known = [_DETAIL_OF[one] for one in (token, lower, re.sub("(?:wards?|s)$", "", lower)) if one in _DETAIL_OF]
         if known and (len(token) > 1 or not token.isalpha() or any(match.start() in place for place in places)):
-            power = power or _POWERS.get(word[:2] or before[:2], "")
-            found |= {known[0] + power, power}
+            power = power.strip("1") or _POWERS.get(word[:2] or before[:2], "")
+            per = "/" in known[0] or "-" in match[0] or _PER.search(text, match.start() - 20, match.start())
+            found |= {*(one + power for one in known[0].split("/")), power, "per" if per else ""}
         elif len(token) > 3 and token[0] != "\\":
             words.append(lower)
-    if words == [lower] and re.search(r"[0-9].*s\W*$", text):
+    found ^= {"N", "m", "J"} if {"N", "m"} <= found else set()
+    if words == [lower] and re.search(r"[0-9].*s\W*$", text) and not _OF_ANYTHING.search(lower):
         found.add(lower)
-    return frozenset(("detail", one) for one in found - {""})
+    counted = re.findall(r"([0-9]+)[\s~]*(?:\\[a-z]+\W*)?([a-z]{3,}s)\b", text)
+    kinds = {("rate", str("per" in found))} if found - {""} and not found & {"dollar", "euro", "cent", "%"} else set()
+    return frozenset({("detail", one) for one in found - {""}} | kinds | {*(counted if len(counted) > 1 else ())})
 
 
 def _without_grouping(text: str) -> str:

@@ -37,8 +37,6 @@ def evaluate(pieces: list[str]) -> Grid:
     term is neither a number nor a matrix."""
     total: Grid = []
     for sign, term in zip(["+", *pieces[1::2]], pieces[::2]):
-        if not term.strip() and not total:  # before a leading sign
-            continue
         grid = _product(term)
         if sign == "-":
             grid = [[f"-({cell})" for cell in row] for row in grid]

@@ -15,23 +15,23 @@ from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
 from nanoredi.grader.sets import EMPTY
 from nanoredi.grader.symbols import Unreadable
 
-MAX_PARTS = 100  # parts of a list, or cells of a matrix
+MAX_PARTS = 100  # of a list
 _NODE_WORK = 50
 
 # Other left sides that a bare value may leave out: |S|, \\bar{x}, \\Delta x, f^{-1}(3), f(g(2)), (f+g)(x), P(X=2), E[X].
 _QUANTITY = (
     rf"(?:{NAME}|\|(?:{NAME})\||\\(?:bar|hat|Delta) ?\{{?(?:{NAME})\}}?"
     rf"|\w\^\{{-1\}}\(-?\w+\)|\w\(\w\(-?\w+\)\)|\([f-h][∘+*/-]?[f-h]\)\(-?\w+\)"
-    r"|[A-Z]\([^()]*[=<>≤≥∩∪∧∨][^()]*\)|[A-Z]\[\w+\]|\\?[A-Z][a-z]+ ?\(\w\))"
+    r"|(?:[A-Z]|\\?Pr)\([^()]*[=<>≤≥∩∪∧∨][^()]*\)|[A-Z]\[\w+\]|\\?(?:max|min|[A-Z][a-z]+) ?[(\[⦃][^=<>≤≥]*[)\]⦄])"
 )
 _STANDS_FOR = re.compile(rf"{_QUANTITY}|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}")
 _NAMES_TUPLE = re.compile(rf"\({LETTER}(?:,{LETTER})+\)")
 _COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i+nt|oint|det|sup|inf) ?(?![A-Za-z])|\bmod\b|⟦vmatrix")
 _STACKED = re.compile(r"[^⟦]*⟦(cases|align(?:ed)?|gather(?:ed)?|equation|split)¦([^⟦]*)⟧")
-_BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{(?:base)?|(?:in)?base)([0-9]{1,2})\}?")
+_BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{\(?(?:base)?|(?:in)?base)([0-9]{1,2})\)?\}?")
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _REALS = {"": "(-∞,∞)", "positive ": "(0,∞)", "negative ": "(-∞,0)", "nonnegative ": "[0,∞)"}
-_ALL_REALS = re.compile(rf"(?:the )?(?:set of )?all ({'|'.join(_REALS)})real(?: number)?s|ℝ", re.IGNORECASE)
+_ALL_REALS = re.compile(rf"(?:the )?(?:set of )?(?:all|any) ({'|'.join(_REALS)})real(?: numbers?|s)|ℝ", re.IGNORECASE)
 _SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
@@ -64,8 +64,6 @@ class _Reader:
         while (inner := inside(text)) is not None and (
             text[0] in "{⦃" or text[0] in "([" and len(split(inner, ",;")) == 1
         ):  # brackets that only group
-            if text[0] + text[-1] in ("(]", "[)"):
-                raise Unreadable
             if text[0] == "⦃" in braces:  # a set of sets
                 return Reading("list", f"⦃{text}⦄", (self.read_set(text),), braces=True)
             if not inner.strip():
@@ -148,8 +146,6 @@ class _Reader:
             return self.read(exact[1] if not exact[0] or is_name(exact[0]) else exact[0])
         pieces = split(text, "∪∩∖")
         sides = split(text, "=<>≤≥≠")
-        if len(sides) > MAX_PARTS or len(pieces) > MAX_PARTS:
-            raise Unreadable
         if len(pieces) > 1 and (len(sides) == 1 or all(re.search("[=<>≤≥≠∈]", piece) for piece in pieces[::2])):
             return self.union(text, pieces)
         if len(sides) > 1:
@@ -177,8 +173,6 @@ class _Reader:
                 return Reading("∨", text, tuple(operands))  # A ∪ B is not A, B
             raise Unreadable
         parts = sets.combine(operands, operators)
-        if len(parts) > MAX_PARTS:
-            raise Unreadable
         return Reading("list", text, tuple(parts)) if len(parts) > 1 else parts[0] if parts else self.as_text("∅")
 
     def time(self, time: re.Match, text: str) -> Reading:
@@ -189,8 +183,6 @@ class _Reader:
         return Reading("time", str((hour % 12 * 60 + minute) * 60 + second), expression=ratio, name=half)
 
     def matrix(self, text: str) -> Reading:
-        if len(text.split("\\\\")) + text.count("&") > MAX_PARTS:
-            raise Unreadable
         if stacked := _STACKED.fullmatch(text):
             return self.stacked(*stacked.groups())
         text = matrices.without_determinants(text)
@@ -205,7 +197,7 @@ class _Reader:
         if kind != "cases" or not re.search(r"&|\b(?:if|for|when)\b", body):
             return self.several(",".join(row.replace("&", "").strip(" ,") for row in rows))
         separator = r"[\s,]*(?:&|\b(?:if|for|when)\b)[\s,]*(?:(?:if|for|when)\b)?"
-        cells = [re.split(separator, row, maxsplit=1) for row in rows]
+        cells = [re.split(separator, row.replace(" is ", " "), maxsplit=1) for row in rows]
         nodes = tuple(Reading("row", "&".join(row), tuple(self.read(one.strip()) for one in row)) for row in cells)
         return Reading("cases", body, nodes)
 
@@ -251,11 +243,11 @@ class _Reader:
             sides, parts = sides[::-1], parts[::-1]
         node.name = sides[0] if is_name(sides[0]) else ""
         named = list(itertools.takewhile(stands_for, sides[: -1 if is_constant(parts[-1]) else 1]))
+        if len(sides) > 2 and not is_constant(parts[0]) and all(map(is_constant, parts[1:])):  # m + 2n = 1 + 4 = 5
+            named = sides[:1]
         rest = parts[len(named) :]
         values = [part for side, part in zip(sides[-len(rest) :], rest) if not is_uncomputed(side, part)]
         if rest[-1] in values and all(same(x, y) for x, y in itertools.pairwise(values)):
-            if len(rest) == len(parts) == len(values):
-                return rest[-1] if rest[-1].kind != "text" else node
             node.bare = None if mentions(rest[-1], sides[0]) else rest[-1]
         return node
 

@@ -11,12 +11,12 @@ from fractions import Fraction
 
 from nanoredi.grader.numbers import CONTEXT, FUNCTIONS, Number, inexact
 
-# A point determines which numbers the letters stand for: small, medium and large ones, so that every term of
-# e^{-30t} + 1 counts at some point. Negative points are used only with absolute values, since sqrt(x^2) means x wherever
-# x is a length; at the first point all letters are negative, at the others some. With floor and ceil, letters are whole
-# numbers, as they mostly are there; t to z are also fractions.
+# A point determines which numbers the letters stand for: small, medium (near 1) and large ones, so that every term of
+# e^{-30t} + 1 and x^{2023} + x^{1000} + 1 counts at some point. Negative points are used only with absolute values, as
+# sqrt(x^2) means x wherever x is a length; at the first point all letters are negative, at the others some. With floor
+# and ceil, letters are whole numbers, as they mostly are there; t to z are also fractions.
 GENERAL, WHOLE, NEGATIVE = range(3), range(4, 16), range(16, 22)
-_SCALES = (9_000, 1_000, 300)
+_SCALES = (9_000, 100_000, 300)
 
 GREEK = {unicodedata.name(c).split()[-1].lower().replace("lamda", "lambda"): c for c in "αβγδεζηθικλμνξρστυφχψω"}
 LETTERS = {*GREEK, *map(str.title, GREEK), "hbar", "ell"}
@@ -70,7 +70,7 @@ def letter(name: str, point: int) -> Fraction:
         parts = 100 if name[0] in "tuvwxyz" and point % 2 else 1  # these need not be whole
         return Fraction(rng.randrange(2 * parts, 30 * parts), parts)
     if point in GENERAL:
-        return Fraction(rng.randrange(1_000, 5_000), _SCALES[point])
+        return Fraction(rng.randrange(1_000, 5_000), _SCALES[point]) + (point == 1)
     negative = point == NEGATIVE[0] or sum(map(ord, name)) >> (point - NEGATIVE[1]) & 1
     return Fraction(rng.randrange(1_000, 5_000), -1_000 if negative else 1_000)
 
