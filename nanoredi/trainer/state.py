@@ -41,7 +41,7 @@ def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
     """Every tensor of the state, by name: the weights and AdamW's moments."""
     tensors = {}
     for (name, p), m, v in zip(model.named_parameters(), optimizer.exp_avg, optimizer.exp_avg_sq):
-        tensors |= {f"weight.{name}": p.data, f"exp_avg.{name}": m, f"exp_avg_sq.{name}": v}
+        tensors |= {f"weight.{name}": p.detach(), f"exp_avg.{name}": m, f"exp_avg_sq.{name}": v}
     return tensors
 
 
