@@ -99,3 +99,25 @@ def test_a_copy_follows_the_optimiser():
         optimizer.step(torch.tensor(1.0), 1.0, torch.tensor(0.0))
         for p, old in zip(model.parameters(), before):
             assert torch.equal(cast(p, torch.bfloat16), p.detach().bfloat16()) and not torch.equal(p.bfloat16(), old)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_with_masters_is_training_without(dtype):
+    """The losses of some large steps; a stale copy of any weight would lead elsewhere."""
+
+    def losses(masters):
+        model = tiny.tiny_model(tied=True)
+        model.compute_dtype = dtype
+        for p in model.parameters() if masters else ():
+            make_master(p)
+        optimizer = AdamW(model, lr=0.02, weight_decay=0.0)
+        ids, *where = tiny.packed(tiny.sequences())
+        for _ in range(6):
+            loss, _ = model.loss(ids, *where, ids.roll(-1), torch.full((len(ids),), -1 / len(ids)))
+            loss.backward()
+            optimizer.step(torch.tensor(1.0), 1.0, torch.tensor(0.0))
+            yield loss.item()
+
+    got, want = (torch.tensor(list(losses(masters))) for masters in (True, False))
+    assert want[-1] < want[0] / 2
+    torch.testing.assert_close(got, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=0)
