@@ -259,7 +259,7 @@ def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:
     for one, *more in same.values():
         own = list(found.get(one, {}).values())
         if more and own and not any(other in found for other in more):
-            share = len(own) // (1 + len(more)) if len(own) != n else 0
+            share = len(own) // (1 + len(more)) if len(own) != n and len(own) % (1 + len(more)) == 0 else 0
             for k, copy in enumerate([one, *more]):
                 found[copy] = dict(enumerate(own[k * share : (k + 1) * share] if share else own))
     return found

@@ -148,8 +148,9 @@ def test_a_duplicate_problem(tmp_path):
     each = [(0, 0, True), (0, 1, True), (1, 0, True), (1, 1, True), (2, 0, True), (2, 1, True)]
     for order in ("ppqqpp", "qqpp"):  # each asked separately, and asked once for both
         assert graded(tmp_path, [row[one] for one in order], benchmark)[0] == each
-    with pytest.raises(UserError, match="1 completions for problem 1 of twice and 2"):
-        graded(tmp_path, [row[one] for one in "pppqq"], benchmark)
+    for order in ("pppqq", "pppppqq"):  # none is left out
+        with pytest.raises(UserError, match=f"2 completions for problem 2 of twice and {order.count('p')} "):
+            graded(tmp_path, [row[one] for one in order], benchmark)
 
 
 def test_failed_requests_are_wrong_and_shown(tmp_path, many):
