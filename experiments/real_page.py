@@ -34,12 +34,18 @@ KINDS = [  # kinds of problems, by whether the first sample was right before and
     ("right before, wrong after", (True, False)),
     ("wrong before and after", (False, False)),
 ]
-GRID = """The grid began as 3e-5 and 6e-5. When REDI 0.5 and 0.8 had been tried at these, validation showed 6e-5 to be too high
-for both and 3e-5 for REDI 0.8, so 1e-5 was added for every method; DPO and SimPO were then not tried at 6e-5.
+GRID = """These runs repeat earlier ones, whose trainings had a fault: in bf16 on a CPU the forward pass went on reading the
+embedding, which is also the output head, and the biases as they were at the start of the process, while the optimiser changed
+them. The data's split, the settings and the grid are those of the earlier runs, which had been evaluated on the test problems
+(stage 1 13.8 %, SFT continued 18.4 %, REDI 0.8 14.7 %). Nothing was changed after these runs.
 
-The grid is not independent of the test problems, even if the choice within it is. An earlier manual trial, from a stage 1 of
-a thousand rows, was evaluated on them: after 30 steps of 32 pairs, REDI 0.8 had 15.4 % at 2e-5 and 7.6 % at 1e-4, against
-14.9 % before. The rates of the first grid lie between those two, and stage 1's rate and batch are those of the trial."""
+The grid began as 3e-5 and 6e-5. When REDI 0.5 and 0.8 had been tried at these in the earlier runs, validation showed 6e-5 to
+be too high for both and 3e-5 for REDI 0.8, so 1e-5 was added for every method; DPO and SimPO were then not tried at 6e-5.
+
+The grid is not independent of the test problems, even if the choice within it is. A manual trial before the earlier runs and
+with the same fault, from a stage 1 of a thousand rows, was evaluated on them: after 30 steps of 32 pairs, REDI 0.8 had 15.4 %
+at 2e-5 and 7.6 % at 1e-4, against 14.9 % before. The rates of the first grid lie between those two, and stage 1's rate and
+batch are those of the trial."""
 NOT_SHOWN = """- Anything at the paper's scale: its model has 1.5 billion parameters, its traces are thousands of tokens long and come from a
   strong teacher, its problems are competition mathematics. Here the incorrect traces are the model's own, and short.
 - What each method can do at its best. The grid is coarse, the choice within it rests on few answers, and stage 1's
