@@ -111,12 +111,14 @@ def find_files(paths: list[str]) -> list[Path]:
     """The files among the paths, and the files of the folders among them, sorted by name."""
     files: list[Path] = []
     for path in map(Path, paths):
-        inside = path.is_dir()
-        kinds = {kind: found for kind in _KINDS if inside and (found := sorted(path.glob(f"*{kind}")))}
-        if inside and len(kinds) != 1:  # files of two kinds probably hold the same rows
+        if not path.is_dir():
+            files.append(path)
+            continue
+        kinds = {kind: found for kind in _KINDS if (found := sorted(path.glob(f"*{kind}")))}
+        if len(kinds) != 1:  # files of two kinds probably hold the same rows
             holds = "both " + " and ".join(kinds) if kinds else "none"
             raise UserError(f"the folder {path} must hold one kind of {', '.join(_KINDS)} files; it holds {holds}")
-        files += next(iter(kinds.values())) if inside else [path]
+        files += next(iter(kinds.values()))
     return files
 
 

@@ -108,7 +108,7 @@ def find(name: str, folder: str) -> Path:
         if not found:
             raise UserError(f"{folder} holds no file {name} that ends in {', '.join(SUFFIXES)}")
         return found[0]
-    if path.suffix not in SUFFIXES and not os.path.isdir(path):
+    if path.suffix.lower() not in SUFFIXES and not os.path.isdir(path):
         known = f"one of {', '.join(NAMED)}, or a file that ends in {', '.join(SUFFIXES)}"
         raise UserError(f"there is no benchmark {name!r}{nearest(name, NAMED)}; give {known}")
     return path

@@ -94,6 +94,7 @@ _SPELLINGS: _Rules = [
         lambda found: re.sub("[',.]", "", found[0]),
     ),
     (r"(?<=[0-9])\{,\}(?=[0-9])", "."),  # elsewhere it is a decimal comma
+    (r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§"),  # 17%6 is not 176
     (r"(?s)^\s*([*_]{1,3}|`+)(?![*_`])(.+?)\1\s*$", r"\2"),  # Markdown
     (r"\\q?quad", " "),  # also where a letter is glued to it
     (r"\\(?:left|right)\s*\.", ""),
@@ -132,11 +133,8 @@ _REWRITES: _Rules = [
     (_FONT + r"(?=[A-Za-z0-9\\])", " "),
     (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
-    (
-        r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|either|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)",
-        "",
-    ),
-    (r"(?i)^\s*all(?: integers| values of)?(?= *[a-z] *[<>≤≥])", ""),
+    (r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)", ""),
+    (r"(?i)^\s*(?:either\b|all(?: integers| values of)?(?= *[a-z] *[<>≤≥]))", ""),
     (r"(?i)^\s*(?:答案?[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
     (r"(?i)^\s*(?:(?:option|choice)\s+(?=\W*[A-J]\b)|(?:usd?|rs\.?)(?=[ 0-9]))", ""),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
@@ -149,6 +147,7 @@ _REWRITES: _Rules = [
     *[(rf"(?:\\|\b){name}\s*\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
     (r"\\(frac|binom)\s*([0-9])", r"\\\1{\2}"),
     (r"(\\(?:frac|binom)\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+    (r"(?<=[0-9])'\s*'?(?!['\w])", ""),  # minutes and seconds of arc
     (r"\\(?:vec|overrightarrow)\s*\{\s*([A-Z]{2})\s*\}", r"v_{\1}"),  # AB and BA are different vectors
     (r"\\(?:vec|overrightarrow)(?![A-Za-z])", ""),
     (r"\\hat\s*\{?\s*([ijk])\b\s*\}?", r" \1 "),  # unit vectors

@@ -64,6 +64,8 @@ class _Reader:
         while (inner := inside(text)) is not None and (
             text[0] in "{⦃" or text[0] in "([" and len(split(inner, ",;")) == 1
         ):  # brackets that only group
+            if text[0] + text[-1] in ("(]", "[)"):
+                raise Unreadable
             if text[0] == "⦃" in braces:  # a set of sets
                 return Reading("list", f"⦃{text}⦄", (self.read_set(text),), braces=True)
             if not inner.strip():

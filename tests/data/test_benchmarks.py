@@ -100,6 +100,11 @@ def test_an_empty_list_is_no_gold_answer(tmp_path):
     assert load(str(tmp_path / "b.jsonl"), "").golds == [["1"]]
 
 
+def test_a_suffix_in_capitals(tmp_path):
+    (tmp_path / "OWN.CSV").write_text("problem,answer\n1+1,2\n")
+    assert load(str(tmp_path / "OWN.CSV"), "").golds == [["2"]]
+
+
 def test_missing_files_and_wrong_numbers_of_problems(tmp_path):
     with pytest.raises(UserError, match=r"no benchmark 'math50' \(did you mean 'math500'\?\)"):
         load("math50", "")

@@ -42,12 +42,11 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"prompt": "Q", "response": "B", "label": "no", "correct": 1.0},
         {"messages": TURNS[:1], "response": "B"},
         {"conversations": SHAREGPT, "instruction": "R", "output": "C"},
-        {"messages": [{**TURNS[0], "train": False}, TURNS[1]], "images": [], "kto_tag": True, "functions": None},
+        {"messages": TURNS, "images": [], "kto_tag": True, "functions": None},
     ],
 )
 def test_stage_1_rows(row):
-    answer = conversation("here", row)
-    assert [(message["role"], message["content"]) for message in answer] == [("user", "Q"), ("assistant", "B")]
+    assert conversation("here", row) == TURNS
 
 
 def test_alpaca_s_instruction_and_input_are_one_prompt():
@@ -134,6 +133,8 @@ def test_an_answer_that_a_trainer_is_not_to_learn_is_not_learned(field):
     with pytest.raises(UserError, match=f"here: {field!r} is false; give the row a 'weight'"):
         conversation("here", {"messages": [TURNS[0], {**TURNS[1], field: False}]})
     assert conversation("here", {"messages": [TURNS[0], {**TURNS[1], field: False, "weight": 0}]})[0] == TURNS[0]
+    asked = {**TURNS[0], field: False}  # as every prompt is
+    assert conversation("here", {"messages": [asked, TURNS[1]]}) == [asked, TURNS[1]]
 
 
 @pytest.mark.parametrize("field", ["weight", "rejected_weight"])
