@@ -146,11 +146,12 @@ def compare(samples: Iterable[Row], first: str, second: str) -> list[Row]:
         if s["model"] in (first, second):
             own = scores.setdefault(s["benchmark"], {}).setdefault(s["model"], {})
             own.setdefault(s["problem"], []).append(s["correct"])
+    rng = np.random.default_rng(_SEED)  # one for all: benchmarks of one size must not share their draws
     draws, rows = {}, []
     for benchmark, models in scores.items():
-        if len(models) == 2 and models[first].keys() == models[second].keys():
-            of_problems = np.array([np.mean(models[second][p]) - np.mean(models[first][p]) for p in models[first]])
-            rng = np.random.default_rng(_SEED)
+        one, other = models.get(first, {}), models.get(second, {})
+        if one.keys() == other.keys():
+            of_problems = np.array([np.mean(other[p]) - np.mean(one[p]) for p in sorted(one)])
             drawn = np.array([rng.choice(of_problems, len(of_problems)).mean() for _ in range(_DRAWS)])
             draws[benchmark] = of_problems.mean(), drawn
     if len(draws) > 1:

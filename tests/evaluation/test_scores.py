@@ -93,6 +93,10 @@ def test_paired_difference_of_two_models():
     assert [r["benchmark"] for r in rows] == ["same", "apart", "average"]
     assert rows[2]["difference"] == pytest.approx(0.1) and rows[2]["high"] == pytest.approx(row["high"] / 2)
     assert compare(apart, "b", "a")[0]["difference"] == pytest.approx(-0.2)
+    assert compare(apart[::-1], "a", "b") == [row]  # whatever the order in which samples were finished
+    # Two benchmarks of one size are drawn independently: the error of their mean is smaller by sqrt(2), not the same.
+    rows = compare(apart + [{**s, "benchmark": "alike"} for s in apart], "a", "b")
+    assert rows[2]["high"] - 0.2 == pytest.approx(1.96 * 0.04 / math.sqrt(2), abs=0.01)
 
 
 def test_a_graded_response():
