@@ -105,16 +105,16 @@ def mark_best(rows: list[Row]) -> tuple[list[Row], str]:
 
 
 def unended(samples: Iterable[Row], flag: str) -> list[str]:
-    """A warning for each model with a box but no end of thinking in over half of its responses, with a flag to try."""
-    all_of, boxed = Counter(), Counter()
-    for model, response in ((s["model"], s["response"]) for s in samples):
-        all_of[model] += 1
-        boxed[model] += "\\boxed" in response and "<think>" in response and "</think>" not in response
+    """A warning for each model with no end of thinking in over half of its boxed responses, with a flag to try."""
+    boxed, thinking = Counter(), Counter()
+    for model, response in ((s["model"], s["response"]) for s in samples if "\\boxed" in s["response"]):
+        boxed[model] += 1
+        thinking[model] += "<think>" in response and "</think>" not in response
     return [
-        f"{model}: over half of the responses have a boxed answer and no </think>, and count as wrong; for a model "
+        f"{model}: over half of the responses with a boxed answer have no </think>, and count as wrong; for a model "
         f"that does not think give {flag}"
-        for model, count in all_of.items()
-        if 2 * boxed[model] > count
+        for model, count in boxed.items()
+        if 2 * thinking[model] > count
     ]
 
 

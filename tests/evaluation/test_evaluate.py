@@ -192,7 +192,7 @@ def test_a_run_whose_model_does_not_think_is_warned(a_run, capsys, monkeypatch):
     with world() as ranks:
         train_redi.show_results(RediConfig(**tables["redi"]), evaluation, ranks)
     out = capsys.readouterr().out
-    assert "REDI: over half of the responses have a boxed answer and no </think>" in out
+    assert "REDI: over half of the responses with a boxed answer have no </think>" in out
     assert "give --think own to evaluate.py, or --evaluate.think own to a new run" in out
 
 
@@ -268,10 +268,11 @@ def test_two_files_of_one_stem(models, capsys):
 
 def test_a_model_that_does_not_think(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"What is {i}+0?", "answer": i, "output": f"\\boxed{{{i}}}"} for i in range(3)]
+    texts = [*(f"\\boxed{{{i}}}" for i in range(3)), *["I do not know."] * 9]  # few have a box
+    rows = [{"prompt": f"What is {i}+0?", "answer": i, "output": text} for i, text in enumerate(texts)]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     evaluate.main(["--completions", "c.jsonl", "--out", "forced"])
-    assert "c: over half of the responses have a boxed answer and no </think>" in (out := capsys.readouterr().out)
+    assert "c: over half of the responses with a boxed answer have no </think>" in (out := capsys.readouterr().out)
     assert "give --think own" in out
     evaluate.main(["--completions", "c.jsonl", "--out", "own", "--think", "own"])
     assert "no </think>" not in capsys.readouterr().out
