@@ -41,7 +41,7 @@ SAMPLE = {
     "waits": _COUNT,
     "response": str,
 }
-_RESULT = {"model": str, "benchmark": str, "pass@1": float, "sem": float}
+_RESULT = {"model": str, "benchmark": str, "pass@1": float, "sem": (float, None)}
 # A row of differences.json:
 DIFFERENCE = dict.fromkeys(("benchmark", "first", "second"), str) | dict.fromkeys(("difference", "low", "high"), float)
 _DEFAULTS = {f.name: f.default for f in fields(EvaluateConfig)}

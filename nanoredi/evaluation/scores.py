@@ -61,8 +61,9 @@ def summarise(samples: list[Row], n: int) -> Row:
     samples lack what it needs.
 
     pass@1 is the mean over problems and samples. Its standard error is the paper's: s / sqrt(n), s being the standard
-    deviation (ddof 0) of the n benchmark-wide accuracies, one for each sample number. pass@k, for KS and n, is the mean
-    over problems of the unbiased estimate 1 - C(n-c, k) / C(n, k), where c of the problem's n samples are correct.
+    deviation (ddof 0) of the n benchmark-wide accuracies, one for each sample number; a single sample has none. pass@k,
+    for KS and n, is the mean over problems of the unbiased estimate 1 - C(n-c, k) / C(n, k), where c of the problem's n
+    samples are correct.
     """
     correct = _matrix(samples, "correct", n)
     right = correct.sum(axis=1).astype(int)
@@ -74,7 +75,7 @@ def summarise(samples: list[Row], n: int) -> Row:
         "problems": len(correct),
         "n": n,
         "pass@1": float(correct.mean()),
-        "sem": float(correct.mean(axis=0).std() / math.sqrt(n)),
+        "sem": float(correct.mean(axis=0).std() / math.sqrt(n)) if n > 1 else None,
         **{f"pass@{k}": float(np.mean([pass_at_k(n, c, k) for c in right.tolist()])) for k in ks if k > 1},
         "pass@1_deepscaler": float(_matrix(samples, "correct_deepscaler", n).mean()),
         "mean_tokens": float(np.mean(tokens)) if tokens else None,
@@ -130,7 +131,8 @@ def average(rows: list[Row]) -> Row:
         values = [row.get(key) for row in rows]
         if key not in means and key not in ("problems", "n"):
             means[key] = None if None in values else float(np.mean(values))
-    means["sem"] = math.sqrt(sum(row["sem"] ** 2 for row in rows)) / len(rows)
+    if means["sem"] is not None:
+        means["sem"] = math.sqrt(sum(row["sem"] ** 2 for row in rows)) / len(rows)
     return means
 
 

@@ -217,5 +217,5 @@ def _accuracy(path: Path, rows: list[dict[str, Any]]) -> Accuracy:
     for row in read_results(path.parent):
         model, points = row["model"], benchmarks.setdefault(row["benchmark"], {})
         step = min(step_of(model), rows[-1]["step"])
-        points[rows[-1]["step"] if step in points else step] = row["pass@1"], row["sem"]
+        points[rows[-1]["step"] if step in points else step] = row["pass@1"], row["sem"] or 0.0
     return {name: [(step, *points[step]) for step in sorted(points)] for name, points in benchmarks.items()}

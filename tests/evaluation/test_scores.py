@@ -38,6 +38,7 @@ def test_summary_of_an_example():
 def test_scores_that_lack_their_fields_are_none():
     row = summarise([sample(0, 0, True, tokens=None, finish_reason=None, waits=2)], 1)
     assert row["mean_tokens"] is row["cut_off"] is row["waits_per_1000_tokens"] is None
+    assert row["sem"] is None  # over samples, of which there is one
     assert row["waits_per_response"] == 2 and "pass@4" not in row
 
 
@@ -70,6 +71,7 @@ def test_average_of_benchmarks():
         "sem": pytest.approx(0.025),
         "mean_tokens": None,
     }
+    assert average([rows[0], {**rows[1], "sem": None}])["sem"] is None
 
 
 def test_paired_difference_of_two_models():

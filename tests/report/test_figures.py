@@ -104,9 +104,10 @@ def test_accuracy_is_drawn_at_its_model_s_step(make):
 def test_a_second_sft_is_the_end(make):
     """A stage-2 run with the objective sft names both of its models SFT."""
     rows = [result(m, b, a) for m, a in (("SFT", 0.1), ("SFT", 0.2)) for b in ("x", "y")]
+    rows[0]["sem"] = None  # of one sample a problem
     make("run", [metrics(1), metrics(2)], results=rows)
     (run,) = figures.read_runs(["run"])
-    assert run.accuracy == {b: [(0, 0.1, 0.01), (2, 0.2, 0.01)] for b in ("x", "y")}
+    assert run.accuracy == {b: [(0, 0.1, sem), (2, 0.2, 0.01)] for b, sem in (("x", 0.0), ("y", 0.01))}
 
 
 def test_malformed_results_are_refused(make):
