@@ -166,12 +166,16 @@ def _texts(messages: Messages) -> list[tuple[str, str]]:
 
 def said(row: dict[str, Any], field: str = "completion") -> Any:
     """A row's completion as a list of messages, the last one with the thinking that the row has in a field of its own."""
-    # "reasoning" may also be a switch that says how the row was made.
-    thinking = {name: t for name in THINKING_NAMES if isinstance(t := row.get(name), str) and t not in ("on", "off")}
+    thinking = {name: text for name in THINKING_NAMES if is_thinking(text := row.get(name))}
     given = row[field]
     *before, last = given if isinstance(given, list) and given else [given]
     last = {"role": "assistant", "content": last} if isinstance(last, str) else last
     return [*before, {**last, **thinking} if isinstance(last, dict) else last]
+
+
+def is_thinking(value: Any) -> bool:
+    """Whether a field with one of THINKING_NAMES holds thinking; a word may say how it was made: "on", "high"."""
+    return isinstance(value, str) and not re.fullmatch("[a-z]*", value)
 
 
 def last_role(messages: Any) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 from nanoredi.common.errors import UserError
 from nanoredi.common.formats import parse_json
 from nanoredi.data.benchmarks import SURE_GOLDS, in_one_case, listed
-from nanoredi.data.messages import THINKING_NAMES, last_role
+from nanoredi.data.messages import THINKING_NAMES, is_thinking, last_role
 
 # The field that holds the completions, and who writes it. If a row has several, the first one here counts.
 LAYOUTS = {
@@ -194,7 +194,7 @@ def _described(found: list[Completion], value: dict[str, Any]) -> list[Completio
     for one, tokens, reason, thinking in zip(found, *about):
         one.tokens = one.tokens if one.tokens is not None else tokens
         one.reason = one.reason if one.reason is not None else reason
-        if thinking and isinstance(thinking, str) and isinstance(one.text, str) and "</think>" not in one.text:
+        if is_thinking(thinking) and isinstance(one.text, str) and "</think>" not in one.text:
             one.text = f"<think>\n{thinking}</think>{one.text}"
     return found
 
@@ -282,7 +282,7 @@ def _parts(content: list[Any], is_sure: bool = False) -> str | None:
         return None
     thinks = [part.get("thought") is True or part.get("type") in ("thinking", "reasoning") for part in content]
     thinking, text = ("".join(_part(p) for p, own in zip(content, thinks) if own is which) for which in (True, False))
-    return f"<think>\n{thinking}</think>{text}" if thinking else text
+    return f"<think>\n{thinking}</think>{text}" if any(thinks) else text
 
 
 def _part(part: Any) -> str:

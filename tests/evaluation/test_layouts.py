@@ -15,6 +15,7 @@ from nanoredi.common.errors import UserError
 from nanoredi.evaluation.completions import grade_file
 from nanoredi.evaluation.layouts import LAYOUTS as FIELDS
 
+BOX = r"\boxed{2}"
 LAYOUTS = ["vllm", "run-batch", "rllm", "lighteval", "older lighteval", "sample.py"]
 
 
@@ -172,7 +173,27 @@ def test_lm_eval_s_messages_and_filters(tmp_path, benchmark):
         of = {"doc_id": i, "doc": {}, "arguments": {"gen_args_0": {"arg_0": [chat], "arg_1": {"until": ["Q:"]}}}}
         row = {**of, "resps": [[rf"</think>\boxed{{{2 * i + 2}}}", "x"]], "filtered_resps": [["x"]]}
         rows += [{**row, "filter": "strict-match"}, {**row, "filter": "flexible-extract"}]
-    assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, True), (0, 1, False), (1, 0, True), (1, 1, False)]
+    both = [(0, 0, True), (0, 1, False), (1, 0, True), (1, 1, False)]
+    assert graded(tmp_path, rows, benchmark)[0] == both
+    assert graded(tmp_path, [*rows[:2], {**rows[2], "filter": "none"}], benchmark)[0] == both  # of two tasks
+    # What ends the answer is no end of the prompt.
+    arguments = {"gen_args_0": {"arg_0": "What is 1+1?<think>", "arg_1": {"until": ["Q:"]}}}
+    row = {"arguments": arguments, "target": "2", "resps": [[r"Maybe \boxed{2}"]], "filter": "none"}
+    assert graded(tmp_path, [row], thinking=False)[0] == [(0, 0, False)]
+
+
+@pytest.mark.parametrize(
+    "row, right",
+    [
+        ({"output": [{"type": "reasoning", "summary": []}, {"type": "message", "content": [{"text": BOX}]}]}, True),
+        ({"content": [{"type": "thinking", "thinking": ""}, {"type": "text", "text": BOX}], "role": "assistant"}, True),
+        ({"output": f"<think>Maybe {BOX}", "reasoning": "on"}, False),
+        ({"output": f"Maybe {BOX}", "reasoning": "high"}, False),
+    ],
+)
+def test_thinking_that_is_not_shown_has_ended_and_a_switch_is_no_thinking(tmp_path, row, right):
+    rows = [{"prompt": "What is 1+1?", "answer": "2", "stop": True, **row}]
+    assert graded(tmp_path, rows)[0] == [(0, 0, right)]
 
 
 def test_empty_responses(tmp_path, benchmark, capsys):
