@@ -6,6 +6,7 @@ its position in the file, with a note. Several rows of one problem are several s
 benchmark's, or the file's own if no benchmark is named.
 """
 
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -58,11 +59,11 @@ def grade_file(path: str, name: str, benchmarks: list[Benchmark], thinking: bool
 
 def _read(path: str) -> list[Answers]:
     """The rows of the file. A failed request gets as many empty completions as other requests have completions."""
-    answers, metrics = [], None
+    answers, filters = [], {}
     for where, row in read_rows(path):
-        if isinstance(row, dict) and "resps" in row:  # lm-eval repeats every row for each of its filters
-            metrics = metrics or row.get("filter")
-            if row.get("filter") != metrics:
+        if isinstance(row, dict) and "resps" in row:  # lm-eval repeats every row for each of its task's filters
+            asked = json.dumps([row.get(name) for name in ("doc_id", "doc", "arguments")])
+            if filters.setdefault(asked, row.get("filter")) != row.get("filter"):
                 continue
         answers.append(read(where, row))
     if not answers:

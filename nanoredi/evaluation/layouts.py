@@ -108,8 +108,10 @@ def read(where: str, row: Any) -> Answers:
     if not isinstance(given, dict):
         raise UserError(f"{where} holds no JSON object")
     row = _plain(in_one_case(where, given, _name))
-    prompts = [text for path in _PROMPTS if (text := "\n".join(_texts(_get(row, path))))]
-    found = Answers(where, "\n".join(prompts) or None, [], any(p.rstrip().endswith("<think>") for p in prompts))
+    asked = [[*_texts(_get(row, path))] for path in _PROMPTS]
+    prompts = ["\n".join(texts) for texts in asked if any(texts)]
+    opens = any(text.rstrip().endswith("<think>") for texts in asked for text in texts)
+    found = Answers(where, "\n".join(prompts) or None, [], opens)
     golds = ((path, gold) for path in _GOLDS if (gold := _get(row, path)) not in (None, "", []))
     found.gold_field, found.golds = next(golds, ("", None))
     index, choices = _get(row, "doc.gold_index"), _get(row, "doc.choices")
