@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 
 from nanoredi.common.errors import UserError, run_script
@@ -211,9 +212,9 @@ def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list
     """The problem of each row by the first of its ids that identifies a problem in every row; None if there is none.
 
     Raises:
-        UserError: if the rows have a custom_id that identifies no problem: engines that write one promise no order.
+        UserError: if the rows have a custom_id and no id identifies a problem: engines that write one promise no order.
     """
-    for name in rows[0].ids:
+    for counted, name in product((False, True), rows[0].ids):
         ids = [row.ids.get(name, "") for row in rows]
         # With several benchmarks an id begins with the name of one; of several such names the longest is meant.
         names = [b.name for b in benchmarks] if len(benchmarks) > 1 else [""]
@@ -221,20 +222,20 @@ def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list
         problems: dict[str, Problem] = {}
         for which, benchmark in enumerate(benchmarks):
             own = [id for id, begin in zip(ids, whose) if begin == names[which]]
-            problems |= {id: (which, i) for id, i in _numbers(own, benchmark, limit).items()}
+            problems |= {id: (which, i) for id, i in _numbers(own, benchmark, limit, counted).items()}
         if problems.keys() >= {*ids}:
             return [problems[id] for id in ids]
-        if name == "custom_id":
-            raise UserError(
-                f"{rows[0].where}: its custom_id {ids[0]!r} names no problem of "
-                f"{', '.join(b.name for b in benchmarks)} by an id or its only number; give the rows their prompts"
-            )
+    if "custom_id" in rows[0].ids:
+        raise UserError(
+            f"{rows[0].where}: its custom_id {rows[0].ids['custom_id']!r} names no problem of "
+            f"{', '.join(b.name for b in benchmarks)} by an id or its only number; give the rows their prompts"
+        )
     return None
 
 
-def _numbers(ids: list[str], benchmark: Benchmark, limit: int) -> dict[str, int]:
-    """{id: index of its problem} for the benchmark's own ids, or for ids with a number that runs over all problems,
-    from 0 or 1. Empty if the ids are neither, or contain several such numbers."""
+def _numbers(ids: list[str], benchmark: Benchmark, limit: int, counted: bool) -> dict[str, int]:
+    """{id: index of its problem} for the benchmark's own ids, or if `counted` for ids with a number that runs over all
+    problems, from 0 or 1. Empty if the ids are neither, or contain several such numbers."""
     if len(benchmark.problems) == 1:
         return dict.fromkeys(ids, 0)
     for own in benchmark.ids.values():
@@ -242,7 +243,7 @@ def _numbers(ids: list[str], benchmark: Benchmark, limit: int) -> dict[str, int]
             return {id: own.index(id) for id in set(ids)}
     numbers = [[int(digits) for digits in re.findall(r"[0-9]{1,9}", id.removeprefix(benchmark.name))] for id in ids]
     found = []
-    for column in zip(*numbers) if len(set(map(len, numbers))) == 1 else ():
+    for column in zip(*numbers) if counted and len(set(map(len, numbers))) == 1 else ():
         start, size = min(column), len(set(column))
         if start in (0, 1) and max(column) == start + size - 1 and size in (len(benchmark.problems), limit):
             found.append({id: number - start for id, number in zip(ids, column)})

@@ -99,6 +99,11 @@ def test_ids_of_two_benchmarks(tmp_path, many, benchmark):
     assert graded(tmp_path, rows[::-1], benchmark, many)[0] == [(0, 0, True), (1, 0, True), *ALL_RIGHT]
 
 
+def test_a_benchmark_s_own_id_is_better_than_a_row_s_number(tmp_path, many):
+    rows = [{"index": 11 - i, "task_id": f"a/{i * i}", "output": rf"</think>\boxed{{{i}}}"} for i in range(12)]
+    assert graded(tmp_path, rows, many) == (ALL_RIGHT, [])
+
+
 def test_other_ids_and_a_prompt_in_parts(tmp_path, many):
     rows = [{"prompt": None, "request_id": str(i), "outputs": [rf"</think>\boxed{{{i}}}"]} for i in range(12)]
     assert graded(tmp_path, rows[::-1], many) == (ALL_RIGHT, [])
