@@ -141,7 +141,7 @@ def read(where: str, row: Any) -> Answers:
         _check(found, given, row, prompts)
     else:
         found.completions = []
-    found.texts = "\n".join(text for name, value in row.items() for text in _texts(value, name != found.path))
+    found.texts = "\n".join(text for name, value in row.items() for text in _texts(value, name not in fields))
     return found
 
 

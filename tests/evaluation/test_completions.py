@@ -270,7 +270,9 @@ def test_a_problem_that_the_model_quotes_is_not_its_prompt(tmp_path, many):
     rows = [batch(f"r{i}", rf"Unlike {many.problems[3]}</think>\boxed{{{i}}}") for i in range(12)]
     for row in rows:
         row["response"]["body"]["choices"][0]["message"]["reasoning_content"] = many.problems[3]
-    assert graded(tmp_path, rows[::-1], many) == (ALL_RIGHT, [])
+        row["generation"] = many.problems[3]
+    done, (said,) = graded(tmp_path, rows[::-1], many)
+    assert done == ALL_RIGHT and "and not from generation" in said
 
 
 def test_rows_of_several_models_are_kept_apart(tmp_path, many):
