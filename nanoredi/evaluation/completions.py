@@ -95,7 +95,7 @@ def _check_texts(path: str, answers: list[Answers]) -> None:
     own = [one for row in answers for one in row.completions]
     if empty := sum(not one.text.strip() for one in own):
         print(f"{path}: {empty:,} of {len(own):,} completions are empty and count as wrong")
-    if any("box" in one.text for one in own) or empty == len(own):
+    if any(re.search(r"\\f?(box|rame)", one.text) for one in own) or empty == len(own):
         return
     if all(row.path in (None, "prediction", "predictions", "predict") for row in answers):
         print(f"{path}: no {answers[0].path} has a boxed answer; each is taken for the answer itself")
@@ -209,7 +209,8 @@ def _numbered(row: Answers, benchmarks: list[Benchmark]) -> Problem:
 
 
 def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list[Problem] | None:
-    """The problem of each row by the first of its ids that identifies a problem in every row; None if there is none.
+    """The problem of each row by the first of its ids that identifies a problem in every row, better by a benchmark's
+    own id than by a number, which may be the row's; None if there is none.
 
     Raises:
         UserError: if the rows have a custom_id and no id identifies a problem: engines that write one promise no order.
