@@ -61,7 +61,10 @@ _TOKENS = (
     "completion_tokens output_tokens generated_tokens num_generated_tokens eval_count tokens_predicted token_ids "
     "output_ids tokens"
 ).split()
-_REASONS = ("finish_reason", "done_reason", "stop_type", "stop_reason", "incomplete_details.reason")
+_REASONS = (
+    "finish_reason.type finish_reason.reason finish_reason finish_reasons done_reason stop_type stop_reason "
+    "incomplete_details.reason"
+).split()
 _THINKING = (*THINKING_NAMES, "reasonings")
 _NOT_ASKED = (*_THINKING, "role", "from", "type")  # fields of a message that are no part of a prompt
 _CUT_OFF = ("max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "limit")  # mean "length"
@@ -163,7 +166,6 @@ def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: 
             raise UserError(f"{where} has {str(one.text)[:60]!r} for a completion; it must be a text")
         if not (one.tokens is None or type(one.tokens) is int and one.tokens in range(2**31)):
             raise UserError(f"{where}: its number of tokens is {str(one.tokens)[:60]!r}; it must be a whole number")
-        one.reason = one.reason.get("type") if isinstance(one.reason, dict) else one.reason
         if not (one.reason is None or isinstance(one.reason, str)):
             raise UserError(f"{where}: its finish_reason is {str(one.reason)[:60]!r}; it must be a text")
         if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF:

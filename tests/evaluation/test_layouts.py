@@ -213,7 +213,12 @@ def test_empty_responses(tmp_path, benchmark, capsys):
 
 @pytest.mark.parametrize(
     "reason, kept",
-    [({"type": "length", "length": 9}, "length"), ({"type": "stop", "matched": 1}, "stop"), ("MAX_TOKENS", "length")],
+    [
+        ({"type": "length", "length": 9}, "length"),
+        ({"type": "stop", "matched": 1}, "stop"),
+        ({"reason": "length"}, "length"),
+        ("MAX_TOKENS", "length"),
+    ],
 )
 def test_finish_reasons(tmp_path, benchmark, reason, kept):
     outputs = [[{"text": "x", "finish_reason": reason}], [{"text": "x", "meta_info": {"finish_reason": reason}}]]
@@ -310,7 +315,7 @@ def test_lists_of_completions_with_details_of_each(tmp_path, name, texts):
         "problem": "What is 1+1?",
         "gold": "['2']",
         name: texts,
-        "finish_reason": ["stop", "length"],
+        "finish_reasons": ["stop", "length"],
         "tokens": [3, 4],
     }
     (samples,) = grade_file(written(tmp_path, [row]), "m", [], thinking=True)
