@@ -126,7 +126,7 @@ def read(where: str, row: Any) -> Answers:
         if not isinstance(choices[found.golds], dict):  # else they are chat.completion's
             found.golds = [chr(ord("A") + found.golds), str(choices[found.golds])]
     ids = dict.fromkeys([*_IDS, *filter(_ID.fullmatch, row)])
-    found.ids = {path: str(value) for path in ids if isinstance(value := _get(row, path), (str, int))}
+    found.ids = {path: str(value) for path in ids if isinstance(value := _get(row, path), (str, int, float))}
     found.model = next((name for path in _MODELS if isinstance(name := _get(row, path), str)), None)
     sample, problem = (_count(row.get(name)) for name in ("sample", "problem"))
     if type(problem) is int and isinstance(row.get("benchmark"), str):
