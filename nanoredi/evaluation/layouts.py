@@ -55,7 +55,7 @@ _PROMPTS = (
 _GOLDS = ("reward_model.ground_truth", *SURE_GOLDS, "target", "answer", "label")
 _IDS = "custom_id problem_id question_id doc_id idx index id uid key doc.id extra_info.index meta_info.id".split()
 _ID = re.compile("(example|instance|item|problem|prompt|query|question|record|request|row|task|unique)_(id|idx|index)")
-_MODELS = ("model", "model_name", "model_id", "generator", "response.body.model")
+_MODELS = "model model_name model_id generator response.model response.body.model output.model".split()
 _ABOUT = ("", "usage.", "meta_info.", "details.")  # objects in an object, with what it says about its completions
 _TOKENS = (
     "completion_tokens output_tokens generated_tokens num_generated_tokens eval_count tokens_predicted token_ids "

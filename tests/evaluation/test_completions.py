@@ -290,6 +290,11 @@ def test_rows_of_several_models_are_kept_apart(tmp_path, many):
     ]
     (samples,) = grade_file(written(tmp_path, rows[::2]), "f", [many], thinking=True)
     assert samples[0]["model"] == "f"
+    rows = [
+        {"prompt": row["prompt"], "response": {**answer(row["output"]), "model": row["model_name"]}} for row in rows
+    ]
+    found = grade_file(written(tmp_path, rows), "f", [many], thinking=True)
+    assert [samples[0]["model"] for samples in found] == ["f: m0", "f: m1"]
 
 
 def test_solutions_are_no_gold_answers(tmp_path):
