@@ -164,6 +164,8 @@ def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: 
     for one in found.completions:
         if not isinstance(one.text, str):
             raise UserError(f"{where} has {str(one.text)[:60]!r} for a completion; it must be a text")
+        if re.match(r"\[?\{'(.*')?(role|text|content|generated_text)':", one.text.lstrip(), re.DOTALL):
+            raise UserError(f"{where}: its {path!r} has objects written as Python's text: give them as JSON")
         if not (one.tokens is None or type(one.tokens) is int and one.tokens in range(2**31)):
             raise UserError(f"{where}: its number of tokens is {str(one.tokens)[:60]!r}; it must be a whole number")
         if not (one.reason is None or isinstance(one.reason, str)):
@@ -236,7 +238,7 @@ def _fields(value: dict[str, Any], names: Any) -> list[str]:
 
 def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
     """Whether a field holds completions, rather than something else with the same name."""
-    value = row[name]
+    value = _unquoted(row[name])
     if name in ("messages", "conversations", "all_messages"):  # may be the prompt
         return last_role(value) == "assistant"
     if name == "choices":  # may be a question's choices
@@ -256,11 +258,14 @@ def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
 
 
 def _unquoted(value: Any) -> Any:
-    """A list of texts, messages or an API's response that was written as text. Other JSON may be the model's own."""
-    if isinstance(value, str) and value[:2] in ("[{", '{"'):
+    """A list of texts, messages, or objects with completions that were written as text. Other JSON may be the model's."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(UserError):
-            inner = parse_json("it", value)
-            return _plain(inner) if last_role(inner) or "choices" in inner else value
+            inner = _plain(parse_json("it", value))
+            objects = inner if isinstance(inner, list) else [inner]
+            is_answer = any(isinstance(one, dict) and _fields(one, _INNER) for one in objects)
+            if last_role(objects) or is_answer and all(isinstance(one.text, str) for one in _completions(inner)):
+                return inner
     return listed(value)
 
 

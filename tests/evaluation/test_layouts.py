@@ -372,9 +372,29 @@ def test_a_number_among_a_completion_s_choices_stays_a_number(tmp_path):
     assert graded(tmp_path, rows)[0] == [(0, 0, True)]
 
 
-def test_json_written_by_the_model(tmp_path, benchmark):
-    rows = [{"prompt": problem, "output": text} for problem, text in zip(benchmark.problems, ('[{"a": 2}]', RIGHT))]
-    assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, False), (1, 0, False)]
+@pytest.mark.parametrize("text", ['[{"a": 2}]', '{"value": 2}', '[{"text": "2"}, 3]', "[]", "[{'a': 2}]"])
+def test_json_written_by_the_model(tmp_path, benchmark, text):
+    rows = [{"prompt": problem, "output": text} for problem, text in zip(benchmark.problems, (text, RIGHT))]
+    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False)
+    assert [(s["response"], s["correct"]) for s in samples] == [(text, False), (RIGHT, False)]
+
+
+@pytest.mark.parametrize(
+    "cell, correct",
+    [
+        ([{"index": 0, "text": RIGHT}, {"index": 1, "text": WRONG}], [True, False]),
+        ([{"generated_text": RIGHT}], [True]),
+        ({"message": {"role": "assistant", "content": RIGHT}}, [True]),
+        ({"role": "assistant", "content": [{"type": "text", "text": RIGHT}]}, [True]),
+    ],
+)
+def test_objects_written_as_text(tmp_path, cell, correct):
+    rows = [{"prompt": "What is 1+1?", "answer": r"\frac{4}{2}", "output": json.dumps(cell, indent=1)}]
+    assert [right for *_, right in graded(tmp_path, rows)[0]] == correct
+    with pytest.raises(UserError, match="line 1: its 'output' has objects written as Python's text"):
+        graded(tmp_path, [{**rows[0], "output": str(cell)}])
+    conversation = [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": RIGHT}]
+    assert graded(tmp_path, [{"messages": json.dumps(conversation), "gold": "2"}])[0] == [(0, 0, True)]
 
 
 def test_bare_answers(tmp_path, benchmark):
