@@ -20,7 +20,7 @@ from typing import Any
 from nanoredi.common.errors import UserError, nearest
 from nanoredi.common.files import read_rows
 from nanoredi.data.messages import PARTS, user_message, with_system
-from nanoredi.grader import extract_answer
+from nanoredi.grader import extract_answers
 
 # {name: number of problems}
 PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_bench": 675}
@@ -159,7 +159,7 @@ def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{where} has no text in 'problem' or 'question'; it has {', '.join(row) or 'no fields'}")
         answer = next((row[key] for key in GOLDS if row.get(key) not in (None, "", [])), None)
         if answer is None and isinstance(row.get("solution"), str):
-            answer = extract_answer(row["solution"])
+            answer = row["solution"] if extract_answers(row["solution"]) else None
         yield where, {**row, "problem": problem, "answer": answer}
 
 
@@ -186,7 +186,8 @@ def golds_of(where: str, answer: Any) -> list[str]:
     Args:
         where: "file, line n", for error messages.
         answer: as in the file: text, a number (142.0 for 142), a list of these, or a Python list written as text
-            ("['9.6\\n', '9.60']"). Of a whole solution, the part after its last #### (GSM8K) or its last box is taken.
+            ("['9.6\\n', '9.60']"). Of a whole solution, the part after its last #### (GSM8K) or its last box is taken,
+            or all of several boxes that are joined to one list.
 
     Raises:
         UserError: for anything else.
@@ -224,5 +225,5 @@ def _gold(answer: Any) -> str:
         return str(answer)
     if not isinstance(answer, str):
         return ""
-    box = extract_answer(answer) if "####" not in answer else None
-    return (box or answer.rpartition("####")[2]).strip()
+    boxes = extract_answers(answer) if "####" not in answer else []
+    return (", ".join(reversed(boxes)) or answer.rpartition("####")[2]).strip()

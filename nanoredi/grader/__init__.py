@@ -49,7 +49,7 @@ def grade(response: str, gold: str | list[str], style: str = "nanoredi") -> bool
             alone; "deepscaler" is the stricter reading of the paper's evaluation.
     """
     golds = [gold] if isinstance(gold, str) else gold
-    answers, matches = _answers(response), equal
+    answers, matches = extract_answers(response), equal
     if style == "deepscaler":  # it knows neither \boxed {5} nor \boxed 5
         answers, matches = [one for one in answers[:1] if f"boxed{{{one}}}" in response], deepscaler.equal
     elif len(answers) > 1:
@@ -59,10 +59,10 @@ def grade(response: str, gold: str | list[str], style: str = "nanoredi") -> bool
 
 def extract_answer(response: str) -> str | None:
     """The content of the last box after the thinking; None without a box, or if the thinking or the box never ends."""
-    return next(iter(_answers(response)), None)
+    return next(iter(extract_answers(response)), None)
 
 
-def _answers(response: str) -> list[str]:
+def extract_answers(response: str) -> list[str]:
     """The contents of the last box and of the boxes joined to it, last first."""
     thinking, closed, text = response.partition("</think>")
     if not closed:

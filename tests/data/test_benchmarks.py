@@ -65,6 +65,7 @@ def test_malformed_rows_are_named(tmp_path, text, words):
         ({"problem": "p", "answer": "so it is 4 or 5", "expected_answer": "4"}, "p", ["4"]),
         ({"problem": "p", "gold": "", "answer": "4"}, "p", ["4"]),
         ({"problem": "p", "answer": "", "solution": "\\boxed{4}"}, "p", ["4"]),
+        ({"problem": "p", "solution": "\\boxed{4}, \\boxed{5}"}, "p", ["4, 5"]),
         ({"Problem": "p", "problem": "p", "answer": 4}, "p", ["4"]),
     ],
 )
@@ -167,6 +168,7 @@ def test_a_named_benchmark_may_be_jsonl(tmp_path):
         ("48/2 = <<48/2=24>>24\n#### 72", ["72"]),
         ("#### 1,234 ", ["1,234"]),
         ("So \\boxed{1} or rather \\boxed{\\frac{1}{2}}.", ["\\frac{1}{2}"]),
+        ("So $x = \\boxed{-2}$ is one. The roots are $\\boxed{-2}$ and $\\boxed{2}$.", ["-2, 2"]),
         ("['9.6\\n']", ["9.6"]),
         ("['0.01\\n', \"0.02\"]", ["0.01", "0.02"]),
         ("['9.6' \n '9.60']", ["9.6", "9.60"]),  # as numpy writes it
