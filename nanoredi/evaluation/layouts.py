@@ -233,7 +233,7 @@ def _count(value: Any) -> Any:
 def _fields(value: dict[str, Any], names: Any) -> list[str]:
     """The fields of an object that may hold its completions, those that are null or empty last."""
     there = [name for name in names if name in value and _may_hold_completions(value, name, names is LAYOUTS)]
-    return sorted(there, key=lambda name: value[name] in (None, []))
+    return sorted(there, key=lambda name: value[name] in (None, [], ""))
 
 
 def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:

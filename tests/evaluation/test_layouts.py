@@ -296,7 +296,7 @@ GEMINI = {
         {"output": [{"generated_text": RIGHT}]},
         {"message": {"role": "assistant", "content": ANTHROPIC["content"]}, "usage": {"tokens": {"output_tokens": 3}}},
         {"Response": RIGHT, "prediction": "3"},
-        {"choices": [], "outputs": None, "output": RIGHT},
+        {"choices": [], "outputs": None, "response": "", "output": RIGHT},
         {"output": '[{"step": 1}]' + RIGHT},
         {"completion": RIGHT, "tokens": 3.0},
     ],
