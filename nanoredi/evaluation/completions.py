@@ -235,19 +235,21 @@ def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list
 
 
 def _numbers(ids: list[str], benchmark: Benchmark, limit: int, counted: bool) -> dict[str, int]:
-    """{id: index of its problem} for the benchmark's own ids, or if `counted` for ids with a number that runs over all
-    problems, from 0 or 1. Empty if the ids are neither, or contain several such numbers."""
+    """{id: index of its problem} for the benchmark's own ids, or if `counted` for ids with a number that is one, or that
+    runs over all problems, from 0 or 1. Empty if the ids are neither, or contain several such numbers."""
     if len(benchmark.problems) == 1:
         return dict.fromkeys(ids, 0)
     for own in benchmark.ids.values():
         if set(ids) <= set(own):
             return {id: own.index(id) for id in set(ids)}
-    numbers = [[int(digits) for digits in re.findall(r"[0-9]{1,9}", id.removeprefix(benchmark.name))] for id in ids]
+    numbers = [[str(int(n)) for n in re.findall(r"[0-9]{1,9}", id.removeprefix(benchmark.name))] for id in ids]
+    counts = [[str(start + i) for i in range(len(benchmark.problems))] for start in (0, 1)]
     found = []
     for column in zip(*numbers) if counted and len(set(map(len, numbers))) == 1 else ():
-        start, size = min(column), len(set(column))
-        if start in (0, 1) and max(column) == start + size - 1 and size in (len(benchmark.problems), limit):
-            found.append({id: number - start for id, number in zip(ids, column)})
+        for own in (*benchmark.ids.values(), *counts):
+            if {*column} in ({*own}, {*own[:limit]}):
+                found.append({id: own.index(number) for id, number in zip(ids, column)})
+                break
     return found[0] if len(found) == 1 else {}
 
 

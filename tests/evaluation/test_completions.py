@@ -102,6 +102,9 @@ def test_ids_of_two_benchmarks(tmp_path, many, benchmark):
 def test_a_benchmark_s_own_id_is_better_than_a_row_s_number(tmp_path, many):
     rows = [{"index": 11 - i, "task_id": f"a/{i * i}", "output": rf"</think>\boxed{{{i}}}"} for i in range(12)]
     assert graded(tmp_path, rows, many) == (ALL_RIGHT, [])
+    by_number = replace(many, ids={"id": [str(i * 5 % 12 + 1) for i in range(12)]})  # its own, in another order
+    rows = [batch(f"r{i * 5 % 12 + 1}", rf"</think>\boxed{{{i}}}") for i in range(12)]
+    assert graded(tmp_path, rows[::-1], by_number) == (ALL_RIGHT, [])
     rows = [{"index": float(i), "output": rf"</think>\boxed{{{i}}}"} for i in range(12)]  # as pandas writes them
     assert graded(tmp_path, rows[::-1], many) == (ALL_RIGHT, [])
 
