@@ -47,9 +47,11 @@ def grade_file(path: str, name: str, benchmarks: list[Benchmark], thinking: bool
     answers = _read(path)
     if benchmarks:
         problems = _assigned(path, answers, benchmarks, limit)
-        _refuse_prompts(path, answers, [benchmarks[which].problems[i] for which, i in problems])
+        asked = [benchmarks[which].problems[i] for which, i in problems]
     else:
         benchmarks, problems = _own_benchmarks(path, answers)
+        asked = [row.prompt or "" for row in answers]
+    _refuse_prompts(path, answers, asked)
     samples = []
     for model in dict.fromkeys(row.model for row in answers):
         own = ((row, problem) for row, problem in zip(answers, problems) if row.model == model)
@@ -180,7 +182,7 @@ def _assigned(path: str, answers: list[Answers], benchmarks: list[Benchmark], li
 def _refuse_prompts(path: str, answers: list[Answers], problems: list[str]) -> None:
     """Refuse completions that begin with a few-shot prompt, whose boxes would count as answers."""
     texts = [(one.text, asked) for row, asked in zip(answers, problems) for one in row.completions]
-    num_boxed = sum(asked in text and bool(extract_answer(text.partition(asked)[0])) for text, asked in texts)
+    num_boxed = sum(asked in text and bool(extract_answer(text[: text.find(asked)])) for text, asked in texts)
     if 2 * num_boxed > len(texts):
         raise UserError(
             f"{path}: {num_boxed:,} of {len(texts):,} completions have a boxed answer in front of the problem itself, "

@@ -202,6 +202,8 @@ def test_an_evaluation_s_samples_are_regraded(tmp_path):
         for k in (1, 0)
     ]
     rows = [{**row, "answer": "9", "tokens": 5, "finish_reason": "stop"} for row in rows]
+    for row in rows:
+        row["response"] = rf"\boxed{{7}} {row['problem']} " + row["response"]  # the problem's number, behind a box
     found = grade_file(written(tmp_path, [*rows, rows[3]]), "again", [], thinking=True)
     assert [(f[0]["model"], f[0]["benchmark"], [s["correct"] for s in f]) for f in found] == [
         ("again: A", "one", [True, True, False, False]),
@@ -328,8 +330,9 @@ def test_duplicate_rows(tmp_path, many):
 def test_a_few_shot_prompt_is_no_answer(tmp_path, benchmark):
     shots = r"Q: What is 3+3? A: \boxed{6}. Q: "
     rows = [{"question": p, "generated_text": f"{shots}{p} A: I do not know."} for p in benchmark.problems]
-    with pytest.raises(UserError, match="2 of 2 completions have a boxed answer in front of the problem itself"):
-        graded(tmp_path, rows, benchmark, thinking=False)
+    for given in ([benchmark], []):
+        with pytest.raises(UserError, match="2 of 2 completions have a boxed answer in front of the problem itself"):
+            graded(tmp_path, [{**row, "gold": "6"} for row in rows], *given, thinking=False)
     for row in rows:
         row["prompt"] = shots + row["question"]  # then the few-shot part is known, and removed
     assert graded(tmp_path, rows, benchmark, thinking=False)[0] == [(0, 0, False), (1, 0, False)]
