@@ -143,9 +143,8 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
     problems = [row["problem"] for row in rows]
     template = template or ("paper" if name in NAMED else "plain")
     questions = [frame(problem, template)[-1]["content"] for problem in problems]
-    values = {key: [row.get(key) for row in rows] for key in IDS}
-    texts = {key: [*map(str, ids)] for key, ids in values.items() if None not in ids}
-    ids = {key: own for key, own in texts.items() if len({*own}) == len(own)}
+    ids = {key: [str(row.get(key)) for row in rows] for key in IDS}
+    ids = {key: own for key, own in ids.items() if len({*own}) == len(own)}
     return Benchmark(path.stem, problems, questions, list(golds), ids)
 
 

@@ -142,13 +142,13 @@ def _own_benchmarks(path: str, answers: list[Answers]) -> tuple[list[Benchmark],
             raise UserError(f"{row.where} has another gold answer than an earlier row of the same problem")
     if unsure := {row.gold_field for row in answers} & {"answer", "label"}:
         print(f"{path}: its own {' and '.join(sorted(unsure))!r} is taken for the gold answer")
-    # In samples.jsonl problems are numbers, and rows are in the order in which they were finished.
-    ordered = {b: sorted(own) if all(isinstance(key, int) for key in own) else list(own) for b, own in golds.items()}
     places, benchmarks = {}, []
-    for which, (name, own) in enumerate(ordered.items()):
-        places.update(((name, key), (which, i)) for i, key in enumerate(own))
-        texts = [str(key) for key in own]
-        benchmarks.append(Benchmark(name, texts, texts, [golds[name][key] for key in own]))
+    for which, (name, own) in enumerate(golds.items()):
+        if all(isinstance(key, int) for key in own):  # rows of samples.jsonl, in the order in which they were finished
+            own = dict(sorted(own.items()))
+        places |= {(name, key): (which, i) for i, key in enumerate(own)}
+        texts = [*map(str, own)]
+        benchmarks.append(Benchmark(name, texts, texts, [*own.values()]))
     check_golds(path, [gold for benchmark in benchmarks for gold in benchmark.golds])
     return benchmarks, [places[key] for key in keys]
 
