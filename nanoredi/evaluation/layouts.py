@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from nanoredi.common.errors import UserError
+from nanoredi.common.files import check
 from nanoredi.common.formats import parse_json
 from nanoredi.data.benchmarks import SURE_GOLDS, in_one_case, listed
 from nanoredi.data.messages import THINKING_NAMES, is_thinking, last_role
@@ -131,8 +132,7 @@ def read(where: str, row: Any) -> Answers:
     sample, problem = (_count(row.get(name)) for name in ("sample", "problem"))
     if type(problem) is int and isinstance(row.get("benchmark"), str):
         found.benchmark, found.problem, found.model = row["benchmark"], problem, str(row.get("model"))
-        if type(sample) is not int:
-            raise UserError(f"{where}: its 'sample' is {str(sample)[:60]!r}; it must be a whole number")
+        check(where, sample, int, "its 'sample'")
     if found.problem is not None or type(sample) is int and {"completion", "finish_reason", "tokens"} <= row.keys():
         found.sample = sample
     if fields := _fields(row, LAYOUTS):
@@ -162,14 +162,11 @@ def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: 
     if not found.completions:
         raise UserError(f"{where}: its {path!r} holds no completion")
     for one in found.completions:
-        if not isinstance(one.text, str):
-            raise UserError(f"{where} has {str(one.text)[:60]!r} for a completion; it must be a text")
+        check(where, one.text, str, "its completion")
         if re.match(r"\[?\{'(.*')?(role|text|content|generated_text)':", one.text.lstrip(), re.DOTALL):
             raise UserError(f"{where}: its {path!r} has objects written as Python's text: give them as JSON")
-        if not (one.tokens is None or type(one.tokens) is int and one.tokens in range(2**31)):
-            raise UserError(f"{where}: its number of tokens is {str(one.tokens)[:60]!r}; it must be a whole number")
-        if not (one.reason is None or isinstance(one.reason, str)):
-            raise UserError(f"{where}: its finish_reason is {str(one.reason)[:60]!r}; it must be a text")
+        check(where, one.tokens, (range(2**31), None), "its number of tokens")
+        check(where, one.reason, (str, None), "its finish_reason")
         if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF:
             one.reason = "length"
         for prompt in prompts:  # which transformers' pipelines repeat

@@ -4,7 +4,6 @@ row of the table, and two models are compared problem by problem.
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -107,15 +106,14 @@ def mark_best(rows: list[Row]) -> tuple[list[Row], str]:
 
 def unended(samples: Iterable[Row], flag: str) -> list[str]:
     """A warning for each model with no end of thinking in over half of its boxed responses, with a flag to try."""
-    boxed, thinking = Counter(), Counter()
+    thinks: dict[str, list[bool]] = {}
     for model, response in ((s["model"], s["response"]) for s in samples if "\\boxed" in s["response"]):
-        boxed[model] += 1
-        thinking[model] += "<think>" in response and "</think>" not in response
+        thinks.setdefault(model, []).append("<think>" in response and "</think>" not in response)
     return [
         f"{model}: over half of the responses with a boxed answer have no </think>, and count as wrong; for a model "
         f"that does not think give {flag}"
-        for model, count in boxed.items()
-        if 2 * thinking[model] > count
+        for model, own in thinks.items()
+        if 2 * sum(own) > len(own)
     ]
 
 

@@ -58,7 +58,11 @@ def main(argv: list[str]) -> None:
     if flags.lengths:
         print(lengths.show(flags.lengths, flags.tokenizer, flags.max_prompt_tokens, flags.max_response_tokens))
     elif flags.failures:
-        _show_failures(flags)
+        text = "\n\n".join(failures(flags.failures, flags.only))
+        if sys.stdout.isatty():
+            pydoc.pager(visible(text))
+        else:
+            print(text)
     elif not flags.runs:
         raise UserError("there is nothing to report on: give the folders of runs")
     else:
@@ -101,14 +105,6 @@ def _show_runs(flags: ReportFlags) -> None:
 def _named(whose: str, rows: list[Row], *names: str) -> list[Row]:
     """Rows with the run's folder in front of their models' names."""
     return [{**row, **{name: whose + row[name] for name in names}} for row in rows]
-
-
-def _show_failures(flags: ReportFlags) -> None:
-    text = "\n\n".join(failures(flags.failures, flags.only))
-    if sys.stdout.isatty():
-        pydoc.pager(visible(text))
-    else:
-        print(text)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ SAMPLE = {"model": "m", "benchmark": "b", "problem": 0, "sample": 0, "response":
         ([], "holds no rows"),
         ([7], "line 1 holds no JSON object"),
         ([{"prompt": "What is 1+1?", "text": "2"}], "line 1 is in no known layout"),
-        ([{"prompt": "What is 1+1?", "outputs": [{"txt": "2"}]}], "line 1 has .* for a completion; it must be a text"),
-        ([{"prompt": "What is 1+1?", "completion": 2}], "line 1 has '2' for a completion; it must be a text"),
+        ([{"prompt": "What is 1+1?", "outputs": [{"txt": "2"}]}], "line 1: its completion is .*; it must be text"),
+        ([{"prompt": "What is 1+1?", "completion": 2}], "line 1: its completion is 2; it must be text"),
         ([{"prompt": "What is 1+2?", "completion": "3"}], "line 1: its prompt holds no problem of b"),
         ([{"completion": "3"}], "line 1 has no prompt"),
         (

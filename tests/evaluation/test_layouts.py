@@ -231,12 +231,12 @@ def test_finish_reasons(tmp_path, benchmark, reason, kept):
     "more, words",
     [
         ({"tokens": "9.5"}, "line 1: its number of tokens is '9.5'; it must be a whole number"),
-        ({"tokens": True}, "its number of tokens is 'True'"),
-        ({"tokens": -1}, "its number of tokens is '-1'"),
-        ({"finish_reason": 3}, "its finish_reason is '3'; it must be a text"),
-        ({"finish_reason": [3]}, "its finish_reason is '3'; it must be a text"),
-        ({"benchmark": "b", "problem": 0, "sample": []}, r"its 'sample' is '\[\]'; it must be a whole number"),
-        ({"completion": {"a": 1}}, "line 1 has .* for a completion; it must be a text"),
+        ({"tokens": True}, "its number of tokens is True"),
+        ({"tokens": -1}, "its number of tokens is -1"),
+        ({"finish_reason": 3}, "its finish_reason is 3; it must be text"),
+        ({"finish_reason": [3]}, "its finish_reason is 3; it must be text"),
+        ({"benchmark": "b", "problem": 0, "sample": []}, r"its 'sample' is \[\]; it must be a whole number"),
+        ({"completion": {"a": 1}}, "line 1: its completion is {'a': 1}; it must be text"),
         ({"completion": []}, "its 'completion' holds no completion"),
     ],
 )
