@@ -6,11 +6,9 @@ name of GOLDS, or a `solution` with the answer in its last box. The case of name
 
 import ast
 import contextlib
-import io
 import math
 import os
 import re
-import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -29,6 +27,8 @@ SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".gz")
 # Fields with gold answers. The sure ones can be nothing else; `answer` may also be a model's, so it comes after them.
 SURE_GOLDS = "gold gts gt ground_truth gold_answer expected_answer correct_answer reference_answer".split()
 GOLDS = (*SURE_GOLDS, "answer", "final_answer", "answer_number")
+_TEXT = r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\""""  # as repr and JSON write it
+_LIST = re.compile(rf"\s*\[(?:(?:{_TEXT})[\s,]*)+\]\s*")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _MOST_WORDS = 14  # in an answer; those of the named benchmarks have at most 12
 IDS = ("id", "unique_id", "problem_id", "question_id", "doc_id", "idx", "index", "uid")  # fields that name a row
@@ -208,11 +208,9 @@ def check_golds(path: str | Path, golds: Sequence[list[str]]) -> None:
 
 def listed(value: Any) -> Any:
     """The list of texts that a text such as "['9.6\\n', '9.60']" spells (numpy omits commas); else the value."""
-    if isinstance(value, str) and value.strip().startswith(("['", '["')):
-        with contextlib.suppress(ValueError, SyntaxError, tokenize.TokenError):  # LaTeX may begin like this, too
-            words = list(tokenize.generate_tokens(io.StringIO(value.strip()).readline))
-            if {word.string.strip() for word in words if word.type != tokenize.STRING} <= {"[", "]", ",", ""}:
-                return [ast.literal_eval(word.string) for word in words if word.type == tokenize.STRING]
+    if isinstance(value, str) and _LIST.fullmatch(value):
+        with contextlib.suppress(ValueError, SyntaxError):  # an unknown escape
+            return [ast.literal_eval(text) for text in re.findall(_TEXT, value)]
     return value
 
 
