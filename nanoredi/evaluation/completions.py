@@ -6,12 +6,10 @@ its position in the file, with a note. Several rows of one problem are several s
 benchmark's, or the file's own if no benchmark is named.
 """
 
-import json
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -65,7 +63,7 @@ def _read(path: str) -> list[Answers]:
     answers, filters = [], {}
     for where, row in read_rows(path):
         if isinstance(row, dict) and "resps" in row:  # lm-eval repeats every row for each of its task's filters
-            asked = json.dumps([row.get(name) for name in ("doc_id", "doc", "arguments")])
+            asked = str([row.get(name) for name in ("doc_id", "doc", "arguments")])
             if filters.setdefault(asked, row.get("filter")) != row.get("filter"):
                 continue
         answers.append(read(where, row))
@@ -115,7 +113,7 @@ def _by_problem(rows: Iterable[tuple[Answers, Problem]], thinking: bool) -> Foun
         own = found.setdefault(problem, {})
         for one in row.completions:
             if row.problem is None and (thinking or row.opens) and "<think>" not in one.text:
-                one = replace(one, text=f"<think>\n{one.text}")
+                one.text = f"<think>\n{one.text}"
             if row.sample is not None and (problem, row.sample, one.text) in seen:
                 continue
             seen.add((problem, row.sample, one.text))
@@ -161,10 +159,15 @@ def _assigned(path: str, answers: list[Answers], benchmarks: list[Benchmark], li
             texts.setdefault(_words(text), (which, i))
     asked = lru_cache(None)(partial(_asked, problems=texts))
     found: list[Problem | None] = []
+    numbered = {(b.name, i): (which, i) for which, b in enumerate(benchmarks) for i in range(len(b.problems))}
     for row in answers:
-        found.append(asked(row.prompt or "") or asked(row.texts) if row.problem is None else _numbered(row, benchmarks))
-        if row.prompt and found[-1] is None:
-            raise UserError(f"{row.where}: its prompt holds no problem of {', '.join(b.name for b in benchmarks)}")
+        if row.problem is None:
+            found.append(asked(row.prompt or "") or asked(row.texts))
+        else:
+            found.append(numbered.get((row.benchmark, row.problem)))
+        if found[-1] is None and (row.prompt or row.problem is not None):
+            given = "its prompt holds" if row.prompt else f"'problem' {row.problem} of {row.benchmark!r} is"
+            raise UserError(f"{row.where}: {given} no problem of {', '.join(b.name for b in benchmarks)}")
     if None not in found:
         return found
     named = _by_id(answers, benchmarks, limit)
@@ -200,14 +203,6 @@ def _asked(text: str, problems: dict[str, Problem]) -> Problem | None:
 
 def _words(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def _numbered(row: Answers, benchmarks: list[Benchmark]) -> Problem:
-    """The problem of a row of samples.jsonl."""
-    for which, benchmark in enumerate(benchmarks):
-        if benchmark.name == row.benchmark and 0 <= row.problem < len(benchmark.problems):
-            return which, row.problem
-    raise UserError(f"{row.where} is of problem {row.problem} of {row.benchmark}, which is not among those named")
 
 
 def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list[Problem] | None:

@@ -62,12 +62,9 @@ _TOKENS = (
     "completion_tokens output_tokens generated_tokens num_generated_tokens eval_count tokens_predicted token_ids "
     "output_ids tokens"
 ).split()
-_REASONS = (
-    "finish_reason.type finish_reason.reason finish_reason finish_reasons done_reason stop_type stop_reason "
-    "incomplete_details.reason"
-).split()
+_REASONS = ("finish_reason", "finish_reasons", "done_reason", "stop_type", "stop_reason", "incomplete_details.reason")
 _THINKING = (*THINKING_NAMES, "reasonings")
-_NOT_ASKED = (*_THINKING, "role", "from", "type")  # fields of a message that are no part of a prompt
+_NOT_ASKED = (*_THINKING, "role", "from", "type", "until")  # fields of a message or request that no prompt shows
 _CUT_OFF = ("max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "limit")  # mean "length"
 
 
@@ -112,10 +109,8 @@ def read(where: str, row: Any) -> Answers:
     if not isinstance(given, dict):
         raise UserError(f"{where} holds no JSON object")
     row = _plain(in_one_case(where, given, _name))
-    asked = [[*_texts(_get(row, path))] for path in _PROMPTS]
-    prompts = ["\n".join(texts) for texts in asked if any(texts)]
-    opens = any(text.rstrip().endswith("<think>") for texts in asked for text in texts)
-    found = Answers(where, "\n".join(prompts) or None, [], opens)
+    prompts = [text for path in _PROMPTS if (text := "\n".join(_texts(_get(row, path))))]
+    found = Answers(where, "\n".join(prompts) or None, [], any(p.rstrip().endswith("<think>") for p in prompts))
     golds = ((path, gold) for path in _GOLDS if (gold := _get(row, path)) not in (None, "", []))
     found.gold_field, found.golds = next(golds, ("", None))
     index, choices = _get(row, "doc.gold_index"), _get(row, "doc.choices")
@@ -166,6 +161,7 @@ def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: 
         if re.match(r"\[?\{'(.*')?(role|text|content|generated_text)':", one.text.lstrip(), re.DOTALL):
             raise UserError(f"{where}: its {path!r} has objects written as Python's text: give them as JSON")
         check(where, one.tokens, (range(2**31), None), "its number of tokens")
+        one.reason = one.reason.get("type", one.reason.get("reason")) if isinstance(one.reason, dict) else one.reason
         check(where, one.reason, (str, None), "its finish_reason")
         if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF:
             one.reason = "length"

@@ -20,13 +20,7 @@ Row = dict[str, Any]
 
 
 def graded(
-    model: str,
-    benchmark: Benchmark,
-    problem: int,
-    sample: int,
-    response: str,
-    tokens: int | None,
-    finish_reason: str | None,
+    model: str, benchmark: Benchmark, problem: int, sample: int, response: str, tokens: int | None, reason: str | None
 ) -> Row:
     """Grade a response, as a row of samples.jsonl.
 
@@ -36,7 +30,7 @@ def graded(
         sample: the sample's number within the problem, from 0.
         response: the whole text, including its thinking.
         tokens: the response's length; None if another engine did not report it.
-        finish_reason: "stop" or "length"; None if another engine did not report it.
+        reason: why the response ended: "stop" or "length"; None if another engine did not report it.
     """
     golds = benchmark.golds[problem]
     return {
@@ -49,7 +43,7 @@ def graded(
         "answer": extract_answer(response),
         "gold": golds,
         "tokens": tokens,
-        "finish_reason": finish_reason,
+        "finish_reason": reason,
         "waits": len(_WAIT.findall(response)),
         "response": response,
     }

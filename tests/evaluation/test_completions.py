@@ -23,6 +23,7 @@ SAMPLE = {"model": "m", "benchmark": "b", "problem": 0, "sample": 0, "response":
         ([{"prompt": "What is 1+1?", "completion": 2}], "line 1: its completion is 2; it must be text"),
         ([{"prompt": "What is 1+2?", "completion": "3"}], "line 1: its prompt holds no problem of b"),
         ([{"completion": "3"}], "line 1 has no prompt"),
+        ([{**SAMPLE, "problem": 2}], "line 1: 'problem' 2 of 'b' is no problem of b"),
         (
             [SAMPLE, {**SAMPLE, "response": "2"}],
             "line 2 is sample 0 of its problem, as is an earlier row with other text",
