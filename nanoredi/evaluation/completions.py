@@ -166,7 +166,7 @@ def _assigned(path: str, answers: list[Answers], benchmarks: list[Benchmark], li
         else:
             found.append(numbered.get((row.benchmark, row.problem)))
         if found[-1] is None and (row.prompt or row.problem is not None):
-            given = "its prompt holds" if row.prompt else f"'problem' {row.problem} of {row.benchmark!r} is"
+            given = "its prompt holds" if row.problem is None else f"'problem' {row.problem} of {row.benchmark!r} is"
             raise UserError(f"{row.where}: {given} no problem of {', '.join(b.name for b in benchmarks)}")
     if None not in found:
         return found
