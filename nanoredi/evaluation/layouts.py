@@ -171,7 +171,9 @@ def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: 
 
 def _completions(value: Any) -> list[Completion]:
     """All completions in a text, in an object, or in a list of these."""
-    value = _unquoted(value)
+    if isinstance(value, str):
+        found = [] if (inner := _unquoted(value)) is value else _completions(inner)
+        return found if found and all(isinstance(one.text, str) for one in found) else [Completion(value)]
     if isinstance(value, list) and (parts := _parts(value)) is not None:
         return [Completion(parts)]
     if isinstance(value, list):
@@ -231,7 +233,7 @@ def _fields(value: dict[str, Any], names: Any) -> list[str]:
 
 def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
     """Whether a field holds completions, rather than something else with the same name."""
-    value = _unquoted(row[name])
+    value = _unquoted(row[name]) if top else row[name]
     if name in ("messages", "conversations", "all_messages"):  # may be the prompt
         return last_role(value) == "assistant"
     if name == "choices":  # may be a question's choices
@@ -256,8 +258,7 @@ def _unquoted(value: Any) -> Any:
         with suppress(UserError):
             inner = _plain(parse_json("it", value))
             objects = inner if isinstance(inner, list) else [inner]
-            is_answer = any(isinstance(one, dict) and _fields(one, _INNER) for one in objects)
-            if last_role(objects) or is_answer and all(isinstance(one.text, str) for one in _completions(inner)):
+            if last_role(objects) or any(isinstance(one, dict) and _fields(one, _INNER) for one in objects):
                 return inner
     return listed(value)
 

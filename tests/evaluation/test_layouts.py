@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from completions import PROBLEMS, graded, rows_of, written
@@ -351,6 +352,14 @@ def test_other_requests_that_failed(tmp_path, benchmark, row, words):
     rows = [{"prompt": benchmark.problems[0], **row}, {"prompt": benchmark.problems[1], "response": RIGHT}]
     done, said = graded(tmp_path, rows, benchmark)
     assert done == [(0, 0, False), (1, 0, False)] and "1 of 2 requests failed" in said[-1] and words in said[-1]
+
+
+def test_json_in_json_is_read_in_a_time_that_its_length_bounds(tmp_path):
+    text, begin = RIGHT, time.perf_counter()
+    for _ in range(12):  # a way that took four times as long for each would take hours
+        text = json.dumps({"text": text})
+    rows = [{"prompt": "What is 1+1?", "answer": "2", "output": text}]
+    assert graded(tmp_path, rows)[0] == [(0, 0, True)] and time.perf_counter() - begin < 10
 
 
 @pytest.mark.parametrize("name", ["gold_answer", "target"])
