@@ -131,8 +131,9 @@ def read(where: str, row: Any) -> Answers:
     if found.problem is not None or type(sample) is int and {"completion", "finish_reason", "tokens"} <= row.keys():
         found.sample = sample
     if fields := _fields(row, LAYOUTS):
+        texts = {name: [one.text for one in _completions(row[name])] for name in fields}
         found.path, found.completions = fields[0], _described(_completions(row[fields[0]]), row)
-        found.others = [name for name in fields[1:] if row[name] not in (None, [], "", row[fields[0]])]
+        found.others = [name for name in fields[1:] if row[name] and texts[name] != texts[fields[0]]]
     if not any(one.text for one in found.completions):
         found.error = _error(row, found.completions)
     if found.error is None:

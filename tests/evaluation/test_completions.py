@@ -367,7 +367,9 @@ def test_of_two_fields_with_completions_the_one_read_is_named(tmp_path, benchmar
     done, (said,) = graded(tmp_path, rows, benchmark)
     assert done == [(0, 0, True), (1, 0, False)]
     assert said.endswith("completions are taken from the field completion, and not from generated_text")
-    rows = [{**row, "generated_text": row["completion"]} for row in rows]
+    for row in rows:
+        said = {"role": "assistant", "content": row["completion"]}
+        row |= {"generated_text": row["completion"], "messages": [{"role": "user", "content": row["prompt"]}, said]}
     assert graded(tmp_path, rows, benchmark) == (done, [])
 
 
