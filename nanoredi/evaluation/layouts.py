@@ -210,8 +210,9 @@ def _each(value: dict[str, Any], names: Iterable[str], num: int, count: bool = F
             continue
         if not isinstance(said, list):
             said = [said] * num if num == 1 else []
-        elif count and num == 1 and not (said and isinstance(said[0], list)):
-            said = [len(said) or None]
+        elif count and num == 1:  # the completion's tokens, or a list of one such list or of one count
+            is_of_one = len(said) == 1 and isinstance(said[0], list if path.endswith("ids") else (list, int))
+            said = said if is_of_one else [len(said) or None]
         said = [len(one) if isinstance(one, list) else _count(one) for one in said] if count else said
         if len(said) == num and any(one is not None for one in said):
             return said

@@ -246,6 +246,23 @@ def test_fields_of_a_wrong_type_are_named(tmp_path, benchmark, more, words):
         graded(tmp_path, [{"prompt": "What is 1+1?", "completion": "x", **more}], benchmark)
 
 
+@pytest.mark.parametrize(
+    "more, tokens",
+    [
+        ({"completion_tokens": [512]}, 512),
+        ({"output_tokens": [[7, 8, 9]]}, 3),
+        ({"token_ids": [512]}, 1),
+        ({"output_ids": [7, 8]}, 2),
+        ({"tokens": [{"text": "2"}]}, 1),
+        ({"token_ids": []}, None),
+    ],
+)
+def test_counts_and_lists_of_the_tokens_of_one_completion(tmp_path, benchmark, more, tokens):
+    rows = [{"prompt": problem, "responses": ["2"], **more} for problem in benchmark.problems]
+    (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=True)
+    assert [s["tokens"] for s in samples] == [tokens] * 2
+
+
 def test_an_unknown_layout_is_described(tmp_path, benchmark):
     with pytest.raises(
         UserError,
