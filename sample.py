@@ -119,7 +119,8 @@ def _rows(config: SampleFlags, tables: Tables) -> list[tuple[str, Any]]:
 
 def _read_prompts(path: str) -> list[tuple[str, Any]]:
     """The rows of a file. From standard input and files without a known suffix, lines that are not JSON are prompts."""
-    if Path(path).suffix in benchmarks.SUFFIXES:
+    suffix = Path(path).suffix.lower()
+    if suffix in benchmarks.SUFFIXES:
         return [(where, {"prompt": row} if isinstance(row, str) else row) for where, row in read_rows(path)]
     name = "standard input" if path == "-" else path
     if path != "-" and Path(path).exists() and not Path(path).is_file():
@@ -130,11 +131,11 @@ def _read_prompts(path: str) -> list[tuple[str, Any]]:
         raise UserError(f"cannot read {name}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text: {error}") from None
-    if Path(path).suffix != ".txt" and re.match(r'\s*\[\s*[{"]', text):
+    if suffix != ".txt" and re.match(r'\s*\[\s*[{"]', text):
         rows = ({"prompt": row} if isinstance(row, str) else row for row in parse_json(name, text))
         return [(f"{name}, row {n}", row) for n, row in enumerate(rows, 1)]
     lines = [(f"{name}, line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if Path(path).suffix == ".txt" or lines and not lines[0][1].startswith("{"):
+    if suffix == ".txt" or lines and not lines[0][1].startswith("{"):
         return [(where, {"prompt": line}) for where, line in lines]
     return [(where, parse_json(where, line)) for where, line in lines]
 

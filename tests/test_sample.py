@@ -58,6 +58,7 @@ TURNS = [{"role": "user", "content": "a=1"}, {"role": "assistant", "content": "2
         ("p.jsonl", json.dumps({"prompt": None, "messages": TURNS}) + "\n", ["a=1<assistant>2<user>b=3"]),
         ("p.jsonl", json.dumps({"conversations": [{"from": "human", "value": "a=1"}]}) + "\n", ["a=1"]),
         ("p.csv", "problem,answer\na=1,1\na=2,2\n", ["a=1", "a=2"]),
+        ("p.CSV", "problem,answer\na=1,1\na=2,2\n", ["a=1", "a=2"]),
         ("-", json.dumps([{"prompt": "a=1"}, {"problem": "a=2"}], indent=1), ["a=1", "a=2"]),
         ("-", '["a=1", "a=2"]', ["a=1", "a=2"]),
         ("p.json", '["a=1", "a=2"]', ["a=1", "a=2"]),
