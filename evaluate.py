@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     if run:
         models: Mapping[str, str | Path] = models_along(run)
     else:
-        models = {folder: check_model(folder) for folder in given.get("model") or [newest_model()]}
+        models = {folder: folder for folder in map(check_model, given.get("model") or [newest_model()])}
         _refuse_twice("--model", [*given.get("model", [])])
     tables = read_recipe(recipe) if recipe else recipe_of(run / "final" if run else next(iter(models)))
     config = resolve(EvaluateFlags, "evaluate", tables, flags)

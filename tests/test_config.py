@@ -326,7 +326,7 @@ def test_a_folder_that_holds_no_model_is_refused(given, files, words, tmp_path, 
 
 def test_a_model_s_folder_is_accepted(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    assert check_model(str(tmp_path)) == str(tmp_path)
+    assert check_model(str(tmp_path)) == check_model(f"{tmp_path}/./") == str(tmp_path)
 
 
 def test_pickled_weights_are_refused(tmp_path):

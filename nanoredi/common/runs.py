@@ -144,14 +144,14 @@ def final_name(objective: str) -> str:
 
 
 def check_model(folder: str, file: str = "config.json") -> str:
-    """The folder, unchanged, if it contains `file`.
+    """The folder, without a slash at its end, if it contains `file`.
 
     Raises:
         UserError: if it does not, saying what the folder is instead, and what would help.
     """
     path = Path(folder)
     if (path / file).exists():
-        return folder
+        return str(path)
     if path.is_file():
         raise UserError(f"{folder} is a file; give the folder that holds it beside the model's {file}")
     if not path.exists():

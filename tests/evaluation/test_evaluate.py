@@ -71,7 +71,7 @@ def test_a_table_lost_by_a_kill_is_rewritten(models, capsys):
         (models / "out/results.json").unlink()
         if left is not None:
             (models / "out/results.json").write_text(left)
-        again = start(capsys, "--model", "a", "--out", "out")
+        again = start(capsys, "--model", "./a/", "--out", "out")
         assert "a: 6 samples are there, 0 are missing" in again and first.splitlines()[-3:] == again.splitlines()[-3:]
 
 
