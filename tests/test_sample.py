@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -184,3 +185,11 @@ def test_the_same_command_resumes(said, tmp_path):
     with pytest.raises(UserError, match="mine exists without the mine.settings.json that describes it"):
         said("a=1", "--out", "mine")
     assert (tmp_path / "mine").read_text() == "my own\n"
+
+
+def test_completions_beside_the_model_resume(said, toy_data, tmp_path):
+    shutil.copytree(toy_data / "model", tmp_path / "m")
+    for name in ("a.jsonl", "b.json"):
+        assert said("a=1", "--model", "m", "--out", f"m/{name}") == f"m/{name}: 1 completions\n"
+    for name in ("a.jsonl", "b.json"):
+        assert "1 completions are there, 0 are missing" in said("a=1", "--model", "./m/", "--out", f"m/{name}")

@@ -24,7 +24,8 @@ from nanoredi.data.benchmarks import Benchmark
 from nanoredi.evaluation.scores import Row
 from nanoredi.trainer.dtype import settled_dtype
 
-_MODEL_FILES = ("*.json", "*.jinja", "*.safetensors")  # the files of a model's folder that a sample depends on
+# The files of a model's folder that a sample depends on. Others may come and go: samples may be written there, too.
+_MODEL_FILES = ("*config.json", "*token*.json", "vocab.json", "*.index.json", "*.jinja", "*.safetensors")
 _KEY = ("model", "benchmark", "problem", "sample")
 _COUNT = range(2**31)
 SAMPLE = {
@@ -190,5 +191,5 @@ def _refuse_others(path: Path, kind: str, before: dict[str, Any], now: dict[str,
 
 
 def digest_of_files(folder: Path) -> str:
-    paths = sorted(path for pattern in _MODEL_FILES for path in folder.glob(pattern))
+    paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
     return digest(*(part for path in paths for part in (path.name.encode(), path)))
