@@ -58,8 +58,7 @@ class Qwen2Config:
         for name in overrides:
             if name not in fields:
                 raise UserError(f"Qwen2 has no setting {name!r} to override{nearest(name, fields)}")
-        # transformers 5 writes rope_theta into rope_parameters, earlier ones beside the other fields.
-        given = {**config, **(config.get("rope_parameters") or {}), **overrides}
+        given = {**config, **overrides}
         if given.get("num_key_value_heads") is None:
             given["num_key_value_heads"] = given.get("num_attention_heads")
         missing = [name for name, f in fields.items() if f.default is MISSING and given.get(name) is None]

@@ -39,7 +39,7 @@ _CONFIG_SHAPE = {
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json's content.
+    """config.json's content, with the rotary embedding's settings among the others.
 
     Raises:
         UserError: when it is missing or broken, or asks for something that this Qwen2 does not compute.
@@ -55,19 +55,20 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: model_type is {config.get('model_type')!r}; nanoredi knows qwen2")
     if config.get("use_sliding_window") and window and slides:
         raise UserError(f"{path}: some layers use a sliding window of {window} tokens; nanoredi knows full attention")
-    for rope in (config.get("rope_scaling") or {}, config.get("rope_parameters") or {}):
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        other = sorted(rope.keys() - {"rope_type", "type", "rope_theta"})
-        if kind != "default" or other:
-            what = f"of the kind {kind!r}" if kind != "default" else f"with {other[0]}"
-            raise UserError(f"{path}: rope scaling {what}; nanoredi knows the default one, with rope_theta")
+    # transformers 5 writes rope_theta into rope_parameters, earlier ones beside the other fields.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    other = sorted(rope.keys() - {"rope_type", "type", "rope_theta"})
+    if kind != "default" or other:
+        what = f"of the kind {kind!r}" if kind != "default" else f"with {other[0]}"
+        raise UserError(f"{path}: rope scaling {what}; nanoredi knows the default one, with rope_theta")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; Qwen2's is silu")
     if config.get("attention_dropout"):
         raise UserError(f"{path}: attention_dropout is {config['attention_dropout']}; nanoredi has none")
     if config.get("quantization_config") is not None:
         raise UserError(f"{path}: the weights are quantized; nanoredi reads float32, float16 and bfloat16")
-    return config
+    return {**config, **rope}
 
 
 def load_weights(
