@@ -195,14 +195,18 @@ def holds_model(folder: Path) -> bool:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a model's weights."""
+    single = folder / "model.safetensors"
     if (folder / INDEX).exists():
         weight_map = check(str(folder / INDEX), read_json(folder / INDEX), {"weight_map": {str: str}})["weight_map"]
         # An index comes from elsewhere: a path in it must not lead out of the folder.
-        return [folder / Path(name).name for name in sorted(set(weight_map.values()))]
-    if not (folder / "model.safetensors").exists():
+        files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
+        if single.exists() and single not in files:
+            raise UserError(f"{folder} has weights in {single.name} and others in {INDEX}'s files: keep one of them")
+        return files
+    if not single.exists():
         bins = "; a .bin can run code when it is read: save it as safetensors" * any(folder.glob("*.bin"))
         raise UserError(f"{folder} has no model.safetensors and no {INDEX}{bins}")
-    return [folder / "model.safetensors"]
+    return [single]
 
 
 def open_weights(folder: Path) -> dict[str, Any]:

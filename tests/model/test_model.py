@@ -150,6 +150,9 @@ def test_saved_and_loaded_again_is_the_same(tied, shard_bytes, tmp_path, monkeyp
         index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
         assert sorted(set(index["weight_map"].values())) == [f.name for f in files]
         assert all(f.stat().st_size < 25_000 for f in files)
+        shutil.copy(files[0], tmp_path / "m" / "model.safetensors")
+        with pytest.raises(UserError, match="weights in model.safetensors and others in model.safetensors.index.json"):
+            Qwen2.from_pretrained(tmp_path / "m")
 
 
 def test_all_weights_are_gathered_before_any_is_written(tmp_path, monkeypatch):
