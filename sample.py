@@ -238,7 +238,7 @@ def _complete(missing: dict[str, _Sample], sampler: Sampler, tokenizer: Tokenize
     done, start = progress(None, "sampling", len(rows), "samples"), file.seek(0, 2)
     with done:
         try:
-            while sampler.busy:
+            while sampler.num_held:
                 for request in sampler.step():
                     text = request.stream.text if request.stream else tokenizer.decode(request.tokens)
                     added = (text, request.finish_reason, len(request.tokens), request.sample)

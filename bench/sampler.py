@@ -132,7 +132,7 @@ def nanoredi(
                 print(table, file=sys.stderr)
                 return sum(len(request.tokens) for request in ended)
             ended += sampler.step()
-            if not sampler.busy:
+            if not sampler.num_held:
                 return sum(len(request.tokens) for request in ended)
 
     return run, warm_up

@@ -119,7 +119,7 @@ def _sample(run: _Evaluation) -> None:
     queue, whose, more = Queue(world, len(missing)), {}, True
     total = num_missing if world.size == 1 else None  # a rank does not see the others' progress
     with progress(None, run.name, total, "samples", disable=world.rank > 0) as finished:
-        while more or sampler.busy:
+        while more or sampler.num_held:
             while more and sampler.num_held < room:
                 number = queue.next()
                 more = number is not None

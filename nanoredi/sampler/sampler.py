@@ -46,7 +46,7 @@ _InFlight = tuple[list[Row], Tensor, torch.cuda.Event | None]
 class Sampler:
     """Completes requests, up to batch_size of them at once.
 
-    Call step() until `busy` is false, or iterate over run().
+    Call step() while num_held is above 0, or iterate over run().
     """
 
     def __init__(self, model: Qwen2, stop_ids: list[int], config: SamplingConfig):
@@ -66,10 +66,6 @@ class Sampler:
         self.page_table = torch.full((batch_size + 1, num_columns), self.cache.num_pages, device=self.device)
         self.in_flight: _InFlight | None = None
         self.graphs = decode_graphs(self.newest, self._advance, (batch_size, num_columns, page_size), self.full_size)
-
-    @property
-    def busy(self) -> bool:
-        return self.num_held > 0
 
     @property
     def num_held(self) -> int:
@@ -96,7 +92,7 @@ class Sampler:
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Complete requests; each is yielded when it ends."""
         self.add(requests)
-        while self.busy:
+        while self.num_held:
             yield from self.step()
 
     @torch.inference_mode()

@@ -241,7 +241,7 @@ def test_a_row_can_be_watched_as_it_grows_stopped_by_its_stream_and_ended():
     one = Sampler(tiny.tiny_model(tied=True), [], SamplingConfig(max_tokens=9, temperature=0.0, dtype="float32"))
     one.add(requests)
     seen, ended = [], []
-    while one.busy:
+    while one.num_held:
         ended += one.step()
         seen.append(len(streams[0]))
         if len(streams[2]) == 5 and requests[2].finish_reason is None:
@@ -278,7 +278,7 @@ def test_memory_is_the_users_or_measured():
     small = Sampler(model, [], SamplingConfig(page_size=16, cache_gb=32 * 256 / 1e9, max_tokens=20))
     with pytest.raises(UserError, match="may become 49 long; the cache has room for 32"):
         small.add([Request(PROMPTS[0]), Request(PROMPTS[3])])
-    assert not small.busy
+    assert not small.num_held
 
 
 @pytest.mark.parametrize(
