@@ -30,7 +30,7 @@ from nanoredi.common.progress import progress
 from nanoredi.common.runs import check_model, newest_model, recipe_of
 from nanoredi.config import EvaluateConfig, SamplingConfig
 from nanoredi.data import benchmarks
-from nanoredi.data.messages import behind_system, check_messages, last_role, with_system
+from nanoredi.data.messages import behind_system, check_messages, given_fields, last_role, with_system
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.evaluation.samples import claim, digest_of_files
 from nanoredi.model.hf_folder import stop_ids
@@ -165,6 +165,7 @@ def _messages(where: str, row: Any, config: SampleFlags) -> list[dict[str, str]]
         if isinstance(value, list):
             messages = check_messages(f"{where}: {name!r}", value)
         elif isinstance(value, str) and value.strip() and name not in ("messages", "conversations"):
+            given_fields(where, {name: value})  # refuses messages that are written as text
             asked = value if name == "prompt" else benchmarks.problem_of(fields)
             messages = benchmarks.frame(asked, config.template, "")
         else:

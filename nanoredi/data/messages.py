@@ -89,7 +89,7 @@ def _is_text(part: Any) -> bool:
 
 def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
-    given = _given(where, row)
+    given = given_fields(where, row)
     name = "conversations" if "conversations" in given and "messages" not in given else "messages"
     field = next((field for field in _ANSWERS if field in given), None)
     if field and last_role(given.get("messages" if field == "completion" else name)) != "assistant":
@@ -112,7 +112,7 @@ def conversation(where: str, row: Any) -> Messages:
 
 def pair(where: str, row: Any) -> tuple[Messages, Messages]:
     """The prompt of a stage 2 row, and its chosen and rejected answers."""
-    given = _given(where, row)
+    given = given_fields(where, row)
     if missing := next((name for name in SIDES if name not in given), None):
         raise _missing(where, given, repr(missing))
     if unread := next((name for name in ("weight", "rejected_weight") if given.get(name, 1) != 1), None):
@@ -123,7 +123,7 @@ def pair(where: str, row: Any) -> tuple[Messages, Messages]:
     return prompt_of(where, given, "chosen", before), [chosen, rejected]
 
 
-def _given(where: str, row: Any) -> dict[str, Any]:
+def given_fields(where: str, row: Any) -> dict[str, Any]:
     """A row's fields without those that are null: `datasets` reads a missing field as null."""
     given = {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else {}
     for name in (*PROMPTS, *_ANSWERS, *SIDES):
@@ -138,7 +138,7 @@ def _missing(where: str, given: dict[str, Any], name: str) -> UserError:
 
 def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messages | None = None) -> Messages:
     """A row's prompt with its system message. `before`: what comes before the answer in the field `answer`."""
-    given = _given(where, given)
+    given = given_fields(where, given)
     names = PROMPTS[:2] if before else PROMPTS  # beside whole conversations the other names may hold anything
     # A conversation that ends with an answer is a prompt only if there is no other field, and then refused.
     name = min((n for n in names if n in given), key=lambda n: last_role(given[n]) == "assistant", default=None)
