@@ -58,6 +58,7 @@ TURNS = [{"role": "user", "content": "a=1"}, {"role": "assistant", "content": "2
         ("p.jsonl", json.dumps({"prompt": TURNS}) + "\n", ["a=1<assistant>2<user>b=3"]),
         ("p.jsonl", json.dumps({"prompt": None, "messages": TURNS}) + "\n", ["a=1<assistant>2<user>b=3"]),
         ("p.jsonl", json.dumps({"conversations": [{"from": "human", "value": "a=1"}]}) + "\n", ["a=1"]),
+        ("p.jsonl", '{"instruction": "a=1", "input": "", "output": "4"}\n', ["a=1"]),
         ("p.csv", "problem,answer\na=1,1\na=2,2\n", ["a=1", "a=2"]),
         ("p.csv", """messages,problem\n"[{'role': 'user', 'content': 'a=2'}]",a=1\n""", ["a=1"]),
         ("p.CSV", "problem,answer\na=1,1\na=2,2\n", ["a=1", "a=2"]),
@@ -87,7 +88,8 @@ def test_prompts_in_their_forms(said, asked, tmp_path, monkeypatch, name, text, 
         ("p.jsonl", '{"promt": "a=1", "id": 3}\n', "line 1 must hold 'prompt', .*; it holds 'promt', 'id'"),
         ("p.jsonl", '{"prompt": "  "}\n', "line 1 must hold 'prompt'"),
         ("p.jsonl", '{"prompt": "a=1", "Prompt": "a=2"}\n', "line 1 has 'prompt' in two spellings"),
-        ("p.csv", """prompt\n"[{'role': 'user', 'content': 'a=1'}]"\n""", "row 1: 'prompt' has messages written as text"),
+        ("p.csv", """prompt\n"[{'role': 'user', 'content': 'a=1'}]"\n""", "'prompt' has messages written as text"),
+        ("p.jsonl", '{"instruction": "a=2", "question": "a=1"}', "has 'question' and 'instruction': one field"),
         ("p.jsonl", "[1]\n", "must hold 'prompt', .*; it holds no fields"),
         ("p.jsonl", '{"messages": [{"role": "user"}]}\n', "line 1: 'messages' must be text, or a list of messages"),
         ("p.jsonl", "a=1\n", "line 1 is not JSON"),
@@ -112,6 +114,12 @@ def test_a_row_s_own_system_message_comes_before_the_flag_s():
     assert [m["content"] for m in sample._messages("here", {"problem": "Q"}, flags)] == ["F", "Q"]
     solved = {"problem": "Q", "messages": [{"role": "user", "content": "P"}, {"role": "assistant", "content": "A"}]}
     assert [m["content"] for m in sample._messages("here", solved, flags)] == ["F", "Q"]
+
+
+def test_an_instruction_is_asked_with_its_input_and_a_question_after_its_context():
+    flags = sample.SampleFlags(template="{problem}!")
+    for row in ({"instruction": "I", "input": "X", "output": "A"}, {"context": "I", "question": "X"}):
+        assert [m["content"] for m in sample._messages("here", row, flags)] == ["I\nX!"]
 
 
 def test_a_row_that_makes_no_prompt_is_named(said, tmp_path):
