@@ -57,11 +57,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: some layers use a sliding window of {window} tokens; nanoredi knows full attention")
     # transformers 5 writes rope_theta into rope_parameters, earlier ones beside the other fields.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    other = sorted(rope.keys() - {"rope_type", "type", "rope_theta"})
-    if kind != "default" or other:
-        what = f"of the kind {kind!r}" if kind != "default" else f"with {other[0]}"
-        raise UserError(f"{path}: rope scaling {what}; nanoredi knows the default one, with rope_theta")
+    if scaling := {name: value for name, value in rope.items() if name != "rope_theta" and value != "default"}:
+        raise UserError(f"{path}: rope scaling by {repr(scaling)[:80]}; nanoredi knows rope_theta only")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; Qwen2's is silu")
     if config.get("attention_dropout"):
