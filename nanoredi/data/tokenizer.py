@@ -1,5 +1,6 @@
 """A checkpoint's own tokenizer: text to token ids and back."""
 
+import contextlib
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -195,7 +196,8 @@ class Stream:
 
     def push(self, token: int) -> None:
         self._tokens.append(token)
-        self._add(self._waiting + (self.decoder.step(self.backend, token) or ""))
+        with contextlib.suppress(Exception):  # tokenizers' own: bytes that began as text turn out not to be any
+            self._add(self._waiting + (self.decoder.step(self.backend, token) or ""))
 
     def finish(self) -> None:
         """The completion has ended: release the text that is held back, so that the text is decode()'s."""

@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 from templates import ANSWER_IDS, SYSTEM_IDS
+from tokenizers import decoders, models
 
 from nanoredi.common.errors import UserError
 from nanoredi.data.messages import check_messages, user_message
-from nanoredi.data.tokenizer import Tokenizer
+from nanoredi.data.tokenizer import Stream, Tokenizer
 
 CONVERSATION = [
     {"role": "user", "content": "What is 1+1?"},
@@ -77,6 +79,17 @@ def test_real_streaming_holds_half_characters_back(real_tokenizer):
             stream.push(i)
         stream.finish()
         assert stream.text == real_tokenizer.decode(ids) and stream.text.endswith("\ufffd")
+
+
+def test_streaming_survives_a_byte_that_makes_earlier_ones_no_text():
+    """Tokenizers with <0x41> for a byte decode a run of such tokens as a whole."""
+    backend = tokenizers.Tokenizer(models.BPE({f"<0x{i:02X}>": i for i in range(256)} | {"b": 256, "c": 257}, []))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    stream = Stream(backend, ["c"])
+    for token in (0x41, 0xC3, 256, 256, 257):
+        stream.push(token)
+    stream.finish()
+    assert (stream.text, stream.stopped) == ("A\ufffdbb", True)
 
 
 def test_toy_round_trip(toy_data):

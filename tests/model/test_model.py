@@ -228,7 +228,7 @@ def test_nothing_is_overwritten(folder):
             },
             "sliding window",
         ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling by {'rope_type': 'yarn', 'factor': 4.0}"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling by {'rope_type': 'yarn', 'factor'"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope scaling by {'type': 'linear'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
