@@ -1,6 +1,5 @@
 """A checkpoint's own tokenizer: text to token ids and back."""
 
-import contextlib
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -196,8 +195,11 @@ class Stream:
 
     def push(self, token: int) -> None:
         self._tokens.append(token)
-        with contextlib.suppress(Exception):  # tokenizers' own: bytes that began as text turn out not to be any
-            self._add(self._waiting + (self.decoder.step(self.backend, token) or ""))
+        try:
+            text = self.decoder.step(self.backend, token)
+        except Exception:  # tokenizers raises bare Exception where bytes that began as text turn out not to be any
+            return
+        self._add(self._waiting + (text or ""))
 
     def finish(self) -> None:
         """The completion has ended: release the text that is held back, so that the text is decode()'s."""

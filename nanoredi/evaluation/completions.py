@@ -245,7 +245,7 @@ def _numbers(ids: list[str], benchmark: Benchmark, limit: int, counted: bool) ->
     for column in zip(*numbers) if counted and len(set(map(len, numbers))) == 1 else ():
         for own in (*benchmark.ids.values(), *counts):
             if {*column} in ({*own}, {*own[:limit]}):
-                found.append({id: own.index(number) for id, number in zip(ids, column)})
+                found.append({id: own.index(number) for id, number in dict(zip(ids, column)).items()})
                 break
     return found[0] if len(found) == 1 else {}
 
