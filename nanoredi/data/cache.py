@@ -59,8 +59,7 @@ def cached(
 
 def _fill(folder: Path, path: str, tokenizer: Tokenizer, texts: Callable, arrays: Callable) -> None:
     """Write the arrays and whole.json. Sequences are written one at a time, so they need not fit in memory."""
-    total = num_rows(Path(path))
-    if not total:
+    if not (total := num_rows(Path(path))):
         raise UserError(f"{path} holds no rows")
     lengths, weights, counts = [0], [], Counter[str]()
     rows = progress(read_rows(path), f"tokenising {Path(path).name}", total, "rows", delay=1)

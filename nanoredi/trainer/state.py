@@ -6,7 +6,7 @@
 torch.distributed.checkpoint writes and reads the tensors, so a run can resume on another number of ranks. Its own
 format keeps a pickle beside the data; its safetensors format does not. A state is written to a temporary folder while
 the training continues, and is renamed when all of it is on the disk and digested; then the oldest is removed, so that
-two remain. A damaged state is reported and set aside (step-000200.damaged-1), and the one before it is loaded.
+two remain. A damaged state is reported and set aside (step-000200.damaged-1), and the one before it is loaded, if any.
 
 No random number is drawn while training: the rows of a step follow from the seed and the step's number (batch.py), so
 that number is all that a resume needs to know of the data's order.
@@ -111,8 +111,7 @@ class States(contextlib.AbstractContextManager):
         Returns:
             Its notes, or None when there is no state; then the tensors are unchanged.
         """
-        found = self.world.first(self._newest_whole)
-        if found is None:
+        if (found := self.world.first(self._newest_whole)) is None:
             return None
         path, notes = found
         storage = HuggingFaceStorageReader(str(path))
@@ -154,14 +153,21 @@ class States(contextlib.AbstractContextManager):
 
     def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
         remove_leftovers(self.folder, locked=True)
+        damaged: dict[Path, UserError] = {}
         for path in reversed(self._steps()):
             try:
-                return path, _notes_of(path)
+                found = path, _notes_of(path)
             except UserError as error:
+                damaged[path] = error
+                continue
+            for newer, error in damaged.items():
                 # Kept for the user, under another name: the run will save this step again.
-                aside = next(p for i in itertools.count(1) if not (p := path.with_suffix(f".damaged-{i}")).exists())
-                path.rename(aside)
-                self.world.say(f"warning: {error}; it is kept as {aside.name}, the one before it is tried")
+                aside = next(p for i in itertools.count(1) if not (p := newer.with_suffix(f".damaged-{i}")).exists())
+                newer.rename(aside)
+                self.world.say(f"warning: {error}; it is kept as {aside.name}, the one before it is taken")
+            return found
+        if damaged:
+            raise UserError(f"{damaged.popitem()[1]}; no state is whole: move {self.folder} away to begin again")
         return None
 
 
@@ -173,11 +179,13 @@ def resume(states: States, model: nn.Module, optimizer: AdamW, guards: Guards, b
     """
     notes = states.load(training_tensors(model, optimizer))
     if notes is None:
+        if (states.folder.parent / "metrics.jsonl").exists():
+            states.world.say(f"there is no state in {states.folder}: beginning again at step 1")
         return 0
     guards.restore(notes)
     before = notes["began_with"]
     others = {
-        "data": "other data, or another tokenizer",
+        "data": "other data, another tokenizer or another version of nanoredi",
         "dtype": f"--dtype {before.get('dtype')}, not {began_with.get('dtype')}",
         "reference": "another model as DPO's reference",
     }
@@ -200,12 +208,11 @@ def _notes_of(path: Path) -> dict[str, Any]:
         raise UserError(f"the training state {path} is damaged ({_NOTES})")
     if kept["step"] != int(path.name[5:]):
         raise UserError(f"the training state {path} is that of step {kept['step']}")
-    names = {file.name for file in path.iterdir()} - {_NOTES}
     try:
-        found = _digests([path / name for name in sorted(names)])
+        found = _digests([file for file in path.iterdir() if file.name != _NOTES])
     except OSError as error:
         raise UserError(f"the training state {path} cannot be read ({error.strerror})") from None
-    wrong = [name for name in sorted({*names, *kept["files"]}) if found.get(name) != kept["files"].get(name)]
+    wrong = [name for name in sorted({*found, *kept["files"]}) if found.get(name) != kept["files"].get(name)]
     if wrong:
         raise UserError(f"the training state {path} is damaged ({', '.join(wrong)})")
     return {**kept["notes"], "step": kept["step"]}

@@ -167,6 +167,7 @@ def cut(folder):
         lambda folder: edit_notes(folder, step=99),
         lambda folder: edit_notes(folder, notes={"skipped": "many"}),
         lambda folder: edit_notes(folder, files=[]),
+        lambda folder: edit_notes(folder, digest=None),  # as a former version's, which has none
         lambda folder: shutil.copy(next(folder.glob("*.safetensors")), folder / "shard-9.safetensors"),
         lambda folder: (folder / "state.json").write_text("[" * 10**5),
     ],
@@ -187,7 +188,12 @@ def test_a_damaged_state_is_said_and_the_one_before_it_used(states, damage, caps
         assert "it is kept as step-000015.damaged-1" in said and (folder / "step-000015.damaged-1").exists()
     damage(folder / "step-000010")
     damage(folder / "step-000015")
-    assert States(folder, world).load(tensors) is None
+    for _ in range(2):  # given again, the same command does not begin again either
+        if said:
+            with pytest.raises(UserError, match=f"no state is whole: move {folder} away to begin again"):
+                States(folder, world).load(tensors)
+        else:
+            assert States(folder, world).load(tensors) is None
 
 
 def edit_notes(folder, **changes):
@@ -276,6 +282,15 @@ def test_metrics_lose_the_steps_that_come_again(tmp_path, capsys):
     assert [row["step"] for row in steps_of(tmp_path)] == [1, 3]
     said = capsys.readouterr().out
     assert "line 2 is not JSON" in said and "line 4: step is '4'" in said and said.count("this row is left out") == 2
+
+
+def test_a_run_without_its_states_says_that_it_begins_again(one_rank, tmp_path, capsys):
+    model = Qwen2(tiny.tiny_model(tied=True).config)
+    rest = model, AdamW(model, 1e-3, 0.0), Guards(SftConfig(), one_rank), {}
+    for text in ("", f"there is no state in {tmp_path / 'state'}: beginning again at step 1\n"):
+        assert resume(States(tmp_path / "state", one_rank), *rest) == 0
+        assert capsys.readouterr().out == text
+        (tmp_path / "metrics.jsonl").touch()
 
 
 def test_a_resume_in_another_dtype_is_refused(one_rank):
