@@ -112,15 +112,9 @@ def _gpu(store: dist.Store, rank: int, size: int, local_rank: int) -> torch.devi
 
 
 def shard_mesh(world: World, shard_size: int) -> DeviceMesh:
-    """The ranks that share a copy of the weights: all of them, or groups of shard_size neighbours (HSDP).
-
-    Raises:
-        UserError: when shard_size does not divide the number of ranks.
-    """
+    """The ranks that share a copy of the weights: all of them, or groups of shard_size neighbours (HSDP)."""
     if shard_size in (0, world.size):
         return init_device_mesh(world.device.type, (world.size,))
-    if world.size % shard_size:
-        raise UserError(f"--shard_size {shard_size} does not divide the {world.size} ranks into equal groups")
     shape = world.size // shard_size, shard_size
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
@@ -136,7 +130,12 @@ def shard(model: Qwen2, world: World, dtype: torch.dtype, config: TrainConfig) -
         config: says what a block keeps for backward, and how weights are sharded. With a shard_size, gradients are
             all-reduced over the groups, too; with offload the shards and their gradients stay on the host, and a unit's
             shards are copied to the GPU when it is gathered.
+
+    Raises:
+        UserError: when shard_size does not divide the number of ranks.
     """
+    if world.size % (config.shard_size or 1):
+        raise UserError(f"--shard_size {config.shard_size} must divide the number of ranks, which is {world.size}")
     for block in model.model.layers:
         block.activation_checkpointing = config.activation_checkpointing
     offload = config.offload and world.device.type != "cpu"

@@ -315,6 +315,11 @@ def test_gradients_of_many_ranks_are_those_of_one(ranks, shard_size, run, toy_da
         assert relative(got, {n: g.double() for n, g in want.items()}) < 1e-5
 
 
+def test_a_shard_size_that_does_not_divide_the_ranks_is_refused(redi, one_rank):
+    with pytest.raises(UserError, match="--shard_size 2 must divide the number of ranks, which is 1"):
+        shard(Qwen2.from_pretrained(redi.model), one_rank, torch.float32, replace(redi, shard_size=2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("others", [["2", "4", "agents"]])
 def test_the_loss_curve_depends_on_neither_ranks_nor_machines(others, run, toy_data, tmp_path):
