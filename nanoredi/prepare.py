@@ -86,8 +86,7 @@ def prepare(
     for name in _FILES:
         if (out / name).exists():
             raise UserError(f"{out / name} is there already: move it away or give another --out")
-    total = sum(map(num_rows, files))
-    if not total:
+    if not (total := sum(map(num_rows, files))):
         raise UserError(f"there are no rows in {', '.join(map(str, files))}")
     gates = Gates(flags.max_prompt_tokens, flags.max_response_tokens, flags.strict_negatives)
     with ExitStack() as stack:
@@ -114,7 +113,8 @@ def find_files(paths: list[str]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        kinds = {kind: found for kind in _KINDS if (found := sorted(path.glob(f"*{kind}")))}
+        inside = sorted(path.iterdir())
+        kinds = {kind: found for kind in _KINDS if (found := [f for f in inside if f.name.lower().endswith(kind)])}
         if len(kinds) != 1:  # files of two kinds probably hold the same rows
             holds = "both " + " and ".join(kinds) if kinds else "none"
             raise UserError(f"the folder {path} must hold one kind of {', '.join(_KINDS)} files; it holds {holds}")

@@ -117,8 +117,10 @@ def test_missing_and_empty_data(tmp_path, tokenizer):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="it holds none"):
         prepare.find_files([str(tmp_path / "folder")])
-    write(tmp_path / "folder" / "a.jsonl", [raw()])
-    write(tmp_path / "folder" / "a.parquet", [])
+    write(tmp_path / "folder" / "b.jsonl", [raw()])
+    write(tmp_path / "folder" / "A.JSONL", [raw()])
+    assert [path.name for path in prepare.find_files([str(tmp_path / "folder")])] == ["A.JSONL", "b.jsonl"]
+    write(tmp_path / "folder" / "a.Parquet", [])
     with pytest.raises(UserError, match="it holds both"):
         prepare.find_files([str(tmp_path / "folder")])
 
