@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi import toy
-from nanoredi.common.errors import run_script
+from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_rows
 from nanoredi.common.flags import read_flags, resolve
 from nanoredi.common.runs import dtype_of_run, final_name, open_run
@@ -50,6 +50,8 @@ def main(argv: list[str]) -> None:
     elif config.evaluate:
         _benchmarks(evaluation)  # so that errors in them are found before hours of training
         Tokenizer(config.model).prompt(benchmarks.frame("1", evaluation.template, evaluation.system))
+    if config.watch_every and not config.watch:
+        raise UserError("--watch_every needs the pairs to watch: give --watch FILE")
 
     with world(config.timeout_minutes) as ranks:
         if ranks.first(lambda: open_run(config.out, configs)):

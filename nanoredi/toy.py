@@ -37,6 +37,8 @@ SAMPLES_A_PROBLEM = 4
 SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>"]
 LETTERS = "abcdefghijklmno"  # LETTERS[i] names the value after i operations
 WORDS = ["<think>", "</think>", "\\boxed{", "}", "Wait", *"0123456789", *LETTERS, *"+-*=;~:"]
+# The options that name what make() makes, and stage 1's folder.
+_MADE = ("data", "watch", "sft.model", "sft.data", "sft.out", "evaluate.benchmarks", "evaluate.data")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] not in ['user', 'assistant'] %}"
@@ -52,13 +54,16 @@ def tables_for(recipe: str | None, flags: Tables, stage: str) -> Tables:
     paper's defaults (the toy's learning rates would ruin a real model).
 
     Raises:
-        UserError: for the user's own data without a model to train on it.
+        UserError: for the user's own data without a model to train on it, and for a flag that has no effect.
     """
     given = flags.get(stage, {})
     tables = read_recipe(recipe or "toy") if recipe or not given.get("model") else {}
     config = {**tables.get(stage, {}), **given}
-    if config.get("data") and not config.get("model"):
-        raise UserError("--data needs a model to train on it: give --model DIR")
+    names = [name if table == stage else f"{table}.{name}" for table, values in flags.items() for name in values]
+    for name in (*names, *({"data"} & config.keys())):
+        if name.startswith(("toy.", "sft.")) if config.get("model") else name in _MADE:
+            why = "goes with the toy, not with --model" if config.get("model") else "needs a model: give --model DIR"
+            raise UserError(f"--{name} {why}")
     return tables
 
 
@@ -165,11 +170,10 @@ def make(folder: Path, config: ToyConfig, seed: int) -> None:
 
     with writing(folder) as beside:
         write_tokenizer(beside / "tokenizer")
-        _write_rows(beside / "sft.jsonl", sft)
-        _write_rows(beside / "pairs.jsonl", pairs[: config.pairs])
-        _write_rows(beside / "watch.jsonl", pairs[config.pairs : wanted])
-        _write_rows(beside / "prompts.jsonl", prompts)
-        _write_rows(beside / "toy.jsonl", [{"problem": p.text, "answer": str(p.answer)} for p in heldout])
+        files: dict[str, list] = {"sft": sft, "pairs": pairs[: config.pairs], "watch": pairs[config.pairs : wanted]}
+        files |= {"prompts": prompts, "toy": [{"problem": p.text, "answer": str(p.answer)} for p in heldout]}
+        for name, rows in files.items():
+            (beside / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         sizes = Qwen2Config(
             vocab_size=len(SPECIAL) + len(WORDS),
             hidden_size=config.hidden_size,
@@ -208,7 +212,3 @@ def _unseen(seen: set[Problem], rng: random.Random) -> Problem:
         pass
     seen.add(problem)
     return problem
-
-
-def _write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

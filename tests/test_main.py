@@ -201,7 +201,13 @@ BAD_INPUT = [
     ),
     ("train_redi.py", ["--model", "MODEL", "--data", "empty.jsonl", "--out", "o"], ["empty.jsonl holds no rows"]),
     ("train_redi.py", ["--model", "MODEL", "--data", "broken.jsonl"], ["--out"]),
-    ("train_redi.py", ["--out", "full"], ["full is not empty and holds no nanoredi run"]),
+    ("train_redi.py", ["--out", "full"], ["full is no empty folder and holds no nanoredi run"]),
+    ("train_redi.py", ["--out", "gone"], ["gone is no empty folder and holds no nanoredi run"]),
+    ("train_redi.py", ["--watch", "x.jsonl"], ["--watch needs a model: give --model DIR"]),
+    ("train_redi.py", ["--evaluate.benchmarks", "x.jsonl"], ["--evaluate.benchmarks needs a model"]),
+    ("train_redi.py", ["--model", "MODEL", "--sft.lr", "1"], ["--sft.lr goes with the toy, not with --model"]),
+    ("train_sft.py", ["--model", "MODEL", "--toy.pairs", "1"], ["--toy.pairs goes with the toy"]),
+    ("train_redi.py", ["--model", "MODEL", "--watch_every", "1"], ["--watch_every needs the pairs", "--watch FILE"]),
     ("train_sft.py", ["--alpha", "1"], ["there is no flag --alpha"]),
     ("train_sft.py", ["--epochs", "many"], ["--epochs takes a whole number, not 'many'"]),
     ("sample.py", [], ["there is no model under runs/ yet"]),
@@ -239,6 +245,7 @@ def outcomes(forks, toy_data, tmp_path_factory):
         (folder / "one.jsonl").write_text('{"problem": "a=1", "answer": "1"}\n')
         (folder / "full").mkdir()
         (folder / "full" / "thesis.txt").write_text("mine")
+        (folder / "gone").symlink_to("nowhere")
         words = [toy_data / "model" if flag == "MODEL" else flag for flag in flags]
         jobs.append((folder, ended(forks.start(folder, script, *words))))
     return jobs

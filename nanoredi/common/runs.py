@@ -36,11 +36,10 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
         raise UserError("the run needs a folder: give --out DIR")
     folder = Path(out)
     path = folder / "config.toml"
-    if folder.exists() and not path.exists() and (folder.is_file() or _contents(folder)):
-        raise UserError(f"{out} is not empty and holds no nanoredi run: give another --out")
+    if os.path.lexists(folder) and not path.exists() and (not folder.is_dir() or _contents(folder)):
+        raise UserError(f"{out} is no empty folder and holds no nanoredi run: give another --out")
     lock(folder)
     remove_leftovers(folder, locked=True)
-    remove_leftovers(folder / "state", locked=True)
     # A run that ended at bad input has left only its config.toml, and may be followed by a different run.
     if path.exists() and _contents(folder):
         _refuse_another_run(path, configs)

@@ -152,16 +152,12 @@ def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messa
     if not prompt:
         raise _missing(where, given, "'prompt'")
     if before:  # of which the prompt may repeat all, all but the system message, or one of the user's
-        texts = _texts(before)
-        if _texts(prompt) not in (texts, texts[texts[0][0] == "system" :], *([t] for t in texts if t[0] == "user")):
+        texts, own = ([(m["role"], m["content"].strip()) for m in messages] for messages in (before, prompt))
+        if own not in (texts, texts[texts[0][0] == "system" :], *([t] for t in texts if t[0] == "user")):
             raise UserError(f"{where}: {name!r} must be the messages before the answer in {answer!r}")
     elif prompt[-1]["role"] == "assistant":
         raise UserError(f"{where}: {name!r} must not end with a message of the assistant")
     return behind_system(where, given, before or prompt)
-
-
-def _texts(messages: Messages) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def said(row: dict[str, Any], field: str = "completion") -> Any:

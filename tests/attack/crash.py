@@ -48,7 +48,9 @@ def ended(folder: str, place: int = 0) -> int:
             with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
                 main([word.replace("OUT", f"{out}/{folder}") for word in flags])
         except BaseException as error:  # noqa: BLE001 - whatever it is, this fork must not go on as its parent
-            if isinstance(error, UserError) and re.search("is there already|is not empty", str(error)):
+            if isinstance(error, UserError) and re.search(
+                "is there already|is not empty|is no empty folder", str(error)
+            ):
                 os._exit(0)  # what does not go on was killed when all was done
             os.write(1, f"killed at place {place}: {error!r}\n".encode())
             os._exit(1)
