@@ -93,8 +93,7 @@ def prepare(
         beside = stack.enter_context(writing_together(out))
         own_rows, *spools = (stack.enter_context(Spool(beside / f"{n}.spool")) for n in ("own", *_FILES[:3]))
         total, rows = _as_raw_rows(files, total, own_rows, tokenizer, flags.grade)
-        rows = progress(rows, "reading", total, "rows", delay=1)
-        _sift(rows, total, flags.seed, gates, tokenizer, overlap, spools)
+        _sift(progress(rows, "reading", total, "rows", delay=1), total, flags.seed, gates, tokenizer, overlap, spools)
         for name, spool in zip(_FILES, spools):
             lines = _swapped(spool, flags) if name == "pairs.jsonl" else spool.lines()
             with open(beside / name, "wb") as file:

@@ -126,7 +126,8 @@ class States(contextlib.AbstractContextManager):
 
     def drop(self) -> None:
         """Remove all states, when the run has ended."""
-        self.wait()
+        with contextlib.suppress(UserError):  # a state that could not be written is not needed any more
+            self.wait()
         self.world.first(lambda: remove(self.folder))
 
     def _finish(self, written: Future, temporary: Path, step: int, notes: dict[str, Any]) -> int:

@@ -270,6 +270,19 @@ def test_why_a_run_ends_is_said_even_if_its_state_cannot_be_saved(states, monkey
             raise UserError("COLLAPSE")
 
 
+def test_a_state_that_cannot_be_saved_fails_no_finished_run(states, monkeypatch):
+    tensors, folder, world = states
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
+    states = States(folder, world)
+    states.save(20, tensors, {"skipped": 0})
+    states.drop()
+    assert not folder.exists()
+
+
 def test_metrics_lose_the_steps_that_come_again(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     drop_steps_after(path, 3)
