@@ -60,7 +60,7 @@ def tables_for(recipe: str | None, flags: Tables, stage: str) -> Tables:
     tables = read_recipe(recipe or "toy") if recipe or not given.get("model") else {}
     config = {**tables.get(stage, {}), **given}
     names = [name if table == stage else f"{table}.{name}" for table, values in flags.items() for name in values]
-    for name in (*names, *({"data"} & config.keys())):
+    for name in (*names, "data" if config.get("data") else ""):
         if name.startswith(("toy.", "sft.")) if config.get("model") else name in _MADE:
             why = "goes with the toy, not with --model" if config.get("model") else "needs a model: give --model DIR"
             raise UserError(f"--{name} {why}")
