@@ -43,14 +43,16 @@ class Reading:
     text: str  # the plain string
     parts: tuple["Reading", ...] = ()  # the nodes below
     expression: Expression | None = None  # only of a value
-    bare: "Reading | None" = None  # what a relation says without its names, 5 or an interval; (1,2) for (x,y)=(1,2)
+    bare: "Reading | None" = None  # a relation's value, 5 or an interval; (1,2) for (x,y)=(1,2); a time's ratio
     name: str = ""  # x for the equation x = 5; for a time am, pm or nothing
     braces: bool = False  # whether it was in braces, as a set is
 
 
 def same(a: Reading, b: Reading) -> bool:
     """Do two trees mean the same?"""
-    if a.text == b.text and a.kind == b.kind and a.kind != "time":
+    if a.kind == b.kind == "time":
+        return a.text == b.text and (a.name == b.name or not a.name or not b.name)
+    if a.text == b.text and a.kind == b.kind:
         return True
     if a.kind == b.kind == "=":
         return match(a.parts, b.parts) or proportional(a, b) or same_definition(a, b)
@@ -60,10 +62,6 @@ def same(a: Reading, b: Reading) -> bool:
         return same_system(a, b)
     if (a.bare or b.bare) and (a.kind != b.kind or a.bare and b.bare):
         return same(a.bare or a, b.bare or b)
-    if "time" in (a.kind, b.kind):
-        if a.kind == b.kind:
-            return a.text == b.text and (a.name == b.name or not a.name or not b.name)
-        return bool(a.expression and b.expression) and agree(a.expression, b.expression)
     if a.kind != b.kind:
         return False
     # These are no products: ACB (not ABC), the number IV and the phrase "is it".

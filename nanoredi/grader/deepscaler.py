@@ -52,11 +52,8 @@ def _repaired(text: str) -> str:
         text = re.sub(r"(?<=[0-9}])\s*\\text\{ (?!or |and )[^{}]*\}.*", "", text)  # a unit
     text = re.sub(r"[td]frac", "frac", text)
     text = re.sub(r"(^|[ {])\.", r"\g<1>0.", text)
-    sides = text.split("=")
-    if len(sides) == 2 and len(sides[0]) <= 2:
-        text = sides[1]
+    text = re.sub("^[^=]{0,2}=(?=[^=]*$)", "", text)
     text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(" ", "")
-    text = re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac([^{])", r"\\frac{\1}", text)
     text = re.sub(r"(\\frac\{[^{}]*\})([^{])", r"\1{\2}", text)
     text = "\\frac{1}{2}" if text == "0.5" else text
@@ -72,8 +69,7 @@ def _plain(text: str) -> str:
         text = text.replace(word, f"*10^{power}")
     text = re.sub(rf"(?:{'|'.join(_UNITS)})(?:es)?s? *(?:\^[0-9]+)?", "", text)
     text = re.sub(r"\^ *\\circ", "", text)
-    if text[:1] + text[-1:] == "{}":
-        text = text[1:-1]
+    text = re.sub(r"(?s)^\{(.*)\}\Z", r"\1", text)
     text = re.sub(r",\\! *", "", text)
     text = _as_integer(text)
     if "\\" in text:
@@ -106,7 +102,8 @@ def _without_latex(text: str) -> str:
     text = re.sub(r"\\[td]?frac", r" \\frac", text).replace("~", "\xa0")  # no space for the rules below
     text = re.sub(r"\\mbox\s*\{[^{}]*\}", "", text)
     text = re.sub(r"\\mathbf\s*\{(?=[^{}]*[A-Za-z])", "{𝐁", text)  # a bold letter is another letter
-    text = re.sub(r"\\begin\{[pb]?matrix\}(.*?)\\end\{[pb]?matrix\}", _matrix, text, flags=re.DOTALL)
+    matrix = r"(?s)\\begin\{[pb]?matrix\}(.*?)\\end\{[pb]?matrix\}"
+    text = re.sub(matrix, lambda found: f"[{found[1]}]".replace("&", " ").replace("\\\\", ";"), text)
     text = re.sub(r"\\(?:text\w*|mathrm|operatorname)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\frac\s*([0-9])", r"\\frac{\1}", text)
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}", text)
@@ -120,10 +117,6 @@ def _without_latex(text: str) -> str:
         if text == before:
             break
     return text.strip()
-
-
-def _matrix(found: re.Match) -> str:
-    return "[" + found[1].replace("&", " ").replace("\\\\", ";") + "]"
 
 
 def _same_parts(answer: str, gold: str) -> bool:

@@ -64,7 +64,6 @@ class Expression:
         return self._values.get(point)
 
 
-_MARKS = {"bar", "hat", "tilde"}  # over a letter
 _CONSTANTS = {"pi": numbers.PI, "π": numbers.PI, "e": numbers.E, "i": numbers.IMAGINARY}
 _OPERATORS = {"over", "choose", "mod"}  # between two whole expressions
 
@@ -178,14 +177,13 @@ class _Evaluator:
             result = self.nested(self.expression)
             self.expect(BRACKETS[token])
             return abs(result) if token == "abs" else _floor(token, result) if token in "⌊⌈" else result
-        if token == "frac":
-            return self.bounded(divide(self.nested(self.atom), self.nested(self.atom)))
-        if token == "binom":
-            return self.binomial(self.nested(self.atom), self.nested(self.atom))
+        if token in ("frac", "binom"):
+            operation = divide if token == "frac" else self.binomial
+            return self.bounded(operation(self.nested(self.atom), self.nested(self.atom)))
         if token in ("sqrt", "cbrt"):
             index = self.nested(self.atom) if self.peek() == "[" else Fraction(2 if token == "sqrt" else 3)
             return self.power(self.nested(self.atom), 1 / index)
-        if token in _MARKS:
+        if token in ("bar", "hat", "tilde"):  # over a letter
             return opaque(token, digits(self.nested(self.atom)))
         if token in SEVERAL:
             return self.several(token)
@@ -301,7 +299,7 @@ class _Evaluator:
             return self.bounded(Fraction(math.prod(range(int(x), 0, -step))))
         self.budget.spend(_FUNCTION_WORK)
         known = step == 1 and abs(inexact(x)) <= MAX_FACTORIAL
-        return numbers.factorial(inexact(x)) if known else opaque("!" * step, digits(x))
+        return numbers.tidy(CONTEXT.factorial(inexact(x))) if known else opaque("!" * step, digits(x))
 
     def binomial(self, n: Number, k: Number) -> Number:
         if _is_whole(n) and _is_whole(k) and min(k, n - k) * _bits_of(n) <= MAX_BITS:

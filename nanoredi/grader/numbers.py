@@ -26,10 +26,7 @@ _NOISE = _REAL("1e-50")
 _LARGEST_ARGUMENT = 10**12
 _LARGEST_BITS = 17_000  # before or after the point, about 10^5000
 PI, E, IMAGINARY = +CONTEXT.pi, CONTEXT.exp(1), _COMPLEX(0, 1)
-
-
-def inexact(x: Number | int) -> Inexact:
-    return CONTEXT.convert(x)
+inexact: Callable[[Number | int], Inexact] = CONTEXT.convert
 
 
 def is_real(x: Number) -> bool:
@@ -48,21 +45,21 @@ def add(x: Number, y: Number) -> Number:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x + y
     x, y = inexact(x), inexact(y)
-    return _tidy(x + y, max(abs(x), abs(y)))
+    return tidy(x + y, max(abs(x), abs(y)))
 
 
 def multiply(x: Number, y: Number) -> Number:
-    return x * y if isinstance(x, Fraction) and isinstance(y, Fraction) else _tidy(inexact(x) * inexact(y))
+    return x * y if isinstance(x, Fraction) and isinstance(y, Fraction) else tidy(inexact(x) * inexact(y))
 
 
 def divide(x: Number, y: Number) -> Number:
-    return x / y if isinstance(x, Fraction) and isinstance(y, Fraction) else _tidy(inexact(x) / inexact(y))
+    return x / y if isinstance(x, Fraction) and isinstance(y, Fraction) else tidy(inexact(x) / inexact(y))
 
 
 def power(z: Inexact, w: Inexact) -> Inexact:
     if not z:
         return z if w.real > 0 else z / z  # 0^0 and 0^-1 have no value
-    return _tidy(_apply("exp", w * log(z)))
+    return tidy(_apply("exp", w * log(z)))
 
 
 def root(z: Inexact, n: int) -> Inexact:
@@ -80,7 +77,7 @@ def whole_root(x: int, n: int) -> int | None:
 
 
 def log(z: Inexact) -> Inexact:
-    return _tidy(CONTEXT.log(z), 1)
+    return tidy(CONTEXT.log(z), 1)
 
 
 def _apply(name: str, z: Inexact) -> Inexact:
@@ -90,7 +87,7 @@ def _apply(name: str, z: Inexact) -> Inexact:
 
 
 def _circular(name: str, z: Inexact) -> Inexact:
-    return _tidy(_apply(name, z), max(1, abs(z)))
+    return tidy(_apply(name, z), max(1, abs(z)))
 
 
 sin, cos = (functools.partial(_circular, name) for name in ("sin", "cos"))
@@ -105,15 +102,11 @@ for _short, _name in zip("tg ctg arctg arcctg".split(), "tan cot arctan arccot".
     FUNCTIONS[_short] = FUNCTIONS[_name]
 
 
-def factorial(z: Inexact) -> Inexact:
-    return _tidy(CONTEXT.factorial(z))
-
-
 def evaluate(name: str, z: Inexact) -> Inexact:
-    return _tidy(FUNCTIONS[name](z))
+    return tidy(FUNCTIONS[name](z))
 
 
-def _tidy(z: Inexact, size: Inexact | int = 0) -> Inexact:
+def tidy(z: Inexact, size: Inexact | int = 0) -> Inexact:
     """z without parts that are rounding noise relative to a size, its own or a larger one; real if its imaginary part
     is noise. Raises ArithmeticError if it is too large, too small or not a number."""
     re, im = (z, 0) if is_real(z) else (z.real, z.imag)

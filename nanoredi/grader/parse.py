@@ -181,8 +181,8 @@ class _Reader:
         """A time of day as seconds from midnight or noon, with am or pm as its name; 10:30 may also be a ratio."""
         hour, minute, second = (int(part or 0) for part in time.groups()[:3])
         half = f"{time[4]}m".lower() if time[4] else "pm" if hour >= 12 else "am" if hour == 0 else ""
-        ratio = None if time[3] or time[4] or minute < 10 else Expression(text.replace(":", "/"), self.budget)
-        return Reading("time", str((hour % 12 * 60 + minute) * 60 + second), expression=ratio, name=half)
+        ratio = None if time[3] or time[4] or minute < 10 else self.read(text.replace(":", "/"))
+        return Reading("time", str((hour % 12 * 60 + minute) * 60 + second), bare=ratio, name=half)
 
     def matrix(self, text: str) -> Reading:
         if stacked := _STACKED.fullmatch(text):

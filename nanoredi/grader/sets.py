@@ -23,9 +23,8 @@ def combine(operands: list[Reading], operators: list[str]) -> list[Reading]:
     if "∩" in operators and len(set(operators)) > 1:
         raise Unreadable
     places = [_place(end) for members in sets for one in members for end in _ends(one)]
-    if None not in places and not any(
-        one.braces and any(len(_ends(member)) == 2 for member in _members(one)) for one in operands
-    ):
+    of_tuples = any(one.braces and len(_ends(part)) == 2 for one, parts in zip(operands, sets) for part in parts)
+    if None not in places and not of_tuples:
         return _intervals(sets, operators)
     result = sets[0]
     for sign, other in zip(operators, sets[1:]):
