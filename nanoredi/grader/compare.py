@@ -97,20 +97,12 @@ def distinct(nodes: Iterable[Reading]) -> list[Reading]:
 
 
 def same_definition(a: Reading, b: Reading) -> bool:
-    """y = 2x and f(x) = 2x, whose left sides are names; f(x) = x + 1 and f(n) = n + 1, but not f(x) = n and f(n) = n.
+    """y = 2x and f(x) = 2x, whose left sides are names; but not f(2) = 5 and f(3) = 5, nor the lines x = 1 and y = 1.
     p = q and r = q are equations between names."""
     if not (a.name and b.name and a.bare and b.bare):
         return False
-    stems, indices = zip(*(re.fullmatch(r"(.[^(_]*)(.*)", one.name, re.DOTALL).groups() for one in (a, b)))
-    if indices[0] != indices[1] and all(indices):
-        letters = [index.strip("(_{})") for index in indices]
-        bodies = [one.bare.expression for one in (a, b) if one.bare.expression]
-        bound = len(bodies) == 2 and all(re.fullmatch("[a-z]", letter) for letter in letters)
-        if bound and all(letter in body.tokens for letter, body in zip(letters, bodies)):
-            renamed = [body.of(letter) for letter, body in zip(letters, bodies)]
-            return None not in renamed and agree(*renamed)
-        if stems[0] == stems[1] and not (bound and not bodies[0].letters):
-            return False  # f(2) = 5 is not f(3) = 5, but f(x) = 5 is f(n) = 5
+    if a.name != b.name and re.fullmatch(r"(?s)[x-z] [x-z]|(.[^(_]*)[(_].* \1[(_].*", f"{a.name} {b.name}"):
+        return False
     return ("(" in a.name + b.name or not re.fullmatch(NAME, a.bare.text)) and same(a.bare, b.bare)
 
 

@@ -43,17 +43,11 @@ class Expression:
     """A text that has a value, at each point another one if it contains `letters`. Raises one of NO_VALUE if it has
     none, or none within the bounds."""
 
-    def __init__(self, text: str | list[str], budget: Budget):
-        self.tokens, self.budget = tokens_of(text) if isinstance(text, str) else text, budget
+    def __init__(self, text: str, budget: Budget):
+        self.tokens, self.budget = tokens_of(text), budget
         evaluator = _Evaluator(self.tokens, 0, budget)
         self._values: dict[int, Number] = {0: evaluator.value}
         self.letters = evaluator.letters
-
-    def of(self, letter: str) -> "Expression | None":
-        """The expression with ζ for a letter, so that functions of different letters can be compared."""
-        with contextlib.suppress(*NO_VALUE):
-            return Expression(["ζ" if token == letter else token for token in self.tokens], self.budget)
-        return None
 
     def at(self, point: int) -> Number | None:
         """The value at a point; None if it has none."""

@@ -139,6 +139,7 @@ _REWRITES: _Rules = [
     (r"(?i)^\s*(?:(?:option|choice)\s+(?=\W*[A-J]\b)|(?:usd?|rs\.?)(?=[ 0-9]))", ""),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
     (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
+    (r"(?:\\forall|\bfor (?:all|any|every|each)(?: real)?)\s*[a-z](?:\s*∈\s*ℝ)?(?=\s*(?:,|$))", ""),
     (r"(?i)\b(?:(?:below|under) zero|only)[\s.]*$", ""),
     (rf"(?i)^\s*(?!yes|true|false|.*[,;].*:)[a-z]{{3,}}(?: +[a-z][\w+()]*){{0,7}}?\s*(?:\bis\b|:)\s*{_VALUE}", ""),
     *[(rf"(?i)^\s*{words}\s+{_VALUE}", sign) for words, sign in _BOUNDS.items()],
@@ -190,11 +191,17 @@ _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3}
 # A remark after an answer: in brackets, or from a word to the end.
 _BRACKETED = re.compile(
     r"(?s)(.*?[^\s,;(])(?:\s+|(?<=[0-9)}\]]))\("
-    r"\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥∈]))((?:[^()]|\([^()]*\))*)\)\s*"
+    r"\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥≠∈]))((?:[^()]|\([^()]*\))*)\)\s*"
 )
 _TAIL = re.compile(r"(?s)(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)")
-# kπ, k ∈ ℤ: about a letter of the answer
-_CONDITION = re.compile(r"(?s)([^∈<>≤≥≠]*?([a-z])[^∈<>≤≥≠]*?(?<![\s,;(+*/=^-]))[\s,;]+(\2\s*∈\s*(?:[ZNQ].*|ℝ[\s.]*))")
+# kπ, k ∈ ℤ and 2^n, n ≥ 2: about a letter of the answer
+_ABOUT = r"\2\s*∈\s*(?:[ZNQ].*|ℝ[\s.]*)|(?<=[,;])(?:[^,;<>≤≥≠]*[<≤])?\s*\2\s*[<>≤≥≠][^,;∨∧]*"
+_CONDITION = re.compile(rf"(?s)([^∈<>≤≥≠]*?([a-z])(?!\s*=)[^∈<>≤≥≠]*?(?<![\s,;(+*/=^-]))[\s,;]+({_ABOUT})")
+# f(x)=2x is f(n)=2n, and f(x)=5 is f(n)=5, but X_{d}=P is not X_{u}=P
+_FUNCTION_OF = re.compile(
+    r"(?!.*\\zeta)\\?[A-Za-z]+(?:\(|_\{)([a-z])[)}]="
+    r"(?=(?:\\[A-Za-z]+(?![A-Za-z])|[^\\])*?\1|(?:\\[a-z]+|[^A-Za-z])*$)"
+)
 _RATE = re.compile(r"ð_\{([a-z])([2-9d]?)\}((?:\\[a-z]+|[A-Za-z])(?:_\{\w+\})?)")  # dy/dt or \dot y
 # A remark with one of these changes the answer, or begins another one.
 _NO_REMARK = re.compile(
@@ -261,14 +268,13 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
             texts |= {choice[n]: texts[one] | {("choice", choice[3 - n])} for n in (1, 2)}
         if remark := _BRACKETED.fullmatch(one) or _TAIL.fullmatch(one) or _CONDITION.fullmatch(one):
             head, word, tail = remark.groups()
-            several = "," in tail and (word == "for" or "=" in tail)
+            several = (word == "for" or "=" in tail) and re.search(r",(?!\s*[a-z]\s*(?:$|[,∈]))", tail)
             if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
                 harmless = re.match("≈|approx|about|since|because", word) or not re.search("[0-9=<>≤≥≠∈]", tail)
                 texts.setdefault(head, texts[one] | (set() if harmless else {("condition", re.sub(r"\s", "", tail))}))
                 if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # its name does not matter
-                    letter = rf"(?<![A-Za-z\\]){bound[1]}(?![A-Za-z])"
-                    tail = re.sub(rf"\s|{letter}", "", tail)
-                    texts.setdefault(re.sub(letter, r"\\zeta ", head), frozenset([("condition", tail)]))
+                    tail = re.sub(r"\s|\\zeta ", "", _with_zeta(tail, bound))
+                    texts.setdefault(_with_zeta(head, bound), frozenset([("condition", tail)]))
         if "ð" in one or "'" in one:  # also y' and y'(t)
             primed = _RATE.sub(lambda rate: rate[3] + "'" * (int(rate[2] or 1) if rate[2] != "d" else 2), one)
             variables = {("variable", rate[0]) for rate in _RATE.findall(one)}
@@ -278,7 +284,17 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
     for one, details in texts.items():
         one = re.sub(r"\s+", " ", one.strip())
-        yield re.sub(r"\s+(?=[\W_])|(?<=\W)\s+", "", one), details
+        one = re.sub(r"\s+(?=[\W_])|(?<=\W)\s+", "", one)
+        yield one, details
+        if bound := _FUNCTION_OF.match(one):
+            yield _with_zeta(one, bound), details
+
+
+def _with_zeta(text: str, bound: re.Match) -> str:
+    """The text with ζ for a letter that may have any name."""
+    return re.sub(
+        r"\\[A-Za-z]+|[A-Za-z]{4,}|[a-z]", lambda found: "\\zeta " if found[0] == bound[1] else found[0], text
+    )
 
 
 def _details(text: str) -> Details:

@@ -26,6 +26,7 @@ _QUANTITY = (
 )
 _STANDS_FOR = re.compile(rf"{_QUANTITY}|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}")
 _NAMES_TUPLE = re.compile(rf"\({LETTER}(?:,{LETTER})+\)")
+_WHOLE_SIDE = re.compile(rf"{_NAMES_TUPLE.pattern}|ð_\{{\w+\}}(?:{NAME})?|[A-Za-z]'+(?:\(-?\w+\))?")  # also f'(x)
 _COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i+nt|oint|det|sup|inf) ?(?![A-Za-z])|\bmod\b|⟦vmatrix")
 _STACKED = re.compile(r"[^⟦]*⟦(cases|align(?:ed)?|gather(?:ed)?|equation|split)¦([^⟦]*)⟧")
 _BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{\(?(?:base)?|(?:in)?base)([0-9]{1,2})\)?\}?")
@@ -275,10 +276,10 @@ def is_name(text: str) -> bool:
 
 
 def stands_for(text: str) -> bool:
-    """Is it a left side that a bare answer may leave out: a name, or a sum, ratio, union or tuple of names?"""
+    """Is it a left side that a bare answer may leave out: a name, f'(x), or a sum, ratio, union or tuple of names?"""
     pieces = split(text, "-+:/∪∩∖")
     alike = len(set(pieces[1::2])) < 2 or set(pieces[1::2]) == {"+", "-"}
-    return alike and all(map(_STANDS_FOR.fullmatch, pieces[::2])) or bool(_NAMES_TUPLE.fullmatch(text))
+    return alike and all(map(_STANDS_FOR.fullmatch, pieces[::2])) or bool(_WHOLE_SIDE.fullmatch(text))
 
 
 def is_uncomputed(side: str, part: Reading) -> bool:
