@@ -56,8 +56,8 @@ _NO_UNIT_WORD = (
 )
 _NO_UNIT = (
     r"(?!\s*(?:\(?\s*[,;:)]|(?:[a-fi-kn-rt-z]|[AaPp]\.?\s*[Mm]\.?)\s*\}|\([^{}()]*\}|[^{}]*(?:\bnot?\b|[∧∨]\s*[0-9])|"
-    r"(?:\( ?|is )(?:mod|extr|rej|disc)|(?:to|at|if|for|when|where|since|because|mod|base|in base|choose|more than|less than|"
-    rf"(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
+    r"(?:\( ?|is )(?:mod|base|extr|rej|disc)|(?:to|at|if|for|when|where|since|because|mod|(?:in )?base|choose|"
+    rf"(?:more|less) than|(?:{_NO_UNIT_WORD})(?=\W*\}}))\b))"
 )
 _UNIT = rf"(?!\\math(?:bf|it|bb|cal|frak)|\\bm){_FONT}\{{{_NO_UNIT}[^{{}}0-9‰](?:[^{{}}]|\{{[^{{}}]*\}})*\}}(?!\s*_){_POWER}"
 _MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}(?:\\Omega)?|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
@@ -82,6 +82,11 @@ _SIZE = rf"(?:{_MANY_UNITS}|\s(?:[a-z]{{4,}}|cm|in|ft)\b)"
 _ALONE = (
     r"(\\[A-Za-z]+\s*\{|[_^}\]]\s*\{)|"
     r"\{\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w+\})?|\\frac\{\w+\}\{\w+\})\s*\}(?!\s*\\over)"
+)
+
+_COMPOUND = (  # 3 hours and 20 minutes, 6 feet 2 inches
+    rf"(?<![0-9./])([0-9]+)[\s{{]*(?:{_FONT}[\s{{]*)?(h(?:ou)?r?s?|min(?:ute)?s?|f(?:ee)?t)\b[\s,.}}]*(?:and\b)?[\s}}]*"
+    rf"([0-9]+)[\s{{]*({_FONT}[\s{{]*)?(?:min(?:ute)?s?|s(?:ec(?:ond)?s?)?|in(?:ch(?:es)?)?)\b\.?(?(4)\s*\}})"
 )
 
 _Rules = list[tuple[str, str | Callable[[re.Match], str]]]
@@ -118,7 +123,7 @@ _REWRITES: _Rules = [
     (r"(?:\^\s*)?(?:°|\{\s*°\s*\})(?:\s*[CFK]\b|\s*" + _FONT + r"\{\s*[CFK]\s*\})?", "°"),
     (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
     (r"\s*(?:\(\s*\\[bp]?mod\s*(\w+)\s*\)|\\pmod\s*(?:\{([^{}]*)\}|(\w+)))", r" (mod \1\2\3)"),
-    (r"\\b?mod\b", " mod "),
+    (r"\\b?mod(?![a-z])", " mod "),
     (r"\\(?:mathbb|Bbb)\s*(?:\{\s*R\s*\}|R)|(?<=∈)\s*R\b", "ℝ"),
     (r"_\s*" + _FONT + r"(\{[^{}]*\})", r"_\1"),
     (r"_\s*([0-9]+|[\w∞*+-]|\\[A-Za-z]+)", r"_{\1}"),
@@ -127,11 +132,14 @@ _REWRITES: _Rules = [
     (r"\\bar\s*\{\s*([a-z])\s*([a-z]+)\s*\}", r"\\bar{\1_{\2}}"),  # the number with these digits is no product
     (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
     *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
+    (_COMPOUND, lambda found: f"{int(found[1]) * (12 if found[2][0] == 'f' else 60) + int(found[3])} "),
     (rf"^(?=[^=]*\*[^=]*$)(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?=\s*[0-9.]+\s*{_SIZE})", r"\1×"),  # no product
     (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
     *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
+    (rf"(?<=[0-9])\s*(?:{_FONT}\{{\s*to\s*\}}|\bto\b)\s*(?=[0-9])", ":"),
     (_FONT + r"(?=[A-Za-z0-9\\])", " "),
     (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
+    (r"(?:\\forall|\bfor (?:all|any|every|each)(?: real)?)\s*[a-z](?:\s*∈\s*ℝ)?(?=\s*(?:,|$))", ""),
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
     (r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)", ""),
     (r"(?i)^\s*(?:either\b|all(?: integers| values of)?(?= *[a-z] *[<>≤≥]))", ""),
@@ -139,7 +147,6 @@ _REWRITES: _Rules = [
     (r"(?i)^\s*(?:(?:option|choice)\s+(?=\W*[A-J]\b)|(?:usd?|rs\.?)(?=[ 0-9]))", ""),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
     (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
-    (r"(?:\\forall|\bfor (?:all|any|every|each)(?: real)?)\s*[a-z](?:\s*∈\s*ℝ)?(?=\s*(?:,|$))", ""),
     (r"(?i)\b(?:(?:below|under) zero|only)[\s.]*$", ""),
     (rf"(?i)^\s*(?!yes|true|false|.*[,;].*:)[a-z]{{3,}}(?: +[a-z][\w+()]*){{0,7}}?\s*(?:\bis\b|:)\s*{_VALUE}", ""),
     *[(rf"(?i)^\s*{words}\s+{_VALUE}", sign) for words, sign in _BOUNDS.items()],
@@ -215,17 +222,17 @@ _DETAILS = r"""
     increase decrease profit loss gain north south east west above below left right up down late early before after ago now
     faster slower higher lower clockwise counterclockwise,anticlockwise noon midnight bc ad hundred thousand million billion
     trillion dozen cent dollar,\$,usd euro,€ pound,lb,£ week month day,d year,yr,y hour,hr,h min,minute in,inch,inche
-    ft,foot,feet yard,yd mile,mi km oz,ounce gallon,gal %,\%,percent,pct C,celsius,coulomb F,fahrenheit,farad
+    ft,foot,feet yard,yd mile,mi km mile/hour,mph km/hour,kph oz,ounce gallon,gal %,\%,percent,pct
     °,º,\circ,\degree,degree,deg rad,radian atm ton AU ly erg
 """.split()
-_METRIC = """
-    m,meter,metre g,gram l,liter,litre J,joule,Nm W,watt N,newton V,volt A,amp,ampere Pa,pascal Hz,hertz mol,mole K,kelvin
-    s,sec,second T,tesla eV,electronvolt cal,calorie Wh pc,parsec
+_METRIC = r"""
+    m,meter,metre g,gram l,L,liter,litre J,joule,Nm J/s,W,watt N,newton V,volt A,amp,ampere Pa,pascal Hz,hertz
+    mol,mole K,kelvin s,sec,second T,tesla eV,electronvolt cal,calorie Wh pc,parsec C,celsius,coulomb
+    F,fahrenheit,farad \Omega,ohm
 """.split()
 for _sign, _long in zip(["", *"kcmnMG", "micro"], ["", "kilo", "centi", "milli", "nano", "mega", "giga", "micro"]):
-    _DETAILS += [f"{_sign}{unit}".replace(",", f",{_long}") for unit in _METRIC]
-_DETAIL_OF = {word: words.split(",")[0] for words in _DETAILS for word in words.split(",")} | {"unit": "", "L": "l"}
-_DETAIL_OF |= {"W": "J/s", "watt": "J/s", "mph": "mile/hour", "kph": "km/hour"}
+    _DETAILS += [re.sub("[^,]+", rf"{_sign}\g<0>,{_long}\g<0>", unit) for unit in _METRIC]
+_DETAIL_OF = {word: words.split(",")[0] for words in _DETAILS for word in words.split(",")} | {"unit": ""}
 _OF_ANYTHING = re.compile(r"(?:way|method|case|choice|number|value|ement|tion|itie|ing)s$")  # 5 ways, 5 arrangements
 _TOKEN = re.compile(  # "in" before something else is no inch
     r"((?!in\b[\s~}]*[A-Za-z0-9\\$])\\?[A-Za-z]+|\\?[%$]|[°º€£])(?:\W{0,4}\^\W{0,3}([1-9])|\s*([²³]|squared|cubed))?"

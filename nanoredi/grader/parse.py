@@ -29,7 +29,7 @@ _NAMES_TUPLE = re.compile(rf"\({LETTER}(?:,{LETTER})+\)")
 _WHOLE_SIDE = re.compile(rf"{_NAMES_TUPLE.pattern}|ð_\{{\w+\}}(?:{NAME})?|[A-Za-z]'+(?:\(-?\w+\))?")  # also f'(x)
 _COMPUTED = re.compile(r"\\(?:lim|limsup|liminf|sum|prod|i+nt|oint|det|sup|inf) ?(?![A-Za-z])|\bmod\b|⟦vmatrix")
 _STACKED = re.compile(r"[^⟦]*⟦(cases|align(?:ed)?|gather(?:ed)?|equation|split)¦([^⟦]*)⟧")
-_BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{\(?(?:base)?|(?:in)?base)([0-9]{1,2})\)?\}?")
+_BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{\(?(?:base)?|\(?(?:in)?base)([0-9]{1,2})\)?\}?")
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _REALS = {"": "(-∞,∞)", "positive ": "(0,∞)", "negative ": "(-∞,0)", "nonnegative ": "[0,∞)"}
 _ALL_REALS = re.compile(rf"(?:the )?(?:set of )?(?:all|any) ({'|'.join(_REALS)})real(?: numbers?|s)|ℝ", re.IGNORECASE)
