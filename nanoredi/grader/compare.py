@@ -78,7 +78,7 @@ def same(a: Reading, b: Reading) -> bool:
 def word(text: str) -> str:
     """A text without spaces, a word's case and plural, a sum's letter and braces around one letter or macro."""
     if re.fullmatch(r"[A-Za-z ,.'-]+", text) and re.search("[A-Za-z]{4}", text):  # a phrase; "team B wins" too
-        text = re.sub(r"^(?:an?|the) |(?<=[a-z]{3}[^s])s\b", "", text.lower())
+        text = re.sub(r"^(?:an?|the|all) |(?<=[a-z]{3}[^s])s\b", "", text.lower())
     any_case = r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|N[Oo])(?![A-Za-z])"
     text = re.sub(any_case, lambda found: found[0].lower(), text)
     for run in re.finditer(r"\\(?:sum|prod)_\{([a-z])=", text):

@@ -134,7 +134,7 @@ class _Evaluator:
     def term(self, operators: tuple[str, ...] = ("*", "/")) -> Number:
         """Factors side by side or with operators between them; an argument without brackets has no operators or functions."""
         result = self.factor()
-        while (token := self.peek()) in operators or self.at_factor() and (operators or token not in FUNCTIONS):
+        while (token := self.peek()) in operators or self.at_factor() and (operators or not self.at_function()):
             self.position += token in operators
             factor = self.sign() * self.factor()
             result = self.bounded((divide if token == "/" else multiply)(result, factor))
@@ -147,6 +147,12 @@ class _Evaluator:
         if token[:1].isdigit():
             return before in ")]}!" or before.isalpha() and self.tokens[self.position + 1] == "^"
         return token in BRACKETS or token.isalpha() and token not in _OPERATORS
+
+    def at_function(self) -> bool:
+        """Does a function come next, or brackets with one? cos x (1 + sin x) is a product."""
+        start, closing = self.position, BRACKETS.get(self.peek())
+        end = self.tokens.index(closing, start) if closing else start
+        return not FUNCTIONS.keys().isdisjoint(self.tokens[start : end + 1])
 
     def factor(self) -> Number:
         result = self.atom()

@@ -20,7 +20,7 @@ _SIGNS = r"""
     lt < gt > leq ≤ le ≤ leqslant ≤ leqq ≤ geq ≥ ge ≥ geqslant ≥ geqq ≥ neq ≠ ne ≠ approx ≈ simeq ≈ lor ,∨ vee ,∨
     ldots … dots … cdots … dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac imath i jmath j
     dbinom \binom tbinom \binom lgroup ( rgroup ) ulcorner ⌈ urcorner ⌉ llcorner ⌊ lrcorner ⌋ overline \bar
-    AA Å varepsilon \epsilon varphi \phi vartheta \theta varrho \rho land \wedge lnot \neg
+    AA Å measuredangle \angle varepsilon \epsilon varphi \phi vartheta \theta varrho \rho land \wedge lnot \neg
     | | lVert | rVert | Vert | to → rightarrow → longrightarrow → implies ⇒ Rightarrow ⇒ iff ⇔ Leftrightarrow ⇔
 """.split()
 _SPACES = ", ; : > $ % space enspace thinspace".split() + [" ", "\n"]
@@ -101,6 +101,7 @@ _SPELLINGS: _Rules = [
     (r"(?<=[0-9])\{,\}(?=[0-9])", "."),  # elsewhere it is a decimal comma
     (r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§"),  # 17%6 is not 176
     (r"(?s)^\s*([*_]{1,3}|`+)(?![*_`])(.+?)\1\s*$", r"\2"),  # Markdown
+    (r"\\q?quad\s*(?=[A-Za-z](?:_\w)?\s*=)", " , "),
     (r"\\q?quad", " "),  # also where a letter is glued to it
     (r"\\(?:left|right)\s*\.", ""),
     # 0.\dot{1}4\dot{2}, 0.1(6) and 0.1666... become 0.1\overline{6}, and that becomes a fraction
@@ -131,18 +132,20 @@ _REWRITES: _Rules = [
     (r"\\(bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
     (r"\\bar\s*\{\s*([a-z])\s*([a-z]+)\s*\}", r"\\bar{\1_{\2}}"),  # the number with these digits is no product
     (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
-    *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
     (_COMPOUND, lambda found: f"{int(found[1]) * (12 if found[2][0] == 'f' else 60) + int(found[3])} "),
+    *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
     (rf"^(?=[^=]*\*[^=]*$)(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?=\s*[0-9.]+\s*{_SIZE})", r"\1×"),  # no product
     (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
-    *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
     (rf"(?<=[0-9])\s*(?:{_FONT}\{{\s*to\s*\}}|\bto\b)\s*(?=[0-9])", ":"),
+    *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
     (_FONT + r"(?=[A-Za-z0-9\\])", " "),
-    (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
     (r"(?:\\forall|\bfor (?:all|any|every|each)(?: real)?)\s*[a-z](?:\s*∈\s*ℝ)?(?=\s*(?:,|$))", ""),
+    (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
     (r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)", ""),
+    (r"(?i)^\s*(?:all )?real(?:s| numbers?)(?: x)?,? (?:except|other than)(?: for)? +(?:[a-z] *=)?", "x≠"),
     (r"(?i)^\s*(?:either\b|all(?: integers| values of)?(?= *[a-z] *[<>≤≥]))", ""),
+    (r"(?i)^\s*(?:the )?(?:point|line|vertex)s?(?= *[(\[]| +[xy]\b)", ""),
     (r"(?i)^\s*(?:答案?[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
     (r"(?i)^\s*(?:(?:option|choice)\s+(?=\W*[A-J]\b)|(?:usd?|rs\.?)(?=[ 0-9]))", ""),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
@@ -150,7 +153,7 @@ _REWRITES: _Rules = [
     (r"(?i)\b(?:(?:below|under) zero|only)[\s.]*$", ""),
     (rf"(?i)^\s*(?!yes|true|false|.*[,;].*:)[a-z]{{3,}}(?: +[a-z][\w+()]*){{0,7}}?\s*(?:\bis\b|:)\s*{_VALUE}", ""),
     *[(rf"(?i)^\s*{words}\s+{_VALUE}", sign) for words, sign in _BOUNDS.items()],
-    (r"(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
+    (r"(?i)(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
     (r"^\s*([f-hP-R](?:\([a-z]\))?)\s*\\equiv(?!.*mod)", r"\1="),
     *[(rf"(?:\\|\b){name}\s*\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
     (r"\\(frac|binom)\s*([0-9])", r"\\\1{\2}"),

@@ -32,7 +32,7 @@ _STACKED = re.compile(r"[^⟦]*⟦(cases|align(?:ed)?|gather(?:ed)?|equation|spl
 _BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{\(?(?:base)?|\(?(?:in)?base)([0-9]{1,2})\)?\}?")
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _REALS = {"": "(-∞,∞)", "positive ": "(0,∞)", "negative ": "(-∞,0)", "nonnegative ": "[0,∞)"}
-_ALL_REALS = re.compile(rf"(?:the )?(?:set of )?(?:all|any) ({'|'.join(_REALS)})real(?: numbers?|s)|ℝ", re.IGNORECASE)
+_ALL_REALS = re.compile(rf"(?:the )?(?:set of )?(?:all |any )?({'|'.join(_REALS)})real(?: numbers?|s| [a-z])|ℝ", re.I)
 _SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
@@ -142,7 +142,7 @@ class _Reader:
             return self.read(members[2])
         if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{1,2}/[0-9]{1,2}/(?:19|20)[0-9]{2}", text):  # a date
             raise Unreadable
-        if reals := _ALL_REALS.fullmatch(text):
+        if reals := _ALL_REALS.fullmatch(text.replace("non-", "non")):
             return self.read(_REALS[(reals[1] or "").lower()])
         exact = split(text, "≈")[::2]  # x ≈ 3.2 says 3.2, √2 ≈ 1.4 says √2
         if len(exact) > 1:
@@ -215,8 +215,8 @@ class _Reader:
                 node = self.union(text, ["ℝ", "∖", sides[1]])
             node.name = sides[0]
             return node
-        if set(signs) <= {">", "≥"}:
-            sides, signs = sides[::-1], ["<" if sign == ">" else "≤" for sign in signs[::-1]]
+        if set(signs) <= {">", "≥", "="}:
+            sides, signs = sides[::-1], ["<≤="[">≥=".index(sign)] for sign in signs[::-1]]
         node = Reading("".join(signs), text, tuple(map(self.read, sides)))
         if set(signs) <= {"<", "≤"}:
             if len(sides) == 2 and is_name(sides[0]) != is_name(sides[1]):
