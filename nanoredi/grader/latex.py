@@ -63,8 +63,8 @@ _UNIT = rf"(?!\\math(?:bf|it|bb|cal|frak)|\\bm){_FONT}\{{{_NO_UNIT}[^{{}}0-9‰]
 _MANY_UNITS = rf"(?:\\mu\s*)?(?:{_UNIT}(?:\\Omega)?|\\frac\s*\{{\s*{_UNIT}\s*\}}\s*\{{\s*{_UNIT}\s*\}})"
 _JOINING = rf"(?<![\\A-Za-z{{])WORD(?![A-Za-z}}])|(?<=[0-9)\]}}⦄])WORD(?=[A-Za-z]\b)|{_FONT}\{{\s*,?\s*WORD\s*\}}"
 _DERIVATIVE = (
-    r"\\frac\s*\{\s*d\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([^{}]*(?:_\{\w+\})?)\s*\}"
-    r"\s*\{\s*d\s*([A-Za-z]|\\[A-Za-z]+)\s*(?:\^\s*\{?\s*[0-9]\s*\}?)?\s*\}"
+    r"\\frac\s*\{\s*(?:d|\\partial)\s*(?:\^\s*\{?\s*([0-9])\s*\}?)?\s*([^{}]*(?:_\{\w+\})?)\s*\}"
+    r"\s*\{\s*(?:d|\\partial)\s*([A-Za-z]|\\[A-Za-z]+)\s*(?:\^\s*\{?\s*[0-9]\s*\}?)?\s*\}"
 )
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve".split()
 _ONES += [f"{three}teen" for three in "thir four fif six seven eigh nine".split()]
@@ -114,7 +114,7 @@ _SPELLINGS: _Rules = [
 ]
 _REWRITES: _Rules = [
     (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
-    (r"\{\s*([:=+<>.-])\s*\}", r"\1"),
+    (r"\{\s*([:=+*<>.-])\s*\}", r"\1"),
     (rf"(?<=[0-9]) ?\^ ?\{{? ?(?:{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b) ?\}}?|(?<=[0-9])(?:st|nd|rd|th)\b", ""),
     *zip((r"<=", r">=", r"!=|\\not\s*=", r"\*\*", r":\s*=|\\coloneqq(?![a-z])", r"\+/-", r"\.\.\."), "≤≥≠^=±…"),
     (r"\\(?:phantom|hphantom|vphantom|hspace|label|tag|color|textcolor)\s*\*?\{[^{}]*\}", ""),
@@ -285,9 +285,9 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
                 if bound := re.match(r"\s*([a-z])\s*∈\s*[ZN]", tail):  # its name does not matter
                     tail = re.sub(r"\s|\\zeta ", "", _with_zeta(tail, bound))
                     texts.setdefault(_with_zeta(head, bound), frozenset([("condition", tail)]))
-        if "ð" in one or "'" in one:  # also y' and y'(t)
+        variables = {("variable", rate[0]) for rate in _RATE.findall(one)}
+        if ("ð" in one or "'" in one) and len(variables) < 2:  # also y' and y'(t)
             primed = _RATE.sub(lambda rate: rate[3] + "'" * (int(rate[2] or 1) if rate[2] != "d" else 2), one)
-            variables = {("variable", rate[0]) for rate in _RATE.findall(one)}
             texts.setdefault(re.sub(r"(?<=[\w'}])\(t\)", "", primed), texts[one] | variables)
     for change in (lambda one: _BARE_UNITS.sub("", one), _without_grouping):
         texts = {change(one): details for one, details in reversed(texts.items())} | texts
