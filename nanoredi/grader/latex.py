@@ -84,9 +84,10 @@ _ALONE = (
     r"\{\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w+\})?|\\frac\{\w+\}\{\w+\})\s*\}(?!\s*\\over)"
 )
 
-_COMPOUND = (  # 3 hours and 20 minutes, 6 feet 2 inches
-    rf"(?<![0-9./])([0-9]+)[\s{{]*(?:{_FONT}[\s{{]*)?(h(?:ou)?r?s?|min(?:ute)?s?|f(?:ee)?t)\b[\s,.}}]*(?:and\b)?[\s}}]*"
-    rf"([0-9]+)[\s{{]*({_FONT}[\s{{]*)?(?:min(?:ute)?s?|s(?:ec(?:ond)?s?)?|in(?:ch(?:es)?)?)\b\.?(?(4)\s*\}})"
+_COMPOUND = (  # 3 hours and 20 minutes, 20 min 5 s, 6 feet 2 inches
+    rf"(?<![0-9./])([0-9]+)[\s{{]*(?:{_FONT}[\s{{]*)?(?:(h(?:ou)?r?s?)|(min(?:ute)?s?)|f(?:ee)?t)\b[\s,.}}]*(?:and\b)?"
+    rf"[\s}}]*([0-9]+)[\s{{]*({_FONT}[\s{{]*)?"
+    r"(?(2)min(?:ute)?s?|(?(3)s(?:ec(?:ond)?s?)?|in(?:ch(?:es)?)?))\b\.?(?(5)\s*\})"
 )
 
 _Rules = list[tuple[str, str | Callable[[re.Match], str]]]
@@ -132,7 +133,7 @@ _REWRITES: _Rules = [
     (r"\\(bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
     (r"\\bar\s*\{\s*([a-z])\s*([a-z]+)\s*\}", r"\\bar{\1_{\2}}"),  # the number with these digits is no product
     (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
-    (_COMPOUND, lambda found: f"{int(found[1]) * (12 if found[2][0] == 'f' else 60) + int(found[3])} "),
+    (_COMPOUND, lambda found: f"{int(found[1]) * (60 if found[2] or found[3] else 12) + int(found[4])} "),
     *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
     (rf"^(?=[^=]*\*[^=]*$)(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?=\s*[0-9.]+\s*{_SIZE})", r"\1×"),  # no product
     (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
@@ -302,9 +303,7 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
 
 def _with_zeta(text: str, bound: re.Match) -> str:
     """The text with ζ for a letter that may have any name."""
-    return re.sub(
-        r"\\[A-Za-z]+|[A-Za-z]{4,}|[a-z]", lambda found: "\\zeta " if found[0] == bound[1] else found[0], text
-    )
+    return re.sub(r"\\[A-Za-z]+|[A-Za-z]{4,}|[a-z]", lambda one: "\\zeta " if one[0] == bound[1] else one[0], text)
 
 
 def _details(text: str) -> Details:
