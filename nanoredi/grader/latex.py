@@ -243,7 +243,8 @@ _TOKEN = re.compile(  # "in" before something else is no inch
 )
 _PER = re.compile(r"(?:/|\bper\b(?: sq\w*| cu\w*)?|\}\s*\{)[\s~{\\]*(?:(?:text|mathrm|rm)\b)?[\s~{]*$")  # before a unit
 # Where a single letter is a unit: 5\text{ s} and 5 m/s, but not x/(m+s).
-_OF_UNITS = re.compile(r"\\(?:text|mathrm|rm|textrm|mbox)(?![a-z])[\s{]*[^{}]*|[0-9}]\W{0,3}[A-Za-z]+\s*/\s*[A-Za-z]+")
+_IN_TEXT = r"\\(?:text|mathrm|rm|textrm|mbox)(?![a-z]|[\s{(]*[A-J][).:])[\s{]*[^{}]*"  # not \text{(C) } 5
+_OF_UNITS = re.compile(rf"{_IN_TEXT}|[0-9}}]\W{{0,3}}[A-Za-z]+\s*/\s*[A-Za-z]+")
 _POWERS = {"sq": "2", "cu": "3", "²": "2", "³": "3"}
 _LABELS = "a b c d A B C D 1 2 3 4 i ii iii iv I II III IV".split()
 _LABEL = re.compile(rf"(?:^\s*|[\s,;.]+)\(({'|'.join(_LABELS)})\)\s*")  # (a) 5, (b) 6
