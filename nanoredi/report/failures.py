@@ -24,18 +24,14 @@ def failures(folder: str, only: str = "") -> Iterator[str]:
     path = Path(folder) / "samples.jsonl"
     counts, shown = dict.fromkeys(("right", *KINDS), 0), []
     for where, row in read_rows(str(path)):
-        kind = "right" if check(where, row, SAMPLE)["correct"] else _kind(row)
+        kind = "right" if check(where, row, SAMPLE)["correct"] else "no_answer" if row["answer"] is None else "wrong"
+        if kind != "right" and row["finish_reason"] == "length":
+            kind = "cut_off"
         counts[kind] += 1
         if kind == only or not only and kind != "right":
             shown.append(_paragraph(kind, row))
     yield f"{folder}: " + ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in counts.items())
     yield from shown
-
-
-def _kind(row: Row) -> str:
-    if row["finish_reason"] == "length":
-        return "cut_off"
-    return "no_answer" if row["answer"] is None else "wrong"
 
 
 def _paragraph(kind: str, row: Row) -> str:
