@@ -153,7 +153,7 @@ def test_a_run_that_was_broken_off_goes_on_bit_for_bit(config, one_rank, tmp_pat
     shutil.move(tmp_path / "away", config.model)
     other = tmp_path / "other.jsonl"
     other.write_text("".join(reversed(Path(config.data).read_text().splitlines(keepends=True))))
-    with pytest.raises(UserError, match="the run in .* began with other data, or another tokenizer"):
+    with pytest.raises(UserError, match="the run in .* began with other data, another tokenizer or another version"):
         train(replace(config, data=str(other)), one_rank)
 
     train(config, one_rank)
