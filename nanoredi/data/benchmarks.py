@@ -185,8 +185,8 @@ def golds_of(where: str, answer: Any) -> list[str]:
     Args:
         where: "file, line n", for error messages.
         answer: as in the file: text, a number (142.0 for 142), a list of these, or a Python list written as text
-            ("['9.6\\n', '9.60']"). Of a whole solution, the part after its last #### (GSM8K) or its last box is taken,
-            or all of several boxes that are joined to one list.
+            ("['9.6\\n', '9.60']"). Of a whole solution, its last box is taken, or all of several boxes that are joined
+            to one list, or without a box the part after its last #### (GSM8K).
 
     Raises:
         UserError: for anything else.
@@ -222,5 +222,4 @@ def _gold(answer: Any) -> str:
         return str(answer)
     if not isinstance(answer, str):
         return ""
-    boxes = extract_answers(answer) if "####" not in answer else []
-    return (", ".join(reversed(boxes)) or answer.rpartition("####")[2]).strip()
+    return (", ".join(reversed(extract_answers(answer))) or answer.rpartition("####")[2]).strip()

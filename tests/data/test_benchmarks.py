@@ -167,6 +167,7 @@ def test_a_named_benchmark_may_be_jsonl(tmp_path):
         (123456789012345678901, ["123456789012345678901"]),
         ("48/2 = <<48/2=24>>24\n#### 72", ["72"]),
         ("#### 1,234 ", ["1,234"]),
+        ("#### Step 1\nso \\boxed{7}\n\n#### Remark\nEuler knew.", ["7"]),  # headings
         ("So \\boxed{1} or rather \\boxed{\\frac{1}{2}}.", ["\\frac{1}{2}"]),
         ("So $x = \\boxed{-2}$ is one. The roots are $\\boxed{-2}$ and $\\boxed{2}$.", ["-2, 2"]),
         ("['9.6\\n']", ["9.6"]),
@@ -218,6 +219,7 @@ PUBLISHED = {  # a row as published, and its gold answer
         ["$2$"],
     ),
     "math": ({"problem": "p", "level": "Level 5", "solution": "so \\boxed{\\frac{1}{2}}"}, ["\\frac{1}{2}"]),
+    "headings": ({"problem": "p", "solution": "#### Step 1\nso \\boxed{\\frac{1}{2}}"}, ["\\frac{1}{2}"]),
 }
 
 
