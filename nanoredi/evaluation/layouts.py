@@ -109,6 +109,7 @@ def read(where: str, row: Any) -> Answers:
     if not isinstance(given, dict):
         raise UserError(f"{where} holds no JSON object")
     row = _plain(in_one_case(where, given, _name))
+    row |= {name: _count(row[name]) for name in ("sample", "problem") if name in row}
     prompts = [text for path in _PROMPTS if (text := "\n".join(_texts(_get(row, path))))]
     found = Answers(where, "\n".join(prompts) or None, [], any(p.rstrip().endswith("<think>") for p in prompts))
     golds = ((path, gold) for path in _GOLDS if (gold := _get(row, path)) not in (None, "", []))
@@ -124,7 +125,7 @@ def read(where: str, row: Any) -> Answers:
     ids = dict.fromkeys([*_IDS, *filter(_ID.fullmatch, row)])
     found.ids = {path: str(value) for path in ids if isinstance(value := _get(row, path), (str, int, float))}
     found.model = next((name for path in _MODELS if isinstance(name := _get(row, path), str)), None)
-    sample, problem = (_count(row.get(name)) for name in ("sample", "problem"))
+    sample, problem = row.get("sample"), row.get("problem")
     if type(problem) is int and isinstance(row.get("benchmark"), str):
         found.benchmark, found.problem, found.model = row["benchmark"], problem, str(row.get("model"))
         check(where, sample, int, "its 'sample'")

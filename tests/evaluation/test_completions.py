@@ -186,14 +186,15 @@ def test_failed_requests_are_wrong_and_shown(tmp_path, many):
     assert len(graded(tmp_path, failed + right[6:], many)[0]) == 36
 
 
-def test_an_evaluation_s_samples_are_regraded(tmp_path):
+@pytest.mark.parametrize("number", [int, str])  # in JSONL, in CSV
+def test_an_evaluation_s_samples_are_regraded(tmp_path, number):
     """Several models and benchmarks, rows in the order in which they finished, one of them twice."""
     rows = [
         {
             "model": m,
             "benchmark": b,
-            "problem": p,
-            "sample": k,
+            "problem": number(p),
+            "sample": number(k),
             "gold": [str(p)],
             "response": rf"\boxed{{{p * (m == 'B')}}}",
         }
