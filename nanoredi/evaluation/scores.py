@@ -142,7 +142,7 @@ def compare(samples: Iterable[Row], first: str, second: str) -> list[Row]:
             own.setdefault(s["problem"], []).append(s["correct"])
     rng = np.random.default_rng(_SEED)  # one for all: benchmarks of one size must not share their draws
     draws, rows = {}, []
-    for benchmark, models in scores.items():
+    for benchmark, models in sorted(scores.items()):
         one, other = models.get(first, {}), models.get(second, {})
         if one.keys() == other.keys():
             of_problems = np.array([np.mean(other[p]) - np.mean(one[p]) for p in sorted(one)])

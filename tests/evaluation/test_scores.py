@@ -75,29 +75,31 @@ def test_average_of_benchmarks():
 
 
 def test_paired_difference_of_two_models():
-    def both(benchmark, first, second):
+    def samples_of(benchmark, first, second):
         for model, right in (("a", first), ("b", second)):
             for problem, values in enumerate(right):
                 for number, correct in enumerate(values):
                     yield sample(problem, number, correct, model=model, benchmark=benchmark)
 
-    same = list(both("same", [[1, 0]] * 9, [[0, 1]] * 9))
+    same = list(samples_of("same", [[1, 0]] * 9, [[0, 1]] * 9))
     (row,) = compare(same, "a", "b")
     assert (row["difference"], row["low"], row["high"]) == (0, 0, 0)  # no problem differs: paired, there is no spread
     # Of 100 problems the second model gets 20 more right: 0.2, standard error sqrt(0.2 * 0.8 / 100) = 0.04.
-    apart = list(both("apart", [[0]] * 100, [[1]] * 20 + [[0]] * 80))
+    apart = list(samples_of("apart", [[0]] * 100, [[1]] * 20 + [[0]] * 80))
     (row,) = compare(apart, "a", "b")
     assert row["difference"] == pytest.approx(0.2)
     assert row["low"] == pytest.approx(0.2 - 1.96 * 0.04, abs=0.015)
     assert row["high"] == pytest.approx(0.2 + 1.96 * 0.04, abs=0.015)
     assert compare(apart, "a", "b") == [row]  # the seed is fixed
     rows = compare(same + apart, "a", "b")
-    assert [r["benchmark"] for r in rows] == ["same", "apart", "average"]
+    assert [r["benchmark"] for r in rows] == ["apart", "same", "average"]
     assert rows[2]["difference"] == pytest.approx(0.1) and rows[2]["high"] == pytest.approx(row["high"] / 2)
     assert compare(apart, "b", "a")[0]["difference"] == pytest.approx(-0.2)
     assert compare(apart[::-1], "a", "b") == [row]  # whatever the order in which samples were finished
     # Two benchmarks of one size are drawn independently: the error of their mean is smaller by sqrt(2), not the same.
-    rows = compare(apart + [{**s, "benchmark": "alike"} for s in apart], "a", "b")
+    both = apart + [{**s, "benchmark": "alike"} for s in apart]
+    rows = compare(both, "a", "b")
+    assert compare(both[::-1], "a", "b") == rows
     assert rows[2]["high"] - 0.2 == pytest.approx(1.96 * 0.04 / math.sqrt(2), abs=0.01)
 
 
