@@ -37,8 +37,8 @@ SAMPLES_A_PROBLEM = 4
 SPECIAL = ["<pad>", "<eos>", "<user>", "<assistant>"]
 LETTERS = "abcdefghijklmno"  # LETTERS[i] names the value after i operations
 WORDS = ["<think>", "</think>", "\\boxed{", "}", "Wait", *"0123456789", *LETTERS, *"+-*=;~:"]
-# The options that name what make() makes, and stage 1's folder.
-_MADE = ("data", "watch", "sft.model", "sft.data", "sft.out", "evaluate.benchmarks", "evaluate.data")
+# The options that the toy sets itself.
+_MADE = ("data", "watch", "sft.model", "sft.data", "sft.out", "sft.seed", "evaluate.benchmarks", "evaluate.data")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] not in ['user', 'assistant'] %}"
@@ -62,8 +62,8 @@ def tables_for(recipe: str | None, flags: Tables, stage: str) -> Tables:
     names = [name if table == stage else f"{table}.{name}" for table, values in flags.items() for name in values]
     for name in (*names, "data" if config.get("data") else ""):
         if name.startswith(("toy.", "sft.")) if config.get("model") else name in _MADE:
-            why = "goes with the toy, not with --model" if config.get("model") else "needs a model: give --model DIR"
-            raise UserError(f"--{name} {why}")
+            why = "with --model" if config.get("model") else "on the toy: to train your own model, give --model DIR"
+            raise UserError(f"--{name} has no effect {why}")
     return tables
 
 
