@@ -23,6 +23,7 @@ from nanoredi.grader import extract_answer
 
 Problem = tuple[int, int]  # (index of the benchmark, index of the problem in it)
 Found = dict[Problem, dict[int, Completion]]  # each problem's completions, by sample number
+_PYTHON = re.compile(r"\s*\[?\{'(.*')?(role|text|content|generated_text)':", re.DOTALL)
 
 
 def grade_file(path: str, name: str, benchmarks: list[Benchmark], thinking: bool, limit: int = 0) -> list[list[Row]]:
@@ -88,13 +89,14 @@ def _read(path: str) -> list[Answers]:
 
 
 def _check_texts(path: str, answers: list[Answers]) -> None:
-    """Say which of several fields is read, how many completions are empty, and what happens if none has a box: a
-    "prediction" without a box may be the final answer itself."""
+    """Refuse objects that Python wrote as text; note the field that is read, empty completions, and missing boxes."""
     if others := sorted({name for row in answers for name in row.others}):
         print(f"{path}: completions are taken from the field {answers[0].path}, and not from {', '.join(others)}")
     own = [one for row in answers for one in row.completions]
     if empty := sum(not one.text.strip() for one in own):
         print(f"{path}: {empty:,} of {len(own):,} completions are empty and count as wrong")
+    if 2 * sum(bool(_PYTHON.match(one.text)) for one in own) > len(own) - empty:  # a few may be the model's own
+        raise UserError(f"{path}: its completions are objects written as Python's text: give them as JSON")
     if any(re.search(r"\\f?(box|rame)", one.text) for one in own) or empty == len(own):
         return
     if all(row.path in (None, "prediction", "predictions", "predict") for row in answers):

@@ -398,7 +398,9 @@ def test_a_number_among_a_completion_s_choices_stays_a_number(tmp_path):
     assert graded(tmp_path, rows)[0] == [(0, 0, True)]
 
 
-@pytest.mark.parametrize("text", ['[{"a": 2}]', '{"value": 2}', '[{"text": "2"}, 3]', "[]", "[{'a': 2}]"])
+@pytest.mark.parametrize(
+    "text", ['[{"a": 2}]', '{"value": 2}', '[{"text": "2"}, 3]', "[]", "[{'a': 2}]", "[{'role': 'user'}]"]
+)
 def test_json_written_by_the_model(tmp_path, benchmark, text):
     rows = [{"prompt": problem, "output": text} for problem, text in zip(benchmark.problems, (text, RIGHT))]
     (samples,) = grade_file(written(tmp_path, rows), "m", [benchmark], thinking=False)
@@ -417,8 +419,8 @@ def test_json_written_by_the_model(tmp_path, benchmark, text):
 def test_objects_written_as_text(tmp_path, cell, correct):
     rows = [{"prompt": "What is 1+1?", "answer": r"\frac{4}{2}", "output": json.dumps(cell, indent=1)}]
     assert [right for *_, right in graded(tmp_path, rows)[0]] == correct
-    with pytest.raises(UserError, match="line 1: its 'output' has objects written as Python's text"):
-        graded(tmp_path, [{**rows[0], "output": str(cell)}])
+    with pytest.raises(UserError, match="c.jsonl: its completions are objects written as Python's text"):
+        graded(tmp_path, [{**rows[0], "output": text} for text in (str(cell), "", "")])
     conversation = [{"role": "user", "content": "What is 1+1?"}, {"role": "assistant", "content": RIGHT}]
     assert graded(tmp_path, [{"messages": json.dumps(conversation), "gold": "2"}])[0] == [(0, 0, True)]
 
