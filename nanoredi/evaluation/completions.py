@@ -208,13 +208,13 @@ def _words(text: str) -> str:
 
 
 def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list[Problem] | None:
-    """The problem of each row by the first of its ids that identifies a problem in every row, better by a benchmark's
-    own id than by a number, which may be the row's; None if there is none.
+    """The problem of each row by the first of its ids that identifies a problem in every row: its custom_id, or better
+    by a benchmark's own id than by a number, which may be the row's. None if there is none.
 
     Raises:
         UserError: if the rows have a custom_id and no id identifies a problem: engines that write one promise no order.
     """
-    for counted, name in product((False, True), rows[0].ids):
+    for name, counted in sorted(product(rows[0].ids, (False, True)), key=lambda way: way[1] and way[0] != "custom_id"):
         ids = [row.ids.get(name, "") for row in rows]
         # With several benchmarks an id begins with the name of one; of several such names the longest is meant.
         names = [b.name for b in benchmarks] if len(benchmarks) > 1 else [""]

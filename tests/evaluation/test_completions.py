@@ -106,6 +106,9 @@ def test_a_benchmark_s_own_id_is_better_than_a_row_s_number(tmp_path, many):
     by_number = replace(many, ids={"id": [str(i * 5 % 12 + 1) for i in range(12)]})  # its own, in another order
     rows = [batch(f"r{i * 5 % 12 + 1}", rf"</think>\boxed{{{i}}}") for i in range(12)]
     assert graded(tmp_path, rows[::-1], by_number) == (ALL_RIGHT, [])
+    by_id = replace(many, ids={"id": [str(i) for i in range(12)]})
+    rows = [{"index": 11 - i, **batch(f"r{i}", rf"</think>\boxed{{{i}}}")} for i in range(12)]  # index: of the row
+    assert graded(tmp_path, rows, by_id) == (ALL_RIGHT, [])
     rows = [{"index": float(i), "output": rf"</think>\boxed{{{i}}}"} for i in range(12)]  # as pandas writes them
     assert graded(tmp_path, rows[::-1], many) == (ALL_RIGHT, [])
 
