@@ -260,7 +260,7 @@ def test_which_runs_a_folder_may_hold(tmp_path):
         open_run(out, {"redi": config})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    with pytest.raises(UserError, match="no empty folder and holds no nanoredi run"):
+    with pytest.raises(UserError, match="not an empty folder and holds no nanoredi run"):
         open_run(str(tmp_path / "mine"), {"redi": config})
     with pytest.raises(UserError, match="--out"):
         open_run("", {"redi": config})

@@ -37,7 +37,7 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
     folder = Path(out)
     path = folder / "config.toml"
     if os.path.lexists(folder) and not path.exists() and (not folder.is_dir() or _contents(folder)):
-        raise UserError(f"{out} is no empty folder and holds no nanoredi run: give another --out")
+        raise UserError(f"{out} is not an empty folder and holds no nanoredi run: give another --out")
     lock(folder)
     remove_leftovers(folder, locked=True)
     # A run that ended at bad input has left only its config.toml, and may be followed by a different run.

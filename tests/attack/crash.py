@@ -49,7 +49,7 @@ def ended(folder: str, place: int = 0) -> int:
                 main([word.replace("OUT", f"{out}/{folder}") for word in flags])
         except BaseException as error:  # noqa: BLE001 - whatever it is, this fork must not go on as its parent
             if isinstance(error, UserError) and re.search(
-                "is there already|is not empty|is no empty folder", str(error)
+                "is there already|is not empty|is not an empty folder", str(error)
             ):
                 os._exit(0)  # what does not go on was killed when all was done
             os.write(1, f"killed at place {place}: {error!r}\n".encode())
