@@ -48,6 +48,7 @@ LAYOUTS = {
     "predict": "LLaMA-Factory's generated_predictions.jsonl",
 }
 _INNER = (*LAYOUTS, "body", "parts", "value")  # the same for an object within the row
+_ENGINES = "choices candidates outputs message content generated_text".split()  # for an object that is text
 _PROMPTS = (
     "full_prompt prompt messages conversations origin_prompt instruction input inputs problem question query example "
     "arguments doc.query doc.problem doc.question"
@@ -259,7 +260,8 @@ def _unquoted(value: Any) -> Any:
         with suppress(UserError):
             inner = _plain(parse_json("it", value))
             objects = inner if isinstance(inner, list) else [inner]
-            if last_role(objects) or any(isinstance(one, dict) and _fields(one, _INNER) for one in objects):
+            names = _INNER if objects is inner else _ENGINES
+            if last_role(objects) or any(isinstance(one, dict) and _fields(one, names) for one in objects):
                 return inner
     return listed(value)
 

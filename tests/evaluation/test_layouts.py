@@ -399,7 +399,16 @@ def test_a_number_among_a_completion_s_choices_stays_a_number(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ['[{"a": 2}]', '{"value": 2}', '[{"text": "2"}, 3]', "[]", "[{'a': 2}]", "[{'role': 'user'}]"]
+    "text",
+    [
+        '[{"a": 2}]',
+        '{"value": 2}',
+        '[{"text": "2"}, 3]',
+        "[]",
+        "[{'a': 2}]",
+        "[{'role': 'user'}]",
+        '{"prediction": "2"}',
+    ],
 )
 def test_json_written_by_the_model(tmp_path, benchmark, text):
     rows = [{"prompt": problem, "output": text} for problem, text in zip(benchmark.problems, (text, RIGHT))]
