@@ -42,8 +42,7 @@ _CHARACTER_SIGNS = r"""
 """.split()
 _BY_CHARACTER = dict.fromkeys("~$%", " ") | dict.fromkeys('"“”✓', "") | {"或": " or ", "和": " and ", "与": " and "}
 _BY_CHARACTER |= dict(zip(_CHARACTER_SIGNS[::2], _CHARACTER_SIGNS[1::2]))
-_BY_CHARACTER |= {sign: f"\\{name}" for name, sign in GREEK.items()}
-_BY_CHARACTER |= {sign.upper(): f"\\{name.title()}" for name, sign in GREEK.items()}
+_BY_CHARACTER |= {case(sign): f"\\{case(name)}" for name, sign in GREEK.items() for case in (str.lower, str.title)}
 _CHARACTERS = str.maketrans({char: f"{sign} " if "\\" in sign else sign for char, sign in _BY_CHARACTER.items()})
 _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 _FONT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf|tt|bb|cal|frak)|bm)\s*"
@@ -90,9 +89,7 @@ _COMPOUND = (  # 3 hours and 20 minutes, 20 min 5 s, 6 feet 2 inches
     r"(?(2)min(?:ute)?s?|(?(3)s(?:ec(?:ond)?s?)?|in(?:ch(?:es)?)?))\b\.?(?(5)\s*\})"
 )
 
-_Rules = list[tuple[str, str | Callable[[re.Match], str]]]
-# Rules about digits, and then the spelling of every macro and character.
-_SPELLINGS: _Rules = [
+_REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?:\{\s*,\s*\}|,\s*\\!)\s*(?=[0-9]{3})", ""),  # these commas group digits, wherever they are
     # 3'600 and 1.000.000, and 1,000, for no list has a member 000
     (
@@ -112,8 +109,7 @@ _SPELLINGS: _Rules = [
     (r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,50})\}|([0-9]))", lambda found: _repeating(found)),
     (r"\\([A-Za-z]+|[^A-Za-z])", lambda found: _MACROS.get(found[1], found[0])),
     (r"(?s).+", lambda found: found[0].translate(_CHARACTERS)),
-]
-_REWRITES: _Rules = [
+    # The rules above are about digits, and give every macro and character one spelling; those below know no other.
     (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
     (r"\{\s*([:=+*<>.-])\s*\}", r"\1"),
     (rf"(?<=[0-9]) ?\^ ?\{{? ?(?:{_FONT}\{{(?:st|nd|rd|th|o)\}}|o\b) ?\}}?|(?<=[0-9])(?:st|nd|rd|th)\b", ""),
@@ -181,7 +177,7 @@ _REWRITES: _Rules = [
     (r"(?<![0-9./^_])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)", r"(\1+\2/\3)"),
     (r"⦃\s*⟦array¦([^⟦⟧]*)⟧(?!\s*⦄)", r"⟦cases¦\1⟧"),
 ]
-_RULES = [(re.compile(pattern), new) for pattern, new in _SPELLINGS + _REWRITES]
+_RULES = [(re.compile(pattern), new) for pattern, new in _REWRITES]
 
 # Units without \text. A single letter is a unit only in a quotient: 3 m/s, but not 3 m.
 _SHORT_UNITS = (
@@ -295,8 +291,7 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
         texts = {change(one): details for one, details in reversed(texts.items())} | texts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
     for one, details in texts.items():
-        one = re.sub(r"\s+", " ", one.strip())
-        one = re.sub(r"\s+(?=[\W_])|(?<=\W)\s+", "", one)
+        one = re.sub(r" (?=[\W_])|(?<=\W) ", "", " ".join(one.split()))
         yield one, details
         if bound := _FUNCTION_OF.match(one):
             yield _with_zeta(one, bound), details
