@@ -83,10 +83,10 @@ _ALONE = (
     r"\{\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w+\})?|\\frac\{\w+\}\{\w+\})\s*\}(?!\s*\\over)"
 )
 
-_COMPOUND = (  # 3 hours and 20 minutes, 20 min 5 s, 6 feet 2 inches
-    rf"(?<![0-9./])([0-9]+)[\s{{]*(?:{_FONT}[\s{{]*)?(?:(h(?:ou)?r?s?)|(min(?:ute)?s?)|f(?:ee)?t)\b[\s,.}}]*(?:and\b)?"
-    rf"[\s}}]*([0-9]+)[\s{{]*({_FONT}[\s{{]*)?"
-    r"(?(2)min(?:ute)?s?|(?(3)s(?:ec(?:ond)?s?)?|in(?:ch(?:es)?)?))\b\.?(?(5)\s*\})"
+_GAP = rf"(?:{_FONT}\{{|[\s~{{}},.]|\\[ ,;:]|and\b)*"
+_COMPOUND = re.compile(  # 3 hours and 20 minutes, 20 min 5 s, 6 feet 2 inches
+    rf"(?<![0-9./])([0-9]+){_GAP}(?:(h(?:ou)?r?s?)|(min(?:ute)?s?)|f(?:ee)?t)\b{_GAP}([0-9]+)"
+    rf"(?={_GAP}(?(2)min(?:ute)?s?|(?(3)s(?:ec(?:ond)?s?)?|in(?:ch(?:es)?)?))\b)"
 )
 
 _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
@@ -129,7 +129,6 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"\\(bar|hat|tilde)\s*(?:\{(\w)\}|\s(\w))_\{(\w+)\}", r"\\\1{\2\3_{\4}}"),
     (r"\\bar\s*\{\s*([a-z])\s*([a-z]+)\s*\}", r"\\bar{\1_{\2}}"),  # the number with these digits is no product
     (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
-    (_COMPOUND, lambda found: f"{int(found[1]) * (60 if found[2] or found[3] else 12) + int(found[4])} "),
     *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
     (rf"^(?=[^=]*\*[^=]*$)(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?=\s*[0-9.]+\s*{_SIZE})", r"\1×"),  # no product
     (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
@@ -269,6 +268,8 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
     counted = _MULTIPLE.sub(lambda found: f"*{{{_COUNTS[found[2]]}}}{found[1] or ''}", text)
     common = re.sub(r"\\log(?![\sA-Za-z]*_)", r"\\lg", text)  # \log as the logarithm of base 10
     raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines, common])
+    for _ in range(2):  # hours, minutes and seconds
+        text = _COMPOUND.sub(lambda one: str(int(one[1]) * (60 if one[2] or one[3] else 12) + int(one[4])), text)
     details = _details(text)
     texts = {clean(one): _details(one) if one == counted != text else details for one in raw}
     for one in list(texts):
