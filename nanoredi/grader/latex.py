@@ -131,8 +131,8 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"\\operatorname\*?\s*\{(\w+)\}", r"\\\1 "),
     *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
     (rf"^(?=[^=]*\*[^=]*$)(\s*[0-9.]+\s*)(?:{_MANY_UNITS}\s*)?\*(?=\s*[0-9.]+\s*{_SIZE})", r"\1×"),  # no product
+    (rf"(?<=[0-9])\s*(?:{_FONT}\{{\s*to\s*\}}|\bto\b)\s*(?=[0-9](?:[\s0-9.{{}}:]|{_FONT}|to\b|odds)*$)", ":"),
     (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
-    (rf"(?<=[0-9])\s*(?:{_FONT}\{{\s*to\s*\}}|\bto\b)\s*(?=[0-9])", ":"),
     *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
     (_FONT + r"(?=[A-Za-z0-9\\])", " "),
     (r"(?:\\forall|\bfor (?:all|any|every|each)(?: real)?)\s*[a-z](?:\s*∈\s*ℝ)?(?=\s*(?:,|$))", ""),
