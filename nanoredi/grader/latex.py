@@ -200,9 +200,10 @@ _BRACKETED = re.compile(
     r"\s*(≈|[a-z]{4,}\b|[a-z]{2,3}\s|\w\s+(?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥≠∈]))((?:[^()]|\([^()]*\))*)\)\s*"
 )
 _TAIL = re.compile(r"(?s)(.*?[^\s,;(])[\s,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)")
-# kπ, k ∈ ℤ and 2^n, n ≥ 2: about a letter of the answer
+# kπ, k ∈ ℤ and 2^n, n ≥ 2: about a letter of the answer, not the r of \frac or the n of even
+_HEAD = r"(?:\\[A-Za-z]+(?![A-Za-z])|[^\\∈<>≤≥≠])*?(?<![A-Za-z]{2})([a-z])(?!\s*=|[A-Za-z]{2})[^∈<>≤≥≠]*?"
 _ABOUT = r"\2\s*∈\s*(?:[ZNQ].*|ℝ[\s.]*)|(?<=[,;])(?:[^,;<>≤≥≠]*[<≤])?\s*\2\s*[<>≤≥≠][^,;∨∧]*"
-_CONDITION = re.compile(rf"(?s)([^∈<>≤≥≠]*?([a-z])(?!\s*=)[^∈<>≤≥≠]*?(?<![\s,;(+*/=^-]))[\s,;]+({_ABOUT})")
+_CONDITION = re.compile(rf"(?s)({_HEAD}(?<![\s,;(+*/=^-]))[\s,;]+({_ABOUT})")
 # f(x)=2x is f(n)=2n, and f(x)=5 is f(n)=5, but X_{d}=P is not X_{u}=P
 _FUNCTION_OF = re.compile(
     r"(?!.*\\zeta)\\?[A-Za-z]+(?:\(|_\{)([a-z])[)}]="
@@ -267,9 +268,9 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
     lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())
     counted = _MULTIPLE.sub(lambda found: f"*{{{_COUNTS[found[2]]}}}{found[1] or ''}", text)
     common = re.sub(r"\\log(?![\sA-Za-z]*_)", r"\\lg", text)  # \log as the logarithm of base 10
-    raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines, common])
     for _ in range(2):  # hours, minutes and seconds
         text = _COMPOUND.sub(lambda one: str(int(one[1]) * (60 if one[2] or one[3] else 12) + int(one[4])), text)
+    raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines, common])
     details = _details(text)
     texts = {clean(one): _details(one) if one == counted != text else details for one in raw}
     for one in list(texts):
