@@ -139,10 +139,13 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
     (r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)", ""),
-    (r"(?i)^\s*(?:all )?real(?:s| numbers?)(?: x)?,? (?:except|other than)(?: for)? +(?:[a-z] *=)?", "x≠"),
     (r"(?i)^\s*(?:either\b|all(?: integers| values of)?(?= *[a-z] *[<>≤≥]))", ""),
-    (r"(?i)^\s*(?:the )?(?:point|line|vertex)s?(?= *[(\[]| +[xy]\b)", ""),
     (r"(?i)^\s*(?:答案?[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
+    (
+        r"(?i)^\s*(?:all )?real(?:s| numbers?)(?: x)?,? (?:except|other than)(?: for)? +(.*)",
+        lambda found: "x≠" + re.sub("[a-z] *=", "", found[1]),
+    ),
+    (r"(?i)^\s*(?:the )?(?:point|line|vertex)s?(?= *[(\[]| +[xy]\b)", ""),
     (r"(?i)^\s*(?:(?:option|choice)\s+(?=\W*[A-J]\b)|(?:usd?|rs\.?)(?=[ 0-9]))", ""),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly)\s+(?=[0-9.\\-])", "≈"),
     (r"(?i)^\s*(?:negative|minus)\s+(?=\S+\s*$)|^(?=.*\b(?:below|under) zero[\s.]*$)", "-"),
@@ -265,11 +268,11 @@ def clean(text: str) -> str:
 def readings(text: str) -> Iterator[tuple[str, Details]]:
     """The plain strings that an answer may mean, each with the details that it leaves out: 12,345 may be one number or
     two, 5 km a number or a product, (C) 12 a letter or 12, a line a member of a list, 2x for x > 0 also 2x."""
+    for _ in range(2):  # hours, minutes and seconds
+        text = _COMPOUND.sub(lambda one: str(int(one[1]) * (60 if one[2] or one[3] else 12) + int(one[4])), text)
     lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())
     counted = _MULTIPLE.sub(lambda found: f"*{{{_COUNTS[found[2]]}}}{found[1] or ''}", text)
     common = re.sub(r"\\log(?![\sA-Za-z]*_)", r"\\lg", text)  # \log as the logarithm of base 10
-    for _ in range(2):  # hours, minutes and seconds
-        text = _COMPOUND.sub(lambda one: str(int(one[1]) * (60 if one[2] or one[3] else 12) + int(one[4])), text)
     raw = dict.fromkeys([text, re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text), counted, lines, common])
     details = _details(text)
     texts = {clean(one): _details(one) if one == counted != text else details for one in raw}
