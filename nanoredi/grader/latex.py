@@ -241,8 +241,8 @@ _TOKEN = re.compile(  # "in" before something else is no inch
     r"((?!in\b[\s~}]*[A-Za-z0-9\\$])\\?[A-Za-z]+|\\?[%$]|[°º€£])(?:\W{0,4}\^\W{0,3}([1-9])|\s*([²³]|squared|cubed))?"
 )
 _PER = re.compile(r"(?:/|\bper\b(?: sq\w*| cu\w*)?|\}\s*\{)[\s~{\\]*(?:(?:text|mathrm|rm)\b)?[\s~{]*$")  # before a unit
-# Where a single letter is a unit: 5\text{ s} and 5 m/s, but not x/(m+s).
-_IN_TEXT = r"\\(?:text|mathrm|rm|textrm|mbox)(?![a-z]|[\s{(]*[A-J][).:])[\s{]*[^{}]*"  # not \text{(C) } 5
+# Where a single letter is a unit: 5\text{ s} and 5 m/s, but not x/(m+s) or \text{(C) }5.
+_IN_TEXT = r"(?<=.)\\(?:text|mathrm|rm|textrm|mbox)(?![a-z]|[\s{(]*[A-J](?:[):]|\.(?!\W*$)))[\s{]*[^{}]*"
 _OF_UNITS = re.compile(rf"{_IN_TEXT}|[0-9}}]\W{{0,3}}[A-Za-z]+\s*/\s*[A-Za-z]+")
 _POWERS = {"sq": "2", "cu": "3", "²": "2", "³": "3"}
 _LABELS = "a b c d A B C D 1 2 3 4 i ii iii iv I II III IV".split()
