@@ -54,7 +54,7 @@ def tokens_of(text: str) -> list[str]:
         elif token.isascii() and token.isalpha() and token != "abs":
             name = _NAME.match(token)[0]
             letters = token[len(name) :]
-            if len(letters) > (3 if " " in text or text.isalpha() else 6) or token in _WORDS:
+            if len(letters) > (6 if " " not in text and re.search(r"[0-9\\^]", text) else 3) or token in _WORDS:
                 raise Unreadable
             tokens += [*([name] if name else []), *letters]
         else:
