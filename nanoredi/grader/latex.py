@@ -135,7 +135,7 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?<=[0-9)}π°'!])[\s/]*(?:" + _MANY_UNITS + r"[\s/*]*)+(?!\s*(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
     *[(_FONT + r"\{([^{}]*)\}", r" \1 ")] * 2,  # for a font in a font
     (_FONT + r"(?=[A-Za-z0-9\\])", " "),
-    (r"(?:\\forall|\bfor (?:all|any|every|each)(?: real)?) *[a-z](?: *∈ *ℝ)?(?= *(?:$|,(?! ?[a-z](?![\w(=]))))", ""),
+    (r"(?<=\S) *(?:\\forall|\bfor (?:all|any|every|each)( real)?) *[a-z]( *∈ *ℝ)?(?! *[^ ,]| *, ?[a-z](?![\w(=]))", ""),
     (r"^\s*(?:[a-zA-Z]|\\[a-z]+)\s*\\equiv(?=[^,=]*\(\s*mod [^()]*\)\s*$)", ""),
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
     (r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)", ""),
