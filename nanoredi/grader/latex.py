@@ -82,7 +82,6 @@ _ALONE = (
     r"(\\[A-Za-z]+\s*\{|[_^}\]]\s*\{)|"
     r"\{\s*((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w+\})?|\\frac\{\w+\}\{\w+\})\s*\}(?!\s*\\over)"
 )
-
 _GAP = rf"(?:{_FONT}\{{|[\s~{{}},.]|\\[ ,;:]|and\b)*"
 _COMPOUND = re.compile(  # 3 hours and 20 minutes, 20 min 5 s, 6 feet 2 inches
     rf"(?<![0-9./])([0-9]+){_GAP}(?:(h(?:ou)?r?s?)|(min(?:ute)?s?)|f(?:ee)?t)\b{_GAP}([0-9]+)"
@@ -323,7 +322,8 @@ def _details(text: str) -> Details:
             found |= {*(one + power for one in known[0].split("/")), power, "per" if per else ""}
         elif len(token) > 3 and token[0] != "\\":
             words.append(lower)
-    found ^= {"N", "m", "J"} if {"N", "m"} <= found else set()
+    for unit, parts in (("J", {"N", "m"}), ("J s", {"J", "s"})):
+        found ^= {*parts, unit} if parts <= found else set()
     if words == [lower] and re.search(r"[0-9].*s\W*$", text) and not _OF_ANYTHING.search(lower):
         found.add(lower)
     counted = re.findall(r"([0-9]+)[\s~]*(?:\\[a-z]+\W*)?([a-z]{3,}s)\b", text)
