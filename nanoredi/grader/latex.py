@@ -98,7 +98,7 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?<=[0-9])\{,\}(?=[0-9])", "."),  # elsewhere it is a decimal comma
     (r"(?<=[0-9.])\\?[%$](?=\.?[0-9])", "§"),  # 17%6 is not 176
     (r"(?s)^\s*([*_]{1,3}|`+)(?![*_`])(.+?)\1\s*$", r"\2"),  # Markdown
-    (r"(?<!\s)(?<![a-z:][a-z: ]\})\s*\\q?quad\s*(?=[A-Za-z](?:_\w)?\s*=)", " , "),  # not \text{where}\quad k=1
+    (r"(?<!\s)(?<![a-z: ]{4}\})(?<!for\}|rrow|lies)\s*\\q?quad\s*(?=[A-Za-z](?:_\w)?\s*=)", " , "),  # not after a word
     (r"\\q?quad", " "),  # also where a letter is glued to it
     (r"\\(?:left|right)\s*\.", ""),
     # 0.\dot{1}4\dot{2}, 0.1(6) and 0.1666... become 0.1\overline{6}, and that becomes a fraction
