@@ -139,7 +139,7 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (rf"(?<=_\{{)\s*(?:{'|'.join(_ONES)})\s*(?=\}})", lambda found: str(_ONES.index(found[0].strip()))),
     (r"(?i)^\s*(?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it is|there (?:is|are))\b)[\s,:]*(?=\S)", ""),
     (r"(?i)^\s*(?:either\b|all(?: integers| values of)?(?= *[a-z] *[<>≤≥]))", ""),
-    (r"(?i)^\s*(?:答案?[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b|:))", ""),
+    (r"(?i)^\s*(?:答案?[是为:]*|(?:the )?(?:final |correct )?answer *(?:is\b *:?|:))", ""),
     (
         r"(?i)^\s*(?:all )?real(?:s| numbers?)(?: x)?,? (?:except|other than)(?: for)? +(.*)",
         lambda found: "x≠" + re.sub("[a-z] *=", "", found[1]),
