@@ -259,8 +259,7 @@ def _unquoted(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(UserError):
             inner = _plain(parse_json("it", value))
-            objects = inner if isinstance(inner, list) else [inner]
-            names = _INNER if objects is inner else _ENGINES
+            objects, names = (inner, _INNER) if isinstance(inner, list) else ([inner], _ENGINES)
             if last_role(objects) or any(isinstance(one, dict) and _fields(one, names) for one in objects):
                 return inner
     return listed(value)
