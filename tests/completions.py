@@ -8,6 +8,8 @@ from nanoredi.evaluation.completions import grade_file
 
 PROBLEMS = [("What is 1+1?", "2"), ("What is 1+1? And 2+2?", "4")]
 TEXTS = [[r"</think>\boxed{2}", r"</think>\boxed{3}"], [r"</think>\boxed{4}", "Wait"]]
+RIGHT, WRONG = r"</think>\boxed{2}", r"</think>\boxed{3}"
+ALL_RIGHT = [(i, 0, True) for i in range(12)]  # of the fixture `many`
 
 
 def rows_of(layout):
@@ -48,3 +50,11 @@ def graded(tmp_path, rows, *benchmarks, thinking=True, limit=0):
     return [
         (s["problem"], s["sample"], s["correct"]) for samples in found for s in samples
     ], said.getvalue().splitlines()
+
+
+def answer(text=r"</think>\boxed{2}", **more):
+    return {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], **more}
+
+
+def batch(custom_id, text=r"</think>\boxed{2}", **more):
+    return {"custom_id": custom_id, "response": {"status_code": 200, "body": answer(text)}, "error": None, **more}

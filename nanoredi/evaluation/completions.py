@@ -163,8 +163,8 @@ def _assigned(path: str, answers: list[Answers], benchmarks: list[Benchmark], li
     found: list[Problem | None] = []
     numbered = {(b.name, i): (which, i) for which, b in enumerate(benchmarks) for i in range(len(b.problems))}
     for row in answers:
-        number = numbered.get((row.benchmark, row.problem))
-        found.append(asked(row.prompt or "") or asked(row.texts) if row.problem is None else number)
+        own = numbered.get((row.benchmark, row.problem))
+        found.append(asked(row.prompt or "") or asked(row.texts) if row.problem is None else own)
         if found[-1] is None and (row.prompt or row.problem is not None):
             given = "its prompt holds" if row.problem is None else f"'problem' {row.problem} of {row.benchmark!r} is"
             raise UserError(f"{row.where}: {given} no problem of {', '.join(b.name for b in benchmarks)}")

@@ -36,8 +36,7 @@ def test_free_memory_goes_back_for_a_large_model(large, in_c, num_steps, num_mic
 
 
 def test_free_memory_stays_for_a_small_model(monkeypatch):
-    """Memory that a step allocates and frees causes no page faults in most of the next ones; in some the heap grows, since
-    something small has been put into what was free."""
+    """Once the heap has grown, memory that a step allocates and frees causes no page faults in the next one."""
     heap._keep.cache_clear()
     accepted = []
     library = ctypes.CDLL(None)
@@ -57,7 +56,7 @@ def test_free_memory_stays_for_a_small_model(monkeypatch):
         tensors = [torch.ones(1 << 23) for _ in range(2)]
         del tensors
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert sorted(faults)[7] < 100, faults
+    assert max(faults[8:]) < 100, faults
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):

@@ -256,13 +256,16 @@ def test_a_run_that_ends_early_waits_for_the_state_being_written(end, states, mo
     assert sorted(path.name for path in folder.iterdir()) == ["step-000015", "step-000020"]
 
 
-def test_why_a_run_ends_is_said_even_if_its_state_cannot_be_saved(states, monkeypatch):
-    tensors, folder, world = states
-
-    def full(*_):
+@pytest.fixture
+def full_disk(monkeypatch):
+    def write_data(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_data)
+
+
+def test_why_a_run_ends_is_said_even_if_its_state_cannot_be_saved(states, full_disk):
+    tensors, folder, world = states
     states = States(folder, world)
     with pytest.raises(UserError, match="^COLLAPSE; cannot save the training state in .*: No space left on device"):
         with states:
@@ -270,13 +273,8 @@ def test_why_a_run_ends_is_said_even_if_its_state_cannot_be_saved(states, monkey
             raise UserError("COLLAPSE")
 
 
-def test_a_state_that_cannot_be_saved_fails_no_finished_run(states, monkeypatch):
+def test_a_state_that_cannot_be_saved_fails_no_finished_run(states, full_disk):
     tensors, folder, world = states
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
     states = States(folder, world)
     states.save(20, tensors, {"skipped": 0})
     states.drop()
