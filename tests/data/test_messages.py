@@ -37,7 +37,7 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"prompt": "Q", "completion": "B", "reasoning": "on"},
         {"instruction": "Q", "input": "", "output": "B", "text": "Below is an instruction"},  # Alpaca's
         {"instruction": "", "input": "Q", "output": "B", "history": []},
-        {"input": TURNS[:1], "output": "B", "reasoning": "on"},
+        {"input": TURNS[:1], "output": "B", "reasoning": "high"},
         {"query": "Q", "response": "B", "original_question": "R"},
         {"prompt": "Q", "response": "B", "label": "no", "correct": 1.0},
         {"messages": TURNS[:1], "response": "B"},
