@@ -32,7 +32,8 @@ def cached(
         arrays: a function of (encodings, the other result of `texts`, counts) that returns the row's sequences.
 
     Returns:
-        tokens (total,), learned (total,), weights (M,), offsets (M+1,), notes for the user, and the key.
+        tokens (total,), learned (total,), weights (M,), offsets (M+1,), notes for the user, a digest of these arrays,
+        and the key.
     """
     refuse_folder(Path(path))
     try:
@@ -51,10 +52,11 @@ def cached(
         except UserError:  # perhaps because another run has written the same cache meanwhile
             if not _is_whole(folder):
                 raise
-    notes = [f"{path}: {note}" for note in json.loads((folder / "whole.json").read_text())["notes"]]
+    whole = json.loads((folder / "whole.json").read_text())
+    notes = [f"{path}: {note}" for note in whole["notes"]]
     if damaged:
         notes.append(f"{path}: its token cache {folder} was damaged and has been rebuilt")
-    return *_arrays(folder), notes, folder.name
+    return *_arrays(folder), notes, digest(json.dumps(whole["digests"], sort_keys=True).encode()), folder.name
 
 
 def _fill(folder: Path, path: str, tokenizer: Tokenizer, texts: Callable, arrays: Callable) -> None:

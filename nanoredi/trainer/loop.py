@@ -91,7 +91,7 @@ class _Run:
         rate = world.first(lambda: matrix_rate(dtype, world.device))  # the same on every rank
         shard(model, world, dtype, config)
         # What a resume must find unchanged, beside the config.
-        self.began_with = {"data": data.digest, "dtype": str(dtype)[6:]}
+        self.began_with = {"sequences": data.digest, "data": data.key, "dtype": str(dtype)[6:]}
         if isinstance(config, RediConfig) and config.objective == "dpo":
             data.reference, self.began_with["reference"] = reference_logps(config, model, data, dtype, world)
         self.optimizer = AdamW(model, config.lr, config.weight_decay)

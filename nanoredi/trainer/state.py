@@ -186,9 +186,10 @@ def resume(states: States, model: nn.Module, optimizer: AdamW, guards: Guards, b
     guards.restore(notes)
     before = notes["began_with"]
     others = {
-        "data": "other data, another tokenizer or another version of nanoredi",
+        # States of former versions know only what their sequences were made from.
+        "sequences" if "sequences" in before else "data": "other data, another tokenizer or another version of nanoredi",
         "dtype": f"--dtype {before.get('dtype')}, not {began_with.get('dtype')}",
-        "reference": "another model as DPO's reference",
+        "reference": "another model as DPO's reference, or another version of nanoredi",
     }
     if other := next((other for what, other in others.items() if before.get(what) != began_with.get(what)), None):
         raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")

@@ -12,6 +12,7 @@ from same import assert_same_run, steps_of
 
 from nanoredi.common.errors import UserError
 from nanoredi.config import RediConfig
+from nanoredi.data import sequences
 from nanoredi.data.sequences import load_pairs
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.model.qwen2 import Qwen2
@@ -156,6 +157,8 @@ def test_a_run_that_was_broken_off_goes_on_bit_for_bit(config, one_rank, tmp_pat
     with pytest.raises(UserError, match="the run in .* began with other data, another tokenizer or another version"):
         train(replace(config, data=str(other)), one_rank)
 
+    # A version that reads some rows otherwise, but none of these, goes on.
+    monkeypatch.setattr(sequences, "_RULES", sequences._RULES + 1)
     train(config, one_rank)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     # It starts from the reference.
