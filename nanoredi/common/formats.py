@@ -175,7 +175,7 @@ def parse_json(where: str, text: str | bytes, max_chars: int | None = None) -> A
     if len(text) > max_chars:
         raise UserError(f"{where} is longer than {max_chars:,} characters")
     try:
-        text = text.decode() if isinstance(text, bytes) else text
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = _JSON.decode(text)
         deep = text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH
     except RecursionError:

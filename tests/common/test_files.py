@@ -39,6 +39,14 @@ def test_json_within_its_bounds():
     assert parse_json("here", "[1e300, 12345678901234567890]") == [1e300, 12345678901234567890]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """Windows' editors write one, and joined files have one in the middle."""
+    (tmp_path / "f.json").write_bytes(b"\xef\xbb\xbf{}")
+    assert read_json(tmp_path / "f.json") == {}
+    (tmp_path / "f.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": 2}\n')
+    assert [row for _, row in read_rows(str(tmp_path / "f.jsonl"))] == [{"a": 1}, {"a": 2}]
+
+
 def test_a_line_without_an_end(tmp_path, monkeypatch):
     monkeypatch.setattr("nanoredi.common.files.MAX_CHARS", 1000)
     monkeypatch.setattr("nanoredi.common.formats.MAX_CHARS", 1000)
