@@ -30,6 +30,7 @@ from nanoredi.common.flags import option, read_flags, resolve
 from nanoredi.common.formats import num_rows
 from nanoredi.common.progress import progress
 from nanoredi.data import own_responses as own
+from nanoredi.data.benchmarks import GOLDS
 from nanoredi.data.decontaminate import Overlap
 from nanoredi.data.filters import SFT_GATE, Gates, say_dropped
 from nanoredi.data.messages import PARTS, PROMPTS, SIDES, THINKING_NAMES, UNSHOWN
@@ -39,8 +40,8 @@ from nanoredi.data.tokenizer import Tokenizer
 PUBLISHED_COUNTS = (77_629, 53_175)  # the paper's SFT traces and pairs, of all of OpenR1-Math-Raw
 # The only columns of a Parquet or Arrow file that are read.
 _FIELDS = (
-    *"problem_is_valid source generations correctness answer correct system system_prompt completion sample".split(),
-    *("finish_reason", "finish_reasons", *PROMPTS, *chain(*PARTS.values()), *UNSHOWN, *THINKING_NAMES),
+    *"problem_is_valid source generations correctness correct system system_prompt completion sample reward_model".split(),
+    *("finish_reason", "finish_reasons", *GOLDS, *PROMPTS, *chain(*PARTS.values()), *UNSHOWN, *THINKING_NAMES),
 )
 _KINDS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 Rows = Iterable[tuple[str, dict[str, Any]]]  # (file and line, for error messages; row)
@@ -112,7 +113,7 @@ def find_files(paths: list[str]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = sorted(path.iterdir())
+        inside = sorted(file for file in path.iterdir() if not file.name.startswith("."))
         kinds = {kind: found for kind in _KINDS if (found := [f for f in inside if f.name.lower().endswith(kind)])}
         if len(kinds) != 1:  # files of two kinds probably hold the same rows
             holds = "both " + " and ".join(kinds) if kinds else "none"

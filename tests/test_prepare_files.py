@@ -119,6 +119,7 @@ def test_missing_and_empty_data(tmp_path, tokenizer):
         prepare.find_files([str(tmp_path / "folder")])
     write(tmp_path / "folder" / "b.jsonl", [raw()])
     write(tmp_path / "folder" / "A.JSONL", [raw()])
+    write(tmp_path / "folder" / "._b.jsonl", [raw()])  # as macOS puts beside a file on other disks
     assert [path.name for path in prepare.find_files([str(tmp_path / "folder")])] == ["A.JSONL", "b.jsonl"]
     write(tmp_path / "folder" / "a.Parquet", [])
     with pytest.raises(UserError, match="it holds both"):

@@ -4,7 +4,7 @@
     one row per response    {"prompt", "completion", "answer"}: what sample.py writes; a problem's rows may be anywhere
 
 The problem is `problem`, `question` or `prompt` (text or messages), or `messages`. The rows are labelled by `correct`
-(true or false; in the first layout a list of these), or by the grader from `answer`: one right answer, or a list.
+(true or false; in the first layout a list of these), or by the grader from `answer` or another name of GOLDS.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check
-from nanoredi.data.benchmarks import golds_of
+from nanoredi.data.benchmarks import GOLDS, golds_of
 from nanoredi.data.filters import say_dropped
 from nanoredi.data.messages import check_messages, folded, prompt_of, said
 from nanoredi.data.spool import Spool
@@ -103,7 +103,8 @@ def gathered(spool: Spool) -> Iterator[tuple[str, Row]]:
 
 
 def _golds(where: str, row: Row) -> list[str] | None:
-    """The gold answers; None if the row's answer is empty."""
-    if "answer" not in row:
+    """The gold answers; None if the row's answer is empty. In verl's layout it is within `reward_model`."""
+    row = row | check(where, row.get("reward_model") or {}, dict, "reward_model")
+    if not (given := [row[name] for name in ("answer", *GOLDS) if name in row]):
         raise UserError(f"{where} has no field 'answer', the gold answer to grade against")
-    return None if row["answer"] in (None, "") else golds_of(where, row["answer"])
+    return next((golds_of(where, answer) for answer in given if answer not in (None, "", [])), None)

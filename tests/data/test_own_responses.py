@@ -87,6 +87,14 @@ def test_one_row_per_problem(prepared):
     assert sft == {"a=1b+2": RIGHT, "a=2b+2": "\\boxed{4}"} and pairs == {"a=1b+2": (RIGHT, WRONG)}
 
 
+@pytest.mark.parametrize(
+    "gold", [{"final_answer": 3}, {"answer": "", "ground_truth": "3"}, {"reward_model": {"ground_truth": "3"}}]
+)
+def test_the_gold_answer_may_have_another_name(prepared, gold):
+    """DeepMath's and NeMo's rows, and those that verl trains on."""
+    assert prepared({"problem": "a=1b+2", "generations": [WRONG, RIGHT], **gold})[1] == {"a=1b+2": (RIGHT, WRONG)}
+
+
 def test_truncated_responses_of_a_problem_are_incorrect(prepared):
     row = {"problem": "a=1b+2", "generations": [RIGHT + ";", RIGHT, WRONG], "answer": "3"}
     assert prepared({**row, "finish_reasons": ["length", "stop"]})[1] == {"a=1b+2": (RIGHT, RIGHT + ";")}
@@ -181,6 +189,7 @@ def test_bad_rows_are_named(prepared, row, grading, words):
             r"line 1: generations\[0\] is 1; it must be text or",
         ),
         ({"problem": "a=1", "generations": ["1"]}, True, "line 1 has no field 'answer'"),
+        ({"problem": "a=1", "generations": ["1"], "reward_model": "x"}, True, "reward_model is 'x'; it must be an obj"),
         (
             {"problem": "a=1", "generations": ["1"], "answer": "1", "finish_reasons": "stop"},
             True,
