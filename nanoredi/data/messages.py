@@ -16,17 +16,17 @@ from nanoredi.common.errors import UserError
 from nanoredi.common.files import check
 
 Messages = list[dict[str, Any]]
-_SHAREGPT = {"human": "user", "gpt": "assistant"}
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # ShareGPT's and Gemini's names
 # The names under which servers return the thinking apart from the content.
 THINKING_NAMES = ("reasoning_content", "reasoning", "thinking")
 SIDES = ("chosen", "rejected")
 PROMPTS = ("prompt", "conversations", "problem", "question", "messages", "instruction", "query", "input")
 # Fields that are one prompt together, by the field that must be there: Alpaca's, and those of questions about a text.
 PARTS = {"instruction": ("instruction", "input", "context"), "question": ("context", "body", "question")}
-_ANSWERS = ("completion", "output", "response")
+_ANSWERS = ("completion", "output", "response", "generation", "generated_solution")
 _VERDICTS = ("label", "correct", "is_correct", "kto_tag", "loss", "train", "training")  # false: not to be learned
 # Fields that belong to a row's prompt, and that no prompt shows.
-UNSHOWN = "tools functions images videos audios documents history chat_template_kwargs".split()
+UNSHOWN = "tools functions images videos audios documents history initial_reason_steps chat_template_kwargs".split()
 
 
 def user_message(text: str) -> Messages:
@@ -64,10 +64,10 @@ def check_messages(where: str, value: Any) -> Messages:
 def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
     message = {name: value for name, value in given.items() if value is not None}
     if "role" not in message and "from" in message:
-        role = message.pop("from")
-        message = {"role": _SHAREGPT.get(str(role), role), "content": message.pop("value", None)} | message
+        message = {"role": message.pop("from"), "content": message.pop("value", None)} | message
     if not isinstance(message.get("role"), str):
         raise UserError(f"{problem} has no role")
+    message["role"] = _ROLES.get(message["role"], message["role"])
     if message.get("tool_calls") or message.get("function_call"):
         raise UserError(f"{problem} ({message['role']}) has tool_calls, which are not learned")
     content = message.get("content")
@@ -92,7 +92,7 @@ def conversation(where: str, row: Any) -> Messages:
     given = given_fields(where, row)
     name = "conversations" if "conversations" in given and "messages" not in given else "messages"
     field = next((field for field in _ANSWERS if field in given), None)
-    if field and last_role(given.get("messages" if field == "completion" else name)) != "assistant":
+    if field == "completion" or field and last_role(given.get(name)) != "assistant":
         *before, answer = _answer(where, field, said(given, field))
         messages = [*prompt_of(where, given, field, before), answer]
     elif name not in given:
@@ -140,13 +140,14 @@ def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messa
     """A row's prompt with its system message. `before`: what comes before the answer in the field `answer`."""
     given = given_fields(where, given)
     names = PROMPTS[:2] if before else PROMPTS  # beside whole conversations the other names may hold anything
-    # A conversation that ends with an answer is a prompt only if there is no other field, and then refused.
+    # An answered conversation is a prompt only if there is no other field, and then refused.
     name = min((n for n in names if n in given), key=lambda n: last_role(given[n]) == "assistant", default=None)
     parts = PARTS.get(name, (name,))
     if isinstance(asked := given.get(name), str):
         asked = "\n".join(filter(str.strip, (check(where, given.get(part) or "", str, part) for part in parts)))
     beside = [part for part in PARTS["instruction"] if given.get(part) and part not in parts]
-    if name and beside and answer in _ANSWERS[1:]:
+    # In TRL's layouts a prompt holds all that is asked, and other fields may say how it was made.
+    if name and beside and (answer in _ANSWERS[1:] or isinstance(asked, str) and name != "prompt"):
         raise UserError(f"{where} has {name!r} and {beside[0]!r}: one field must hold all that is asked")
     prompt = check_messages(f"{where}: {name!r}", asked) if name else before
     if not prompt:
@@ -179,7 +180,7 @@ def last_role(messages: Any) -> str | None:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         return None
     role = messages[-1].get("role") or messages[-1].get("from")
-    return {"gpt": "assistant", "model": "assistant"}.get(role, role) if isinstance(role, str) else None
+    return _ROLES.get(role, role) if isinstance(role, str) else None
 
 
 def _answer(where: str, name: str, value: Any) -> Messages:

@@ -42,6 +42,11 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"prompt": "Q", "response": "B", "label": "no", "correct": 1.0},
         {"messages": TURNS[:1], "response": "B"},
         {"conversations": SHAREGPT, "instruction": "R", "output": "C"},
+        {"messages": [{"role": "human", "content": "Q"}, {"role": "model", "content": "B"}]},
+        {"instruction": "Q", "generation": "B", "model_name": "m"},  # distilabel's
+        {"problem": "Q", "generated_solution": "B", "expected_answer": "2"},  # OpenMathReasoning's
+        {"messages": TURNS, "prompt": "R", "generation": "C"},
+        {"problem": "Q", "messages": [*TURNS[:1], {**TURNS[1], "content": "C"}], "completion": "B"},  # sampled anew
         {"messages": TURNS, "images": [], "kto_tag": True, "functions": None},
     ],
 )
@@ -82,12 +87,19 @@ def test_a_question_about_a_text_is_asked_with_it_as_in_sampling():
             "'prompt' and 'instruction'",
         ),
         ({"query": "Q", "context": "C", "response": "B"}, "'query' and 'context'"),
+        ({"problem": "Q", "context": "C", "completion": "B"}, "'problem' and 'context'"),
         ({"prompt": TURNS[:1], "input": "R", "output": "B"}, "'prompt' and 'input'"),
     ],
 )
 def test_a_prompt_in_two_fields_is_refused(row, names):
     with pytest.raises(UserError, match=f"here has {names}: one field must hold all that is asked"):
         conversation("here", row)
+
+
+def test_a_pair_s_prompt_in_two_fields_is_refused():
+    for row in ({"query": "Q", "context": "C"}, {"problem": "Q", "input": "C"}, {"question": "Q", "instruction": "C"}):
+        with pytest.raises(UserError, match="one field must hold all that is asked"):
+            pair("here", {**row, "chosen": "B", "rejected": "C"})
 
 
 def test_thinking_beside_a_completion_belongs_to_it():
@@ -194,7 +206,7 @@ def test_a_separate_system_message_comes_first():
     for row in (WHOLE, {"prompt": "Q", "chosen": "B", "rejected": "C"}):
         assert pair("here", {"system": "S", **row})[0] == [system, TURNS[0]]
         assert pair("here", {"system": None, "system_prompt": "S", **row})[0] == [system, TURNS[0]]
-        for unshown in ("tools", "functions", "images", "history"):
+        for unshown in ("tools", "functions", "images", "history", "initial_reason_steps"):
             with pytest.raises(UserError, match=f"here has {unshown!r}, which prompts do not show"):
                 pair("here", {unshown: [{"name": "f"}], **row})
         assert pair("here", {"system": None, **row})[0] == TURNS[:1]
@@ -252,8 +264,7 @@ def test_a_prompt_that_holds_an_answer_already_is_refused(name):
     words = f"here: {name!r} must not end with a message of the assistant"
     with pytest.raises(UserError, match=words):
         pair("here", {name: TURNS, "chosen": "B", "rejected": "C"})
-    if name != "messages":  # the messages alone are a valid row of stage 1
-        with pytest.raises(UserError, match=words):
-            conversation("here", {name: TURNS, "completion": "B"})
+    with pytest.raises(UserError, match=words):
+        conversation("here", {name: TURNS, "completion": "B"})
     with pytest.raises(UserError, match="'prompt' must be the messages before the answer in 'completion'"):
         conversation("here", {"prompt": "other", "completion": TURNS})
