@@ -6,7 +6,7 @@
         --model runs/sft/final --data pairs.jsonl --out runs/redi
     python train_redi.py --objective dpo ...       # a rival: sft, dpo, simpo
 
-Rows of the data are {"prompt", "chosen", "rejected"}, each a text or a list of messages.
+Rows of the data are {"prompt", "chosen", "rejected"}, each a text or a list of messages; docs/data.md has more layouts.
 """
 
 from dataclasses import replace

@@ -4,7 +4,8 @@
     torchrun --standalone --nproc_per_node=8 train_sft.py \\
         --recipe qwen2.5-math-1.5b --model DIR --data sft.jsonl --out runs/sft
 
-Rows of the data are {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}.
+Rows of the data are {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}, or have one
+of the other layouts in docs/data.md.
 """
 
 from dataclasses import replace
