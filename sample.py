@@ -6,10 +6,10 @@
     python sample.py --model DIR --prompts prompts.jsonl --n 16 --out out.jsonl
 
 Prompts are rows of JSONL with a text in "prompt", "problem", "question" or "instruction", or a conversation in
-"messages"; or the lines of a plain text. "-" reads them from standard input. Each completion is written to --out as soon
-as it is finished: the prompt's row with completion, finish_reason, tokens and sample added. After an interruption the
-same command resumes. A flag that is not given is taken from the recipe or the model's run ([evaluate]), else from the
-defaults.
+"messages" (docs/data.md has more names); or the lines of a plain text. "-" reads them from standard input. Each
+completion is written to --out as soon as it is finished: the prompt's row with completion, finish_reason, tokens and
+sample added. After an interruption the same command resumes. A flag that is not given is taken from the recipe or the
+model's run ([evaluate]), else from the defaults.
 """
 
 import dataclasses
@@ -31,7 +31,15 @@ from nanoredi.common.progress import progress
 from nanoredi.common.runs import check_model, newest_model, recipe_of
 from nanoredi.config import EvaluateConfig, SamplingConfig
 from nanoredi.data import benchmarks
-from nanoredi.data.messages import PARTS, behind_system, check_messages, given_fields, last_role, with_system
+from nanoredi.data.messages import (
+    PROMPTS,
+    asked_in,
+    behind_system,
+    check_messages,
+    given_fields,
+    last_role,
+    with_system,
+)
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.evaluation.samples import claim, digest_of_files
 from nanoredi.model.hf_folder import stop_ids
@@ -160,18 +168,13 @@ def _samples(rows: list[tuple[str, Any]], tokenizer: Tokenizer, config: SampleFl
 def _messages(where: str, row: Any, config: SampleFlags) -> list[dict[str, str]]:
     """The messages of a row: its conversation as it is, or its text in the template."""
     fields = benchmarks.in_one_case(where, row, str.lower) if isinstance(row, dict) else {}
-    names = ("messages", "conversations", "prompt", "problem", "question", "instruction")
-    for name in sorted(names, key=lambda name: last_role(fields.get(name)) == "assistant"):
+    for name in sorted(PROMPTS, key=lambda name: last_role(fields.get(name)) == "assistant"):
         value = fields.get(name)
         if isinstance(value, list):
             messages = check_messages(f"{where}: {name!r}", value)
         elif isinstance(value, str) and value.strip() and name not in ("messages", "conversations"):
             given_fields(where, {name: value})  # refuses messages that are written as text
-            if name in ("problem", "question") and fields.get("instruction"):
-                raise UserError(f"{where} has {name!r} and 'instruction': one field must hold all that is asked")
-            texts = [fields.get(part) for part in PARTS.get(name, (name,))]
-            asked = "\n".join(text for text in texts if isinstance(text, str) and text.strip())
-            messages = benchmarks.frame(asked, config.template, "")
+            messages = benchmarks.frame(asked_in(where, fields, name), config.template, "")
         else:
             continue
         return with_system(behind_system(where, fields, messages), config.system)

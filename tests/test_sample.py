@@ -10,6 +10,7 @@ import pytest
 
 import sample
 from nanoredi.common.errors import UserError
+from nanoredi.data.messages import conversation, pair, prompt_of
 
 
 @pytest.fixture
@@ -90,6 +91,12 @@ def test_prompts_in_their_forms(said, asked, tmp_path, monkeypatch, name, text, 
         ("p.jsonl", '{"prompt": "a=1", "Prompt": "a=2"}\n', "line 1 has 'prompt' in two spellings"),
         ("p.csv", """prompt\n"[{'role': 'user', 'content': 'a=1'}]"\n""", "'prompt' has messages written as text"),
         ("p.jsonl", '{"instruction": "a=2", "question": "a=1"}', "has 'question' and 'instruction': one field"),
+        ("p.jsonl", '{"query": "a=2", "context": "a=1"}', "has 'query' and 'context': one field"),
+        (
+            "p.jsonl",
+            '{"question": "a=2", "context": {"title": ["a=1"]}}',
+            "line 1: context is {'title.*; it must be text",
+        ),
         ("p.jsonl", "[1]\n", "must hold 'prompt', .*; it holds no fields"),
         ("p.jsonl", '{"messages": [{"role": "user"}]}\n', "line 1: 'messages' must be text, or a list of messages"),
         ("p.jsonl", "a=1\n", "line 1 is not JSON"),
@@ -120,6 +127,23 @@ def test_an_instruction_is_asked_with_its_input_and_a_question_after_its_context
     flags = sample.SampleFlags(template="{problem}!")
     for row in ({"instruction": "I", "input": "X", "output": "A"}, {"context": "I", "question": "X"}):
         assert [m["content"] for m in sample._messages("here", row, flags)] == ["I\nX!"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"problem": "P", "messages": TURNS},
+        {"problem": "P", "messages": TURNS[:2], "instruction": None},
+        {"prompt": "P", "messages": TURNS, "context": "C"},
+        {"question": "P", "context": "C", "conversations": TURNS},
+        {"query": "P", "id": 3},
+        {"input": TURNS[:1]},
+    ],
+)
+def test_a_row_s_prompt_in_sampling_is_the_one_in_training(row):
+    asked = sample._messages("here", row, sample.SampleFlags())
+    assert asked == prompt_of("here", row) == pair("here", {**row, "chosen": "B", "rejected": "C"})[0]
+    assert asked == conversation("here", {**row, "completion": "B"})[:-1]
 
 
 def test_a_row_that_makes_no_prompt_is_named(said, tmp_path):

@@ -20,7 +20,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # ShareGPT
 # The names under which servers return the thinking apart from the content.
 THINKING_NAMES = ("reasoning_content", "reasoning", "thinking")
 SIDES = ("chosen", "rejected")
-PROMPTS = ("prompt", "conversations", "problem", "question", "messages", "instruction", "query", "input")
+PROMPTS = ("prompt", "conversations", "messages", "problem", "question", "instruction", "query", "input")
 # Fields that are one prompt together, by the field that must be there: Alpaca's, and those of questions about a text.
 PARTS = {"instruction": ("instruction", "input", "context"), "question": ("context", "body", "question")}
 _ANSWERS = ("completion", "output", "response", "generation", "generated_solution")
@@ -142,16 +142,9 @@ def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messa
     names = PROMPTS[:2] if before else PROMPTS  # beside whole conversations the other names may hold anything
     # An answered conversation is a prompt only if there is no other field, and then refused.
     name = min((n for n in names if n in given), key=lambda n: last_role(given[n]) == "assistant", default=None)
-    parts = PARTS.get(name, (name,))
-    if isinstance(asked := given.get(name), str):
-        asked = "\n".join(filter(str.strip, (check(where, given.get(part) or "", str, part) for part in parts)))
-    beside = [part for part in PARTS["instruction"] if given.get(part) and part not in parts]
-    # In TRL's layouts a prompt holds all that is asked, and other fields may say how it was made.
-    if name and beside and (answer in _ANSWERS[1:] or isinstance(asked, str) and name != "prompt"):
-        raise UserError(f"{where} has {name!r} and {beside[0]!r}: one field must hold all that is asked")
-    prompt = check_messages(f"{where}: {name!r}", asked) if name else before
-    if not prompt:
+    if not (name or before):
         raise _missing(where, given, "'prompt'")
+    prompt = check_messages(f"{where}: {name!r}", asked_in(where, given, name, answer)) if name else before
     if before:  # of which the prompt may repeat all, all but the system message, or one of the user's
         texts, own = ([(m["role"], m["content"].strip()) for m in messages] for messages in (before, prompt))
         if own not in (texts, texts[texts[0][0] == "system" :], *([t] for t in texts if t[0] == "user")):
@@ -159,6 +152,20 @@ def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messa
     elif prompt[-1]["role"] == "assistant":
         raise UserError(f"{where}: {name!r} must not end with a message of the assistant")
     return behind_system(where, given, before or prompt)
+
+
+def asked_in(where: str, given: dict[str, Any], name: str, answer: str = "") -> Any:
+    """What the field `name` of a row asks: its messages, or its text with the other parts of the prompt.
+
+    Raises:
+        UserError: when other fields look like parts of the prompt, too. In TRL's layouts `prompt` holds all of it.
+    """
+    parts, is_text = PARTS.get(name, (name,)), isinstance(given[name], str)
+    beside = [part for part in PARTS["instruction"] if given.get(part) and part not in parts]
+    if beside and (answer in _ANSWERS[1:] or is_text and name != "prompt"):
+        raise UserError(f"{where} has {name!r} and {beside[0]!r}: one field must hold all that is asked")
+    texts = (check(where, given.get(part) or "", str, part) for part in parts)
+    return "\n".join(filter(str.strip, texts)) if is_text else given[name]
 
 
 def said(row: dict[str, Any], field: str = "completion") -> Any:
