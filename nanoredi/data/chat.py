@@ -185,18 +185,17 @@ class Chat:
 
     def _check(self, messages: Messages, text: str) -> None:
         """Refuse a message that the text does not show, or shows as another role: templates know only some roles."""
-        for number, message in enumerate(messages, 1):
+        source = self._template.source
+        for i, message in enumerate(messages):
             role, content = message["role"], message["content"]
-            elsewhere = self._template.source + text.replace(content, "").lower()
-            known = role in ("user", "assistant") or role in elsewhere
-            marked = [*messages[: number - 1], {**message, "content": _ANSWER}, *messages[number:]]
+            known = role in ("user", "assistant") or role in source + text.replace(content, "").lower()
             # A template may trim or change what it shows; a placeholder tells whether it shows anything.
-            seen = role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)
-            if not (known and seen):
-                known_roles = (one for one in ("system", "user", "assistant", "tool") if one in self._template.source)
-                roles = ", ".join(one for one in known_roles if one != role)
-                hint = f"; it handles the roles {roles}" if roles else ""
-                raise UserError(f"{self._label} does not show message {number}, whose role is {role!r}, as such{hint}")
+            marked = [*messages[:i], {**message, "content": _ANSWER}, *messages[i + 1 :]]
+            if known and (role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)):
+                continue
+            roles = [one for one in ("system", "user", "assistant", "tool") if one in source and one != role]
+            hint = f"; it handles the roles {', '.join(roles)}" if roles else ""
+            raise UserError(f"{self._label} does not show message {i + 1}, whose role is {role!r}, as such{hint}")
 
     def _templated(self, messages: Messages) -> str | None:
         """A prompt whose text is templated already, its generation prompt completed; None for any other prompt."""

@@ -93,7 +93,7 @@ def conversation(where: str, row: Any) -> Messages:
     name = "conversations" if "conversations" in given and "messages" not in given else "messages"
     field = next((field for field in _ANSWERS if field in given), None)
     if field == "completion" or field and last_role(given.get(name)) != "assistant":
-        *before, answer = _answer(where, field, said(given, field))
+        *before, answer = answer_of(where, given, field)
         messages = [*prompt_of(where, given, field, before), answer]
     elif name not in given:
         raise _missing(where, given, "'messages' (nor 'prompt' with 'completion', nor 'instruction' with 'output')")
@@ -117,7 +117,7 @@ def pair(where: str, row: Any) -> tuple[Messages, Messages]:
         raise _missing(where, given, repr(missing))
     if unread := next((name for name in ("weight", "rejected_weight") if given.get(name, 1) != 1), None):
         raise UserError(f"{where} has {unread!r}: the only weight that a pair may have is 'chosen_weight'")
-    (*before, chosen), (*others, rejected) = (_answer(where, name, given[name]) for name in SIDES)
+    (*before, chosen), (*others, rejected) = (answer_of(where, given, name) for name in SIDES)
     if before != others:
         raise UserError(f"{where}: 'chosen' and 'rejected' must differ in their last message alone")
     return prompt_of(where, given, "chosen", before), [chosen, rejected]
@@ -168,13 +168,17 @@ def asked_in(where: str, given: dict[str, Any], name: str, answer: str = "") -> 
     return "\n".join(filter(str.strip, texts)) if is_text else given[name]
 
 
-def said(row: dict[str, Any], field: str = "completion") -> Any:
-    """A row's completion as a list of messages, the last one with the thinking that the row has in a field of its own."""
-    thinking = {name: text for name in THINKING_NAMES if is_thinking(text := row.get(name))}
-    given = row[field]
-    *before, last = given if isinstance(given, list) and given else [given]
+def answer_of(where: str, row: dict[str, Any], name: str) -> Messages:
+    """A row's answer as messages: the assistant's, alone or after the prompt. A completion has the thinking that the row
+    has in a field of its own; beside a pair, that may be a judge's."""
+    *before, last = row[name] if isinstance(row[name], list) and row[name] else [row[name]]
     last = {"role": "assistant", "content": last} if isinstance(last, str) else last
-    return [*before, {**last, **thinking} if isinstance(last, dict) else last]
+    if isinstance(last, dict) and name not in SIDES:
+        last = last | {field: text for field in THINKING_NAMES if is_thinking(text := row.get(field))}
+    *before, last = messages = check_messages(f"{where}: {name!r}", [*before, last])
+    if last["role"] != "assistant" or before and not any(message["role"] == "user" for message in before):
+        raise UserError(f"{where}: {name!r} must be one message of the assistant")
+    return messages
 
 
 def is_thinking(value: Any) -> bool:
@@ -184,19 +188,9 @@ def is_thinking(value: Any) -> bool:
 
 def last_role(messages: Any) -> str | None:
     """The role of the last message; None if these are no messages."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        return None
-    role = messages[-1].get("role") or messages[-1].get("from")
+    are_messages = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
+    role = (messages[-1].get("role") or messages[-1].get("from")) if are_messages else None
     return _ROLES.get(role, role) if isinstance(role, str) else None
-
-
-def _answer(where: str, name: str, value: Any) -> Messages:
-    """A completion as messages: the assistant's, alone or after the prompt."""
-    value = {"role": "assistant", "content": value} if isinstance(value, str) else value
-    *before, last = messages = check_messages(f"{where}: {name!r}", [value] if isinstance(value, dict) else value)
-    if last["role"] != "assistant" or before and not any(message["role"] == "user" for message in before):
-        raise UserError(f"{where}: {name!r} must be one message of the assistant")
-    return messages
 
 
 def folded(message: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from nanoredi.common.errors import UserError
 from nanoredi.common.files import check
 from nanoredi.data.benchmarks import GOLDS, golds_of
 from nanoredi.data.filters import say_dropped
-from nanoredi.data.messages import check_messages, folded, prompt_of, said
+from nanoredi.data.messages import answer_of, folded, prompt_of
 from nanoredi.data.spool import Spool
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.grader import grade
@@ -36,10 +36,9 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
     Raises:
         UserError: naming what is missing or malformed.
     """
-    generations = [] if row.get("generations") is None else row["generations"]
+    generations = check(where, row.get("generations") or [], [(str, None)], "generations")
     if not generations and row.get("completion") is not None:
         raise UserError(f"{where} has a 'completion', unlike the rows before it, which have 'generations'")
-    check(where, generations, [(str, None)], "generations")
     # As in the raw set, a row whose problem is null or empty is stopped by a gate.
     prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else prompt_of(where, row)
     if prompt:
@@ -79,7 +78,7 @@ def gather(rows: Iterable[tuple[str, Row]], spool: Spool, tokenizer: Tokenizer, 
     for where, row in rows:
         if not isinstance(row.get("completion"), str):
             raise UserError(f"{where} must hold 'completion', a text, like all rows of the file")
-        [answer] = check_messages(where, said(row))
+        [answer] = answer_of(where, row, "completion")
         own = {"generations": [folded(answer)["content"]], "correct": [row.get("correct")]}
         raw = labelled(where, {**row, **own, "finish_reasons": [row.get("finish_reason")]}, tokenizer, grading)
         gold = _golds(where, row) if grading else row.get("answer")
