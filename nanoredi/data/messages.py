@@ -155,11 +155,8 @@ def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messa
 
 
 def asked_in(where: str, given: dict[str, Any], name: str, answer: str = "") -> Any:
-    """What the field `name` of a row asks: its messages, or its text with the other parts of the prompt.
-
-    Raises:
-        UserError: when other fields look like parts of the prompt, too. In TRL's layouts `prompt` holds all of it.
-    """
+    """What the field `name` of a row asks: its messages, or its text with the other parts of the prompt. Fields that look
+    like further parts are refused, except beside TRL's `prompt`, which holds all that is asked."""
     parts, is_text = PARTS.get(name, (name,)), isinstance(given[name], str)
     beside = [part for part in PARTS["instruction"] if given.get(part) and part not in parts]
     if beside and (answer in _ANSWERS[1:] or is_text and name != "prompt"):
@@ -169,8 +166,7 @@ def asked_in(where: str, given: dict[str, Any], name: str, answer: str = "") -> 
 
 
 def answer_of(where: str, row: dict[str, Any], name: str) -> Messages:
-    """A row's answer as messages: the assistant's, alone or after the prompt. A completion has the thinking that the row
-    has in a field of its own; beside a pair, that may be a judge's."""
+    """A row's answer as messages, alone or after the prompt. The row's own thinking belongs to it, except in pairs."""
     *before, last = row[name] if isinstance(row[name], list) and row[name] else [row[name]]
     last = {"role": "assistant", "content": last} if isinstance(last, str) else last
     if isinstance(last, dict) and name not in SIDES:
