@@ -48,11 +48,7 @@ def behind_system(where: str, row: dict[str, Any], messages: Messages) -> Messag
 
 
 def check_messages(where: str, value: Any) -> Messages:
-    """A row's message list, or its text as one message of the user's.
-
-    Raises:
-        UserError: when it is neither, naming `where` and the message.
-    """
+    """A row's message list, or its text as one message of the user's. A UserError names `where` and the message."""
     if isinstance(value, str) and value.strip():
         return user_message(value)
     problem = f"{where} must be text, or a list of messages with role and content, and not empty"

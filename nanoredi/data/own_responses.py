@@ -41,8 +41,7 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
         raise UserError(f"{where} has a 'completion', unlike the rows before it, which have 'generations'")
     # As in the raw set, a row whose problem is null or empty is stopped by a gate.
     prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else prompt_of(where, row)
-    if prompt:
-        generations = [tokenizer.opened(prompt, text) if text else text for text in generations]
+    generations = [tokenizer.opened(prompt, text) if prompt and text else text for text in generations]
     correct = row.get("correct")
     if grading:
         golds = _golds(where, row)
