@@ -36,11 +36,15 @@ def num_rows(path: Path) -> int:
 
 
 def refuse_folder(path: Path) -> None:
-    """Raise a UserError for a folder, suggesting a file in it."""
+    """Raise a UserError for a folder, suggesting a file in it, and for what may be a data set's name on the hub."""
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix.lower() in _KINDS)
         such_as = f", such as {inside[0]}" + f", the first of {len(inside)}" * (len(inside) > 1) if inside else ""
         raise UserError(f"{path} is a folder: give the file in it that holds the rows{such_as}")
+    is_file = os.path.isdir(path.parent) or path.suffix.lower() in (*_KINDS, ".tsv", ".json", ".gz")
+    if len(path.parts) == 2 and not is_file:
+        get = f"hf download {path} --repo-type dataset --local-dir {path.name}"
+        raise UserError(f"there is no file {path}; if it is a data set on the hub: {get}; then give a file of it")
 
 
 def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tuple[str, Any]]:

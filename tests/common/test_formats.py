@@ -84,6 +84,16 @@ def test_a_folder_is_no_file(tmp_path):
         list(read_rows(str(tmp_path)))
 
 
+def test_a_data_set_s_name_on_the_hub_is_no_file():
+    with pytest.raises(
+        UserError, match="there is no file a/B-1.1; .* hf download a/B-1.1 --repo-type dataset --local-dir"
+    ):
+        list(read_rows("a/B-1.1"))
+    for path in ("a/b.jsonl", "a/b.json", "a/b/c", "nothing"):
+        with pytest.raises(UserError, match=f"cannot read {path}: No such file"):
+            list(read_rows(path))
+
+
 def test_tables(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
