@@ -149,13 +149,12 @@ def _texts(
         return None
     remarks: set[str] = set()
     with naming(where):
-        parts = [tokenizer.split([*prompt, answer], remarks) for answer in answers]
-    completions = [completion for _, completion in parts]
+        prompts, completions = zip(*(tokenizer.split([*prompt, answer], remarks) for answer in answers))
     if len(set(completions)) < len(completions):
         counts["rows dropped: chosen and rejected are the same"] += 1
         return None
     counts.update(sorted(remarks))
-    return [parts[0][0], *completions]
+    return [prompts[0], *completions]
 
 
 def _weight(where: str, row: dict[str, Any], name: str, low: int) -> float:
