@@ -43,6 +43,8 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"messages": TURNS[:1], "response": "B"},
         {"conversations": SHAREGPT, "instruction": "R", "output": "C"},
         {"messages": [{"role": "human", "content": "Q"}, {"role": "model", "content": "B"}]},
+        {"problem": "Q", "solution": "S", "answer": "2", "generations": ["B", "C"], "messages": TURNS},  # OpenR1's
+        {"system": "", "conversations": [{"from": turn["role"], "value": turn["content"]} for turn in TURNS]},
         {"instruction": "Q", "generation": "B", "model_name": "m"},  # distilabel's
         {"problem": "Q", "generated_solution": "B", "expected_answer": "2"},  # OpenMathReasoning's
         {"messages": TURNS, "prompt": "R", "generation": "C"},
@@ -181,6 +183,8 @@ WHOLE = {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content"
         {"problem": "Q", "chosen": "B", "rejected": "C"},
         {"messages": TURNS, "question": "other", **WHOLE},
         {"input": "Q", "chosen": "B", "rejected": "C"},
+        {"system": "", "input": "Q", "generations": ["B", "C"], "chosen": "B", "rejected": "C"},  # Orca's
+        {"prompt": "Q", "messages": TURNS, "conversation": [{"input": "Q", "output": None}], **WHOLE},  # Capybara's
         {"instruction": "other", **WHOLE},
     ],
 )
