@@ -53,8 +53,7 @@ class Traces:
             "original_index": self.index,
             "source": self.source,
             "generation_index": self.chosen,
-            "prompt_tokens": lengths[0],
-            "response_tokens": lengths[1],
+            **dict(zip(("prompt_tokens", "response_tokens"), lengths)),
         }
 
     def pair(self, lengths: list[int]) -> dict[str, Any]:
@@ -68,9 +67,7 @@ class Traces:
             "source": self.source,
             "chosen_index": self.chosen,
             "rejected_index": self.rejected,
-            "prompt_tokens": lengths[0],
-            "chosen_tokens": lengths[1],
-            "rejected_tokens": lengths[2],
+            **dict(zip(("prompt_tokens", "chosen_tokens", "rejected_tokens"), lengths)),
         }
 
 

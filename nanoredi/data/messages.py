@@ -86,15 +86,17 @@ def _is_text(part: Any) -> bool:
 def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
     given = given_fields(where, row)
-    name = "conversations" if "conversations" in given and "messages" not in given else "messages"
+    whole = [name for name in ("messages", "conversations") if name in given]
     field = next((field for field in _ANSWERS if field in given), None)
-    if field == "completion" or field and last_role(given.get(name)) != "assistant":
+    if field == "completion" or field and "assistant" not in [last_role(given[name]) for name in whole]:
         *before, answer = answer_of(where, given, field)
         messages = [*prompt_of(where, given, field, before), answer]
-    elif name not in given:
+    elif not whole:
         raise _missing(where, given, "'messages' (nor 'prompt' with 'completion', nor 'instruction' with 'output')")
     else:
-        messages = check_messages(f"{where}: {name!r}", check(where, given[name], list, name))
+        messages, *others = (check_messages(f"{where}: {n!r}", check(where, given[n], list, n)) for n in whole)
+        if others not in ([], [messages]):
+            raise UserError(f"{where} has 'messages' and other 'conversations': drop those that are not to be learned")
     if (role := messages[-1]["role"]) != "assistant":
         raise UserError(f"{where}: the last message must be the assistant's; its role is {role!r}")
     if len(messages) == 1:

@@ -104,6 +104,15 @@ def test_a_pair_s_prompt_in_two_fields_is_refused():
             pair("here", {**row, "chosen": "B", "rejected": "C"})
 
 
+def test_two_different_conversations_are_refused():
+    """OpenThoughts-114k-math has NuminaMath's solution in one field, and R1's in the other."""
+    row = {"messages": TURNS, "problem": "Q", "conversations": [SHAREGPT[0], {"from": "gpt", "value": "C"}]}
+    with pytest.raises(UserError, match="here has 'messages' and other 'conversations': drop those that are not"):
+        conversation("here", row)
+    assert conversation("here", {**row, "conversations": SHAREGPT}) == TURNS
+    assert conversation("here", {**row, "completion": "B"}) == TURNS
+
+
 def test_thinking_beside_a_completion_belongs_to_it():
     for field in ("reasoning_content", "reasoning", "thinking"):
         thought = {"prompt": "Q", "completion": "B", field: "A"}
