@@ -23,7 +23,7 @@ SIDES = ("chosen", "rejected")
 PROMPTS = ("prompt", "conversations", "messages", "problem", "question", "instruction", "query", "input")
 # Fields that are one prompt together, by the field that must be there: Alpaca's, and those of questions about a text.
 PARTS = {"instruction": ("instruction", "input", "context"), "question": ("context", "body", "question")}
-_ANSWERS = ("completion", "output", "response", "generation", "generated_solution")
+_ANSWERS = ("completion", "output", "response", "generation", "generated_solution")  # the first is sample.py's
 _VERDICTS = ("label", "correct", "is_correct", "kto_tag", "loss", "train", "training")  # false: not to be learned
 # Fields that belong to a row's prompt, and that no prompt shows.
 UNSHOWN = "tools functions images videos audios documents history initial_reason_steps chat_template_kwargs".split()
@@ -35,8 +35,8 @@ def user_message(text: str) -> Messages:
 
 def with_system(messages: Messages, system: str | None) -> Messages:
     """Messages with a system message in front, unless it is empty or they begin with one of their own."""
-    before = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
-    return [*before, *messages]
+    complete = not system or messages[0]["role"] == "system"
+    return messages if complete else [{"role": "system", "content": system}, *messages]
 
 
 def behind_system(where: str, row: dict[str, Any], messages: Messages) -> Messages:
@@ -70,8 +70,7 @@ def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
     if isinstance(content, list) and all(map(_is_text, content)):
         content = message["content"] = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        kind = "null" if "content" in given and content is None else "no text"
-        raise UserError(f"{problem} ({message['role']}): its content is {kind}")
+        raise UserError(f"{problem} ({message['role']}): its content is {'null' if content is None else 'no text'}")
     thinking = next((value for name in THINKING_NAMES if (value := message.pop(name, None))), "")
     if not isinstance(thinking, str):
         raise UserError(f"{problem} ({message['role']}): its thinking is no text")
@@ -89,6 +88,8 @@ def conversation(where: str, row: Any) -> Messages:
     whole = [name for name in ("messages", "conversations") if name in given]
     field = next((field for field in _ANSWERS if field in given), None)
     if field == "completion" or field and "assistant" not in [last_role(given[name]) for name in whole]:
+        if field != "completion" and any(given.get(name, given[field]) != given[field] for name in _ANSWERS):
+            raise UserError(f"{where} has answers in {field!r} and others of {_ANSWERS[1:]}, which differ: keep one")
         *before, answer = answer_of(where, given, field)
         messages = [*prompt_of(where, given, field, before), answer]
     elif not whole:

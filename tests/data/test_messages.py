@@ -113,6 +113,14 @@ def test_two_different_conversations_are_refused():
     assert conversation("here", {**row, "completion": "B"}) == TURNS
 
 
+def test_two_different_answers_are_refused():
+    row = {"instruction": "Q", "output": "B", "response": "C"}
+    with pytest.raises(UserError, match="here has answers in 'output' and others of .*'response', .* which differ"):
+        conversation("here", row)
+    for others in ({"response": "B"}, {"completion": "B", "output": "C"}, {"conversations": SHAREGPT}):
+        assert conversation("here", row | others) == TURNS
+
+
 def test_thinking_beside_a_completion_belongs_to_it():
     for field in ("reasoning_content", "reasoning", "thinking"):
         thought = {"prompt": "Q", "completion": "B", field: "A"}
