@@ -88,7 +88,13 @@ def test_one_row_per_problem(prepared):
 
 
 @pytest.mark.parametrize(
-    "gold", [{"final_answer": 3}, {"answer": "", "ground_truth": "3"}, {"reward_model": {"ground_truth": "3"}}]
+    "gold",
+    [
+        {"final_answer": 3},
+        {"answer": "", "ground_truth": "3"},
+        {"reward_model": {"ground_truth": "3"}},
+        {"answer": "4", "gold": "3"},
+    ],
 )
 def test_the_gold_answer_may_have_another_name(prepared, gold):
     """DeepMath's and NeMo's rows, and those that verl trains on."""
