@@ -32,8 +32,7 @@ def cached(
         arrays: a function of (encodings, the other result of `texts`, counts) that returns the row's sequences.
 
     Returns:
-        tokens (total,), learned (total,), weights (M,), offsets (M+1,), notes for the user, a digest of these arrays,
-        and the key.
+        tokens (total,), learned (total,), weights (M,), offsets (M+1,), notes for the user, and their digest_in.
     """
     refuse_folder(Path(path))
     try:
@@ -52,11 +51,25 @@ def cached(
         except UserError:  # perhaps because another run has written the same cache meanwhile
             if not _is_whole(folder):
                 raise
-    whole = json.loads((folder / "whole.json").read_text())
-    notes = [f"{path}: {note}" for note in whole["notes"]]
+    notes = [f"{path}: {note}" for note in json.loads((folder / "whole.json").read_text())["notes"]]
     if damaged:
         notes.append(f"{path}: its token cache {folder} was damaged and has been rebuilt")
-    return *_arrays(folder), notes, digest(json.dumps(whole["digests"], sort_keys=True).encode()), folder.name
+    return *_arrays(folder), notes, digest_in(folder)
+
+
+def digest_in(folder: Path) -> str:
+    """The digest of the sequences in a cache's folder: the same whatever they were made from.
+
+    Raises:
+        UserError: when there is no such folder.
+    """
+    if (folder / "offsets.npy").exists():  # a cache of November 2026, when rows had no weights
+        offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+        offsets.tofile(folder / "offsets")
+        np.ones(len(offsets) - 1, np.float32).tofile(folder / "weights")
+        return digest(json.dumps(_digests(folder), sort_keys=True).encode())
+    whole = check(str(folder), read_json(folder / "whole.json"), {"digests": {str: str}})
+    return digest(json.dumps(whole["digests"], sort_keys=True).encode())
 
 
 def _fill(folder: Path, path: str, tokenizer: Tokenizer, texts: Callable, arrays: Callable) -> None:

@@ -62,8 +62,7 @@ class TokenData:
     row_weights: np.ndarray  # (M,) fp32, each sequence's weight from its row
     offsets: np.ndarray  # (M+1,) int64; sequence j is tokens[offsets[j]:offsets[j+1]]
     notes: list[str]  # what was cut or dropped, as sentences for the user
-    digest: str  # of the four arrays
-    key: str  # in the cache, of all that they were made from: the file's content, the tokenizer's files, the limits
+    digest: str  # of the four arrays, whatever they were made from
     reference: np.ndarray | None = None  # (rows, sides) fp32, DPO's reference log-probabilities
 
     def __len__(self) -> int:

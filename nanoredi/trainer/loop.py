@@ -91,7 +91,7 @@ class _Run:
         rate = world.first(lambda: matrix_rate(dtype, world.device))  # the same on every rank
         shard(model, world, dtype, config)
         # What a resume must find unchanged, beside the config.
-        self.began_with = {"sequences": data.digest, "data": data.key, "dtype": str(dtype)[6:]}
+        self.began_with = {"sequences": data.digest, "dtype": str(dtype)[6:]}
         if isinstance(config, RediConfig) and config.objective == "dpo":
             data.reference, self.began_with["reference"] = reference_logps(config, model, data, dtype, world)
         self.optimizer = AdamW(model, config.lr, config.weight_decay)
@@ -105,7 +105,8 @@ class _Run:
             f"{world.size} rank{'s' if world.size > 1 else ''}\n  kill -USR1 {os.getpid()} prints its status"
         )
         self.states, self.guards = States(Path(config.out) / "state", world), Guards(config, world)
-        self.first = resume(self.states, model, self.optimizer, self.guards, self.began_with)  # steps that are done
+        # Steps that are done.
+        self.first = resume(self.states, model, self.optimizer, self.guards, self.began_with, config.cache)
         self.log = Log(config, self.first, self.total, rate, world, bool((data.row_weights < 0).any()))
 
     def save_state(self, step: int) -> None:

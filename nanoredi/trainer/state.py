@@ -28,13 +28,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nanoredi.common.disk import digest, file_digest, move_into_place, path_beside, remove, remove_leftovers
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json
+from nanoredi.data.cache import digest_in
 from nanoredi.trainer.distributed import PATIENCE, World
 from nanoredi.trainer.guards import Guards
 from nanoredi.trainer.optimizer import AdamW
 
 KEEP = 2
 _NOTES = "state.json"
-_SHAPE = {"step": range(1, 10**9), "notes": dict, "files": {str: [(int, str)]}, "digest": str}
+_SHAPE = {"step": range(1, 10**9), "notes": dict, "files": {str: [(int, str)]}, "digest?": str}
 
 
 def training_tensors(model: nn.Module, optimizer: AdamW) -> dict[str, Tensor]:
@@ -172,7 +173,9 @@ class States(contextlib.AbstractContextManager):
         return None
 
 
-def resume(states: States, model: nn.Module, optimizer: AdamW, guards: Guards, began_with: dict[str, str]) -> int:
+def resume(
+    states: States, model: nn.Module, optimizer: AdamW, guards: Guards, began_with: dict[str, str], cache: str
+) -> int:
     """Load the newest state. Returns the number of steps that are done.
 
     Raises:
@@ -185,9 +188,10 @@ def resume(states: States, model: nn.Module, optimizer: AdamW, guards: Guards, b
         return 0
     guards.restore(notes)
     before = notes["began_with"]
+    if "sequences" not in before:
+        before |= states.world.first(lambda: _began_with_before(before, began_with, cache))
     others = {
-        # States of former versions know only what their sequences were made from.
-        "sequences" if "sequences" in before else "data": "other data, another tokenizer or another version of nanoredi",
+        "sequences": "other data, another tokenizer or another version of nanoredi",
         "dtype": f"--dtype {before.get('dtype')}, not {began_with.get('dtype')}",
         "reference": "another model as DPO's reference, or another version of nanoredi",
     }
@@ -199,6 +203,14 @@ def resume(states: States, model: nn.Module, optimizer: AdamW, guards: Guards, b
     return notes["step"]
 
 
+def _began_with_before(before: dict[str, str], now: dict[str, str], cache: str) -> dict[str, str]:
+    """What a run of a former version began with. Its state names the folder of its sequences in the cache; if that is
+    gone, the run is not known again. The first versions kept no dtype; config.toml has it, unless it was auto."""
+    with contextlib.suppress(UserError, OSError, ValueError):
+        return {"sequences": digest_in(Path(cache, before["data"])), "dtype": before.get("dtype", now["dtype"])}
+    return {}
+
+
 def _notes_of(path: Path) -> dict[str, Any]:
     """The notes of a state.
 
@@ -206,7 +218,7 @@ def _notes_of(path: Path) -> dict[str, Any]:
         UserError: when the folder is not exactly what was written.
     """
     kept = check(str(path / _NOTES), read_json(path / _NOTES), _SHAPE)
-    if kept["digest"] != _digest_of(kept):
+    if kept.get("digest") not in (None, _digest_of(kept)):  # the first versions' states have none
         raise UserError(f"the training state {path} is damaged ({_NOTES})")
     if kept["step"] != int(path.name[5:]):
         raise UserError(f"the training state {path} is that of step {kept['step']}")

@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -113,6 +114,40 @@ def test_another_number_of_ranks_goes_on(ranks, shard_size, flags, run, tmp_path
         torch.testing.assert_close(weight, b[name], rtol=1e-3, atol=1e-4)
 
 
+def of_today(folder):
+    """As it is."""
+
+
+def of_28_november(folder):
+    (folder / "notes.json").write_text("[]")
+    (folder / "whole.json").unlink()
+    (folder / "weights").unlink()
+    np.save(folder / "offsets.npy", np.fromfile(folder / "offsets", np.int64))
+    (folder / "offsets").unlink()
+
+
+@pytest.mark.parametrize("cache", [of_today, of_28_november])
+def test_a_run_of_a_former_version_is_resumed(cache, flags, run, tmp_path):
+    """Such a state named the folder of its sequences, and had no digest and no dtype at first."""
+    for script, out in ((("train_redi.py",), "whole"), (("tests/stop_at.py", "9"), "stopped")):
+        done = run(*script, *flags, "--out", out)
+        assert done.returncode == 0, done.stderr
+    state = tmp_path / "stopped" / "state"
+    shutil.rmtree(state / "step-000005")
+    path = state / "step-000009" / "state.json"
+    kept = json.loads(path.read_text())
+    del kept["digest"]
+    kept["notes"]["began_with"] = {"data": "of-then"}
+    path.write_text(json.dumps(kept))
+    (folder,) = (tmp_path / "runs" / "cache").glob("*")
+    refused = run("train_redi.py", *flags, "--out", "stopped")
+    assert refused.returncode == 2 and "began with other data, another tokenizer or another version" in refused.stderr
+    cache(shutil.copytree(folder, folder.with_name("of-then")))
+    done = run("train_redi.py", *flags, "--out", "stopped")
+    assert done.returncode == 0 and "resuming after step 9" in done.stdout, done.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", tolerance=0.0)
+
+
 @pytest.fixture
 def states(toy_data, one_rank, tmp_path):
     """A model's tensors, and its states at steps 5, 10 and 15."""
@@ -167,7 +202,7 @@ def cut(folder):
         lambda folder: edit_notes(folder, step=99),
         lambda folder: edit_notes(folder, notes={"skipped": "many"}),
         lambda folder: edit_notes(folder, files=[]),
-        lambda folder: edit_notes(folder, digest=None),  # as a former version's, which has none
+        lambda folder: edit_notes(folder, digest=None),
         lambda folder: shutil.copy(next(folder.glob("*.safetensors")), folder / "shard-9.safetensors"),
         lambda folder: (folder / "state.json").write_text("[" * 10**5),
     ],
@@ -297,7 +332,7 @@ def test_metrics_lose_the_steps_that_come_again(tmp_path, capsys):
 
 def test_a_run_without_its_states_says_that_it_begins_again(one_rank, tmp_path, capsys):
     model = Qwen2(tiny.tiny_model(tied=True).config)
-    rest = model, AdamW(model, 1e-3, 0.0), Guards(SftConfig(), one_rank), {}
+    rest = model, AdamW(model, 1e-3, 0.0), Guards(SftConfig(), one_rank), {}, "cache"
     for text in ("", f"there is no state in {tmp_path / 'state'}: beginning again at step 1\n"):
         assert resume(States(tmp_path / "state", one_rank), *rest) == 0
         assert capsys.readouterr().out == text
@@ -307,7 +342,7 @@ def test_a_run_without_its_states_says_that_it_begins_again(one_rank, tmp_path, 
 def test_a_resume_in_another_dtype_is_refused(one_rank):
     class Kept:
         folder, world = Path("run/state"), one_rank
-        began_with = {"data": "d", "dtype": "float32"}
+        began_with = {"sequences": "s", "dtype": "float32"}
 
         def load(self, tensors):
             return {"step": 2, "skipped": 0, "began_with": self.began_with, **Guards(SftConfig(), one_rank).state()}
@@ -315,5 +350,5 @@ def test_a_resume_in_another_dtype_is_refused(one_rank):
     model = Qwen2(tiny.tiny_model(tied=True).config)
     rest = Kept(), model, AdamW(model, 1e-3, 0.0), Guards(SftConfig(), one_rank)
     with pytest.raises(UserError, match="the run in run began with --dtype float32, not bfloat16: give another --out"):
-        resume(*rest, {"data": "d", "dtype": "bfloat16"})
-    assert resume(*rest, {"data": "d", "dtype": "float32"}) == 2
+        resume(*rest, {"sequences": "s", "dtype": "bfloat16"}, "cache")
+    assert resume(*rest, {"sequences": "s", "dtype": "float32"}, "cache") == 2
