@@ -81,13 +81,11 @@ def load_all(names: list[str], folder: str, limit: int = 0, template: str = "") 
 
 
 def unique_names(paths: list[Path]) -> list[str]:
-    """The files' stems, with as many folders in front as are needed to make them different."""
-    names = [path.stem for path in paths]
+    """The names of folders, or of files without their suffix, with as many folders in front as make them different."""
+    names = lasts = [path.name if path.is_dir() else path.stem for path in paths]
     for depth in range(2, 1 + max((len(path.parts) for path in paths), default=0)):
-        names = [
-            "/".join((*path.parts[-depth:-1], path.stem)) if names.count(name) > 1 else name
-            for path, name in zip(paths, names)
-        ]
+        longer = ["/".join((*path.parts[-depth:-1], last)) for path, last in zip(paths, lasts)]
+        names = [long if names.count(name) > 1 else name for name, long in zip(names, longer)]
     return [path.name if names.count(name) > 1 else name for path, name in zip(paths, names)]
 
 

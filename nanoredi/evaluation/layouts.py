@@ -79,27 +79,27 @@ class Completion:
 
 
 @dataclass
-class Answers:
-    """A row of the file."""
+class EngineRow:
+    """What a row says about its problem and the completions of it."""
 
     where: str  # "file, line n"
-    prompt: str | None  # its texts, the question last; None if there is none, or none that is text
-    completions: list[Completion]
-    opens: bool = False  # whether the prompt ends with <think>, which the completion then does not contain
-    golds: Any = None  # the row's own gold answers, as they are in the file
-    gold_field: str = ""  # the field that they are in
-    ids: dict[str, str] = field(default_factory=dict)  # every field that may identify the problem
+    prompt: str  # its texts, the question last; empty if there is none
+    opens: bool  # whether the prompt ends with <think>, which the completion then does not contain
+    golds: Any  # the row's own gold answers, as they are in the file
+    gold_field: str  # the field that they are in
+    ids: dict[str, str]  # every field that may identify the problem
+    model: str | None  # the model's name, if the row has it
+    completions: list[Completion] = field(default_factory=list)
     error: str | None = None  # the server's message if the request failed; then there are no completions
     path: str | None = None  # the field that holds the completions
     others: list[str] = field(default_factory=list)  # other fields that may hold completions, with other values
     texts: str = ""  # all text of the row except its completions
-    model: str | None = None  # the model's name, if the row has it
     sample: int | None = None  # the sample's number, if nanoredi wrote the row
     benchmark: str | None = None  # only in rows of samples.jsonl, like the next one
     problem: int | None = None
 
 
-def read(where: str, row: Any) -> Answers:
+def read(where: str, row: Any) -> EngineRow:
     """Read a row in whichever layout it has.
 
     Raises:
@@ -112,42 +112,56 @@ def read(where: str, row: Any) -> Answers:
     row = _plain(in_one_case(where, given, _name))
     row |= {name: _count(row[name]) for name in ("sample", "problem") if name in row}
     prompts = [text for path in _PROMPTS if (text := "\n".join(_texts(_get(row, path))))]
-    found = Answers(where, "\n".join(prompts) or None, [], any(p.rstrip().endswith("<think>") for p in prompts))
-    golds = ((path, gold) for path in _GOLDS if (gold := _get(row, path)) not in (None, "", []))
-    found.gold_field, found.golds = next(golds, ("", None))
-    index, choices = _get(row, "doc.gold_index"), _get(row, "doc.choices")
-    if isinstance(index, (int, list)) and isinstance(choices, list):
-        indices = index if isinstance(index, list) else [index]
-        found.golds = [choices[i] for i in indices if isinstance(i, int) and i in range(len(choices))]
-    choices = row.get("choices") or row.get("options")
-    if isinstance(choices, list) and isinstance(found.golds, int) and found.golds in range(len(choices)):
-        if not isinstance(choices[found.golds], dict):  # else they are chat.completion's
-            found.golds = [chr(ord("A") + found.golds), str(choices[found.golds])]
+    opens = any(prompt.rstrip().endswith("<think>") for prompt in prompts)
+    model = next((name for path in _MODELS if isinstance(name := _get(row, path), str)), None)
     ids = dict.fromkeys([*_IDS, *filter(_ID.fullmatch, row)])
-    found.ids = {path: str(value) for path in ids if isinstance(value := _get(row, path), (str, int, float))}
-    found.model = next((name for path in _MODELS if isinstance(name := _get(row, path), str)), None)
-    sample, problem = row.get("sample"), row.get("problem")
-    if type(problem) is int and isinstance(row.get("benchmark"), str):
-        found.benchmark, found.problem, found.model = row["benchmark"], problem, str(row.get("model"))
-        check(where, sample, int, "its 'sample'")
-    if found.problem is not None or type(sample) is int and {"completion", "finish_reason", "tokens"} <= row.keys():
-        found.sample = sample
-    if fields := _fields(row, LAYOUTS):
-        texts = {name: [one.text for one in _completions(row[name])] for name in fields}
-        found.path, found.completions = fields[0], _described(_completions(row[fields[0]]), row)
-        found.others = [name for name in fields[1:] if row[name] and texts[name] != texts[fields[0]]]
+    ids = {path: str(value) for path in ids if isinstance(value := _get(row, path), (str, int, float))}
+    found = EngineRow(where, "\n".join(prompts), opens, *_golds(row), ids, model)
+    _read_own_numbers(found, row)
+    fields = {name: _completions(row[name]) for name in _fields(row, LAYOUTS)}
+    if fields:
+        texts = {name: [one.text for one in own] for name, own in fields.items()}
+        found.path, *more = fields
+        found.others = [name for name in more if row[name] and texts[name] != texts[found.path]]
+        found.completions = _described(fields[found.path], row)
     if not any(one.text for one in found.completions):
         found.error = _error(row, found.completions)
     if found.error is None:
-        _check(found, given, row, prompts)
+        _refuse(found, given, row)
+        for one in found.completions:
+            _settle(where, one, prompts)
     else:
         found.completions = []
     found.texts = "\n".join(text for name, value in row.items() for text in _texts(value, name not in fields))
     return found
 
 
-def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: list[str]) -> None:
-    """Refuse a row without whole completions; unify their finish reasons."""
+def _golds(row: dict[str, Any]) -> tuple[Any, str]:
+    """The row's own gold answers, which may be indices of choices, and the field that they are in."""
+    name, golds = next(((path, gold) for path in _GOLDS if (gold := _get(row, path)) not in (None, "", [])), ("", None))
+    indices, choices = _get(row, "doc.gold_index"), _get(row, "doc.choices")
+    indices = [indices] if isinstance(indices, int) else indices
+    if isinstance(indices, list) and isinstance(choices, list):  # lighteval's
+        return [choices[i] for i in indices if isinstance(i, int) and i in range(len(choices))], name
+    choices = row.get("choices") or row.get("options")
+    if isinstance(choices, list) and isinstance(golds, int) and golds in range(len(choices)):
+        if not isinstance(choices[golds], dict):  # else they are chat.completion's
+            return [chr(ord("A") + golds), str(choices[golds])], name
+    return golds, name
+
+
+def _read_own_numbers(found: EngineRow, row: dict[str, Any]) -> None:
+    """The numbers in rows of nanoredi's own: of samples.jsonl, or of sample.py, which numbers only the sample."""
+    problem, sample = row.get("problem"), row.get("sample")
+    if type(problem) is int and isinstance(row.get("benchmark"), str):
+        found.benchmark, found.problem, found.model = row["benchmark"], problem, str(row.get("model"))
+        check(found.where, sample, int, "its 'sample'")
+    if found.problem is not None or type(sample) is int and {"completion", "finish_reason", "tokens"} <= row.keys():
+        found.sample = sample
+
+
+def _refuse(found: EngineRow, given: dict[str, Any], row: dict[str, Any]) -> None:
+    """Refuse a row without whole completions."""
     where, path = found.where, found.path
     if path is None:
         raise UserError(
@@ -159,15 +173,18 @@ def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: 
         raise UserError(f"{where} is a piece of a stream; a row must hold a whole completion: request them unstreamed")
     if not found.completions:
         raise UserError(f"{where}: its {path!r} holds no completion")
-    for one in found.completions:
-        check(where, one.text, str, "its completion")
-        check(where, one.tokens, (range(2**31), None), "its number of tokens")
-        one.reason = one.reason.get("type", one.reason.get("reason")) if isinstance(one.reason, dict) else one.reason
-        check(where, one.reason, (str, None), "its finish_reason")
-        if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF:
-            one.reason = "length"
-        for prompt in prompts:  # which transformers' pipelines repeat
-            one.text = one.text.removeprefix(prompt)
+
+
+def _settle(where: str, one: Completion, prompts: list[str]) -> None:
+    """Check a completion's types, unify its finish reason, and remove its prompt."""
+    check(where, one.text, str, "its completion")
+    check(where, one.tokens, (range(2**31), None), "its number of tokens")
+    one.reason = one.reason.get("type", one.reason.get("reason")) if isinstance(one.reason, dict) else one.reason
+    check(where, one.reason, (str, None), "its finish_reason")
+    if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF:
+        one.reason = "length"
+    for prompt in prompts:  # which transformers' pipelines repeat
+        one.text = one.text.removeprefix(prompt)
 
 
 def _completions(value: Any) -> list[Completion]:
@@ -234,23 +251,25 @@ def _fields(value: dict[str, Any], names: Any) -> list[str]:
 
 
 def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
-    """Whether a field holds completions, rather than something else with the same name."""
+    """Whether a field holds completions, rather than something else with the same name. top: of the row, not within."""
     value = _unquoted(row[name]) if top else row[name]
-    if name in ("messages", "conversations", "all_messages"):  # may be the prompt
-        return last_role(value) == "assistant"
-    if name == "choices":  # may be a question's choices
-        return value is None or isinstance(value, list) and all(isinstance(one, dict) for one in value)
-    if top and name == "text":
-        return "meta_info" in row
-    if top and name in ("code", "message", "content"):  # errors and prompts have such fields, too
-        is_said = name == "code" or last_role([value if name == "message" else row]) == "assistant"
-        is_said = is_said or name == "content" and bool({"stop_type", "stop"} & row.keys())
-        if row.get("error") or {"response", "text"} & row.keys() or not is_said:
-            return False
-    if name in ("code", "parts", "message"):
-        return isinstance(value, dict if name == "message" else list)
-    if name in ("response", "result", "body", "model_response", "model_output") and isinstance(value, dict):
-        return bool(_fields(value, _INNER))
+    is_other = top and (row.get("error") or {"response", "text"} & row.keys())  # what errors and prompts have, too
+    match name:
+        case "messages" | "conversations" | "all_messages":  # may be the prompt
+            return last_role(value) == "assistant"
+        case "choices":  # may be a question's choices
+            return value is None or isinstance(value, list) and all(isinstance(one, dict) for one in value)
+        case "text":
+            return not top or "meta_info" in row
+        case "content":
+            is_said = not top or last_role([row]) == "assistant" or {"stop_type", "stop"} & row.keys()
+            return bool(is_said) and not is_other
+        case "message":
+            return isinstance(value, dict) and not is_other and (not top or last_role([value]) == "assistant")
+        case "code" | "parts":
+            return isinstance(value, list) and not is_other
+        case "response" | "result" | "body" | "model_response" | "model_output" if isinstance(value, dict):
+            return bool(_fields(value, _INNER))
     return name != "result"
 
 
