@@ -257,16 +257,21 @@ def _numbers(ids: list[str], benchmark: Benchmark, limit: int, counted: bool) ->
 
 
 def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:
-    """Completions of a problem that a benchmark has several times, split among its copies; every copy gets all of them
-    if there are only as many as another problem has."""
+    """Completions of a problem that is there several times, split among its copies; every copy gets all of them if there
+    are only as many as another problem has. A benchmark that has problems of its own, none of them answered, gets none.
+    """
     places = _places(benchmarks).values()
     n = max((len(found[one]) for one, *more in places if not more and one in found), default=0)
+    own = [copies[0] for copies in places if len({which for which, _ in copies}) == 1]
+    absent = {which for which, _ in own} - {which for which, i in own if (which, i) in found}
     for one, *more in places:
-        own = found.get(one, [])
-        if more and own and not any(other in found for other in more):
-            share = len(own) // (1 + len(more)) if len(own) != n and len(own) % (1 + len(more)) == 0 else 0
-            for k, copy in enumerate([one, *more]):
-                found[copy] = own[k * share : (k + 1) * share] if share else own
+        if more and one in found and not any(other in found for other in more):
+            completions = found.pop(one)
+            copies = [copy for copy in (one, *more) if copy[0] not in absent] or [one]
+            share, rest = divmod(len(completions), len(copies))
+            for k, copy in enumerate(copies):
+                is_split = len(completions) != n and rest == 0
+                found[copy] = completions[k * share : (k + 1) * share] if is_split else completions
     return found
 
 
