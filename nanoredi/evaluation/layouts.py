@@ -66,7 +66,10 @@ _TOKENS = (
 _REASONS = ("finish_reason", "finish_reasons", "done_reason", "stop_type", "stop_reason", "incomplete_details.reason")
 _THINKING = (*THINKING_NAMES, "reasonings")
 _NOT_ASKED = (*_THINKING, "role", "from", "type", "until")  # fields of a message or request that no prompt shows
-_CUT_OFF = ("max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "limit")  # mean "length"
+_THOUGHTS = ("thinking", "reasoning", "redacted_thinking")  # types of a content's parts
+_CUT_OFF = (  # mean "length"
+    "max_tokens max_length max_new_tokens max_output_tokens model_length model_context_window_exceeded limit"
+).split()
 
 
 @dataclass
@@ -304,7 +307,7 @@ def _parts(content: list[Any], is_sure: bool = False) -> str | None:
         return None
     if not is_sure and all("role" in part for part in content):
         return None
-    thinks = [part.get("thought") is True or part.get("type") in ("thinking", "reasoning") for part in content]
+    thinks = [part.get("thought") is True or part.get("type") in _THOUGHTS for part in content]
     thinking, text = ("".join(_part(p) for p, own in zip(content, thinks) if own is which) for which in (True, False))
     return f"<think>\n{thinking}</think>{text}" if any(thinks) else text
 

@@ -187,8 +187,13 @@ def test_lm_eval_s_messages_and_filters(tmp_path, benchmark):
     [
         ({"output": [{"type": "reasoning", "summary": []}, {"type": "message", "content": [{"text": BOX}]}]}, True),
         ({"content": [{"type": "thinking", "thinking": ""}, {"type": "text", "text": BOX}], "role": "assistant"}, True),
+        ({"content": [{"type": "redacted_thinking", "data": "?"}, {"type": "text", "text": BOX}], "stop": True}, True),
         ({"output": f"<think>Maybe {BOX}", "reasoning": "on"}, False),
         ({"output": f"Maybe {BOX}", "reasoning": "high"}, False),
+        ({"output": f"Maybe {BOX}", "reasoning": "X-High"}, False),
+        ({"output": f"Maybe {BOX}", "thinking": "True"}, False),
+        ({"output": BOX, "thinking": "Yes, 1+1=2."}, True),
+        ({"output": BOX, "thinking": "一加一等于二"}, True),
     ],
 )
 def test_thinking_that_is_not_shown_has_ended_and_a_switch_is_no_thinking(tmp_path, row, right):
@@ -218,6 +223,7 @@ def test_empty_responses(tmp_path, benchmark, capsys):
         ({"type": "stop", "matched": 1}, "stop"),
         ({"reason": "length"}, "length"),
         ("MAX_TOKENS", "length"),
+        ("model_context_window_exceeded", "length"),
     ],
 )
 def test_finish_reasons(tmp_path, benchmark, reason, kept):
