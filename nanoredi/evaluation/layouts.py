@@ -67,9 +67,8 @@ _REASONS = ("finish_reason", "finish_reasons", "done_reason", "stop_type", "stop
 _THINKING = (*THINKING_NAMES, "reasonings")
 _NOT_ASKED = (*_THINKING, "role", "from", "type", "until")  # fields of a message or request that no prompt shows
 _THOUGHTS = ("thinking", "reasoning", "redacted_thinking")  # types of a content's parts
-_CUT_OFF = (  # mean "length"
-    "max_tokens max_length max_new_tokens max_output_tokens model_length model_context_window_exceeded limit"
-).split()
+# Finish reasons that mean "length".
+_CUT_OFF = "max_tokens max_length max_new_tokens max_output_tokens model_length model_context_window_exceeded limit"
 
 
 @dataclass
@@ -184,7 +183,7 @@ def _settle(where: str, one: Completion, prompts: list[str]) -> None:
     check(where, one.tokens, (range(2**31), None), "its number of tokens")
     one.reason = one.reason.get("type", one.reason.get("reason")) if isinstance(one.reason, dict) else one.reason
     check(where, one.reason, (str, None), "its finish_reason")
-    if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF:
+    if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF.split():
         one.reason = "length"
     for prompt in prompts:  # which transformers' pipelines repeat
         one.text = one.text.removeprefix(prompt)
@@ -241,7 +240,7 @@ def _each(value: dict[str, Any], names: Iterable[str], num: int, count: bool = F
 
 def _count(value: Any) -> Any:
     """A whole number that a table has as text or as a float, or None for its empty cell; else the value itself."""
-    if value == "" or value != value:
+    if value == "":
         return None
     is_text = isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value)
     return int(value) if is_text or isinstance(value, float) and value.is_integer() else value
@@ -262,11 +261,10 @@ def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
             return last_role(value) == "assistant"
         case "choices":  # may be a question's choices
             return value is None or isinstance(value, list) and all(isinstance(one, dict) for one in value)
-        case "text":
-            return not top or "meta_info" in row
-        case "content":
-            is_said = not top or last_role([row]) == "assistant" or {"stop_type", "stop"} & row.keys()
-            return bool(is_said) and not is_other
+        case "text" if top:
+            return "meta_info" in row
+        case "content" if top:
+            return not is_other and (last_role([row]) == "assistant" or bool({"stop_type", "stop"} & row.keys()))
         case "message":
             return isinstance(value, dict) and not is_other and (not top or last_role([value]) == "assistant")
         case "code" | "parts":
@@ -303,7 +301,7 @@ def _texts(value: Any, is_asked: bool = True) -> Iterator[str]:
 def _parts(content: list[Any], is_sure: bool = False) -> str | None:
     """The text of a content in parts, [{"type": "text", "text": TEXT}, ...], after its thinking; None if the list is
     something else, such as messages or samples."""
-    if not content or not all(isinstance(part, dict) and (is_sure or "type" in part) for part in content):
+    if not all(isinstance(part, dict) and (is_sure or "type" in part) for part in content):
         return None
     if not is_sure and all("role" in part for part in content):
         return None

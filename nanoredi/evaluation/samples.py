@@ -29,18 +29,12 @@ _MODEL_FILES = ("*config.json", "*token*.json", "vocab.json", "*.index.json", "*
 _KEY = ("model", "benchmark", "problem", "sample")
 _COUNT = range(2**31)
 SAMPLE = {
-    "model": str,
-    "benchmark": str,
-    "problem": _COUNT,
-    "sample": _COUNT,
-    "correct": bool,
-    "correct_deepscaler": bool,
-    "answer": (str, None),
+    **dict.fromkeys(("model", "benchmark", "response"), str),
+    **dict.fromkeys(("problem", "sample", "waits"), _COUNT),
+    **dict.fromkeys(("correct", "correct_deepscaler"), bool),
+    **dict.fromkeys(("answer", "finish_reason"), (str, None)),
     "gold": [str],
     "tokens": (_COUNT, None),
-    "finish_reason": (str, None),
-    "waits": _COUNT,
-    "response": str,
 }
 _RESULT = {"model": str, "benchmark": str, "pass@1": float, "sem": (float, None)}
 # A row of differences.json:

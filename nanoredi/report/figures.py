@@ -8,6 +8,7 @@ and rejected traces, and how far their log-probs have moved since the start. Not
 
 import itertools
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,11 @@ from nanoredi.report.tables import Table, as_text
 # (key of metrics.jsonl, heading, format)
 SERIES = [
     ("loss", "loss", ".4f"),
-    ("chosen_logp", "chosen log-prob (nats/token)", ".4f"),
-    ("rejected_logp", "rejected log-prob (nats/token)", ".4f"),
+    *((f"{side}_logp", f"{side} log-prob (nats/token)", ".4f") for side in SIDES),
     ("margin", "margin (nats/token)", ".4f"),
-    ("chosen_entropy", "chosen entropy (nats/token)", ".4f"),
-    ("rejected_entropy", "rejected entropy (nats/token)", ".4f"),
-    ("watch_chosen_logp", "watched pairs' chosen log-prob", ".4f"),
-    ("watch_rejected_logp", "watched pairs' rejected log-prob", ".4f"),
-    ("watch_chosen_entropy", "watched pairs' chosen entropy", ".4f"),
-    ("watch_rejected_entropy", "watched pairs' rejected entropy", ".4f"),
+    *((f"{side}_entropy", f"{side} entropy (nats/token)", ".4f") for side in SIDES),
+    *((f"watch_{side}_logp", f"watched pairs' {side} log-prob", ".4f") for side in SIDES),
+    *((f"watch_{side}_entropy", f"watched pairs' {side} entropy", ".4f") for side in SIDES),
     ("grad_norm", "gradient norm", ".2e"),
     ("update_norm", "update size (L2 norm)", ".2e"),
     ("tokens_per_s", "tokens/s", ",.0f"),
@@ -86,11 +83,8 @@ def read_runs(folders: list[str]) -> list[Run]:
         UserError: if a folder holds no run, or a broken file.
     """
     paths = [Path(folder).resolve() for folder in folders]
-    runs = []
-    for path, name in zip(paths, unique_names(paths)):
-        rows = _metrics(path / "metrics.jsonl")
-        runs.append(Run(name, rows, _accuracy(path / "results.json", rows)))
-    return runs
+    metrics = [_metrics(path / "metrics.jsonl") for path in paths]
+    return [Run(name, rows, _accuracy(path, rows)) for path, name, rows in zip(paths, unique_names(paths), metrics)]
 
 
 def summary(run: Run) -> str:
@@ -195,23 +189,20 @@ def _label(panels: Any, where: str) -> None:
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without an incomplete last line."""
-    lines, rows = read_text(path).split("\n"), []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [metrics_row(f"{path}, line {number}", line)] if line.strip() else []
-        except UserError:
-            if number < len(lines):
-                raise
+    *lines, last = read_text(path).split("\n")
+    rows = [metrics_row(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    with suppress(UserError):
+        rows.append(metrics_row(str(path), last))
     return rows
 
 
-def _accuracy(path: Path, rows: list[dict[str, Any]]) -> Accuracy:
+def _accuracy(folder: Path, rows: list[dict[str, Any]]) -> Accuracy:
     """The evaluations in a run's results.json, each at the step in its model's name. In results of former
     versions a second SFT is the final model of a run with the objective sft."""
-    if not rows or not path.exists():
+    if not rows or not (folder / "results.json").exists():
         return {}
     benchmarks: dict[str, dict[int, tuple[float, float]]] = {}
-    for row in read_results(path.parent):
+    for row in read_results(folder):
         model, points = row["model"], benchmarks.setdefault(row["benchmark"], {})
         step = min(step_of(model), rows[-1]["step"])
         points[rows[-1]["step"] if step in points else step] = row["pass@1"], row["sem"] or 0.0
