@@ -89,7 +89,7 @@ def _read(path: str) -> list[EngineRow]:
 
 def _check_texts(path: str, rows: list[EngineRow]) -> None:
     """Refuse objects that Python wrote as text; note the field that is read, empty completions, and missing boxes."""
-    field = rows[0].path
+    field = next((row.path for row in rows if row.path), None)
     if others := sorted({name for row in rows for name in row.others}):
         print(f"{path}: completions are taken from the field {field}, and not from {', '.join(others)}")
     own = [one for row in rows for one in row.completions]
@@ -258,20 +258,18 @@ def _numbers(ids: list[str], benchmark: Benchmark, limit: int, counted: bool) ->
 
 def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:
     """Completions of a problem that is there several times, split among its copies; every copy gets all of them if there
-    are only as many as another problem has. A benchmark that has problems of its own, none of them answered, gets none.
-    """
+    are only as many as another problem has. A benchmark whose other problems are all without completions gets none."""
     places = _places(benchmarks).values()
     n = max((len(found[one]) for one, *more in places if not more and one in found), default=0)
-    own = [copies[0] for copies in places if len({which for which, _ in copies}) == 1]
-    absent = {which for which, _ in own} - {which for which, i in own if (which, i) in found}
+    unshared = [copies[0] for copies in places if len({which for which, _ in copies}) == 1]
+    absent = {which for which, _ in unshared} - {which for which, i in unshared if (which, i) in found}
     for one, *more in places:
         if more and one in found and not any(other in found for other in more):
-            completions = found.pop(one)
+            own = found.pop(one)
             copies = [copy for copy in (one, *more) if copy[0] not in absent] or [one]
-            share, rest = divmod(len(completions), len(copies))
+            share = len(own) // len(copies) if len(own) != n and len(own) % len(copies) == 0 else 0
             for k, copy in enumerate(copies):
-                is_split = len(completions) != n and rest == 0
-                found[copy] = completions[k * share : (k + 1) * share] if is_split else completions
+                found[copy] = own[k * share : (k + 1) * share] if share else own
     return found
 
 

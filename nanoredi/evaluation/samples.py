@@ -178,7 +178,8 @@ def _refuse_others(path: Path, kind: str, before: dict[str, Any], now: dict[str,
         if name not in before or name not in now:
             how = f"is {'not ' * (name in now)}part of it and is {'not ' * (name in before)}asked for"
         elif before[name] != now[name]:
-            how = f"is {before[name]!r} there and {now[name]!r} here" if kind == "setting" else "has changed since"
+            since = "has changed since" + ", or --limit" * (kind == "benchmark")
+            how = f"is {before[name]!r} there and {now[name]!r} here" if kind == "setting" else since
         else:
             continue
         raise UserError(f"{path} holds other samples: the {kind} {name} {how}; give another --out")

@@ -351,6 +351,8 @@ def test_bare_answers(tmp_path, benchmark):
     rows = [{"question": problem, "prediction": "2"} for problem in benchmark.problems]
     done, (said,) = graded(tmp_path, rows, benchmark)
     assert done == [(0, 0, True), (1, 0, False)] and "no prediction has a boxed answer; each is taken for" in said
+    rows = [{"question": benchmark.problems[0], "error": "down"}, rows[1]]
+    assert "no prediction has a boxed answer" in graded(tmp_path, rows, benchmark)[1][0]
     rows = [{"question": problem, "output": "2 boxes"} for problem in benchmark.problems]
     done, (said,) = graded(tmp_path, rows, benchmark)
     assert done == [(0, 0, False), (1, 0, False)] and "no completion has a boxed answer" in said

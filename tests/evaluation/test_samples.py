@@ -123,7 +123,7 @@ def test_another_config_is_refused(claimed, toy_data, change, words):
 
 def test_another_model_or_benchmark_is_refused(claimed, toy_data, tmp_path):
     model, tests = toy_data / "model", [load(str(toy_data / "toy.jsonl"), "", 4)]
-    with pytest.raises(UserError, match="the benchmark toy has changed since"):
+    with pytest.raises(UserError, match="the benchmark toy has changed since, or --limit"):
         claimed.claim({"SFT": model}, [load(str(toy_data / "toy.jsonl"), "", 5)], CONFIG)
     with pytest.raises(UserError, match="the model REDI is not part of it and is asked for"):
         claimed.claim({"SFT": model, "REDI": model}, tests, CONFIG)
