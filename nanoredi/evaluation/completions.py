@@ -45,7 +45,7 @@ def grade_file(path: str, name: str, benchmarks: list[Benchmark], thinking: bool
     """
     rows = _read(path)
     if benchmarks:
-        problems = _assigned(path, rows, benchmarks, limit)
+        problems = _problems_of(path, rows, benchmarks, limit)
         asked = [benchmarks[which].problems[i] for which, i in problems]
     else:
         benchmarks, problems = _own_benchmarks(path, rows)
@@ -154,9 +154,9 @@ def _own_benchmarks(path: str, rows: list[EngineRow]) -> tuple[list[Benchmark], 
     return benchmarks, [places[key] for key in keys]
 
 
-def _assigned(path: str, rows: list[EngineRow], benchmarks: list[Benchmark], limit: int) -> list[Problem]:
+def _problems_of(path: str, rows: list[EngineRow], benchmarks: list[Benchmark], limit: int) -> list[Problem]:
     """The problem that each row answers."""
-    asked = lru_cache(None)(partial(_asked, places=_places(benchmarks)))
+    asked = lru_cache(None)(partial(_problem_in, places=_places(benchmarks)))
     numbered = {(b.name, i): (which, i) for which, b in enumerate(benchmarks) for i in range(len(b.problems))}
     found: list[Problem | None] = []
     for row in rows:
@@ -167,7 +167,7 @@ def _assigned(path: str, rows: list[EngineRow], benchmarks: list[Benchmark], lim
             raise UserError(f"{row.where}: {given} no problem of {', '.join(b.name for b in benchmarks)}")
     if None not in found:
         return found
-    named = _by_id(rows, benchmarks, limit)
+    named = _problems_by_id(rows, benchmarks, limit)
     if named is None:
         if len(benchmarks) > 1 or len(rows) not in (len(benchmarks[0].problems), limit):
             raise UserError(
@@ -199,7 +199,7 @@ def _refuse_prompts(path: str, rows: list[EngineRow], asked: list[str]) -> None:
         )
 
 
-def _asked(text: str, places: dict[str, list[Problem]]) -> Problem | None:
+def _problem_in(text: str, places: dict[str, list[Problem]]) -> Problem | None:
     """Of all problems contained in a text the one that ends last; if several end there, the longest, since one problem
     may contain another. The first place of it."""
     text = _words(text)
@@ -211,7 +211,7 @@ def _words(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def _by_id(rows: list[EngineRow], benchmarks: list[Benchmark], limit: int) -> list[Problem] | None:
+def _problems_by_id(rows: list[EngineRow], benchmarks: list[Benchmark], limit: int) -> list[Problem] | None:
     """The problem of each row by the first of its ids that identifies a problem in every row: its custom_id, or better
     by a benchmark's own id than by a number, which may be the row's. None if there is none.
 
@@ -226,7 +226,7 @@ def _by_id(rows: list[EngineRow], benchmarks: list[Benchmark], limit: int) -> li
         problems: dict[str, Problem] = {}
         for which, benchmark in enumerate(benchmarks):
             own = [id for id, begin in zip(ids, whose) if begin == names[which]]
-            problems |= {id: (which, i) for id, i in _numbers(own, benchmark, limit, counted).items()}
+            problems |= {id: (which, i) for id, i in _indices(own, benchmark, limit, counted).items()}
         if problems.keys() >= {*ids}:
             return [problems[id] for id in ids]
     if "custom_id" in rows[0].ids:
@@ -237,7 +237,7 @@ def _by_id(rows: list[EngineRow], benchmarks: list[Benchmark], limit: int) -> li
     return None
 
 
-def _numbers(ids: list[str], benchmark: Benchmark, limit: int, counted: bool) -> dict[str, int]:
+def _indices(ids: list[str], benchmark: Benchmark, limit: int, counted: bool) -> dict[str, int]:
     """{id: index of its problem} for the benchmark's own ids, or if `counted` for ids with a number that is one, or that
     runs over all problems, from 0 or 1. Empty if the ids are neither, or contain several such numbers."""
     if len(benchmark.problems) == 1:
@@ -264,7 +264,7 @@ def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:
     unshared = [copies[0] for copies in places if len({which for which, _ in copies}) == 1]
     absent = {which for which, _ in unshared} - {which for which, i in unshared if (which, i) in found}
     for one, *more in places:
-        if more and one in found and not any(other in found for other in more):
+        if one in found and not any(other in found for other in more):
             own = found.pop(one)
             copies = [copy for copy in (one, *more) if copy[0] not in absent] or [one]
             share = len(own) // len(copies) if len(own) != n and len(own) % len(copies) == 0 else 0

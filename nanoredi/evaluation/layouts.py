@@ -47,8 +47,8 @@ LAYOUTS = {
     "prediction": "OpenCompass' predictions",
     "predict": "LLaMA-Factory's generated_predictions.jsonl",
 }
-_INNER = (*LAYOUTS, "body", "parts", "value")  # the same for an object within the row
-_ENGINES = "choices candidates outputs message content generated_text".split()  # for an object that is text
+_INNER_FIELDS = (*LAYOUTS, "body", "parts", "value")  # the same for an object within the row
+_FIELDS_IN_TEXT = "choices candidates outputs message content generated_text".split()  # for an object that is text
 _PROMPTS = (
     "full_prompt prompt messages conversations origin_prompt instruction input inputs problem question query example "
     "arguments doc.query doc.problem doc.question"
@@ -58,7 +58,7 @@ _GOLDS = ("reward_model.ground_truth", *SURE_GOLDS, "target", "answer", "label")
 _IDS = "custom_id problem_id question_id doc_id idx index id uid key doc.id extra_info.index meta_info.id".split()
 _ID = re.compile("(example|instance|item|problem|prompt|query|question|record|request|row|task|unique)_(id|idx|index)")
 _MODELS = "model model_name model_id generator response.model response.body.model output.model".split()
-_ABOUT = ("", "usage.", "meta_info.", "details.")  # objects in an object, with what it says about its completions
+_DETAILS = ("", "usage.", "meta_info.", "details.")  # objects in an object, with what it says about its completions
 _TOKENS = (
     "completion_tokens output_tokens generated_tokens num_generated_tokens eval_count tokens_predicted token_ids "
     "output_ids tokens"
@@ -111,21 +111,21 @@ def read(where: str, row: Any) -> EngineRow:
     given = {"outputs": row} if isinstance(row, list) else row  # the samples of a problem
     if not isinstance(given, dict):
         raise UserError(f"{where} holds no JSON object")
-    row = _plain(in_one_case(where, given, _name))
-    row |= {name: _count(row[name]) for name in ("sample", "problem") if name in row}
-    prompts = [text for path in _PROMPTS if (text := "\n".join(_texts(_get(row, path))))]
+    row = _in_snake_case(in_one_case(where, given, _snake_case))
+    row |= {name: _whole_number(row[name]) for name in ("sample", "problem") if name in row}
+    prompts = [text for path in _PROMPTS if (text := "\n".join(_prompt_texts(_get(row, path))))]
     opens = any(prompt.rstrip().endswith("<think>") for prompt in prompts)
     model = next((name for path in _MODELS if isinstance(name := _get(row, path), str)), None)
     ids = dict.fromkeys([*_IDS, *filter(_ID.fullmatch, row)])
     ids = {path: str(value) for path in ids if isinstance(value := _get(row, path), (str, int, float))}
     found = EngineRow(where, "\n".join(prompts), opens, *_golds(row), ids, model)
     _read_own_numbers(found, row)
-    fields = {name: _completions(row[name]) for name in _fields(row, LAYOUTS)}
+    fields = {name: _completions(row[name]) for name in _completion_fields(row, LAYOUTS)}
     if fields:
         texts = {name: [one.text for one in own] for name, own in fields.items()}
         found.path, *more = fields
         found.others = [name for name in more if row[name] and texts[name] != texts[found.path]]
-        found.completions = _described(fields[found.path], row)
+        found.completions = _with_details(fields[found.path], row)
     if not any(one.text for one in found.completions):
         found.error = _error(row, found.completions)
     if found.error is None:
@@ -134,7 +134,7 @@ def read(where: str, row: Any) -> EngineRow:
             _settle(where, one, prompts)
     else:
         found.completions = []
-    found.texts = "\n".join(text for name, value in row.items() for text in _texts(value, name not in fields))
+    found.texts = "\n".join(text for name, value in row.items() for text in _prompt_texts(value, name not in fields))
     return found
 
 
@@ -192,26 +192,26 @@ def _settle(where: str, one: Completion, prompts: list[str]) -> None:
 def _completions(value: Any) -> list[Completion]:
     """All completions in a text, in an object, or in a list of these."""
     if isinstance(value, str):
-        found = [] if (inner := _unquoted(value)) is value else _completions(inner)
+        found = [] if (inner := _from_text(value)) is value else _completions(inner)
         return found if found and all(isinstance(one.text, str) for one in found) else [Completion(value)]
-    if isinstance(value, list) and (parts := _parts(value)) is not None:
+    if isinstance(value, list) and (parts := _text_of_parts(value)) is not None:
         return [Completion(parts)]
     if isinstance(value, list):
         is_asked = last_role(value) and any(last_role([message]) != "assistant" for message in value)
         return [one for item in (value[-1:] if is_asked else value) for one in _completions(item)]
     if isinstance(value, dict):
-        if fields := _fields(value, _INNER):
-            inner = value[fields[0]] if fields[0] != "parts" else _parts(value["parts"], True)
-            return _described(_completions(inner), value)
+        if fields := _completion_fields(value, _INNER_FIELDS):
+            inner = value[fields[0]] if fields[0] != "parts" else _text_of_parts(value["parts"], True)
+            return _with_details(_completions(inner), value)
         if {"role", "finish_reason"} & value.keys():  # filtered by the server
             value = None
-    return [Completion("" if value is None else value)]  # _check refuses what is no text
+    return [Completion("" if value is None else value)]  # _settle refuses what is no text
 
 
-def _described(found: list[Completion], value: dict[str, Any]) -> list[Completion]:
+def _with_details(found: list[Completion], value: dict[str, Any]) -> list[Completion]:
     """Add what the object around the completions says about them, unless an object within it has said so already."""
     num = len(found)
-    about = _each(value, _TOKENS, num, count=True), _each(value, _REASONS, num), _each(value, _THINKING, num)
+    about = _of_each(value, _TOKENS, num, count=True), _of_each(value, _REASONS, num), _of_each(value, _THINKING, num)
     for one, tokens, reason, thinking in zip(found, *about):
         one.tokens = one.tokens if one.tokens is not None else tokens
         one.reason = one.reason if one.reason is not None else reason
@@ -220,10 +220,10 @@ def _described(found: list[Completion], value: dict[str, Any]) -> list[Completio
     return found
 
 
-def _each(value: dict[str, Any], names: Iterable[str], num: int, count: bool = False) -> list[Any]:
+def _of_each(value: dict[str, Any], names: Iterable[str], num: int, count: bool = False) -> list[Any]:
     """What an object says about each of its completions, under the first of some names that it has. For several
     completions it must be a list: a single value is about all together. With `count` a list may also be counted."""
-    for path in (about + name for about in _ABOUT for name in names):
+    for path in (about + name for about in _DETAILS for name in names):
         said = _get(value, path)
         if count and isinstance(said, dict):
             continue
@@ -232,13 +232,13 @@ def _each(value: dict[str, Any], names: Iterable[str], num: int, count: bool = F
         elif count and num == 1:  # the completion's tokens, or a list of one such list or of one count
             is_of_one = len(said) == 1 and isinstance(said[0], list if path.endswith("ids") else (list, int))
             said = said if is_of_one else [len(said) or None]
-        said = [len(one) if isinstance(one, list) else _count(one) for one in said] if count else said
+        said = [len(one) if isinstance(one, list) else _whole_number(one) for one in said] if count else said
         if len(said) == num and any(one is not None for one in said):
             return said
     return [None] * num
 
 
-def _count(value: Any) -> Any:
+def _whole_number(value: Any) -> Any:
     """A whole number that a table has as text or as a float, or None for its empty cell; else the value itself."""
     if value == "":
         return None
@@ -246,7 +246,7 @@ def _count(value: Any) -> Any:
     return int(value) if is_text or isinstance(value, float) and value.is_integer() else value
 
 
-def _fields(value: dict[str, Any], names: Any) -> list[str]:
+def _completion_fields(value: dict[str, Any], names: Any) -> list[str]:
     """The fields of an object that may hold its completions, those that are null or empty last."""
     there = [name for name in names if name in value and _may_hold_completions(value, name, names is LAYOUTS)]
     return sorted(there, key=lambda name: value[name] in (None, [], ""))
@@ -254,7 +254,7 @@ def _fields(value: dict[str, Any], names: Any) -> list[str]:
 
 def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
     """Whether a field holds completions, rather than something else with the same name. top: of the row, not within."""
-    value = _unquoted(row[name]) if top else row[name]
+    value = _from_text(row[name]) if top else row[name]
     is_other = top and (row.get("error") or {"response", "text"} & row.keys())  # what errors and prompts have, too
     match name:
         case "messages" | "conversations" | "all_messages":  # may be the prompt
@@ -270,24 +270,24 @@ def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
         case "code" | "parts":
             return isinstance(value, list) and not is_other
         case "response" | "result" | "body" | "model_response" | "model_output" if isinstance(value, dict):
-            return bool(_fields(value, _INNER))
+            return bool(_completion_fields(value, _INNER_FIELDS))
     return name != "result"
 
 
-def _unquoted(value: Any) -> Any:
+def _from_text(value: Any) -> Any:
     """A list of texts, messages, or objects with completions that were written as text. Other JSON may be the model's."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(UserError):
-            inner = _plain(parse_json("it", value))
-            objects, names = (inner, _INNER) if isinstance(inner, list) else ([inner], _ENGINES)
-            if last_role(objects) or any(isinstance(one, dict) and _fields(one, names) for one in objects):
+            inner = _in_snake_case(parse_json("it", value))
+            objects, names = (inner, _INNER_FIELDS) if isinstance(inner, list) else ([inner], _FIELDS_IN_TEXT)
+            if last_role(objects) or any(isinstance(one, dict) and _completion_fields(one, names) for one in objects):
                 return inner
     return listed(value)
 
 
-def _texts(value: Any, is_asked: bool = True) -> Iterator[str]:
+def _prompt_texts(value: Any, is_asked: bool = True) -> Iterator[str]:
     """All texts, at any depth, that are no part of the model's answer or thinking."""
-    value = _unquoted(value)  # lm-eval writes messages as text
+    value = _from_text(value)  # lm-eval writes messages as text
     if isinstance(value, str) and is_asked:
         yield value
     if isinstance(value, dict):
@@ -295,10 +295,10 @@ def _texts(value: Any, is_asked: bool = True) -> Iterator[str]:
         is_asked = role != "assistant" if role else is_asked
         value = [inner for name, inner in value.items() if name not in _NOT_ASKED]
     for inner in value if isinstance(value, list) else ():
-        yield from _texts(inner, is_asked)
+        yield from _prompt_texts(inner, is_asked)
 
 
-def _parts(content: list[Any], is_sure: bool = False) -> str | None:
+def _text_of_parts(content: list[Any], is_sure: bool = False) -> str | None:
     """The text of a content in parts, [{"type": "text", "text": TEXT}, ...], after its thinking; None if the list is
     something else, such as messages or samples."""
     if not all(isinstance(part, dict) and (is_sure or "type" in part) for part in content):
@@ -306,14 +306,14 @@ def _parts(content: list[Any], is_sure: bool = False) -> str | None:
     if not is_sure and all("role" in part for part in content):
         return None
     thinks = [part.get("thought") is True or part.get("type") in _THOUGHTS for part in content]
-    thinking, text = ("".join(_part(p) for p, own in zip(content, thinks) if own is which) for which in (True, False))
+    thinking, text = ("".join(_text_in(p) for p, own in zip(content, thinks) if own is kind) for kind in (True, False))
     return f"<think>\n{thinking}</think>{text}" if any(thinks) else text
 
 
-def _part(part: Any) -> str:
+def _text_in(part: Any) -> str:
     """The text of a part, or of the parts within it."""
     said = next((part[name] for name in ("text", "content", *THINKING_NAMES, "summary") if _get(part, name)), "")
-    return said if isinstance(said, str) else "".join(map(_part, said)) if isinstance(said, list) else ""
+    return said if isinstance(said, str) else "".join(map(_text_in, said)) if isinstance(said, list) else ""
 
 
 def _error(row: dict[str, Any], found: list[Completion]) -> str | None:
@@ -344,13 +344,13 @@ def _get(row: Any, path: str) -> Any:
     return row
 
 
-def _plain(value: Any) -> Any:
+def _in_snake_case(value: Any) -> Any:
     """A value from JSON with all field names in snake case."""
     if isinstance(value, dict):
-        return {_name(name): _plain(inner) for name, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list) else value
+        return {_snake_case(name): _in_snake_case(inner) for name, inner in value.items()}
+    return [_in_snake_case(inner) for inner in value] if isinstance(value, list) else value
 
 
 @lru_cache(10_000)
-def _name(name: str) -> str:
+def _snake_case(name: str) -> str:
     return re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).strip("_").lower()
