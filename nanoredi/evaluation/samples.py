@@ -67,6 +67,8 @@ class Samples:
         }
         lock(self.path.parent)
         remove_leftovers(self.path.parent, locked=True)
+        if not self.path.exists() and not self.path.with_name("results.json").exists():
+            self.about.unlink(missing_ok=True)  # of an evaluation that ended before its first sample
         dtype = claim(self.path, self.about, about, "model" if adds else "")
         if self.path.exists():
             problems = {b.name: range(len(b.questions)) for b in benchmarks}
