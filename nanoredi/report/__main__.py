@@ -17,7 +17,6 @@ from nanoredi.common.errors import UserError, run_script, visible
 from nanoredi.common.files import check, read_json
 from nanoredi.common.flags import option, read_flags, resolve
 from nanoredi.evaluation.samples import DIFFERENCE, read_results
-from nanoredi.evaluation.scores import Row
 from nanoredi.report import lengths
 from nanoredi.report.failures import KINDS, failures
 from nanoredi.report.figures import check_figure, draw, read_runs, summary
@@ -85,8 +84,7 @@ def _show_runs(flags: ReportFlags) -> None:
     runs = read_runs(trained)
     for run in runs:
         print(summary(run), end="\n\n")
-    rows: list[Row] = []
-    compared: list[Row] = []
+    rows, compared = [], []
     for folder in evaluated:
         whose = f"{folder}: " if len(evaluated) > 1 else ""
         rows += [{**row, "model": whose + row["model"]} for row in read_results(folder)]

@@ -103,8 +103,7 @@ def scores(rows: list[Row], metric: str = "pass@1", paper: bool = False) -> Tabl
         own = {row["benchmark"]: row for row in _with_average(rows, model)}
         if not all(name in own for name in names):
             own.pop("average", None)
-        cells = [own.get(name, {}) for name in columns]
-        lines.append([_name(next(iter(own.values()))), *(_with_error(cell, metric) for cell in cells)])
+        lines.append([_name(next(iter(own.values()))), *(_with_error(own.get(name, {}), metric) for name in columns)])
     for title, known in _PAPER[metric].items() if paper else ():
         lines.append([f"the paper's {title} (*: {_BASE})"])
         for model, recipe, figures in known:
