@@ -201,7 +201,7 @@ def _refuse_prompts(path: str, rows: list[EngineRow], asked: list[str]) -> None:
 
 def _problem_in(text: str, places: dict[str, list[Problem]]) -> Problem | None:
     """Of all problems contained in a text the one that ends last; if several end there, the longest, since one problem
-    may contain another. The first place of it."""
+    may contain another; of its places the first."""
     text = _words(text)
     held = [(at + len(words), len(words), words) for words in places if (at := text.rfind(words)) >= 0]
     return places[max(held)[2]][0] if held else None
