@@ -257,8 +257,8 @@ def _indices(ids: list[str], benchmark: Benchmark, limit: int, counted: bool) ->
 
 
 def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:
-    """Completions of a problem that is there several times, split among its copies; every copy gets all of them if there
-    are only as many as another problem has. A benchmark whose other problems are all without completions gets none."""
+    """Completions of a problem that is there several times, split among its copies; every copy gets all of them if
+    there are only as many as another problem has. A benchmark with no completions of its other problems gets none."""
     places = _places(benchmarks).values()
     n = max((len(found[one]) for one, *more in places if not more and one in found), default=0)
     unshared = [copies[0] for copies in places if len({which for which, _ in copies}) == 1]

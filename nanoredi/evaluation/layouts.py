@@ -140,7 +140,8 @@ def read(where: str, row: Any) -> EngineRow:
 
 def _golds(row: dict[str, Any]) -> tuple[Any, str]:
     """The row's own gold answers, which may be indices of choices, and the field that they are in."""
-    name, golds = next(((path, gold) for path in _GOLDS if (gold := _get(row, path)) not in (None, "", [])), ("", None))
+    name = next((path for path in _GOLDS if _get(row, path) not in (None, "", [])), "")
+    golds = _get(row, name) if name else None
     indices, choices = _get(row, "doc.gold_index"), _get(row, "doc.choices")
     indices = [indices] if isinstance(indices, int) else indices
     if isinstance(indices, list) and isinstance(choices, list):  # lighteval's
@@ -286,13 +287,13 @@ def _from_text(value: Any) -> Any:
 
 
 def _prompt_texts(value: Any, is_asked: bool = True) -> Iterator[str]:
-    """All texts, at any depth, that are no part of the model's answer or thinking."""
+    """All texts, at any depth, that are no part of the model's answer or thinking, except for a given <think>."""
     value = _from_text(value)  # lm-eval writes messages as text
     if isinstance(value, str) and is_asked:
         yield value
     if isinstance(value, dict):
         role = last_role([value])
-        is_asked = role != "assistant" if role else is_asked
+        is_asked = role != "assistant" or str(value.get("content")).strip() == "<think>" if role else is_asked
         value = [inner for name, inner in value.items() if name not in _NOT_ASKED]
     for inner in value if isinstance(value, list) else ():
         yield from _prompt_texts(inner, is_asked)
