@@ -107,53 +107,6 @@ def _check_texts(path: str, rows: list[EngineRow]) -> None:
         print(f"{path}: no completion has a boxed answer, which is the one that counts")
 
 
-def _by_problem(rows: Iterable[tuple[EngineRow, Problem]], thinking: bool) -> Found:
-    """One model's completions of each problem. A repeated sample number with the same text is the same sample."""
-    found: dict[Problem, dict[int, Completion]] = {}  # by sample number
-    seen = set()
-    for row, problem in rows:
-        own = found.setdefault(problem, {})
-        for one in row.completions:
-            if row.problem is None and (thinking or row.opens) and "<think>" not in one.text:
-                one.text = f"<think>\n{one.text}"
-            if row.sample is not None and (problem, row.sample, one.text) in seen:
-                continue
-            seen.add((problem, row.sample, one.text))
-            number = len(own) if row.problem is None else row.sample
-            if number in own:
-                raise UserError(f"{row.where} is sample {number} of its problem, as is an earlier row with other text")
-            own[number] = one
-    return {problem: [own[number] for number in sorted(own)] for problem, own in found.items()}
-
-
-def _own_benchmarks(path: str, rows: list[EngineRow]) -> tuple[list[Benchmark], list[Problem]]:
-    """The file's prompts as benchmarks, with the file's own gold answers, and the problem of each row."""
-    golds: dict[str, dict[str | int, list[str]]] = {}  # {benchmark: {problem: its gold answers}}
-    keys = []
-    for row in rows:
-        name = row.benchmark or Path(path).stem
-        key = row.problem if row.problem is not None else row.prompt or next(iter(row.ids.values()), None)
-        own = golds.setdefault(name, {})
-        if key is None:
-            raise UserError(f"{row.where} has neither a prompt nor an id, which would say what problem it answers")
-        if row.golds is None and key not in own:
-            raise UserError(f"{row.where} has no gold answer of its own: name the benchmark with --benchmarks")
-        if row.golds is not None and own.setdefault(key, gold := golds_of(row.where, row.golds)) != gold:
-            raise UserError(f"{row.where} has another gold answer than an earlier row of the same problem")
-        keys.append((name, key))
-    if unsure := {row.gold_field for row in rows} & {"answer", "label"}:
-        print(f"{path}: its own {' and '.join(sorted(unsure))!r} is taken for the gold answer")
-    places, benchmarks = {}, []
-    for which, (name, own) in enumerate(golds.items()):
-        if all(isinstance(key, int) for key in own):  # rows of samples.jsonl, in the order in which they were finished
-            own = dict(sorted(own.items()))
-        places |= {(name, key): (which, i) for i, key in enumerate(own)}
-        texts = [*map(str, own)]
-        benchmarks.append(Benchmark(name, texts, texts, [*own.values()]))
-    check_golds(path, [gold for benchmark in benchmarks for gold in benchmark.golds])
-    return benchmarks, [places[key] for key in keys]
-
-
 def _problems_of(path: str, rows: list[EngineRow], benchmarks: list[Benchmark], limit: int) -> list[Problem]:
     """The problem that each row answers."""
     asked = lru_cache(None)(partial(_problem_in, places=_places(benchmarks)))
@@ -186,17 +139,6 @@ def _places(benchmarks: list[Benchmark]) -> dict[str, list[Problem]]:
         for i, text in enumerate(benchmark.problems):
             places.setdefault(_words(text), []).append((which, i))
     return places
-
-
-def _refuse_prompts(path: str, rows: list[EngineRow], asked: list[str]) -> None:
-    """Refuse completions that begin with a few-shot prompt, whose boxes would count as answers."""
-    texts = [(one.text, problem) for row, problem in zip(rows, asked) for one in row.completions]
-    num_boxed = sum(problem in text and bool(extract_answer(text[: text.find(problem)])) for text, problem in texts)
-    if 2 * num_boxed > len(texts):
-        raise UserError(
-            f"{path}: {num_boxed:,} of {len(texts):,} completions have a boxed answer in front of the problem itself, "
-            "so they seem to begin with their prompts; a row must hold the completion alone"
-        )
 
 
 def _problem_in(text: str, places: dict[str, list[Problem]]) -> Problem | None:
@@ -254,6 +196,64 @@ def _indices(ids: list[str], benchmark: Benchmark, limit: int, counted: bool) ->
                 found.append({id: own.index(number) for id, number in dict(zip(ids, column)).items()})
                 break
     return found[0] if len(found) == 1 else {}
+
+
+def _own_benchmarks(path: str, rows: list[EngineRow]) -> tuple[list[Benchmark], list[Problem]]:
+    """The file's prompts as benchmarks, with the file's own gold answers, and the problem of each row."""
+    golds: dict[str, dict[str | int, list[str]]] = {}  # {benchmark: {problem: its gold answers}}
+    keys = []
+    for row in rows:
+        name = row.benchmark or Path(path).stem
+        key = row.problem if row.problem is not None else row.prompt or next(iter(row.ids.values()), None)
+        own = golds.setdefault(name, {})
+        if key is None:
+            raise UserError(f"{row.where} has neither a prompt nor an id, which would say what problem it answers")
+        if row.golds is None and key not in own:
+            raise UserError(f"{row.where} has no gold answer of its own: name the benchmark with --benchmarks")
+        if row.golds is not None and own.setdefault(key, gold := golds_of(row.where, row.golds)) != gold:
+            raise UserError(f"{row.where} has another gold answer than an earlier row of the same problem")
+        keys.append((name, key))
+    if unsure := {row.gold_field for row in rows} & {"answer", "label"}:
+        print(f"{path}: its own {' and '.join(sorted(unsure))!r} is taken for the gold answer")
+    places, benchmarks = {}, []
+    for which, (name, own) in enumerate(golds.items()):
+        if all(isinstance(key, int) for key in own):  # rows of samples.jsonl, in the order in which they were finished
+            own = dict(sorted(own.items()))
+        places |= {(name, key): (which, i) for i, key in enumerate(own)}
+        texts = [*map(str, own)]
+        benchmarks.append(Benchmark(name, texts, texts, [*own.values()]))
+    check_golds(path, [gold for benchmark in benchmarks for gold in benchmark.golds])
+    return benchmarks, [places[key] for key in keys]
+
+
+def _refuse_prompts(path: str, rows: list[EngineRow], asked: list[str]) -> None:
+    """Refuse completions that begin with a few-shot prompt, whose boxes would count as answers."""
+    texts = [(one.text, problem) for row, problem in zip(rows, asked) for one in row.completions]
+    num_boxed = sum(problem in text and bool(extract_answer(text[: text.find(problem)])) for text, problem in texts)
+    if 2 * num_boxed > len(texts):
+        raise UserError(
+            f"{path}: {num_boxed:,} of {len(texts):,} completions have a boxed answer in front of the problem itself, "
+            "so they seem to begin with their prompts; a row must hold the completion alone"
+        )
+
+
+def _by_problem(rows: Iterable[tuple[EngineRow, Problem]], thinking: bool) -> Found:
+    """One model's completions of each problem. A repeated sample number with the same text is the same sample."""
+    found: dict[Problem, dict[int, Completion]] = {}  # by sample number
+    seen = set()
+    for row, problem in rows:
+        own = found.setdefault(problem, {})
+        for one in row.completions:
+            if row.problem is None and (thinking or row.opens) and "<think>" not in one.text:
+                one.text = f"<think>\n{one.text}"
+            if row.sample is not None and (problem, row.sample, one.text) in seen:
+                continue
+            seen.add((problem, row.sample, one.text))
+            number = len(own) if row.problem is None else row.sample
+            if number in own:
+                raise UserError(f"{row.where} is sample {number} of its problem, as is an earlier row with other text")
+            own[number] = one
+    return {problem: [own[number] for number in sorted(own)] for problem, own in found.items()}
 
 
 def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:

@@ -138,6 +138,19 @@ def read(where: str, row: Any) -> EngineRow:
     return found
 
 
+def _prompt_texts(value: Any, is_asked: bool = True) -> Iterator[str]:
+    """All texts, at any depth, that are no part of the model's answer or thinking, except for a given <think>."""
+    value = _from_text(value)  # lm-eval writes messages as text
+    if isinstance(value, str) and is_asked:
+        yield value
+    if isinstance(value, dict):
+        role = last_role([value])
+        is_asked = role != "assistant" or str(value.get("content")).strip() == "<think>" if role else is_asked
+        value = [inner for name, inner in value.items() if name not in _NOT_ASKED]
+    for inner in value if isinstance(value, list) else ():
+        yield from _prompt_texts(inner, is_asked)
+
+
 def _golds(row: dict[str, Any]) -> tuple[Any, str]:
     """The row's own gold answers, which may be indices of choices, and the field that they are in."""
     name = next((path for path in _GOLDS if _get(row, path) not in (None, "", [])), "")
@@ -163,31 +176,32 @@ def _read_own_numbers(found: EngineRow, row: dict[str, Any]) -> None:
         found.sample = sample
 
 
-def _refuse(found: EngineRow, given: dict[str, Any], row: dict[str, Any]) -> None:
-    """Refuse a row without whole completions."""
-    where, path = found.where, found.path
-    if path is None:
-        raise UserError(
-            f"{where} is in no known layout: it has the fields {', '.join(given)[:500] or 'none at all'}, and "
-            f"completions are looked for in {', '.join(LAYOUTS)} (docs/layouts.md has an example of each)"
-        )
-    is_piece = row.get("done") is False or path == "content" and row.get("stop") is False
-    if is_piece or str(row.get("object")).endswith(".chunk"):
-        raise UserError(f"{where} is a piece of a stream; a row must hold a whole completion: request them unstreamed")
-    if not found.completions:
-        raise UserError(f"{where}: its {path!r} holds no completion")
+def _completion_fields(value: dict[str, Any], names: Any) -> list[str]:
+    """The fields of an object that may hold its completions, those that are null or empty last."""
+    there = [name for name in names if name in value and _may_hold_completions(value, name, names is LAYOUTS)]
+    return sorted(there, key=lambda name: value[name] in (None, [], ""))
 
 
-def _settle(where: str, one: Completion, prompts: list[str]) -> None:
-    """Check a completion's types, unify its finish reason, and remove its prompt."""
-    check(where, one.text, str, "its completion")
-    check(where, one.tokens, (range(2**31), None), "its number of tokens")
-    one.reason = one.reason.get("type", one.reason.get("reason")) if isinstance(one.reason, dict) else one.reason
-    check(where, one.reason, (str, None), "its finish_reason")
-    if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF.split():
-        one.reason = "length"
-    for prompt in prompts:  # which transformers' pipelines repeat
-        one.text = one.text.removeprefix(prompt)
+def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
+    """Whether a field holds completions, rather than something else with the same name. top: of the row, not within."""
+    value = _from_text(row[name]) if top else row[name]
+    is_other = top and (row.get("error") or {"response", "text"} & row.keys())  # what errors and prompts have, too
+    match name:
+        case "messages" | "conversations" | "all_messages":  # may be the prompt
+            return last_role(value) == "assistant"
+        case "choices":  # may be a question's choices
+            return value is None or isinstance(value, list) and all(isinstance(one, dict) for one in value)
+        case "text" if top:
+            return "meta_info" in row
+        case "content" if top:
+            return not is_other and (last_role([row]) == "assistant" or bool({"stop_type", "stop"} & row.keys()))
+        case "message":
+            return isinstance(value, dict) and not is_other and (not top or last_role([value]) == "assistant")
+        case "code" | "parts":
+            return isinstance(value, list) and not is_other
+        case "response" | "result" | "body" | "model_response" | "model_output" if isinstance(value, dict):
+            return bool(_completion_fields(value, _INNER_FIELDS))
+    return name != "result"
 
 
 def _completions(value: Any) -> list[Completion]:
@@ -207,6 +221,24 @@ def _completions(value: Any) -> list[Completion]:
         if {"role", "finish_reason"} & value.keys():  # filtered by the server
             value = None
     return [Completion("" if value is None else value)]  # _settle refuses what is no text
+
+
+def _text_of_parts(content: list[Any], is_sure: bool = False) -> str | None:
+    """The text of a content in parts, [{"type": "text", "text": TEXT}, ...], after its thinking; None if the list is
+    something else, such as messages or samples."""
+    if not all(isinstance(part, dict) and (is_sure or "type" in part) for part in content):
+        return None
+    if not is_sure and all("role" in part for part in content):
+        return None
+    thinks = [part.get("thought") is True or part.get("type") in _THOUGHTS for part in content]
+    thinking, text = ("".join(_text_in(p) for p, own in zip(content, thinks) if own is kind) for kind in (True, False))
+    return f"<think>\n{thinking}</think>{text}" if any(thinks) else text
+
+
+def _text_in(part: Any) -> str:
+    """The text of a part, or of the parts within it."""
+    said = next((part[name] for name in ("text", "content", *THINKING_NAMES, "summary") if _get(part, name)), "")
+    return said if isinstance(said, str) else "".join(map(_text_in, said)) if isinstance(said, list) else ""
 
 
 def _with_details(found: list[Completion], value: dict[str, Any]) -> list[Completion]:
@@ -247,76 +279,6 @@ def _whole_number(value: Any) -> Any:
     return int(value) if is_text or isinstance(value, float) and value.is_integer() else value
 
 
-def _completion_fields(value: dict[str, Any], names: Any) -> list[str]:
-    """The fields of an object that may hold its completions, those that are null or empty last."""
-    there = [name for name in names if name in value and _may_hold_completions(value, name, names is LAYOUTS)]
-    return sorted(there, key=lambda name: value[name] in (None, [], ""))
-
-
-def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
-    """Whether a field holds completions, rather than something else with the same name. top: of the row, not within."""
-    value = _from_text(row[name]) if top else row[name]
-    is_other = top and (row.get("error") or {"response", "text"} & row.keys())  # what errors and prompts have, too
-    match name:
-        case "messages" | "conversations" | "all_messages":  # may be the prompt
-            return last_role(value) == "assistant"
-        case "choices":  # may be a question's choices
-            return value is None or isinstance(value, list) and all(isinstance(one, dict) for one in value)
-        case "text" if top:
-            return "meta_info" in row
-        case "content" if top:
-            return not is_other and (last_role([row]) == "assistant" or bool({"stop_type", "stop"} & row.keys()))
-        case "message":
-            return isinstance(value, dict) and not is_other and (not top or last_role([value]) == "assistant")
-        case "code" | "parts":
-            return isinstance(value, list) and not is_other
-        case "response" | "result" | "body" | "model_response" | "model_output" if isinstance(value, dict):
-            return bool(_completion_fields(value, _INNER_FIELDS))
-    return name != "result"
-
-
-def _from_text(value: Any) -> Any:
-    """A list of texts, messages, or objects with completions that were written as text. Other JSON may be the model's."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        with suppress(UserError):
-            inner = _in_snake_case(parse_json("it", value))
-            objects, names = (inner, _INNER_FIELDS) if isinstance(inner, list) else ([inner], _FIELDS_IN_TEXT)
-            if last_role(objects) or any(isinstance(one, dict) and _completion_fields(one, names) for one in objects):
-                return inner
-    return listed(value)
-
-
-def _prompt_texts(value: Any, is_asked: bool = True) -> Iterator[str]:
-    """All texts, at any depth, that are no part of the model's answer or thinking, except for a given <think>."""
-    value = _from_text(value)  # lm-eval writes messages as text
-    if isinstance(value, str) and is_asked:
-        yield value
-    if isinstance(value, dict):
-        role = last_role([value])
-        is_asked = role != "assistant" or str(value.get("content")).strip() == "<think>" if role else is_asked
-        value = [inner for name, inner in value.items() if name not in _NOT_ASKED]
-    for inner in value if isinstance(value, list) else ():
-        yield from _prompt_texts(inner, is_asked)
-
-
-def _text_of_parts(content: list[Any], is_sure: bool = False) -> str | None:
-    """The text of a content in parts, [{"type": "text", "text": TEXT}, ...], after its thinking; None if the list is
-    something else, such as messages or samples."""
-    if not all(isinstance(part, dict) and (is_sure or "type" in part) for part in content):
-        return None
-    if not is_sure and all("role" in part for part in content):
-        return None
-    thinks = [part.get("thought") is True or part.get("type") in _THOUGHTS for part in content]
-    thinking, text = ("".join(_text_in(p) for p, own in zip(content, thinks) if own is kind) for kind in (True, False))
-    return f"<think>\n{thinking}</think>{text}" if any(thinks) else text
-
-
-def _text_in(part: Any) -> str:
-    """The text of a part, or of the parts within it."""
-    said = next((part[name] for name in ("text", "content", *THINKING_NAMES, "summary") if _get(part, name)), "")
-    return said if isinstance(said, str) else "".join(map(_text_in, said)) if isinstance(said, list) else ""
-
-
 def _error(row: dict[str, Any], found: list[Completion]) -> str | None:
     """The server's message about why a row has no text; None if the request did not fail."""
     body = _get(row, "response.body")
@@ -336,6 +298,44 @@ def _message(error: Any) -> str:
     while isinstance(inner, dict) and not isinstance(inner.get("message"), str):
         inner = next((value for value in inner.values() if isinstance(value, dict)), None)
     return inner["message"] if isinstance(inner, dict) else error if isinstance(error, str) else json.dumps(error)
+
+
+def _refuse(found: EngineRow, given: dict[str, Any], row: dict[str, Any]) -> None:
+    """Refuse a row without whole completions."""
+    where, path = found.where, found.path
+    if path is None:
+        raise UserError(
+            f"{where} is in no known layout: it has the fields {', '.join(given)[:500] or 'none at all'}, and "
+            f"completions are looked for in {', '.join(LAYOUTS)} (docs/layouts.md has an example of each)"
+        )
+    is_piece = row.get("done") is False or path == "content" and row.get("stop") is False
+    if is_piece or str(row.get("object")).endswith(".chunk"):
+        raise UserError(f"{where} is a piece of a stream; a row must hold a whole completion: request them unstreamed")
+    if not found.completions:
+        raise UserError(f"{where}: its {path!r} holds no completion")
+
+
+def _settle(where: str, one: Completion, prompts: list[str]) -> None:
+    """Check a completion's types, unify its finish reason, and remove its prompt."""
+    check(where, one.text, str, "its completion")
+    check(where, one.tokens, (range(2**31), None), "its number of tokens")
+    one.reason = one.reason.get("type", one.reason.get("reason")) if isinstance(one.reason, dict) else one.reason
+    check(where, one.reason, (str, None), "its finish_reason")
+    if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF.split():
+        one.reason = "length"
+    for prompt in prompts:  # which transformers' pipelines repeat
+        one.text = one.text.removeprefix(prompt)
+
+
+def _from_text(value: Any) -> Any:
+    """A list of texts, messages, or objects with completions that were written as text. Other JSON may be the model's."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(UserError):
+            inner = _in_snake_case(parse_json("it", value))
+            objects, names = (inner, _INNER_FIELDS) if isinstance(inner, list) else ([inner], _FIELDS_IN_TEXT)
+            if last_role(objects) or any(isinstance(one, dict) and _completion_fields(one, names) for one in objects):
+                return inner
+    return listed(value)
 
 
 def _get(row: Any, path: str) -> Any:
