@@ -61,6 +61,8 @@ def main(argv: list[str]) -> None:
         ]
         if idle:
             raise UserError(f"--{idle[0]} has no effect on --completions: give one or the other")
+        if "data" in given and "benchmarks" not in given:  # then the gold answers are those in the file
+            raise UserError("--data has no effect without --benchmarks: name those that the completions answer")
         config = resolve(EvaluateFlags, "evaluate", read_recipe(recipe) if recipe else {}, flags)
         _grade(config, named="benchmarks" in given)
         return

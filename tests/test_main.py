@@ -226,6 +226,7 @@ BAD_INPUT = [
     ),
     ("evaluate.py", ["--model", "MODEL", "--benchmarks", "one.jsonl", "--out", "full"], ["full is not empty"]),
     ("evaluate.py", ["--completions", "x.jsonl", "--model", "MODEL"], ["--model has no effect on --completions"]),
+    ("evaluate.py", ["--completions", "x.jsonl", "--data", "d"], ["--data has no effect without --benchmarks"]),
     ("evaluate.py", ["--completions", "broken.jsonl"], ["broken.jsonl, line 1 is in no known layout"]),
     ("nanoredi/report/__main__.py", ["--failures", "full"], ["cannot read full/samples.jsonl"]),
     (

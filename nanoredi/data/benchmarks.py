@@ -81,13 +81,11 @@ def load_all(names: list[str], folder: str, limit: int = 0, template: str = "") 
 
 
 def unique_names(paths: list[Path]) -> list[str]:
-    """The files' stems, with as many folders in front as are needed to make them different."""
-    names = [path.stem for path in paths]
+    """The names of folders, or of files without their suffix, with as many folders in front as make them different."""
+    names = lasts = [path.name if path.is_dir() else path.stem for path in paths]
     for depth in range(2, 1 + max((len(path.parts) for path in paths), default=0)):
-        names = [
-            "/".join((*path.parts[-depth:-1], path.stem)) if names.count(name) > 1 else name
-            for path, name in zip(paths, names)
-        ]
+        longer = ["/".join((*path.parts[-depth:-1], last)) for path, last in zip(paths, lasts)]
+        names = [long if names.count(name) > 1 else name for name, long in zip(names, longer)]
     return [path.name if names.count(name) > 1 else name for path, name in zip(paths, names)]
 
 
@@ -130,8 +128,9 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
     path = find(name, folder)
     rows = []
     for where, row in read_problems(path):
-        if choices := next((name for name in ("choices", "options") if row.get(name)), None):
-            raise UserError(f"{where} is multiple choice; write its {choices!r} into the problem, and drop them")
+        letter = str(row["answer"]).lower()  # in some files each choice is a field
+        if field := next((n for n in ("choices", "options", letter, f"option_{letter}") if row.get(n)), None):
+            raise UserError(f"{where} is multiple choice ({field!r}); write the choices into the problem instead")
         rows.append((golds_of(where, row["answer"]), row))
     if not rows:
         raise UserError(f"{path} holds no problems")

@@ -177,8 +177,8 @@ def answer_of(where: str, row: dict[str, Any], name: str) -> Messages:
 
 
 def is_thinking(value: Any) -> bool:
-    """Whether a field with one of THINKING_NAMES holds thinking; a word may say how it was made: "on", "high"."""
-    return isinstance(value, str) and not re.fullmatch("[a-z]*", value)
+    """Whether a field with one of THINKING_NAMES holds thinking; a word may say how it was made: "on", "X-High"."""
+    return isinstance(value, str) and not re.fullmatch(r"[\w-]*", value, re.ASCII)
 
 
 def last_role(messages: Any) -> str | None:

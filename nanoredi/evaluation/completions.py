@@ -17,12 +17,12 @@ from pathlib import Path
 from nanoredi.common.errors import UserError, run_script
 from nanoredi.common.files import read_rows
 from nanoredi.data.benchmarks import Benchmark, check_golds, golds_of
-from nanoredi.evaluation.layouts import LAYOUTS, Answers, Completion, read
+from nanoredi.evaluation.layouts import LAYOUTS, Completion, EngineRow, read
 from nanoredi.evaluation.scores import Row, graded
 from nanoredi.grader import extract_answer
 
 Problem = tuple[int, int]  # (index of the benchmark, index of the problem in it)
-Found = dict[Problem, dict[int, Completion]]  # each problem's completions, by sample number
+Found = dict[Problem, list[Completion]]
 _PYTHON = re.compile(r"\s*\[?\{'(.*')?(role|text|content|generated_text)':", re.DOTALL)
 
 
@@ -43,138 +43,88 @@ def grade_file(path: str, name: str, benchmarks: list[Benchmark], thinking: bool
     Raises:
         UserError: for an unknown layout, a row of no problem, and problems with different numbers of completions.
     """
-    answers = _read(path)
+    rows = _read(path)
     if benchmarks:
-        problems = _assigned(path, answers, benchmarks, limit)
+        problems = _problems_of(path, rows, benchmarks, limit)
         asked = [benchmarks[which].problems[i] for which, i in problems]
     else:
-        benchmarks, problems = _own_benchmarks(path, answers)
-        asked = [row.prompt or "" for row in answers]
-    _refuse_prompts(path, answers, asked)
+        benchmarks, problems = _own_benchmarks(path, rows)
+        asked = [row.prompt for row in rows]
+    _refuse_prompts(path, rows, asked)
     samples = []
-    for model in dict.fromkeys(row.model for row in answers):
-        own = ((row, problem) for row, problem in zip(answers, problems) if row.model == model)
+    for model in dict.fromkeys(row.model for row in rows):
+        own = [(row, problem) for row, problem in zip(rows, problems) if row.model == model]
         found = _with_repeated_problems(benchmarks, _by_problem(own, thinking))
         samples += _graded(path, name if model is None else f"{name}: {model}", benchmarks, found, limit)
     return samples
 
 
-def _read(path: str) -> list[Answers]:
-    """The rows of the file. A failed request gets as many empty completions as other requests have completions."""
-    answers, filters = [], {}
+def _read(path: str) -> list[EngineRow]:
+    """The rows of the file, with their models' names if there are several. A failed request gets as many empty
+    completions as other requests have completions."""
+    rows, filters = [], {}
     for where, row in read_rows(path):
         if isinstance(row, dict) and "resps" in row:  # lm-eval repeats every row for each of its task's filters
             asked = str([row.get(name) for name in ("doc_id", "doc", "arguments")])
             if filters.setdefault(asked, row.get("filter")) != row.get("filter"):
                 continue
-        answers.append(read(where, row))
-    if not answers:
+        rows.append(read(where, row))
+    if not rows:
         raise UserError(f"{path} holds no rows")
-    if len({row.model for row in answers} - {None}) < 2 and answers[0].problem is None:
-        for row in answers:
+    if len({row.model for row in rows} - {None}) < 2 and rows[0].problem is None:
+        for row in rows:
             row.model = None
-    _check_texts(path, answers)
-    failed = [row for row in answers if row.error is not None]
-    width = max(1, *(len(row.completions) for row in answers))
+    _check_texts(path, rows)
+    failed = [row for row in rows if row.error is not None]
+    width = max(1, *(len(row.completions) for row in rows))
     for row in failed:
         row.completions = [Completion("", reason="error")] * width
     if failed:
         errors = Counter(row.error for row in failed).most_common(3)
         words = "; ".join(f"{count} x {error[:200]!r}" for error, count in errors)
-        print(
-            f"{path}: {len(failed)} of {len(answers)} requests failed and count as wrong, the first in "
-            f"{failed[0].where}: {words}"
-        )
-    return answers
+        which = f"{len(failed)} of {len(rows)} requests failed and count as wrong, the first in {failed[0].where}"
+        print(f"{path}: {which}: {words}")
+    return rows
 
 
-def _check_texts(path: str, answers: list[Answers]) -> None:
+def _check_texts(path: str, rows: list[EngineRow]) -> None:
     """Refuse objects that Python wrote as text; note the field that is read, empty completions, and missing boxes."""
-    if others := sorted({name for row in answers for name in row.others}):
-        print(f"{path}: completions are taken from the field {answers[0].path}, and not from {', '.join(others)}")
-    own = [one for row in answers for one in row.completions]
+    field = next((row.path for row in rows if row.path), None)
+    if others := sorted({name for row in rows for name in row.others}):
+        print(f"{path}: completions are taken from the field {field}, and not from {', '.join(others)}")
+    own = [one for row in rows for one in row.completions]
     if empty := sum(not one.text.strip() for one in own):
         print(f"{path}: {empty:,} of {len(own):,} completions are empty and count as wrong")
     if 2 * sum(bool(_PYTHON.match(one.text)) for one in own) > len(own) - empty:  # a few may be the model's own
         raise UserError(f"{path}: its completions are objects written as Python's text: give them as JSON")
     if any(re.search(r"\\f?(box|rame)", one.text) for one in own) or empty == len(own):
         return
-    if all(row.path in (None, "prediction", "predictions", "predict") for row in answers):
-        print(f"{path}: no {answers[0].path} has a boxed answer; each is taken for the answer itself")
+    if all(row.path in (None, "prediction", "predictions", "predict") for row in rows):
+        print(f"{path}: no {field} has a boxed answer; each is taken for the answer itself")
         for one in own:
             one.text = f"</think>\\boxed{{{one.text}}}"
     else:
         print(f"{path}: no completion has a boxed answer, which is the one that counts")
 
 
-def _by_problem(rows: Iterable[tuple[Answers, Problem]], thinking: bool) -> Found:
-    """One model's completions of each problem. A repeated sample number with the same text is the same sample."""
-    found: Found = {}
-    seen = set()
-    for row, problem in rows:
-        own = found.setdefault(problem, {})
-        for one in row.completions:
-            if row.problem is None and (thinking or row.opens) and "<think>" not in one.text:
-                one.text = f"<think>\n{one.text}"
-            if row.sample is not None and (problem, row.sample, one.text) in seen:
-                continue
-            seen.add((problem, row.sample, one.text))
-            number = len(own) if row.problem is None else row.sample
-            if number in own:
-                raise UserError(f"{row.where} is sample {number} of its problem, as is an earlier row with other text")
-            own[number] = one
-    return found
-
-
-def _own_benchmarks(path: str, answers: list[Answers]) -> tuple[list[Benchmark], list[Problem]]:
-    """The file's prompts as benchmarks, with the file's own gold answers, and the problem of each row."""
-    golds: dict[str, dict[str | int, list[str]]] = {}
-    keys = []
-    for row in answers:
-        key = row.prompt or next(iter(row.ids.values()), None) if row.problem is None else row.problem
-        keys.append((row.benchmark or Path(path).stem, key))
-        own = golds.setdefault(keys[-1][0], {})
-        if key is None:
-            raise UserError(f"{row.where} has neither a prompt nor an id, which would say what problem it answers")
-        if row.golds is None and key not in own:
-            raise UserError(f"{row.where} has no gold answer of its own: name the benchmark with --benchmarks")
-        if row.golds is not None and own.setdefault(key, gold := golds_of(row.where, row.golds)) != gold:
-            raise UserError(f"{row.where} has another gold answer than an earlier row of the same problem")
-    if unsure := {row.gold_field for row in answers} & {"answer", "label"}:
-        print(f"{path}: its own {' and '.join(sorted(unsure))!r} is taken for the gold answer")
-    places, benchmarks = {}, []
-    for which, (name, own) in enumerate(golds.items()):
-        if all(isinstance(key, int) for key in own):  # rows of samples.jsonl, in the order in which they were finished
-            own = dict(sorted(own.items()))
-        places |= {(name, key): (which, i) for i, key in enumerate(own)}
-        texts = [*map(str, own)]
-        benchmarks.append(Benchmark(name, texts, texts, [*own.values()]))
-    check_golds(path, [gold for benchmark in benchmarks for gold in benchmark.golds])
-    return benchmarks, [places[key] for key in keys]
-
-
-def _assigned(path: str, answers: list[Answers], benchmarks: list[Benchmark], limit: int) -> list[Problem]:
+def _problems_of(path: str, rows: list[EngineRow], benchmarks: list[Benchmark], limit: int) -> list[Problem]:
     """The problem that each row answers."""
-    texts: dict[str, Problem] = {}  # of problems with the same text the first
-    for which, benchmark in enumerate(benchmarks):
-        for i, text in enumerate(benchmark.problems):
-            texts.setdefault(_words(text), (which, i))
-    asked = lru_cache(None)(partial(_asked, problems=texts))
-    found: list[Problem | None] = []
+    asked = lru_cache(None)(partial(_problem_in, places=_places(benchmarks)))
     numbered = {(b.name, i): (which, i) for which, b in enumerate(benchmarks) for i in range(len(b.problems))}
-    for row in answers:
+    found: list[Problem | None] = []
+    for row in rows:
         own = numbered.get((row.benchmark, row.problem))
-        found.append(asked(row.prompt or "") or asked(row.texts) if row.problem is None else own)
+        found.append(asked(row.prompt) or asked(row.texts) if row.problem is None else own)
         if found[-1] is None and (row.prompt or row.problem is not None):
             given = "its prompt holds" if row.problem is None else f"'problem' {row.problem} of {row.benchmark!r} is"
             raise UserError(f"{row.where}: {given} no problem of {', '.join(b.name for b in benchmarks)}")
     if None not in found:
         return found
-    named = _by_id(answers, benchmarks, limit)
+    named = _problems_by_id(rows, benchmarks, limit)
     if named is None:
-        if len(benchmarks) > 1 or len(answers) not in (len(benchmarks[0].problems), limit):
+        if len(benchmarks) > 1 or len(rows) not in (len(benchmarks[0].problems), limit):
             raise UserError(
-                f"{answers[found.index(None)].where} has no prompt, and no id that names its problem; then the file "
+                f"{rows[found.index(None)].where} has no prompt, and no id that names its problem; then the file "
                 "must have a row for each problem of one benchmark"
             )
         print(f"{path}: rows without a prompt or an id of a problem are taken in the order of {benchmarks[0].name}")
@@ -182,30 +132,28 @@ def _assigned(path: str, answers: list[Answers], benchmarks: list[Benchmark], li
     return [problem or by_id for problem, by_id in zip(found, named)]
 
 
-def _refuse_prompts(path: str, answers: list[Answers], problems: list[str]) -> None:
-    """Refuse completions that begin with a few-shot prompt, whose boxes would count as answers."""
-    texts = [(one.text, asked) for row, asked in zip(answers, problems) for one in row.completions]
-    num_boxed = sum(asked in text and bool(extract_answer(text[: text.find(asked)])) for text, asked in texts)
-    if 2 * num_boxed > len(texts):
-        raise UserError(
-            f"{path}: {num_boxed:,} of {len(texts):,} completions have a boxed answer in front of the problem itself, "
-            "so they seem to begin with their prompts; a row must hold the completion alone"
-        )
+def _places(benchmarks: list[Benchmark]) -> dict[str, list[Problem]]:
+    """{text of a problem: its places}, several if it is there several times."""
+    places: dict[str, list[Problem]] = {}
+    for which, benchmark in enumerate(benchmarks):
+        for i, text in enumerate(benchmark.problems):
+            places.setdefault(_words(text), []).append((which, i))
+    return places
 
 
-def _asked(text: str, problems: dict[str, Problem]) -> Problem | None:
+def _problem_in(text: str, places: dict[str, list[Problem]]) -> Problem | None:
     """Of all problems contained in a text the one that ends last; if several end there, the longest, since one problem
-    may contain another."""
+    may contain another; of its places the first."""
     text = _words(text)
-    held = [(at + len(words), len(words), words) for words in problems if (at := text.rfind(words)) >= 0]
-    return problems[max(held)[2]] if held else None
+    held = [(at + len(words), len(words), words) for words in places if (at := text.rfind(words)) >= 0]
+    return places[max(held)[2]][0] if held else None
 
 
 def _words(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list[Problem] | None:
+def _problems_by_id(rows: list[EngineRow], benchmarks: list[Benchmark], limit: int) -> list[Problem] | None:
     """The problem of each row by the first of its ids that identifies a problem in every row: its custom_id, or better
     by a benchmark's own id than by a number, which may be the row's. None if there is none.
 
@@ -220,7 +168,7 @@ def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list
         problems: dict[str, Problem] = {}
         for which, benchmark in enumerate(benchmarks):
             own = [id for id, begin in zip(ids, whose) if begin == names[which]]
-            problems |= {id: (which, i) for id, i in _numbers(own, benchmark, limit, counted).items()}
+            problems |= {id: (which, i) for id, i in _indices(own, benchmark, limit, counted).items()}
         if problems.keys() >= {*ids}:
             return [problems[id] for id in ids]
     if "custom_id" in rows[0].ids:
@@ -231,7 +179,7 @@ def _by_id(rows: list[Answers], benchmarks: list[Benchmark], limit: int) -> list
     return None
 
 
-def _numbers(ids: list[str], benchmark: Benchmark, limit: int, counted: bool) -> dict[str, int]:
+def _indices(ids: list[str], benchmark: Benchmark, limit: int, counted: bool) -> dict[str, int]:
     """{id: index of its problem} for the benchmark's own ids, or if `counted` for ids with a number that is one, or that
     runs over all problems, from 0 or 1. Empty if the ids are neither, or contain several such numbers."""
     if len(benchmark.problems) == 1:
@@ -250,20 +198,78 @@ def _numbers(ids: list[str], benchmark: Benchmark, limit: int, counted: bool) ->
     return found[0] if len(found) == 1 else {}
 
 
+def _own_benchmarks(path: str, rows: list[EngineRow]) -> tuple[list[Benchmark], list[Problem]]:
+    """The file's prompts as benchmarks, with the file's own gold answers, and the problem of each row."""
+    golds: dict[str, dict[str | int, list[str]]] = {}  # {benchmark: {problem: its gold answers}}
+    keys = []
+    for row in rows:
+        name = row.benchmark or Path(path).stem
+        key = row.problem if row.problem is not None else row.prompt or next(iter(row.ids.values()), None)
+        own = golds.setdefault(name, {})
+        if key is None:
+            raise UserError(f"{row.where} has neither a prompt nor an id, which would say what problem it answers")
+        if row.golds is None and key not in own:
+            raise UserError(f"{row.where} has no gold answer of its own: name the benchmark with --benchmarks")
+        if row.golds is not None and own.setdefault(key, gold := golds_of(row.where, row.golds)) != gold:
+            raise UserError(f"{row.where} has another gold answer than an earlier row of the same problem")
+        keys.append((name, key))
+    if unsure := {row.gold_field for row in rows} & {"answer", "label"}:
+        print(f"{path}: its own {' and '.join(sorted(unsure))!r} is taken for the gold answer")
+    places, benchmarks = {}, []
+    for which, (name, own) in enumerate(golds.items()):
+        if all(isinstance(key, int) for key in own):  # rows of samples.jsonl, in the order in which they were finished
+            own = dict(sorted(own.items()))
+        places |= {(name, key): (which, i) for i, key in enumerate(own)}
+        texts = [*map(str, own)]
+        benchmarks.append(Benchmark(name, texts, texts, [*own.values()]))
+    check_golds(path, [gold for benchmark in benchmarks for gold in benchmark.golds])
+    return benchmarks, [places[key] for key in keys]
+
+
+def _refuse_prompts(path: str, rows: list[EngineRow], asked: list[str]) -> None:
+    """Refuse completions that begin with a few-shot prompt, whose boxes would count as answers."""
+    texts = [(one.text, problem) for row, problem in zip(rows, asked) for one in row.completions]
+    num_boxed = sum(problem in text and bool(extract_answer(text[: text.find(problem)])) for text, problem in texts)
+    if 2 * num_boxed > len(texts):
+        raise UserError(
+            f"{path}: {num_boxed:,} of {len(texts):,} completions have a boxed answer in front of the problem itself, "
+            "so they seem to begin with their prompts; a row must hold the completion alone"
+        )
+
+
+def _by_problem(rows: Iterable[tuple[EngineRow, Problem]], thinking: bool) -> Found:
+    """One model's completions of each problem. A repeated sample number with the same text is the same sample."""
+    found: dict[Problem, dict[int, Completion]] = {}  # by sample number
+    seen = set()
+    for row, problem in rows:
+        own = found.setdefault(problem, {})
+        for one in row.completions:
+            if row.problem is None and (thinking or row.opens) and "<think>" not in one.text:
+                one.text = f"<think>\n{one.text}"
+            if row.sample is not None and (problem, row.sample, one.text) in seen:
+                continue
+            seen.add((problem, row.sample, one.text))
+            number = len(own) if row.problem is None else row.sample
+            if number in own:
+                raise UserError(f"{row.where} is sample {number} of its problem, as is an earlier row with other text")
+            own[number] = one
+    return {problem: [own[number] for number in sorted(own)] for problem, own in found.items()}
+
+
 def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:
-    """Completions of a problem that a benchmark has several times, split among its copies; every copy gets all of them
-    if there are only as many as another problem has."""
-    same: dict[str, list[Problem]] = {}
-    for which, benchmark in enumerate(benchmarks):
-        for i, text in enumerate(benchmark.problems):
-            same.setdefault(_words(text), []).append((which, i))
-    n = max((len(found[one]) for (one, *more) in same.values() if not more and one in found), default=0)
-    for one, *more in same.values():
-        own = list(found.get(one, {}).values())
-        if more and own and not any(other in found for other in more):
-            share = len(own) // (1 + len(more)) if len(own) != n and len(own) % (1 + len(more)) == 0 else 0
-            for k, copy in enumerate([one, *more]):
-                found[copy] = dict(enumerate(own[k * share : (k + 1) * share] if share else own))
+    """Completions of a problem that is there several times, split among its copies; every copy gets all of them if
+    there are only as many as another problem has. A benchmark with no completions of its other problems gets none."""
+    places = _places(benchmarks).values()
+    n = max((len(found[one]) for one, *more in places if not more and one in found), default=0)
+    unshared = [copies[0] for copies in places if len({which for which, _ in copies}) == 1]
+    absent = {which for which, _ in unshared} - {which for which, i in unshared if (which, i) in found}
+    for one, *more in places:
+        if one in found and not any(other in found for other in more):
+            own = found.pop(one)
+            copies = [copy for copy in (one, *more) if copy[0] not in absent] or [one]
+            share = len(own) // len(copies) if len(own) != n and len(own) % len(copies) == 0 else 0
+            for k, copy in enumerate(copies):
+                found[copy] = own[k * share : (k + 1) * share] if share else own
     return found
 
 
@@ -271,7 +277,7 @@ def _graded(path: str, name: str, benchmarks: list[Benchmark], found: Found, lim
     """One model's completions graded, by benchmark."""
     samples = []
     for which, benchmark in enumerate(benchmarks):
-        problems = [found.get((which, i), {}) for i in range(len(benchmark.problems))][: limit or None]
+        problems = [found.get((which, i), []) for i in range(len(benchmark.problems))][: limit or None]
         if not any(problems):
             print(f"{path}: {name} has no completions for {benchmark.name}")
             continue
@@ -282,9 +288,9 @@ def _graded(path: str, name: str, benchmarks: list[Benchmark], found: Found, lim
                     f"{path}: {name} has {len(own)} completions for problem {i + 1} of {benchmark.name} and {n} for "
                     "others; every problem needs the same number (--limit N grades the first N problems alone)"
                 )
-        if n > 1 and all(min(Counter(one.text for one in own.values()).values()) > 1 for own in problems):
+        if n > 1 and all(min(Counter(one.text for one in own).values()) > 1 for own in problems):
             print(f"{path}: {name} has every completion of {benchmark.name} more than once, word for word")
-        numbered = [(i, k, own[number]) for i, own in enumerate(problems) for k, number in enumerate(sorted(own))]
+        numbered = [(i, k, one) for i, own in enumerate(problems) for k, one in enumerate(own)]
         samples.append([graded(name, benchmark, i, k, one.text, one.tokens, one.reason) for i, k, one in numbered])
     return samples
 

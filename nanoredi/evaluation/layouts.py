@@ -47,8 +47,8 @@ LAYOUTS = {
     "prediction": "OpenCompass' predictions",
     "predict": "LLaMA-Factory's generated_predictions.jsonl",
 }
-_INNER = (*LAYOUTS, "body", "parts", "value")  # the same for an object within the row
-_ENGINES = "choices candidates outputs message content generated_text".split()  # for an object that is text
+_INNER_FIELDS = (*LAYOUTS, "body", "parts", "value")  # the same for an object within the row
+_FIELDS_IN_TEXT = "choices candidates outputs message content generated_text".split()  # for an object that is text
 _PROMPTS = (
     "full_prompt prompt messages conversations origin_prompt instruction input inputs problem question query example "
     "arguments doc.query doc.problem doc.question"
@@ -58,7 +58,7 @@ _GOLDS = ("reward_model.ground_truth", *SURE_GOLDS, "target", "answer", "label")
 _IDS = "custom_id problem_id question_id doc_id idx index id uid key doc.id extra_info.index meta_info.id".split()
 _ID = re.compile("(example|instance|item|problem|prompt|query|question|record|request|row|task|unique)_(id|idx|index)")
 _MODELS = "model model_name model_id generator response.model response.body.model output.model".split()
-_ABOUT = ("", "usage.", "meta_info.", "details.")  # objects in an object, with what it says about its completions
+_DETAILS = ("", "usage.", "meta_info.", "details.")  # objects in an object, with what it says about its completions
 _TOKENS = (
     "completion_tokens output_tokens generated_tokens num_generated_tokens eval_count tokens_predicted token_ids "
     "output_ids tokens"
@@ -66,7 +66,9 @@ _TOKENS = (
 _REASONS = ("finish_reason", "finish_reasons", "done_reason", "stop_type", "stop_reason", "incomplete_details.reason")
 _THINKING = (*THINKING_NAMES, "reasonings")
 _NOT_ASKED = (*_THINKING, "role", "from", "type", "until")  # fields of a message or request that no prompt shows
-_CUT_OFF = ("max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "model_length", "limit")  # mean "length"
+_THOUGHTS = ("thinking", "reasoning", "redacted_thinking")  # types of a content's parts
+# Finish reasons that mean "length".
+_CUT_OFF = "max_tokens max_length max_new_tokens max_output_tokens model_length model_context_window_exceeded limit"
 
 
 @dataclass
@@ -79,27 +81,27 @@ class Completion:
 
 
 @dataclass
-class Answers:
-    """A row of the file."""
+class EngineRow:
+    """What a row says about its problem and the completions of it."""
 
     where: str  # "file, line n"
-    prompt: str | None  # its texts, the question last; None if there is none, or none that is text
-    completions: list[Completion]
-    opens: bool = False  # whether the prompt ends with <think>, which the completion then does not contain
-    golds: Any = None  # the row's own gold answers, as they are in the file
-    gold_field: str = ""  # the field that they are in
-    ids: dict[str, str] = field(default_factory=dict)  # every field that may identify the problem
+    prompt: str  # its texts, the question last; empty if there is none
+    opens: bool  # whether the prompt ends with <think>, which the completion then does not contain
+    golds: Any  # the row's own gold answers, as they are in the file
+    gold_field: str  # the field that they are in
+    ids: dict[str, str]  # every field that may identify the problem
+    model: str | None  # the model's name, if the row has it
+    completions: list[Completion] = field(default_factory=list)
     error: str | None = None  # the server's message if the request failed; then there are no completions
     path: str | None = None  # the field that holds the completions
     others: list[str] = field(default_factory=list)  # other fields that may hold completions, with other values
     texts: str = ""  # all text of the row except its completions
-    model: str | None = None  # the model's name, if the row has it
     sample: int | None = None  # the sample's number, if nanoredi wrote the row
     benchmark: str | None = None  # only in rows of samples.jsonl, like the next one
     problem: int | None = None
 
 
-def read(where: str, row: Any) -> Answers:
+def read(where: str, row: Any) -> EngineRow:
     """Read a row in whichever layout it has.
 
     Raises:
@@ -109,90 +111,140 @@ def read(where: str, row: Any) -> Answers:
     given = {"outputs": row} if isinstance(row, list) else row  # the samples of a problem
     if not isinstance(given, dict):
         raise UserError(f"{where} holds no JSON object")
-    row = _plain(in_one_case(where, given, _name))
-    row |= {name: _count(row[name]) for name in ("sample", "problem") if name in row}
-    prompts = [text for path in _PROMPTS if (text := "\n".join(_texts(_get(row, path))))]
-    found = Answers(where, "\n".join(prompts) or None, [], any(p.rstrip().endswith("<think>") for p in prompts))
-    golds = ((path, gold) for path in _GOLDS if (gold := _get(row, path)) not in (None, "", []))
-    found.gold_field, found.golds = next(golds, ("", None))
-    index, choices = _get(row, "doc.gold_index"), _get(row, "doc.choices")
-    if isinstance(index, (int, list)) and isinstance(choices, list):
-        indices = index if isinstance(index, list) else [index]
-        found.golds = [choices[i] for i in indices if isinstance(i, int) and i in range(len(choices))]
-    choices = row.get("choices") or row.get("options")
-    if isinstance(choices, list) and isinstance(found.golds, int) and found.golds in range(len(choices)):
-        if not isinstance(choices[found.golds], dict):  # else they are chat.completion's
-            found.golds = [chr(ord("A") + found.golds), str(choices[found.golds])]
+    row = _in_snake_case(in_one_case(where, given, _snake_case))
+    row |= {name: _whole_number(row[name]) for name in ("sample", "problem") if name in row}
+    prompts = [text for path in _PROMPTS if (text := "\n".join(_prompt_texts(_get(row, path))))]
+    opens = any(prompt.rstrip().endswith("<think>") for prompt in prompts)
+    model = next((name for path in _MODELS if isinstance(name := _get(row, path), str)), None)
     ids = dict.fromkeys([*_IDS, *filter(_ID.fullmatch, row)])
-    found.ids = {path: str(value) for path in ids if isinstance(value := _get(row, path), (str, int, float))}
-    found.model = next((name for path in _MODELS if isinstance(name := _get(row, path), str)), None)
-    sample, problem = row.get("sample"), row.get("problem")
-    if type(problem) is int and isinstance(row.get("benchmark"), str):
-        found.benchmark, found.problem, found.model = row["benchmark"], problem, str(row.get("model"))
-        check(where, sample, int, "its 'sample'")
-    if found.problem is not None or type(sample) is int and {"completion", "finish_reason", "tokens"} <= row.keys():
-        found.sample = sample
-    if fields := _fields(row, LAYOUTS):
-        texts = {name: [one.text for one in _completions(row[name])] for name in fields}
-        found.path, found.completions = fields[0], _described(_completions(row[fields[0]]), row)
-        found.others = [name for name in fields[1:] if row[name] and texts[name] != texts[fields[0]]]
+    ids = {path: str(value) for path in ids if isinstance(value := _get(row, path), (str, int, float))}
+    found = EngineRow(where, "\n".join(prompts), opens, *_golds(row), ids, model)
+    _read_own_numbers(found, row)
+    fields = {name: _completions(row[name]) for name in _completion_fields(row, LAYOUTS)}
+    if fields:
+        texts = {name: [one.text for one in own] for name, own in fields.items()}
+        found.path, *more = fields
+        found.others = [name for name in more if row[name] and texts[name] != texts[found.path]]
+        found.completions = _with_details(fields[found.path], row)
     if not any(one.text for one in found.completions):
         found.error = _error(row, found.completions)
     if found.error is None:
-        _check(found, given, row, prompts)
+        _refuse(found, given, row)
+        for one in found.completions:
+            _settle(where, one, prompts)
     else:
         found.completions = []
-    found.texts = "\n".join(text for name, value in row.items() for text in _texts(value, name not in fields))
+    found.texts = "\n".join(text for name, value in row.items() for text in _prompt_texts(value, name not in fields))
     return found
 
 
-def _check(found: Answers, given: dict[str, Any], row: dict[str, Any], prompts: list[str]) -> None:
-    """Refuse a row without whole completions; unify their finish reasons."""
-    where, path = found.where, found.path
-    if path is None:
-        raise UserError(
-            f"{where} is in no known layout: it has the fields {', '.join(given)[:500] or 'none at all'}, and "
-            f"completions are looked for in {', '.join(LAYOUTS)} (docs/layouts.md has an example of each)"
-        )
-    is_piece = row.get("done") is False or path == "content" and row.get("stop") is False
-    if is_piece or str(row.get("object")).endswith(".chunk"):
-        raise UserError(f"{where} is a piece of a stream; a row must hold a whole completion: request them unstreamed")
-    if not found.completions:
-        raise UserError(f"{where}: its {path!r} holds no completion")
-    for one in found.completions:
-        check(where, one.text, str, "its completion")
-        check(where, one.tokens, (range(2**31), None), "its number of tokens")
-        one.reason = one.reason.get("type", one.reason.get("reason")) if isinstance(one.reason, dict) else one.reason
-        check(where, one.reason, (str, None), "its finish_reason")
-        if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF:
-            one.reason = "length"
-        for prompt in prompts:  # which transformers' pipelines repeat
-            one.text = one.text.removeprefix(prompt)
+def _prompt_texts(value: Any, is_asked: bool = True) -> Iterator[str]:
+    """All texts, at any depth, that are no part of the model's answer or thinking, except for a given <think>."""
+    value = _from_text(value)  # lm-eval writes messages as text
+    if isinstance(value, str) and is_asked:
+        yield value
+    if isinstance(value, dict):
+        role = last_role([value])
+        is_asked = role != "assistant" or str(value.get("content")).strip() == "<think>" if role else is_asked
+        value = [inner for name, inner in value.items() if name not in _NOT_ASKED]
+    for inner in value if isinstance(value, list) else ():
+        yield from _prompt_texts(inner, is_asked)
+
+
+def _golds(row: dict[str, Any]) -> tuple[Any, str]:
+    """The row's own gold answers, which may be indices of choices, and the field that they are in."""
+    name = next((path for path in _GOLDS if _get(row, path) not in (None, "", [])), "")
+    golds = _get(row, name) if name else None
+    indices, choices = _get(row, "doc.gold_index"), _get(row, "doc.choices")
+    indices = [indices] if isinstance(indices, int) else indices
+    if isinstance(indices, list) and isinstance(choices, list):  # lighteval's
+        return [choices[i] for i in indices if isinstance(i, int) and i in range(len(choices))], name
+    choices = row.get("choices") or row.get("options")
+    if isinstance(choices, list) and isinstance(golds, int) and golds in range(len(choices)):
+        if not isinstance(choices[golds], dict):  # else they are chat.completion's
+            return [chr(ord("A") + golds), str(choices[golds])], name
+    return golds, name
+
+
+def _read_own_numbers(found: EngineRow, row: dict[str, Any]) -> None:
+    """The numbers in rows of nanoredi's own: of samples.jsonl, or of sample.py, which numbers only the sample."""
+    problem, sample = row.get("problem"), row.get("sample")
+    if type(problem) is int and isinstance(row.get("benchmark"), str):
+        found.benchmark, found.problem, found.model = row["benchmark"], problem, str(row.get("model"))
+        check(found.where, sample, int, "its 'sample'")
+    if found.problem is not None or type(sample) is int and {"completion", "finish_reason", "tokens"} <= row.keys():
+        found.sample = sample
+
+
+def _completion_fields(value: dict[str, Any], names: Any) -> list[str]:
+    """The fields of an object that may hold its completions, those that are null or empty last."""
+    there = [name for name in names if name in value and _may_hold_completions(value, name, names is LAYOUTS)]
+    return sorted(there, key=lambda name: value[name] in (None, [], ""))
+
+
+def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
+    """Whether a field holds completions, rather than something else with the same name. top: of the row, not within."""
+    value = _from_text(row[name]) if top else row[name]
+    is_other = top and (row.get("error") or {"response", "text"} & row.keys())  # what errors and prompts have, too
+    match name:
+        case "messages" | "conversations" | "all_messages":  # may be the prompt
+            return last_role(value) == "assistant"
+        case "choices":  # may be a question's choices
+            return value is None or isinstance(value, list) and all(isinstance(one, dict) for one in value)
+        case "text" if top:
+            return "meta_info" in row
+        case "content" if top:
+            return not is_other and (last_role([row]) == "assistant" or bool({"stop_type", "stop"} & row.keys()))
+        case "message":
+            return isinstance(value, dict) and not is_other and (not top or last_role([value]) == "assistant")
+        case "code" | "parts":
+            return isinstance(value, list) and not is_other
+        case "response" | "result" | "body" | "model_response" | "model_output" if isinstance(value, dict):
+            return bool(_completion_fields(value, _INNER_FIELDS))
+    return name != "result"
 
 
 def _completions(value: Any) -> list[Completion]:
     """All completions in a text, in an object, or in a list of these."""
     if isinstance(value, str):
-        found = [] if (inner := _unquoted(value)) is value else _completions(inner)
+        found = [] if (inner := _from_text(value)) is value else _completions(inner)
         return found if found and all(isinstance(one.text, str) for one in found) else [Completion(value)]
-    if isinstance(value, list) and (parts := _parts(value)) is not None:
+    if isinstance(value, list) and (parts := _text_of_parts(value)) is not None:
         return [Completion(parts)]
     if isinstance(value, list):
         is_asked = last_role(value) and any(last_role([message]) != "assistant" for message in value)
         return [one for item in (value[-1:] if is_asked else value) for one in _completions(item)]
     if isinstance(value, dict):
-        if fields := _fields(value, _INNER):
-            inner = value[fields[0]] if fields[0] != "parts" else _parts(value["parts"], True)
-            return _described(_completions(inner), value)
+        if fields := _completion_fields(value, _INNER_FIELDS):
+            inner = value[fields[0]] if fields[0] != "parts" else _text_of_parts(value["parts"], True)
+            return _with_details(_completions(inner), value)
         if {"role", "finish_reason"} & value.keys():  # filtered by the server
             value = None
-    return [Completion("" if value is None else value)]  # _check refuses what is no text
+    return [Completion("" if value is None else value)]  # _settle refuses what is no text
 
 
-def _described(found: list[Completion], value: dict[str, Any]) -> list[Completion]:
+def _text_of_parts(content: list[Any], is_sure: bool = False) -> str | None:
+    """The text of a content in parts, [{"type": "text", "text": TEXT}, ...], after its thinking; None if the list is
+    something else, such as messages or samples."""
+    if not all(isinstance(part, dict) and (is_sure or "type" in part) for part in content):
+        return None
+    if not is_sure and all("role" in part for part in content):
+        return None
+    thinks = [part.get("thought") is True or part.get("type") in _THOUGHTS for part in content]
+    thinking, text = ("".join(_text_in(p) for p, own in zip(content, thinks) if own is kind) for kind in (True, False))
+    return f"<think>\n{thinking}</think>{text}" if any(thinks) else text
+
+
+def _text_in(part: Any) -> str:
+    """The text of a part, or of the parts within it."""
+    said = next((part[name] for name in ("text", "content", *THINKING_NAMES, "summary") if _get(part, name)), "")
+    return said if isinstance(said, str) else "".join(map(_text_in, said)) if isinstance(said, list) else ""
+
+
+def _with_details(found: list[Completion], value: dict[str, Any]) -> list[Completion]:
     """Add what the object around the completions says about them, unless an object within it has said so already."""
     num = len(found)
-    about = _each(value, _TOKENS, num, count=True), _each(value, _REASONS, num), _each(value, _THINKING, num)
+    about = _of_each(value, _TOKENS, num, count=True), _of_each(value, _REASONS, num), _of_each(value, _THINKING, num)
     for one, tokens, reason, thinking in zip(found, *about):
         one.tokens = one.tokens if one.tokens is not None else tokens
         one.reason = one.reason if one.reason is not None else reason
@@ -201,10 +253,10 @@ def _described(found: list[Completion], value: dict[str, Any]) -> list[Completio
     return found
 
 
-def _each(value: dict[str, Any], names: Iterable[str], num: int, count: bool = False) -> list[Any]:
+def _of_each(value: dict[str, Any], names: Iterable[str], num: int, count: bool = False) -> list[Any]:
     """What an object says about each of its completions, under the first of some names that it has. For several
     completions it must be a list: a single value is about all together. With `count` a list may also be counted."""
-    for path in (about + name for about in _ABOUT for name in names):
+    for path in (about + name for about in _DETAILS for name in names):
         said = _get(value, path)
         if count and isinstance(said, dict):
             continue
@@ -213,87 +265,18 @@ def _each(value: dict[str, Any], names: Iterable[str], num: int, count: bool = F
         elif count and num == 1:  # the completion's tokens, or a list of one such list or of one count
             is_of_one = len(said) == 1 and isinstance(said[0], list if path.endswith("ids") else (list, int))
             said = said if is_of_one else [len(said) or None]
-        said = [len(one) if isinstance(one, list) else _count(one) for one in said] if count else said
+        said = [len(one) if isinstance(one, list) else _whole_number(one) for one in said] if count else said
         if len(said) == num and any(one is not None for one in said):
             return said
     return [None] * num
 
 
-def _count(value: Any) -> Any:
+def _whole_number(value: Any) -> Any:
     """A whole number that a table has as text or as a float, or None for its empty cell; else the value itself."""
-    if value == "" or value != value:
+    if value == "":
         return None
     is_text = isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value)
     return int(value) if is_text or isinstance(value, float) and value.is_integer() else value
-
-
-def _fields(value: dict[str, Any], names: Any) -> list[str]:
-    """The fields of an object that may hold its completions, those that are null or empty last."""
-    there = [name for name in names if name in value and _may_hold_completions(value, name, names is LAYOUTS)]
-    return sorted(there, key=lambda name: value[name] in (None, [], ""))
-
-
-def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
-    """Whether a field holds completions, rather than something else with the same name."""
-    value = _unquoted(row[name]) if top else row[name]
-    if name in ("messages", "conversations", "all_messages"):  # may be the prompt
-        return last_role(value) == "assistant"
-    if name == "choices":  # may be a question's choices
-        return value is None or isinstance(value, list) and all(isinstance(one, dict) for one in value)
-    if top and name == "text":
-        return "meta_info" in row
-    if top and name in ("code", "message", "content"):  # errors and prompts have such fields, too
-        is_said = name == "code" or last_role([value if name == "message" else row]) == "assistant"
-        is_said = is_said or name == "content" and bool({"stop_type", "stop"} & row.keys())
-        if row.get("error") or {"response", "text"} & row.keys() or not is_said:
-            return False
-    if name in ("code", "parts", "message"):
-        return isinstance(value, dict if name == "message" else list)
-    if name in ("response", "result", "body", "model_response", "model_output") and isinstance(value, dict):
-        return bool(_fields(value, _INNER))
-    return name != "result"
-
-
-def _unquoted(value: Any) -> Any:
-    """A list of texts, messages, or objects with completions that were written as text. Other JSON may be the model's."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        with suppress(UserError):
-            inner = _plain(parse_json("it", value))
-            objects, names = (inner, _INNER) if isinstance(inner, list) else ([inner], _ENGINES)
-            if last_role(objects) or any(isinstance(one, dict) and _fields(one, names) for one in objects):
-                return inner
-    return listed(value)
-
-
-def _texts(value: Any, is_asked: bool = True) -> Iterator[str]:
-    """All texts, at any depth, that are no part of the model's answer or thinking."""
-    value = _unquoted(value)  # lm-eval writes messages as text
-    if isinstance(value, str) and is_asked:
-        yield value
-    if isinstance(value, dict):
-        role = last_role([value])
-        is_asked = role != "assistant" if role else is_asked
-        value = [inner for name, inner in value.items() if name not in _NOT_ASKED]
-    for inner in value if isinstance(value, list) else ():
-        yield from _texts(inner, is_asked)
-
-
-def _parts(content: list[Any], is_sure: bool = False) -> str | None:
-    """The text of a content in parts, [{"type": "text", "text": TEXT}, ...], after its thinking; None if the list is
-    something else, such as messages or samples."""
-    if not content or not all(isinstance(part, dict) and (is_sure or "type" in part) for part in content):
-        return None
-    if not is_sure and all("role" in part for part in content):
-        return None
-    thinks = [part.get("thought") is True or part.get("type") in ("thinking", "reasoning") for part in content]
-    thinking, text = ("".join(_part(p) for p, own in zip(content, thinks) if own is which) for which in (True, False))
-    return f"<think>\n{thinking}</think>{text}" if any(thinks) else text
-
-
-def _part(part: Any) -> str:
-    """The text of a part, or of the parts within it."""
-    said = next((part[name] for name in ("text", "content", *THINKING_NAMES, "summary") if _get(part, name)), "")
-    return said if isinstance(said, str) else "".join(map(_part, said)) if isinstance(said, list) else ""
 
 
 def _error(row: dict[str, Any], found: list[Completion]) -> str | None:
@@ -317,6 +300,44 @@ def _message(error: Any) -> str:
     return inner["message"] if isinstance(inner, dict) else error if isinstance(error, str) else json.dumps(error)
 
 
+def _refuse(found: EngineRow, given: dict[str, Any], row: dict[str, Any]) -> None:
+    """Refuse a row without whole completions."""
+    where, path = found.where, found.path
+    if path is None:
+        raise UserError(
+            f"{where} is in no known layout: it has the fields {', '.join(given)[:500] or 'none at all'}, and "
+            f"completions are looked for in {', '.join(LAYOUTS)} (docs/layouts.md has an example of each)"
+        )
+    is_piece = row.get("done") is False or path == "content" and row.get("stop") is False
+    if is_piece or str(row.get("object")).endswith(".chunk"):
+        raise UserError(f"{where} is a piece of a stream; a row must hold a whole completion: request them unstreamed")
+    if not found.completions:
+        raise UserError(f"{where}: its {path!r} holds no completion")
+
+
+def _settle(where: str, one: Completion, prompts: list[str]) -> None:
+    """Check a completion's types, unify its finish reason, and remove its prompt."""
+    check(where, one.text, str, "its completion")
+    check(where, one.tokens, (range(2**31), None), "its number of tokens")
+    one.reason = one.reason.get("type", one.reason.get("reason")) if isinstance(one.reason, dict) else one.reason
+    check(where, one.reason, (str, None), "its finish_reason")
+    if one.reason and one.reason.lower().rpartition(".")[2] in _CUT_OFF.split():
+        one.reason = "length"
+    for prompt in prompts:  # which transformers' pipelines repeat
+        one.text = one.text.removeprefix(prompt)
+
+
+def _from_text(value: Any) -> Any:
+    """A list of texts, messages, or objects with completions that were written as text. Other JSON may be the model's."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(UserError):
+            inner = _in_snake_case(parse_json("it", value))
+            objects, names = (inner, _INNER_FIELDS) if isinstance(inner, list) else ([inner], _FIELDS_IN_TEXT)
+            if last_role(objects) or any(isinstance(one, dict) and _completion_fields(one, names) for one in objects):
+                return inner
+    return listed(value)
+
+
 def _get(row: Any, path: str) -> Any:
     """The value at a dotted path; None if there is none."""
     for key in path.split("."):
@@ -324,13 +345,13 @@ def _get(row: Any, path: str) -> Any:
     return row
 
 
-def _plain(value: Any) -> Any:
+def _in_snake_case(value: Any) -> Any:
     """A value from JSON with all field names in snake case."""
     if isinstance(value, dict):
-        return {_name(name): _plain(inner) for name, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list) else value
+        return {_snake_case(name): _in_snake_case(inner) for name, inner in value.items()}
+    return [_in_snake_case(inner) for inner in value] if isinstance(value, list) else value
 
 
 @lru_cache(10_000)
-def _name(name: str) -> str:
+def _snake_case(name: str) -> str:
     return re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).strip("_").lower()

@@ -29,18 +29,12 @@ _MODEL_FILES = ("*config.json", "*token*.json", "vocab.json", "*.index.json", "*
 _KEY = ("model", "benchmark", "problem", "sample")
 _COUNT = range(2**31)
 SAMPLE = {
-    "model": str,
-    "benchmark": str,
-    "problem": _COUNT,
-    "sample": _COUNT,
-    "correct": bool,
-    "correct_deepscaler": bool,
-    "answer": (str, None),
+    **dict.fromkeys(("model", "benchmark", "response"), str),
+    **dict.fromkeys(("problem", "sample", "waits"), _COUNT),
+    **dict.fromkeys(("correct", "correct_deepscaler"), bool),
+    **dict.fromkeys(("answer", "finish_reason"), (str, None)),
     "gold": [str],
     "tokens": (_COUNT, None),
-    "finish_reason": (str, None),
-    "waits": _COUNT,
-    "response": str,
 }
 _RESULT = {"model": str, "benchmark": str, "pass@1": float, "sem": (float, None)}
 # A row of differences.json:
@@ -73,6 +67,8 @@ class Samples:
         }
         lock(self.path.parent)
         remove_leftovers(self.path.parent, locked=True)
+        if not self.path.exists() and not self.path.with_name("results.json").exists():
+            self.about.unlink(missing_ok=True)  # of an evaluation that ended before its first sample
         dtype = claim(self.path, self.about, about, "model" if adds else "")
         if self.path.exists():
             problems = {b.name: range(len(b.questions)) for b in benchmarks}
@@ -184,7 +180,8 @@ def _refuse_others(path: Path, kind: str, before: dict[str, Any], now: dict[str,
         if name not in before or name not in now:
             how = f"is {'not ' * (name in now)}part of it and is {'not ' * (name in before)}asked for"
         elif before[name] != now[name]:
-            how = f"is {before[name]!r} there and {now[name]!r} here" if kind == "setting" else "has changed since"
+            since = "has changed since" + ", or --limit" * (kind == "benchmark")
+            how = f"is {before[name]!r} there and {now[name]!r} here" if kind == "setting" else since
         else:
             continue
         raise UserError(f"{path} holds other samples: the {kind} {name} {how}; give another --out")

@@ -135,16 +135,14 @@ def compare(samples: Iterable[Row], first: str, second: str) -> list[Row]:
         Rows {benchmark, first, second, difference, low, high}: low and high bound a 95 % interval from a paired
         bootstrap, 10,000 draws of problems with replacement and with a fixed seed.
     """
-    scores: dict[str, dict[str, dict[int, list[bool]]]] = {}
+    correct: dict[tuple[str, str], dict[int, list[bool]]] = {}  # {(benchmark, model): {problem: its samples}}
     for s in samples:
-        if s["model"] in (first, second):
-            own = scores.setdefault(s["benchmark"], {}).setdefault(s["model"], {})
-            own.setdefault(s["problem"], []).append(s["correct"])
+        correct.setdefault((s["benchmark"], s["model"]), {}).setdefault(s["problem"], []).append(s["correct"])
     rng = np.random.default_rng(_SEED)  # one for all: benchmarks of one size must not share their draws
     draws, rows = {}, []
-    for benchmark, models in sorted(scores.items()):
-        one, other = models.get(first, {}), models.get(second, {})
-        if one.keys() == other.keys():
+    for benchmark in sorted({benchmark for benchmark, _ in correct}):
+        one, other = (correct.get((benchmark, model), {}) for model in (first, second))
+        if one and one.keys() == other.keys():
             of_problems = np.array([np.mean(other[p]) - np.mean(one[p]) for p in sorted(one)])
             drawn = np.array([rng.choice(of_problems, len(of_problems)).mean() for _ in range(_DRAWS)])
             draws[benchmark] = of_problems.mean(), drawn

@@ -17,7 +17,6 @@ from nanoredi.common.errors import UserError, run_script, visible
 from nanoredi.common.files import check, read_json
 from nanoredi.common.flags import option, read_flags, resolve
 from nanoredi.evaluation.samples import DIFFERENCE, read_results
-from nanoredi.evaluation.scores import Row
 from nanoredi.report import lengths
 from nanoredi.report.failures import KINDS, failures
 from nanoredi.report.figures import check_figure, draw, read_runs, summary
@@ -74,9 +73,8 @@ def _show_runs(flags: ReportFlags) -> None:
         check_figure(flags.out)
     elif flags.entropy:
         raise UserError("--entropy says what is drawn: give --out FIGURE.png, too")
-    trained, evaluated = (
-        [f for f in flags.runs if (Path(f) / name).exists()] for name in ("metrics.jsonl", "results.json")
-    )
+    trained = [folder for folder in flags.runs if (Path(folder) / "metrics.jsonl").exists()]
+    evaluated = [folder for folder in flags.runs if (Path(folder) / "results.json").exists()]
     paths = [Path(folder).resolve() for folder in flags.runs]
     for folder, path in zip(flags.runs, paths):
         if paths.count(path) > 1:
@@ -86,13 +84,13 @@ def _show_runs(flags: ReportFlags) -> None:
     runs = read_runs(trained)
     for run in runs:
         print(summary(run), end="\n\n")
-    rows: list[Row] = []
-    compared: list[Row] = []
+    rows, compared = [], []
     for folder in evaluated:
         whose = f"{folder}: " if len(evaluated) > 1 else ""
-        rows += _named(whose, read_results(folder), "model")
+        rows += [{**row, "model": whose + row["model"]} for row in read_results(folder)]
         if (file := Path(folder) / "differences.json").exists():
-            compared += _named(whose, check(str(file), read_json(file, list), [DIFFERENCE]), "first", "second")
+            pairs = check(str(file), read_json(file, list), [DIFFERENCE])
+            compared += [{**row, "first": whose + row["first"], "second": whose + row["second"]} for row in pairs]
     if rows:
         print(show(tables(rows, compared, flags.paper), flags.wide))
     elif flags.paper:
@@ -100,11 +98,6 @@ def _show_runs(flags: ReportFlags) -> None:
     if flags.out:
         draw(runs, flags.out, flags.entropy)
         print(f"drawn in {flags.out}")
-
-
-def _named(whose: str, rows: list[Row], *names: str) -> list[Row]:
-    """Rows with the run's folder in front of their models' names."""
-    return [{**row, **{name: whose + row[name] for name in names}} for row in rows]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ and rejected traces, and how far their log-probs have moved since the start. Not
 
 import itertools
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from nanoredi.common.disk import regular, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import read_text
 from nanoredi.common.runs import metrics_row
+from nanoredi.data.benchmarks import unique_names
+from nanoredi.data.messages import SIDES
 from nanoredi.evaluation.samples import read_results
 from nanoredi.evaluation.scores import step_of
 from nanoredi.report.tables import Table, as_text
@@ -23,21 +26,26 @@ from nanoredi.report.tables import Table, as_text
 # (key of metrics.jsonl, heading, format)
 SERIES = [
     ("loss", "loss", ".4f"),
-    ("chosen_logp", "chosen log-prob (nats/token)", ".4f"),
-    ("rejected_logp", "rejected log-prob (nats/token)", ".4f"),
+    *((f"{side}_logp", f"{side} log-prob (nats/token)", ".4f") for side in SIDES),
     ("margin", "margin (nats/token)", ".4f"),
-    ("chosen_entropy", "chosen entropy (nats/token)", ".4f"),
-    ("rejected_entropy", "rejected entropy (nats/token)", ".4f"),
-    ("watch_chosen_logp", "watched pairs' chosen log-prob", ".4f"),
-    ("watch_rejected_logp", "watched pairs' rejected log-prob", ".4f"),
-    ("watch_chosen_entropy", "watched pairs' chosen entropy", ".4f"),
-    ("watch_rejected_entropy", "watched pairs' rejected entropy", ".4f"),
+    *((f"{side}_entropy", f"{side} entropy (nats/token)", ".4f") for side in SIDES),
+    *((f"watch_{side}_logp", f"watched pairs' {side} log-prob", ".4f") for side in SIDES),
+    *((f"watch_{side}_entropy", f"watched pairs' {side} entropy", ".4f") for side in SIDES),
     ("grad_norm", "gradient norm", ".2e"),
     ("update_norm", "update size (L2 norm)", ".2e"),
     ("tokens_per_s", "tokens/s", ",.0f"),
     ("peak_memory_gb", "peak memory (GB)", ".2f"),
 ]
 LOGPS, ENTROPIES = ("chosen_logp", "rejected_logp"), ("chosen_entropy", "rejected_entropy")
+# Title, unit, and what an empty panel says, in the order of the panels; the last four are drawn with --entropy.
+PANELS = [
+    ("Accuracy{}", "pass@1 ± standard error (%)", "not evaluated"),
+    ("Size of the parameter update", "L2 norm", "not recorded"),
+    ("Log-prob of chosen traces", "nats/token (mean)", "not recorded"),
+    ("Log-prob of rejected traces", "nats/token (mean)", "no rejected traces in the loss"),
+    *((f"Token entropy on {side} traces", "nats/token (mean)", "not recorded") for side in SIDES),
+    *((f"Change of {side} log-prob (watched pairs)", "nats/token (mean)", "not recorded") for side in SIDES),
+]
 # Okabe and Ito's palette, which is safe for the colour-blind, without its yellow, which is invisible on white.
 # Neighbours also differ in lightness and line style, for grey prints.
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -75,14 +83,8 @@ def read_runs(folders: list[str]) -> list[Run]:
         UserError: if a folder holds no run, or a broken file.
     """
     paths = [Path(folder).resolve() for folder in folders]
-    runs = []
-    for path in paths:
-        depth = 1
-        while [p.parts[-depth:] for p in paths].count(path.parts[-depth:]) > 1 and depth < len(path.parts):
-            depth += 1
-        rows = _metrics(path / "metrics.jsonl")
-        runs.append(Run("/".join(path.parts[-depth:]), rows, _accuracy(path / "results.json", rows)))
-    return runs
+    metrics = [_metrics(path / "metrics.jsonl") for path in paths]
+    return [Run(name, rows, _accuracy(path, rows)) for path, name, rows in zip(paths, unique_names(paths), metrics)]
 
 
 def summary(run: Run) -> str:
@@ -136,7 +138,7 @@ def draw(runs: list[Run], path: str, entropy: bool = False) -> None:
         look = {"color": colour, "linestyle": style, "linewidth": 1.1}
         handles.append(Line2D([], [], label=run.name, **look))
         _draw_run(run, panels, markers, look)
-    _label_panels(panels, f" on {benchmarks[0]}" if len(benchmarks) == 1 else "")
+    _label(panels, f" on {benchmarks[0]}" if len(benchmarks) == 1 else "")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     # Legends are outside the panels, where they cover no line.
     width = max(len(run.name) for run in runs) + 8
@@ -167,18 +169,17 @@ def _draw_run(run: Run, panels: Any, markers: dict[str, str], look: dict[str, An
             axes.plot(*zip(*((step, value - scored[0][1]) for step, value in scored)), **look | cross)
 
 
-def _label_panels(panels: Any, where: str) -> None:
-    (accuracy, update), (chosen, rejected) = panels[:2]
-    unit = "nats/token (mean)"
-    _label(accuracy, f"Accuracy{where}", "pass@1 ± standard error (%)", "not evaluated")
-    _label(update, "Size of the parameter update", "L2 norm", "not recorded")
-    _label(chosen, "Log-prob of chosen traces", unit, "not recorded")
-    _label(rejected, "Log-prob of rejected traces", unit, "no rejected traces in the loss")
-    for pair, title in zip(panels[2:], ("Token entropy on {} traces", "Change of {} log-prob (watched pairs)")):
-        for axes, side in zip(pair, ("chosen", "rejected")):
-            _label(axes, title.format(side), unit, "not recorded")
-    if any(y > 0 for line in update.lines for y in line.get_ydata()):
-        update.set_yscale("log", nonpositive="mask")
+def _label(panels: Any, where: str) -> None:
+    """Set the panels' titles, units and scales, and say in the middle of those without any line why they have none."""
+    for axes, (title, unit, nothing) in zip(panels.flat, PANELS):
+        axes.set_title(title.format(where))
+        axes.set_ylabel(unit)
+        axes.grid(color="0.9")
+        if not any(math.isfinite(y) for line in axes.lines for y in line.get_ydata()):
+            axes.text(0.5, 0.5, nothing, transform=axes.transAxes, ha="center", va="center")
+            axes.set_yticks([])
+    if any(y > 0 for line in panels[0, 1].lines for y in line.get_ydata()):
+        panels[0, 1].set_yscale("log", nonpositive="mask")
     for axes in panels[-1]:
         axes.set_xlabel("optimiser step")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -186,35 +187,22 @@ def _label_panels(panels: Any, where: str) -> None:
         axes.set_xlim(low - (high - low < 1), high + (high - low < 1))  # ticks at whole steps
 
 
-def _label(axes: Any, title: str, unit: str, nothing: str) -> None:
-    """Set a panel's title and unit, and write `nothing` in its middle if no run has anything to draw."""
-    axes.set_title(title)
-    axes.set_ylabel(unit)
-    axes.grid(color="0.9")
-    if not any(math.isfinite(y) for line in axes.lines for y in line.get_ydata()):
-        axes.text(0.5, 0.5, nothing, transform=axes.transAxes, ha="center", va="center")
-        axes.set_yticks([])
-
-
 def _metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without an incomplete last line."""
-    lines, rows = read_text(path).split("\n"), []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [metrics_row(f"{path}, line {number}", line)] if line.strip() else []
-        except UserError:
-            if number < len(lines):
-                raise
+    *lines, last = read_text(path).split("\n")
+    rows = [metrics_row(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    with suppress(UserError):
+        rows.append(metrics_row(str(path), last))
     return rows
 
 
-def _accuracy(path: Path, rows: list[dict[str, Any]]) -> Accuracy:
+def _accuracy(folder: Path, rows: list[dict[str, Any]]) -> Accuracy:
     """The evaluations in a run's results.json, each at the step in its model's name. In results of former
     versions a second SFT is the final model of a run with the objective sft."""
-    if not rows or not path.exists():
+    if not rows or not (folder / "results.json").exists():
         return {}
     benchmarks: dict[str, dict[int, tuple[float, float]]] = {}
-    for row in read_results(path.parent):
+    for row in read_results(folder):
         model, points = row["model"], benchmarks.setdefault(row["benchmark"], {})
         step = min(step_of(model), rows[-1]["step"])
         points[rows[-1]["step"] if step in points else step] = row["pass@1"], row["sem"] or 0.0

@@ -6,7 +6,6 @@ pairs beyond the limits are visible, too. With --tokenizer the rows are tokenise
 
 import math
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def read_lengths(file: Path, tokenizer: Tokenizer | None = None) -> Lengths:
     else:
         too_long = file.with_name("too_long.jsonl")
         files = [file, too_long] if file.name == "pairs.jsonl" and too_long.exists() else [file]
-        found = [_known(where, row) for where, row in chain.from_iterable(map(read_rows, map(str, files)))]
+        found = [_known(where, row) for path in files for where, row in read_rows(str(path))]
     if not found:
         raise UserError(f"{file} holds no rows")
     names = found[0][0]

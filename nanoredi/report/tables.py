@@ -83,12 +83,12 @@ def details(rows: list[Row]) -> Table:
     a token. Columns without any value are left out."""
     rows = [line for model in dict.fromkeys(row["model"] for row in rows) for line in _with_average(rows, model)]
     ks = sorted({int(key[5:]) for row in rows for key in row if re.fullmatch("pass@[0-9]+", key)} - {1})
+    keys_of = {"pass@K": [f"pass@{k}" for k in ks[-1:]], "pass@k": [f"pass@{k}" for k in ks[:-1]]}
     columns = []
-    for key, heading, form in _COLUMNS:
-        some = {"pass@K": ks[-1:], "pass@k": ks[:-1]}.get(key)
-        keys = [key] if some is None else [f"pass@{k}" for k in some]
-        columns += [(key, heading.replace("pass@k", key), form) for key in keys]
-    columns = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
+    for kind, heading, form in _COLUMNS:
+        for key in keys_of.get(kind, [kind]):
+            if any(row.get(key) is not None for row in rows):
+                columns.append((key, heading.replace("pass@k", key), form))
     lines = [[_name(row), *(_cell(form, row.get(key)) for key, _, form in columns[1:])] for row in rows]
     return Table([[heading for _, heading, _ in columns], *lines], 2, _LEAST)
 
@@ -103,8 +103,7 @@ def scores(rows: list[Row], metric: str = "pass@1", paper: bool = False) -> Tabl
         own = {row["benchmark"]: row for row in _with_average(rows, model)}
         if not all(name in own for name in names):
             own.pop("average", None)
-        cells = [own.get(name, {}) for name in columns]
-        lines.append([_name(next(iter(own.values()))), *(_with_error(cell, metric) for cell in cells)])
+        lines.append([_name(next(iter(own.values()))), *(_with_error(own.get(name, {}), metric) for name in columns)])
     for title, known in _PAPER[metric].items() if paper else ():
         lines.append([f"the paper's {title} (*: {_BASE})"])
         for model, recipe, figures in known:

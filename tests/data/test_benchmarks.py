@@ -80,8 +80,10 @@ def test_a_row_s_problem_and_answer(tmp_path, row, problem, golds):
     [
         (
             [{"question": "q", "choices": ["1", "2"], "answer": 1}],
-            "line 1 is multiple choice; write its 'choices' into",
+            r"line 1 is multiple choice \('choices'\); write the choices into the problem",
         ),
+        ([{"question": "q", "A": "1", "B": "2", "answer": "B"}], r"is multiple choice \('b'\)"),
+        ([{"question": "q", "option_a": "1", "option_b": "2", "Answer": "b"}], r"is multiple choice \('option_b'\)"),
         ([{"query": "q", "answer": 1}], "in 'problem' or 'question'; it has query, answer"),
         (
             [{"Problem": "p", "problem": "q", "answer": 1}],

@@ -37,7 +37,7 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"prompt": "Q", "completion": "B", "reasoning": "on"},
         {"instruction": "Q", "input": "", "output": "B", "text": "Below is an instruction"},  # Alpaca's
         {"instruction": "", "input": "Q", "output": "B", "history": []},
-        {"input": TURNS[:1], "output": "B", "reasoning": "high"},
+        {"input": TURNS[:1], "output": "B", "reasoning": "X-High"},
         {"query": "Q", "response": "B", "original_question": "R"},
         {"prompt": "Q", "response": "B", "label": "no", "correct": 1.0},
         {"messages": TURNS[:1], "response": "B"},
@@ -123,8 +123,8 @@ def test_two_different_answers_are_refused():
 
 def test_thinking_beside_a_completion_belongs_to_it():
     for field in ("reasoning_content", "reasoning", "thinking"):
-        thought = {"prompt": "Q", "completion": "B", field: "A"}
-        assert conversation("here", thought) == [TURNS[0], {**TURNS[1], "reasoning_content": "A"}]
+        thought = {"prompt": "Q", "completion": "B", field: "A or B"}
+        assert conversation("here", thought) == [TURNS[0], {**TURNS[1], "reasoning_content": "A or B"}]
         for completion in (TURNS[1], TURNS[1:], TURNS):
             assert conversation("here", {**thought, "completion": completion}) == conversation("here", thought)
 

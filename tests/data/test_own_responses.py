@@ -129,11 +129,12 @@ def test_thinking_that_the_template_opened_is_opened_once_in_either_layout(tmp_p
         ((_, row),) = own.gathered(spool)
     assert row["generations"] == ["<think>\nA</think>\\boxed{3}"] * 2 + ["<think>\n\\boxed{3}"]
     other = own.labelled("here", {"problem": "Q", "generations": texts, "answer": "3"}, deepseek, grading=True)
-    rows = [("here", response("\\boxed{3}", i, "Q", reasoning_content=thinking)) for i, thinking in enumerate("AB")]
+    thoughts = ["A, so 3", "B, so 3"]
+    rows = [("here", response("\\boxed{3}", i, "Q", reasoning_content=thinking)) for i, thinking in enumerate(thoughts)]
     with Spool(tmp_path / "spool-2") as spool:
         own.gather(rows, spool, deepseek, grading=True)
         ((_, beside),) = own.gathered(spool)
-    assert beside["generations"] == [f"<think>\n{thinking}\n</think>\n\n\\boxed{{3}}" for thinking in "AB"]
+    assert beside["generations"] == [f"<think>\n{thinking}\n</think>\n\n\\boxed{{3}}" for thinking in thoughts]
     assert other["generations"] == row["generations"] and other["correct"] == row["correct"] == [True, True, False]
 
 

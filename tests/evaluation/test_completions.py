@@ -1,6 +1,7 @@
 """Each completion finds its problem, and a file that does not fit its benchmark is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from completions import ALL_RIGHT, answer, batch, graded, rows_of, written
@@ -292,3 +293,17 @@ def test_sample_numbers_may_have_gaps_but_not_be_missing(tmp_path, benchmark):
     assert done == [(0, 0, False), (0, 1, False), (1, 0, True), (1, 1, True)]
     with pytest.raises(UserError, match="m: m has 1 completions for problem 2 of b and 2 for others"):
         graded(tmp_path, rows[:-1], benchmark)
+
+
+def test_a_problem_of_two_benchmarks_is_asked_for_one_of_them(tmp_path, benchmark, many):
+    shared = many.problems[3]
+    other = replace(benchmark, problems=[shared, *benchmark.problems], golds=[["3"], *benchmark.golds])
+    rows = [{"prompt": p, "output": rf"</think>\boxed{{{i}}}"} for i, p in enumerate(many.problems)]
+    for benchmarks in ([many, other], [other, many]):
+        done, (said,) = graded(tmp_path, rows, *benchmarks)
+        assert done == ALL_RIGHT and "m has no completions for b" in said
+    rows += [{"prompt": p, "output": rf"</think>\boxed{{{2 * i + 2}}}"} for i, p in enumerate(benchmark.problems)]
+    assert graded(tmp_path, rows, many, other) == ([*ALL_RIGHT, *[(i, 0, True) for i in range(3)]], [])
+    # A file that answers nothing else answers it in both.
+    with pytest.raises(UserError, match="m has 0 completions for problem 1 of many and 1 for others"):
+        graded(tmp_path, rows[3:4], many, other)

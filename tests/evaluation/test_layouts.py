@@ -187,13 +187,29 @@ def test_lm_eval_s_messages_and_filters(tmp_path, benchmark):
     [
         ({"output": [{"type": "reasoning", "summary": []}, {"type": "message", "content": [{"text": BOX}]}]}, True),
         ({"content": [{"type": "thinking", "thinking": ""}, {"type": "text", "text": BOX}], "role": "assistant"}, True),
+        ({"content": [{"type": "redacted_thinking", "data": "?"}, {"type": "text", "text": BOX}], "stop": True}, True),
         ({"output": f"<think>Maybe {BOX}", "reasoning": "on"}, False),
         ({"output": f"Maybe {BOX}", "reasoning": "high"}, False),
+        ({"output": f"Maybe {BOX}", "reasoning": "X-High"}, False),
+        ({"output": f"Maybe {BOX}", "thinking": "True"}, False),
+        ({"output": BOX, "thinking": "Yes, 1+1=2."}, True),
+        ({"output": BOX, "thinking": "一加一等于二"}, True),
     ],
 )
 def test_thinking_that_is_not_shown_has_ended_and_a_switch_is_no_thinking(tmp_path, row, right):
     rows = [{"prompt": "What is 1+1?", "answer": "2", "stop": True, **row}]
     assert graded(tmp_path, rows)[0] == [(0, 0, right)]
+
+
+ASKED = {"role": "user", "content": "What is 1+1?"}
+
+
+@pytest.mark.parametrize("opening", ["<think>", "<think>\n"])
+@pytest.mark.parametrize("name", ["prompt", "messages"])
+def test_a_prompt_that_opens_the_thinking(tmp_path, name, opening):
+    for prompt in (f"What is 1+1?{opening}", [ASKED, {"role": "assistant", "content": opening}]):
+        rows = [{name: prompt, "gold": "2", "output": f"Maybe {BOX}"}, {name: prompt, "output": f"So</think>{BOX}"}]
+        assert graded(tmp_path, rows, thinking=False)[0] == [(0, 0, False), (0, 1, True)]
 
 
 def test_empty_responses(tmp_path, benchmark, capsys):
@@ -218,6 +234,7 @@ def test_empty_responses(tmp_path, benchmark, capsys):
         ({"type": "stop", "matched": 1}, "stop"),
         ({"reason": "length"}, "length"),
         ("MAX_TOKENS", "length"),
+        ("model_context_window_exceeded", "length"),
     ],
 )
 def test_finish_reasons(tmp_path, benchmark, reason, kept):
@@ -345,6 +362,8 @@ def test_bare_answers(tmp_path, benchmark):
     rows = [{"question": problem, "prediction": "2"} for problem in benchmark.problems]
     done, (said,) = graded(tmp_path, rows, benchmark)
     assert done == [(0, 0, True), (1, 0, False)] and "no prediction has a boxed answer; each is taken for" in said
+    rows = [{"question": benchmark.problems[0], "error": "down"}, rows[1]]
+    assert "no prediction has a boxed answer" in graded(tmp_path, rows, benchmark)[1][0]
     rows = [{"question": problem, "output": "2 boxes"} for problem in benchmark.problems]
     done, (said,) = graded(tmp_path, rows, benchmark)
     assert done == [(0, 0, False), (1, 0, False)] and "no completion has a boxed answer" in said

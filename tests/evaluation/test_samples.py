@@ -19,6 +19,7 @@ CONFIG = EvaluateConfig(n=3, max_tokens=10)
 def claimed(tmp_path, toy_data):
     samples = Samples(tmp_path)
     samples.claim({"SFT": toy_data / "model"}, [load(str(toy_data / "toy.jsonl"), "", 4)], CONFIG)
+    samples.append(row(0))
     return samples
 
 
@@ -93,6 +94,7 @@ def test_a_damaged_row_is_reported_and_dropped(claimed, toy_data, bad, words, ca
 def test_an_empty_description_is_rewritten_unless_there_are_samples(claimed, toy_data):
     whole = claimed.about.read_text()
     claimed.about.write_text("")
+    claimed.path.write_text("")
     claim_again(claimed, toy_data)
     assert claimed.about.read_text() == whole
     claimed.about.write_text("")
@@ -121,9 +123,20 @@ def test_another_config_is_refused(claimed, toy_data, change, words):
         again()
 
 
+def test_an_evaluation_that_ended_before_its_first_sample_may_be_followed_by_another(claimed, again):
+    claimed.path.unlink()
+    results = claimed.path.with_name("results.json")
+    results.write_text("[]")  # samples may be deleted to save space; their results must not be overwritten
+    with pytest.raises(UserError, match="the setting seed is 42 there and 1 here"):
+        again(seed=1)
+    results.unlink()
+    again(seed=1)
+    assert json.loads(claimed.about.read_text())["setting"]["seed"] == 1
+
+
 def test_another_model_or_benchmark_is_refused(claimed, toy_data, tmp_path):
     model, tests = toy_data / "model", [load(str(toy_data / "toy.jsonl"), "", 4)]
-    with pytest.raises(UserError, match="the benchmark toy has changed since"):
+    with pytest.raises(UserError, match="the benchmark toy has changed since, or --limit"):
         claimed.claim({"SFT": model}, [load(str(toy_data / "toy.jsonl"), "", 5)], CONFIG)
     with pytest.raises(UserError, match="the model REDI is not part of it and is asked for"):
         claimed.claim({"SFT": model, "REDI": model}, tests, CONFIG)
