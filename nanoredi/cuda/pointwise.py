@@ -66,7 +66,7 @@ class _Norm(torch.autograd.Function):
         grad_stream = None if grad_stream is None else grad_stream.contiguous()
         given = stream, weight, grad.contiguous(), grad_stream
         _launch(_norm_backward_kernel, num_parts, *given, grad_x, parts, len(stream), stream.shape[1], ctx.eps)
-        return grad_x, parts.sum(0, dtype=weight.dtype), None, grad_x if ctx.is_sum else None
+        return grad_x, parts.sum(0).to(weight.dtype), None, grad_x if ctx.is_sum else None
 
 
 class _MLP(torch.autograd.Function):
@@ -130,7 +130,7 @@ class _QKV(torch.autograd.Function):
         grad = rotated.flatten(1)
         grad_q, grad_k, grad_v = grad.split(sizes, dim=1)
         grad_x = (grad_q @ weights[0]).addmm_(grad_k, weights[1]).addmm_(grad_v, weights[2])
-        grad_weight, grad_bias = (grad.T @ x).to(ctx.dtypes[0]), parts.sum(0, dtype=ctx.dtypes[3])
+        grad_weight, grad_bias = (grad.T @ x).to(ctx.dtypes[0]), parts.sum(0).to(ctx.dtypes[3])
         return grad_x, None, None, *grad_weight.split(sizes), *grad_bias.split(sizes)
 
 
