@@ -45,7 +45,8 @@ class AdamW:
             skip: () fp32; if 1, nothing changes, not even the count of steps.
         """
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        gradients = [local(p.grad).mul_(scale) for p in self.parameters]
+        gradients = [local(p.grad) for p in self.parameters]
+        torch._foreach_mul_(gradients, scale)
         parameters, means, squares = ([local(x) for x in xs] for xs in (self.parameters, self.exp_avg, self.exp_avg_sq))
         # found_inf is how torch.amp has a step skipped.
         kind: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "found_inf": skip}

@@ -21,10 +21,10 @@ NO_COMPILER = 3  # watched.py's exit code where the device cannot be built
 
 # Kernels that a case starts, at two layers where nothing else is said.
 STEPS = {
-    "8 ranks, REDI, tied": 1071,
-    "8 ranks, DPO, untied": 1306,
-    "1 rank, REDI, tied": 1254,
-    "2 groups of 4 ranks, REDI, tied": 1074,
+    "8 ranks, REDI, tied": 1046,
+    "8 ranks, DPO, untied": 1199,
+    "1 rank, REDI, tied": 1229,
+    "2 groups of 4 ranks, REDI, tied": 1049,
     "decode": 78,
     "decode, top-k": 80,
     "decode, short rows": 76,
