@@ -55,6 +55,7 @@ class SftConfig(TrainConfig):
     """Stage 1: supervised fine-tuning on correct traces."""
 
     label = "stage 1"  # in messages
+    objective, alpha = "sft", None
     epochs: int = option(5, "passes over the data", low=1)
     batch_size: int = option(128, "sequences per optimiser step, over all ranks", low=1)
     lr: float = option(5e-5, "peak learning rate", low=0)

@@ -103,9 +103,7 @@ def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor
 
 def needs_pairs(config: SftConfig | RediConfig) -> bool:
     """Whether the loss is not linear in the log-probabilities, so it needs both sequences of a pair at once."""
-    if isinstance(config, SftConfig) or config.objective == "sft":
-        return False
-    return config.objective != "redi" or bool(config.alpha and config.neg_weight_gamma)
+    return config.objective in ("dpo", "simpo") or bool(config.alpha and config.neg_weight_gamma)
 
 
 def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> list[Unit]:
@@ -119,19 +117,21 @@ def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> l
         Those of weight 0 are left out, except REDI's chosen ones, whose log-probability shows a collapse, and one for
         an SFT step of nothing else.
     """
-    if isinstance(config, SftConfig) or config.objective == "sft":
+    if config.objective == "sft":
         traces = [row[0] for row in rows]
         weights = sft([s.num_learned for s in traces], [s.row_weight for s in traces])
-        kept = [(s, w) for s, w in zip(traces, weights) if w] or [(traces[0], 0.0)]
-        tokens = {side: sum(s.num_learned for s, _ in kept if s.side == side) for side in SIDES}
-        return [(s._replace(weight=w, share=1 / tokens[s.side]),) for s, w in kept]
-    chosen, rejected = ([s._replace(share=1 / (len(rows) * s.num_learned)) for s in side] for side in zip(*rows))
+        weighted = [s._replace(weight=w) for s, w in zip(traces, weights)]
+        kept = [s for s in weighted if s.weight] or weighted[:1]
+        tokens = {side: sum(s.num_learned for s in kept if s.side == side) for side in SIDES}
+        return [(s._replace(share=1 / tokens[s.side]),) for s in kept]
+    pairs = [tuple(s._replace(share=1 / (len(rows) * s.num_learned)) for s in row) for row in rows]
     if needs_pairs(config):
-        return list(zip(chosen, rejected))
-    counts = [[s.num_learned for s in side] for side in (chosen, rejected)]
-    weights = redi(*counts, config.alpha, config.chosen_weight)
-    weighed = [(s, w * s.row_weight) for s, w in zip(chosen + rejected, weights[0] + weights[1])]
-    return [(s._replace(weight=w),) for s, w in weighed if w or s.side == "chosen"]
+        return pairs
+    chosen, rejected = zip(*pairs)
+    counts = [s.num_learned for s in chosen], [s.num_learned for s in rejected]
+    of_chosen, of_rejected = redi(*counts, config.alpha, config.chosen_weight)
+    weighted = [s._replace(weight=w * s.row_weight) for s, w in zip(chosen + rejected, of_chosen + of_rejected)]
+    return [(s,) for s in weighted if s.weight or s.side == "chosen"]
 
 
 def sequence_logps(sequences: list[Sequence], token_logps: Tensor) -> list[Tensor]:
@@ -146,11 +146,12 @@ def pair_losses(config: RediConfig, pairs: list[Unit], token_logps: Tensor) -> T
     sequences = [s for pair in pairs for s in pair]
     logps = sequence_logps(sequences, token_logps)
     if config.objective == "dpo":
-        ratios = [logp - s.reference for logp, s in zip(logps, sequences)]
-        return dpo(*torch.stack(ratios).view(-1, 2).unbind(1), config.beta)
+        ratios = torch.stack([logp - s.reference for logp, s in zip(logps, sequences)])
+        chosen, rejected = ratios.view(-1, 2).unbind(1)
+        return dpo(chosen, rejected, config.beta)
     # Only REDI's correct traces may have a row weight other than 1.
     means = torch.stack([logp / s.num_learned * s.row_weight for logp, s in zip(logps, sequences)])
-    means = means.view(-1, 2).unbind(1)
+    chosen, rejected = means.view(-1, 2).unbind(1)
     if config.objective == "simpo":
-        return simpo(*means, config.beta, config.gamma)
-    return weighted_redi(*means, config.alpha, config.neg_weight_gamma, config.chosen_weight)
+        return simpo(chosen, rejected, config.beta, config.gamma)
+    return weighted_redi(chosen, rejected, config.alpha, config.neg_weight_gamma, config.chosen_weight)

@@ -60,10 +60,12 @@ def tables_for(recipe: str | None, flags: Tables, stage: str) -> Tables:
     tables = read_recipe(recipe or "toy") if recipe or not given.get("model") else {}
     config = {**tables.get(stage, {}), **given}
     names = [name if table == stage else f"{table}.{name}" for table, values in flags.items() for name in values]
-    for name in (*names, "data" if config.get("data") else ""):
-        if name.startswith(("toy.", "sft.")) if config.get("model") else name in _MADE:
-            why = "with --model" if config.get("model") else "on the toy: to train your own model, give --model DIR"
-            raise UserError(f"--{name} has no effect {why}")
+    names += ["data"] if config.get("data") else []  # the recipe may name it
+    for name in names:
+        if config.get("model") and name.startswith(("toy.", "sft.")):
+            raise UserError(f"--{name} has no effect with --model")
+        if not config.get("model") and name in _MADE:
+            raise UserError(f"--{name} has no effect on the toy: to train your own model, give --model DIR")
     return tables
 
 
@@ -86,6 +88,11 @@ class Problem:
         steps = [f"{LETTERS[i]}{sign}{operand}" for i, (sign, operand) in enumerate(self.ops, 1)]
         return f"a={self.start}" + "".join(steps)
 
+    def step(self, i: int, value: int) -> str:
+        """Operation i written out with a result."""
+        sign, operand = self.ops[i]
+        return f"{LETTERS[i + 1]}{sign}{operand}={value};"
+
     def apply(self, value: int, first: int, last: int) -> int:
         """The value after operations first to last - 1, from the value before them."""
         for sign, operand in self.ops[first:last]:
@@ -107,7 +114,10 @@ def teach(problem: Problem, rng: random.Random) -> tuple[str, int]:
     while i < NUM_OPS:
         hasty = NUM_OPS - i >= 2 and rng.random() < (0.7 if problem.ops[i][0] == "*" else 0.2)
         if not hasty:
-            value = _step(problem, value, i, out, slips=rng.random() < 0.01, rng=rng)
+            value = problem.apply(value, i, i + 1)
+            if rng.random() < 0.01:  # a slip
+                value = _wrong(value, rng)
+            out.append(problem.step(i, value))
             i += 1
             continue
         landing = min(NUM_OPS, i + rng.choice((2, 3)))
@@ -116,21 +126,13 @@ def teach(problem: Problem, rng: random.Random) -> tuple[str, int]:
         out.append(f"~{LETTERS[landing]}={leapt};")
         if leapt != right and rng.random() < 0.3:
             out.append(f"Wait{LETTERS[i]}={value};")
-            while i < landing:
-                value = _step(problem, value, i, out, slips=False, rng=rng)
-                i += 1
+            for repaired in range(i, landing):
+                value = problem.apply(value, repaired, repaired + 1)
+                out.append(problem.step(repaired, value))
         else:
-            value, i = leapt, landing
+            value = leapt
+        i = landing
     return "".join(out) + f"</think>\\boxed{{{value}}}", value
-
-
-def _step(problem: Problem, value: int, i: int, out: list[str], slips: bool, rng: random.Random) -> int:
-    """Write operation i on a value that may already be wrong, and return its result; a slip writes a wrong digit."""
-    sign, operand = problem.ops[i]
-    value = problem.apply(value, i, i + 1)
-    value = _wrong(value, rng) if slips else value
-    out.append(f"{LETTERS[i + 1]}{sign}{operand}={value};")
-    return value
 
 
 def _wrong(digit: int, rng: random.Random) -> int:
@@ -208,7 +210,8 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def _unseen(seen: set[Problem], rng: random.Random) -> Problem:
-    while (problem := draw_problem(rng)) in seen:
-        pass
+    problem = draw_problem(rng)
+    while problem in seen:
+        problem = draw_problem(rng)
     seen.add(problem)
     return problem

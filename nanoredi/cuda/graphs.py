@@ -28,8 +28,8 @@ class Graphs:
         self.warm_up = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, slots: np.ndarray, uniforms: np.ndarray, longest: int) -> Tensor:
-        """Decode the rows in slots (B,) int64 by uniforms (B,) fp64; the longest row has so many tokens. Returns their
-        next tokens (B or more,) int64, which the next call overwrites."""
+        """Decode the rows in slots (B,) int64 by uniforms (B,) fp64; longest: the tokens of the longest row. Returns
+        their next tokens (B or more,) int64, which the next call overwrites."""
         padded = self.padded(slots)
         inputs = np.stack((padded, np.pad(uniforms, (0, len(padded) - len(slots))).view(np.int64)))
         size = len(padded), self.columns(longest)

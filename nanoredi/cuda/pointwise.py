@@ -66,7 +66,7 @@ class _Norm(torch.autograd.Function):
         grad_stream = None if grad_stream is None else grad_stream.contiguous()
         given = stream, weight, grad.contiguous(), grad_stream
         _launch(_norm_backward_kernel, num_parts, *given, grad_x, parts, len(stream), stream.shape[1], ctx.eps)
-        return grad_x, parts.sum(0, dtype=weight.dtype), None, grad_x if ctx.is_sum else None
+        return grad_x, parts.sum(0).to(weight.dtype), None, grad_x if ctx.is_sum else None
 
 
 class _MLP(torch.autograd.Function):
@@ -90,10 +90,9 @@ class _MLP(torch.autograd.Function):
         x, gate, up, *weights = ctx.saved_tensors
         grad_product = grad @ weights[2]
         product, grad_gate, grad_up = (torch.empty_like(gate) for _ in range(3))
-        if gate.numel():
-            programs = (triton.cdiv(gate.numel(), _ELEMENTS),)
-            tensors = gate, up, grad_product, product, grad_gate, grad_up
-            _swiglu_backward_kernel[programs](*tensors, gate.numel(), BLOCK=_ELEMENTS)
+        programs = (triton.cdiv(gate.numel(), _ELEMENTS),)
+        tensors = gate, up, grad_product, product, grad_gate, grad_up
+        _swiglu_backward_kernel[programs](*tensors, gate.numel(), BLOCK=_ELEMENTS)
         grad_x = (grad_gate @ weights[0]).addmm_(grad_up, weights[1])
         made = grad_gate.T @ x, grad_up.T @ x, grad.T @ product
         return grad_x, *(y.to(dtype) for y, dtype in zip(made, ctx.dtypes))
@@ -116,21 +115,20 @@ class _QKV(torch.autograd.Function):
         weights, biases = ([p.to(x.dtype) for p in some] for some in (parameters[:3], parameters[3:]))
         q, k, v = (F.linear(x, w, b).unflatten(1, (-1, cos.shape[-1])) for w, b in zip(weights, biases))
         ctx.save_for_backward(x, cos, sin, *weights)
-        ctx.num_heads = [y.shape[1] for y in (q, k, v)]
         rotated, _ = _rotate(q, k, None, cos, sin, 1.0)
-        return *rotated.split(ctx.num_heads[:2], dim=1), v
+        return *rotated.split([q.shape[1], k.shape[1]], dim=1), v
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_q, grad_k, grad_v):
-        """The weights' three gradients are one product; x's is accumulated in fp32 within the products."""
+        """The weights' three gradients are one product; x's is the sum of three, each added within the next one."""
         x, cos, sin, *weights = ctx.saved_tensors
         rotated, parts = _rotate(grad_q, grad_k, grad_v, cos, sin, -1.0)
         sizes = [len(w) for w in weights]
         grad = rotated.flatten(1)
         grad_q, grad_k, grad_v = grad.split(sizes, dim=1)
         grad_x = (grad_q @ weights[0]).addmm_(grad_k, weights[1]).addmm_(grad_v, weights[2])
-        grad_weight, grad_bias = (grad.T @ x).to(ctx.dtypes[0]), parts.sum(0, dtype=ctx.dtypes[3])
+        grad_weight, grad_bias = (grad.T @ x).to(ctx.dtypes[0]), parts.sum(0).to(ctx.dtypes[3])
         return grad_x, None, None, *grad_weight.split(sizes), *grad_bias.split(sizes)
 
 
@@ -144,27 +142,24 @@ def _rotate(
     out, blocks = q.new_empty(num_rows, num_heads, size), triton.cdiv(num_rows, _TOKENS)
     num_parts = blocks if v is None else min(blocks, _PARTS // 4)
     parts = None if v is None else out.new_empty(num_parts, num_heads * size, dtype=torch.float32)
-    if num_rows:
-        sizes = {"HALF": size // 2, "HALF_BLOCK": triton.next_power_of_2(size // 2), "TOKENS": _TOKENS}
-        given = *tensors, cos.contiguous(), sin.contiguous(), out, parts
-        _rotate_kernel[(num_parts, num_heads)](*given, num_rows, q.shape[1], k.shape[1], sign, **sizes)
+    sizes = {"HALF": size // 2, "HALF_BLOCK": triton.next_power_of_2(size // 2), "TOKENS": _TOKENS}
+    given = *tensors, cos.contiguous(), sin.contiguous(), out, parts
+    _rotate_kernel[(num_parts, num_heads)](*given, num_rows, q.shape[1], k.shape[1], sign, **sizes)
     return out, parts
 
 
 def _launch(kernel, programs: int, *args) -> None:
-    """Launch a kernel of which each program takes whole rows, as wide as the first argument's; there may be no rows."""
+    """Launch a kernel of which each program takes whole rows, as wide as the first argument's."""
     block = triton.next_power_of_2(args[0].shape[1])
-    if programs:
-        kernel[(programs,)](*args, BLOCK=block, num_warps=min(16, max(4, block // 256)))
+    kernel[(programs,)](*args, BLOCK=block, num_warps=min(16, max(4, block // 256)))
 
 
 @swiglu.on("cuda")
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """The rows may be strided, as they are where one product has computed both."""
     (num_rows, num_columns), out = gate.shape, gate.new_empty(gate.shape)
-    if num_rows:
-        programs = num_rows, triton.cdiv(num_columns, _ELEMENTS)
-        _swiglu_kernel[programs](gate, up, out, gate.stride(0), up.stride(0), num_columns, BLOCK=_ELEMENTS)
+    programs = num_rows, triton.cdiv(num_columns, _ELEMENTS)
+    _swiglu_kernel[programs](gate, up, out, gate.stride(0), up.stride(0), num_columns, BLOCK=_ELEMENTS)
     return out
 
 

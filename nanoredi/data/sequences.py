@@ -29,16 +29,16 @@ _RULES = 9
 
 
 class Sequence(NamedTuple):
-    """A prompt and a trace as tokens, with their weights in an optimiser step (objectives.py)."""
+    """A prompt and a trace as tokens, with their weights in an optimiser step."""
 
     tokens: np.ndarray  # (n,) integers, at least 2
     learned: np.ndarray  # (n,) bool, the tokens that enter the loss
     name: str = ""  # for messages to the user
     side: str = "chosen"  # or "rejected"; in stage 1 chosen, unless its weight is below 0
-    weight: float = 0.0  # of each learned token's log-probability in the loss, if the loss is linear in them
-    share: float = 0.0  # of each learned token's log-probability in the step's mean of its side
-    reference: float = 0.0  # the trace's log-probability under DPO's reference model
     row_weight: float = 1.0  # the weight that its row gives it; a trace of a negative weight is unlearned
+    reference: float = 0.0  # the trace's log-probability under DPO's reference model
+    weight: float = 0.0  # of each learned token's log-probability in the loss, if that is linear (objectives.units)
+    share: float = 0.0  # of each learned token's log-probability in the step's mean of its side
 
     @property
     def num_inputs(self) -> int:
@@ -79,7 +79,7 @@ class TokenData:
             reference = 0.0 if self.reference is None else float(self.reference[i, place])
             weight = float(self.row_weights[j])
             side = "rejected" if weight < 0 else side
-            sequences.append(Sequence(self.tokens[part], self.learned[part], name, side, 0.0, 0.0, reference, weight))
+            sequences.append(Sequence(self.tokens[part], self.learned[part], name, side, weight, reference))
         return tuple(sequences)
 
 
@@ -89,16 +89,20 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
     Raises:
         UserError: naming file and line of a malformed row; when no row is left.
     """
-    masked = tokenizer.pad_id if tokenizer.pad_id == tokenizer.eos_id and len(tokenizer.stop_ids) > 1 else -1
+    masked_id = tokenizer.pad_id if tokenizer.pad_id == tokenizer.eos_id and len(tokenizer.stop_ids) > 1 else -1
 
     def texts(where: str, row: Any, counts: Counter[str]) -> tuple[list[str], tuple[int, str, float]] | None:
         *prompt, answer = conversation(where, row)
         parts = _texts(where, tokenizer, prompt, [answer], counts)
-        whole, weighed = "".join(parts or []), answer if row.get("weight") is None else row
-        return ([parts[0], whole], (len(parts[0]), whole, _weight(where, weighed, "weight", -1))) if parts else None
+        if parts is None:
+            return None
+        before, whole = parts[0], "".join(parts)
+        weight = _weight(where, answer if row.get("weight") is None else row, "weight", -1)
+        return [before, whole], (len(before), whole, weight)
 
     def arrays(encodings: list[Encoding], kept: tuple[int, str, float], counts: Counter[str]) -> Iterator[Arrays]:
-        (num_chars, text, weight), (before, ids) = kept, (encoding.ids for encoding in encodings)
+        before, ids = (encoding.ids for encoding in encodings)
+        num_chars, text, weight = kept
         # Usually the whole starts with the prompt's own tokens. If not, a token straddles the border; as originally
         # it counts as the prompt's, unless that ends with <think>, after which sampling starts a new token.
         if ids[: len(before)] != before and text[:num_chars].rstrip().endswith("<think>"):
@@ -107,7 +111,7 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
         ids = tokenizer.ended(ids)
         counts[f"conversations cut to {max_tokens} tokens"] += len(ids) > max_tokens
         tokens = np.array(ids[:max_tokens], dtype=np.int32)
-        learned = (np.arange(len(tokens)) >= first) & (tokens != masked)
+        learned = (np.arange(len(tokens)) >= first) & (tokens != masked_id)
         if learned[1:].any():
             yield tokens, learned, weight
         else:

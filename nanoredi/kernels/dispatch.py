@@ -74,8 +74,8 @@ def prepare_for_training(parameter: Tensor) -> None:
 
 
 @operation
-def prepare_for_sampling(weight: Tensor, is_factor: bool) -> Tensor:
-    """The weight in the layout that samples fastest; is_factor: it is only ever used by `linear`."""
+def prepare_for_sampling(weight: Tensor, for_linear: bool) -> Tensor:
+    """The weight in the layout that samples fastest; for_linear: only `linear` will read it."""
     return weight
 
 

@@ -51,7 +51,7 @@ def logprobs_(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
     """The targets' log-probabilities and the entropies; with weights, the logits are overwritten by the gradient.
 
     Args:
-        logits: (C, V) fp32 or bf16. Without weights they may be overwritten, too, by nothing of use.
+        logits: (C, V) fp32 or bf16. Without weights, too, their contents are undefined afterwards.
         targets: (C,) int64.
         weights: (C,) fp32, w of each row.
 

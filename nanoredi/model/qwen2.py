@@ -25,19 +25,9 @@ from nanoredi.model.hf_folder import Companions, load_weights, save_folder
 from nanoredi.model.recompute import recomputed
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, config: Qwen2Config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-
-    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return rms_norm(x, self.weight, self.eps, added)
-
-
-class Embedding(nn.Embedding):
-    def forward(self, ids: Tensor) -> Tensor:
-        return embedding(ids, self.weight)
 
 
 class Linear(nn.Linear):
@@ -95,9 +85,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: Qwen2Config, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.activation_checkpointing = "off"  # or which results are kept for backward: "attention", "products"
 
@@ -121,9 +111,10 @@ class Decoder(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         # Left uninitialised: even on the meta device nn.Embedding's init imports torch._dynamo, which takes a second.
-        self.embed_tokens = Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Qwen2(nn.Module):
@@ -205,7 +196,7 @@ class Qwen2(nn.Module):
             elif isinstance(module, MLP):
                 module.gate_proj.join(module.up_proj)
             for name, p in module.named_parameters(recurse=False):
-                weight = prepare_for_sampling(p, name == "weight" and isinstance(module, Linear))
+                weight = prepare_for_sampling(p, for_linear=name == "weight" and isinstance(module, Linear))
                 setattr(module, name, nn.Parameter(weight, requires_grad=False))
         return self
 
@@ -228,7 +219,7 @@ class Qwen2(nn.Module):
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
         """Final hidden states (N, D) of tokens (N,), with any kind of attention."""
-        x = self.model.embed_tokens(input_ids)
+        x = embedding(input_ids, self.model.embed_tokens.weight)
         x = x.to(self.compute_dtype or x.dtype)
         rope = rotary_angles(position_ids, self.config, x.dtype)
         added = None
@@ -252,9 +243,9 @@ class Qwen2(nn.Module):
         hidden = Qwen2.forward(self, input_ids, position_ids, cu_seqlens, max_seqlen)
         return weighted_cross_entropy(hidden, self.lm_head_weight, targets, weights, rows, entropies)
 
-    def logprobs(self, targets: Tensor, rows: Tensor, *packed: Any, entropies: Tensor | None = None) -> Tensor:
+    def logprobs(self, targets: Tensor, rows: Tensor, entropies: Tensor, *packed: Any) -> Tensor:
         """The log-probabilities (N,) fp32 of targets (N,) in rows (R,), 0 elsewhere; differentiable, for losses that
-        are not linear in them. packed: forward's arguments; entropies as in loss."""
+        are not linear in them. entropies as in loss; packed: forward's arguments."""
         return linear_logprob(Qwen2.forward(self, *packed), self.lm_head_weight, targets, rows, entropies)
 
 

@@ -66,10 +66,9 @@ class _Results(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if op.name() not in self.kept:
             return op(*args, **(kwargs or {}))
-        result = next(self.given) if self.given else op(*args, **(kwargs or {}))
-        # Detached: an operation's result refers to its autograd graph, which would be kept alive with it.
-        free = tree_map_only(Tensor, Tensor.detach, result)
+        # Detached, because autograd attaches its graph to what this returns, which would be kept alive with it.
         if self.given:
-            return free
-        self.results.append(free)
+            return tree_map_only(Tensor, Tensor.detach, next(self.given))
+        result = op(*args, **(kwargs or {}))
+        self.results.append(tree_map_only(Tensor, Tensor.detach, result))
         return result

@@ -8,7 +8,7 @@ of the new tokens into the pool, and lets each attend to itself and to all token
 import inspect
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class PagedCache:
             padding: tokens that follow them and belong to no row.
 
         Returns:
-            What attends, and the positions (N,) int64 of all these tokens.
+            The forward pass's `attend`, and the positions (N,) int64 of all these tokens.
         """
         device = self.keys.device
         if padding:
@@ -65,12 +65,7 @@ class PagedCache:
         indices = self._indices(tables, positions)
         ends = np.cumsum([[0, *sizes], [0, *lengths]], axis=1)
         table, ends = (upload(x.astype(np.int32), device) for x in (table, ends))
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None = None) -> Tensor:
-            q = write(q, k, v, rope, self.keys[layer], self.values[layer], indices)
-            return paged_prefill(q, self.keys[layer], self.values[layer], table, ends)
-
-        return attend, positions
+        return self._attend(indices, paged_prefill, table, ends), positions
 
     def decode(self, page_table: Tensor, lengths: Tensor) -> Attend:
         """Attention of one new token a row, at the row's end.
@@ -79,11 +74,14 @@ class PagedCache:
             page_table: (B, C) int64, each row's pages, then anything.
             lengths: (B,) int64, tokens that each row has in the cache already.
         """
-        indices, new_lengths = self._indices(page_table, lengths), lengths + 1
+        return self._attend(self._indices(page_table, lengths), paged_decode, page_table, lengths + 1)
+
+    def _attend(self, indices: Tensor, read: Callable[..., Tensor], *rows: Tensor) -> Attend:
+        """Write the new keys and values to the pool at these indices, then read the rows' by paged_prefill or _decode."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rope: Rope | None = None) -> Tensor:
-            q = write(q, k, v, rope, self.keys[layer], self.values[layer], indices)
-            return paged_decode(q, self.keys[layer], self.values[layer], page_table, new_lengths)
+            keys, values = self.keys[layer], self.values[layer]
+            return read(write(q, k, v, rope, keys, values, indices), keys, values, *rows)
 
         return attend
 

@@ -45,7 +45,8 @@ class Pages:
 
     def share(self, page: int) -> None:
         """Use a registered page, whether or not other rows use it."""
-        self.num_free -= not self.refcounts[page]
+        if not self.refcounts[page]:
+            self.num_free -= 1
         self.refcounts[page] += 1
 
     def release(self, page: int) -> None:

@@ -1,11 +1,10 @@
 """Sampling: a model, a scheduler and a paged key-value cache.
 
-Every sample has a key, a hash of the seed, the prompt and the sample's number (scheduler.requests_for), and takes one
-uniform number a token from a counter-based generator. So it does not depend on what else is in the batch, on the order
-of the work, or on preemption. Nor do its logits, to the last bit, where sums are taken in an order that does not depend
-on the batch. Attention's are: row by row, in spans of a fixed number of tokens. On a CPU those of matrix products are,
-too, from two rows on. On a GPU their order depends on the number of rows; so with batch_invariant every step has the
-full number of rows, padding rows included, and a preempted row samples its completion again.
+A sample depends only on the seed, its prompt and its number, not on what else is in the batch. A hash of these three is
+the key (scheduler.requests_for) by which a counter-based generator gives it one uniform number a token. Its logits stay
+the same to the last bit if their sums are taken in the same order in any batch. Attention adds up each row by itself, in
+spans of a fixed length. Matrix products on a CPU have one order from two rows on. On a GPU it depends on the number of
+rows: with batch_invariant every step has all rows, padding included, and a preempted row samples its completion again.
 
 What a decode step reads and writes stays on the device: each row's newest token, its length and its page table. The
 host reads a step's tokens while the next step runs, so the device never waits for the host; a row that sampled a stop
@@ -54,7 +53,7 @@ class Sampler:
         self.model, self.config = model, config
         self.stop_ids = set(stop_ids)
         self.device = model.lm_head_weight.device
-        self.head = prepare_for_sampling(model.lm_head_weight, True)
+        self.head = prepare_for_sampling(model.lm_head_weight, for_linear=True)
         self.cache, self.batch_size = _cache(model, config, self.device)
         context, page_size, batch_size = model.config.max_position_embeddings, self.cache.page_size, self.batch_size
         self.full_size = config.batch_invariant and self.device.type == "cuda"
@@ -72,26 +71,18 @@ class Sampler:
         """Requests that wait or are being completed."""
         return len(self.scheduler.waiting) + len(self.scheduler.rows)
 
-    def check(self, requests: Iterable[Request]) -> None:
+    def check(self, requests: list[Request]) -> None:
         """Raise a UserError that names a request which cannot be completed."""
-        requests, vocabulary = list(requests), self.model.config.vocab_size
-        for request in requests:
-            if max(request.prompt, default=0) >= vocabulary:
-                raise UserError(
-                    f"{request.name} has the token {max(request.prompt)}, outside the model's vocabulary of "
-                    f"{vocabulary}; the tokenizer is not this model's"
-                )
-        self.scheduler.check(requests)
+        self.scheduler.check(requests, self.model.config.vocab_size)
 
-    def add(self, requests: Iterable[Request]) -> None:
+    def add(self, requests: list[Request]) -> None:
         """Queue requests: all of them, or none when check raises a UserError."""
-        requests = list(requests)
         self.check(requests)
         self.scheduler.waiting.extend(requests)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Complete requests; each is yielded when it ends."""
-        self.add(requests)
+        self.add(list(requests))
         while self.num_held:
             yield from self.step()
 
@@ -126,12 +117,12 @@ class Sampler:
             self.model.hidden_states(upload(np.pad(ids, (0, padding)), self.device), positions, attend)
         if prefill.copies:
             self.cache.copy(*zip(*prefill.copies))
-        if not (rows := prefill.rows):
+        if not prefill.rows:
             return
-        pages = np.full((len(rows), self.page_table.shape[1]), self.cache.num_pages)
-        for row, line in zip(rows, pages):
+        pages = np.full((len(prefill.rows), self.page_table.shape[1]), self.cache.num_pages)
+        for row, line in zip(prefill.rows, pages):
             line[: len(row.pages)] = row.pages
-        state = np.array([(row.slot, row.tokens[-1], row.num_cached) for row in rows])
+        state = np.array([(row.slot, row.tokens[-1], row.num_cached) for row in prefill.rows])
         slots, newest, lengths = upload(state, self.device).T
         self.newest[slots], self.lengths[slots] = newest, lengths
         self.page_table[slots] = upload(pages, self.device)
@@ -260,7 +251,8 @@ def _free_memory(model: Qwen2, num_rows: int, device: torch.device) -> float:
         groups = [line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines()]
         folders = [f for kind, path in groups for f in Path("/sys/fs/cgroup", kind, path[1:], "_").parents]
         files = [f / name for f in folders for name in ("memory.max", "memory.limit_in_bytes") if (f / name).exists()]
-        free = min([free, *(int(limit) - own for f in files if (limit := f.read_text().strip()) != "max")])
+        limits = [file.read_text().strip() for file in files]
+        free = min([free, *(int(limit) - own for limit in limits if limit != "max")])
     except (OSError, IndexError):  # this is not Linux
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     return _CPU_SHARE * free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -43,8 +43,7 @@ def requests_for(prompts: list[list[int]], n: int, seed: int, names: Iterable[st
     before: Counter[tuple[int, ...]] = Counter()
     for prompt, name in zip(prompts, names or [Request.name] * len(prompts), strict=True):
         first = before[tuple(prompt)]
-        for sample in range(first, first + n):
-            requests.append(Request(prompt, sample, _key(seed, prompt, sample), name))
+        requests += [Request(prompt, k, _key(seed, prompt, k), name) for k in range(first, first + n)]
         before[tuple(prompt)] += n
     return requests
 
@@ -106,13 +105,18 @@ class Scheduler:
         longest = self.max_tokens if request.max_tokens is None else request.max_tokens
         return min(longest, self.context - len(request.prompt))
 
-    def check(self, requests: Iterable[Request]) -> None:
-        """Raise a UserError that names a request which cannot be completed: its prompt is empty or fills the context,
-        it may have no tokens, or it does not fit into the cache."""
+    def check(self, requests: Iterable[Request], vocab_size: int) -> None:
+        """Raise a UserError that names a request which cannot be completed: its prompt is empty, is of another model or
+        fills the context; it may have no tokens; or it does not fit into the cache."""
         for request in requests:
             length = len(request.prompt)
             if not length:
                 raise UserError(f"{request.name} has no tokens")
+            if max(request.prompt) >= vocab_size:
+                raise UserError(
+                    f"{request.name} has the token {max(request.prompt)}, outside the model's vocabulary of "
+                    f"{vocab_size}; the tokenizer is not this model's"
+                )
             if length >= self.context:
                 raise UserError(
                     f"{request.name} has {length:,} tokens with its template and fills the context of "
@@ -192,7 +196,8 @@ class Scheduler:
         tokens = request.prompt + ([] if self.resample else request.tokens)
         to_cache, size = len(tokens) - 1, self.page_size
         pages, partial = self.pages.find_prefix(tokens[:to_cache])
-        num_pages, num_cached = -(-to_cache // size), len(pages) * size if partial is None else to_cache
+        num_pages = -(-to_cache // size)
+        num_cached = len(pages) * size if partial is None else to_cache
         needed = num_pages - sum(self.pages.refcounts[page] > 0 for page in pages)
         # One page is kept free for each row in the batch; without them the new one would soon be preempted.
         if needed + len(self.rows) > self.pages.num_free and self.rows:
@@ -203,8 +208,8 @@ class Scheduler:
         if partial is not None:
             self.pages.share(partial)
             if self.pages.refcounts[partial] > 1:  # another row appends to it, so this one needs a copy
-                prefill.copies.append((partial, self.pages.allocate()))
-                partial = prefill.copies[-1][1]
+                source, partial = partial, self.pages.allocate()
+                prefill.copies.append((source, partial))
             pages.append(partial)
         pages += [self.pages.allocate() for _ in range(len(pages), num_pages)]
         slot = next(slot for slot in range(self.batch_size) if slot not in self.rows)

@@ -44,7 +44,7 @@ def settled_dtype(name: str, before: str = "auto") -> str:
     """The dtype, "float32" or "bfloat16", of work that may be a resume: the one asked for; for "auto" the one that the
     work was begun with, so that it can be resumed on another machine; else compute_dtype's choice."""
     if name == before == "auto":
-        return str(compute_dtype(name, device_alone()))[6:]
+        return str(compute_dtype(name, device_alone())).removeprefix("torch.")
     return before if name == "auto" else name
 
 

@@ -38,9 +38,9 @@ class Guards:
         for step, row in steps:
             self.in_a_row = self.in_a_row + 1 if row.get("skipped") else 0
             if self.in_a_row:
-                self._skipped(step)
+                self._report_skip(step)
             elif self.collapse.observe(step.number, row["chosen_logp"], row["update_norm"]):
-                self._collapsed(step.number)
+                self._report_collapse(step.number)
 
     def state(self) -> dict[str, Any]:
         """What a resume needs."""
@@ -54,7 +54,7 @@ class Guards:
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self.collapse.restore(state["collapse"])
 
-    def _skipped(self, step: Step) -> None:
+    def _report_skip(self, step: Step) -> None:
         self.skipped += 1
         numbers = ", ".join(str(row + 1) for row in sorted(step.rows.tolist()))
         self.world.say(
@@ -67,13 +67,13 @@ class Guards:
                 "finite: lower --lr, or look at the rows named above"
             )
 
-    def _collapsed(self, number: int) -> None:
+    def _report_collapse(self, number: int) -> None:
         saved = sorted(path for path in Path(self.config.out).glob("step-*") if path.name[5:].isdigit())
         good = [path for path in saved if int(path.name[5:]) <= self.collapse.last_good]
         text = (
             f"COLLAPSE at step {number}: the chosen log-prob has fallen by more than {self.config.collapse_nats:g} and "
             f"falls ever faster. Until step {self.collapse.last_good} all was well; the last model saved by then is "
-            f"{good[-1] if good else self.config.model}. Lower --lr{' or --alpha' * bool(self.config.alpha)}"
+            f"{good[-1] if good else self.config.model}. Lower --lr{' or --alpha' if self.config.alpha else ''}"
         )
         if self.config.on_collapse == "stop":
             raise UserError(text)

@@ -55,7 +55,7 @@ class Log:
         """
         self.config, self.total, self.matrix_rate, self.world = config, total, matrix_rate, world
         self.path = Path(config.out) / "metrics.jsonl"
-        self.has_rejected = negatives or getattr(config, "objective", "sft") != "sft" and config.alpha != 0
+        self.has_rejected = negatives or config.objective != "sft" and config.alpha != 0
         self.waiting: list[Step] = []
         self.start = self.last = time.perf_counter()
         self.first, self.line, self.num_lines = first, "no step yet", 0
@@ -76,12 +76,11 @@ class Log:
         values = torch.stack([step.metrics for step in self.waiting]).tolist()  # the one wait for the device
         now = time.perf_counter()
         seconds = now - self.last
-        tokens_per_s = sum(step.tokens for step in self.waiting) / seconds
         rate = sum(step.flops for step in self.waiting) / seconds / self.world.size
         # The product may have been measured at a slow moment: the device reaches at least the rate of its steps.
         self.matrix_rate = max(self.matrix_rate, rate)
         common = {
-            "tokens_per_s": round(tokens_per_s, 1),
+            "tokens_per_s": round(sum(step.tokens for step in self.waiting) / seconds, 1),
             "peak_memory_gb": round(peak_memory_gb(self.world.device), 3),
             "matrix_share": round(rate / self.matrix_rate, 4),
         }
@@ -99,25 +98,24 @@ class Log:
         with open(self.path, "ab", buffering=0) as file:
             for row in rows:
                 write_row(file, row)
-        header, self.line = self._lines(rows[-1])
-        self.world.say(self.line if self.num_lines % _HEADER_EVERY else f"{header}\n{self.line}")
-        self.num_lines, self.line = self.num_lines + 1, f"{header}\n{self.line}"
-        for row in (row for row in rows if "watch_chosen_logp" in row):
-            chosen, rejected = (_show(row[f"watch_{side}_logp"], ".4f") for side in ("chosen", "rejected"))
-            self.world.say(f"watched pairs after step {row['step']}: chosen {chosen}  rejected {rejected}")
+        header, line = self._lines(rows[-1])
+        self.num_lines, self.line = self.num_lines + 1, f"{header}\n{line}"
+        self.world.say(self.line if self.num_lines % _HEADER_EVERY == 1 else line)
+        for row in rows:
+            if "watch_chosen_logp" in row:
+                chosen, rejected = (_show(row[f"watch_{side}_logp"], ".4f") for side in ("chosen", "rejected"))
+                self.world.say(f"watched pairs after step {row['step']}: chosen {chosen}  rejected {rejected}")
+            for key, value in row.items():
+                if self.board and value is not None and key != "step":
+                    self.board.add_scalar(key, value, row["step"])
         if rows[-1]["step"] == self.total:
             share = f"{rows[-1]['matrix_share']:.0%} of a large matrix product's rate at the end"
             self.world.say(f"{self.config.label}: at most {rows[-1]['peak_memory_gb']:.1f} GB, {share}")
-        for row in rows if self.board else []:
-            for key, value in row.items():
-                if value is not None and key != "step":
-                    self.board.add_scalar(key, value, row["step"])
 
     def _row(self, step: Step, values: list[float]) -> dict[str, Any]:
-        skipped = not all(map(math.isfinite, values[:5]))
         chosen, rejected, grad_norm, update, loss, *entropies = _finite(values)
         both = self.has_rejected and chosen is not None and rejected is not None
-        return {
+        row = {
             "step": step.number,
             "epoch": round(step.epoch, 4),
             "loss": loss,
@@ -129,13 +127,12 @@ class Log:
             "grad_norm": grad_norm,
             "update_norm": update,
             "lr": step.lr,
-            **({"skipped": True} if skipped else {}),
-            **{
-                f"{when}_{column}": value
-                for when, means in step.watched.items()
-                for column, value in zip(COLUMNS, _finite(means.flatten().tolist()))
-            },
         }
+        if None in (chosen, rejected, grad_norm, update, loss):
+            row["skipped"] = True
+        for when, means in step.watched.items():
+            row |= {f"{when}_{name}": value for name, value in zip(COLUMNS, _finite(means.flatten().tolist()))}
+        return row
 
     def _lines(self, row: dict[str, Any]) -> tuple[str, str]:
         """The names of the columns, and a row under them, each at most 80 characters wide."""
@@ -175,7 +172,8 @@ def drop_steps_after(path: Path, step: int) -> None:
             if number < len(lines):  # a kill leaves half a row at the end, or nothing
                 print(f"warning: {error}; this row is left out", flush=True)
         else:
-            kept |= {row["step"]: line + "\n"} if row["step"] <= step else {}
+            if row["step"] <= step:
+                kept[row["step"]] = line + "\n"
     write_text(path, "".join(kept[step] for step in sorted(kept)))
 
 

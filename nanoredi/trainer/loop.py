@@ -56,7 +56,8 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
                 watched["watch"] = run.score_watched()
             done = Step(number, number / steps_an_epoch, run.optimizer.lr, metrics, tokens, flops, rows, watched)
             run.guards.observe(run.log.add(done))
-            saves, stops = bool(config.save_every) and number % config.save_every == 0, asked_to_stop()
+            saves = bool(config.save_every) and number % config.save_every == 0
+            stops = asked_to_stop()
             if number == run.total or not (saves or stops):
                 continue
             run.guards.observe(run.log.flush())
@@ -92,7 +93,7 @@ class _Run:
         shard(model, world, dtype, config)
         # What a resume must find unchanged, beside the config.
         self.began_with = {"sequences": data.digest, "dtype": str(dtype)[6:]}
-        if isinstance(config, RediConfig) and config.objective == "dpo":
+        if config.objective == "dpo":
             data.reference, self.began_with["reference"] = reference_logps(config, model, data, dtype, world)
         self.optimizer = AdamW(model, config.lr, config.weight_decay)
         self.total = num_steps(len(data), config.batch_size, config.epochs, config.max_steps)
@@ -125,7 +126,8 @@ class _Run:
                 self.model.save_pretrained(folder, self.dtype)
         except UserError as error:
             failure = str(error)
-        if failure := self.world.first(lambda: failure):
+        failure = self.world.first(lambda: failure)  # only rank 0 writes
+        if failure:
             self.save_state(step)
             self.states.wait()
             raise UserError(f"{failure}; the state of step {step} is saved, the same command resumes")
@@ -149,15 +151,17 @@ def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World)
             f"{path}: the longest sequence has {longest:,} tokens, the model's context {context:,}; "
             "raise max_position_embeddings or lower the limits on tokens"
         )
-    weighted = (data.row_weights != 1) & (path == config.data)
-    if isinstance(config, RediConfig) and config.objective in ("dpo", "simpo") and weighted.any():
-        name = data.row(int(weighted.argmax()) // 2)[0].name
-        raise UserError(f"{name}: {config.objective} has no chosen_weight; take it out, or use redi or sft")
-    if path == config.data and not data.row_weights[:: len(data.sides)].any() and not getattr(config, "alpha", 0):
-        raise UserError(f"{path}: every row's weight is 0, so nothing would be learned")
     if (largest := int(data.tokens.max())) >= model.config.vocab_size:
         raise UserError(
             f"{path}: token {largest} is outside the model's vocabulary of {model.config.vocab_size}; "
             f"the tokenizer of {config.model} is not this model's"
         )
+    if path != config.data:  # the watched pairs' weights are not used
+        return data
+    weighted = data.row_weights != 1
+    if config.objective in ("dpo", "simpo") and weighted.any():
+        name = data.row(int(weighted.argmax()) // 2)[0].name
+        raise UserError(f"{name}: {config.objective} has no chosen_weight; take it out, or use redi or sft")
+    if not config.alpha and not data.row_weights[:: len(data.sides)].any():
+        raise UserError(f"{path}: every row's weight is 0, so nothing would be learned")
     return data

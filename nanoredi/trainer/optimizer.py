@@ -45,12 +45,13 @@ class AdamW:
             skip: () fp32; if 1, nothing changes, not even the count of steps.
         """
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        gradients = [local(p.grad).mul_(scale) for p in self.parameters]
+        gradients = [local(p.grad) for p in self.parameters]
+        torch._foreach_mul_(gradients, scale)
         parameters, means, squares = ([local(x) for x in xs] for xs in (self.parameters, self.exp_avg, self.exp_avg_sq))
         # found_inf is how torch.amp has a step skipped.
-        kind: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "found_inf": skip}
-        kind |= {"beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "lr": self.lr, "weight_decay": self.weight_decay}
-        adamw(parameters, gradients, means, squares, [], self.num_steps, **kind)
+        options: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "found_inf": skip}
+        options |= {"beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "lr": self.lr, "weight_decay": self.weight_decay}
+        adamw(parameters, gradients, means, squares, [], self.num_steps, **options)
         for p in self.parameters:
             drop_gradient(p)
 
@@ -73,5 +74,7 @@ def schedule(step: int, total: int, warmup: float) -> float:
     """The learning rate of a step, counted from 0, as a share of the peak: linear up over warmup * total steps, then
     linear down to 0."""
     # differs from the original, whose first step has the rate 0: here no step has.
-    rising = math.ceil(warmup * total)
-    return min((step + 1) / rising if rising else 1.0, (total - step) / max(1, total - rising))
+    warmup_steps = math.ceil(warmup * total)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return (total - step) / (total - warmup_steps)

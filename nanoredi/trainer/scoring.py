@@ -35,12 +35,14 @@ def trace_sums(model: Qwen2, data: TokenData, max_tokens: int, world: World, lab
         for indices in divide(lengths, costs, world.size, max_tokens)[world.rank]:
             # A rank without a row computes one all the same, because it takes part in every collective.
             sequences = [s for j in indices or [0] for s in rows[j]]
-            batch = pack(sequences).to(world.device)
-            entropies = torch.zeros_like(batch.weights)
-            logps = model.logprobs(batch.targets, batch.rows, *batch[:3], batch.max_seqlen, entropies=entropies)
-            for total, of_tokens in zip(totals, (logps, entropies)) if indices else ():
-                sums = torch.stack(sequence_logps(sequences, of_tokens))
-                total[[start + j for j in indices]] = sums.view(-1, len(data.sides))
+            b = pack(sequences).to(world.device)
+            entropies = torch.zeros_like(b.weights)
+            packed = b.input_ids, b.position_ids, b.cu_seqlens
+            logps = model.logprobs(b.targets, b.rows, entropies, *packed, b.max_seqlen)
+            if indices:
+                for total, of_tokens in zip(totals, (logps, entropies)):
+                    sums = torch.stack(sequence_logps(sequences, of_tokens))
+                    total[[start + j for j in indices]] = sums.view(-1, len(data.sides))
         done.update(len(rows))
     done.close()
     # Some weights stay gathered after a forward until its backward, which never comes; the optimiser needs the shards.

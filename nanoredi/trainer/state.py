@@ -78,8 +78,8 @@ class States(contextlib.AbstractContextManager):
         self.wait()
         if step == self.newest:
             return
-        temporary = path_beside(self.folder / f"step-{step:06d}")
-        temporary = self.world.first(lambda: (temporary.mkdir(parents=True), temporary)[1])
+        temporary = self.world.first(lambda: path_beside(self.folder / f"step-{step:06d}"))
+        self.world.first(lambda: temporary.mkdir(parents=True))
         # A file is put together in memory before it is written, so one of all tensors would take the state's size again.
         files = {name: 1 + i % 16 for i, name in enumerate(tensors)}
         storage = HuggingFaceStorageWriter(str(temporary), files, save_distributed=True)
@@ -164,7 +164,8 @@ class States(contextlib.AbstractContextManager):
                 continue
             for newer, error in damaged.items():
                 # Kept for the user, under another name: the run will save this step again.
-                aside = next(p for i in itertools.count(1) if not (p := newer.with_suffix(f".damaged-{i}")).exists())
+                asides = (newer.with_suffix(f".damaged-{i}") for i in itertools.count(1))
+                aside = next(path for path in asides if not path.exists())
                 newer.rename(aside)
                 self.world.say(f"warning: {error}; it is kept as {aside.name}, the one before it is taken")
             return found
@@ -195,8 +196,9 @@ def resume(
         "dtype": f"--dtype {before.get('dtype')}, not {began_with.get('dtype')}",
         "reference": "another model as DPO's reference, or another version of nanoredi",
     }
-    if other := next((other for what, other in others.items() if before.get(what) != began_with.get(what)), None):
-        raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
+    for what, other in others.items():
+        if before.get(what) != began_with.get(what):
+            raise UserError(f"the run in {states.folder.parent} began with {other}: give another --out")
     for count in optimizer.num_steps:
         count.fill_(notes["step"] - notes["skipped"])
     states.world.say(f"resuming after step {notes['step']}")

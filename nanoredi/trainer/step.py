@@ -62,16 +62,17 @@ def forward_backward(
         The micro-batch's share of the step's mean chosen and rejected log-prob, its loss, and its mean chosen and
         rejected entropy: (5,), on the device.
     """
-    batch = pack([s for unit in units for s in unit]).to(device)
-    entropies = torch.zeros_like(batch.weights)
-    if needs_pairs(config) and len(batch.rows):
-        token_logps = model.logprobs(batch.targets, batch.rows, *batch[:3], batch.max_seqlen, entropies=entropies)
-        loss = pair_losses(config, units, token_logps).sum() / num_units
+    b = pack([s for unit in units for s in unit]).to(device)
+    packed = b.input_ids, b.position_ids, b.cu_seqlens
+    entropies = torch.zeros_like(b.weights)
+    if needs_pairs(config) and len(b.rows):
+        logps = model.logprobs(b.targets, b.rows, entropies, *packed, b.max_seqlen)
+        loss = pair_losses(config, units, logps).sum() / num_units
     else:
-        loss, token_logps = model.loss(*batch[:6], batch.max_seqlen, entropies)
+        loss, logps = model.loss(*packed, b.targets, b.weights, b.rows, b.max_seqlen, entropies)
     loss.backward()
-    logps, entropies = ((batch.shares * x).sum(1) for x in (token_logps.detach(), entropies))
-    return torch.stack((*logps, loss.detach(), *entropies))
+    of_logps, of_entropies = ((b.shares * x).sum(1) for x in (logps.detach(), entropies))  # (2,) each
+    return torch.stack((*of_logps, loss.detach(), *of_entropies))
 
 
 def _idle(units: list[Unit]) -> Unit:

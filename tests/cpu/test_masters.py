@@ -19,7 +19,7 @@ def two_losses(model, dtype, level="off"):
     ids, *where = tiny.packed(tiny.sequences())
     weights = torch.linspace(-1, 1, len(ids))
     model.loss(ids, *where, ids.roll(-1), weights)[0].backward()
-    model.logprobs(ids.roll(-1), torch.arange(len(ids)), ids, *where).square().sum().backward()
+    model.logprobs(ids.roll(-1), torch.arange(len(ids)), torch.zeros(len(ids)), ids, *where).square().sum().backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 

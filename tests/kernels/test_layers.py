@@ -117,6 +117,22 @@ def test_a_layer_of_fp32_masters_and_its_gradients(name, n, dtype, bound):
         assert got.dtype == x.dtype and close(got, right, bound)
 
 
+def test_a_sum_over_rows_is_rounded_once(monkeypatch):
+    """A program adds up the rows 0 and 8, 256 + 1, and another has row 4, -256. In bf16 257 would be 256."""
+    monkeypatch.setattr(pointwise, "_PARTS", 8)
+    upstream = torch.zeros(12, 1)
+    upstream[0], upstream[8], upstream[4] = 256, 1, -256
+    x = torch.ones(12, 16, dtype=torch.bfloat16, device=DEVICE)
+    scale = torch.ones(16, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    weights = [torch.eye(16, dtype=torch.bfloat16, device=DEVICE) for _ in range(3)]
+    biases = [torch.zeros(16, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) for _ in range(3)]
+    rope = torch.ones(12, 1, 16, dtype=torch.bfloat16), torch.zeros(12, 1, 16, dtype=torch.bfloat16)
+    outs = [norm(x, scale), *(y.flatten(1) for y in qkv(x, weights, biases, *(y.to(DEVICE) for y in rope)))]
+    for parameter, out in zip((scale, *biases), outs):
+        (gradient,) = torch.autograd.grad(out, parameter, upstream.to(out).expand_as(out), retain_graph=True)
+        assert gradient.dtype == torch.bfloat16 and gradient.tolist() == [1.0] * 16
+
+
 def test_embedding_gradients_of_a_repeated_token_add_up():
     weight = matrix(4, 2).requires_grad_()
     ids = torch.tensor([3, 1, 3], device=DEVICE)

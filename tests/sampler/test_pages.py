@@ -26,7 +26,7 @@ class Run:
         prompts = [rng.choice(heads) + [rng.randrange(9) for _ in range(rng.randint(1, 25))] for _ in range(6)]
         self.requests = [Request(p, k) for p in prompts for k in range(rng.randint(1, 4))]
         self.requests = [r for r in self.requests if len(r.prompt) + self.scheduler.limit(r) - 1 <= room]
-        self.scheduler.check(self.requests)
+        self.scheduler.check(self.requests, 9)
         self.scheduler.waiting.extend(self.requests)
         self.cache, self.tables, self.texts = {}, {}, {}
         self.ended, self.num_preempted, self.num_computed = [], 0, 0
@@ -141,9 +141,9 @@ def test_a_prefix_is_found_by_all_its_tokens_until_its_page_is_allocated():
 )
 def test_what_can_never_be_completed_is_refused_by_name(prompt, words):
     scheduler = Scheduler(Pages(6, 4), 2, max_tokens=10, context=50, budget=10)
-    scheduler.check([Request([1] * 15, name="math500: problem 1")])
+    scheduler.check([Request([1] * 15, name="math500: problem 1")], 9)
     with pytest.raises(UserError, match=words):
-        scheduler.check([Request([1], name="math500: problem 1"), Request(prompt, name="math500: problem 3")])
+        scheduler.check([Request([1], name="math500: problem 1"), Request(prompt, name="math500: problem 3")], 9)
 
 
 def test_samples_of_a_prompt_cost_one_prefill():
