@@ -127,7 +127,7 @@ class Companions:
         tokenizer = Tokenizer(folder)
         self.eos_id = tokenizer.eos_id
         self.files = {path.name: path.read_bytes() for path in tokenizer.files}
-        generation = _read_generation_config(tokenizer)
+        generation = _read(tokenizer, "generation_config.json")
         # differs from the original: the generation config of Qwen2.5's base models stops only at <|endoftext|>, which
         # stage 1 never teaches, and after 2,048 tokens.
         generation.pop("max_new_tokens", None)
@@ -189,13 +189,14 @@ def _whole(weight: Tensor) -> Tensor:
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end a completion: the tokenizer's stop tokens, and those in the folder's generation config."""
-    named = _read_generation_config(tokenizer).get("eos_token_id")
+    """The tokens that end a completion: the tokenizer's stop tokens, and those in the folder's generation config or, as
+    in transformers, in config.json if there is none."""
+    named = (_read(tokenizer, "generation_config.json") or _read(tokenizer, "config.json")).get("eos_token_id")
     return sorted({*tokenizer.stop_ids, *(named if isinstance(named, list) else [] if named is None else [named])})
 
 
-def _read_generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    path = tokenizer.folder / "generation_config.json"
+def _read(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+    path = tokenizer.folder / name
     ids = range(tokenizer.backend.get_vocab_size() + 2**16)  # embeddings are often padded beyond the vocabulary
     return check(str(path), read_json(path), {"eos_token_id?": (ids, [ids], None)}) if path.exists() else {}
 

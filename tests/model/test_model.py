@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoredi import toy
 from nanoredi.common.errors import UserError
+from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.kernels.layers import PRODUCTS
 from nanoredi.model import hf_folder as checkpoint
 from nanoredi.model.attention import ATTENTION
@@ -205,6 +206,15 @@ def test_tokenizer_files_and_stop_tokens_are_saved(toy_data, tmp_path):
     ]
     assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert Qwen2.from_pretrained(tmp_path / "m").lm_head_weight.dtype == torch.bfloat16
+
+
+def test_stop_tokens_of_config_json_count_without_a_generation_config(toy_data, tmp_path):
+    shutil.copytree(toy_data / "model", tmp_path / "m")
+    edit_config(tmp_path / "m", eos_token_id=[5, 7])
+    own = checkpoint.stop_ids(Tokenizer(tmp_path / "m"))
+    assert 5 not in own
+    (tmp_path / "m" / "generation_config.json").unlink()
+    assert checkpoint.stop_ids(Tokenizer(tmp_path / "m")) == sorted({*own, 5, 7})
 
 
 def test_nothing_is_overwritten(folder):
