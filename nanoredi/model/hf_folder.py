@@ -46,9 +46,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(check_model(str(folder)), "config.json")
     config = check(str(path), read_json(path), _CONFIG_SHAPE)
-    layers, window = config.get("num_hidden_layers", 0), config.get("sliding_window")
-    full = config.get("max_window_layers")
-    slides = (28 if full is None else full) < layers  # transformers' default
+    window, full = config.get("sliding_window", 4096), config.get("max_window_layers")
+    slides = (28 if full is None else full) < config.get("num_hidden_layers", 0)  # 4096 and 28: transformers' defaults
     if config.get("layer_types"):
         slides = "sliding_attention" in config["layer_types"]
     if config.get("model_type") != "qwen2":
@@ -63,6 +62,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; Qwen2's is silu")
     if config.get("attention_dropout"):
         raise UserError(f"{path}: attention_dropout is {config['attention_dropout']}; nanoredi has none")
+    if config.get("is_causal") is False:
+        raise UserError(f"{path}: is_causal is False, as in models that embed texts; nanoredi knows causal attention")
     if config.get("quantization_config") is not None:
         raise UserError(f"{path}: the weights are quantized; nanoredi reads float32, float16 and bfloat16")
     return {**config, **rope}

@@ -241,7 +241,9 @@ def test_nothing_is_overwritten(folder):
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling by {'rope_type': 'yarn', 'factor'"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope scaling by {'type': 'linear'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"use_sliding_window": True, "max_window_layers": 1}, "sliding window of 4096"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"is_causal": False}, "is_causal is False"),
         ({"head_dim": 16}, "head_dim is 16"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"num_attention_heads": 5}, "do not divide"),
@@ -266,7 +268,8 @@ def test_anything_but_this_qwen2_is_refused_by_name(folder, changes, words):
     [
         {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},  # Qwen2.5 as published
         {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2},
-        {"rope_scaling": None, "head_dim": 8, "quantization_config": None},
+        {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 1},
+        {"rope_scaling": None, "head_dim": 8, "quantization_config": None, "is_causal": True},
     ],
 )
 def test_settings_without_effect_are_not_refused(folder, changes):
