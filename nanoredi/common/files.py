@@ -35,7 +35,7 @@ def read_text(path: Path) -> str:
         UserError: when it cannot be read or is not UTF-8.
     """
     try:
-        with open(regular(path), encoding="utf-8") as file:
+        with open(regular(path), encoding="utf-8-sig") as file:  # editors on Windows begin a file with a mark
             return file.read(MAX_CHARS + 1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -39,6 +39,11 @@ def test_json_within_its_bounds():
     assert parse_json("here", "[1e300, 12345678901234567890]") == [1e300, 12345678901234567890]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "f.json").write_text('\ufeff{"a": 1}\r\n')
+    assert read_json(tmp_path / "f.json") == {"a": 1}
+
+
 def test_a_line_without_an_end(tmp_path, monkeypatch):
     monkeypatch.setattr("nanoredi.common.files.MAX_CHARS", 1000)
     monkeypatch.setattr("nanoredi.common.formats.MAX_CHARS", 1000)
