@@ -311,7 +311,7 @@ def test_a_template_needs_a_slot_for_the_problem():
         ),
         ("hub", ["hub/models--a--b/snapshots/c0/config.json"], "the hub's cache, .*give hub/models--a--b/snapshots/c0"),
         ("runs", ["runs/a/final/config.json"], "a folder of models, not a model's: give runs/a/final"),
-        ("m", ["m/adapter_config.json"], "holds only an adapter"),
+        ("m", ["m/adapter_config.json"], "m has no config.json; it holds only an adapter"),
         ("m", ["m/model.safetensors"], "m has no config.json, so it is not a model's folder"),
     ],
 )
@@ -334,6 +334,9 @@ def test_pickled_weights_are_refused(tmp_path):
         weight_files(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match="a .bin can run code when it is read: save it as safetensors"):
+        weight_files(tmp_path)
+    (tmp_path / "adapter_config.json").touch()  # some trainers also write config.json beside an adapter
+    with pytest.raises(UserError, match="no model.safetensors and no .*; it holds only an adapter: merge it"):
         weight_files(tmp_path)
 
 

@@ -19,6 +19,7 @@ from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
 
 _PATHS = {"model", "data", "watch", "cache", "benchmarks"}  # options with paths (a benchmark's name has no dot)
 INDEX = "model.safetensors.index.json"
+_ADAPTER = "it holds only an adapter: merge it into its base model, and give that one"
 
 
 def open_run(out: str, configs: dict[str, Any]) -> bool:
@@ -161,7 +162,7 @@ def check_model(folder: str, file: str = "config.json") -> str:
             help = f"if it is a model's name on the hub: hf download {name[1]} --local-dir {own}; then give {own}"
         raise UserError(f"there is no folder {folder}; {help}")
     if (path / "adapter_config.json").exists():
-        raise UserError(f"{folder} holds only an adapter: merge it into its base model, and give that one")
+        raise UserError(f"{folder} has no {file}; {_ADAPTER}")
     # Look for a run's final/, the hub's models--*/snapshots/*/, or either a few folders further down.
     found = [f for depth in range(1, 5) for f in path.glob("*/" * depth + file)]
     found.sort(key=lambda f: (f == path / "final" / file, f.stat().st_mtime), reverse=True)
@@ -203,8 +204,9 @@ def weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{folder} has weights in {single.name} and others in {INDEX}'s files: keep one of them")
         return files
     if not single.exists():
-        bins = "; a .bin can run code when it is read: save it as safetensors" * any(folder.glob("*.bin"))
-        raise UserError(f"{folder} has no model.safetensors and no {INDEX}{bins}")
+        help = "; a .bin can run code when it is read: save it as safetensors" * any(folder.glob("*.bin"))
+        help = f"; {_ADAPTER}" if (folder / "adapter_config.json").exists() else help
+        raise UserError(f"{folder} has no model.safetensors and no {INDEX}{help}")
     return [single]
 
 
