@@ -89,7 +89,8 @@ def load_weights(
     # Old checkpoints also store the rotary frequencies, which the config determines.
     unexpected = sorted(name for name in files.keys() - {*shapes, *tied} if not name.endswith("rotary_emb.inv_freq"))
     if missing:
-        raise UserError(f"{folder} lacks the weights {_some(missing)}")
+        instead = f"; it holds {_some(unexpected)}" if unexpected else ""
+        raise UserError(f"{folder} lacks the weights {_some(missing)}{instead}")
     if unexpected:
         raise UserError(f"{folder} holds weights that its config.json has no place for: {_some(unexpected)}")
     for name, shape in shapes.items():

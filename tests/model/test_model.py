@@ -277,6 +277,15 @@ def test_settings_without_effect_are_not_refused(folder, changes):
     Qwen2.from_pretrained(folder)
 
 
+def test_weights_under_other_names_are_named(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"_orig_mod.{name}": weight for name, weight in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(
+        UserError, match="lacks the weights lm_head.weight, .* more; it holds _orig_mod.lm_head.weight, "
+    ):
+        Qwen2.from_pretrained(folder)
+
+
 def test_a_redundant_tied_head_is_fine(tmp_path):
     tiny.tiny_model(tied=True).save_pretrained(tmp_path / "m")
     weights = load_file(tmp_path / "m" / "model.safetensors")
