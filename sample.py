@@ -13,7 +13,6 @@ defaults.
 """
 
 import dataclasses
-import fcntl
 import json
 import re
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi.chat import chat, ending
-from nanoredi.common.disk import regular
+from nanoredi.common.disk import regular, take
 from nanoredi.common.errors import UserError, naming, run_script
 from nanoredi.common.files import parse_json, read_rows, write_row
 from nanoredi.common.flags import Tables, option, read_flags, read_recipe, resolve
@@ -200,10 +199,8 @@ def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: Sa
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(regular(path), "ab", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process writes to {path}: wait for it, or give another --out") from None
+        if not take(file.fileno(), path):
+            raise UserError(f"another process writes to {path}: wait for it, or give another --out")
         config.dtype = _claim(path, folder, config)
         with open(path, "rb+") as whole:  # without the partial line that a killed job leaves at the end
             whole.truncate(sum(len(line) for line in whole if line.endswith(b"\n")))

@@ -197,6 +197,16 @@ def test_the_same_command_resumes(said, tmp_path):
     assert (tmp_path / "mine").read_text() == "my own\n"
 
 
+def test_a_disk_without_locks_will_do(said, monkeypatch):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert said("a=1", "--out", "o") == (
+        "warning: o cannot be locked (Function not implemented): start no second process on it\no: 1 completions\n"
+    )
+
+
 def test_completions_beside_the_model_resume(said, toy_data, tmp_path):
     shutil.copytree(toy_data / "model", tmp_path / "m")
     for name in ("a.jsonl", "b.json"):
