@@ -101,6 +101,15 @@ def test_invalid_flags(argv, words):
         flags(*argv)
 
 
+def test_a_tilde_is_the_home_folder_but_not_in_prose(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.toml").write_text("[redi]\nout = '~/run'\n")
+    assert read_recipe("~/r.toml")["redi"]["out"] == flags("--out=~/run")[1]["redi"]["out"] == f"{tmp_path}/run"
+    text = "~/{problem}"
+    given = flags(f"--evaluate.template={text}", "--evaluate.benchmarks", text, "a")[1]["evaluate"]
+    assert given == {"template": text, "benchmarks": [f"{tmp_path}/{{problem}}", "a"]}
+
+
 @pytest.mark.parametrize(
     "text, words",
     [

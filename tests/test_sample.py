@@ -148,6 +148,12 @@ def test_a_prompt_without_a_flag_and_in_a_template(said, asked):
         said("--chat", "--out", "x")
 
 
+def test_neither_a_negative_number_nor_what_follows_two_dashes_is_a_flag():
+    argv = ["--stop", "-1e-6", "-2", "--", "--x"]
+    given = sample.read_flags("", argv, "evaluate", sample.SampleFlags, positional="prompt")[1]
+    assert given == {"evaluate": {"stop": ["-1e-6", "-2"], "prompt": "--x"}}
+
+
 def test_a_stop_text_ends_a_completion(said, tmp_path):
     write(tmp_path / "p.jsonl", {"prompt": "a=1"})
     said("--prompts", "p.jsonl", "--n", "30", "--out", "free")

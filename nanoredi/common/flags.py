@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import operator
+import os
 import re
 import shutil
 import sys
@@ -46,10 +47,12 @@ def option(
     choices: tuple[str, ...] = (),
     free: bool = False,
     of: dict[str, float] | None = None,
+    prose: bool = False,
 ) -> Any:
     """A dataclass field with its help and the values it may take. free: it changes how the work is done, but not the
-    result, so a run may be resumed with another value. of: {objective: default}, if only these have the parameter."""
-    metadata = dict(help=help, low=low, above=above, high=high, choices=choices, free=free, of=of or {})
+    result, so a run may be resumed with another value. of: {objective: default}, if only these have the parameter.
+    prose: it is text for the model; other text may be a path."""
+    metadata = dict(help=help, low=low, above=above, high=high, choices=choices, free=free, of=of or {}, prose=prose)
     made = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return dataclasses.field(**made, metadata=metadata)
 
@@ -88,6 +91,9 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
     ):
         if bound is not None and not holds(value, bound):
             raise UserError(f"{where} is {shown}; it must be {words} {bound}")
+    if texts and not m["prose"]:  # ~ is the home folder; no shell says so of --out=~/run, nor of a recipe
+        texts = [os.path.expanduser(text) for text in texts]
+        value = texts if kind is list else texts[0]
     return value
 
 
@@ -127,12 +133,12 @@ def read_flags(
         switches = {flag for flag, (_, f) in flags.items() if kind_of(f) is bool}
         pairs = zip(argv, [*argv[1:], ""])
         argv = [f"{word}=true" if word in switches and after not in _BOOL else word for word, after in pairs]
-    # argparse mistakes -1e-6 for a flag, but never a word with a space in it.
-    argv = [f" {word}" if re.fullmatch(r"-[\d.]+e[-+]?\d+", word, re.IGNORECASE) else word for word in argv]
-    known, words = parser.parse_known_args(argv)
+    end = argv.index("--") if "--" in argv else len(argv)  # what follows it is no flag, nor an item of a list
+    known, words = parser.parse_known_args(argv[:end])
     values = vars(known)
     if unknown := next((word.split("=")[0] for word in words if word.startswith("--")), None):
         raise UserError(f"there is no flag {unknown}{nearest(unknown, [*flags, '--recipe'])}")
+    words += argv[end + 1 :]
     if words and positional and f"--{positional}" not in values:
         is_list = kind_of(flags[f"--{positional}"][1]) is list
         values[f"--{positional}"], words = (words, []) if is_list else (words[0], words[1:])
@@ -168,7 +174,7 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
         UserError: when it cannot be read, for a table or key that does not exist, for a value that its field does not
             allow, and for a base that has a base itself.
     """
-    path, builtin = Path(recipe), _builtin_recipes()
+    path, builtin = Path(recipe).expanduser(), _builtin_recipes()
     if str(recipe) not in builtin and not path.exists():
         raise UserError(f"there is no recipe {recipe}{nearest(str(recipe), builtin)}")
     try:
@@ -189,7 +195,7 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
             values[key] = checked(f"{path}: {table}.{key}", fields[key], values[key])
     if base is None:
         return tables
-    lower = read_recipe(base if base in builtin else path.parent / base, is_base=True)
+    lower = read_recipe(base if base in builtin else path.parent / os.path.expanduser(base), is_base=True)
     return {t: _over(lower.get(t, {}), tables.get(t, {}), TABLES[t]) for t in {**lower, **tables}}
 
 
@@ -230,6 +236,7 @@ class _Parser(argparse.ArgumentParser):
         usage = f"{program} [FLAGS] [{positional.upper()}]".removesuffix(" []")
         kind = argparse.RawDescriptionHelpFormatter
         super().__init__(usage=usage, description="\n\n".join(parts), allow_abbrev=False, formatter_class=kind)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # by itself it mistakes -1e-6 for a flag
 
     def error(self, message: str):
         raise UserError(message)
