@@ -69,9 +69,9 @@ def check(where: str, value: Any, shape: Any, name: str = "") -> Any:
 
     Args:
         where: file and line, for error messages.
-        shape: a type; None; range(low, end) for whole numbers; [shape] for a list of such items; {name: shape} for an
-            object with these fields, optional if the name ends in "?"; {str: shape} for an object with any names; a
-            tuple of alternative shapes.
+        shape: a type; a value, such as None; range(low, end) for whole numbers; [shape] for a list of such items;
+            {name: shape} for an object with these fields, optional if the name ends in "?"; {str: shape} for an object
+            with any names; a tuple of alternative shapes.
 
     Raises:
         UserError: naming where, the field, its value and what it must be.
@@ -104,7 +104,8 @@ def _words(shape: Any) -> str:
         return " or ".join(map(_words, shape))
     if isinstance(shape, range):
         return f"a whole number from {shape.start:,} to {shape.stop - 1:,}"
-    return _KINDS[type(shape) if isinstance(shape, (list, dict)) else shape]
+    kind = type(shape) if isinstance(shape, (list, dict)) else shape
+    return _KINDS.get(kind, repr(kind))
 
 
 def write_row(file: FileIO, row: Any) -> None:

@@ -227,7 +227,7 @@ def test_nothing_is_overwritten(folder):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "llama"}, "model_type is 'llama'; it must be 'qwen2'"),
         ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}, "sliding window of 4096"),
         ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0}, "sliding window of 4096"),
         (
@@ -240,10 +240,11 @@ def test_nothing_is_overwritten(folder):
         ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling by {'rope_type': 'yarn', 'factor'"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope scaling by {'type': 'linear'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"model_type": None}, "model_type is None; it must be 'qwen2'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu'"),
         ({"use_sliding_window": True, "max_window_layers": 1}, "sliding window of 4096"),
-        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
-        ({"is_causal": False}, "is_causal is False"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1; it must be 0.0"),
+        ({"is_causal": False}, "is_causal is False; it must be True"),
         ({"head_dim": 16}, "head_dim is 16"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"num_attention_heads": 5}, "do not divide"),
