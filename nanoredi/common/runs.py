@@ -170,11 +170,8 @@ def check_model(folder: str, file: str = "config.json") -> str:
         is_model = (path / "config.json").exists()
         end = "; copy the one of the model that it was made from" if is_model else ", so it is not a model's folder"
         raise UserError(f"{folder} has no {file}{end}")
-    kind = "a run's folder" if (path / "config.toml").exists() else "a folder of models"
-    if (path / "snapshots").is_dir() or next(path.glob("models--*"), None):
-        kind = "the hub's cache"
     more = f", or another of the {len(found)} in it" if len(found) > 1 else ""
-    raise UserError(f"{folder} is {kind}, not a model's: give {found[0].parent}{more}")
+    raise UserError(f"{folder} is not a model's folder: give {found[0].parent}{more}")
 
 
 def holds_model(folder: Path) -> bool:
