@@ -248,7 +248,7 @@ def test_nothing_is_overwritten(folder):
         ({"head_dim": 16}, "head_dim is 16"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"num_attention_heads": 5}, "do not divide"),
-        ({"vocab_size": None}, "says nothing of vocab_size"),
+        ({"vocab_size": None}, "config.json: its vocab_size takes a whole number, not None"),
         (
             {"vocab_size": 98},
             r"model.embed_tokens.weight has the shape \(97, 48\); its config.json asks for \(98, 48\)",
