@@ -241,6 +241,8 @@ def test_a_model_s_recipe_is_its_run_s(tmp_path):
 
 def test_which_runs_a_folder_may_hold(tmp_path):
     out, config = str(tmp_path / "run"), RediConfig(alpha=0.5)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".DS_Store").touch()  # a file manager has looked into it
     assert open_run(out, {"redi": config}) is False
     assert open_run(out, {"redi": config}) is False  # nothing but config.toml is there yet
     assert open_run(out, {"redi": RediConfig(alpha=0.7)}) is False  # so another run may start there
@@ -262,7 +264,7 @@ def test_which_runs_a_folder_may_hold(tmp_path):
         open_run(out, {"redi": config})
     save_file({"w": torch.zeros(9)}, tmp_path / "run" / "final" / "model.safetensors")
     assert open_run(out, {"redi": config}) is True
-    names = [".lock", "config.toml", "final", "metrics.jsonl"]
+    names = [".DS_Store", ".lock", "config.toml", "final", "metrics.jsonl"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
     (tmp_path / "run" / "final" / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="final is not a complete model .*: move it away"):

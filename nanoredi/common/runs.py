@@ -53,8 +53,8 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
 
 
 def _contents(folder: Path) -> list[Path]:
-    """What a folder holds besides the files that every run starts with."""
-    return [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("config.toml")]
+    """What a folder holds besides the files that every run starts with, and hidden ones (.DS_Store, .gitkeep)."""
+    return [path for path in folder.iterdir() if not path.name.startswith((".", "config.toml"))]
 
 
 def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
