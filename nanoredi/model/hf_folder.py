@@ -24,17 +24,12 @@ from nanoredi.data.tokenizer import Tokenizer
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 # Fields of config.json that are checked, beside those of Qwen2Config.
-_COUNT = (range(2**31), None)
 _CONFIG_SHAPE = {
     "model_type": "qwen2",
     "hidden_act?": "silu",
     "attention_dropout?": (0.0, None),
-    "is_causal?": True,
-    "num_hidden_layers?": range(1, 1001),
-    "max_window_layers?": _COUNT,
-    "layer_types?": ([str], None),
-    "use_sliding_window?": (bool, None),
-    "sliding_window?": _COUNT,
+    "is_causal?": True,  # False in models that embed texts
+    "use_sliding_window?": (False, None),
     "rope_scaling?": (dict, None),
     "rope_parameters?": (dict, None),
 }
@@ -47,13 +42,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         UserError: when it is missing or broken, or asks for something that this Qwen2 does not compute.
     """
     path = Path(check_model(str(folder)), "config.json")
-    config = check(str(path), read_json(path), _CONFIG_SHAPE)
-    window, full = config.get("sliding_window", 4096), config.get("max_window_layers")
-    slides = (28 if full is None else full) < config.get("num_hidden_layers", 0)  # 4096 and 28: transformers' defaults
-    if config.get("layer_types"):
-        slides = "sliding_attention" in config["layer_types"]
-    if config.get("use_sliding_window") and window and slides:
-        raise UserError(f"{path}: some layers use a sliding window of {window} tokens; nanoredi knows full attention")
+    config = check(f"{path} must describe a plain Qwen2", read_json(path), _CONFIG_SHAPE)
     # transformers 5 writes rope_theta into rope_parameters, earlier ones beside the other fields.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if scaling := {name: value for name, value in rope.items() if name != "rope_theta" and value != "default"}:
