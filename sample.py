@@ -49,10 +49,10 @@ class SampleFlags(SamplingConfig):
 
     n: int = option(1, "samples per prompt", low=1, high=2**16)
     model: str = option("", "Hugging Face folder; empty: the newest model under runs/")
-    prompt: str = option("", "text of the user's message; the flag's name may be left out", prose=True)
+    prompt: str = option("", "text of the user's message; the flag's name may be left out")
     prompts: str = option("", "file of prompts, JSONL or a plain text with one prompt a line; -: standard input")
     chat: bool = option(False, "have a conversation in the terminal")
-    stop: list[str] = option([], "texts that end a completion and are cut off from it", prose=True)
+    stop: list[str] = option([], "texts that end a completion and are cut off from it")
     out: str = option("", "JSONL file for the completions, a new one or one to resume")
 
 

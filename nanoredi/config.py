@@ -114,9 +114,8 @@ class SamplingConfig:
         "",
         "how a problem is asked: paper (the paper's words), plain (the problem alone), or a text with {problem} where "
         "it goes; empty: paper for the paper's benchmarks, plain for all others",
-        prose=True,
     )
-    system: str = option("", "system message; empty: the chat template's default", prose=True)
+    system: str = option("", "system message; empty: the chat template's default")
 
     def __post_init__(self):
         if self.template not in ("", "paper", "plain") and "{problem}" not in self.template:

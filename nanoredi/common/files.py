@@ -104,8 +104,7 @@ def _words(shape: Any) -> str:
         return " or ".join(map(_words, shape))
     if isinstance(shape, range):
         return f"a whole number from {shape.start:,} to {shape.stop - 1:,}"
-    kind = type(shape) if isinstance(shape, (list, dict)) else shape
-    return _KINDS.get(kind, repr(kind))
+    return _KINDS.get(type(shape) if isinstance(shape, (list, dict)) else shape, repr(shape))
 
 
 def write_row(file: FileIO, row: Any) -> None:

@@ -47,12 +47,10 @@ def option(
     choices: tuple[str, ...] = (),
     free: bool = False,
     of: dict[str, float] | None = None,
-    prose: bool = False,
 ) -> Any:
     """A dataclass field with its help and the values it may take. free: it changes how the work is done, but not the
-    result, so a run may be resumed with another value. of: {objective: default}, if only these have the parameter.
-    prose: it is text for the model; other text may be a path."""
-    metadata = dict(help=help, low=low, above=above, high=high, choices=choices, free=free, of=of or {}, prose=prose)
+    result, so a run may be resumed with another value. of: {objective: default}, if only these have the parameter."""
+    metadata = dict(help=help, low=low, above=above, high=high, choices=choices, free=free, of=of or {})
     made = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return dataclasses.field(**made, metadata=metadata)
 
@@ -91,12 +89,13 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
     ):
         if bound is not None and not holds(value, bound):
             raise UserError(f"{where} is {shown}; it must be {words} {bound}")
-    if texts and not m["prose"]:  # ~ is the home folder; no shell says so of --out=~/run, nor of a recipe
+    if texts and f.name not in _PROSE:  # ~ is the home folder; no shell says so of --out=~/run, nor of a recipe
         texts = [os.path.expanduser(text) for text in texts]
         value = texts if kind is list else texts[0]
     return value
 
 
+_PROSE = {"prompt", "stop", "system", "template"}  # text for the model; all other text may be a path
 _BOOL = {"true": True, "false": False}
 _LARGEST = {int: 2**31 - 1, float: 1e12}  # unless the field has a bound
 _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}

@@ -156,19 +156,19 @@ def check_model(folder: str, file: str = "config.json") -> str:
         raise UserError(f"{folder} is a file; give the folder that holds it beside the model's {file}")
     if not path.exists():
         help = f"give the one that holds the model's {file}"
-        name = re.search(r"^(?:https?://[\w.]+/)?(\w[\w.-]*/\w[\w.-]*)/?$", folder)
+        name = re.search(r"^(?:https?://[\w.]+/)?(\w[\w.-]*/(\w[\w.-]*))/?$", folder)
         if name and not path.parent.is_dir():
-            own = name[1].split("/")[1]
-            help = f"if it is a model's name on the hub: hf download {name[1]} --local-dir {own}; then give {own}"
+            help = (
+                f"if it is a model's name on the hub: hf download {name[1]} --local-dir {name[2]}; then give {name[2]}"
+            )
         raise UserError(f"there is no folder {folder}; {help}")
-    if (path / "adapter_config.json").exists():
-        raise UserError(f"{folder} has no {file}; {_ADAPTER}")
     # Look for a run's final/, the hub's models--*/snapshots/*/, or either a few folders further down.
     found = [f for depth in range(1, 5) for f in path.glob("*/" * depth + file)]
     found.sort(key=lambda f: (f == path / "final" / file, f.stat().st_mtime), reverse=True)
     if not found:
-        is_model = (path / "config.json").exists()
-        end = "; copy the one of the model that it was made from" if is_model else ", so it is not a model's folder"
+        has_config, has_adapter = ((path / name).exists() for name in ("config.json", "adapter_config.json"))
+        end = "; copy the one of the model that it was made from" if has_config else ", so it is not a model's folder"
+        end = f"; {_ADAPTER}" if has_adapter else end
         raise UserError(f"{folder} has no {file}{end}")
     more = f", or another of the {len(found)} in it" if len(found) > 1 else ""
     raise UserError(f"{folder} is not a model's folder: give {found[0].parent}{more}")
