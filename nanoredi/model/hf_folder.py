@@ -85,10 +85,7 @@ def load_weights(
             raise UserError(f"{folder}: {name} has the shape {shapes_are}")
     for name, other in tied.items():
         if name in files and not torch.equal(files[name].get_tensor(name), files[other].get_tensor(other)):
-            raise UserError(
-                f"{folder}: config.json ties {name} to {other}, but the file holds another {name}: "
-                "set tie_word_embeddings to false"
-            )
+            raise UserError(f"{folder}: {name} differs from {other}: set tie_word_embeddings in config.json to false")
     return ((name, _finite(folder, name, files[name].get_tensor(name))) for name in shapes)
 
 
