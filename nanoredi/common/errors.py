@@ -116,5 +116,5 @@ def _discard(stream: TextIO) -> None:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a name that does not exist: ' (did you mean X?)', or nothing when no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name.lower(), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

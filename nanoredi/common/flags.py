@@ -79,8 +79,8 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
     if m["choices"] and value not in m["choices"]:
         raise UserError(f"{where} takes {' or '.join(m['choices'])}, not {shown}{nearest(str(value), m['choices'])}")
     texts = value if kind is list and type(value) is list else [value] if kind is str else []
-    wrong_items = any(type(text) is not str or "\0" in text for text in texts)
-    if type(value) is not kind or wrong_items or kind is float and not math.isfinite(value):
+    wrong_items = any(type(text) is not str or "\0" in text or kind is list and not text for text in texts)
+    if type(value) is not kind or wrong_items or value == [] or kind is float and not math.isfinite(value):
         raise UserError(f"{where} takes {_KINDS[kind]}, not {shown}")
     for words, bound, holds in (
         ("at least", m["low"], operator.ge),
