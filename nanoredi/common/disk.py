@@ -180,8 +180,7 @@ def lock(folder: Path) -> None:
 
 
 def take(file: int, name: Path) -> bool:
-    """Lock an open file until it is closed, and return whether no other process has locked it. Where the disk has no
-    locks, it only warns."""
+    """Lock an open file until it is closed, unless another process has: then False. Without locks, it only warns."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -216,6 +216,7 @@ def open_weights(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in weight_files(folder):
         try:
+            open(path, "rb").close()  # safetensors says of a file that may not be read that there is none
             handle = safe_open(regular(path), framework="pt")
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the weights {path}: {error}") from None

@@ -297,6 +297,12 @@ def test_broken_folders_are_named(folder, tmp_path):
     with pytest.raises(UserError, match="cannot read the weights .*torn"):
         Qwen2.from_pretrained(tmp_path / "torn")
     (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"w": "loop"}}')
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="cannot read the weights .*loop: .*symbolic links"):
+        Qwen2.from_pretrained(folder)
+    index.unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
         Qwen2.from_pretrained(folder)
     (folder / "config.json").write_text("{")
