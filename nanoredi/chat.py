@@ -19,8 +19,9 @@ _MARKS = {"<think>": "\033[2m<think>", "</think>": "</think>\033[0m"}  # dim, an
 
 def chat(sampler: Sampler, tokenizer: Tokenizer, stops: list[str], template: str, system: str) -> None:
     """Take turns until the input ends. Ctrl-C ends an answer early; the conversation continues from there."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  (gives input() line editing and history)
+    with contextlib.suppress(ImportError):  # a Python may have been built without it
+        if sys.stdin.isatty():
+            import readline  # noqa: F401  (gives input() line editing and history)
     history: list[dict[str, str]] = []
     while True:
         try:

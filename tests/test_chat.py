@@ -71,6 +71,13 @@ def test_a_conversation_keeps_its_turns_without_their_thinking(monkeypatch, toke
     assert "cannot encode" in said and "(a new conversation)" in said and "Ctrl-D ends" in said
 
 
+def test_a_conversation_without_readline(monkeypatch, tokenizer, capsys):
+    monkeypatch.setitem(sys.modules, "readline", None)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    talk(monkeypatch, ["a=1"], Scripted(tokenizer, ["7"]), tokenizer, [], "", "")
+    assert "7\n(1 token, " in capsys.readouterr().out
+
+
 def test_ctrl_c_ends_only_the_answer(monkeypatch, tokenizer, capsys):
     steps = []
 

@@ -141,8 +141,7 @@ def save_folder(
     whole = {name: _whole(w).to(place, dtype or w.dtype).contiguous() for name, w in weights.items()}
     if place == "meta":
         return
-    sizes = {name: w.nbytes for name, w in whole.items()}
-    shards = _plan_shards(sizes)
+    shards = _plan_shards({name: w.nbytes for name, w in whole.items()})
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; nothing was overwritten")
     with writing(folder) as beside:
@@ -151,7 +150,7 @@ def save_folder(
             save_file({name: whole[name] for name in names}, beside / file, metadata={"format": "pt"})
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(w.nbytes for w in whole.values())}, "weight_map": weight_map}
             (beside / INDEX).write_bytes(_json(index))
         config = {**config, "torch_dtype": str(next(iter(whole.values())).dtype).removeprefix("torch.")}
         if companions:
