@@ -203,6 +203,13 @@ def test_the_same_command_resumes(said, tmp_path):
     assert (tmp_path / "mine").read_text() == "my own\n"
 
 
+@pytest.mark.parametrize("name", ["o.csv", "o.Parquet", "o.jsonl.gz"])
+def test_completions_are_not_written_under_another_format_s_name(said, tmp_path, name):
+    with pytest.raises(UserError, match="give --out a name that ends in .jsonl, not "):
+        said("a=1", "--out", name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_disk_without_locks_will_do(said, monkeypatch):
     def refuse(*_):
         raise OSError(38, "Function not implemented")
