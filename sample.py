@@ -197,7 +197,7 @@ def _show(sampler: Sampler, samples: list[_Sample]) -> None:
 def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: SampleFlags) -> None:
     """Write each completion as a whole line when it is finished. Those that the file already has are not made again."""
     path = Path(config.out)
-    if path.suffix.lower() in benchmarks.SUFFIXES and "json" not in path.suffix.lower():
+    if path.suffix.lower() in {*benchmarks.SUFFIXES} - {".json", ".jsonl"}:
         raise UserError(f"completions are written as JSONL: give --out a name that ends in .jsonl, not {path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(regular(path), "ab", buffering=0) as file:

@@ -226,6 +226,8 @@ def test_the_recipes_of_the_paper_s_comparison(name, epochs, stage_2):
 def test_a_missing_recipe_names_the_nearest():
     with pytest.raises(UserError, match=r"there is no recipe toi \(did you mean 'toy'\?\)"):
         read_recipe("toi")
+    with pytest.raises(UserError, match="there is no recipe ~nobody-by-this-name/r.toml$"):
+        read_recipe("~nobody-by-this-name/r.toml")
 
 
 def test_a_written_recipe_reads_back(tmp_path):

@@ -173,7 +173,7 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
         UserError: when it cannot be read, for a table or key that does not exist, for a value that its field does not
             allow, and for a base that has a base itself.
     """
-    path, builtin = Path(recipe).expanduser(), _builtin_recipes()
+    path, builtin = Path(os.path.expanduser(recipe)), _builtin_recipes()
     if str(recipe) not in builtin and not path.exists():
         raise UserError(f"there is no recipe {recipe}{nearest(str(recipe), builtin)}")
     try:

@@ -158,9 +158,7 @@ def check_model(folder: str, file: str = "config.json") -> str:
         help = f"give the one that holds the model's {file}"
         name = re.search(r"^(?:https?://[\w.]+/)?(\w[\w.-]*/(\w[\w.-]*))/?$", folder)
         if name and not path.parent.is_dir():
-            help = (
-                f"if it is a model's name on the hub: hf download {name[1]} --local-dir {name[2]}; then give {name[2]}"
-            )
+            help = f"if it is on the hub: hf download {name[1]} --local-dir {name[2]}; then give {name[2]}"
         raise UserError(f"there is no folder {folder}; {help}")
     # Look for a run's final/, the hub's models--*/snapshots/*/, or either a few folders further down.
     found = [f for depth in range(1, 5) for f in path.glob("*/" * depth + file)]
