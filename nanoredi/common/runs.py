@@ -216,7 +216,7 @@ def open_weights(folder: Path) -> dict[str, Any]:
         try:
             open(path, "rb").close()  # safetensors says of a file that may not be read that there is none
             handle = safe_open(regular(path), framework="pt")
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"cannot read the weights {path}: {error}") from None
         files.update((name, handle) for name in handle.keys())
     return files
