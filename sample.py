@@ -143,7 +143,7 @@ def _read_prompts(path: str) -> list[tuple[str, Any]]:
 def _samples(rows: list[tuple[str, Any]], tokenizer: Tokenizer, config: SampleFlags) -> list[_Sample]:
     conversations = [_messages(where, row, config) for where, row in rows]
     prompts = []
-    for (where, _), messages in zip(rows, conversations):
+    for (where, _), messages in progress(zip(rows, conversations), "reading prompts", len(rows), "prompts", delay=1):
         with naming(where):
             if messages[-1]["role"] == "assistant":
                 raise UserError("the last message is the assistant's; a prompt must end with the user's")
