@@ -13,7 +13,6 @@ model's run ([evaluate]), else from the defaults.
 """
 
 import dataclasses
-import fcntl
 import json
 import re
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi.chat import chat, ending
-from nanoredi.common.disk import regular
+from nanoredi.common.disk import regular, take
 from nanoredi.common.errors import UserError, naming, run_script
 from nanoredi.common.files import parse_json, read_rows, write_row
 from nanoredi.common.flags import Tables, option, read_flags, read_recipe, resolve
@@ -152,7 +151,7 @@ def _read_prompts(path: str) -> list[tuple[str, Any]]:
 def _samples(rows: list[tuple[str, Any]], tokenizer: Tokenizer, config: SampleFlags) -> list[_Sample]:
     conversations = [_messages(where, row, config) for where, row in rows]
     prompts = []
-    for (where, _), messages in zip(rows, conversations):
+    for (where, _), messages in progress(zip(rows, conversations), "reading prompts", len(rows), "prompts", delay=1):
         with naming(where):
             if messages[-1]["role"] == "assistant":
                 raise UserError("the last message is the assistant's; a prompt must end with the user's")
@@ -201,12 +200,12 @@ def _show(sampler: Sampler, samples: list[_Sample]) -> None:
 def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: SampleFlags) -> None:
     """Write each completion as a whole line when it is finished. Those that the file already has are not made again."""
     path = Path(config.out)
+    if path.suffix.lower() in {*benchmarks.SUFFIXES} - {".json", ".jsonl"}:
+        raise UserError(f"completions are written as JSONL: give --out a name that ends in .jsonl, not {path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(regular(path), "ab", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process writes to {path}: wait for it, or give another --out") from None
+        if not take(file.fileno(), path):
+            raise UserError(f"another process writes to {path}: wait for it, or give another --out")
         config.dtype = _claim(path, folder, config)
         with open(path, "rb+") as whole:  # without the partial line that a killed job leaves at the end
             whole.truncate(sum(len(line) for line in whole if line.endswith(b"\n")))

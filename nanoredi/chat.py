@@ -1,6 +1,7 @@
 """A conversation in the terminal: one line a turn, answers streamed, with their thinking dimmed."""
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -18,8 +19,9 @@ _MARKS = {"<think>": "\033[2m<think>", "</think>": "</think>\033[0m"}  # dim, an
 
 def chat(sampler: Sampler, tokenizer: Tokenizer, stops: list[str], template: str, system: str) -> None:
     """Take turns until the input ends. Ctrl-C ends an answer early; the conversation continues from there."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  (gives input() line editing and history)
+    with contextlib.suppress(ImportError):  # a Python may have been built without it
+        if sys.stdin.isatty():
+            import readline  # noqa: F401  (gives input() line editing and history)
     history: list[dict[str, str]] = []
     while True:
         try:
@@ -56,8 +58,8 @@ def chat(sampler: Sampler, tokenizer: Tokenizer, stops: list[str], template: str
 def _answer(sampler: Sampler, request: Request, thinking: bool) -> None:
     """Stream an answer, then print its length and speed."""
     start, shown, text = time.perf_counter(), 0, request.stream
-    on_terminal = sys.stdout.isatty()
-    print(_MARKS["<think>"].removesuffix("<think>") if thinking and on_terminal else "", end="")
+    dims = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    print(_MARKS["<think>"].removesuffix("<think>") if thinking and dims else "", end="")
     with _interrupts() as asked:
         while not request.finish_reason:
             sampler.step()
@@ -65,11 +67,11 @@ def _answer(sampler: Sampler, request: Request, thinking: bool) -> None:
                 sampler.end(request)
             end = len(text.text) - (0 if request.finish_reason else may_begin(text.text[-16:], [*_MARKS]))
             piece, shown = text.text[shown:end], max(shown, end)
-            for mark, styled in _MARKS.items() if on_terminal else ():
+            for mark, styled in _MARKS.items() if dims else ():
                 piece = piece.replace(mark, styled)
             print(piece, end="", flush=True)
     speed = len(request.tokens) / (time.perf_counter() - start)
-    print("\033[0m" * on_terminal + f"\n{ending(request, bool(asked), f', {speed:,.1f} tokens/s')}", flush=True)
+    print("\033[0m" * dims + f"\n{ending(request, bool(asked), f', {speed:,.1f} tokens/s')}", flush=True)
 
 
 def ending(request: Request, interrupted: bool = False, more: str = "") -> str:

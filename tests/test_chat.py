@@ -71,6 +71,13 @@ def test_a_conversation_keeps_its_turns_without_their_thinking(monkeypatch, toke
     assert "cannot encode" in said and "(a new conversation)" in said and "Ctrl-D ends" in said
 
 
+def test_a_conversation_without_readline(monkeypatch, tokenizer, capsys):
+    monkeypatch.setitem(sys.modules, "readline", None)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    talk(monkeypatch, ["a=1"], Scripted(tokenizer, ["7"]), tokenizer, [], "", "")
+    assert "7\n(1 token, " in capsys.readouterr().out
+
+
 def test_ctrl_c_ends_only_the_answer(monkeypatch, tokenizer, capsys):
     steps = []
 
@@ -89,20 +96,24 @@ def test_ctrl_c_ends_only_the_answer(monkeypatch, tokenizer, capsys):
 
 
 @pytest.mark.parametrize(
-    "answer, opened, shown",
+    "answer, opened, environment, shown",
     [
-        ("<think>1</think>2", False, "\033[2m<think>1</think>\033[0m2"),
-        ("1</think>2", True, "\033[2m1</think>\033[0m2"),
-        ("1=2", False, "1=2"),
+        ("<think>1</think>2", False, {}, "\033[2m<think>1</think>\033[0m2\033[0m\n("),
+        ("1</think>2", True, {}, "\033[2m1</think>\033[0m2\033[0m\n("),
+        ("1=2", False, {}, "1=2\033[0m\n("),
+        ("1</think>2", True, {"NO_COLOR": "1"}, "1</think>2\n("),
+        ("1</think>2", True, {"TERM": "dumb"}, "1</think>2\n("),
     ],
 )
-def test_thinking_is_dimmed_on_a_terminal(monkeypatch, tokenizer, capsys, answer, opened, shown):
+def test_thinking_is_dimmed_on_a_terminal(monkeypatch, tokenizer, capsys, answer, opened, environment, shown):
     sampler = Scripted(tokenizer, [answer])
     request = Request([1], stream=tokenizer.stream())
     sampler.add([request])
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.setenv(name, environment.get(name, ""))
     _answer(sampler, request, opened)
-    assert capsys.readouterr().out.startswith(f"{shown}\033[0m\n(")
+    assert capsys.readouterr().out.startswith(shown)
 
 
 def test_think_tags_of_several_tokens_are_found(monkeypatch, tokenizer, capsys):
@@ -119,5 +130,7 @@ def test_think_tags_of_several_tokens_are_found(monkeypatch, tokenizer, capsys):
 
     sampler.step = step
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     _answer(sampler, request, False)
     assert capsys.readouterr().out.startswith("\033[2m<think>ab</think>\033[0mc\033[0m\n(")

@@ -101,6 +101,15 @@ def test_invalid_flags(argv, words):
         flags(*argv)
 
 
+def test_a_tilde_is_the_home_folder_but_not_in_prose(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.toml").write_text("[redi]\nout = '~/run'\n")
+    assert read_recipe("~/r.toml")["redi"]["out"] == flags("--out=~/run")[1]["redi"]["out"] == f"{tmp_path}/run"
+    text = "~/{problem}"
+    given = flags(f"--evaluate.template={text}", "--evaluate.benchmarks", text, "a")[1]["evaluate"]
+    assert given == {"template": text, "benchmarks": [f"{tmp_path}/{{problem}}", "a"]}
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -115,6 +124,9 @@ def test_invalid_flags(argv, words):
         ),
         ("[evaluate]\nbenchmarks = 'math500'\n", "evaluate.benchmarks takes a list of strings"),
         ("[evaluate]\nbenchmarks = [1]\n", "evaluate.benchmarks takes a list of strings"),
+        ("[evaluate]\nbenchmarks = []\n", r"evaluate.benchmarks takes a list of strings, not \[\]"),
+        ("[evaluate]\nbenchmarks = ['']\n", r"evaluate.benchmarks takes a list of strings, not \[''\]"),
+        ("[REDI]\nalpha = 1\n", r"there is no table \[REDI\] \(did you mean 'redi'\?\)"),
         ("[redi\n", "is not TOML"),
         ("[redi]\nmodel = " + "[" * 10**5, "is not TOML"),
         ('[redi]\nmodel = "a\\u0000"\n', "redi.model takes a string, not "),
@@ -214,6 +226,8 @@ def test_the_recipes_of_the_paper_s_comparison(name, epochs, stage_2):
 def test_a_missing_recipe_names_the_nearest():
     with pytest.raises(UserError, match=r"there is no recipe toi \(did you mean 'toy'\?\)"):
         read_recipe("toi")
+    with pytest.raises(UserError, match="there is no recipe ~nobody-by-this-name/r.toml$"):
+        read_recipe("~nobody-by-this-name/r.toml")
 
 
 def test_a_written_recipe_reads_back(tmp_path):
@@ -232,6 +246,8 @@ def test_a_model_s_recipe_is_its_run_s(tmp_path):
 
 def test_which_runs_a_folder_may_hold(tmp_path):
     out, config = str(tmp_path / "run"), RediConfig(alpha=0.5)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".DS_Store").touch()  # a file manager has looked into it
     assert open_run(out, {"redi": config}) is False
     assert open_run(out, {"redi": config}) is False  # nothing but config.toml is there yet
     assert open_run(out, {"redi": RediConfig(alpha=0.7)}) is False  # so another run may start there
@@ -253,7 +269,7 @@ def test_which_runs_a_folder_may_hold(tmp_path):
         open_run(out, {"redi": config})
     save_file({"w": torch.zeros(9)}, tmp_path / "run" / "final" / "model.safetensors")
     assert open_run(out, {"redi": config}) is True
-    names = [".lock", "config.toml", "final", "metrics.jsonl"]
+    names = [".DS_Store", ".lock", "config.toml", "final", "metrics.jsonl"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
     (tmp_path / "run" / "final" / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="final is not a complete model .*: move it away"):
@@ -302,16 +318,28 @@ def test_a_template_needs_a_slot_for_the_problem():
         ("runs/nowhere", ["runs/a/config.json"], "there is no folder runs/nowhere; give the one that holds"),
         ("nowhere", [], "there is no folder nowhere; give the one that holds the model's config.json"),
         ("m/x.gguf", ["m/x.gguf"], "m/x.gguf is a file; give the folder"),
-        ("run", ["run/config.toml", "run/final/config.json", "run/step-000002/config.json"], "run's.*give run/final,"),
-        ("run", ["run/config.toml", "run/step-000002/config.json"], "a run's folder, .*give run/step-000002$"),
+        (
+            "run",
+            ["run/config.toml", "run/final/config.json", "run/step-000002/config.json"],
+            "run is not a model's folder: give run/final,",
+        ),
+        (
+            "run",
+            ["run/config.toml", "run/step-000002/config.json"],
+            "run is not a model's folder: give run/step-000002$",
+        ),
         (
             "hub/models--a--b",
             ["hub/models--a--b/snapshots/c0/config.json"],
-            "cache, .*give hub/models--a--b/snapshots/c0",
+            "b is not a model's folder: give hub/models--a--b/snapshots/c0",
         ),
-        ("hub", ["hub/models--a--b/snapshots/c0/config.json"], "the hub's cache, .*give hub/models--a--b/snapshots/c0"),
-        ("runs", ["runs/a/final/config.json"], "a folder of models, not a model's: give runs/a/final"),
-        ("m", ["m/adapter_config.json"], "holds only an adapter"),
+        (
+            "hub",
+            ["hub/models--a--b/snapshots/c0/config.json"],
+            "hub is not a model's folder: give hub/models--a--b/snapshots/c0",
+        ),
+        ("runs", ["runs/a/final/config.json"], "runs is not a model's folder: give runs/a/final"),
+        ("m", ["m/adapter_config.json"], "m has no config.json; it holds only an adapter"),
         ("m", ["m/model.safetensors"], "m has no config.json, so it is not a model's folder"),
     ],
 )
@@ -334,6 +362,9 @@ def test_pickled_weights_are_refused(tmp_path):
         weight_files(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match="a .bin can run code when it is read: save it as safetensors"):
+        weight_files(tmp_path)
+    (tmp_path / "adapter_config.json").touch()  # some trainers also write config.json beside an adapter
+    with pytest.raises(UserError, match="no model.safetensors and no .*; it holds only an adapter: merge it"):
         weight_files(tmp_path)
 
 

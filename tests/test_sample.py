@@ -172,6 +172,12 @@ def test_a_prompt_without_a_flag_and_in_a_template(said, asked):
         said("--chat", "--out", "x")
 
 
+def test_neither_a_negative_number_nor_what_follows_two_dashes_is_a_flag():
+    argv = ["--stop", "-1e-6", "-2", "--", "--x"]
+    given = sample.read_flags("", argv, "evaluate", sample.SampleFlags, positional="prompt")[1]
+    assert given == {"evaluate": {"stop": ["-1e-6", "-2"], "prompt": "--x"}}
+
+
 def test_a_stop_text_ends_a_completion(said, tmp_path):
     write(tmp_path / "p.jsonl", {"prompt": "a=1"})
     said("--prompts", "p.jsonl", "--n", "30", "--out", "free")
@@ -219,6 +225,23 @@ def test_the_same_command_resumes(said, tmp_path):
     with pytest.raises(UserError, match="mine exists without the mine.settings.json that describes it"):
         said("a=1", "--out", "mine")
     assert (tmp_path / "mine").read_text() == "my own\n"
+
+
+@pytest.mark.parametrize("name", ["o.csv", "o.Parquet", "o.jsonl.gz"])
+def test_completions_are_not_written_under_another_format_s_name(said, tmp_path, name):
+    with pytest.raises(UserError, match="give --out a name that ends in .jsonl, not "):
+        said("a=1", "--out", name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_locks_will_do(said, monkeypatch):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert said("a=1", "--out", "o") == (
+        "warning: o cannot be locked (Function not implemented): start no second process on it\no: 1 completions\n"
+    )
 
 
 def test_completions_beside_the_model_resume(said, toy_data, tmp_path):

@@ -6,6 +6,7 @@ What a killed process leaves behind is recognised by its temporary name and remo
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -112,7 +113,8 @@ def _sync(path: Path) -> None:
         for inner in path.iterdir():
             _sync(inner)
     elif path.stat().st_mode & 0o777 != 0o666 & ~_UMASK:
-        path.chmod(0o666 & ~_UMASK)  # safetensors creates files that only their owner can read
+        with contextlib.suppress(OSError):  # exFAT, for one, has no permissions
+            path.chmod(0o666 & ~_UMASK)  # safetensors creates files that only their owner can read
     _sync_entry(path)
 
 
@@ -120,6 +122,9 @@ def _sync_entry(path: Path) -> None:
     entry = os.open(path, os.O_RDONLY)
     try:
         os.fsync(entry)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # some network disks sync no folders
+            raise
     finally:
         os.close(entry)
 
@@ -165,18 +170,24 @@ def lock(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     me = f"process {os.getpid()} on {_HOST}, started {_STARTED}"
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open until the process ends
+    if take(file, folder):
+        os.ftruncate(file, 0)
+        os.pwrite(file, me.encode(), 0)
+    elif os.pread(file, 200, 0) != me.encode():
+        time.sleep(0.2)  # a process that has just taken the lock is still writing its name
+        owner = os.pread(file, 200, 0).decode(errors="replace")
+        raise UserError(f"{folder} is in use by {owner or 'another process'}: give another --out")
+
+
+def take(file: int, name: Path) -> bool:
+    """Lock an open file until it is closed, unless another process has: then False. Without locks, it only warns."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        if os.pread(file, 200, 0) != me.encode():
-            time.sleep(0.2)  # a process that has just taken the lock is still writing its name
-            owner = os.pread(file, 200, 0).decode(errors="replace")
-            raise UserError(f"{folder} is in use by {owner or 'another process'}: give another --out") from None
+        return False
     except OSError as error:
-        print(f"warning: {folder} cannot be locked ({error.strerror}): start no second process on it", flush=True)
-    else:
-        os.ftruncate(file, 0)
-        os.pwrite(file, me.encode(), 0)
+        print(f"warning: {name} cannot be locked ({error.strerror}): start no second process on it", flush=True)
+    return True
 
 
 def regular(path: Path) -> Path:

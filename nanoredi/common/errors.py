@@ -34,6 +34,8 @@ def naming(where: str) -> Iterator[None]:
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's main on its flags. Errors of the user or the machine end with one sentence and exit code 2, Ctrl-C
     with 130. Control characters in printed text are shown escaped, since the text may come from a file or a model."""
+    nowhere = open(os.devnull, "r+")  # for the streams of a job that was started with `<&- >&- 2>&-`
+    sys.stdin, sys.stdout, sys.stderr = (stream or nowhere for stream in (sys.stdin, sys.stdout, sys.stderr))
     write = sys.stdout.write
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -116,5 +118,5 @@ def _discard(stream: TextIO) -> None:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a name that does not exist: ' (did you mean X?)', or nothing when no known name is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name.lower(), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

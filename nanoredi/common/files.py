@@ -35,7 +35,7 @@ def read_text(path: Path) -> str:
         UserError: when it cannot be read or is not UTF-8.
     """
     try:
-        with open(regular(path), encoding="utf-8-sig") as file:
+        with open(regular(path), encoding="utf-8-sig") as file:  # editors on Windows begin a file with a mark
             return file.read(MAX_CHARS + 1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -69,9 +69,9 @@ def check(where: str, value: Any, shape: Any, name: str = "") -> Any:
 
     Args:
         where: file and line, for error messages.
-        shape: a type; None; range(low, end) for whole numbers; [shape] for a list of such items; {name: shape} for an
-            object with these fields, optional if the name ends in "?"; {str: shape} for an object with any names; a
-            tuple of alternative shapes.
+        shape: a type; a value, such as None; range(low, end) for whole numbers; [shape] for a list of such items;
+            {name: shape} for an object with these fields, optional if the name ends in "?"; {str: shape} for an object
+            with any names; a tuple of alternative shapes.
 
     Raises:
         UserError: naming where, the field, its value and what it must be.
@@ -104,7 +104,7 @@ def _words(shape: Any) -> str:
         return " or ".join(map(_words, shape))
     if isinstance(shape, range):
         return f"a whole number from {shape.start:,} to {shape.stop - 1:,}"
-    return _KINDS[type(shape) if isinstance(shape, (list, dict)) else shape]
+    return _KINDS.get(type(shape) if isinstance(shape, (list, dict)) else shape, repr(shape))
 
 
 def write_row(file: FileIO, row: Any) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import operator
+import os
 import re
 import shutil
 import sys
@@ -78,8 +79,8 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
     if m["choices"] and value not in m["choices"]:
         raise UserError(f"{where} takes {' or '.join(m['choices'])}, not {shown}{nearest(str(value), m['choices'])}")
     texts = value if kind is list and type(value) is list else [value] if kind is str else []
-    wrong_items = any(type(text) is not str or "\0" in text for text in texts)
-    if type(value) is not kind or wrong_items or kind is float and not math.isfinite(value):
+    wrong_items = any(type(text) is not str or "\0" in text or kind is list and not text for text in texts)
+    if type(value) is not kind or wrong_items or value == [] or kind is float and not math.isfinite(value):
         raise UserError(f"{where} takes {_KINDS[kind]}, not {shown}")
     for words, bound, holds in (
         ("at least", m["low"], operator.ge),
@@ -88,9 +89,13 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
     ):
         if bound is not None and not holds(value, bound):
             raise UserError(f"{where} is {shown}; it must be {words} {bound}")
+    if texts and f.name not in _PROSE:  # ~ is the home folder; no shell says so of --out=~/run, nor of a recipe
+        texts = [os.path.expanduser(text) for text in texts]
+        value = texts if kind is list else texts[0]
     return value
 
 
+_PROSE = {"prompt", "stop", "system", "template"}  # text for the model; all other text may be a path
 _BOOL = {"true": True, "false": False}
 _LARGEST = {int: 2**31 - 1, float: 1e12}  # unless the field has a bound
 _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}
@@ -127,12 +132,12 @@ def read_flags(
         switches = {flag for flag, (_, f) in flags.items() if kind_of(f) is bool}
         pairs = zip(argv, [*argv[1:], ""])
         argv = [f"{word}=true" if word in switches and after not in _BOOL else word for word, after in pairs]
-    # argparse mistakes -1e-6 for a flag, but never a word with a space in it.
-    argv = [f" {word}" if re.fullmatch(r"-[\d.]+e[-+]?\d+", word, re.IGNORECASE) else word for word in argv]
-    known, words = parser.parse_known_args(argv)
+    end = argv.index("--") if "--" in argv else len(argv)  # what follows it is no flag, nor an item of a list
+    known, words = parser.parse_known_args(argv[:end])
     values = vars(known)
     if unknown := next((word.split("=")[0] for word in words if word.startswith("--")), None):
         raise UserError(f"there is no flag {unknown}{nearest(unknown, [*flags, '--recipe'])}")
+    words += argv[end + 1 :]
     if words and positional and f"--{positional}" not in values:
         is_list = kind_of(flags[f"--{positional}"][1]) is list
         values[f"--{positional}"], words = (words, []) if is_list else (words[0], words[1:])
@@ -168,7 +173,7 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
         UserError: when it cannot be read, for a table or key that does not exist, for a value that its field does not
             allow, and for a base that has a base itself.
     """
-    path, builtin = Path(recipe), _builtin_recipes()
+    path, builtin = Path(os.path.expanduser(recipe)), _builtin_recipes()
     if str(recipe) not in builtin and not path.exists():
         raise UserError(f"there is no recipe {recipe}{nearest(str(recipe), builtin)}")
     try:
@@ -189,7 +194,7 @@ def read_recipe(recipe: str | Path, is_base: bool = False) -> Tables:
             values[key] = checked(f"{path}: {table}.{key}", fields[key], values[key])
     if base is None:
         return tables
-    lower = read_recipe(base if base in builtin else path.parent / base, is_base=True)
+    lower = read_recipe(base if base in builtin else path.parent / os.path.expanduser(base), is_base=True)
     return {t: _over(lower.get(t, {}), tables.get(t, {}), TABLES[t]) for t in {**lower, **tables}}
 
 
@@ -230,6 +235,7 @@ class _Parser(argparse.ArgumentParser):
         usage = f"{program} [FLAGS] [{positional.upper()}]".removesuffix(" []")
         kind = argparse.RawDescriptionHelpFormatter
         super().__init__(usage=usage, description="\n\n".join(parts), allow_abbrev=False, formatter_class=kind)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # by itself it mistakes -1e-6 for a flag
 
     def error(self, message: str):
         raise UserError(message)

@@ -19,6 +19,7 @@ from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
 
 _PATHS = {"model", "data", "watch", "cache", "benchmarks"}  # options with paths (a benchmark's name has no dot)
 INDEX = "model.safetensors.index.json"
+_ADAPTER = "it holds only an adapter: merge it into its base model, and give that one"
 
 
 def open_run(out: str, configs: dict[str, Any]) -> bool:
@@ -52,8 +53,8 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
 
 
 def _contents(folder: Path) -> list[Path]:
-    """What a folder holds besides the files that every run starts with."""
-    return [path for path in folder.iterdir() if path.name != ".lock" and not path.name.startswith("config.toml")]
+    """What a folder holds besides the files that every run starts with, and hidden ones (.DS_Store, .gitkeep)."""
+    return [path for path in folder.iterdir() if not path.name.startswith((".", "config.toml"))]
 
 
 def _refuse_another_run(path: Path, configs: dict[str, Any]) -> None:
@@ -155,25 +156,20 @@ def check_model(folder: str, file: str = "config.json") -> str:
         raise UserError(f"{folder} is a file; give the folder that holds it beside the model's {file}")
     if not path.exists():
         help = f"give the one that holds the model's {file}"
-        name = re.search(r"^(?:https?://[\w.]+/)?(\w[\w.-]*/\w[\w.-]*)/?$", folder)
+        name = re.search(r"^(?:https?://[\w.]+/)?(\w[\w.-]*/(\w[\w.-]*))/?$", folder)
         if name and not path.parent.is_dir():
-            own = name[1].split("/")[1]
-            help = f"if it is a model's name on the hub: hf download {name[1]} --local-dir {own}; then give {own}"
+            help = f"if it is on the hub: hf download {name[1]} --local-dir {name[2]}; then give {name[2]}"
         raise UserError(f"there is no folder {folder}; {help}")
-    if (path / "adapter_config.json").exists():
-        raise UserError(f"{folder} holds only an adapter: merge it into its base model, and give that one")
     # Look for a run's final/, the hub's models--*/snapshots/*/, or either a few folders further down.
     found = [f for depth in range(1, 5) for f in path.glob("*/" * depth + file)]
     found.sort(key=lambda f: (f == path / "final" / file, f.stat().st_mtime), reverse=True)
     if not found:
-        is_model = (path / "config.json").exists()
-        end = "; copy the one of the model that it was made from" if is_model else ", so it is not a model's folder"
+        has_config, has_adapter = ((path / name).exists() for name in ("config.json", "adapter_config.json"))
+        end = "; copy the one of the model that it was made from" if has_config else ", so it is not a model's folder"
+        end = f"; {_ADAPTER}" if has_adapter else end
         raise UserError(f"{folder} has no {file}{end}")
-    kind = "a run's folder" if (path / "config.toml").exists() else "a folder of models"
-    if (path / "snapshots").is_dir() or next(path.glob("models--*"), None):
-        kind = "the hub's cache"
     more = f", or another of the {len(found)} in it" if len(found) > 1 else ""
-    raise UserError(f"{folder} is {kind}, not a model's: give {found[0].parent}{more}")
+    raise UserError(f"{folder} is not a model's folder: give {found[0].parent}{more}")
 
 
 def holds_model(folder: Path) -> bool:
@@ -203,8 +199,9 @@ def weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{folder} has weights in {single.name} and others in {INDEX}'s files: keep one of them")
         return files
     if not single.exists():
-        bins = "; a .bin can run code when it is read: save it as safetensors" * any(folder.glob("*.bin"))
-        raise UserError(f"{folder} has no model.safetensors and no {INDEX}{bins}")
+        help = "; a .bin can run code when it is read: save it as safetensors" * any(folder.glob("*.bin"))
+        help = f"; {_ADAPTER}" if (folder / "adapter_config.json").exists() else help
+        raise UserError(f"{folder} has no model.safetensors and no {INDEX}{help}")
     return [single]
 
 
@@ -217,8 +214,9 @@ def open_weights(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in weight_files(folder):
         try:
+            open(path, "rb").close()  # safetensors says of a file that may not be read that there is none
             handle = safe_open(regular(path), framework="pt")
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"cannot read the weights {path}: {error}") from None
         files.update((name, handle) for name in handle.keys())
     return files

@@ -171,10 +171,9 @@ class Tokenizer(Chat):
         return source
 
     def _id_of(self, name: str, special: dict[str, str]) -> int:
-        token = special.get(name)
-        token_id = None if token is None else self.backend.token_to_id(token)
-        if token_id is None:
-            fault = "is missing" if token is None else f"is {token!r}, which is not in the vocabulary"
+        token = special.get(name, "")
+        if (token_id := self.backend.token_to_id(token)) is None:
+            fault = f"is {token!r}, which is not in the vocabulary" if token else "is missing"
             raise UserError(f"{self._config_file}: {name} {fault}")
         return token_id
 

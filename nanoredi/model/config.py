@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.errors import UserError, nearest
+from nanoredi.common.errors import UserError, naming, nearest
 from nanoredi.common.flags import checked, option
 from nanoredi.model.hf_folder import read_config
 
@@ -61,13 +61,9 @@ class Qwen2Config:
         given = {**config, **overrides}
         if given.get("num_key_value_heads") is None:
             given["num_key_value_heads"] = given.get("num_attention_heads")
-        missing = [name for name, f in fields.items() if f.default is MISSING and given.get(name) is None]
-        if missing:
-            raise UserError(f"{path} says nothing of {', '.join(missing)}")
-        try:
-            made = cls(**{k: checked(f"its {k}", f, given[k]) for k, f in fields.items() if k in given})
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        with naming(str(path)):
+            needed = {k: f for k, f in fields.items() if k in given or f.default is MISSING}
+            made = cls(**{k: checked(f"its {k}", f, given.get(k)) for k, f in needed.items()})
         if config.get("head_dim") not in (None, made.head_dim):
             raise UserError(f"{path}: head_dim is {config['head_dim']}; Qwen2's is hidden_size / num_attention_heads")
         return made

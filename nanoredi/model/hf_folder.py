@@ -24,17 +24,14 @@ from nanoredi.data.tokenizer import Tokenizer
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 # Fields of config.json that are checked, beside those of Qwen2Config.
-_COUNT = (range(2**31), None)
 _CONFIG_SHAPE = {
-    "num_hidden_layers?": range(1, 1001),
-    "max_window_layers?": _COUNT,
-    "layer_types?": ([str], None),
-    "use_sliding_window?": (bool, None),
-    "sliding_window?": _COUNT,
+    "model_type": "qwen2",
+    "hidden_act?": "silu",
+    "attention_dropout?": (0.0, None),
+    "is_causal?": True,  # False in models that embed texts
+    "use_sliding_window?": (False, None),
     "rope_scaling?": (dict, None),
     "rope_parameters?": (dict, None),
-    "attention_dropout?": (float, None),
-    "head_dim?": _COUNT,
 }
 
 
@@ -45,24 +42,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         UserError: when it is missing or broken, or asks for something that this Qwen2 does not compute.
     """
     path = Path(check_model(str(folder)), "config.json")
-    config = check(str(path), read_json(path), _CONFIG_SHAPE)
-    layers, window = config.get("num_hidden_layers", 0), config.get("sliding_window")
-    full = config.get("max_window_layers")
-    slides = (28 if full is None else full) < layers  # transformers' default
-    if config.get("layer_types"):
-        slides = "sliding_attention" in config["layer_types"]
-    if config.get("model_type") != "qwen2":
-        raise UserError(f"{path}: model_type is {config.get('model_type')!r}; nanoredi knows qwen2")
-    if config.get("use_sliding_window") and window and slides:
-        raise UserError(f"{path}: some layers use a sliding window of {window} tokens; nanoredi knows full attention")
+    config = check(f"{path} must describe a plain Qwen2", read_json(path), _CONFIG_SHAPE)
     # transformers 5 writes rope_theta into rope_parameters, earlier ones beside the other fields.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if scaling := {name: value for name, value in rope.items() if name != "rope_theta" and value != "default"}:
         raise UserError(f"{path}: rope scaling by {repr(scaling)[:80]}; nanoredi knows rope_theta only")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; Qwen2's is silu")
-    if config.get("attention_dropout"):
-        raise UserError(f"{path}: attention_dropout is {config['attention_dropout']}; nanoredi has none")
     if config.get("quantization_config") is not None:
         raise UserError(f"{path}: the weights are quantized; nanoredi reads float32, float16 and bfloat16")
     return {**config, **rope}
@@ -88,7 +72,8 @@ def load_weights(
     # Old checkpoints also store the rotary frequencies, which the config determines.
     unexpected = sorted(name for name in files.keys() - {*shapes, *tied} if not name.endswith("rotary_emb.inv_freq"))
     if missing:
-        raise UserError(f"{folder} lacks the weights {_some(missing)}")
+        instead = f"; it holds {_some(unexpected)}" if unexpected else ""
+        raise UserError(f"{folder} lacks the weights {_some(missing)}{instead}")
     if unexpected:
         raise UserError(f"{folder} holds weights that its config.json has no place for: {_some(unexpected)}")
     for name, shape in shapes.items():
@@ -100,10 +85,7 @@ def load_weights(
             raise UserError(f"{folder}: {name} has the shape {shapes_are}")
     for name, other in tied.items():
         if name in files and not torch.equal(files[name].get_tensor(name), files[other].get_tensor(other)):
-            raise UserError(
-                f"{folder}: config.json ties {name} to {other}, but the file holds another {name}: "
-                "set tie_word_embeddings to false"
-            )
+            raise UserError(f"{folder}: {name} differs from {other}: set tie_word_embeddings in config.json to false")
     return ((name, _finite(folder, name, files[name].get_tensor(name))) for name in shapes)
 
 
@@ -127,7 +109,7 @@ class Companions:
         tokenizer = Tokenizer(folder)
         self.eos_id = tokenizer.eos_id
         self.files = {path.name: path.read_bytes() for path in tokenizer.files}
-        generation = _read_generation_config(tokenizer)
+        generation = _read(tokenizer, "generation_config.json")
         # differs from the original: the generation config of Qwen2.5's base models stops only at <|endoftext|>, which
         # stage 1 never teaches, and after 2,048 tokens.
         generation.pop("max_new_tokens", None)
@@ -159,8 +141,7 @@ def save_folder(
     whole = {name: _whole(w).to(place, dtype or w.dtype).contiguous() for name, w in weights.items()}
     if place == "meta":
         return
-    sizes = {name: w.nbytes for name, w in whole.items()}
-    shards = _plan_shards(sizes)
+    shards = _plan_shards({name: w.nbytes for name, w in whole.items()})
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; nothing was overwritten")
     with writing(folder) as beside:
@@ -169,7 +150,7 @@ def save_folder(
             save_file({name: whole[name] for name in names}, beside / file, metadata={"format": "pt"})
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(w.nbytes for w in whole.values())}, "weight_map": weight_map}
             (beside / INDEX).write_bytes(_json(index))
         config = {**config, "torch_dtype": str(next(iter(whole.values())).dtype).removeprefix("torch.")}
         if companions:
@@ -189,13 +170,14 @@ def _whole(weight: Tensor) -> Tensor:
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end a completion: the tokenizer's stop tokens, and those in the folder's generation config."""
-    named = _read_generation_config(tokenizer).get("eos_token_id")
+    """The tokens that end a completion: the tokenizer's stop tokens, and those in the folder's generation config or, as
+    in transformers, in config.json if there is none."""
+    named = (_read(tokenizer, "generation_config.json") or _read(tokenizer, "config.json")).get("eos_token_id")
     return sorted({*tokenizer.stop_ids, *(named if isinstance(named, list) else [] if named is None else [named])})
 
 
-def _read_generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    path = tokenizer.folder / "generation_config.json"
+def _read(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+    path = tokenizer.folder / name
     ids = range(tokenizer.backend.get_vocab_size() + 2**16)  # embeddings are often padded beyond the vocabulary
     return check(str(path), read_json(path), {"eos_token_id?": (ids, [ids], None)}) if path.exists() else {}
 

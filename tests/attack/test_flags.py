@@ -107,6 +107,7 @@ def values(f: dataclasses.Field, rng: random.Random) -> list[str]:
 def folder(tmp_path, toy_data, monkeypatch) -> Path:
     """Everything that the commands' small flags name, and a few things that are in nobody's way but might be."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     shutil.copytree(toy_data / "model", "model")
     for name, count in ROWS.items():
         lines = (toy_data / f"{name}.jsonl").read_text().splitlines(keepends=True)

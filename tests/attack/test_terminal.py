@@ -38,6 +38,13 @@ def test_the_last_words_may_find_the_terminal_gone(error, code):
     assert done.returncode == code
 
 
+@pytest.mark.parametrize("raises, code", [("print(sys.stdin.read())", 0), ("raise UserError('x')", 2)])
+def test_a_job_may_be_started_without_streams(raises, code):
+    program = f"import sys; from nanoredi.common.errors import *\ndef main(_): {raises}\nrun_script(main)"
+    done = subprocess.run(["/bin/sh", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, program], check=False)
+    assert done.returncode == code
+
+
 def test_the_pager_gets_them_escaped_too(tmp_path, monkeypatch):
     row = {"model": RED, "benchmark": "b", "problem": 0, "sample": 0, "correct": False, "correct_deepscaler": False}
     row |= {"answer": RED, "gold": [RED], "tokens": None, "finish_reason": None, "waits": 0, "response": RED}

@@ -1,7 +1,9 @@
 """Files are written completely or not at all, and by one process at a time."""
 
+import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -131,14 +133,25 @@ def test_a_full_disk_names_their_folder(tmp_path):
     assert names(tmp_path / "out") == []
 
 
-def test_without_hard_links_they_are_moved(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise PermissionError(1, "Operation not permitted")
+def test_a_disk_without_hard_links_permissions_locks_and_synced_folders_will_do(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(disk.os, "link", refuse)
-    with writing_together(tmp_path) as beside:
-        (beside / "a").write_text("1")
-    assert names(tmp_path) == ["a"]
+    def sync(entry):
+        if stat.S_ISDIR(os.fstat(entry).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(disk.os, "fsync", sync)
+    for module, name in ((disk.os, "link"), (Path, "chmod"), (disk.fcntl, "flock")):
+        monkeypatch.setattr(module, name, refuse)
+    lock(tmp_path / "run")
+    lock(tmp_path / "run")
+    assert capsys.readouterr().out.count("run cannot be locked (Operation not supported): start no second") == 2
+    with writing_together(tmp_path / "run") as beside:
+        (beside / "a").touch(0o600)
+    with writing(tmp_path / "run" / "b") as beside:
+        beside.mkdir()
+    assert names(tmp_path / "run") == [".lock", "a", "b"]
 
 
 def test_a_killed_process_leaves_all_of_its_files_or_none(tmp_path):

@@ -34,13 +34,15 @@ def test_unsupported_sizes_and_dtypes_are_not_compiled(monkeypatch):
     [
         ("echo no -fopenmp >&2; exit 1", "no -fopenmp"),
         ("exit 0", "library.so"),
+        ("kill -0 -$$", "library.so"),
         (r"printf 'caf\351\n' >&2; exit 1", "caf"),
         ("exec sleep 60", "cc took over 1 seconds"),
         ('rm -rf "$(dirname "$(echo "$*" | grep -o "[^ ]*part.o")")"', "library.so"),
     ],
 )
 def test_a_failing_compiler_is_reported(words, why, tmp_path, monkeypatch, capsys):
-    """It prints an error, writes no library, prints bytes that are no text, hangs, or removes its folder."""
+    """It prints an error, writes no library, is out of Ctrl-C's reach (it leads a process group), prints bytes that are
+    no text, hangs, or removes its folder."""
     monkeypatch.setattr(native, "_SECONDS", 1)
     (tmp_path / "cc").write_text(f"#!/bin/sh\n{words}\n")
     (tmp_path / "cc").chmod(0o755)

@@ -164,7 +164,7 @@ def test_a_template_s_refusal_is_shown(toy_data):
 
 def test_a_folder_with_a_tokenizer_further_down_is_not_mistaken_for_a_hub_name(toy_data, tmp_path):
     shutil.copytree(toy_data / "model", tmp_path / "models--org--name" / "snapshots" / "1a2b")
-    with pytest.raises(UserError, match="is the hub's cache, not a model's: give .*/snapshots/1a2b$"):
+    with pytest.raises(UserError, match="is not a model's folder: give .*/snapshots/1a2b$"):
         Tokenizer(tmp_path / "models--org--name")
     with pytest.raises(UserError, match="hf download Qwen/Qwen2.5-Math-1.5B --local-dir Qwen2.5-Math-1.5B; then give"):
         Tokenizer("Qwen/Qwen2.5-Math-1.5B")

@@ -212,7 +212,7 @@ def test_two_ranks_with_nothing_missing(models, run):
         (["--model", "a", "--benchmarks", "toy.jsonl", "./toy.jsonl"], "--benchmarks names toy.jsonl twice"),
         (["--model", "a", "--out", "toy.jsonl/x"], "toy.jsonl/x"),
         (["--model", "Qwen/Qwen2.5-Math-1.5B"], "hf download Qwen/Qwen2.5-Math-1.5B"),
-        (["--model", "."], "a folder of models, not a model's: give "),
+        (["--model", "."], "is not a model's folder: give "),
         (["--model", "a", "--along"], "a is not a run's folder: it has no config.toml"),
         (["--model", "a", "b", "--along"], "--along takes one run"),
         (["--along"], "there is no model under runs/ yet"),

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoredi import toy
 from nanoredi.common.errors import UserError
+from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.kernels.layers import PRODUCTS
 from nanoredi.model import hf_folder as checkpoint
 from nanoredi.model.attention import ATTENTION
@@ -207,6 +208,15 @@ def test_tokenizer_files_and_stop_tokens_are_saved(toy_data, tmp_path):
     assert Qwen2.from_pretrained(tmp_path / "m").lm_head_weight.dtype == torch.bfloat16
 
 
+def test_stop_tokens_of_config_json_count_without_a_generation_config(toy_data, tmp_path):
+    shutil.copytree(toy_data / "model", tmp_path / "m")
+    edit_config(tmp_path / "m", eos_token_id=[5, 7])
+    own = checkpoint.stop_ids(Tokenizer(tmp_path / "m"))
+    assert 5 not in own
+    (tmp_path / "m" / "generation_config.json").unlink()
+    assert checkpoint.stop_ids(Tokenizer(tmp_path / "m")) == sorted({*own, 5, 7})
+
+
 def test_nothing_is_overwritten(folder):
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="not empty"):
@@ -217,32 +227,28 @@ def test_nothing_is_overwritten(folder):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}, "sliding window of 4096"),
-        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 0}, "sliding window of 4096"),
-        (
-            {
-                "use_sliding_window": True,
-                "sliding_window": 4096,
-                "layer_types": ["full_attention", "sliding_attention"],
-            },
-            "sliding window",
-        ),
+        ({"model_type": "llama"}, "model_type is 'llama'; it must be 'qwen2'"),
+        ({"use_sliding_window": True}, "plain Qwen2: use_sliding_window is True; it must be False or null"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling by {'rope_type': 'yarn', 'factor'"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope scaling by {'type': 'linear'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"model_type": None}, "model_type is None; it must be 'qwen2'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1; it must be 0.0"),
+        ({"is_causal": False}, "is_causal is False; it must be True"),
         ({"head_dim": 16}, "head_dim is 16"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"num_attention_heads": 5}, "do not divide"),
-        ({"vocab_size": None}, "says nothing of vocab_size"),
+        ({"vocab_size": None}, "config.json: its vocab_size takes a whole number, not None"),
         (
             {"vocab_size": 98},
             r"model.embed_tokens.weight has the shape \(97, 48\); its config.json asks for \(98, 48\)",
         ),
         ({"num_hidden_layers": 3}, "lacks the weights model.layers.2"),
         ({"num_hidden_layers": 1}, "no place for: model.layers.1"),
-        ({"tie_word_embeddings": True}, "config.json ties lm_head.weight"),
+        (
+            {"tie_word_embeddings": True},
+            "lm_head.weight differs from model.embed_tokens.weight: set tie_word_embeddings",
+        ),
     ],
 )
 def test_anything_but_this_qwen2_is_refused_by_name(folder, changes, words):
@@ -255,13 +261,21 @@ def test_anything_but_this_qwen2_is_refused_by_name(folder, changes, words):
     "changes",
     [
         {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},  # Qwen2.5 as published
-        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2},
-        {"rope_scaling": None, "head_dim": 8, "quantization_config": None},
+        {"rope_scaling": None, "head_dim": 8, "quantization_config": None, "is_causal": True},
     ],
 )
 def test_settings_without_effect_are_not_refused(folder, changes):
     edit_config(folder, **changes)
     Qwen2.from_pretrained(folder)
+
+
+def test_weights_under_other_names_are_named(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"_orig_mod.{name}": weight for name, weight in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(
+        UserError, match="lacks the weights lm_head.weight, .* more; it holds _orig_mod.lm_head.weight, "
+    ):
+        Qwen2.from_pretrained(folder)
 
 
 def test_a_redundant_tied_head_is_fine(tmp_path):
@@ -283,6 +297,13 @@ def test_broken_folders_are_named(folder, tmp_path):
     with pytest.raises(UserError, match="cannot read the weights .*torn"):
         Qwen2.from_pretrained(tmp_path / "torn")
     (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    (folder / "loop").symlink_to("loop")
+    for name, why in (("loop", "symbolic links"), (r"\u0000", "null byte")):
+        index.write_text(f'{{"weight_map": {{"w": "{name}"}}}}')
+        with pytest.raises(UserError, match=f"cannot read the weights .*{why}"):
+            Qwen2.from_pretrained(folder)
+    index.unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
         Qwen2.from_pretrained(folder)
     (folder / "config.json").write_text("{")

@@ -177,7 +177,7 @@ def test_data_that_does_not_fit_the_model_is_refused(redi, one_rank, toy_data, t
     (tmp_path / "other" / "final").mkdir(parents=True)
     for name in ("config.toml", "final/config.json"):
         (tmp_path / "other" / name).touch()
-    with pytest.raises(UserError, match="other is a run's folder, not a model's: give .*other/final"):
+    with pytest.raises(UserError, match="other is not a model's folder: give .*other/final"):
         loop._Run(replace(redi, model=str(tmp_path / "other")), one_rank)
 
 
