@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     if config.out:
         return _write(samples, folder, tokenizer, config)
     sampler = _sampler(folder, tokenizer, config)
-    sampler.add([sample.request for sample in samples])
+    sampler.add(sample.request for sample in samples)
     what = f"{len(samples)} sample{'s' if len(samples) > 1 else ''}"
     print(f"{folder}: {what} at temperature {config.temperature}, top-p {config.top_p}", flush=True)
     _show(sampler, samples)
@@ -241,7 +241,7 @@ def _key(row: Any) -> str:
 
 def _complete(missing: dict[str, _Sample], sampler: Sampler, tokenizer: Tokenizer, file: FileIO) -> None:
     rows = {id(sample.request): sample.row for sample in missing.values()}
-    sampler.add([sample.request for sample in missing.values()])
+    sampler.add(sample.request for sample in missing.values())
     done, start = progress(None, "sampling", len(rows), "samples"), file.seek(0, 2)
     with done:
         try:

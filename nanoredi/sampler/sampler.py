@@ -71,18 +71,19 @@ class Sampler:
         """Requests that wait or are being completed."""
         return len(self.scheduler.waiting) + len(self.scheduler.rows)
 
-    def check(self, requests: list[Request]) -> None:
+    def check(self, requests: Iterable[Request]) -> None:
         """Raise a UserError that names a request which cannot be completed."""
         self.scheduler.check(requests, self.model.config.vocab_size)
 
-    def add(self, requests: list[Request]) -> None:
+    def add(self, requests: Iterable[Request]) -> None:
         """Queue requests: all of them, or none when check raises a UserError."""
+        requests = list(requests)
         self.check(requests)
         self.scheduler.waiting.extend(requests)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Complete requests; each is yielded when it ends."""
-        self.add(list(requests))
+        self.add(requests)
         while self.num_held:
             yield from self.step()
 
