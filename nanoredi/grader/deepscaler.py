@@ -34,6 +34,7 @@ _LAYOUT = (
 ).split()
 _MACROS = GREEK | dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
 _MACROS |= dict.fromkeys(_LAYOUT, "")
+_GROUPING = re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # the comma of 12,345
 _LETTERS = {*"abcdefghijklmnopqrstuvwxyzοπ", *GREEK.values()}
 
 
@@ -68,9 +69,8 @@ def _plain(text: str) -> str:
     for word, power in (("million", 6), ("billion", 9), ("trillion", 12)):
         text = text.replace(word, f"*10^{power}")
     text = re.sub(rf"(?:{'|'.join(_UNITS)})(?:es)?s? *(?:\^[0-9]+)?", "", text)
-    text = re.sub(r"\^ *\\circ", "", text)
+    text = re.sub(r"\^ *\\circ|,\\! *", "", text)
     text = re.sub(r"(?s)^\{(.*)\}\Z", r"\1", text)
-    text = re.sub(r",\\! *", "", text)
     text = _as_integer(text)
     if "\\" in text:
         text = _without_latex(text)
@@ -82,18 +82,11 @@ def _plain(text: str) -> str:
 
 def _as_integer(text: str) -> str:
     """142.0 and 14,200 as integers."""
-    number = _grouped(text)
+    number = _GROUPING.sub("", text)
     if re.fullmatch(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]{1,2})?\s*", number):
         value = float(number)
         if math.isfinite(value) and abs(value - round(value)) <= 1e-7:
             return str(round(value))
-    return text
-
-
-def _grouped(text: str) -> str:
-    """12,345 without its comma."""
-    while (shorter := re.sub(r"([0-9]),([0-9]{3})($|[^0-9])", r"\1\2\3", text)) != text:
-        text = shorter
     return text
 
 
@@ -129,7 +122,7 @@ def _same_parts(answer: str, gold: str) -> bool:
 
 
 def _parts(text: str) -> list[str]:
-    text = _grouped(text)
+    text = _GROUPING.sub("", text)
     if len(text) > 2 and text[0] in "([" and text[-1] in ")]" and not re.search(r"[()\[\]]", text[1:-1]):
         return [part.strip() for part in text[1:-1].split(",")]
     return [text]

@@ -208,9 +208,10 @@ class _Evaluator:
         if not variable and name in ("max", "min") and all(map(numbers.is_real, values)):
             return (max if name == "max" else min)(values, key=inexact)
         if not variable and all(isinstance(value, Fraction) for value in values):
-            scale = math.lcm(*(value.denominator for value in values))
-            whole = (math.gcd if name == "gcd" else math.lcm)(*(int(value * scale) for value in values))
-            return self.bounded(Fraction(whole, scale))
+            above, below = (math.gcd, math.lcm) if name == "gcd" else (math.lcm, math.gcd)
+            return self.bounded(
+                Fraction(above(*(x.numerator for x in values)), below(*(x.denominator for x in values)))
+            )
         return opaque(name, *sorted(map(digits, values)))
 
     def repeated(self, operation: Callable[[Number, Number], Number]) -> Number:
@@ -245,8 +246,8 @@ class _Evaluator:
         self.angles -= 1
         self.budget.spend(_FUNCTION_WORK)
         if exponent == -1 and "arc" + name in FUNCTIONS:
-            return numbers.evaluate("arc" + name, argument)
-        result = numbers.evaluate(name, argument)
+            return numbers.tidy(FUNCTIONS["arc" + name](argument))
+        result = numbers.tidy(FUNCTIONS[name](argument))
         return self.power(divide(result, numbers.log(base)) if base else result, exponent)
 
     def symbol(self, name: str) -> Number:
