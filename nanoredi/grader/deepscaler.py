@@ -34,7 +34,6 @@ _LAYOUT = (
 ).split()
 _MACROS = GREEK | dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
 _MACROS |= dict.fromkeys(_LAYOUT, "")
-_GROUPING = re.compile("(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # the comma of 12,345
 _LETTERS = {*"abcdefghijklmnopqrstuvwxyzοπ", *GREEK.values()}
 
 
@@ -82,11 +81,18 @@ def _plain(text: str) -> str:
 
 def _as_integer(text: str) -> str:
     """142.0 and 14,200 as integers."""
-    number = _GROUPING.sub("", text)
+    number = _grouped(text)
     if re.fullmatch(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]{1,2})?\s*", number):
         value = float(number)
         if math.isfinite(value) and abs(value - round(value)) <= 1e-7:
             return str(round(value))
+    return text
+
+
+def _grouped(text: str) -> str:
+    """12,345 without its comma; of three or more commas one remains, as in the original."""
+    while (shorter := re.sub(r"([0-9]),([0-9]{3})($|[^0-9])", r"\1\2\3", text)) != text:
+        text = shorter
     return text
 
 
@@ -122,7 +128,7 @@ def _same_parts(answer: str, gold: str) -> bool:
 
 
 def _parts(text: str) -> list[str]:
-    text = _GROUPING.sub("", text)
+    text = _grouped(text)
     if len(text) > 2 and text[0] in "([" and text[-1] in ")]" and not re.search(r"[()\[\]]", text[1:-1]):
         return [part.strip() for part in text[1:-1].split(",")]
     return [text]

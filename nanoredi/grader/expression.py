@@ -208,10 +208,9 @@ class _Evaluator:
         if not variable and name in ("max", "min") and all(map(numbers.is_real, values)):
             return (max if name == "max" else min)(values, key=inexact)
         if not variable and all(isinstance(value, Fraction) for value in values):
-            above, below = (math.gcd, math.lcm) if name == "gcd" else (math.lcm, math.gcd)
-            return self.bounded(
-                Fraction(above(*(x.numerator for x in values)), below(*(x.denominator for x in values)))
-            )
+            scale = math.lcm(*(value.denominator for value in values))
+            whole = (math.gcd if name == "gcd" else math.lcm)(*(int(value * scale) for value in values))
+            return self.bounded(Fraction(whole, scale))
         return opaque(name, *sorted(map(digits, values)))
 
     def repeated(self, operation: Callable[[Number, Number], Number]) -> Number:

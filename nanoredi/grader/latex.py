@@ -153,10 +153,8 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?i)\b(?:(?:below|under) zero|only)[ .]*$", ""),
     *[(rf"(?i)^{words} +<VALUE>", sign) for words, sign in _BOUNDS.items()],
     (r"(?i)(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
-    (r"^((?!.*(?<![A-Za-z\\])[ab]).*\+ ?)c$", r"\1C"),  # a constant of integration
     # The notation that parse.py and expression.py read: of binomials, derivatives, environments, mixed numbers.
-    (r"\\(frac|binom) ?([0-9])", r"\\\1{\2}"),
-    (r"(\\(?:frac|binom)\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
+    *[(r"(\\(?:frac|binom)(?:\{[^{}]*\})?) ?([0-9])", r"\1{\2}")] * 2,
     (r"(?<=_\{)(?:<NUMBERWORD>)(?=\})", lambda found: str(_ONES.index(found[0]))),  # 101_{two}
     *[(rf"(?:\\|\b){name} ?\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
     (r"(?<=[0-9])' ?'?(?!['\w])", ""),  # minutes and seconds of arc
@@ -172,9 +170,8 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?<![A-Za-z\\])C ?\( ?([0-9]+) ?, ?([0-9]+) ?\)", r"\\binom{\1}{\2}"),
     (r"(?:^|(?<=∪)) ?\]", "("),  # ]1,2[ is the open interval
     (r"\[ ?(?=$|∪)", ")"),
-    # A derivative is one symbol, so that its d's do not cancel.
     (r"\\frac\{[d∂]<ORDER>? ?([^{}]*(?:_\{\w+\})?)\}\{[d∂] ?(<LETTER>)<ORDER>?\}", r"ð_{\3\1}\2"),
-    (r"\\(d?)dot(?:\{([^{}]*(?:_\{\w+\})?)\}| ?(\w|\\[a-z]+))", r"ð_{t\1}\2\3"),
+    (r"\\(d?)dot(?:\{([^{}]*(?:_\{\w+\})?)\}| ?(\w|\\[a-z]+))", r"ð_{t\1}\2\3"),  # so that the d's do not cancel
     # A letter, macro or fraction alone in braces that are no macro's argument; of {{g}_{k}} it takes two passes.
     *[(r"(\\[A-Za-z]+\{|[_^}\]]\{)|\{(<LETTER>(?:_\{\w+\})?|\\frac\{\w+\}\{\w+\})\}(?! ?\\over)", r"\1\2")] * 2,
     (r"\\begin\{(\w+)\*?\}(?:\{[lcr|]+\})?", r"⟦\1¦"),  # read as brackets

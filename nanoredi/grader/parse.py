@@ -248,8 +248,7 @@ class _Reader:
         named = list(itertools.takewhile(stands_for, sides[: -1 if is_constant(parts[-1]) else 1]))
         if len(sides) > 2 and not is_constant(parts[0]) and all(map(is_constant, parts[1:])):  # m + 2n = 1 + 4 = 5
             named = sides[:1]
-        rest = list(zip(sides, parts))[len(named) :]
-        values = [part for side, part in rest if not is_uncomputed(side, part)]
+        values = [one for side, one in zip(sides[len(named) :], parts[len(named) :]) if not is_uncomputed(side, one)]
         if values[-1:] == [parts[-1]] and all(same(x, y) for x, y in itertools.pairwise(values)):
             node.bare = None if mentions(parts[-1], sides[0]) else parts[-1]
         return node

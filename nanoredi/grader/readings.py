@@ -1,7 +1,5 @@
-r"""What an answer may mean: its plain string (latex.py), and others in which a remark, a unit or a name is left out.
-
-Each has the details that it leaves out, in which two answers must not contradict each other.
-"""
+r"""What an answer may mean: its plain string (latex.py), and others in which a remark, a unit or a name is left out,
+each with the details that it leaves out, in which two answers must not contradict each other."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -40,6 +38,7 @@ _FUNCTION_OF = re.compile(
 )
 _BARE_UNITS = regex(r"(?<=[0-9}π°])(?: <BAREUNIT>|<GLUEDUNIT>)\.? ?(?=$|,)")
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
+
 Details = frozenset[tuple[str, str]]  # each with its sort: a choice's letter, a condition, or one of the following
 # One answer may leave these out, but two must agree: 25% increase is not 25% decrease, and 5 cm are neither 5 m nor
 # 5 cm^2. Spellings joined by commas mean the same.
@@ -49,9 +48,8 @@ _DETAILS = r"""
     billion trillion dozen cent dollar,\$,usd euro,€ pound,lb,£ week month day,d year,yr,y hour,hr,h min,minute
     in,inch,inche ft,foot,feet yard,yd mile,mi km mile/hour,mph km/hour,kph oz,ounce gallon,gal %,\%,percent,pct
     °,º,\circ,\degree,degree,deg rad,radian atm ton AU ly erg""".split()
-_METRIC = r"""
-    m,meter,metre g,gram l,L,liter,litre J,joule,Nm J/s,W,watt N,newton V,volt A,amp,ampere Pa,pascal Hz,hertz mol,mole
-    K,kelvin s,sec,second T,tesla eV,electronvolt cal,calorie Wh pc,parsec C,celsius,coulomb F,fahrenheit,farad
+_METRIC = r"""m,meter,metre g,gram l,L,liter,litre J,joule,Nm J/s,W,watt N,newton V,volt A,amp,ampere Pa,pascal Hz,hertz
+    mol,mole K,kelvin s,sec,second T,tesla eV,electronvolt cal,calorie Wh pc,parsec C,celsius,coulomb F,fahrenheit,farad
     \Omega,ohm""".split()
 for _sign, _long in zip(["", *"kcmnMG", "micro"], ["", "kilo", "centi", "milli", "nano", "mega", "giga", "micro"]):
     _DETAILS += [re.sub("[^,]+", rf"{_sign}\g<0>,{_long}\g<0>", unit) for unit in _METRIC]
@@ -108,6 +106,7 @@ def _shorter(text: str) -> Iterator[tuple[str, Iterable[tuple[str, str]]]]:
         primed = _RATE.sub(lambda rate: rate[3] + "'" * (int(rate[2] or 1) if rate[2] != "d" else 2), text)
         yield re.sub(r"(?<=[\w'}])\(t\)", "", primed), variables
     yield re.sub(r"\\log(?![ A-Za-z]*_)", r"\\lg", text), []  # the natural logarithm or that of base 10
+    yield re.sub(r"^((?!.*(?<![A-Za-z\\])[ab]).*\+ ?)c$", r"\1C", text), []  # a constant of integration
     yield _BARE_UNITS.sub("", text), []  # 5 km is a number or a product
     if not re.search(r"[(\[⦃]", text):  # 12,345 is one number or two
         yield _GROUPED.sub(lambda number: re.sub("[ ,]", "", number[0]), text), []
@@ -123,12 +122,12 @@ def _details(text: str) -> Details:
     is the only word, as in 5 apples, and how many there are of each if there are several, as in 5 boys and 4 girls."""
     found, words, lower = set(), [], ""
     text = re.sub(r"(?:\\mu|[μµ])[\s}]*(\\(?:text|mathrm)\W*)?", r"\1micro", text)
-    places = [range(*one.span()) for one in _OF_UNITS.finditer(text)]
+    places = {place for one in _OF_UNITS.finditer(text) for place in range(*one.span())}
     for match in _TOKEN.finditer(text):
         token, power, word = match.groups(default="")
         before, lower = lower, token.lower() if len(token) > 1 else token
         known = [_DETAIL_OF[one] for one in (token, lower, re.sub("(?:wards?|s)$", "", lower)) if one in _DETAIL_OF]
-        if known and (len(token) > 1 or not token.isalpha() or any(match.start() in place for place in places)):
+        if known and (len(token) > 1 or not token.isalpha() or match.start() in places):
             power = power.strip("1") or _POWERS.get(word[:2] or before[:2], "")
             per = "/" in known[0] or "-" in match[0] or _PER.search(text, match.start() - 20, match.start())
             found |= {*(one + power for one in known[0].split("/")), power, "per" if per else ""}
