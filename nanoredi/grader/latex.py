@@ -66,7 +66,7 @@ _PIECES = {
     "UNITS": r"(?:\\mu\ ?)?(?:<UNIT>(?:\\Omega)?|\\frac\{<UNIT>\}\{<UNIT>\})",
     "UNIT": r"\\text\{(?!<NOUNIT>)(?![0-9‰])(?:[^{}]|\{[^{}]*\})+\}(?!_)<POWER>",
     "NOUNIT": r"""(?x:
-        \(?\ ?[,;:)] | (?:[a-fi-kn-rt-z]|[AaPp]\.?\ ?[Mm]\.?)\} | \([^{}()]*\} | [^{}]*(?:\bnot?\b|[∧∨]\ ?[0-9])
+        \(?\ ?[,;:)] | (?:[a-fi-kn-rt-z]|[AaPp]\.?\ ?[Mm]\.?)\} | \([^{}()]*\} | [^{}]*(?:\bnot?\b|[∧∨]\ *[0-9])
         | (?:\(\ ?|is\ )(?:mod|base|extr|rej|disc) | <CHANGE>\W*\}
         | (?:to|at|if|for|when|where|since|because|mod|(?:in\ )?base|choose|(?:more|less)\ than)\b)""",
     "CHANGE": r"(?:hal(?:f|ves)|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial"
@@ -145,8 +145,8 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     ("<LOOSE>", r"\1\2\3\4"),
     # Without fonts: introductions and remarks in words.
     (r"^(?:[a-zA-Z]|\\[a-z]+) ?\\equiv(?=[^,=]*\( ?mod [^()]*\)$)", ""),  # n ≡ 1 (mod 4)
-    (r"^([f-hP-R](?:\([a-z]\))?) ?\\equiv(?!.*mod)", r"\1="),
     ("(?i)^(?:<INTRODUCTION>\\ *)+", ""),
+    (r"^([f-hP-R](?:\([a-z]\))?) ?\\equiv(?!.*mod)", r"\1="),
     (r"(?i)^<REALSEXCEPT>\ (.*)", lambda found: "x≠" + re.sub("[a-z] *=", "", found[1])),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly) (?=[0-9.\\-])", "≈"),
     (r"(?i)^(?:negative|minus) (?=\S+$)|^(?=.*\b(?:below|under) zero[ .]*$)", "-"),
@@ -179,6 +179,7 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"⦃ ?⟦array¦([^⟦⟧]*)⟧(?! ?⦄)", r"⟦cases¦\1⟧"),
     (r"(?<![0-9./^_])([0-9]+) ?\\frac\{([0-9]+)\}\{([0-9]+)\}", r"(\1+\2/\3)"),  # 1 1/2 is a sum
     (r"(?<![0-9./^_])([0-9]+) ([0-9]+) ?/ ?([0-9]+)", r"(\1+\2/\3)"),
+    ("<LOOSE>", r"\1\2\3\4"),
 ]
 
 

@@ -76,10 +76,10 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
     texts = {clean(one): details for one in dict.fromkeys((text, lines))}
     if counted != text:
         texts.setdefault(clean(counted), _details(counted))
+    new = list(texts.items())
     for _ in range(2):  # (C) 12 for x > 0
-        for one, details in list(texts.items()):
-            for other, more in _shorter(one):
-                texts.setdefault(other, details.union(more))
+        new = [(other, left.union(more)) for one, left in new for other, more in _shorter(one) if other not in texts]
+        texts |= reversed(new)  # of two ways to one string the first counts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
     for one, details in texts.items():
         one = re.sub(r" (?=[\W_])|(?<=\W) ", "", " ".join(one.split()))
