@@ -87,7 +87,7 @@ _PIECES = {
         | all(?:\ integers|\ values\ of)?(?=\ *[a-z]\ *[<>≤≥]) | (?:the\ )?(?:point|line|vertex)s?(?=\ *[(\[]|\ +[xy]\b)
         | (?:option|choice)\ +(?=\W*[A-J]\b) | (?:usd?|rs\.?)(?=[\ 0-9])
         | 答案?[是为:]* | (?:the\ )?(?:final\ |correct\ )?answer\ *(?:is\b\ *:?|:)
-        | (?!yes|true|false|.*[,;].*:)[a-z]{3,}(?:\ +[a-z][\w+()]*){0,7}?\ *(?:\bis\b|:)\ *<VALUE>)""",
+        | (?!yes|true|false|(?:all\ )?real|.*[,;].*:)[a-z]{3,}(?:\ +[a-z][\w+()]*){0,7}?\ *(?:\bis\b|:)\ *<VALUE>)""",
     "REALSEXCEPT": r"(?:all\ )?real(?:s|\ numbers?)(?:\ x)?,?\ (?:except|other\ than)(?:\ for)?",
     "VALUE": r"(?=[0-9.\\([⦃-]|[a-z]\ *[=<>≤≥])",  # how an answer begins
 }
