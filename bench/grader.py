@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from nanoredi.data.benchmarks import PAPER, load  # noqa: E402
 from nanoredi.grader import equal  # noqa: E402
 from nanoredi.grader.compare import same  # noqa: E402
-from nanoredi.grader.latex import readings  # noqa: E402
 from nanoredi.grader.parse import read  # noqa: E402
+from nanoredi.grader.readings import readings  # noqa: E402
 
 MUTATIONS = 5_000
 

@@ -1,12 +1,13 @@
 r"""The grader: the last boxed answer, normalised and compared with the gold answer.
 
 Benchmarks are scored on the last \boxed{...} after the thinking, and one value has many spellings: \frac12, 0.5, 1/2
-and x=\tfrac{1}{2} are the same answer, 0.33 and 1/3 are not. An answer goes through three steps:
+and x=\tfrac{1}{2} are the same answer, 0.33 and 1/3 are not. An answer goes through four steps:
 
-    clean   LaTeX to a plain string (latex.py)
-    read    the string to a small tree (parse.py): a list or set, a tuple or interval, a matrix, an equation, an
-            inequality, a number in a base, a time of day, a value, otherwise a text
-    same    two trees compared node by node (compare.py)
+    clean       LaTeX to a plain string (latex.py)
+    readings    the string, and others that it may mean: without a remark, a unit, a choice's letter (readings.py)
+    read        each string to a small tree (parse.py): a list or set, a tuple or interval, a matrix, an equation, an
+                inequality, a number in a base, a time of day, a value, otherwise a text
+    same        two trees compared node by node (compare.py)
 
 Expressions are compared by their values at fixed points (expression.py), so expanded and factored forms agree.
 

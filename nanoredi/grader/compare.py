@@ -4,7 +4,6 @@ Leaves with a value are compared by their values at fixed points (expression.py)
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanoredi.grader.expression import Expression
@@ -87,7 +86,7 @@ def word(text: str) -> str:
     return re.sub(r"\{(\w|∞|\\[A-Za-z]+)\}", r"\1", text)
 
 
-def distinct(nodes: Iterable[Reading]) -> list[Reading]:
+def distinct(nodes: list[Reading]) -> list[Reading]:
     """The nodes without those that are the same as an earlier one."""
     kept: list[Reading] = []
     for node in nodes:

@@ -68,9 +68,8 @@ def _plain(text: str) -> str:
     for word, power in (("million", 6), ("billion", 9), ("trillion", 12)):
         text = text.replace(word, f"*10^{power}")
     text = re.sub(rf"(?:{'|'.join(_UNITS)})(?:es)?s? *(?:\^[0-9]+)?", "", text)
-    text = re.sub(r"\^ *\\circ", "", text)
+    text = re.sub(r"\^ *\\circ|,\\! *", "", text)
     text = re.sub(r"(?s)^\{(.*)\}\Z", r"\1", text)
-    text = re.sub(r",\\! *", "", text)
     text = _as_integer(text)
     if "\\" in text:
         text = _without_latex(text)
@@ -91,7 +90,7 @@ def _as_integer(text: str) -> str:
 
 
 def _grouped(text: str) -> str:
-    """12,345 without its comma."""
+    """12,345 without its comma; of three or more commas one remains, as in the original."""
     while (shorter := re.sub(r"([0-9]),([0-9]{3})($|[^0-9])", r"\1\2\3", text)) != text:
         text = shorter
     return text

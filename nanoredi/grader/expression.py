@@ -245,8 +245,8 @@ class _Evaluator:
         self.angles -= 1
         self.budget.spend(_FUNCTION_WORK)
         if exponent == -1 and "arc" + name in FUNCTIONS:
-            return numbers.evaluate("arc" + name, argument)
-        result = numbers.evaluate(name, argument)
+            return numbers.tidy(FUNCTIONS["arc" + name](argument))
+        result = numbers.tidy(FUNCTIONS[name](argument))
         return self.power(divide(result, numbers.log(base)) if base else result, exponent)
 
     def symbol(self, name: str) -> Number:

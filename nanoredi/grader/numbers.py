@@ -102,10 +102,6 @@ for _short, _name in zip("tg ctg arctg arcctg".split(), "tan cot arctan arccot".
     FUNCTIONS[_short] = FUNCTIONS[_name]
 
 
-def evaluate(name: str, z: Inexact) -> Inexact:
-    return tidy(FUNCTIONS[name](z))
-
-
 def tidy(z: Inexact, size: Inexact | int = 0) -> Inexact:
     """z without parts that are rounding noise relative to a size, its own or a larger one; real if its imaginary part
     is noise. Raises ArithmeticError if it is too large, too small or not a number."""

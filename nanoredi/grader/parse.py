@@ -1,4 +1,4 @@
-"""An answer's plain string (latex.py) to the tree of its parts (compare.py).
+"""An answer's plain strings (readings.py) to the tree of its parts (compare.py).
 
 The grammar is a set of functions, from the outside in: `several` splits lists and sets, and `one` reads anything else: a
 relation, a matrix, a tuple or interval, a number in a base, a time of day, a value, otherwise a text.
@@ -9,9 +9,10 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from nanoredi.grader import latex, matrices, sets
+from nanoredi.grader import matrices, sets
 from nanoredi.grader.compare import LETTER, NAME, Reading, distinct, same
 from nanoredi.grader.expression import MAX_DEPTH, NO_VALUE, Budget, Expression
+from nanoredi.grader.readings import Details, readings
 from nanoredi.grader.sets import EMPTY
 from nanoredi.grader.symbols import Unreadable
 
@@ -37,10 +38,10 @@ _SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
 
-def read(text: str) -> list[tuple[Reading, latex.Details]]:
+def read(text: str) -> list[tuple[Reading, Details]]:
     """All that an answer may mean, each with the details that it leaves out; they share one budget of work."""
     reader = _Reader(Budget())
-    return [(reader.read(one), details) for one, details in latex.readings(text) if one]
+    return [(reader.read(one), details) for one, details in readings(text) if one]
 
 
 class _Reader:
@@ -57,7 +58,7 @@ class _Reader:
         return self.as_text(text)
 
     def as_text(self, text: str) -> Reading:
-        text = (inside(text) if text[:1] + text[-1:] == "{}" else None) or text
+        text = (text[:1] == "{" and inside(text)) or text
         return Reading("text", text.strip(" .,;").removeprefix("+"))
 
     def several(self, text: str) -> Reading:
@@ -166,8 +167,7 @@ class _Reader:
         ratio = split(text, ":")[::2]
         if len(ratio) > 2:
             return Reading("ratio", text, tuple(self.read(f"({part})/({ratio[0]})") for part in ratio))
-        quotient = "/".join(f"({part})" for part in ratio) if len(ratio) == 2 else text
-        return Reading("value", text, expression=Expression(quotient, self.budget))
+        return Reading("value", text, expression=Expression("/".join(f"({part})" for part in ratio), self.budget))
 
     def union(self, text: str, pieces: list[str]) -> Reading:
         operands, operators = [self.read(piece) for piece in pieces[::2]], pieces[1::2]
@@ -242,16 +242,15 @@ class _Reader:
         node = Reading("=", text, parts)
         if re.fullmatch("[A-Z]{2,}", sides[-1]) and is_name(sides[0]):  # MR = SRMC has no value
             return node
-        if len(sides) == 2 and is_name(sides[1]) and not stands_for(sides[0]) and is_constant(parts[0]):
+        if len(sides) == 2 and is_name(sides[1]) and is_constant(parts[0]):  # 5 = x
             sides, parts = sides[::-1], parts[::-1]
         node.name = sides[0] if is_name(sides[0]) else ""
         named = list(itertools.takewhile(stands_for, sides[: -1 if is_constant(parts[-1]) else 1]))
         if len(sides) > 2 and not is_constant(parts[0]) and all(map(is_constant, parts[1:])):  # m + 2n = 1 + 4 = 5
             named = sides[:1]
-        rest = parts[len(named) :]
-        values = [part for side, part in zip(sides[-len(rest) :], rest) if not is_uncomputed(side, part)]
-        if rest[-1] in values and all(same(x, y) for x, y in itertools.pairwise(values)):
-            node.bare = None if mentions(rest[-1], sides[0]) else rest[-1]
+        values = [one for side, one in zip(sides[len(named) :], parts[len(named) :]) if not is_uncomputed(side, one)]
+        if values[-1:] == [parts[-1]] and all(same(x, y) for x, y in itertools.pairwise(values)):
+            node.bare = None if mentions(parts[-1], sides[0]) else parts[-1]
         return node
 
 
@@ -290,10 +289,8 @@ def is_uncomputed(side: str, part: Reading) -> bool:
 
 def inside(text: str) -> str | None:
     """The text without its first and last characters if these are a pair of brackets."""
-    if len(text) < 2 or text[0] not in OPEN or text[-1] not in CLOSE:
-        return None
     depths = list(itertools.accumulate((char in OPEN) - (char in CLOSE) for char in text))
-    return text[1:-1] if min(depths[:-1]) > 0 and depths[-1] == 0 else None
+    return text[1:-1] if len(text) > 1 and min(depths[:-1]) > 0 and depths[-1] == 0 else None
 
 
 def split(text: str, separators: str) -> list[str]:

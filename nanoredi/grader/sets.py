@@ -5,14 +5,11 @@ Python set of cells' numbers (an end's is even), and its intervals are the runs 
 """
 
 import itertools
-import operator
-from collections.abc import Iterable
 
 from nanoredi.grader.compare import Reading, distinct, same
 from nanoredi.grader.numbers import CONTEXT, Inexact, close, inexact, is_real
 from nanoredi.grader.symbols import Unreadable
 
-_OPERATIONS = {"∪": operator.or_, "∩": operator.and_, "∖": operator.sub}
 EMPTY = Reading("text", "∅")
 
 
@@ -62,13 +59,13 @@ def _intervals(sets: list[list[Reading]], operators: list[str]) -> list[Reading]
             ends.append(end)
         cell[id(end)] = 2 * len(ends) - 2
 
-    def cells(one: Reading) -> Iterable[int]:
+    def cells(one: Reading) -> range:
         low, high = cell[id(_ends(one)[0])], cell[id(_ends(one)[-1])]
         return range(low + (one.kind[0] == "("), high + (one.kind[-1] != ")"))
 
     result, *others = [{c for one in members for c in cells(one)} for members in sets]
     for sign, other in zip(operators, others):
-        result = _OPERATIONS[sign](result, other)
+        result = {"∪": result | other, "∩": result & other, "∖": result - other}[sign]
     parts = []
     for _, run in itertools.groupby(enumerate(sorted(result)), key=lambda pair: pair[1] - pair[0]):
         first, *_, last = [cell for _, cell in run] * 2
