@@ -67,8 +67,11 @@ class Samples:
         }
         lock(self.path.parent)
         remove_leftovers(self.path.parent, locked=True)
-        if not self.path.exists() and not self.path.with_name("results.json").exists():
-            self.about.unlink(missing_ok=True)  # of an evaluation that ended before its first sample
+        files = (self.about, self.path, self.path.with_name("results.json"))
+        if [file.exists() and file.stat().st_size > 0 for file in files] == [True, False, False]:
+            # An evaluation that ended before its first sample. The file may also be another program's.
+            check(str(self.about), read_json(self.about), dict.fromkeys(about, dict))
+            self.about.unlink()
         dtype = claim(self.path, self.about, about, "model" if adds else "")
         if self.path.exists():
             problems = {b.name: range(len(b.questions)) for b in benchmarks}
