@@ -138,6 +138,8 @@ def test_an_instruction_is_asked_with_its_input_and_a_question_after_its_context
         {"question": "P", "context": "C", "conversations": TURNS},
         {"query": "P", "id": 3},
         {"input": TURNS[:1]},
+        {"problem": "P", "messages": [], "conversations": TURNS},
+        {"problem": "P", "instruction": "P", "context": []},
     ],
 )
 def test_a_row_s_prompt_in_sampling_is_the_one_in_training(row):
