@@ -96,8 +96,9 @@ def conversation(where: str, row: Any) -> Messages:
     elif not whole:
         raise _missing(where, given, "'messages' (nor 'prompt' with 'completion', nor 'instruction' with 'output')")
     else:
-        messages, *others = (check_messages(f"{where}: {n!r}", check(where, given[n], list, n)) for n in whole)
-        if any(_texts(other) != _texts(messages) for other in others):
+        found = [check_messages(f"{where}: {n!r}", check(where, given[n], list, n)) for n in whole]
+        messages, texts = found[0], [[(m["role"], m["content"]) for m in own] for own in found]
+        if texts[0] != texts[-1]:
             raise UserError(f"{where} has 'messages' and other 'conversations': drop those that are not to be learned")
     if (role := messages[-1]["role"]) != "assistant":
         raise UserError(f"{where}: the last message must be the assistant's; its role is {role!r}")
@@ -146,16 +147,12 @@ def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messa
         raise _missing(where, given, "'prompt'")
     prompt = check_messages(f"{where}: {name!r}", asked_in(where, given, name, answer)) if name else before
     if before:  # of which the prompt may repeat all, all but the system message, or one of the user's
-        texts, own = _texts(before), _texts(prompt)
+        texts, own = ([(m["role"], m["content"].strip()) for m in messages] for messages in (before, prompt))
         if own not in (texts, texts[texts[0][0] == "system" :], *([t] for t in texts if t[0] == "user")):
             raise UserError(f"{where}: {name!r} must be the messages before the answer in {answer!r}")
     elif prompt[-1]["role"] == "assistant":
         raise UserError(f"{where}: {name!r} must not end with a message of the assistant")
     return behind_system(where, given, before or prompt)
-
-
-def _texts(messages: Messages) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def asked_in(where: str, given: dict[str, Any], name: str, answer: str = "") -> Any:

@@ -67,10 +67,9 @@ class Samples:
         }
         lock(self.path.parent)
         remove_leftovers(self.path.parent, locked=True)
-        files = (self.about, self.path, self.path.with_name("results.json"))
-        if [file.exists() and file.stat().st_size > 0 for file in files] == [True, False, False]:
-            # An evaluation that ended before its first sample. The file may also be another program's.
-            check(str(self.about), read_json(self.about), dict.fromkeys(about, dict))
+        made = any(f.exists() and f.stat().st_size for f in (self.path, self.path.with_name("results.json")))
+        if not made and self.about.exists() and self.about.stat().st_size:  # it ended before its first sample
+            check(str(self.about), read_json(self.about), dict.fromkeys(about, dict))  # it may be another program's
             self.about.unlink()
         dtype = claim(self.path, self.about, about, "model" if adds else "")
         if self.path.exists():

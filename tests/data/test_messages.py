@@ -5,7 +5,6 @@ import json
 import pytest
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.benchmarks import problem_of
 from nanoredi.data.messages import check_messages, conversation, pair, prompt_of, user_message
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}]
@@ -67,10 +66,10 @@ def test_alpaca_s_instruction_and_input_are_one_prompt():
         conversation("here", {**parts, "input": {"a": 1}, "output": "B"})
 
 
-def test_a_question_about_a_text_is_asked_with_it_as_in_sampling():
+def test_a_question_about_a_text_is_asked_with_it():
     row = {"question": "Q", "context": "C", "body": None, "id": 3}
-    asked = user_message(problem_of(row))
-    assert asked == user_message("C\nQ") and prompt_of("here", row) == asked
+    asked = user_message("C\nQ")
+    assert prompt_of("here", row) == asked
     assert conversation("here", {**row, "completion": "B"}) == conversation("here", {**row, "response": "B"})
     assert conversation("here", {**row, "completion": "B"}) == [*asked, TURNS[1]]
     assert pair("here", {**row, "chosen": "B", "rejected": "C"})[0] == asked
