@@ -12,7 +12,7 @@ import numpy as np
 from nanoredi.common.disk import digest, remove, remove_leftovers, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json, read_rows
-from nanoredi.common.formats import num_rows, expect_file
+from nanoredi.common.formats import expect_file, num_rows
 from nanoredi.common.progress import progress
 from nanoredi.data.tokenizer import Tokenizer
 
