@@ -218,7 +218,7 @@ def test_the_same_command_resumes(said, tmp_path):
         said(*words)
     assert path.read_text() == before
     (tmp_path / "mine").write_text("my own\n")
-    with pytest.raises(UserError, match="mine exists without the mine.settings.json that describes it"):
+    with pytest.raises(UserError, match="mine lacks the mine.settings.json that describes it"):
         said("a=1", "--out", "mine")
     assert (tmp_path / "mine").read_text() == "my own\n"
 

@@ -63,7 +63,7 @@ def digest_in(folder: Path) -> str:
     Raises:
         UserError: when there is no such folder.
     """
-    if (folder / "offsets.npy").exists():  # a cache of November 2026, when rows had no weights
+    if (folder / "offsets.npy").exists():  # a cache of 28 November 2026 or earlier, without weights
         offsets = np.load(folder / "offsets.npy", allow_pickle=False)
         offsets.tofile(folder / "offsets")
         np.ones(len(offsets) - 1, np.float32).tofile(folder / "weights")

@@ -189,7 +189,7 @@ def _completion_fields(value: dict[str, Any], names: Any) -> list[str]:
 def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
     """Whether a field holds completions, rather than something else with the same name. top: of the row, not within."""
     value = _from_text(row[name]) if top else row[name]
-    is_other = top and (row.get("error") or {"response", "text"} & row.keys())  # what errors and prompts have, too
+    is_other = top and (row.get("error") or {"response", "text"} & row.keys())  # then a message or content is none
     match name:
         case "messages" | "conversations" | "all_messages":  # may be the prompt
             return _is_answer(value)

@@ -148,9 +148,7 @@ def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: 
         if adds and about != before:
             write_json(about_path, about)
     elif has_samples:
-        raise UserError(
-            f"{path} exists without the {about_path.name} that describes it: move it away, or give another --out"
-        )
+        raise UserError(f"{path} lacks the {about_path.name} that describes it: move it away, or give another --out")
     else:
         setting["dtype"] = settled_dtype(setting["dtype"])
         write_json(about_path, about)

@@ -158,7 +158,7 @@ def test_another_model_or_benchmark_is_refused(claimed, toy_data, tmp_path):
         claimed.claim({"SFT": other}, tests, CONFIG)
     claimed.about.unlink()
     claimed.path.write_text("{}\n")
-    with pytest.raises(UserError, match="exists without the evaluation.json that describes it"):
+    with pytest.raises(UserError, match="lacks the evaluation.json that describes it"):
         claimed.claim({"SFT": model}, tests, CONFIG)
 
 
