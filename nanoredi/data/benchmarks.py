@@ -128,8 +128,9 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
     path = find(name, folder)
     rows = []
     for where, row in read_problems(path):
-        letter = str(row["answer"]).lower()  # in some files each choice is a field
-        if field := next((n for n in ("choices", "options", letter, f"option_{letter}") if row.get(n)), None):
+        letter = str(row["answer"]).lower()  # in some files each choice is a field: A, B, ... or option_a, ...
+        names = ("choices", "options", f"option_{letter}", letter if {"a", "b"} <= row.keys() else "")
+        if field := next((name for name in names if row.get(name)), None):
             raise UserError(f"{where} is multiple choice ({field!r}); write the choices into the problem instead")
         rows.append((golds_of(where, row["answer"]), row))
     if not rows:
