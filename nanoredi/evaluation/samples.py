@@ -67,9 +67,10 @@ class Samples:
         }
         lock(self.path.parent)
         remove_leftovers(self.path.parent, locked=True)
-        made = any(f.exists() and f.stat().st_size for f in (self.path, self.path.with_name("results.json")))
-        if not made and self.about.exists() and self.about.stat().st_size:  # it ended before its first sample
-            check(str(self.about), read_json(self.about), dict.fromkeys(about, dict))  # it may be another program's
+        has_begun = any(f.exists() and f.stat().st_size for f in (self.path, self.path.with_name("results.json")))
+        if not has_begun and self.about.exists() and self.about.stat().st_size:
+            # An evaluation that ended before its first sample may be followed by another; a foreign file is not touched.
+            check(str(self.about), read_json(self.about), dict.fromkeys(about, dict))
             self.about.unlink()
         dtype = claim(self.path, self.about, about, "model" if adds else "")
         if self.path.exists():
