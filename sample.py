@@ -169,7 +169,7 @@ def _messages(where: str, row: Any, config: SampleFlags) -> list[dict[str, str]]
     fields = benchmarks.in_one_case(where, row, str.lower) if isinstance(row, dict) else {}
     for name in sorted(PROMPTS, key=lambda name: last_role(fields.get(name)) == "assistant"):
         value = fields.get(name)
-        if isinstance(value, list):
+        if value and isinstance(value, list):
             messages = check_messages(f"{where}: {name!r}", value)
         elif isinstance(value, str) and value.strip() and name not in ("messages", "conversations"):
             given_fields(where, {name: value})  # refuses messages that are written as text

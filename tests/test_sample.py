@@ -138,6 +138,8 @@ def test_an_instruction_is_asked_with_its_input_and_a_question_after_its_context
         {"question": "P", "context": "C", "conversations": TURNS},
         {"query": "P", "id": 3},
         {"input": TURNS[:1]},
+        {"problem": "P", "messages": [], "conversations": TURNS},
+        {"problem": "P", "instruction": "P", "context": []},
     ],
 )
 def test_a_row_s_prompt_in_sampling_is_the_one_in_training(row):
@@ -222,7 +224,7 @@ def test_the_same_command_resumes(said, tmp_path):
         said(*words)
     assert path.read_text() == before
     (tmp_path / "mine").write_text("my own\n")
-    with pytest.raises(UserError, match="mine exists without the mine.settings.json that describes it"):
+    with pytest.raises(UserError, match="mine lacks the mine.settings.json that describes it"):
         said("a=1", "--out", "mine")
     assert (tmp_path / "mine").read_text() == "my own\n"
 

@@ -35,7 +35,7 @@ def num_rows(path: Path) -> int:
     return sum(1 for _ in file_rows(path))
 
 
-def refuse_folder(path: Path) -> None:
+def expect_file(path: Path) -> None:
     """Raise a UserError for a folder, suggesting a file in it, and for what may be a data set's name on the hub."""
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix.lower() in _KINDS)
@@ -57,7 +57,7 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
     Raises:
         UserError: when the file cannot be read.
     """
-    refuse_folder(path)
+    expect_file(path)
     if path.suffix.lower() not in _TABLES:
         rows_of = _csv_rows if path.suffix.lower() in (".csv", ".tsv") else _text_rows
         try:

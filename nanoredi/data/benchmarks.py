@@ -128,8 +128,9 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
     path = find(name, folder)
     rows = []
     for where, row in read_problems(path):
-        letter = str(row["answer"]).lower()  # in some files each choice is a field
-        if field := next((n for n in ("choices", "options", letter, f"option_{letter}") if row.get(n)), None):
+        letter = str(row["answer"]).lower()  # in some files each choice is a field: A, B, ... or option_a, ...
+        names = ("choices", "options", f"option_{letter}", letter if {"a", "b"} <= row.keys() else "")
+        if field := next((name for name in names if row.get(name)), None):
             raise UserError(f"{where} is multiple choice ({field!r}); write the choices into the problem instead")
         rows.append((golds_of(where, row["answer"]), row))
     if not rows:
@@ -152,13 +153,15 @@ def read_problems(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     `answer` is what golds_of takes, or None."""
     for where, row in read_rows(str(path)):
         row = in_one_case(where, row, str.lower) if isinstance(row, dict) else {}
-        problem = problem_of(row)
-        if problem is None:
+        texts = {name: text for name, text in row.items() if isinstance(text, str) and text.strip()}
+        # A question comes after the context or body that belongs to it (OlympiadBench, SVAMP).
+        parts = ("problem",) if "problem" in texts else PARTS["question"] if "question" in texts else ()
+        if not parts:
             raise UserError(f"{where} has no text in 'problem' or 'question'; it has {', '.join(row) or 'no fields'}")
         answer = next((row[key] for key in GOLDS if row.get(key) not in (None, "", [])), None)
         if answer is None and isinstance(row.get("solution"), str):
             answer = row["solution"] if extract_answers(row["solution"]) else None
-        yield where, {**row, "problem": problem, "answer": answer}
+        yield where, {**row, "problem": "\n".join(texts[n] for n in parts if n in texts), "answer": answer}
 
 
 def in_one_case(where: str, row: dict[str, Any], name: Callable[[str], str]) -> dict[str, Any]:
@@ -167,15 +170,6 @@ def in_one_case(where: str, row: dict[str, Any], name: Callable[[str], str]) -> 
     if other := next((key for key, value in row.items() if named[name(key)] != value), None):
         raise UserError(f"{where} has {other!r} in two spellings, with different values")
     return named
-
-
-def problem_of(row: dict[str, Any]) -> str | None:
-    """What a row with keys in lower case asks: its problem, or its question after the context or body that belongs to
-    it (OlympiadBench, SVAMP). None if there is no text."""
-    texts = {name: text for name, text in row.items() if isinstance(text, str) and text.strip()}
-    if "problem" in texts or "question" not in texts:
-        return texts.get("problem")
-    return "\n".join(texts[name] for name in PARTS["question"] if name in texts)
 
 
 def golds_of(where: str, answer: Any) -> list[str]:
@@ -190,9 +184,8 @@ def golds_of(where: str, answer: Any) -> list[str]:
     Raises:
         UserError: for anything else.
     """
-    answer = listed(answer)
-    answers = answer if isinstance(answer, list) else [answer]
-    golds = [_gold(one) for one in answers]
+    answers = listed(answer)
+    golds = [_gold(one) for one in (answers if isinstance(answers, list) else [answers])]
     if not golds or not all(golds):
         raise UserError(f"{where} has no 'answer', which is text, a number, or a list of these")
     return golds

@@ -12,7 +12,7 @@ import numpy as np
 from nanoredi.common.disk import digest, remove, remove_leftovers, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json, read_rows
-from nanoredi.common.formats import num_rows, refuse_folder
+from nanoredi.common.formats import expect_file, num_rows
 from nanoredi.common.progress import progress
 from nanoredi.data.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ def cached(
     Returns:
         tokens (total,), learned (total,), weights (M,), offsets (M+1,), notes for the user, and their digest_in.
     """
-    refuse_folder(Path(path))
+    expect_file(Path(path))
     try:
         folder = Path(cache) / digest(repr(rules).encode(), Path(path), *tokenizer.files)
     except OSError as error:
@@ -63,7 +63,7 @@ def digest_in(folder: Path) -> str:
     Raises:
         UserError: when there is no such folder.
     """
-    if (folder / "offsets.npy").exists():  # a cache of November 2026, when rows had no weights
+    if (folder / "offsets.npy").exists():  # a cache of 28 November 2026 or earlier, without weights
         offsets = np.load(folder / "offsets.npy", allow_pickle=False)
         offsets.tofile(folder / "offsets")
         np.ones(len(offsets) - 1, np.float32).tofile(folder / "weights")
@@ -112,6 +112,5 @@ def _is_whole(folder: Path) -> bool:
     except (OSError, ValueError, UserError):  # ValueError: an array that is empty, or ends within an element
         return False
     fits = len(offsets) == len(weights) + 1 and offsets[0] == 0 and offsets[-1] == len(tokens) == len(learned)
-    if not fits or np.diff(offsets).min() < 2 or tokens.min() < 0 or not np.isfinite(weights).all():
-        return False
-    return bool(np.logical_or.reduceat(learned, offsets[:-1] + 1).all())
+    valid = fits and np.diff(offsets).min() >= 2 and tokens.min() >= 0 and np.isfinite(weights).all()
+    return bool(valid and np.logical_or.reduceat(learned, offsets[:-1] + 1).all())

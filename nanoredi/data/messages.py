@@ -86,17 +86,19 @@ def conversation(where: str, row: Any) -> Messages:
     """The messages of a stage 1 row, whose last one is the assistant's."""
     given = given_fields(where, row)
     whole = [name for name in ("messages", "conversations") if name in given]
-    field = next((field for field in _ANSWERS if field in given), None)
+    answers = [name for name in _ANSWERS if name in given]
+    field = next(iter(answers), None)
     if field == "completion" or field and "assistant" not in [last_role(given[name]) for name in whole]:
-        if field != "completion" and any(given.get(name, given[field]) != given[field] for name in _ANSWERS):
-            raise UserError(f"{where} has answers in {field!r} and others of {_ANSWERS[1:]}, which differ: keep one")
+        if field != "completion" and any(given[name] != given[field] for name in answers):
+            raise UserError(f"{where} has different answers in {' and '.join(map(repr, answers))}: keep one")
         *before, answer = answer_of(where, given, field)
         messages = [*prompt_of(where, given, field, before), answer]
     elif not whole:
         raise _missing(where, given, "'messages' (nor 'prompt' with 'completion', nor 'instruction' with 'output')")
     else:
-        messages, *others = (check_messages(f"{where}: {n!r}", check(where, given[n], list, n)) for n in whole)
-        if others not in ([], [messages]):
+        found = [check_messages(f"{where}: {n!r}", check(where, given[n], list, n)) for n in whole]
+        messages, texts = found[0], [[(m["role"], m["content"]) for m in own] for own in found]
+        if texts[0] != texts[-1]:
             raise UserError(f"{where} has 'messages' and other 'conversations': drop those that are not to be learned")
     if (role := messages[-1]["role"]) != "assistant":
         raise UserError(f"{where}: the last message must be the assistant's; its role is {role!r}")
@@ -123,8 +125,8 @@ def pair(where: str, row: Any) -> tuple[Messages, Messages]:
 
 
 def given_fields(where: str, row: Any) -> dict[str, Any]:
-    """A row's fields without those that are null: `datasets` reads a missing field as null."""
-    given = {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    """A row's fields without those that are null or an empty list, as tables write a field that a row does not have."""
+    given = {name: value for name, value in row.items() if value not in (None, [])} if isinstance(row, dict) else {}
     for name in (*PROMPTS, *_ANSWERS, *SIDES):
         if isinstance(text := given.get(name), str) and re.match(r"\s*\[\s*{\s*['\"](role|content|from|value)\b", text):
             raise UserError(f"{where}: {name!r} has messages written as text, as in CSV: give a list, as in JSONL")
@@ -132,7 +134,7 @@ def given_fields(where: str, row: Any) -> dict[str, Any]:
 
 
 def _missing(where: str, given: dict[str, Any], name: str) -> UserError:
-    return UserError(f"{where} has no field {name}; it holds {', '.join(map(repr, given))[:200] or 'no fields'}")
+    return UserError(f"{where} has no field {name}; it holds {', '.join(map(repr, given))[:200] or 'nothing'}")
 
 
 def prompt_of(where: str, given: dict[str, Any], answer: str = "", before: Messages | None = None) -> Messages:
@@ -157,7 +159,7 @@ def asked_in(where: str, given: dict[str, Any], name: str, answer: str = "") -> 
     """What the field `name` of a row asks: its messages, or its text with the other parts of the prompt. Fields that look
     like further parts are refused, except beside TRL's `prompt`, which holds all that is asked."""
     parts, is_text = PARTS.get(name, (name,)), isinstance(given[name], str)
-    beside = [part for part in PARTS["instruction"] if given.get(part) and part not in parts]
+    beside = [n for n in PARTS["instruction"] if given.get(n) and given[n] != given[name] and n not in parts]
     if beside and (answer in _ANSWERS[1:] or is_text and name != "prompt"):
         raise UserError(f"{where} has {name!r} and {beside[0]!r}: one field must hold all that is asked")
     texts = (check(where, given.get(part) or "", str, part) for part in parts)

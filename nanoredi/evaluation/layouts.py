@@ -144,11 +144,15 @@ def _prompt_texts(value: Any, is_asked: bool = True) -> Iterator[str]:
     if isinstance(value, str) and is_asked:
         yield value
     if isinstance(value, dict):
-        role = last_role([value])
-        is_asked = role != "assistant" or str(value.get("content")).strip() == "<think>" if role else is_asked
+        is_asked = not _is_answer([value]) if last_role([value]) else is_asked
         value = [inner for name, inner in value.items() if name not in _NOT_ASKED]
     for inner in value if isinstance(value, list) else ():
         yield from _prompt_texts(inner, is_asked)
+
+
+def _is_answer(messages: Any) -> bool:
+    """Whether these are messages that end with an answer; a mere <think> was given to the model as its beginning."""
+    return last_role(messages) == "assistant" and str(messages[-1].get("content")).strip() != "<think>"
 
 
 def _golds(row: dict[str, Any]) -> tuple[Any, str]:
@@ -185,10 +189,10 @@ def _completion_fields(value: dict[str, Any], names: Any) -> list[str]:
 def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
     """Whether a field holds completions, rather than something else with the same name. top: of the row, not within."""
     value = _from_text(row[name]) if top else row[name]
-    is_other = top and (row.get("error") or {"response", "text"} & row.keys())  # what errors and prompts have, too
+    is_other = top and (row.get("error") or {"response", "text"} & row.keys())  # then a message or content is none
     match name:
         case "messages" | "conversations" | "all_messages":  # may be the prompt
-            return last_role(value) == "assistant"
+            return _is_answer(value)
         case "choices":  # may be a question's choices
             return value is None or isinstance(value, list) and all(isinstance(one, dict) for one in value)
         case "text" if top:

@@ -67,8 +67,11 @@ class Samples:
         }
         lock(self.path.parent)
         remove_leftovers(self.path.parent, locked=True)
-        if not self.path.exists() and not self.path.with_name("results.json").exists():
-            self.about.unlink(missing_ok=True)  # of an evaluation that ended before its first sample
+        has_begun = any(f.exists() and f.stat().st_size for f in (self.path, self.path.with_name("results.json")))
+        if not has_begun and self.about.exists() and self.about.stat().st_size:
+            # An evaluation that ended before its first sample may be followed by another; a foreign file is not touched.
+            check(str(self.about), read_json(self.about), dict.fromkeys(about, dict))
+            self.about.unlink()
         dtype = claim(self.path, self.about, about, "model" if adds else "")
         if self.path.exists():
             problems = {b.name: range(len(b.questions)) for b in benchmarks}
@@ -146,9 +149,7 @@ def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: 
         if adds and about != before:
             write_json(about_path, about)
     elif has_samples:
-        raise UserError(
-            f"{path} exists without the {about_path.name} that describes it: move it away, or give another --out"
-        )
+        raise UserError(f"{path} lacks the {about_path.name} that describes it: move it away, or give another --out")
     else:
         setting["dtype"] = settled_dtype(setting["dtype"])
         write_json(about_path, about)

@@ -206,9 +206,9 @@ def resume(
 
 
 def _began_with_before(before: dict[str, str], now: dict[str, str], cache: str) -> dict[str, str]:
-    """What a run of a former version began with. Its state names the folder of its sequences in the cache; if that is
-    gone, the run is not known again. The first versions kept no dtype; config.toml has it, unless it was auto."""
-    with contextlib.suppress(UserError, OSError, ValueError):
+    """What a run of a former version began with. Its state names the cache's folder with its sequences; nothing is known
+    if that is gone or damaged. The first versions kept no dtype, but config.toml does, unless it was auto."""
+    with contextlib.suppress(UserError, OSError, ValueError, EOFError):
         return {"sequences": digest_in(Path(cache, before["data"])), "dtype": before.get("dtype", now["dtype"])}
     return {}
 

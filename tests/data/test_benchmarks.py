@@ -67,6 +67,7 @@ def test_malformed_rows_are_named(tmp_path, text, words):
         ({"problem": "p", "answer": "", "solution": "\\boxed{4}"}, "p", ["4"]),
         ({"problem": "p", "solution": "\\boxed{4}, \\boxed{5}"}, "p", ["4, 5"]),
         ({"Problem": "p", "problem": "p", "answer": 4}, "p", ["4"]),
+        ({"problem": "Solve 2x = n for x.", "answer": "n", "n": 5}, "Solve 2x = n for x.", ["n"]),
     ],
 )
 def test_a_row_s_problem_and_answer(tmp_path, row, problem, golds):

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from nanoredi.common.errors import UserError
-from nanoredi.data.benchmarks import problem_of
 from nanoredi.data.messages import check_messages, conversation, pair, prompt_of, user_message
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}]
@@ -67,10 +66,10 @@ def test_alpaca_s_instruction_and_input_are_one_prompt():
         conversation("here", {**parts, "input": {"a": 1}, "output": "B"})
 
 
-def test_a_question_about_a_text_is_asked_with_it_as_in_sampling():
+def test_a_question_about_a_text_is_asked_with_it():
     row = {"question": "Q", "context": "C", "body": None, "id": 3}
-    asked = user_message(problem_of(row))
-    assert asked == user_message("C\nQ") and prompt_of("here", row) == asked
+    asked = user_message("C\nQ")
+    assert prompt_of("here", row) == asked
     assert conversation("here", {**row, "completion": "B"}) == conversation("here", {**row, "response": "B"})
     assert conversation("here", {**row, "completion": "B"}) == [*asked, TURNS[1]]
     assert pair("here", {**row, "chosen": "B", "rejected": "C"})[0] == asked
@@ -109,13 +108,14 @@ def test_two_different_conversations_are_refused():
     row = {"messages": TURNS, "problem": "Q", "conversations": [SHAREGPT[0], {"from": "gpt", "value": "C"}]}
     with pytest.raises(UserError, match="here has 'messages' and other 'conversations': drop those that are not"):
         conversation("here", row)
-    assert conversation("here", {**row, "conversations": SHAREGPT}) == TURNS
+    for same in (SHAREGPT, [], [TURNS[0], {**TURNS[1], "info": "from elsewhere"}]):
+        assert conversation("here", {**row, "conversations": same}) == TURNS
     assert conversation("here", {**row, "completion": "B"}) == TURNS
 
 
 def test_two_different_answers_are_refused():
     row = {"instruction": "Q", "output": "B", "response": "C"}
-    with pytest.raises(UserError, match="here has answers in 'output' and others of .*'response', .* which differ"):
+    with pytest.raises(UserError, match="here has different answers in 'output' and 'response': keep one"):
         conversation("here", row)
     for others in ({"response": "B"}, {"completion": "B", "output": "C"}, {"conversations": SHAREGPT}):
         assert conversation("here", row | others) == TURNS

@@ -94,6 +94,7 @@ def test_one_row_per_problem(prepared):
         {"answer": "", "ground_truth": "3"},
         {"reward_model": {"ground_truth": "3"}},
         {"answer": "4", "gold": "3"},
+        {"answer": "3", "reward_model": "its name"},  # Magpie's
     ],
 )
 def test_the_gold_answer_may_have_another_name(prepared, gold):
@@ -196,7 +197,7 @@ def test_bad_rows_are_named(prepared, row, grading, words):
             r"line 1: generations\[0\] is 1; it must be text or",
         ),
         ({"problem": "a=1", "generations": ["1"]}, True, "line 1 has no field 'answer'"),
-        ({"problem": "a=1", "generations": ["1"], "reward_model": "x"}, True, "reward_model is 'x'; it must be an obj"),
+        ({"problem": "a=1", "generations": ["1"], "reward_model": "x"}, True, "line 1 has no field 'answer'"),
         (
             {"problem": "a=1", "generations": ["1"], "answer": "1", "finish_reasons": "stop"},
             True,

@@ -327,7 +327,7 @@ def test_malformed_pairs_are_named(tokenizer, write, cache, row, words):
         ({"prompt": "a", "completion": "1", "label": False}, "line 2: 'label' is false; give the row a 'weight'"),
         ({**conversation(), "correct": False}, "line 2: 'correct' is false; .* or drop it"),
         ({"messages": "a"}, "line 2: messages is 'a'; it must be a list"),
-        ({"messages": []}, "line 2: 'messages' must be text, or a list of messages"),
+        ({"messages": []}, "line 2 has no field 'messages' .*; it holds nothing"),
         ({"messages": [{"role": "user", "content": "a"}]}, "must be the assistant's; its role is 'user'"),
         ({"messages": conversation()["messages"][1:]}, "line 2: there is no message before the assistant's"),
     ],

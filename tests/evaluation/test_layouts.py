@@ -208,8 +208,9 @@ ASKED = {"role": "user", "content": "What is 1+1?"}
 @pytest.mark.parametrize("name", ["prompt", "messages"])
 def test_a_prompt_that_opens_the_thinking(tmp_path, name, opening):
     for prompt in (f"What is 1+1?{opening}", [ASKED, {"role": "assistant", "content": opening}]):
-        rows = [{name: prompt, "gold": "2", "output": f"Maybe {BOX}"}, {name: prompt, "output": f"So</think>{BOX}"}]
-        assert graded(tmp_path, rows, thinking=False)[0] == [(0, 0, False), (0, 1, True)]
+        for field in ("output", "prediction"):
+            rows = [{name: prompt, "gold": "2", field: text} for text in (f"Maybe {BOX}", f"So</think>{BOX}")]
+            assert graded(tmp_path, rows, thinking=False) == ([(0, 0, False), (0, 1, True)], [])
 
 
 def test_empty_responses(tmp_path, benchmark, capsys):

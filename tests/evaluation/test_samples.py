@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from forks import ended
@@ -123,8 +124,9 @@ def test_another_config_is_refused(claimed, toy_data, change, words):
         again()
 
 
-def test_an_evaluation_that_ended_before_its_first_sample_may_be_followed_by_another(claimed, again):
-    claimed.path.unlink()
+@pytest.mark.parametrize("end", [Path.unlink, lambda path: path.write_text("")])  # as a full disk leaves it
+def test_an_evaluation_that_ended_before_its_first_sample_may_be_followed_by_another(claimed, again, end):
+    end(claimed.path)
     results = claimed.path.with_name("results.json")
     results.write_text("[]")  # samples may be deleted to save space; their results must not be overwritten
     with pytest.raises(UserError, match="the setting seed is 42 there and 1 here"):
@@ -132,6 +134,10 @@ def test_an_evaluation_that_ended_before_its_first_sample_may_be_followed_by_ano
     results.unlink()
     again(seed=1)
     assert json.loads(claimed.about.read_text())["setting"]["seed"] == 1
+    claimed.about.write_text('{"accuracy": 0.5}')  # another program's
+    with pytest.raises(UserError, match="evaluation.json: the object has no field 'setting'"):
+        again()
+    assert claimed.about.read_text() == '{"accuracy": 0.5}'
 
 
 def test_another_model_or_benchmark_is_refused(claimed, toy_data, tmp_path):
@@ -152,7 +158,7 @@ def test_another_model_or_benchmark_is_refused(claimed, toy_data, tmp_path):
         claimed.claim({"SFT": other}, tests, CONFIG)
     claimed.about.unlink()
     claimed.path.write_text("{}\n")
-    with pytest.raises(UserError, match="exists without the evaluation.json that describes it"):
+    with pytest.raises(UserError, match="lacks the evaluation.json that describes it"):
         claimed.claim({"SFT": model}, tests, CONFIG)
 
 

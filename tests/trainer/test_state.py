@@ -140,9 +140,13 @@ def test_a_run_of_a_former_version_is_resumed(cache, flags, run, tmp_path):
     kept["notes"]["began_with"] = {"data": "of-then"}
     path.write_text(json.dumps(kept))
     (folder,) = (tmp_path / "runs" / "cache").glob("*")
-    refused = run("train_redi.py", *flags, "--out", "stopped")
-    assert refused.returncode == 2 and "began with other data, another tokenizer or another version" in refused.stderr
-    cache(shutil.copytree(folder, folder.with_name("of-then")))
+    then = folder.with_name("of-then")
+    for damage in (lambda: None, lambda: (then.mkdir(), (then / "offsets.npy").touch())):  # as a full disk leaves it
+        damage()
+        refused = run("train_redi.py", *flags, "--out", "stopped")
+        assert refused.returncode == 2 and "began with other data, another tokenizer or another" in refused.stderr
+    shutil.rmtree(then)
+    cache(shutil.copytree(folder, then))
     done = run("train_redi.py", *flags, "--out", "stopped")
     assert done.returncode == 0 and "resuming after step 9" in done.stdout, done.stderr
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", tolerance=0.0)
