@@ -68,6 +68,7 @@ def test_the_paper_s_recipe():
     "argv, words",
     [
         (["--alhpa", "1"], r"there is no flag --alhpa \(did you mean '--alpha'\?\)"),
+        (["-alpha", "1"], r"there is no flag -alpha \(did you mean '--alpha'\?\)"),
         (["--evaluate.m=4"], r"there is no flag --evaluate.m \(did you mean '--evaluate.n'\?\)"),
         (["runs"], "'runs' follows no flag"),
         (["--lr", "fast"], "--lr takes a number, not 'fast'"),

@@ -173,9 +173,10 @@ def test_a_prompt_without_a_flag_and_in_a_template(said, asked):
 
 
 def test_neither_a_negative_number_nor_what_follows_two_dashes_is_a_flag():
-    argv = ["--stop", "-1e-6", "-2", "--", "--x"]
-    given = sample.read_flags("", argv, "evaluate", sample.SampleFlags, positional="prompt")[1]
-    assert given == {"evaluate": {"stop": ["-1e-6", "-2"], "prompt": "--x"}}
+    for prompt in ("--x", "-x", "--chat"):
+        argv = ["--stop", "-1e-6", "-2", "--", prompt]
+        given = sample.read_flags("", argv, "evaluate", sample.SampleFlags, positional="prompt")[1]
+        assert given == {"evaluate": {"stop": ["-1e-6", "-2"], "prompt": prompt}}
 
 
 def test_a_stop_text_ends_a_completion(said, tmp_path):

@@ -128,16 +128,17 @@ def read_flags(
     flags |= {f"--{table}.{f.name}": (table, f) for table in others for f in dataclasses.fields(TABLES[table])}
     for flag, (_, f) in flags.items():
         parser.add_argument(flag, dest=flag, default=argparse.SUPPRESS, **_for_argparse(f))
+    end = argv.index("--") if "--" in argv else len(argv)
+    argv, rest = argv[:end], argv[end + 1 :]  # what follows -- is no flag, nor an item of a list
     if positional:  # the word after a switch such as --paper is positional, unless it is true or false
         switches = {flag for flag, (_, f) in flags.items() if kind_of(f) is bool}
         pairs = zip(argv, [*argv[1:], ""])
         argv = [f"{word}=true" if word in switches and after not in _BOOL else word for word, after in pairs]
-    end = argv.index("--") if "--" in argv else len(argv)  # what follows it is no flag, nor an item of a list
-    known, words = parser.parse_known_args(argv[:end])
+    known, words = parser.parse_known_args(argv)
     values = vars(known)
-    if unknown := next((word.split("=")[0] for word in words if word.startswith("--")), None):
+    if unknown := next((word.split("=")[0] for word in words if re.match(r"--|-[a-z]\w*$", word)), None):
         raise UserError(f"there is no flag {unknown}{nearest(unknown, [*flags, '--recipe'])}")
-    words += argv[end + 1 :]
+    words += rest
     if words and positional and f"--{positional}" not in values:
         is_list = kind_of(flags[f"--{positional}"][1]) is list
         values[f"--{positional}"], words = (words, []) if is_list else (words[0], words[1:])
