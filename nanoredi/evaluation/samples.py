@@ -11,6 +11,7 @@ import fcntl
 import json
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from itertools import compress
 from pathlib import Path
@@ -78,7 +79,8 @@ class Samples:
     def append(self, row: Row) -> None:
         """Add a sample, as one whole line. Several ranks, also on several machines, may do so at once."""
         with open(self.path, "ab", buffering=0) as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)  # released when the file is closed
+            with suppress(OSError):  # a disk without locks: lock() has warned
+                fcntl.lockf(file, fcntl.LOCK_EX)  # released when the file is closed
             write_row(file, row)
 
     def rows(self) -> Iterator[Row]:

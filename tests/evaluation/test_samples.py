@@ -1,5 +1,7 @@
 """An evaluation's samples on disk: a torn line is removed, another evaluation refused, only what is missing drawn."""
 
+import errno
+import fcntl
 import json
 import signal
 from dataclasses import replace
@@ -121,6 +123,15 @@ def test_another_config_is_refused(claimed, toy_data, change, words):
         return again()
     with pytest.raises(UserError, match=words):
         again()
+
+
+def test_a_disk_without_locks_will_do(claimed, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    claimed.append(row(1))
+    assert len(list(claimed.rows())) == 2
 
 
 def test_an_evaluation_that_ended_before_its_first_sample_may_be_followed_by_another(claimed, again):
