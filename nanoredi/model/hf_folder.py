@@ -28,7 +28,7 @@ _CONFIG_SHAPE = {
     "model_type": "qwen2",
     "hidden_act?": "silu",
     "attention_dropout?": (0.0, None),
-    "is_causal?": True,  # False in models that embed texts
+    "is_causal?": (True, None),  # False in models that embed texts
     "use_sliding_window?": (False, None),
     "rope_scaling?": (dict, None),
     "rope_parameters?": (dict, None),
@@ -177,6 +177,7 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def _read(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+    """The content of a file that may name end tokens; empty if there is no such file."""
     path = tokenizer.folder / name
     ids = range(tokenizer.backend.get_vocab_size() + 2**16)  # embeddings are often padded beyond the vocabulary
     return check(str(path), read_json(path), {"eos_token_id?": (ids, [ids], None)}) if path.exists() else {}

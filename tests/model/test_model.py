@@ -234,7 +234,7 @@ def test_nothing_is_overwritten(folder):
         ({"model_type": None}, "model_type is None; it must be 'qwen2'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu'"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1; it must be 0.0"),
-        ({"is_causal": False}, "is_causal is False; it must be True"),
+        ({"is_causal": False}, "is_causal is False; it must be True or null"),
         ({"head_dim": 16}, "head_dim is 16"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"num_attention_heads": 5}, "do not divide"),
@@ -261,7 +261,7 @@ def test_anything_but_this_qwen2_is_refused_by_name(folder, changes, words):
     "changes",
     [
         {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},  # Qwen2.5 as published
-        {"rope_scaling": None, "head_dim": 8, "quantization_config": None, "is_causal": True},
+        {"rope_scaling": None, "head_dim": 8, "quantization_config": None, "is_causal": None},
     ],
 )
 def test_settings_without_effect_are_not_refused(folder, changes):
