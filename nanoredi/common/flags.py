@@ -72,14 +72,15 @@ def from_text(kind: type, text: str | list[str]) -> Any:
 
 
 def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
-    """The value, if its field allows it; otherwise raises a UserError that says what the field takes."""
+    """The value, if its field allows it, with ~ in a path replaced by the home folder; otherwise raises a UserError that
+    says what the field takes."""
     kind, m, shown = kind_of(f), f.metadata, repr(value)[:80]
     if kind is float and type(value) is int and abs(value) < _LARGEST[float]:
         value = float(value)
     if m["choices"] and value not in m["choices"]:
         raise UserError(f"{where} takes {' or '.join(m['choices'])}, not {shown}{nearest(str(value), m['choices'])}")
     texts = value if kind is list and type(value) is list else [value] if kind is str else []
-    wrong_items = any(type(text) is not str or "\0" in text or kind is list and not text for text in texts)
+    wrong_items = any(type(text) is not str or "\0" in text for text in texts)
     if type(value) is not kind or wrong_items or value == [] or kind is float and not math.isfinite(value):
         raise UserError(f"{where} takes {_KINDS[kind]}, not {shown}")
     for words, bound, holds in (
@@ -89,7 +90,7 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
     ):
         if bound is not None and not holds(value, bound):
             raise UserError(f"{where} is {shown}; it must be {words} {bound}")
-    if texts and f.name not in _PROSE:  # ~ is the home folder; no shell says so of --out=~/run, nor of a recipe
+    if texts and f.name not in _PROSE:  # no shell has replaced the ~ of --out=~/run, nor that of a recipe
         texts = [os.path.expanduser(text) for text in texts]
         value = texts if kind is list else texts[0]
     return value
@@ -98,7 +99,8 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
 _PROSE = {"prompt", "stop", "system", "template"}  # text for the model; all other text may be a path
 _BOOL = {"true": True, "false": False}
 _LARGEST = {int: 2**31 - 1, float: 1e12}  # unless the field has a bound
-_KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}
+_KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+_KINDS |= {list: "a list of one or more strings"}
 
 
 def read_flags(
