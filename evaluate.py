@@ -154,7 +154,7 @@ def _folder(out: str, goes_on: bool = True) -> str:
     try:
         remove_leftovers(path)
         if path.exists() and (
-            not path.is_dir() or any(p.name != ".lock" and p.suffix != ".writing" for p in path.iterdir())
+            not path.is_dir() or any(p.name[0] != "." and p.suffix != ".writing" for p in path.iterdir())
         ):
             raise UserError(f"{path} is not empty: give another --out")
         lock(path)
