@@ -22,6 +22,7 @@ from nanoredi.common.errors import UserError
 MAX_CHARS, MAX_DEPTH = 1 << 28, 100  # of a JSON file, or of a line of a JSONL file
 _TABLES = (".parquet", ".arrow")
 _KINDS = (".jsonl", ".csv", *_TABLES)  # suffixes of files that hold nothing but rows
+SUFFIXES = (".json", ".jsonl", *_TABLES, ".csv", ".tsv", ".gz")  # of all files that may hold rows
 _ROWS_AT_ONCE = 64
 # Fields of a JSON object that may hold the rows.
 _ROWS = "data rows samples examples request_states results".split()
@@ -35,14 +36,13 @@ def num_rows(path: Path) -> int:
     return sum(1 for _ in file_rows(path))
 
 
-def refuse_folder(path: Path) -> None:
+def check_is_file(path: Path) -> None:
     """Raise a UserError for a folder, suggesting a file in it, and for what may be a data set's name on the hub."""
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix.lower() in _KINDS)
         such_as = f", such as {inside[0]}" + f", the first of {len(inside)}" * (len(inside) > 1) if inside else ""
         raise UserError(f"{path} is a folder: give the file in it that holds the rows{such_as}")
-    is_file = os.path.isdir(path.parent) or path.suffix.lower() in (*_KINDS, ".tsv", ".json", ".gz")
-    if len(path.parts) == 2 and not is_file:
+    if len(path.parts) == 2 and path.suffix.lower() not in SUFFIXES and not os.path.isdir(path.parent):
         get = f"hf download {path} --repo-type dataset --local-dir {path.name}"
         raise UserError(f"there is no file {path}; if it is a data set on the hub: {get}; then give a file of it")
 
@@ -57,7 +57,7 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
     Raises:
         UserError: when the file cannot be read.
     """
-    refuse_folder(path)
+    check_is_file(path)
     if path.suffix.lower() not in _TABLES:
         rows_of = _csv_rows if path.suffix.lower() in (".csv", ".tsv") else _text_rows
         try:
