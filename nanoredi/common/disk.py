@@ -180,7 +180,8 @@ def lock(folder: Path) -> None:
 
 
 def take(file: int, name: Path) -> bool:
-    """Lock an open file until it is closed, unless another process has: then False. Without locks, it only warns."""
+    """Lock an open file until it is closed. False if another process has locked it. A disk without locks is only warned
+    about."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
