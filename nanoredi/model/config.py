@@ -58,13 +58,11 @@ class Qwen2Config:
         for name in overrides:
             if name not in fields:
                 raise UserError(f"Qwen2 has no setting {name!r} to override{nearest(name, fields)}")
-        given = {**config, **overrides}
-        if given.get("num_key_value_heads") is None:
-            given["num_key_value_heads"] = given.get("num_attention_heads")
+        given = {"num_key_value_heads": config.get("num_attention_heads"), **config, **overrides}
         with naming(str(path)):
             needed = {k: f for k, f in fields.items() if k in given or f.default is MISSING}
             made = cls(**{k: checked(f"its {k}", f, given.get(k)) for k, f in needed.items()})
-        if config.get("head_dim") not in (None, made.head_dim):
+        if config.get("head_dim", made.head_dim) != made.head_dim:
             raise UserError(f"{path}: head_dim is {config['head_dim']}; Qwen2's is hidden_size / num_attention_heads")
         return made
 
