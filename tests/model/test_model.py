@@ -185,9 +185,15 @@ def test_overrides_are_used_and_saved(folder, tmp_path):
         Qwen2.from_pretrained(folder, rope_teta=1.0)
 
 
-@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
-def test_rope_theta_of_any_transformers_layout(folder, name):
-    edit_config(folder, rope_theta=None, **{name: {"rope_type": "default", "rope_theta": 1234.0}})
+ROPE = {"rope_type": "default", "rope_theta": 1234.0}
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [{"rope_parameters": ROPE}, {"rope_scaling": ROPE}, {"rope_parameters": ROPE, "rope_scaling": {"type": "default"}}],
+)
+def test_rope_theta_of_any_transformers_layout(folder, tables):
+    edit_config(folder, rope_theta=None, **tables)
     assert Qwen2.from_pretrained(folder).config.rope_theta == 1234.0
 
 
