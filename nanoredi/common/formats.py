@@ -9,6 +9,7 @@ import math
 import os
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -108,10 +109,8 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path) if zipped else open(path, "rb") as file:
-        if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark
-            file.seek(0)
-        lines = enumerate(iter(partial(file.readline, MAX_CHARS + 1), b""), 1)
-        lines = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
+        lines = (line.removeprefix(BOM_UTF8) for line in iter(partial(file.readline, MAX_CHARS + 1), b""))
+        lines = ((f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
         first = list(islice(lines, 2))
         line = first[0][1].strip() if first else b""
         is_row = len(first) > 1 and line[:1] + line[-1:] in (b"{}", b"[]")
@@ -179,7 +178,7 @@ def parse_json(where: str, text: str | bytes, max_chars: int | None = None) -> A
     if len(text) > max_chars:
         raise UserError(f"{where} is longer than {max_chars:,} characters")
     try:
-        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        text = text.decode() if isinstance(text, bytes) else text
         value = _JSON.decode(text)
         deep = text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH
     except RecursionError:
