@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi.chat import chat, ending
-from nanoredi.common.disk import regular, take
+from nanoredi.common.disk import regular, try_lock
 from nanoredi.common.errors import UserError, naming, run_script
 from nanoredi.common.files import parse_json, read_rows, write_row
 from nanoredi.common.flags import Tables, option, read_flags, read_recipe, resolve
@@ -205,7 +205,7 @@ def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: Sa
         raise UserError(f"completions are written as JSONL: give --out a name that ends in .jsonl, not {path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(regular(path), "ab", buffering=0) as file:
-        if not take(file.fileno(), path):
+        if not try_lock(file.fileno(), path):
             raise UserError(f"another process writes to {path}: wait for it, or give another --out")
         config.dtype = _claim(path, folder, config)
         with open(path, "rb+") as whole:  # without the partial line that a killed job leaves at the end

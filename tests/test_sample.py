@@ -241,7 +241,7 @@ def test_a_disk_without_locks_will_do(said, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert said("a=1", "--out", "o") == (
-        "warning: o cannot be locked (Function not implemented): start no second process on it\no: 1 completions\n"
+        "warning: o cannot be locked (Function not implemented): do not start a second process on it\no: 1 completions\n"
     )
 
 

@@ -170,7 +170,7 @@ def lock(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     me = f"process {os.getpid()} on {_HOST}, started {_STARTED}"
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open until the process ends
-    if take(file, folder):
+    if try_lock(file, folder):
         os.ftruncate(file, 0)
         os.pwrite(file, me.encode(), 0)
     elif os.pread(file, 200, 0) != me.encode():
@@ -179,7 +179,7 @@ def lock(folder: Path) -> None:
         raise UserError(f"{folder} is in use by {owner or 'another process'}: give another --out")
 
 
-def take(file: int, name: Path) -> bool:
+def try_lock(file: int, name: Path) -> bool:
     """Lock an open file until it is closed. False if another process has locked it. A disk without locks is only warned
     about."""
     try:
@@ -187,7 +187,7 @@ def take(file: int, name: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        print(f"warning: {name} cannot be locked ({error.strerror}): start no second process on it", flush=True)
+        print(f"warning: {name} cannot be locked ({error.strerror}): do not start a second process on it", flush=True)
     return True
 
 
