@@ -214,10 +214,10 @@ def open_weights(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in weight_files(folder):
         try:
-            open(path, "rb").close()  # safetensors says of a file that may not be read that there is none
+            open(path, "rb").close()  # of a file that may not be read, safetensors says that there is none
             handle = safe_open(regular(path), framework="pt")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"cannot read the weights {path}: {error}") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read the weights {path}: {getattr(error, 'strerror', None) or error}") from None
         files.update((name, handle) for name in handle.keys())
     return files
 

@@ -305,11 +305,10 @@ def test_broken_folders_are_named(folder, tmp_path):
         Qwen2.from_pretrained(tmp_path / "torn")
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"w": "loop"}}')
     (folder / "loop").symlink_to("loop")
-    for name, why in (("loop", "symbolic links"), (r"\u0000", "null byte")):
-        index.write_text(f'{{"weight_map": {{"w": "{name}"}}}}')
-        with pytest.raises(UserError, match=f"cannot read the weights .*{why}"):
-            Qwen2.from_pretrained(folder)
+    with pytest.raises(UserError, match="cannot read the weights .*loop: Too many levels of symbolic links$"):
+        Qwen2.from_pretrained(folder)
     index.unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
         Qwen2.from_pretrained(folder)
