@@ -180,8 +180,7 @@ def lock(folder: Path) -> None:
 
 
 def try_lock(file: int, name: Path) -> bool:
-    """Lock an open file until it is closed. False if another process has locked it. A disk without locks is only warned
-    about."""
+    """Lock an open file until it is closed; False if another process has. A disk without locks gives only a warning."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

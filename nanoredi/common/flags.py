@@ -72,8 +72,7 @@ def from_text(kind: type, text: str | list[str]) -> Any:
 
 
 def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
-    """The value, if its field allows it, with ~ in a path replaced by the home folder; otherwise raises a UserError that
-    says what the field takes."""
+    """The value, if its field allows it, with a path's ~ expanded; otherwise a UserError says what the field takes."""
     kind, m, shown = kind_of(f), f.metadata, repr(value)[:80]
     if kind is float and type(value) is int and abs(value) < _LARGEST[float]:
         value = float(value)
