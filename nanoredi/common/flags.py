@@ -24,7 +24,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from nanoredi.common.errors import UserError, nearest
-from nanoredi.common.files import read_text, write_text
+from nanoredi.common.files import KINDS, read_text, write_text
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ARMS = RECIPES / "arms" / "qwen2.5-math-1.5b.toml"  # recipes that differ from this one in stage 2, one per line
@@ -98,8 +98,7 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
 _PROSE = {"prompt", "stop", "system", "template"}  # text for the model; all other text may be a path
 _BOOL = {"true": True, "false": False}
 _LARGEST = {int: 2**31 - 1, float: 1e12}  # unless the field has a bound
-_KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-_KINDS |= {list: "a list of one or more strings"}
+_KINDS = {**KINDS, list: "a list of one or more texts"}
 
 
 def read_flags(

@@ -164,10 +164,9 @@ def check_model(folder: str, file: str = "config.json") -> str:
     found = [f for depth in range(1, 5) for f in path.glob("*/" * depth + file)]
     found.sort(key=lambda f: (f == path / "final" / file, f.stat().st_mtime), reverse=True)
     if not found:
-        has_config, has_adapter = ((path / name).exists() for name in ("config.json", "adapter_config.json"))
-        end = "; copy the one of the model that it was made from" if has_config else ", so it is not a model's folder"
-        end = f"; {_ADAPTER}" if has_adapter else end
-        raise UserError(f"{folder} has no {file}{end}")
+        known = {"adapter_config.json": _ADAPTER, "config.json": "copy the one of the model that it was made from"}
+        help = next((text for name, text in known.items() if (path / name).exists()), "it is not a model's folder")
+        raise UserError(f"{folder} has no {file}; {help}")
     more = f", or another of the {len(found)} in it" if len(found) > 1 else ""
     raise UserError(f"{folder} is not a model's folder: give {found[0].parent}{more}")
 
