@@ -34,8 +34,7 @@ def naming(where: str) -> Iterator[None]:
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's main on its flags. Errors of the user or the machine end with one sentence and exit code 2, Ctrl-C
     with 130. Control characters in printed text are shown escaped, since the text may come from a file or a model."""
-    # A job may be started without streams (`<&- >&- 2>&-`). Each file that is opened here takes the place of one, lest
-    # a file of the run takes it and receives what libraries print.
+    # If a stream is closed (`>&-`), its number is taken here, lest a file of the run gets it and what libraries print.
     sys.stdin, sys.stdout, sys.stderr = (s or open(os.devnull, "r+") for s in (sys.stdin, sys.stdout, sys.stderr))
     write = sys.stdout.write
     for stream in (sys.stdout, sys.stderr):
