@@ -159,7 +159,7 @@ def _is_alive(process: int) -> bool:
 
 
 def lock(folder: Path) -> None:
-    """Make this process the only one that may write into a folder, until it ends.
+    """Make this process the only one that may write into a folder, until it ends, and remove what killed ones left.
 
     The kernel's lock on the file .lock is used, so a killed process leaves none. On a network disk it works only if the
     disk supports locks.
@@ -177,6 +177,7 @@ def lock(folder: Path) -> None:
         time.sleep(0.2)  # a process that has just taken the lock is still writing its name
         owner = os.pread(file, 200, 0).decode(errors="replace")
         raise UserError(f"{folder} is in use by {owner or 'another process'}: give another --out")
+    remove_leftovers(folder, locked=True)
 
 
 def try_lock(file: int, name: Path) -> bool:

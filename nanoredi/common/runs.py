@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from nanoredi.common.disk import lock, regular, remove, remove_leftovers
+from nanoredi.common.disk import lock, regular, remove
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, parse_json, read_json
 from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
@@ -40,7 +40,6 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
     if os.path.lexists(folder) and not path.exists() and (not folder.is_dir() or _contents(folder)):
         raise UserError(f"{out} is not an empty folder and holds no nanoredi run: give another --out")
     lock(folder)
-    remove_leftovers(folder, locked=True)
     # A run that ended at bad input has left only its config.toml, and may be followed by a different run.
     if path.exists() and _contents(folder):
         _refuse_another_run(path, configs)

@@ -17,7 +17,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.disk import digest, lock, remove_leftovers, writing
+from nanoredi.common.disk import digest, lock, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, parse_json, read_json, read_rows, write_json, write_row
 from nanoredi.config import EvaluateConfig
@@ -67,7 +67,6 @@ class Samples:
             "benchmark": {b.name: digest(json.dumps([b.questions, b.golds]).encode()) for b in benchmarks},
         }
         lock(self.path.parent)
-        remove_leftovers(self.path.parent, locked=True)
         if not self.path.exists() and not self.path.with_name("results.json").exists():
             self.about.unlink(missing_ok=True)  # of an evaluation that ended before its first sample
         dtype = claim(self.path, self.about, about, "model" if adds else "")
