@@ -152,9 +152,9 @@ def _folder(out: str, goes_on: bool = True) -> str:
     if goes_on and out and (path / "evaluation.json").exists():
         return out
     try:
-        remove_leftovers(path)
+        remove_leftovers(path)  # also what a killed job had begun to move to here
         if path.exists() and (
-            not path.is_dir() or any(p.name != ".lock" and p.suffix != ".writing" for p in path.iterdir())
+            not path.is_dir() or any(p.name[0] != "." and p.suffix != ".writing" for p in path.iterdir())
         ):
             raise UserError(f"{path} is not empty: give another --out")
         lock(path)

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi.chat import chat, ending
-from nanoredi.common.disk import regular, take
+from nanoredi.common.disk import regular, try_lock
 from nanoredi.common.errors import UserError, naming, run_script
 from nanoredi.common.files import parse_json, read_rows, write_row
 from nanoredi.common.flags import Tables, option, read_flags, read_recipe, resolve
+from nanoredi.common.formats import SUFFIXES
 from nanoredi.common.progress import progress
 from nanoredi.common.runs import check_model, newest_model, recipe_of
 from nanoredi.config import EvaluateConfig, SamplingConfig
@@ -128,7 +129,7 @@ def _rows(config: SampleFlags, tables: Tables) -> list[tuple[str, Any]]:
 def _read_prompts(path: str) -> list[tuple[str, Any]]:
     """The rows of a file. From standard input and files without a known suffix, lines that are not JSON are prompts."""
     suffix = Path(path).suffix.lower()
-    if suffix in benchmarks.SUFFIXES:
+    if suffix in SUFFIXES:
         return [(where, {"prompt": row} if isinstance(row, str) else row) for where, row in read_rows(path)]
     name = "standard input" if path == "-" else path
     if path != "-" and Path(path).exists() and not Path(path).is_file():
@@ -200,11 +201,11 @@ def _show(sampler: Sampler, samples: list[_Sample]) -> None:
 def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: SampleFlags) -> None:
     """Write each completion as a whole line when it is finished. Those that the file already has are not made again."""
     path = Path(config.out)
-    if path.suffix.lower() in {*benchmarks.SUFFIXES} - {".json", ".jsonl"}:
+    if path.suffix.lower() in {*SUFFIXES} - {".json", ".jsonl"}:
         raise UserError(f"completions are written as JSONL: give --out a name that ends in .jsonl, not {path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(regular(path), "ab", buffering=0) as file:
-        if not take(file.fileno(), path):
+        if not try_lock(file.fileno(), path):
             raise UserError(f"another process writes to {path}: wait for it, or give another --out")
         config.dtype = _claim(path, folder, config)
         with open(path, "rb+") as whole:  # without the partial line that a killed job leaves at the end

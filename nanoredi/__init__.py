@@ -8,10 +8,6 @@ if sys.version_info < (3, 11):  # noqa: UP036  it may be started with an older o
 if sys.platform == "win32":
     sys.exit("error: nanoredi runs on Linux and macOS; on Windows start it inside WSL, which is Linux")
 
-# The imports take seconds; Ctrl-C during them prints no traceback either. Afterwards run_script catches it.
-_show = sys.excepthook
-sys.excepthook = lambda kind, *rest: None if kind is KeyboardInterrupt else _show(kind, *rest)
-
 # Micro-batches differ in size, so a GPU's memory becomes fragmented unless its segments can grow. torch reads this when
 # it first allocates GPU memory. The user's own setting is kept.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():

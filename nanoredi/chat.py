@@ -59,7 +59,7 @@ def _answer(sampler: Sampler, request: Request, thinking: bool) -> None:
     """Stream an answer, then print its length and speed."""
     start, shown, text = time.perf_counter(), 0, request.stream
     dims = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
-    print(_MARKS["<think>"].removesuffix("<think>") if thinking and dims else "", end="")
+    print("\033[2m" * (thinking and dims), end="")
     with _interrupts() as asked:
         while not request.finish_reason:
             sampler.step()

@@ -68,6 +68,7 @@ def test_the_paper_s_recipe():
     "argv, words",
     [
         (["--alhpa", "1"], r"there is no flag --alhpa \(did you mean '--alpha'\?\)"),
+        (["-alpha", "1"], r"there is no flag -alpha \(did you mean '--alpha'\?\)"),
         (["--evaluate.m=4"], r"there is no flag --evaluate.m \(did you mean '--evaluate.n'\?\)"),
         (["runs"], "'runs' follows no flag"),
         (["--lr", "fast"], "--lr takes a number, not 'fast'"),
@@ -122,14 +123,13 @@ def test_a_tilde_is_the_home_folder_but_not_in_prose(tmp_path, monkeypatch):
             "[redi]\nactivation_checkpointing = true\n",
             "redi.activation_checkpointing takes attention or products or off, not True",
         ),
-        ("[evaluate]\nbenchmarks = 'math500'\n", "evaluate.benchmarks takes a list of strings"),
-        ("[evaluate]\nbenchmarks = [1]\n", "evaluate.benchmarks takes a list of strings"),
-        ("[evaluate]\nbenchmarks = []\n", r"evaluate.benchmarks takes a list of strings, not \[\]"),
-        ("[evaluate]\nbenchmarks = ['']\n", r"evaluate.benchmarks takes a list of strings, not \[''\]"),
+        ("[evaluate]\nbenchmarks = 'math500'\n", "evaluate.benchmarks takes a list of one or more texts"),
+        ("[evaluate]\nbenchmarks = [1]\n", "evaluate.benchmarks takes a list of one or more texts"),
+        ("[evaluate]\nbenchmarks = []\n", r"evaluate.benchmarks takes a list of one or more texts, not \[\]"),
         ("[REDI]\nalpha = 1\n", r"there is no table \[REDI\] \(did you mean 'redi'\?\)"),
         ("[redi\n", "is not TOML"),
         ("[redi]\nmodel = " + "[" * 10**5, "is not TOML"),
-        ('[redi]\nmodel = "a\\u0000"\n', "redi.model takes a string, not "),
+        ('[redi]\nmodel = "a\\u0000"\n', "redi.model takes text, not "),
         ("[redi]\nlr = 1" + "0" * 400 + "\n", "redi.lr takes a number, not 10"),
     ],
 )
@@ -340,7 +340,7 @@ def test_a_template_needs_a_slot_for_the_problem():
         ),
         ("runs", ["runs/a/final/config.json"], "runs is not a model's folder: give runs/a/final"),
         ("m", ["m/adapter_config.json"], "m has no config.json; it holds only an adapter"),
-        ("m", ["m/model.safetensors"], "m has no config.json, so it is not a model's folder"),
+        ("m", ["m/model.safetensors"], "m has no config.json; it is not a model's folder"),
     ],
 )
 def test_a_folder_that_holds_no_model_is_refused(given, files, words, tmp_path, monkeypatch):

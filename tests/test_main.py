@@ -293,12 +293,6 @@ def test_ctrl_c_leaves_whole_rows(forks, tmp_path, toy_data):
     )
 
 
-@pytest.mark.parametrize("raised, shown", [("KeyboardInterrupt", False), ("ZeroDivisionError", True)])
-def test_ctrl_c_during_the_imports_prints_no_traceback(raised, shown):
-    done = subprocess.run([sys.executable, "-c", f"import nanoredi; raise {raised}"], capture_output=True, cwd=ROOT)
-    assert done.returncode and (b"Traceback" in done.stderr) == shown
-
-
 def test_an_older_python_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 14))
     with pytest.raises(SystemExit, match="error: nanoredi runs on Python 3.11 and newer; this is Python "):

@@ -175,9 +175,10 @@ def test_a_prompt_without_a_flag_and_in_a_template(said, asked):
 
 
 def test_neither_a_negative_number_nor_what_follows_two_dashes_is_a_flag():
-    argv = ["--stop", "-1e-6", "-2", "--", "--x"]
-    given = sample.read_flags("", argv, "evaluate", sample.SampleFlags, positional="prompt")[1]
-    assert given == {"evaluate": {"stop": ["-1e-6", "-2"], "prompt": "--x"}}
+    for prompt in ("--x", "-x", "--chat"):
+        argv = ["--stop", "-1e-6", "-2", "--", prompt]
+        given = sample.read_flags("", argv, "evaluate", sample.SampleFlags, positional="prompt")[1]
+        assert given == {"evaluate": {"stop": ["-1e-6", "-2"], "prompt": prompt}}
 
 
 def test_a_stop_text_ends_a_completion(said, tmp_path):
@@ -242,7 +243,7 @@ def test_a_disk_without_locks_will_do(said, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert said("a=1", "--out", "o") == (
-        "warning: o cannot be locked (Function not implemented): start no second process on it\no: 1 completions\n"
+        "warning: o cannot be locked (Function not implemented): do not start a second process on it\no: 1 completions\n"
     )
 
 

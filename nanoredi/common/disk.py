@@ -159,7 +159,7 @@ def _is_alive(process: int) -> bool:
 
 
 def lock(folder: Path) -> None:
-    """Make this process the only one that may write into a folder, until it ends.
+    """Make this process the only one that may write into a folder, until it ends, and remove what killed ones left.
 
     The kernel's lock on the file .lock is used, so a killed process leaves none. On a network disk it works only if the
     disk supports locks.
@@ -170,23 +170,24 @@ def lock(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     me = f"process {os.getpid()} on {_HOST}, started {_STARTED}"
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open until the process ends
-    if take(file, folder):
+    if try_lock(file, folder):
         os.ftruncate(file, 0)
         os.pwrite(file, me.encode(), 0)
     elif os.pread(file, 200, 0) != me.encode():
         time.sleep(0.2)  # a process that has just taken the lock is still writing its name
         owner = os.pread(file, 200, 0).decode(errors="replace")
         raise UserError(f"{folder} is in use by {owner or 'another process'}: give another --out")
+    remove_leftovers(folder, locked=True)
 
 
-def take(file: int, name: Path) -> bool:
-    """Lock an open file until it is closed, unless another process has: then False. Without locks, it only warns."""
+def try_lock(file: int, name: Path) -> bool:
+    """Lock an open file until it is closed; False if another process has. A disk without locks gives only a warning."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        print(f"warning: {name} cannot be locked ({error.strerror}): start no second process on it", flush=True)
+        print(f"warning: {name} cannot be locked ({error.strerror}): do not start a second process on it", flush=True)
     return True
 
 

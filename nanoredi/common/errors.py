@@ -34,8 +34,8 @@ def naming(where: str) -> Iterator[None]:
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's main on its flags. Errors of the user or the machine end with one sentence and exit code 2, Ctrl-C
     with 130. Control characters in printed text are shown escaped, since the text may come from a file or a model."""
-    nowhere = open(os.devnull, "r+")  # for the streams of a job that was started with `<&- >&- 2>&-`
-    sys.stdin, sys.stdout, sys.stderr = (stream or nowhere for stream in (sys.stdin, sys.stdout, sys.stderr))
+    # If a stream is closed (`>&-`), its number is taken here, lest a file of the run gets it and what libraries print.
+    sys.stdin, sys.stdout, sys.stderr = (s or open(os.devnull, "r+") for s in (sys.stdin, sys.stdout, sys.stderr))
     write = sys.stdout.write
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -12,8 +12,8 @@ from nanoredi.common.disk import may_crash, regular, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.formats import MAX_CHARS, file_rows, parse_json
 
-_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", None: "null"}
-_KINDS |= {dict: "an object", list: "a list"}
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", None: "null"}
+KINDS |= {dict: "an object", list: "a list"}
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -104,7 +104,7 @@ def _words(shape: Any) -> str:
         return " or ".join(map(_words, shape))
     if isinstance(shape, range):
         return f"a whole number from {shape.start:,} to {shape.stop - 1:,}"
-    return _KINDS.get(type(shape) if isinstance(shape, (list, dict)) else shape, repr(shape))
+    return KINDS.get(type(shape) if isinstance(shape, (list, dict)) else shape, repr(shape))
 
 
 def write_row(file: FileIO, row: Any) -> None:

@@ -24,7 +24,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from nanoredi.common.errors import UserError, nearest
-from nanoredi.common.files import read_text, write_text
+from nanoredi.common.files import KINDS, read_text, write_text
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ARMS = RECIPES / "arms" / "qwen2.5-math-1.5b.toml"  # recipes that differ from this one in stage 2, one per line
@@ -72,14 +72,14 @@ def from_text(kind: type, text: str | list[str]) -> Any:
 
 
 def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
-    """The value, if its field allows it; otherwise raises a UserError that says what the field takes."""
+    """The value, if its field allows it, with a path's ~ expanded; otherwise a UserError says what the field takes."""
     kind, m, shown = kind_of(f), f.metadata, repr(value)[:80]
     if kind is float and type(value) is int and abs(value) < _LARGEST[float]:
         value = float(value)
     if m["choices"] and value not in m["choices"]:
         raise UserError(f"{where} takes {' or '.join(m['choices'])}, not {shown}{nearest(str(value), m['choices'])}")
     texts = value if kind is list and type(value) is list else [value] if kind is str else []
-    wrong_items = any(type(text) is not str or "\0" in text or kind is list and not text for text in texts)
+    wrong_items = any(type(text) is not str or "\0" in text for text in texts)
     if type(value) is not kind or wrong_items or value == [] or kind is float and not math.isfinite(value):
         raise UserError(f"{where} takes {_KINDS[kind]}, not {shown}")
     for words, bound, holds in (
@@ -89,7 +89,7 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
     ):
         if bound is not None and not holds(value, bound):
             raise UserError(f"{where} is {shown}; it must be {words} {bound}")
-    if texts and f.name not in _PROSE:  # ~ is the home folder; no shell says so of --out=~/run, nor of a recipe
+    if texts and f.name not in _PROSE:  # no shell has replaced the ~ of --out=~/run, nor that of a recipe
         texts = [os.path.expanduser(text) for text in texts]
         value = texts if kind is list else texts[0]
     return value
@@ -98,7 +98,7 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
 _PROSE = {"prompt", "stop", "system", "template"}  # text for the model; all other text may be a path
 _BOOL = {"true": True, "false": False}
 _LARGEST = {int: 2**31 - 1, float: 1e12}  # unless the field has a bound
-_KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}
+_KINDS = {**KINDS, list: "a list of one or more texts"}
 
 
 def read_flags(
@@ -128,16 +128,17 @@ def read_flags(
     flags |= {f"--{table}.{f.name}": (table, f) for table in others for f in dataclasses.fields(TABLES[table])}
     for flag, (_, f) in flags.items():
         parser.add_argument(flag, dest=flag, default=argparse.SUPPRESS, **_for_argparse(f))
+    end = argv.index("--") if "--" in argv else len(argv)
+    argv, rest = argv[:end], argv[end + 1 :]  # what follows -- is no flag, nor an item of a list
     if positional:  # the word after a switch such as --paper is positional, unless it is true or false
         switches = {flag for flag, (_, f) in flags.items() if kind_of(f) is bool}
         pairs = zip(argv, [*argv[1:], ""])
         argv = [f"{word}=true" if word in switches and after not in _BOOL else word for word, after in pairs]
-    end = argv.index("--") if "--" in argv else len(argv)  # what follows it is no flag, nor an item of a list
-    known, words = parser.parse_known_args(argv[:end])
+    known, words = parser.parse_known_args(argv)
     values = vars(known)
-    if unknown := next((word.split("=")[0] for word in words if word.startswith("--")), None):
+    if unknown := next((word.split("=")[0] for word in words if re.match(r"--|-[a-z]\w*$", word)), None):
         raise UserError(f"there is no flag {unknown}{nearest(unknown, [*flags, '--recipe'])}")
-    words += argv[end + 1 :]
+    words += rest
     if words and positional and f"--{positional}" not in values:
         is_list = kind_of(flags[f"--{positional}"][1]) is list
         values[f"--{positional}"], words = (words, []) if is_list else (words[0], words[1:])

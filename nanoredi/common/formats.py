@@ -9,6 +9,7 @@ import math
 import os
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,9 +20,10 @@ from typing import Any
 from nanoredi.common.disk import regular
 from nanoredi.common.errors import UserError
 
-MAX_CHARS, MAX_DEPTH = 1 << 28, 100  # of a JSON file, or of a line of a JSONL file
+MAX_CHARS = 1 << 28  # of a JSON file, or of a line of a JSONL file
 _TABLES = (".parquet", ".arrow")
 _KINDS = (".jsonl", ".csv", *_TABLES)  # suffixes of files that hold nothing but rows
+SUFFIXES = (".json", ".jsonl", *_TABLES, ".csv", ".tsv", ".gz")  # of all files that may hold rows
 _ROWS_AT_ONCE = 64
 # Fields of a JSON object that may hold the rows.
 _ROWS = "data rows samples examples request_states results".split()
@@ -35,14 +37,13 @@ def num_rows(path: Path) -> int:
     return sum(1 for _ in file_rows(path))
 
 
-def expect_file(path: Path) -> None:
+def check_is_file(path: Path) -> None:
     """Raise a UserError for a folder, suggesting a file in it, and for what may be a data set's name on the hub."""
     if os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
         inside = sorted(file for depth in ("*", "*/*") for file in path.glob(depth) if file.suffix.lower() in _KINDS)
         such_as = f", such as {inside[0]}" + f", the first of {len(inside)}" * (len(inside) > 1) if inside else ""
         raise UserError(f"{path} is a folder: give the file in it that holds the rows{such_as}")
-    is_file = os.path.isdir(path.parent) or path.suffix.lower() in (*_KINDS, ".tsv", ".json", ".gz")
-    if len(path.parts) == 2 and not is_file:
+    if len(path.parts) == 2 and path.suffix.lower() not in SUFFIXES and not os.path.isdir(path.parent):
         get = f"hf download {path} --repo-type dataset --local-dir {path.name}"
         raise UserError(f"there is no file {path}; if it is a data set on the hub: {get}; then give a file of it")
 
@@ -57,7 +58,7 @@ def file_rows(path: Path, fields: tuple[str, ...] | None = None) -> Iterator[tup
     Raises:
         UserError: when the file cannot be read.
     """
-    expect_file(path)
+    check_is_file(path)
     if path.suffix.lower() not in _TABLES:
         rows_of = _csv_rows if path.suffix.lower() in (".csv", ".tsv") else _text_rows
         try:
@@ -108,10 +109,8 @@ def _text_rows(path: Path) -> Iterator[tuple[str, Any]]:
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path) if zipped else open(path, "rb") as file:
-        if file.read(3) != b"\xef\xbb\xbf":  # a byte order mark
-            file.seek(0)
-        lines = enumerate(iter(partial(file.readline, MAX_CHARS + 1), b""), 1)
-        lines = ((f"{path}, line {number}", line) for number, line in lines if line.strip())
+        lines = (line.removeprefix(BOM_UTF8) for line in iter(partial(file.readline, MAX_CHARS + 1), b""))
+        lines = ((f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
         first = list(islice(lines, 2))
         line = first[0][1].strip() if first else b""
         is_row = len(first) > 1 and line[:1] + line[-1:] in (b"{}", b"[]")
@@ -170,7 +169,7 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def parse_json(where: str, text: str | bytes, max_chars: int | None = None) -> Any:
-    """Parse JSON from outside: size and depth are bounded, all numbers finite, and no name has two different values.
+    """Parse JSON from outside: its size is bounded, all numbers are finite, and no name has two different values.
 
     Raises:
         UserError: naming `where`, when the text breaks any of this or is not JSON.
@@ -179,22 +178,12 @@ def parse_json(where: str, text: str | bytes, max_chars: int | None = None) -> A
     if len(text) > max_chars:
         raise UserError(f"{where} is longer than {max_chars:,} characters")
     try:
-        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = _JSON.decode(text)
-        deep = text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH
+        return _JSON.decode(text.decode() if isinstance(text, bytes) else text)
     except RecursionError:
-        deep = True
+        raise UserError(f"{where} is nested too deep") from None
     except ValueError as error:
         kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "JSON"
         raise UserError(f"{where} is not {kind}: {error}") from None
-    if deep:
-        raise UserError(f"{where} is nested more than {MAX_DEPTH} levels deep")
-    return value
-
-
-def _depth(value: Any) -> int:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_depth, inner), default=0)
 
 
 def _finite(text: str) -> float:

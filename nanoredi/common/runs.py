@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from nanoredi.common.disk import lock, regular, remove, remove_leftovers
+from nanoredi.common.disk import lock, regular, remove
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, parse_json, read_json
 from nanoredi.common.flags import Tables, read_recipe, resolve, write_recipe
@@ -40,7 +40,6 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
     if os.path.lexists(folder) and not path.exists() and (not folder.is_dir() or _contents(folder)):
         raise UserError(f"{out} is not an empty folder and holds no nanoredi run: give another --out")
     lock(folder)
-    remove_leftovers(folder, locked=True)
     # A run that ended at bad input has left only its config.toml, and may be followed by a different run.
     if path.exists() and _contents(folder):
         _refuse_another_run(path, configs)
@@ -164,10 +163,9 @@ def check_model(folder: str, file: str = "config.json") -> str:
     found = [f for depth in range(1, 5) for f in path.glob("*/" * depth + file)]
     found.sort(key=lambda f: (f == path / "final" / file, f.stat().st_mtime), reverse=True)
     if not found:
-        has_config, has_adapter = ((path / name).exists() for name in ("config.json", "adapter_config.json"))
-        end = "; copy the one of the model that it was made from" if has_config else ", so it is not a model's folder"
-        end = f"; {_ADAPTER}" if has_adapter else end
-        raise UserError(f"{folder} has no {file}{end}")
+        known = {"adapter_config.json": _ADAPTER, "config.json": "copy the one of the model that it was made from"}
+        help = next((text for name, text in known.items() if (path / name).exists()), "it is not a model's folder")
+        raise UserError(f"{folder} has no {file}; {help}")
     more = f", or another of the {len(found)} in it" if len(found) > 1 else ""
     raise UserError(f"{folder} is not a model's folder: give {found[0].parent}{more}")
 
@@ -214,10 +212,10 @@ def open_weights(folder: Path) -> dict[str, Any]:
     files: dict[str, Any] = {}
     for path in weight_files(folder):
         try:
-            open(path, "rb").close()  # safetensors says of a file that may not be read that there is none
+            open(path, "rb").close()  # of a file that may not be read, safetensors says that there is none
             handle = safe_open(regular(path), framework="pt")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"cannot read the weights {path}: {error}") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read the weights {path}: {getattr(error, 'strerror', None) or error}") from None
         files.update((name, handle) for name in handle.keys())
     return files
 

@@ -69,9 +69,15 @@ def compiled(name: str, **constants: int) -> ctypes.CDLL | None:
 
 
 def _compile(words: list[str]) -> None:
-    # In a session of its own: a Ctrl-C that ends an answer in a chat must not end the compiler.
-    run = functools.partial(subprocess.run, capture_output=True, text=True, errors="replace", start_new_session=True)
-    run([_COMPILER, *words], check=True, timeout=_SECONDS)
+    subprocess.run(
+        [_COMPILER, *words],
+        check=True,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=_SECONDS,
+        start_new_session=True,  # a Ctrl-C that ends an answer in a chat must not end the compiler
+    )
 
 
 def call(library: ctypes.CDLL, name: str, kinds: str, *arguments: Tensor | int | float | None) -> None:

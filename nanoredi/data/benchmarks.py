@@ -17,13 +17,13 @@ from typing import Any
 
 from nanoredi.common.errors import UserError, nearest
 from nanoredi.common.files import read_rows
+from nanoredi.common.formats import SUFFIXES
 from nanoredi.data.messages import PARTS, user_message, with_system
 from nanoredi.grader import extract_answers
 
 # {name: number of problems}
 PAPER = {"math500": 500, "aime24": 30, "amc23": 83, "minerva": 272, "olympiad_bench": 675}
 NAMED = {**PAPER, "aime25": 30}
-SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".tsv", ".gz")
 # Fields with gold answers. The sure ones can be nothing else; `answer` may also be a model's, so it comes after them.
 SURE_GOLDS = "gold gts gt ground_truth gold_answer expected_answer correct_answer reference_answer".split()
 GOLDS = (*SURE_GOLDS, "answer", "final_answer", "answer_number")

@@ -12,7 +12,7 @@ import numpy as np
 from nanoredi.common.disk import digest, remove, remove_leftovers, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json, read_rows
-from nanoredi.common.formats import expect_file, num_rows
+from nanoredi.common.formats import check_is_file, num_rows
 from nanoredi.common.progress import progress
 from nanoredi.data.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ def cached(
     Returns:
         tokens (total,), learned (total,), weights (M,), offsets (M+1,), notes for the user, and their digest_in.
     """
-    expect_file(Path(path))
+    check_is_file(Path(path))
     try:
         folder = Path(cache) / digest(repr(rules).encode(), Path(path), *tokenizer.files)
     except OSError as error:

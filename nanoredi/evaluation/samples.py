@@ -11,12 +11,13 @@ import fcntl
 import json
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.disk import digest, lock, remove_leftovers, writing
+from nanoredi.common.disk import digest, lock, writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, parse_json, read_json, read_rows, write_json, write_row
 from nanoredi.config import EvaluateConfig
@@ -66,7 +67,6 @@ class Samples:
             "benchmark": {b.name: digest(json.dumps([b.questions, b.golds]).encode()) for b in benchmarks},
         }
         lock(self.path.parent)
-        remove_leftovers(self.path.parent, locked=True)
         has_begun = any(f.exists() and f.stat().st_size for f in (self.path, self.path.with_name("results.json")))
         if not has_begun and self.about.exists() and self.about.stat().st_size:
             # An evaluation that ended before its first sample may be followed by another; a foreign file is not touched.
@@ -81,7 +81,8 @@ class Samples:
     def append(self, row: Row) -> None:
         """Add a sample, as one whole line. Several ranks, also on several machines, may do so at once."""
         with open(self.path, "ab", buffering=0) as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)  # released when the file is closed
+            with suppress(OSError):  # a disk without locks: lock() has warned
+                fcntl.lockf(file, fcntl.LOCK_EX)  # released when the file is closed
             write_row(file, row)
 
     def rows(self) -> Iterator[Row]:

@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoredi.common.errors import UserError, naming, nearest
+from nanoredi.common.errors import UserError, naming
 from nanoredi.common.flags import checked, option
 from nanoredi.model.hf_folder import read_config
 
@@ -54,19 +54,13 @@ class Qwen2Config:
             UserError: when it is missing or broken, or describes anything but a plain Qwen2.
         """
         path, config = Path(folder) / "config.json", read_config(folder)
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        for name in overrides:
-            if name not in fields:
-                raise UserError(f"Qwen2 has no setting {name!r} to override{nearest(name, fields)}")
-        given = {**config, **overrides}
-        if given.get("num_key_value_heads") is None:
-            given["num_key_value_heads"] = given.get("num_attention_heads")
+        given = {"num_key_value_heads": config.get("num_attention_heads"), **config}
         with naming(str(path)):
-            needed = {k: f for k, f in fields.items() if k in given or f.default is MISSING}
-            made = cls(**{k: checked(f"its {k}", f, given.get(k)) for k, f in needed.items()})
-        if config.get("head_dim") not in (None, made.head_dim):
+            needed = [f for f in dataclasses.fields(cls) if f.name in given or f.default is MISSING]
+            made = cls(**{f.name: checked(f"its {f.name}", f, given.get(f.name)) for f in needed})
+        if config.get("head_dim", made.head_dim) != made.head_dim:
             raise UserError(f"{path}: head_dim is {config['head_dim']}; Qwen2's is hidden_size / num_attention_heads")
-        return made
+        return dataclasses.replace(made, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """config.json's content, such as transformers and vLLM read."""

@@ -23,33 +23,32 @@ from nanoredi.data.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+_PLAIN_ROPE = {"rope_type?": "default", "type?": "default"}
 # Fields of config.json that are checked, beside those of Qwen2Config.
 _CONFIG_SHAPE = {
     "model_type": "qwen2",
     "hidden_act?": "silu",
-    "attention_dropout?": (0.0, None),
+    "attention_dropout?": 0.0,
     "is_causal?": True,  # False in models that embed texts
-    "use_sliding_window?": (False, None),
-    "rope_scaling?": (dict, None),
-    "rope_parameters?": (dict, None),
+    "use_sliding_window?": False,
+    "rope_scaling?": _PLAIN_ROPE,
+    "rope_parameters?": _PLAIN_ROPE,
 }
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json's content, with the rotary embedding's settings among the others.
+    """config.json's content without nulls, and with the rotary embedding's settings among the others.
 
     Raises:
         UserError: when it is missing or broken, or asks for something that this Qwen2 does not compute.
     """
     path = Path(check_model(str(folder)), "config.json")
-    config = check(f"{path} must describe a plain Qwen2", read_json(path), _CONFIG_SHAPE)
-    # transformers 5 writes rope_theta into rope_parameters, earlier ones beside the other fields.
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if scaling := {name: value for name, value in rope.items() if name != "rope_theta" and value != "default"}:
-        raise UserError(f"{path}: rope scaling by {repr(scaling)[:80]}; nanoredi knows rope_theta only")
-    if config.get("quantization_config") is not None:
+    config = {name: value for name, value in read_json(path).items() if value is not None}
+    check(f"{path} must describe a plain Qwen2", config, _CONFIG_SHAPE)
+    if "quantization_config" in config:
         raise UserError(f"{path}: the weights are quantized; nanoredi reads float32, float16 and bfloat16")
-    return {**config, **rope}
+    # transformers 5 writes rope_theta into rope_parameters, earlier ones beside the other fields.
+    return config | config.get("rope_parameters", {}) | config.get("rope_scaling", {})
 
 
 def load_weights(
@@ -177,6 +176,7 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def _read(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+    """The content of a file that may name end tokens; empty if there is no such file."""
     path = tokenizer.folder / name
     ids = range(tokenizer.backend.get_vocab_size() + 2**16)  # embeddings are often padded beyond the vocabulary
     return check(str(path), read_json(path), {"eos_token_id?": (ids, [ids], None)}) if path.exists() else {}

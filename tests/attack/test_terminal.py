@@ -38,9 +38,16 @@ def test_the_last_words_may_find_the_terminal_gone(error, code):
     assert done.returncode == code
 
 
-@pytest.mark.parametrize("raises, code", [("print(sys.stdin.read())", 0), ("raise UserError('x')", 2)])
-def test_a_job_may_be_started_without_streams(raises, code):
-    program = f"import sys; from nanoredi.common.errors import *\ndef main(_): {raises}\nrun_script(main)"
+@pytest.mark.parametrize(
+    "does, code",
+    [
+        ("print(sys.stdin.read())", 0),
+        ("raise UserError('x')", 2),
+        ("sys.exit(open(os.devnull).fileno())", 3),  # what libraries print at 1 and 2 does not go into such a file
+    ],
+)
+def test_a_job_may_be_started_without_streams(does, code):
+    program = f"import os, sys; from nanoredi.common.errors import *\ndef main(_): {does}\nrun_script(main)"
     done = subprocess.run(["/bin/sh", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, program], check=False)
     assert done.returncode == code
 

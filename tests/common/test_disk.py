@@ -146,7 +146,7 @@ def test_a_disk_without_hard_links_permissions_locks_and_synced_folders_will_do(
         monkeypatch.setattr(module, name, refuse)
     lock(tmp_path / "run")
     lock(tmp_path / "run")
-    assert capsys.readouterr().out.count("run cannot be locked (Operation not supported): start no second") == 2
+    assert capsys.readouterr().out.count("run cannot be locked (Operation not supported): do not start a second") == 2
     with writing_together(tmp_path / "run") as beside:
         (beside / "a").touch(0o600)
     with writing(tmp_path / "run" / "b") as beside:

@@ -171,7 +171,7 @@ def test_a_folder_with_a_tokenizer_further_down_is_not_mistaken_for_a_hub_name(t
 
 
 def test_broken_files(tmp_path):
-    with pytest.raises(UserError, match="has no tokenizer.json, so it is not a model's folder"):
+    with pytest.raises(UserError, match="has no tokenizer.json; it is not a model's folder"):
         Tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has no tokenizer.json; copy the one of the model that it was made from"):

@@ -135,10 +135,12 @@ def test_evaluate_grades_completions(run, tmp_path, benchmark):
             rows[0]["outputs"][1]["text"] = r"</think>\boxed{2}"
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ["--completions", "one.jsonl", "two.jsonl", "--benchmarks", "b.jsonl", "--out", "out", "--paper"]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".DS_Store").touch()  # a file manager has looked into it
     done = run("evaluate.py", *flags)
     assert done.returncode == 0, done.stderr
-    out = tmp_path / "out"
-    assert {p.name for p in out.iterdir()} - {".lock"} == {
+    assert {p.name for p in out.iterdir()} - {".lock", ".DS_Store"} == {
         "samples.jsonl",
         "results.json",
         "differences.json",

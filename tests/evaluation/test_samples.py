@@ -1,5 +1,7 @@
 """An evaluation's samples on disk: a torn line is removed, another evaluation refused, only what is missing drawn."""
 
+import errno
+import fcntl
 import json
 import signal
 from dataclasses import replace
@@ -122,6 +124,15 @@ def test_another_config_is_refused(claimed, toy_data, change, words):
         return again()
     with pytest.raises(UserError, match=words):
         again()
+
+
+def test_a_disk_without_locks_will_do(claimed, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    claimed.append(row(1))
+    assert len(list(claimed.rows())) == 2
 
 
 @pytest.mark.parametrize("end", [Path.unlink, lambda path: path.write_text("")])  # as a full disk leaves it

@@ -181,13 +181,19 @@ def test_overrides_are_used_and_saved(folder, tmp_path):
     assert not torch.equal(
         logps_of(model, tiny.sequences())[1], logps_of(Qwen2.from_pretrained(folder), tiny.sequences())[1]
     )
-    with pytest.raises(UserError, match="no setting 'rope_teta' to override .did you mean 'rope_theta'"):
+    with pytest.raises(TypeError, match="rope_teta"):
         Qwen2.from_pretrained(folder, rope_teta=1.0)
 
 
-@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
-def test_rope_theta_of_any_transformers_layout(folder, name):
-    edit_config(folder, rope_theta=None, **{name: {"rope_type": "default", "rope_theta": 1234.0}})
+ROPE = {"rope_type": "default", "rope_theta": 1234.0}
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [{"rope_parameters": ROPE}, {"rope_scaling": ROPE}, {"rope_parameters": ROPE, "rope_scaling": {"type": "default"}}],
+)
+def test_rope_theta_of_any_transformers_layout(folder, tables):
+    edit_config(folder, rope_theta=None, **tables)
     assert Qwen2.from_pretrained(folder).config.rope_theta == 1234.0
 
 
@@ -228,10 +234,10 @@ def test_nothing_is_overwritten(folder):
     "changes, words",
     [
         ({"model_type": "llama"}, "model_type is 'llama'; it must be 'qwen2'"),
-        ({"use_sliding_window": True}, "plain Qwen2: use_sliding_window is True; it must be False or null"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling by {'rope_type': 'yarn', 'factor'"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope scaling by {'type': 'linear'"),
-        ({"model_type": None}, "model_type is None; it must be 'qwen2'"),
+        ({"use_sliding_window": True}, "plain Qwen2: use_sliding_window is True; it must be False"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn'; it must"),
+        ({"rope_parameters": {"type": "linear", "factor": 4.0}}, "rope_parameters.type is 'linear'; it must"),
+        ({"model_type": None}, "plain Qwen2: the object has no field 'model_type'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu'"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1; it must be 0.0"),
         ({"is_causal": False}, "is_causal is False; it must be True"),
@@ -261,7 +267,8 @@ def test_anything_but_this_qwen2_is_refused_by_name(folder, changes, words):
     "changes",
     [
         {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},  # Qwen2.5 as published
-        {"rope_scaling": None, "head_dim": 8, "quantization_config": None, "is_causal": True},
+        {"rope_scaling": None, "head_dim": 8, "quantization_config": None, "is_causal": None},
+        {"tie_word_embeddings": None, "attention_dropout": None, "rope_parameters": {"partial_rotary_factor": 1.0}},
     ],
 )
 def test_settings_without_effect_are_not_refused(folder, changes):
@@ -298,11 +305,10 @@ def test_broken_folders_are_named(folder, tmp_path):
         Qwen2.from_pretrained(tmp_path / "torn")
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"w": "loop"}}')
     (folder / "loop").symlink_to("loop")
-    for name, why in (("loop", "symbolic links"), (r"\u0000", "null byte")):
-        index.write_text(f'{{"weight_map": {{"w": "{name}"}}}}')
-        with pytest.raises(UserError, match=f"cannot read the weights .*{why}"):
-            Qwen2.from_pretrained(folder)
+    with pytest.raises(UserError, match="cannot read the weights .*loop: Too many levels of symbolic links$"):
+        Qwen2.from_pretrained(folder)
     index.unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
         Qwen2.from_pretrained(folder)
