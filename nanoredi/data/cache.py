@@ -58,11 +58,8 @@ def cached(
 
 
 def digest_in(folder: Path) -> str:
-    """The digest of the sequences in a cache's folder: the same whatever they were made from.
-
-    Raises:
-        UserError: when there is no such folder.
-    """
+    """The digest of the sequences in a cache's folder, the same whatever they were made from. Raises a UserError when
+    there is no such folder."""
     if (folder / "offsets.npy").exists():  # a cache of 28 November 2026 or earlier, without weights
         offsets = np.load(folder / "offsets.npy", allow_pickle=False)
         offsets.tofile(folder / "offsets")
