@@ -1,11 +1,14 @@
 r"""What an answer may mean: its plain string (latex.py), and others in which a remark, a unit or a name is left out,
 each with the details that it leaves out, in which two answers must not contradict each other."""
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
 from nanoredi.grader.latex import clean, regex
 from nanoredi.grader.numbers import FUNCTIONS
+
+MAX_READINGS = 12  # of an answer, each of which is compared with each of the other answer
 
 _COUNTS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _MULTIPLE = regex(rf"(?<=[0-9])\s*(\\[a-z]+\s*\{{)?\s*({'|'.join(_COUNTS)})\b")
@@ -22,7 +25,8 @@ _BRACKETED = re.compile(
 _TAIL = re.compile(r"(.*?[^ ,;(])[ ,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)")
 # kπ, k ∈ ℤ and 2^n, n ≥ 2: about a letter of the answer, not the r of \frac or the n of even
 _CONDITION = re.compile(
-    r"((?:\\[A-Za-z]+(?![A-Za-z])|[^\\∈<>≤≥≠])*?(?<![A-Za-z]{2})([a-z])(?! ?=|[A-Za-z]{2})[^∈<>≤≥≠]*?(?<![ ,;(+*/=^-]))"
+    r"(?!.{300})((?:\\[A-Za-z]+(?![A-Za-z])|[^\\∈<>≤≥≠])*?"  # tries every letter, which takes time
+    r"(?<![A-Za-z]{2})([a-z])(?! ?=|[A-Za-z]{2})[^∈<>≤≥≠]*?(?<![ ,;(+*/=^-]))"
     r"[ ,;]+(\2 ?∈ ?(?:[ZNQ].*|ℝ[ .]*)|(?<=[,;])(?:[^,;<>≤≥≠]*[<≤])? ?\2 ?[<>≤≥≠][^,;∨∧]*)"
 )
 # A remark with one of these changes the answer, or begins another one.
@@ -77,11 +81,11 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
     if counted != text:
         texts.setdefault(clean(counted), _details(counted))
     new = list(texts.items())
-    for _ in range(2):  # (C) 12 for x > 0
+    while new and len(texts) < MAX_READINGS:  # (C) 12 for x > 0
         new = [(other, left.union(more)) for one, left in new for other, more in _shorter(one) if other not in texts]
         texts |= reversed(new)  # of two ways to one string the first counts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
-    for one, details in texts.items():
+    for one, details in itertools.islice(texts.items(), MAX_READINGS):
         one = re.sub(r" (?=[\W_])|(?<=\W) ", "", " ".join(one.split()))
         yield one, details
         if bound := _FUNCTION_OF.match(one):
