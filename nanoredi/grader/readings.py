@@ -81,7 +81,7 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
     texts = {clean(one): _details(one) if one == counted != text else details for one in spellings}
     new = list(texts.items())
     while new and len(texts) < MAX_READINGS:  # (C) 12 for x > 0
-        new = [(other, left.union(more)) for one, left in new for other, more in _shorter(one) if other not in texts]
+        new = [(other, left.union(more)) for one, left in new for other, more in _others(one) if other not in texts]
         texts |= reversed(new)  # of two ways to one string the first counts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
     for one, details in itertools.islice(texts.items(), MAX_READINGS):
@@ -91,7 +91,7 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
             yield _with_zeta(one, bound), details
 
 
-def _shorter(text: str) -> Iterator[tuple[str, Iterable[tuple[str, str]]]]:
+def _others(text: str) -> Iterator[tuple[str, Iterable[tuple[str, str]]]]:
     """What else a plain string may mean, each with the details that it leaves out."""
     if choice := _CHOICE.fullmatch(text):  # (C) 12
         yield choice[1], [("choice", choice[2])]
