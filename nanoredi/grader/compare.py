@@ -3,6 +3,7 @@
 Leaves with a value are compared by their values at fixed points (expression.py), other leaves by their text.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -74,6 +75,7 @@ def same(a: Reading, b: Reading) -> bool:
     return len(a.parts) == len(b.parts) > 0 and all(map(same, a.parts, b.parts))
 
 
+@functools.lru_cache(maxsize=64)
 def word(text: str) -> str:
     """A text without spaces, a word's case and plural, a sum's letter and braces around one letter or macro."""
     if re.fullmatch(r"[A-Za-z ,.'-]+", text) and re.search("[A-Za-z]{4}", text):  # a phrase; "team B wins" too

@@ -23,15 +23,13 @@ from nanoredi.grader.symbols import GREEK
 
 _UNITS = "degree cm centimeter meter mile second minute hour day week month year foot feet inch yard liter".split()
 # The sign that each macro stands for; macros for layout vanish, and any other leaves its name.
-_SIGNS = (
-    "cdot * times * cap ∩ le ≤ leq ≤ ge ≥ geq ≥ neq ≠ pm ± circ ∘ in ∈ lt < gt > % % setminus ∖ approx ≈ lfloor ⌊ "
-    "rfloor ⌋ lceil ⌈ rceil ⌉ infty inf cup U emptyset ∅ varnothing ∅ pmod mod bmod mod epsilon ϵ "
-    "varepsilon ε phi ϕ varphi φ"
-).split()
-_LAYOUT = (
-    "left right big Big bigg Bigg displaystyle mathrm mathbf mathit mathcal boldsymbol bf rm it limits boxed phantom "
-    "underline ! ( ) [ ] { } $"
-).split()
+_SIGNS = """
+    cdot * times * cap ∩ le ≤ leq ≤ ge ≥ geq ≥ neq ≠ pm ± circ ∘ in ∈ lt < gt > % % setminus ∖ approx ≈ lfloor ⌊
+    rfloor ⌋ lceil ⌈ rceil ⌉ infty inf cup U emptyset ∅ varnothing ∅ pmod mod bmod mod epsilon ϵ varepsilon ε
+    phi ϕ varphi φ""".split()
+_LAYOUT = """
+    left right big Big bigg Bigg displaystyle mathrm mathbf mathit mathcal boldsymbol bf rm it limits boxed phantom
+    underline ! ( ) [ ] { } $""".split()
 _MACROS = GREEK | dict(zip(_SIGNS[::2], _SIGNS[1::2])) | dict.fromkeys([*",;: ", "quad"], " ") | {"\\": "\n"}
 _MACROS |= dict.fromkeys(_LAYOUT, "")
 _LETTERS = {*"abcdefghijklmnopqrstuvwxyzοπ", *GREEK.values()}

@@ -170,8 +170,7 @@ class _Evaluator:
 
     def atom(self) -> Number:
         token = self.next()
-        number = NUMBER.fullmatch(token)
-        if number:
+        if number := NUMBER.fullmatch(token):
             return multiply(Fraction(number[1]), self.power(Fraction(10), Fraction(number[2] or 0)))
         if token in BRACKETS:
             result = self.nested(self.expression)

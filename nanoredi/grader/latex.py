@@ -18,7 +18,7 @@ _SPELLINGS = r"""
     ∖ setminus backslash smallsetminus; ∈ in; ∞ infty infin; ∅ emptyset varnothing; π pi; ° circ degree textdegree º;
     ' prime ′ ’; | lvert rvert vert mid | lVert rVert Vert ∣; ( langle lgroup 〈 ⟨; ) rangle rgroup 〉 ⟩; [ lbrack;
     ] rbrack; ⦃ { lbrace; ⦄ } rbrace; ⌊ lfloor llcorner; ⌋ rfloor lrcorner; ⌈ lceil ulcorner; ⌉ rceil urcorner;
-    ≤ leq le leqslant leqq ≦ ⩽; ≥ geq ge geqslant geqq ≧ ⩾; ≠ neq ne; ≈ approx simeq; ,∨ lor vee ∨; , 、; . 。;
+    ≤ leq le leqslant leqq ≦ ⩽; ≥ geq ge geqslant geqq ≧ ⩾; ≠ neq ne; ≈ approx simeq; ,∨ lor vee; , 、; . 。;
     … ldots dots cdots; → to rightarrow longrightarrow; ⇒ implies Rightarrow; ⇔ iff Leftrightarrow; ∂ partial; Å AA;
     \frac dfrac tfrac cfrac nicefrac sfrac; \binom dbinom tbinom; \bar overline; \vec overrightarrow; \wedge land;
     \neg lnot; \sqrt √; \cbrt ∛; \sqrt[4] ∜; \sum ∑; \prod ∏; \int ∫; \forall ∀; \equiv ≡; \angle measuredangle ∠;
@@ -37,7 +37,7 @@ _CHARACTERS = str.maketrans(
     {char: f"{sign} " if "\\" in sign else sign for char, sign in _SPELLED.items() if not char.isascii()}
     | {char: f"\\mathbb{{{letter}}}" for char, letter in zip("ℝℤℕℚℂ", "RZNQC")}
     | {chr(ord("①") + n): f"{n + 1}," for n in range(20)}
-    | {"“": "", "”": "", "✓": "", "或": " or ", "和": " and ", "与": " and "}
+    | {"“": "", "”": "", "✓": "", "∨": " or ", "或": " or ", "和": " and ", "与": " and "}
 )
 _FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s "}
 
@@ -60,7 +60,6 @@ _PIECES = {
     "FONT": r"\\(?:text|mathb[bf])\ ?",
     "LETTER": r"(?:[A-Za-z]|\\[A-Za-z]+)",
     "ORDER": r"(?:\^\{?([0-9])\}?)",
-    "NUMBERWORD": "|".join(_ONES),
     # A \text after a number is its unit, unless it begins with one of these, as in 2\text{i}, 3\text{ p.m.} and
     # 2\text{ if }x>0, or is a word that changes the number, as in n>2\text{ even}.
     "UNITS": r"(?:\\mu\ ?)?(?:<UNIT>(?:\\Omega)?|\\frac\{<UNIT>\}\{<UNIT>\})",
@@ -87,7 +86,7 @@ _PIECES = {
         | all(?:\ integers|\ values\ of)?(?=\ *[a-z]\ *[<>≤≥]) | (?:the\ )?(?:point|line|vertex)s?(?=\ *[(\[]|\ +[xy]\b)
         | (?:option|choice)\ +(?=\W*[A-J]\b) | (?:usd?|rs\.?)(?=[\ 0-9])
         | 答案?[是为:]* | (?:the\ )?(?:final\ |correct\ )?answer\ *(?:is\b\ *:?|:)
-        | (?!yes|true|false|(?:all\ )?real|.*[,;].*:)[a-z]{3,}(?:\ +[a-z][\w+()]*){0,7}?\ *(?:\bis\b|:)\ *<VALUE>)""",
+        | (?!yes|true|false|(?:all\ )?real|.*[,;].*:)[a-z]{3,}(?:\ +[a-z][\w+()]*){0,7}?\ *(?:\b(?:is|are)\b|:)\ *<VALUE>)""",
     "REALSEXCEPT": r"(?:all\ )?real(?:s|\ numbers?)(?:\ x)?,?\ (?:except|other\ than)(?:\ for)?",
     "VALUE": r"(?=[0-9.\\([⦃-]|[a-z]\ *[=<>≤≥])",  # how an answer begins
 }
@@ -155,7 +154,7 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"(?i)(?<!\\)\b(?:infinity|inf|oo)\b", "∞"),
     # The notation that parse.py and expression.py read: of binomials, derivatives, environments, mixed numbers.
     *[(r"(\\(?:frac|binom)(?:\{[^{}]*\})?) ?([0-9])", r"\1{\2}")] * 2,
-    (r"(?<=_\{)(?:<NUMBERWORD>)(?=\})", lambda found: str(_ONES.index(found[0]))),  # 101_{two}
+    (rf"(?<=_\{{)(?:{'|'.join(_ONES)})(?=\}})", lambda found: str(_ONES.index(found[0]))),  # 101_{two}
     *[(rf"(?:\\|\b){name} ?\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
     (r"(?<=[0-9])' ?'?(?!['\w])", ""),  # minutes and seconds of arc
     (r"\\vec\{([A-Z]{2})\}", r"v_{\1}"),  # AB and BA are different vectors

@@ -37,9 +37,7 @@ def evaluate(pieces: list[str]) -> Grid:
     term is neither a number nor a matrix."""
     total: Grid = []
     for sign, term in zip(["+", *pieces[1::2]], pieces[::2]):
-        grid = _product(term)
-        if sign == "-":
-            grid = [[f"-({cell})" for cell in row] for row in grid]
+        grid = _product(f"-1*{term}" if sign == "-" else term)
         if total and [*map(len, total)] != [*map(len, grid)]:
             raise Unreadable
         total = [[f"({a})+({b})" for a, b in zip(x, y)] for x, y in zip(total, grid)] if total else grid

@@ -52,7 +52,7 @@ class _Reader:
 
     def read(self, text: str) -> Reading:
         with contextlib.suppress(*NO_VALUE):
-            self.budget.spend(_NODE_WORK)
+            self.budget.spend(_NODE_WORK + len(text) // 4)
             if max(itertools.accumulate((char in OPEN) - (char in CLOSE) for char in "." + text)) <= MAX_DEPTH:
                 return self.several(text)
         return self.as_text(text)

@@ -1,11 +1,14 @@
 r"""What an answer may mean: its plain string (latex.py), and others in which a remark, a unit or a name is left out,
 each with the details that it leaves out, in which two answers must not contradict each other."""
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
 from nanoredi.grader.latex import clean, regex
 from nanoredi.grader.numbers import FUNCTIONS
+
+MAX_READINGS = 12  # of an answer, each of which is compared with each of the other answer
 
 _COUNTS = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _MULTIPLE = regex(rf"(?<=[0-9])\s*(\\[a-z]+\s*\{{)?\s*({'|'.join(_COUNTS)})\b")
@@ -17,12 +20,13 @@ _CHOICE = re.compile(r"\(? ?([A-J]) ?[):.] ([^ ,∧∨].*)")
 # A remark after an answer: in brackets, or from a word to the end.
 _BRACKETED = re.compile(
     r"(.*?[^ ,;(])(?: |(?<=[0-9)}\]]))"
-    r"\( ?(≈|[a-z]{4,}\b|[a-z]{2,3} |\w (?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥≠∈]))((?:[^()]|\([^()]*\))*)\)"
+    r"\( ?(≈|(?=odd|even)|[a-z]{4,}\b|[a-z]{2,3} |\w (?:is\b|[a-z]{4})|i\.e|(?=[^()]*[=<>≤≥≠∈]))((?:[^()]|\([^()]*\))*)\)"
 )
 _TAIL = re.compile(r"(.*?[^ ,;(])[ ,;]*(\\forall|\b(?:since|because|where|for(?: all| any| every| each)?)\b)(.*)")
 # kπ, k ∈ ℤ and 2^n, n ≥ 2: about a letter of the answer, not the r of \frac or the n of even
 _CONDITION = re.compile(
-    r"((?:\\[A-Za-z]+(?![A-Za-z])|[^\\∈<>≤≥≠])*?(?<![A-Za-z]{2})([a-z])(?! ?=|[A-Za-z]{2})[^∈<>≤≥≠]*?(?<![ ,;(+*/=^-]))"
+    r"(?!.{300})((?:\\[A-Za-z]+(?![A-Za-z])|[^\\∈<>≤≥≠])*?"  # tries every letter, which takes time
+    r"(?<![A-Za-z]{2})([a-z])(?! ?=|[A-Za-z]{2})[^∈<>≤≥≠]*?(?<![ ,;(+*/=^-]))"
     r"[ ,;]+(\2 ?∈ ?(?:[ZNQ].*|ℝ[ .]*)|(?<=[,;])(?:[^,;<>≤≥≠]*[<≤])? ?\2 ?[<>≤≥≠][^,;∨∧]*)"
 )
 # A remark with one of these changes the answer, or begins another one.
@@ -61,7 +65,7 @@ _TOKEN = re.compile(  # "in" before something else is no inch
 _PER = re.compile(r"(?:/|\bper\b(?: sq\w*| cu\w*)?|\}\s*\{)[\s~{\\]*(?:(?:text|mathrm|rm)\b)?[\s~{]*$")  # before a unit
 # Where a single letter is a unit: 5\text{ s} and 5 m/s, but not x/(m+s) or \text{(C) }5.
 _IN_TEXT = r"(?<=.)\\(?:text|mathrm|rm|textrm|mbox)(?![a-z]|[\s{(]*[A-J](?:[):]|\.(?!\W*$)))[\s{]*[^{}]*"
-_OF_UNITS = re.compile(rf"{_IN_TEXT}|[0-9}}]\W{{0,3}}[A-Za-z]+\s*/\s*[A-Za-z]+")
+_OF_UNITS = re.compile(rf"{_IN_TEXT}|[0-9}}]\W{{0,3}}[A-Za-z]+\s*/\s*[A-Za-z]+|°\s*[CFK]\b")
 _POWERS = {"sq": "2", "cu": "3", "²": "2", "³": "3"}
 
 
@@ -73,22 +77,21 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
     text = re.sub(r"(?<=[0-9])\s*[cdkm]?m[²³]", "", text)  # m^2 may be a product, m² is not
     lines = text if "\\begin" in text else re.sub(r"\s*(?:\n|\\\\)\s*", " , ", text.strip())  # members of a list
     counted = _MULTIPLE.sub(lambda found: f"*{{{_COUNTS[found[2]]}}}{found[1] or ''}", text)  # 5 million
-    texts = {clean(one): details for one in dict.fromkeys((text, lines))}
-    if counted != text:
-        texts.setdefault(clean(counted), _details(counted))
+    spellings = dict.fromkeys((text, lines, counted))
+    texts = {clean(one): _details(one) if one == counted != text else details for one in spellings}
     new = list(texts.items())
-    for _ in range(2):  # (C) 12 for x > 0
-        new = [(other, left.union(more)) for one, left in new for other, more in _shorter(one) if other not in texts]
+    while new and len(texts) < MAX_READINGS:  # (C) 12 for x > 0
+        new = [(other, left.union(more)) for one, left in new for other, more in _others(one) if other not in texts]
         texts |= reversed(new)  # of two ways to one string the first counts
     # A space counts only between two letters or digits: 1 1/3 is not 11/3.
-    for one, details in texts.items():
+    for one, details in itertools.islice(texts.items(), MAX_READINGS):
         one = re.sub(r" (?=[\W_])|(?<=\W) ", "", " ".join(one.split()))
         yield one, details
         if bound := _FUNCTION_OF.match(one):
             yield _with_zeta(one, bound), details
 
 
-def _shorter(text: str) -> Iterator[tuple[str, Iterable[tuple[str, str]]]]:
+def _others(text: str) -> Iterator[tuple[str, Iterable[tuple[str, str]]]]:
     """What else a plain string may mean, each with the details that it leaves out."""
     if choice := _CHOICE.fullmatch(text):  # (C) 12
         yield choice[1], [("choice", choice[2])]
@@ -97,7 +100,7 @@ def _shorter(text: str) -> Iterator[tuple[str, Iterable[tuple[str, str]]]]:
         head, word, tail = remark.groups()  # but not 2 for n=1, 3 for n=2
         several = (word == "for" or "=" in tail) and re.search(r",(?! ?[a-z] ?(?:$|[,∈]))", tail)
         if not several and not _NO_REMARK.search(tail if remark.re is _TAIL else word + tail):
-            harmless = re.match("≈|approx|about|since|because", word) or not re.search("[0-9=<>≤≥≠∈]", tail)
+            harmless = re.match("≈|approx|about|since|because|(?!.*(?:[0-9=<>≤≥≠∈]|odd|even|[A-Z][a-z]))", word + tail)
             yield head, [] if harmless else [("condition", tail.replace(" ", ""))]
             if bound := re.match(" ?([a-z]) ?∈ ?[ZN]", tail):  # its name does not matter
                 yield _with_zeta(head, bound), [("condition", re.sub(r" |\\zeta ", "", _with_zeta(tail, bound)))]
@@ -106,7 +109,7 @@ def _shorter(text: str) -> Iterator[tuple[str, Iterable[tuple[str, str]]]]:
         primed = _RATE.sub(lambda rate: rate[3] + "'" * (int(rate[2] or 1) if rate[2] != "d" else 2), text)
         yield re.sub(r"(?<=[\w'}])\(t\)", "", primed), variables
     yield re.sub(r"\\log(?![ A-Za-z]*_)", r"\\lg", text), []  # the natural logarithm or that of base 10
-    yield re.sub(r"^((?!.*(?<![A-Za-z\\])[ab]).*\+ ?)c$", r"\1C", text), []  # a constant of integration
+    yield re.sub(r"^((?=.*[tuxyz])(?!.*(?<![A-Za-z\\])[abc](?!rc|os|$)).*\+ ?)c$", r"\1C", text), []  # of integration
     yield _BARE_UNITS.sub("", text), []  # 5 km is a number or a product
     if not re.search(r"[(\[⦃]", text):  # 12,345 is one number or two
         yield _GROUPED.sub(lambda number: re.sub("[ ,]", "", number[0]), text), []
@@ -118,9 +121,9 @@ def _with_zeta(text: str, bound: re.Match) -> str:
 
 
 def _details(text: str) -> Details:
-    """Units (of cm^2 also the power alone; km and km/h differ, $5 and $5/h do not), directions and so on, a plural that
-    is the only word, as in 5 apples, and how many there are of each if there are several, as in 5 boys and 4 girls."""
-    found, words, lower = set(), [], ""
+    """Units (of cm^2 also the power alone; km and km/h differ, $5 and $5/h do not), directions and so on, and
+    plurals after numbers: the only one, as in 5 apples, or all with their numbers, as in 5 boys and 4 girls."""
+    found, lower = set(), ""
     text = re.sub(r"(?:\\mu|[μµ])[\s}]*(\\(?:text|mathrm)\W*)?", r"\1micro", text)
     places = {place for one in _OF_UNITS.finditer(text) for place in range(*one.span())}
     for match in _TOKEN.finditer(text):
@@ -131,12 +134,10 @@ def _details(text: str) -> Details:
             power = power.strip("1") or _POWERS.get(word[:2] or before[:2], "")
             per = "/" in known[0] or "-" in match[0] or _PER.search(text, match.start() - 20, match.start())
             found |= {*(one + power for one in known[0].split("/")), power, "per" if per else ""}
-        elif len(token) > 3 and token[0] != "\\":
-            words.append(lower)
     for unit, parts in (("J", {"N", "m"}), ("J s", {"J", "s"})):
         found ^= {*parts, unit} if parts <= found else set()
-    if words == [lower] and re.search(r"[0-9].*s\W*$", text) and not _OF_ANYTHING.search(lower):
-        found.add(lower)
-    counted = re.findall(r"([0-9]+)[\s~]*(?:\\[a-z]+\W*)?([a-z]{3,}s)\b", text)
+    counted = re.findall(r"([0-9]+)(?:\\[a-z]+\b|\\\W|[^\w\\])*([a-z]{3,}s)\b(?!\W*\^)", text.lower())
+    if len(counted) == 1 and counted[0][1][:-1] not in _DETAIL_OF and not _OF_ANYTHING.search(counted[0][1]):
+        found.add(counted[0][1])
     kinds = {("rate", str("per" in found))} if found - {""} and not found & {"dollar", "euro", "cent", "%"} else set()
     return frozenset({("detail", one) for one in found - {""}} | kinds | {*(counted if len(counted) > 1 else ())})

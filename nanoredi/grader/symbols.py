@@ -37,6 +37,7 @@ def tokens_of(text: str) -> list[str]:
     """Names without their backslash; adjacent letters as a product, unless there are so many that they are a word; the
     bar that opens an absolute value as "abs"; "" at the end."""
     tokens: list[str] = []
+    phrase = " " in text or not re.search(r"[0-9\\^]", text)
     bars = [False]  # for the outermost level and each open bracket: is an absolute value open in it?
     for found in _TOKEN.finditer(text):
         token = found[0]
@@ -54,7 +55,7 @@ def tokens_of(text: str) -> list[str]:
         elif token.isascii() and token.isalpha() and token != "abs":
             name = _NAME.match(token)[0]
             letters = token[len(name) :]
-            if len(letters) > (6 if " " not in text and re.search(r"[0-9\\^]", text) else 3) or token in _WORDS:
+            if len(letters) > 3 and (len(letters) > 6 or phrase) or token in _WORDS:
                 raise Unreadable
             tokens += [*([name] if name else []), *letters]
         else:

@@ -223,6 +223,8 @@ HOSTILE = [
     "exec('raise SystemExit')",
     "[i for i in range(10**9)]",
     "().__class__.__bases__[0]",
+    r"(A) (B) (C) k\pi\log x5 million" + "\n(A) y'(t) (since x is 5) where k ∈ Z(B) " + "abc " * 200,  # many readings
+    " and " * 40 + "x'" * 110 + ":" * 110 + "f(x)=" * 90,
     "7" * 1_000_000,
     "(" * 500_000,
     "a" * 1_000_000,
