@@ -118,7 +118,7 @@ def test_the_method_stays_short():
 
 def test_nanoredi_without_cpu_stays_short():
     number = lines("**/*") - (lines("cpu/**/*") if (ROOT / "nanoredi" / "cpu").exists() else 0)
-    says_by_how_much("nanoredi/ without cpu/", number, planned=7900, at_most=11673)
+    says_by_how_much("nanoredi/ without cpu/", number, planned=7900, at_most=11677)
 
 
 @pytest.mark.parametrize("script", ["train_sft.py", "train_redi.py", "sample.py", "evaluate.py"])

@@ -20,7 +20,7 @@ from typing import Any
 from nanoredi.common.disk import regular
 from nanoredi.common.errors import UserError
 
-MAX_CHARS = 1 << 28  # of a JSON file, or of a line of a JSONL file
+MAX_CHARS, MAX_DEPTH = 1 << 28, 100  # of a JSON file, or of a line of a JSONL file
 _TABLES = (".parquet", ".arrow")
 _KINDS = (".jsonl", ".csv", *_TABLES)  # suffixes of files that hold nothing but rows
 SUFFIXES = (".json", ".jsonl", *_TABLES, ".csv", ".tsv", ".gz")  # of all files that may hold rows
@@ -169,7 +169,7 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def parse_json(where: str, text: str | bytes, max_chars: int | None = None) -> Any:
-    """Parse JSON from outside: its size is bounded, all numbers are finite, and no name has two different values.
+    """Parse JSON from outside: size and depth are bounded, all numbers finite, and no name has two different values.
 
     Raises:
         UserError: naming `where`, when the text breaks any of this or is not JSON.
@@ -178,12 +178,22 @@ def parse_json(where: str, text: str | bytes, max_chars: int | None = None) -> A
     if len(text) > max_chars:
         raise UserError(f"{where} is longer than {max_chars:,} characters")
     try:
-        return _JSON.decode(text.decode() if isinstance(text, bytes) else text)
+        text = text.decode() if isinstance(text, bytes) else text
+        value = _JSON.decode(text)
+        deep = text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH
     except RecursionError:
-        raise UserError(f"{where} is nested too deep") from None
+        deep = True
     except ValueError as error:
         kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "JSON"
         raise UserError(f"{where} is not {kind}: {error}") from None
+    if deep:
+        raise UserError(f"{where} is nested more than {MAX_DEPTH} levels deep")
+    return value
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def _finite(text: str) -> float:

@@ -86,11 +86,7 @@ def _apply(name: str, z: Inexact) -> Inexact:
     return getattr(CONTEXT, name)(z)
 
 
-def _circular(name: str, z: Inexact) -> Inexact:
-    return tidy(_apply(name, z), max(1, abs(z)))
-
-
-sin, cos = (functools.partial(_circular, name) for name in ("sin", "cos"))
+sin, cos = (lambda z, name=name: tidy(_apply(name, z), max(1, abs(z))) for name in ("sin", "cos"))
 FUNCTIONS: dict[str, Callable[[Inexact], Inexact]] = {"sin": sin, "cos": cos, "ln": log, "log": log}
 FUNCTIONS |= {"tan": lambda z: sin(z) / cos(z), "cot": lambda z: cos(z) / sin(z), "exp": lambda z: _apply("exp", z)}
 FUNCTIONS |= {"sec": lambda z: 1 / cos(z), "csc": lambda z: 1 / sin(z), "lg": lambda z: log(z) / CONTEXT.log(10)}

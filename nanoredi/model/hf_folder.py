@@ -24,8 +24,7 @@ from nanoredi.data.tokenizer import Tokenizer
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 _PLAIN_ROPE = {"rope_type?": "default", "type?": "default"}
-# Fields of config.json that are checked, beside those of Qwen2Config.
-_CONFIG_SHAPE = {
+_CONFIG_SHAPE = {  # of config.json, beside Qwen2Config's fields
     "model_type": "qwen2",
     "hidden_act?": "silu",
     "attention_dropout?": 0.0,

@@ -106,7 +106,6 @@ class _Run:
             f"{world.size} rank{'s' if world.size > 1 else ''}\n  kill -USR1 {os.getpid()} prints its status"
         )
         self.states, self.guards = States(Path(config.out) / "state", world), Guards(config, world)
-        # Steps that are done.
         self.first = resume(self.states, model, self.optimizer, self.guards, self.began_with, config.cache)
         self.log = Log(config, self.first, self.total, rate, world, bool((data.row_weights < 0).any()))
 

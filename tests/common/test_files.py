@@ -9,7 +9,8 @@ from nanoredi.common.files import check, parse_json, read_json, read_rows, write
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("[" * 100_000, "is nested too deep"),
+        ("[" * 100_000, "nested more than 100 levels deep"),
+        ("[" * 101 + "]" * 101, "nested more than 100 levels deep"),
         ('{"a": NaN}', "NaN is not a finite number"),
         ('{"a": [-Infinity]}', "-Infinity is not a finite number"),
         ("1e999", "1e999 is not a finite number"),
