@@ -24,8 +24,9 @@ from torch.autograd.function import once_differentiable
 from nanoredi.kernels.dispatch import tl, triton
 from nanoredi.kernels.layers import mlp, qkv, rms_norm, swiglu
 
-# Programs that divide the rows among them where they sum over rows; tokens and elements that a program loads at once.
-_PARTS, _TOKENS, _ELEMENTS = 512, 32, 2048
+# Programs that divide the rows among them where they sum over rows; tokens, elements, and parts by as many columns, that
+# a program loads at once.
+_PARTS, _TOKENS, _ELEMENTS, _TILE = 512, 32, 2048, 32
 
 
 @rms_norm.on("cuda")
@@ -66,7 +67,7 @@ class _Norm(torch.autograd.Function):
         grad_stream = None if grad_stream is None else grad_stream.contiguous()
         given = stream, weight, grad.contiguous(), grad_stream
         _launch(_norm_backward_kernel, num_parts, *given, grad_x, parts, len(stream), stream.shape[1], ctx.eps)
-        return grad_x, parts.sum(0).to(weight.dtype), None, grad_x if ctx.is_sum else None
+        return grad_x, _sum(parts, weight.dtype), None, grad_x if ctx.is_sum else None
 
 
 class _MLP(torch.autograd.Function):
@@ -128,7 +129,7 @@ class _QKV(torch.autograd.Function):
         grad = rotated.flatten(1)
         grad_q, grad_k, grad_v = grad.split(sizes, dim=1)
         grad_x = (grad_q @ weights[0]).addmm_(grad_k, weights[1]).addmm_(grad_v, weights[2])
-        grad_weight, grad_bias = (grad.T @ x).to(ctx.dtypes[0]), parts.sum(0).to(ctx.dtypes[3])
+        grad_weight, grad_bias = (grad.T @ x).to(ctx.dtypes[0]), _sum(parts, ctx.dtypes[3])
         return grad_x, None, None, *grad_weight.split(sizes), *grad_bias.split(sizes)
 
 
@@ -146,6 +147,13 @@ def _rotate(
     given = *tensors, cos.contiguous(), sin.contiguous(), out, parts
     _rotate_kernel[(num_parts, num_heads)](*given, num_rows, q.shape[1], k.shape[1], sign, **sizes)
     return out, parts
+
+
+def _sum(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the parts (P, D) fp32, rounded once to a dtype: torch's sum would need one more kernel to round."""
+    out = parts.new_empty(parts.shape[1], dtype=dtype)
+    _sum_kernel[(triton.cdiv(len(out), _TILE),)](parts, out, *parts.shape, TILE=_TILE)
+    return out
 
 
 def _launch(kernel, programs: int, *args) -> None:
@@ -195,6 +203,17 @@ def _norm_backward_kernel(stream, weight, grad, grad_stream, grad_x, parts, N, D
             dx += tl.load(grad_stream + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad_x + at, dx.to(grad_x.dtype.element_ty), mask=inside)
     tl.store(parts + part * D + d, total, mask=inside)
+
+
+@triton.jit
+def _sum_kernel(parts, out, P, D, TILE: tl.constexpr):
+    """A program takes TILE columns, and TILE parts at a time."""
+    d = tl.program_id(0) * TILE + tl.arange(0, TILE)[None, :]
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, P, TILE):
+        p = start + tl.arange(0, TILE)[:, None]
+        total += tl.load(parts + p * D + d, mask=(p < P) & (d < D), other=0.0)
+    tl.store(out + d, tl.sum(total, 0)[None, :].to(out.dtype.element_ty), mask=d < D)
 
 
 @triton.jit

@@ -24,8 +24,8 @@ def version(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def few_at_once(monkeypatch):
-    """Block sizes such that a program has several rows, tokens and elements, and the last program fewer."""
-    for name, number in (("_PARTS", 4), ("_TOKENS", 4), ("_ELEMENTS", 128)):
+    """Block sizes such that a program has several rows, tokens, elements and parts, and the last program fewer."""
+    for name, number in (("_PARTS", 5), ("_TOKENS", 4), ("_ELEMENTS", 128), ("_TILE", 2)):
         monkeypatch.setattr(pointwise, name, number)
 
 
