@@ -6,7 +6,7 @@
 First the device's tests, whose output goes to tests.txt, then nanoredi's loss, optimiser steps and sampling, then the
 peers that are installed, each in a fresh process; with --dry and no GPU, all but the tests in this process. Every row
 is written as soon as it is measured, so that nothing is lost when the device is taken away; a part that fails, times
-out or needs a missing package gets a row that says so. A floor is the time at the rate that the device reaches in one
+out or needs a missing package gets a row that says so, and what it said goes to errors.txt. A floor is the time at the rate that the device reaches in one
 large matrix product, or in reading memory; a share is the floor divided by the measured time.
 """
 
@@ -16,6 +16,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -106,9 +107,15 @@ def measured(part: Part, folder: str, dry: bool) -> Row:
     size, device = sizes(dry)[part["kind"]], kernels.DEVICE
     name = compute_dtype("auto", device)
     if part["kind"] == "sampling":
-        floor = allowance(size.config, sampler.requests_of(size), name)
+        requests = sampler.requests_of(size)
+        floor = allowance(size.config, requests, name) / sum(request.max_tokens for request in requests)  # a token's
         got = sampler.measure(part["method"], size, name, folder, False)
-        return {"seconds": got["seconds"], "floor": floor, "tokens": got["tokens"], "bytes": got["bytes"]}
+        return {
+            "seconds": got["seconds"],
+            "floor": floor * got["tokens"],
+            "tokens": got["tokens"],
+            "bytes": got["bytes"],
+        }
     if part["kind"] == "steps":
         size, rate = size[part["size"]], matrix_rate(name, device)
         got = train_step.measure(part["method"], size, name, folder, 1 if dry else 3, False)
@@ -124,9 +131,8 @@ def measured(part: Part, folder: str, dry: bool) -> Row:
 
 def in_time(command: list[str], seconds: float) -> tuple[int | None, str, str]:
     """Exit code (None: it timed out), stdout and stderr of a command, which is ended with all its children."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -142,7 +148,7 @@ def row_of(part: Part, folder: Path, dry: bool, left: float) -> Row:
     """A row of the table: the part with its measurements, or with the reason why there are none.
 
     Args:
-        folder: the model's weights; the tests' output is written beside it.
+        folder: the model's weights, made if need be; the tests' output and errors.txt are written beside it.
     """
     start = time.monotonic()
     peer = PEERS.get(part["kind"], {}).get(part.get("method"))
@@ -158,10 +164,8 @@ def row_of(part: Part, folder: Path, dry: bool, left: float) -> Row:
         return {**part, **version, "note": note}
     if part["kind"] == "tests":
         found = _tested(folder.parent / "tests.txt", dry, min(left, TESTS_TAKE))
-    elif dry and not ON_GPU:
-        found = _measured_here(part, str(folder), dry)
     else:
-        found = _measured_apart(part, str(folder.resolve()), dry, min(left, PART_TAKES))
+        found = _measured(part, folder, dry, min(left, PART_TAKES))
     return {**part, **version, **found, "took": round(time.monotonic() - start, 1)}
 
 
@@ -173,22 +177,29 @@ def _tested(output: Path, dry: bool, seconds: float) -> Row:
     tests = ["tests/device/test_world.py"] if dry else TESTS
     code, out, err = in_time([sys.executable, "-m", "pytest", "-q", "--tb=short", *tests], seconds)
     output.write_text(out + err)
-    return {"note": (f"ended after {seconds:.0f} s: " if code is None else "") + _last_line(out)}
+    return {"note": (f"ended after {seconds:.0f} s: " if code is None else "") + _last_line(out.strip() or err)}
 
 
-def _measured_here(part: Part, folder: str, dry: bool) -> Row:
+def _measured(part: Part, folder: Path, dry: bool, seconds: float) -> Row:
     try:
-        return measured(part, folder, dry)
+        if part["kind"] in ("steps", "sampling") and not folder.exists():
+            make_model(folder, dry)
+        if dry and not ON_GPU:
+            return measured(part, str(folder), dry)
     except Exception as error:
         return {"note": f"{type(error).__name__}: {error}"[:160]}
-
-
-def _measured_apart(part: Part, folder: str, dry: bool, seconds: float) -> Row:
-    command = [sys.executable, "-m", "bench.device", "--part", json.dumps(part), "--folder", folder]
+    command = [sys.executable, "-m", "bench.device", "--part", json.dumps(part), "--folder", str(folder.resolve())]
     code, out, err = in_time(command + ["--dry"] * dry, seconds)
+    figures = "\n".join(line for line in out.splitlines() if line.startswith('{"seconds"'))  # libraries print, too
+    if code == 0 and figures:
+        return json.loads(_last_line(figures))
+    with open(folder.parent / "errors.txt", "a") as file:
+        file.write(f"{json.dumps(part)}\n{out}{err}\n")
     if code is None:
         return {"note": f"ended after {seconds:.0f} s"}
-    return {"note": (_last_line(err) or "killed")[:160]} if code else json.loads(_last_line(out))
+    # CUDA's errors go on for some lines of advice.
+    errors = "\n".join(line for line in err.splitlines() if re.match(r"[\w.]*(Error|Exception)\b|error: ", line))
+    return {"note": (_last_line(errors) or _last_line(err) or "killed")[:160]}
 
 
 def _last_line(text: str) -> str:
@@ -244,11 +255,10 @@ def main(argv: list[str]) -> None:
         return
     end = time.monotonic() + 60 * flags.minutes
     flags.out.mkdir(parents=True, exist_ok=True)
+    (flags.out / "errors.txt").unlink(missing_ok=True)
     rows: list[Row] = []
     folder = flags.out / ("toy-model" if flags.dry else "model")
     for part in parts(flags.dry):
-        if part["kind"] in ("steps", "sampling") and not folder.exists():
-            make_model(folder, flags.dry)
         rows.append(row_of(part, folder, flags.dry, end - time.monotonic()))
         write(flags.out, about(), rows)
         print(markdown({}, rows[-1:]).splitlines()[-1], flush=True)

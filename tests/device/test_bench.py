@@ -23,7 +23,13 @@ def flash_attention(monkeypatch):
     "code, row",
     [
         ("print('{\"seconds\": 2.0}')", {"seconds": 2.0}),
+        ("print('{\"seconds\": 2.0}\\n(EngineCore) stopped')", {"seconds": 2.0}),
         ("raise MemoryError('all of it')", {"note": "MemoryError: all of it"}),
+        (
+            "raise RuntimeError('CUDA error: lost\\nCompile with TORCH_USE_CUDA_DSA')",
+            {"note": "RuntimeError: CUDA error: lost"},
+        ),
+        ("import sys; sys.exit('error: no such model')", {"note": "error: no such model"}),
         ("import time; time.sleep(60)", {"note": "ended after 1 s"}),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", {"note": "killed"}),
     ],
@@ -32,9 +38,12 @@ def test_a_part_ends_in_a_row(code, row, monkeypatch, tmp_path):
     run = device.in_time
     monkeypatch.setattr(device, "in_time", lambda command, limit: run([sys.executable, "-c", code], limit))
     monkeypatch.setattr(device, "PART_TAKES", 0.8)
+    (tmp_path / "model").mkdir()
     got = device.row_of(STEPS, tmp_path / "model", False, 1000.0)
     assert got.pop("took") < 10
     assert got == {**STEPS, **row}
+    errors = tmp_path / "errors.txt"  # all that a part said that did not come to figures
+    assert errors.exists() == ("note" in row) and (not errors.exists() or json.dumps(STEPS) in errors.read_text())
 
 
 def test_a_part_in_a_process_of_its_own(tmp_path, monkeypatch):
@@ -48,6 +57,8 @@ def test_a_part_that_fails_or_has_no_time_left_is_a_row(tmp_path):
     assert device.row_of(STEPS, tmp_path / "model", True, -1.0) == {**STEPS, "note": "no time was left"}
     part = {"kind": "sampling", "size": "toy", "method": "no such", "attention": "FlashAttention-2"}
     assert device.row_of(part, tmp_path / "model", True, 1000.0)["note"] == "KeyError: 'no such'"
+    (tmp_path / "file").touch()
+    assert device.row_of(part, tmp_path / "file" / "model", True, 1000.0)["note"].startswith("UserError: ")
 
 
 def test_what_is_not_installed_starts_no_process(tmp_path, monkeypatch):
@@ -75,6 +86,16 @@ def test_a_row_s_flash_attention_is_the_one_that_it_names(wanted, tmp_path, monk
         device.measured({**STEPS, "attention": "FlashAttention-3"}, "", True)
 
 
+def test_the_floor_is_that_of_the_tokens_that_were_sampled(monkeypatch):
+    """transformers' `generate` is timed on some of the prompts."""
+    size = device.sizes(dry=True)["sampling"]
+    number = sum(request.max_tokens for request in device.sampler.requests_of(size))
+    monkeypatch.setattr(device, "allowance", lambda *_: 6.0)
+    monkeypatch.setattr(device.sampler, "measure", lambda *_: {"tokens": number / 3, "seconds": 4.0, "bytes": 1})
+    part = {"kind": "sampling", "size": "toy", "method": "any", "attention": "FlashAttention-2"}
+    assert device.measured(part, "", True)["floor"] == pytest.approx(2.0)
+
+
 def test_tests_that_take_too_long_leave_what_they_said(tmp_path, monkeypatch):
     code = "import time; print('1 failed', flush=True); time.sleep(60)"
     run = device.in_time
@@ -84,6 +105,13 @@ def test_tests_that_take_too_long_leave_what_they_said(tmp_path, monkeypatch):
     assert row["note"] == "ended after 1 s: 1 failed"
     # What was under way is said, too: they are ended as by Ctrl-C.
     assert re.match("1 failed\n(.|\n)*KeyboardInterrupt", (tmp_path / "tests.txt").read_text())
+
+
+def test_tests_that_cannot_begin_say_why(tmp_path, monkeypatch):
+    run = device.in_time
+    monkeypatch.setattr(device, "in_time", lambda command, limit: run([sys.executable, "-m", "no_pytest"], limit))
+    row = device.row_of({"kind": "tests"}, tmp_path / "model", False, 1000.0)
+    assert row["note"].endswith("No module named no_pytest")
 
 
 def test_the_tables_hold_every_row(tmp_path):
