@@ -83,51 +83,32 @@ if triton is not None:
             return NotImplemented
         (num_tokens, num_heads, size), num_kv_heads = q.shape, k.shape[1]
         out = q.new_empty(q.shape)
-        strides = q.stride(0), k.stride(0), v.stride(0)
-        _write_kernel[(num_tokens, num_heads + 2 * num_kv_heads)](
-            *(q, k, v, *rope, out, keys, values, indices, *strides, num_heads, num_kv_heads),
-            HALF=size // 2,
-            BLOCK=triton.next_power_of_2(size // 2),
-            num_warps=1,
-        )
+        sizes = q.stride(0), k.stride(0), v.stride(0), num_heads, num_kv_heads, size // 2
+        programs = num_tokens, num_heads + 2 * num_kv_heads
+        _write_kernel[programs](q, k, v, *rope, out, keys, values, indices, *sizes, num_warps=1)
         return out
 
     @triton.jit
     def _write_kernel(
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        out,
-        keys,
-        values,
-        indices,
-        q_stride,
-        k_stride,
-        v_stride,
-        num_heads,
-        num_kv_heads,
-        HALF: tl.constexpr,
-        BLOCK: tl.constexpr,
+        q, k, v, cos, sin, out, keys, values, indices, q_stride, k_stride, v_stride, H, K, HALF: tl.constexpr
     ):
         """A program copies one head of a token; the query's heads come first, then the key's, then the value's."""
         n, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
         size = 2 * HALF
-        if head < num_heads:
+        if head < H:
             source = q + n * q_stride + head * size
-            target = out + (n * num_heads + head) * size
-        elif head < num_heads + num_kv_heads:
-            head -= num_heads
+            target = out + (n * H + head) * size
+        elif head < H + K:
+            head -= H
             source = k + n * k_stride + head * size
-            target = keys + tl.load(indices + n * num_kv_heads + head) * size
+            target = keys + tl.load(indices + n * K + head) * size
         else:
-            head -= num_heads + num_kv_heads
+            head -= H + K
             source = v + n * v_stride + head * size
-            target = values + tl.load(indices + n * num_kv_heads + head) * size
-        i = tl.arange(0, BLOCK)
+            target = values + tl.load(indices + n * K + head) * size
+        i = tl.arange(0, triton.next_power_of_2(HALF))
         a, b = tl.load(source + i, mask=i < HALF), tl.load(source + HALF + i, mask=i < HALF)
-        if tl.program_id(1) < num_heads + num_kv_heads:
+        if tl.program_id(1) < H + K:
             c = tl.load(cos + n * size + i, mask=i < HALF).to(tl.float32)
             s = tl.load(sin + n * size + HALF + i, mask=i < HALF).to(tl.float32)
             wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
@@ -145,14 +126,16 @@ if triton is not None:
         out = q.new_empty(q.shape)
         partial = memory_for(q, num_spans) if num_spans > 1 else (out, out, out)
         tensors = q.contiguous(), keys, values, page_table.contiguous(), lengths, *partial
-        sizes = {"SIZE": size, "SIZE_BLOCK": max(16, triton.next_power_of_2(size)), "SPAN": SPAN}
+        sizes = {"SIZE": size, "SPAN": SPAN}
         _decode_kernel[(num_rows, num_kv_heads, num_spans)](
             *tensors,
             size**-0.5,
             num_columns,
             GROUP=group,
             PAGE=page_size,
-            GROUP_BLOCK=max(16, triton.next_power_of_2(group)),  # the smallest size that tl.dot takes
+            # At least the smallest size that tl.dot takes.
+            GROUP_BLOCK=max(16, triton.next_power_of_2(group)),
+            SIZE_BLOCK=max(16, triton.next_power_of_2(size)),
             BLOCK=_BLOCK,
             ALONE=num_spans == 1,
             num_warps=4,
@@ -221,22 +204,13 @@ if triton is not None:
         tl.store(outs + index[:, None] * SIZE + e[None, :], out, mask=is_head)
 
     @triton.jit
-    def _combine_kernel(
-        combined,
-        lengths,
-        outs,
-        maxima,
-        sums,
-        num_spans,
-        SIZE: tl.constexpr,
-        SIZE_BLOCK: tl.constexpr,
-        SPAN: tl.constexpr,
-    ):
+    def _combine_kernel(combined, lengths, outs, maxima, sums, num_spans, SIZE: tl.constexpr, SPAN: tl.constexpr):
         b = tl.program_id(0).to(tl.int64)
         head = b * tl.num_programs(1) + tl.program_id(1)
-        e = tl.arange(0, SIZE_BLOCK)
+        BLOCK: tl.constexpr = triton.next_power_of_2(SIZE)
+        e = tl.arange(0, BLOCK)
         m, total = tl.full((), -1.0e30, tl.float32), tl.full((), 0.0, tl.float32)
-        out = tl.zeros((SIZE_BLOCK,), tl.float32)
+        out = tl.zeros((BLOCK,), tl.float32)
         for span in range(tl.cdiv(tl.load(lengths + b).to(tl.int32), SPAN)):
             index = head * num_spans + span
             m_i = tl.load(maxima + index)

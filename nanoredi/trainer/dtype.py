@@ -13,14 +13,14 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype that "float32", "bfloat16" or "auto" means on a device; auto is bfloat16 if it has units for that.
 
     Raises:
-        UserError: for a GPU without Triton, and for bfloat16 on a GPU that does not multiply in it.
+        UserError: for a GPU where Triton does not run, and for bfloat16 on a GPU that does not multiply in it.
     """
     if device.type == "cuda":
         has_units = torch.cuda.get_device_capability(device) >= (8, 0)
-        if triton is None:
+        if lacking := _lacking_for_triton():
             raise UserError(
-                "a GPU's kernels are written in Triton, which is not installed: pip install triton, or leave the GPU "
-                "alone with CUDA_VISIBLE_DEVICES="
+                f"a GPU's kernels are written in Triton, which {lacking}, or leave the GPU alone with "
+                "CUDA_VISIBLE_DEVICES="
             )
         if name == "bfloat16" and not has_units:
             raise UserError(
@@ -33,6 +33,17 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if has_units else torch.float32
+
+
+def _lacking_for_triton() -> str | None:
+    """What keeps Triton from running, and what would help."""
+    if triton is None:
+        return "is not installed: pip install triton"
+    try:
+        triton.runtime.driver.active  # noqa: B018  on first use it is compiled for this machine's Python and driver
+    except Exception as error:  # there is one for each of a compiler, Python.h and libcuda.so
+        return f"cannot be set up ({error}): install gcc and Python's header files"
+    return None
 
 
 def device_alone() -> torch.device:

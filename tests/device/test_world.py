@@ -88,7 +88,8 @@ def card(monkeypatch):
     def card(capability: tuple[int, int], triton: bool) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-        monkeypatch.setattr(dtype, "triton", SimpleNamespace() if triton else None)
+        runtime = SimpleNamespace(driver=SimpleNamespace(active="a driver"))
+        monkeypatch.setattr(dtype, "triton", SimpleNamespace(runtime=runtime) if triton else None)
 
     return card
 
@@ -108,6 +109,20 @@ def test_a_gpu_without_triton_is_refused(card, name):
     card((9, 0), triton=False)
     with pytest.raises(UserError, match="Triton, which is not installed: pip install triton"):
         compute_dtype(name, GPU)
+
+
+def test_a_gpu_whose_machine_has_no_compiler_is_refused(card):
+    """Triton's driver is compiled on first use: images without a compiler are common."""
+    card((9, 0), triton=True)
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("no C compiler")
+
+    dtype.triton.runtime.driver = Driver()
+    with pytest.raises(UserError, match=r"Triton, which cannot be set up \(no C compiler\): install gcc and Python's"):
+        compute_dtype("auto", GPU)
 
 
 @pytest.mark.parametrize("theirs", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
