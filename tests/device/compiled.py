@@ -15,10 +15,12 @@ from triton.runtime.jit import JITFunction
 TARGETS = (80, 90, 100)  # A100, H100, B200
 
 
-def compiled(launches: list[tuple[JITFunction, tuple, dict]]) -> dict[str, dict[str, dict[str, int]]]:
+def compiled(
+    launches: list[tuple[JITFunction, tuple, dict]], targets: tuple[int, ...] = TARGETS
+) -> dict[str, dict[str, dict[str, int]]]:
     """[kernel][sm_...] -> registers a thread, bytes of shared memory, and bytes of stack, to which registers spill."""
     found: dict[str, dict[str, dict[str, int]]] = {}
-    for target in TARGETS:
+    for target in targets:
         driver.set_active(_Device(target))
         for kernel, args, kwargs in launches:
             binary = kernel._compile(*args, grid=(1,), warmup=True, **kwargs)

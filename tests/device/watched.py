@@ -169,6 +169,28 @@ def prefill() -> dict:
     return {**watched(watch), "result": [str(hidden.device), list(hidden.shape)]}
 
 
+def of_one() -> list:
+    """The launches of a step and of a decode step where numbers are 1 that Triton then takes for constants: one token of
+    one sequence, one key-value head, one row, one page."""
+    config = replace(SIZES, vocab_size=41, hidden_size=48, intermediate_size=96, max_position_embeddings=256)
+    config = replace(config, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    first = len(launches)
+    with fake:
+        model = in_bf16(lambda: Qwen2(config))
+        row, cu_seqlens = (
+            torch.zeros(n, dtype=dtype, device="cuda") for n, dtype in ((1, torch.int64), (2, torch.int32))
+        )
+        for loss in (
+            lambda: model.loss(row, row, cu_seqlens, row, row.float(), row, 1)[0],
+            lambda: model.logprobs(row, row, row.float(), row, row, cu_seqlens, 1).sum(),
+        ):
+            loss().backward()
+        with torch.inference_mode():
+            sampling = Sampler(model.pack(), [1], SamplingConfig(cache_gb=0.001, batch_size=1, top_p=0.9, top_k=5))
+            sampling._advance(row, row.double(), 1)
+    return launches[first:]
+
+
 def mistakes() -> dict:
     """What a step must not do, and one thing that it may: "wrong" lists those that the watch or the device notices."""
     there, here, late = (lambda: torch.ones(3, device="cuda")), (lambda: torch.ones(3)), {"non_blocking": True}
@@ -231,4 +253,5 @@ dispatch._import_package = lambda device_type: None if device_type == "cpu" else
 F.scaled_dot_product_attention = lambda q, *_, **__: q.clone()  # which kernel it is the device's libraries decide
 if __name__ == "__main__":
     found = {name: case() for name, case in CASES.items()}
-    json.dump({"steps": found, "compiled": compiled(launches)}, sys.stdout)
+    made = compiled(launches)
+    json.dump({"steps": found, "compiled": made, "of one": compiled(of_one(), (90,))}, sys.stdout)
