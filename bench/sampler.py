@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from allowance import allowance  # noqa: E402
 from fresh import figures  # noqa: E402
 
 from nanoredi.config import SamplingConfig  # noqa: E402
+from nanoredi.kernels.paged_attention import SPAN  # noqa: E402
 from nanoredi.model.config import Qwen2Config  # noqa: E402
 from nanoredi.model.qwen2 import Qwen2  # noqa: E402
 from nanoredi.sampler.sampler import Sampler  # noqa: E402
@@ -112,12 +114,11 @@ def nanoredi(
     sampler = Sampler(model, [], settings)
 
     def warm_up() -> None:
-        # Ever fewer rows, so that a GPU's graphs are captured at every batch size; then ever longer ones.
+        # Ever fewer rows: a CPU has a kernel for each number of them.
         lengths = [3 + int(2 * math.log2(size.batch_size / (row + 1))) for row in range(size.batch_size)]
         list(sampler.run([Request([1] * 8, max_tokens=n, key=row) for row, n in enumerate(lengths)]))
-        longest = size.prompt[1] + size.completion[1]
-        for length in [8 << i for i in range(longest.bit_length())] if ON_GPU else []:
-            list(sampler.run([Request([1] * min(length, longest), max_tokens=2)]))
+        if sampler.graphs:
+            capture_all(sampler.graphs, size.prompt[1] + size.completion[1])
 
     def run() -> int:
         sampler.add(requests_of(size))
@@ -136,6 +137,15 @@ def nanoredi(
                 return sum(len(request.tokens) for request in ended)
 
     return run, warm_up
+
+
+def capture_all(graphs: Any, longest: int) -> None:
+    """Capture the graphs of all numbers of rows, and of all lengths up to the longest one, with padding rows alone."""
+    sizes = {len(graphs.padded(np.zeros(rows, dtype=np.int64))) for rows in range(1, graphs.batch_size + 1)}
+    with torch.inference_mode():
+        for rows in sorted(sizes, reverse=True):
+            for length in range(1, longest + 1, SPAN):
+                graphs(np.full(rows, graphs.batch_size), np.zeros(rows), length)
 
 
 def generate(folder: str, size: Size, dtype: torch.dtype, profiled: bool) -> tuple[Callable[[], int], Callable]:

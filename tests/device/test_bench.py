@@ -4,11 +4,15 @@ import importlib.metadata
 import json
 import re
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from forks import ended
 
 from bench import device
+from nanoredi.cuda.graphs import Graphs
 
 STEPS = {"kind": "steps", "size": "toy pairs", "method": "nanoredi", "attention": "FlashAttention-2"}
 
@@ -112,6 +116,20 @@ def test_tests_that_cannot_begin_say_why(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "in_time", lambda command, limit: run([sys.executable, "-m", "no_pytest"], limit))
     row = device.row_of({"kind": "tests"}, tmp_path / "model", False, 1000.0)
     assert row["note"].endswith("No module named no_pytest")
+
+
+@pytest.mark.parametrize("full_size, expected", [(True, 1), (False, 11)])
+def test_no_graph_is_left_to_be_captured_while_it_is_timed(full_size, expected, monkeypatch):
+    def capture(self, num_rows, _):
+        static = torch.zeros(2, num_rows, dtype=torch.int64)
+        return SimpleNamespace(replay=lambda: None), static, None
+
+    monkeypatch.setattr(Graphs, "_capture", capture)
+    graphs = Graphs(torch.zeros(2), None, (100, 16, 256), full_size)
+    device.sampler.capture_all(graphs, 2_848)
+    rows = {len(graphs.padded(np.zeros(n, dtype=np.int64))) for n in range(1, 101)}
+    assert graphs.captured.keys() == {(n, graphs.columns(m)) for n in rows for m in range(1, 2_849)}
+    assert len(rows) == expected and len(graphs.captured) == 3 * expected
 
 
 def test_the_tables_hold_every_row(tmp_path):
