@@ -127,20 +127,12 @@ if triton is not None:
         partial = memory_for(q, num_spans) if num_spans > 1 else (out, out, out)
         tensors = q.contiguous(), keys, values, page_table.contiguous(), lengths, *partial
         sizes = {"SIZE": size, "SPAN": SPAN}
-        _decode_kernel[(num_rows, num_kv_heads, num_spans)](
-            *tensors,
-            size**-0.5,
-            num_columns,
-            GROUP=group,
-            PAGE=page_size,
-            # At least the smallest size that tl.dot takes.
-            GROUP_BLOCK=max(16, triton.next_power_of_2(group)),
-            SIZE_BLOCK=max(16, triton.next_power_of_2(size)),
-            BLOCK=_BLOCK,
-            ALONE=num_spans == 1,
-            num_warps=4,
-            **sizes,
-        )
+        # tl.dot takes no block smaller than 16.
+        group_block, size_block = (max(16, triton.next_power_of_2(n)) for n in (group, size))
+        blocks = {"GROUP_BLOCK": group_block, "SIZE_BLOCK": size_block, "BLOCK": _BLOCK}
+        constants = {"GROUP": group, "PAGE": page_size, **blocks, "ALONE": num_spans == 1, **sizes}
+        programs = num_rows, num_kv_heads, num_spans
+        _decode_kernel[programs](*tensors, size**-0.5, num_columns, **constants, num_warps=4)
         if num_spans > 1:
             _combine_kernel[(num_rows, num_heads)](out, lengths, *partial, num_spans, num_warps=1, **sizes)
         return out

@@ -42,7 +42,7 @@ def _lacking_for_triton() -> str | None:
     try:
         triton.runtime.driver.active  # noqa: B018  on first use it is compiled for this machine's Python and driver
     except Exception as error:  # there is one for each of a compiler, Python.h and libcuda.so
-        return f"cannot be set up ({error}): install gcc and Python's header files"
+        return f"cannot be set up ({error}): install a compiler and Python's header files"
     return None
 
 

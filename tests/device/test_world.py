@@ -121,7 +121,9 @@ def test_a_gpu_whose_machine_has_no_compiler_is_refused(card):
             raise RuntimeError("no C compiler")
 
     dtype.triton.runtime.driver = Driver()
-    with pytest.raises(UserError, match=r"Triton, which cannot be set up \(no C compiler\): install gcc and Python's"):
+    with pytest.raises(
+        UserError, match=r"Triton, which cannot be set up \(no C compiler\): install a compiler and Python's"
+    ):
         compute_dtype("auto", GPU)
 
 
