@@ -5,7 +5,6 @@ are here. As in attention.py a forward pass is given an `attend` that every bloc
 of the new tokens into the pool, and lets each attend to itself and to all tokens before it in its row.
 """
 
-import inspect
 import math
 import mmap
 from collections.abc import Callable, Sequence
@@ -111,11 +110,10 @@ def paged_prefill(q: Tensor, keys: Tensor, values: Tensor, page_table: Tensor, e
 
 
 def _reads_pages(dtype: torch.dtype, page_size: int, head_dim: int) -> bool:
-    """Whether torch's flash attention can read the pages: since torch 2.12, in half precision, and for FlashAttention-2
-    if the page size is a multiple of 256."""
-    if dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or page_size % 256:
-        return False
-    return "block_table" in inspect.signature(varlen_attn()).parameters
+    """Whether torch's flash attention can read the pages: in half precision, for FlashAttention-2 if the page size is a
+    multiple of 256, and since torch 2.13, because that of 2.12 refuses num_splits."""
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return is_half and not head_dim % 8 and not page_size % 256 and torch.__version__ >= "2.13"
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:

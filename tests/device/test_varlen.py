@@ -10,6 +10,7 @@ import tiny
 import torch
 from dense import qkv
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from nanoredi.kernels import dispatch
 from nanoredi.model import attention, qwen2
@@ -179,6 +180,15 @@ def test_a_prompt_s_chunks_attend_by_one_call_of_the_kernel(flash, monkeypatch):
         calls.clear()
         for place, out in got.items():
             torch.testing.assert_close(out, plain[place], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "version, reads", [("2.11.0", False), ("2.12.1", False), ("2.13.0", True), ("2.14.1+cu130", True)]
+)
+def test_pages_are_read_where_the_kernel_may_be_told_not_to_split_rows(version, reads, monkeypatch):
+    """torch 2.12 has pages, but its FlashAttention-2 raises "num_splits requires FA3"."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    assert kv_cache._reads_pages(torch.bfloat16, 256, 64) == reads
 
 
 def _counted(computed: list, compute, *inputs: Tensor) -> Tensor:
