@@ -26,7 +26,8 @@ PARTS = {"instruction": ("instruction", "input", "context"), "question": ("conte
 _ANSWERS = ("completion", "output", "response", "generation", "generated_solution")  # the first is sample.py's
 _VERDICTS = ("label", "correct", "is_correct", "kto_tag", "loss", "train", "training")  # false: not to be learned
 # Fields that belong to a row's prompt, and that no prompt shows.
-UNSHOWN = "tools functions images videos audios documents history initial_reason_steps chat_template_kwargs".split()
+UNSHOWN = "tools functions documents choices options history initial_reason_steps chat_template_kwargs".split()
+UNSHOWN += "image images video videos audio audios".split()
 
 
 def user_message(text: str) -> Messages:

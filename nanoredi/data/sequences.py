@@ -25,7 +25,7 @@ from nanoredi.data.messages import SIDES, Messages, conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
 
 # Part of the cache's key: raise it when the same rows become other sequences, or are refused.
-_RULES = 9
+_RULES = 10
 
 
 class Sequence(NamedTuple):

@@ -227,7 +227,7 @@ def test_a_separate_system_message_comes_first():
     for row in (WHOLE, {"prompt": "Q", "chosen": "B", "rejected": "C"}):
         assert pair("here", {"system": "S", **row})[0] == [system, TURNS[0]]
         assert pair("here", {"system": None, "system_prompt": "S", **row})[0] == [system, TURNS[0]]
-        for unshown in ("tools", "functions", "images", "history", "initial_reason_steps"):
+        for unshown in ("tools", "images", "image", "choices", "options", "history", "initial_reason_steps"):
             with pytest.raises(UserError, match=f"here has {unshown!r}, which prompts do not show"):
                 pair("here", {unshown: [{"name": "f"}], **row})
         assert pair("here", {"system": None, **row})[0] == TURNS[:1]
