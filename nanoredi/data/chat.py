@@ -142,11 +142,11 @@ class Chat:
             remarks.add(_REWRITTEN)
         return written
 
-    def opened(self, prompt: Messages, response: str) -> str:
-        """A response that was sampled from a prompt, with the <think> that the template may have opened for it."""
+    def opened(self, prompt: Messages, responses: list[str]) -> list[str]:
+        """Responses that were sampled from a prompt, with the <think> that the template may have opened for them."""
         _, mark, space = self.prompt(prompt).rpartition(_THINK)
-        opens = mark and not space.strip() and response.strip() and not response.lstrip().startswith(_THINK)
-        return mark + space + response if opens else response
+        opening = "" if space.strip() else mark + space
+        return [text if not text.strip() or text.lstrip().startswith(_THINK) else opening + text for text in responses]
 
     def is_blank(self, answer: dict[str, Any]) -> bool:
         """Whether an answer is empty but for the template's own header and end."""
