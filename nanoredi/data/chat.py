@@ -191,7 +191,7 @@ class Chat:
             known = role in ("user", "assistant") or role in source + text.replace(content, "").lower()
             # A template may trim or change what it shows; a placeholder tells whether it shows anything.
             marked = [*messages[:i], {**message, "content": _ANSWER}, *messages[i + 1 :]]
-            if known and (role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)):
+            if known and (content.strip() in text or _ANSWER in self._tried(marked)):
                 continue
             roles = [one for one in ("system", "user", "assistant", "tool") if one in source and one != role]
             hint = f"; it handles the roles {', '.join(roles)}" if roles else ""

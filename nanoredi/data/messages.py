@@ -65,7 +65,8 @@ def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(message.get("role"), str):
         raise UserError(f"{problem} has no role")
     message["role"] = _ROLES.get(message["role"], message["role"])
-    if message.get("tool_calls") or message.get("function_call"):
+    # Templates may ask whether there is such a field, though it is empty, as tables write it.
+    if message.pop("tool_calls", None) or message.pop("function_call", None):
         raise UserError(f"{problem} ({message['role']}) has tool_calls, which are not learned")
     content = message.get("content")
     if isinstance(content, list) and all(map(_is_text, content)):

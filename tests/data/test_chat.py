@@ -202,6 +202,17 @@ def test_a_message_that_the_template_skips_is_refused(chats, name, before, words
         chats[name].prompt(before)
 
 
+def test_an_earlier_answer_that_the_template_skips_is_refused(tmp_path):
+    """Its thinking may be dropped."""
+    template = QWEN3.replace("<|im_start|>{{ m.role", "{% if m.name %}{% continue %}{% endif %}<|im_start|>{{ m.role")
+    tokenizer = Tokenizer(small_folder(tmp_path, template))
+    earlier = answered({"content": TRACE, "name": "x"})
+    with pytest.raises(UserError, match="does not show message 2, whose role is 'assistant', as such"):
+        tokenizer.prompt([*earlier, *user_message("R")])
+    del earlier[1]["name"]
+    assert "assistant\nB<|im_end|>" in tokenizer.prompt([*earlier, *user_message("R")])
+
+
 def test_a_role_that_the_template_shows_as_another_is_refused(tmp_path):
     template = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{% else %}<|im_end|>{% endif %}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="message 1, whose role is 'developer'"):

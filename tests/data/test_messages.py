@@ -21,6 +21,7 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"messages": SHAREGPT},
         {"messages": PARTS},
         {"messages": [{**turn, "tool_calls": None, "name": None} for turn in TURNS]},
+        {"messages": [{**turn, "tool_calls": [], "function_call": ""} for turn in TURNS]},
         {"prompt": "Q", "completion": "B"},
         {"prompt": TURNS[:1], "completion": TURNS[1:]},
         {"question": "Q", "completion": "B", "label": True},
