@@ -69,7 +69,7 @@ class Chat:
         plain = self.end[: min(places, default=None)]
         self.stop_text = plain if plain.strip() else ""
         named = (eos, special.get("pad_token"))
-        ends = {mark for mark in marks if mark in self.end or mark in named} | {self.stop_text}
+        ends = {mark for mark in marks if mark in self.end or mark in named} | {self.stop_text, self.end}
         self._ends = sorted({end.rstrip() for end in ends} - {""})
 
     def prompt(self, messages: Messages, think: bool = False) -> str:

@@ -124,6 +124,15 @@ def test_the_template_s_end_is_written_once(chats, name, ends):
             assert chats[name].split(answered("B" + end + padding)) == chats[name].split(answered("B"))
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>\n<|im_start|>assistant\n", " <|im_end|>"])
+def test_the_whole_end_of_a_template_is_written_once(tmp_path, end):
+    """Hammer's template begins another answer after each message; Mistral's has a space before its token."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
+    tokenizer = Tokenizer(small_folder(tmp_path, template))
+    for begun in (end, end.rstrip(), "<|im_end|>"):
+        assert tokenizer.split(answered("B" + begun)) == tokenizer.split(answered("B"))
+
+
 def test_a_white_space_token_is_not_an_end():
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '<e>\\n' if m.role == 'assistant' }}{% endfor %}"
     chat = Chat(source, "x", {}, ["<e>", "\n"])
