@@ -12,8 +12,8 @@ from nanoredi.common.errors import UserError
 from nanoredi.data.messages import THINKING_NAMES, Messages, folded, user_message
 from nanoredi.data.template import Template
 
-# Placeholders for an answer and its thinking, to find out what a template does with them.
-_ANSWER, _THOUGHTS = "\ue000answer\ue001", "\ue000thoughts\ue001"
+# Placeholders for a question, an answer and its thinking, to find out what a template does with them.
+_QUESTION, _ANSWER, _THOUGHTS = "\ue000question\ue001", "\ue000answer\ue001", "\ue000thoughts\ue001"
 _THINK, _THOUGHT = "<think>", "</think>"
 # What split() reports, each with the number of rows that it is true of.
 _ENDED = "rows have an answer with the template's own header or end: it is not doubled"
@@ -40,18 +40,20 @@ class Chat:
             if that is nothing but white space.
 
     Raises:
-        UserError: from the constructor, for a template that is broken or does not show an answer exactly once.
+        UserError: from the constructor, for a template that is broken or does not show a question and then its answer, once.
     """
 
     def __init__(self, source: str, name: str, special: dict[str, str], marks: list[str]):
         self._label, self._special, self._marks = f"the chat template of {name}", special, marks
         self._template = Template(source, name)
         self._takes_thinking = True
-        question, answer = user_message("1"), {"role": "assistant", "content": _ANSWER}
-        parts = self._rendered([*question, answer]).split(_ANSWER)
-        if len(parts) != 2:
-            raise UserError(f"{self._label} shows the last answer {len(parts) - 1} times; it must show it once")
-        self.end = parts[1]
+        question, answer = user_message(_QUESTION), {"role": "assistant", "content": _ANSWER}
+        asked, *ends = self._rendered([*question, answer]).split(_ANSWER)
+        if len(ends) != 1:
+            raise UserError(f"{self._label} shows the last answer {len(ends)} times; it must show it once")
+        if _QUESTION not in asked:
+            raise UserError(f"{self._label} shows an answer without its question; it must show all messages")
+        [self.end] = ends
         thinking = {**answer, "reasoning_content": _THOUGHTS}
         self._takes_thinking = _THOUGHTS in self._tried([*question, thinking])
         self._shows_all = (text := folded(thinking)["content"]) in self._tried([{**answer, "content": text}])
