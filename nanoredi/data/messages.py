@@ -76,6 +76,7 @@ def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
     thinking = next((value for name in THINKING_NAMES if (value := message.pop(name, None))), "")
     if not isinstance(thinking, str):
         raise UserError(f"{problem} ({message['role']}): its thinking is no text")
+    thinking = re.sub(r"^\s*<think>|</think>\s*$", "", thinking)  # templates write these around it
     return message | ({"reasoning_content": thinking} if thinking.strip() else {})
 
 

@@ -86,6 +86,8 @@ def test_thinking_beside_the_content_is_thinking(chats, name, field):
     assert completion({"content": "B", field: "C"}) != completion(TRACE)
     assert completion({"content": "B", field: None}) == completion("B")
     assert completion({"content": TRACE, field: "A"}) == completion(TRACE)
+    for tagged in ("<think>\nA\n</think>\n\n", "<think>A", "A\n</think>"):
+        assert completion({"content": "B", field: tagged}) == completion(TRACE)
     # Thinking is not dropped if the answer repeats it.
     assert completion({"content": "A, so B", field: "A"}) == completion("<think>\nA\n</think>\n\nA, so B")
 
