@@ -179,11 +179,10 @@ def _swapped(spool: Spool, flags: PrepareFlags) -> Iterator[bytes]:
 
 
 def _summary(counts: dict[str, int]) -> str:
-    """The gates' counts up to stage 1's, or the overlaps: where all rows were lost."""
+    """The counts of stage 1's gates, or the overlaps: where all rows were lost."""
     if counts[SFT_GATE]:
         return f"all {counts[SFT_GATE]:,} overlap with a benchmark"
-    gates = list(counts)
-    return ", ".join(f"{counts[gate]:,} {gate}" for gate in gates[: gates.index(SFT_GATE) + 1])
+    return ", ".join(f"{count:,} {gate}" for gate, count in counts.items() if not gate.startswith("pairs: "))
 
 
 def table(counts: dict[str, int]) -> str:

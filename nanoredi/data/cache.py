@@ -42,8 +42,7 @@ def cached(
     damaged = folder.exists() and not _is_whole(folder)
     if damaged or not folder.exists():
         remove_leftovers(Path(cache))
-        if damaged:
-            remove(folder)
+        remove(folder)  # if it is damaged
         try:
             with writing(folder) as made:
                 made.mkdir()

@@ -12,8 +12,8 @@ from nanoredi.common.errors import UserError
 from nanoredi.data.messages import THINKING_NAMES, Messages, folded, user_message
 from nanoredi.data.template import Template
 
-# Placeholders for an answer and its thinking, to find out what a template does with them.
-_ANSWER, _THOUGHTS = "\ue000answer\ue001", "\ue000thoughts\ue001"
+# Placeholders for a question, an answer and its thinking, to find out what a template does with them.
+_QUESTION, _ANSWER, _THOUGHTS = "\ue000question\ue001", "\ue000answer\ue001", "\ue000thoughts\ue001"
 _THINK, _THOUGHT = "<think>", "</think>"
 # What split() reports, each with the number of rows that it is true of.
 _ENDED = "rows have an answer with the template's own header or end: it is not doubled"
@@ -40,18 +40,20 @@ class Chat:
             if that is nothing but white space.
 
     Raises:
-        UserError: from the constructor, for a template that is broken or does not show an answer exactly once.
+        UserError: from the constructor, for a template that is broken or does not show a question and then its answer, once.
     """
 
     def __init__(self, source: str, name: str, special: dict[str, str], marks: list[str]):
         self._label, self._special, self._marks = f"the chat template of {name}", special, marks
         self._template = Template(source, name)
         self._takes_thinking = True
-        question, answer = user_message("1"), {"role": "assistant", "content": _ANSWER}
-        parts = self._rendered([*question, answer]).split(_ANSWER)
-        if len(parts) != 2:
-            raise UserError(f"{self._label} shows the last answer {len(parts) - 1} times; it must show it once")
-        self.end = parts[1]
+        question, answer = user_message(_QUESTION), {"role": "assistant", "content": _ANSWER}
+        asked, *ends = self._rendered([*question, answer]).split(_ANSWER)
+        if len(ends) != 1:
+            raise UserError(f"{self._label} shows the last answer {len(ends)} times; it must show it once")
+        if _QUESTION not in asked:
+            raise UserError(f"{self._label} shows an answer without its question; it must show all messages")
+        [self.end] = ends
         thinking = {**answer, "reasoning_content": _THOUGHTS}
         self._takes_thinking = _THOUGHTS in self._tried([*question, thinking])
         self._shows_all = (text := folded(thinking)["content"]) in self._tried([{**answer, "content": text}])
@@ -69,7 +71,7 @@ class Chat:
         plain = self.end[: min(places, default=None)]
         self.stop_text = plain if plain.strip() else ""
         named = (eos, special.get("pad_token"))
-        ends = {mark for mark in marks if mark in self.end or mark in named} | {self.stop_text}
+        ends = {mark for mark in marks if mark in self.end or mark in named} | {self.stop_text, self.end}
         self._ends = sorted({end.rstrip() for end in ends} - {""})
 
     def prompt(self, messages: Messages, think: bool = False) -> str:
@@ -142,11 +144,11 @@ class Chat:
             remarks.add(_REWRITTEN)
         return written
 
-    def opened(self, prompt: Messages, response: str) -> str:
-        """A response that was sampled from a prompt, with the <think> that the template may have opened for it."""
+    def opened(self, prompt: Messages, responses: list[str]) -> list[str]:
+        """Responses that were sampled from a prompt, with the <think> that the template may have opened for them."""
         _, mark, space = self.prompt(prompt).rpartition(_THINK)
-        opens = mark and not space.strip() and response.strip() and not response.lstrip().startswith(_THINK)
-        return mark + space + response if opens else response
+        opening = "" if space.strip() else mark + space
+        return [text if not text.strip() or text.lstrip().startswith(_THINK) else opening + text for text in responses]
 
     def is_blank(self, answer: dict[str, Any]) -> bool:
         """Whether an answer is empty but for the template's own header and end."""
@@ -191,7 +193,7 @@ class Chat:
             known = role in ("user", "assistant") or role in source + text.replace(content, "").lower()
             # A template may trim or change what it shows; a placeholder tells whether it shows anything.
             marked = [*messages[:i], {**message, "content": _ANSWER}, *messages[i + 1 :]]
-            if known and (role == "assistant" or content.strip() in text or _ANSWER in self._tried(marked)):
+            if known and (content.strip() in text or _ANSWER in self._tried(marked)):
                 continue
             roles = [one for one in ("system", "user", "assistant", "tool") if one in source and one != role]
             hint = f"; it handles the roles {', '.join(roles)}" if roles else ""

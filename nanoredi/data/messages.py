@@ -26,7 +26,8 @@ PARTS = {"instruction": ("instruction", "input", "context"), "question": ("conte
 _ANSWERS = ("completion", "output", "response", "generation", "generated_solution")  # the first is sample.py's
 _VERDICTS = ("label", "correct", "is_correct", "kto_tag", "loss", "train", "training")  # false: not to be learned
 # Fields that belong to a row's prompt, and that no prompt shows.
-UNSHOWN = "tools functions images videos audios documents history initial_reason_steps chat_template_kwargs".split()
+UNSHOWN = "tools functions documents choices options history initial_reason_steps chat_template_kwargs".split()
+UNSHOWN += "image images video videos audio audios".split()
 
 
 def user_message(text: str) -> Messages:
@@ -64,7 +65,8 @@ def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(message.get("role"), str):
         raise UserError(f"{problem} has no role")
     message["role"] = _ROLES.get(message["role"], message["role"])
-    if message.get("tool_calls") or message.get("function_call"):
+    # Templates may ask whether there is such a field, though it is empty, as tables write it.
+    if message.pop("tool_calls", None) or message.pop("function_call", None):
         raise UserError(f"{problem} ({message['role']}) has tool_calls, which are not learned")
     content = message.get("content")
     if isinstance(content, list) and all(map(_is_text, content)):
@@ -74,6 +76,7 @@ def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
     thinking = next((value for name in THINKING_NAMES if (value := message.pop(name, None))), "")
     if not isinstance(thinking, str):
         raise UserError(f"{problem} ({message['role']}): its thinking is no text")
+    thinking = re.sub(r"^\s*<think>|</think>\s*$", "", thinking)  # templates write these around it
     return message | ({"reasoning_content": thinking} if thinking.strip() else {})
 
 

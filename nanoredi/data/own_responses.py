@@ -9,10 +9,10 @@ The problem is `problem`, `question` or `prompt` (text or messages), or `message
 
 import json
 from collections.abc import Iterable, Iterator
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any
 
-from nanoredi.common.errors import UserError
+from nanoredi.common.errors import UserError, naming
 from nanoredi.common.files import check
 from nanoredi.data.benchmarks import GOLDS, golds_of
 from nanoredi.data.filters import say_dropped
@@ -36,19 +36,21 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
     Raises:
         UserError: naming what is missing or malformed.
     """
-    generations = check(where, row.get("generations") or [], [(str, None)], "generations")
+    generations = [text or "" for text in check(where, row.get("generations") or [], [(str, None)], "generations")]
     if not generations and row.get("completion") is not None:
         raise UserError(f"{where} has a 'completion', unlike the rows before it, which have 'generations'")
     # As in the raw set, a row whose problem is null or empty is stopped by a gate.
     prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else prompt_of(where, row)
-    generations = [tokenizer.opened(prompt, text) if prompt and text else text for text in generations]
+    if prompt:
+        with naming(where):
+            generations = tokenizer.opened(prompt, generations)
     correct = row.get("correct")
     if grading:
         golds = _golds(where, row)
         # A truncated response never came to an end, so it is not to be learned as correct, whatever it boxed.
         reasons = check(where, row.get("finish_reasons") or [], list, "finish_reasons")
         cut = {i for i, reason in enumerate(reasons) if reason == "length"}
-        graded = (bool(text) and i not in cut and grade(text, golds) for i, text in enumerate(generations))
+        graded = (i not in cut and grade(text, golds) for i, text in enumerate(generations))
         correct = [*graded] if golds else None  # without an answer there are no labels, and a gate stops the row
     elif not isinstance(correct, list) or not all(isinstance(one, bool) for one in correct):
         raise UserError(f"{where}: 'correct' must say true or false of each response; or let --grade label the row")
@@ -95,9 +97,9 @@ def gathered(spool: Spool) -> Iterator[tuple[str, Row]]:
     """The spool's problems as raw rows, in the order of their first responses, each with its first response's place."""
     for _, group in groupby(map(json.loads, spool.lines()), key=lambda row: row["number"]):
         rows = list(group)
-        generations, correct = ([row[name] for row in rows] for name in ("generations", "correct"))
-        labels = None if None in correct else list(chain.from_iterable(correct))
-        yield rows[0]["where"], rows[0] | {"generations": list(chain.from_iterable(generations)), "correct": labels}
+        # Without a gold answer, `correct` is None in all rows of the problem.
+        joined = {name: [one for row in rows for one in row[name] or ()] for name in ("generations", "correct")}
+        yield rows[0]["where"], rows[0] | joined
 
 
 def _golds(where: str, row: Row) -> list[str] | None:

@@ -25,7 +25,7 @@ from nanoredi.data.messages import SIDES, Messages, conversation, pair
 from nanoredi.data.tokenizer import Tokenizer
 
 # Part of the cache's key: raise it when the same rows become other sequences, or are refused.
-_RULES = 9
+_RULES = 10
 
 
 class Sequence(NamedTuple):
@@ -72,11 +72,10 @@ class TokenData:
     def row(self, i: int) -> tuple[Sequence, ...]:
         """The sequences of row i, one for each side."""
         sequences = []
-        for place, side in enumerate(self.sides):
-            j = i * len(self.sides) + place
+        for j, side in enumerate(self.sides, i * len(self.sides)):
             part = slice(*self.offsets[j : j + 2])
             name = f"row {i + 1} of {self.path}" + (f", {side}" if len(self.sides) > 1 else "")
-            reference = 0.0 if self.reference is None else float(self.reference[i, place])
+            reference = 0.0 if self.reference is None else float(self.reference.flat[j])
             weight = float(self.row_weights[j])
             side = "rejected" if weight < 0 else side
             sequences.append(Sequence(self.tokens[part], self.learned[part], name, side, weight, reference))

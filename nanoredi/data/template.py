@@ -5,18 +5,15 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from nanoredi.common.errors import UserError
 
-_lock = threading.Lock()
-
 
 class Template:
-    """A Jinja template.
+    """A Jinja template. Only one thread may use templates: a worker answers one request after the other.
 
     Args:
         source: the template's text.
@@ -28,8 +25,7 @@ class Template:
 
     def __init__(self, source: str, name: str):
         self.source, self.name = source, name
-        with _lock:
-            _, answer = _worker(source, os.getpid())
+        _, answer = _worker(source, os.getpid())
         if isinstance(answer, str):
             raise UserError(f"the chat template of {name} is broken: {answer}")
 
@@ -39,9 +35,8 @@ class Template:
         Raises:
             UserError: when the template refuses them, fails, or needs too much time or memory.
         """
-        with _lock:
-            process, _ = _worker(self.source, os.getpid())
-            answer = _ask(process, jobs)
+        process, _ = _worker(self.source, os.getpid())
+        answer = _ask(process, jobs)
         if isinstance(answer, str):
             raise UserError(f"the chat template of {self.name} refuses the messages: {answer}")
         return answer

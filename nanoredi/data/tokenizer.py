@@ -24,7 +24,7 @@ _FILES = (
     "chat_template.jinja"
 ).split()
 _SPECIAL = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-_TOKEN = (str, {"content?": (str, None)}, None)  # the shapes of a token in tokenizer_config.json
+_TOKEN = (str, {"content": str}, None)  # the shapes of a token in tokenizer_config.json
 T = TypeVar("T")
 
 
@@ -56,10 +56,9 @@ class Tokenizer(Chat):
         special: dict[str, str] = {}
         for path in [older] * older.exists() + [self._config_file]:
             config = check(str(path), read_json(path), {f"{name}?": _TOKEN for name in _SPECIAL})
-            tokens = {name: config.get(name) for name in _SPECIAL}
-            texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
             # A token that is null is left out, so a template that uses it writes nothing.
-            special |= {name: text for name, text in texts.items() if text is not None}
+            tokens = {name: config[name] for name in _SPECIAL if config.get(name) is not None}
+            special |= {name: one["content"] if isinstance(one, dict) else one for name, one in tokens.items()}
         self.eos_id = self._id_of("eos_token", special)
         self.pad_id = self._id_of("pad_token", special) if special.get("pad_token") else self.eos_id
         marks = {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}

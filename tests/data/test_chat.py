@@ -86,6 +86,8 @@ def test_thinking_beside_the_content_is_thinking(chats, name, field):
     assert completion({"content": "B", field: "C"}) != completion(TRACE)
     assert completion({"content": "B", field: None}) == completion("B")
     assert completion({"content": TRACE, field: "A"}) == completion(TRACE)
+    for tagged in ("<think>\nA\n</think>\n\n", "<think>A", "A\n</think>"):
+        assert completion({"content": "B", field: tagged}) == completion(TRACE)
     # Thinking is not dropped if the answer repeats it.
     assert completion({"content": "A, so B", field: "A"}) == completion("<think>\nA\n</think>\n\nA, so B")
 
@@ -122,6 +124,15 @@ def test_the_template_s_end_is_written_once(chats, name, ends):
     for end in ends:
         for padding in ("", chats[name].backend.id_to_token(chats[name].pad_id) * 9):
             assert chats[name].split(answered("B" + end + padding)) == chats[name].split(answered("B"))
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>\n<|im_start|>assistant\n", " <|im_end|>"])
+def test_the_whole_end_of_a_template_is_written_once(tmp_path, end):
+    """Hammer's template begins another answer after each message; Mistral's has a space before its token."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
+    tokenizer = Tokenizer(small_folder(tmp_path, template))
+    for begun in (end, end.rstrip(), "<|im_end|>"):
+        assert tokenizer.split(answered("B" + begun)) == tokenizer.split(answered("B"))
 
 
 def test_a_white_space_token_is_not_an_end():
@@ -200,6 +211,17 @@ def test_a_message_that_the_template_skips_is_refused(chats, name, before, words
         chats[name].split(answered("B", *before))
     with pytest.raises(UserError, match=words):
         chats[name].prompt(before)
+
+
+def test_an_earlier_answer_that_the_template_skips_is_refused(tmp_path):
+    """Its thinking may be dropped."""
+    template = QWEN3.replace("<|im_start|>{{ m.role", "{% if m.name %}{% continue %}{% endif %}<|im_start|>{{ m.role")
+    tokenizer = Tokenizer(small_folder(tmp_path, template))
+    earlier = answered({"content": TRACE, "name": "x"})
+    with pytest.raises(UserError, match="does not show message 2, whose role is 'assistant', as such"):
+        tokenizer.prompt([*earlier, *user_message("R")])
+    del earlier[1]["name"]
+    assert "assistant\nB<|im_end|>" in tokenizer.prompt([*earlier, *user_message("R")])
 
 
 def test_a_role_that_the_template_shows_as_another_is_refused(tmp_path):

@@ -21,6 +21,7 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"messages": SHAREGPT},
         {"messages": PARTS},
         {"messages": [{**turn, "tool_calls": None, "name": None} for turn in TURNS]},
+        {"messages": [{**turn, "tool_calls": [], "function_call": ""} for turn in TURNS]},
         {"prompt": "Q", "completion": "B"},
         {"prompt": TURNS[:1], "completion": TURNS[1:]},
         {"question": "Q", "completion": "B", "label": True},
@@ -227,7 +228,7 @@ def test_a_separate_system_message_comes_first():
     for row in (WHOLE, {"prompt": "Q", "chosen": "B", "rejected": "C"}):
         assert pair("here", {"system": "S", **row})[0] == [system, TURNS[0]]
         assert pair("here", {"system": None, "system_prompt": "S", **row})[0] == [system, TURNS[0]]
-        for unshown in ("tools", "functions", "images", "history", "initial_reason_steps"):
+        for unshown in ("tools", "images", "image", "choices", "options", "history", "initial_reason_steps"):
             with pytest.raises(UserError, match=f"here has {unshown!r}, which prompts do not show"):
                 pair("here", {unshown: [{"name": "f"}], **row})
         assert pair("here", {"system": None, **row})[0] == TURNS[:1]

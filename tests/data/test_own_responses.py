@@ -178,6 +178,7 @@ def test_thinking_that_the_template_opened_belongs_to_the_response(tmp_path, tok
             True,
             "line 2: 'prompt' must not end with a message of the assistant",
         ),
+        (response("1", system="S"), True, "line 2: the chat template of .* the toy knows the roles user and assistant"),
         (response("1"), False, "line 1: 'correct' must say true or false of each response; or let --grade label"),
     ],
 )

@@ -141,6 +141,7 @@ def test_templates_in_a_list_and_in_a_file(toy_data, tmp_path):
         ({"chat_template": None}, "has no chat template"),
         ({"chat_template": "{% if %}"}, "chat template of .* is broken"),
         ({"chat_template": "nothing"}, "shows the last answer 0 times"),
+        ({"chat_template": "Q: {{ messages[-1].content }} A:"}, "shows an answer without its question"),
         ({"chat_template": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, "refuses the messages"),
         ({"eos_token": "<nope>"}, "eos_token is '<nope>', which is not in the vocabulary"),
         ({"eos_token": None}, "tokenizer_config.json: eos_token is missing$"),
