@@ -159,7 +159,8 @@ def read_flags(
 def _for_argparse(f: dataclasses.Field) -> dict[str, Any]:
     """argparse's arguments for a field: how many words it takes, and its help with the default in brackets."""
     kind, m = kind_of(f), f.metadata
-    words: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, list: {"nargs": "+"}}.get(kind, {})
+    lists = {"nargs": "+", "action": "extend"}  # --model A --model B is --model A B
+    words: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, list: lists}.get(kind, {})
     default = " ".join(f.default_factory()) if kind is list else str(f.default)
     if m["of"]:
         default = ", ".join(f"{value:g} for {objective}" for objective, value in m["of"].items())
