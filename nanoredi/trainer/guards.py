@@ -163,9 +163,9 @@ def signals(status: Callable[[], str], world: World) -> Iterator[Callable[[], bo
                 time.sleep(seconds)
 
     handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), stop)
-    handlers[signal.SIGUSR1] = lambda *_: say(status())
     heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in heard.items()}
+    signal.signal(signal.SIGUSR1, lambda *_: say(status()))  # it stays, since otherwise it would end an evaluation
     try:
         yield lambda: world.any(bool(asked))
     except Stopped as stopped:

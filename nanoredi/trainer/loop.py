@@ -45,6 +45,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
     run, out = _Run(config, world), Path(config.out)
     steps_an_epoch = num_steps(len(run.data), config.batch_size, 1, 0)
     with signals(run.log.status, world) as asked_to_stop, run.states:
+        world.say(f"kill -USR1 {os.getpid()} prints its status")
         for step in range(run.first, run.total):
             run.optimizer.lr = config.lr * schedule(step, run.total, config.warmup)
             rows = step_rows(step, len(run.data), config.batch_size, config.seed)
@@ -103,7 +104,7 @@ class _Run:
         world.say(
             f"{config.label}: {config.model} ({parameters:,} parameters, {how})\n"
             f"  {len(data):,} rows of {config.data}, {self.total:,} steps of {config.batch_size}, "
-            f"{world.size} rank{'s' if world.size > 1 else ''}\n  kill -USR1 {os.getpid()} prints its status"
+            f"{world.size} rank{'s' if world.size > 1 else ''}"
         )
         self.states, self.guards = States(Path(config.out) / "state", world), Guards(config, world)
         self.first = resume(self.states, model, self.optimizer, self.guards, self.began_with, config.cache)

@@ -199,6 +199,16 @@ def test_a_ctrl_c_that_a_shell_s_background_ignores_stays_ignored(one_rank):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_stage_s_status_may_be_asked_for_after_it(one_rank):
+    child = os.fork()
+    if not child:
+        with signals(lambda: "status", one_rank):
+            pass
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_terminal_that_is_gone_does_not_end_a_run(one_rank):
     child = os.fork()
     if not child:

@@ -20,6 +20,7 @@ from nanoredi.data.sequences import load_pairs
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer import loop
+from nanoredi.trainer.distributed import World
 from nanoredi.trainer.log import Log
 from nanoredi.trainer.loop import train
 
@@ -95,6 +96,20 @@ def test_a_step_fits_a_terminal_of_80_columns(one_rank, tmp_path):
     log.last = log.start + 99 * 3600 * 99_998
     for line in log._lines(row):
         assert len(line) <= 80 and len(line.split()) == 9
+
+
+def test_how_to_ask_for_the_status_is_said_once_that_is_heard(redi, one_rank, monkeypatch):
+    Path(redi.out).mkdir()
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    heard = []
+
+    def say(self, text):
+        if "kill -USR1" in text:
+            heard.append(signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL)
+
+    monkeypatch.setattr(World, "say", say)
+    train(replace(redi, max_steps=1), one_rank)
+    assert heard == [True]
 
 
 def test_a_disk_that_fills_up_under_the_log_loses_no_state(redi, one_rank, monkeypatch):
