@@ -131,12 +131,18 @@ def models_along(run: Path) -> dict[str, Path]:
         raise UserError(f"{run} is not a run's folder: it has no config.toml or no metrics.jsonl")
     stage = tables.get("redi") or tables.get("sft", {})
     start, final = ("SFT", final_name(stage.get("objective", "redi"))) if "redi" in tables else ("start", "final")
-    steps = {path.name: path for path in sorted(run.glob("step-*")) if path.name[5:].isdigit()}
+    steps = {path.name: path for path in saved_steps(run).values()}
     own = {name: path for name, path in {**steps, final: run / "final"}.items() if holds_model(path)}
     if not own:
         raise UserError(f"the run {run} has not saved a model yet")
     before = stage.get("model")
     return {**({start: Path(before)} if before and holds_model(Path(before)) else {}), **own}
+
+
+def saved_steps(folder: Path) -> dict[int, Path]:
+    """{step: folder} of what was saved along a run, its models or its states, from the first step to the last."""
+    found = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdecimal()}
+    return dict(sorted(found.items()))
 
 
 def final_name(objective: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from nanoredi.common.errors import Stopped, UserError
 from nanoredi.common.files import check
+from nanoredi.common.runs import saved_steps
 from nanoredi.config import RediConfig, SftConfig
 from nanoredi.trainer.distributed import World
 from nanoredi.trainer.log import Step
@@ -68,8 +69,8 @@ class Guards:
             )
 
     def _report_collapse(self, number: int) -> None:
-        saved = sorted(path for path in Path(self.config.out).glob("step-*") if path.name[5:].isdigit())
-        good = [path for path in saved if int(path.name[5:]) <= self.collapse.last_good]
+        saved = saved_steps(Path(self.config.out))
+        good = [path for step, path in saved.items() if step <= self.collapse.last_good]
         text = (
             f"COLLAPSE at step {number}: the chosen log-prob has fallen by more than {self.config.collapse_nats:g} and "
             f"falls ever faster. Until step {self.collapse.last_good} all was well; the last model saved by then is "

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nanoredi.common.disk import digest, file_digest, move_into_place, path_beside, remove, remove_leftovers
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json
+from nanoredi.common.runs import saved_steps
 from nanoredi.data.cache import digest_in
 from nanoredi.trainer.distributed import PATIENCE, World
 from nanoredi.trainer.guards import Guards
@@ -141,7 +142,7 @@ class States(contextlib.AbstractContextManager):
                 (temporary / _NOTES).write_text(text, encoding="utf-8")
                 move_into_place(temporary, self.folder / f"step-{step:06d}")
                 with contextlib.suppress(OSError):  # NFS keeps a file that somebody reads
-                    for old in self._steps()[:-KEEP]:
+                    for old in [*saved_steps(self.folder).values()][:-KEEP]:
                         remove(old)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -150,15 +151,12 @@ class States(contextlib.AbstractContextManager):
             raise
         return step
 
-    def _steps(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if path.name[5:].isdigit())
-
     def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
         remove_leftovers(self.folder, locked=True)
         damaged: dict[Path, UserError] = {}
-        for path in reversed(self._steps()):
+        for step, path in reversed(saved_steps(self.folder).items()):
             try:
-                found = path, _notes_of(path)
+                found = path, _notes_of(path, step)
             except UserError as error:
                 damaged[path] = error
                 continue
@@ -213,8 +211,8 @@ def _began_with_before(before: dict[str, str], now: dict[str, str], cache: str) 
     return {}
 
 
-def _notes_of(path: Path) -> dict[str, Any]:
-    """The notes of a state.
+def _notes_of(path: Path, step: int) -> dict[str, Any]:
+    """The notes of the state of a step.
 
     Raises:
         UserError: when the folder is not exactly what was written.
@@ -222,7 +220,7 @@ def _notes_of(path: Path) -> dict[str, Any]:
     kept = check(str(path / _NOTES), read_json(path / _NOTES), _SHAPE)
     if kept.get("digest") not in (None, _digest_of(kept)):  # the first versions' states have none
         raise UserError(f"the training state {path} is damaged ({_NOTES})")
-    if kept["step"] != int(path.name[5:]):
+    if kept["step"] != step:
         raise UserError(f"the training state {path} is that of step {kept['step']}")
     try:
         found = _digests([file for file in path.iterdir() if file.name != _NOTES])
@@ -231,7 +229,7 @@ def _notes_of(path: Path) -> dict[str, Any]:
     wrong = [name for name in sorted({*found, *kept["files"]}) if found.get(name) != kept["files"].get(name)]
     if wrong:
         raise UserError(f"the training state {path} is damaged ({', '.join(wrong)})")
-    return {**kept["notes"], "step": kept["step"]}
+    return {**kept["notes"], "step": step}
 
 
 def _digests(paths: list[Path]) -> dict[str, list]:

@@ -176,6 +176,16 @@ def test_two_states_are_kept_and_the_newest_is_loaded(states):
     assert not list(folder.rglob("*.pkl")) and not list(folder.rglob(".metadata"))
 
 
+def test_the_millionth_state_is_the_newest(states):
+    tensors, folder, world = states
+    (folder / "step-²").mkdir()  # not a number, though a digit
+    later = States(folder, world)
+    for step in (999_999, 1_000_000):
+        later.save(step, tensors, {})
+    later.wait()
+    assert States(folder, world).load(tensors) == {"step": 1_000_000}
+
+
 def test_a_state_is_put_together_a_part_at_a_time(states):
     """A file is in memory as a whole before it is written."""
     sizes = [path.stat().st_size for path in (states[1] / "step-000015").glob("*.safetensors")]
