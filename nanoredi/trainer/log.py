@@ -102,9 +102,10 @@ class Log:
         self.num_lines, self.line = self.num_lines + 1, f"{header}\n{line}"
         self.world.say(self.line if self.num_lines % _HEADER_EVERY == 1 else line)
         for row in rows:
-            if "watch_chosen_logp" in row:
-                chosen, rejected = (_show(row[f"watch_{side}_logp"], ".4f") for side in ("chosen", "rejected"))
-                self.world.say(f"watched pairs after step {row['step']}: chosen {chosen}  rejected {rejected}")
+            for when, words in (("start", "before"), ("watch", "after")):
+                if f"{when}_chosen_logp" in row:
+                    chosen, rejected = (_show(row[f"{when}_{side}_logp"], ".4f") for side in ("chosen", "rejected"))
+                    self.world.say(f"watched pairs {words} step {row['step']}: chosen {chosen}  rejected {rejected}")
             for key, value in row.items():
                 if self.board and value is not None and key != "step":
                     self.board.add_scalar(key, value, row["step"])

@@ -45,7 +45,8 @@ def test_pairs_are_watched_along_the_run(redi, one_rank, tmp_path, toy_data, cap
                 means.append((of_targets.mean().item(), torch.special.entr(lp.exp()).sum(1).mean().item()))
             got = row[f"{when}_{side}_logp"], row[f"{when}_{side}_entropy"]
             assert got == pytest.approx(np.mean(means, axis=0), rel=1e-4)
-    assert "watched pairs after step 2: chosen -" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "watched pairs before step 1: chosen -" in said and "watched pairs after step 2: chosen -" in said
 
 
 def test_a_run_s_files(redi, one_rank, tmp_path, capsys):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from same import assert_same_run, steps_of
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
+from nanoredi.common.disk import path_beside
 from nanoredi.common.errors import Stopped, UserError
 from nanoredi.config import SftConfig
 from nanoredi.model.qwen2 import Qwen2
@@ -212,7 +213,7 @@ def cut(folder):
         lambda folder: next(folder.glob("*.safetensors")).unlink(),
         lambda folder: (folder / "state.json").write_text("{"),
         lambda folder: (folder / "state.json").unlink(),
-        lambda folder: folder.rename(folder.with_suffix(".writing")),
+        lambda folder: folder.rename(path_beside(folder)),
         lambda folder: edit_notes(folder, step=99),
         lambda folder: edit_notes(folder, notes={"skipped": "many"}),
         lambda folder: edit_notes(folder, files=[]),
