@@ -23,6 +23,7 @@ from nanoredi.trainer import loop
 from nanoredi.trainer.distributed import World
 from nanoredi.trainer.log import Log
 from nanoredi.trainer.loop import train
+from nanoredi.trainer.step import train_step
 
 
 def test_pairs_are_watched_along_the_run(redi, one_rank, tmp_path, toy_data, capsys):
@@ -132,9 +133,10 @@ def test_a_disk_that_fills_up_under_the_log_loses_no_state(redi, one_rank, monke
     assert [path.name for path in Path(redi.out, "state").iterdir()] == ["step-000001"]
 
 
-def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, max_steps", [("final", 2), ("step-000002", 3)])
+def test_a_save_that_fails_loses_nothing(name, max_steps, redi, one_rank, tmp_path, monkeypatch):
     """What was trained is in the state, from which the same command saves it."""
-    config = replace(redi, max_steps=2)
+    config = replace(redi, max_steps=max_steps, save_every=2)
     (tmp_path / "run").mkdir()
 
     def full(self, folder, dtype):
@@ -143,17 +145,19 @@ def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypa
     with monkeypatch.context() as disk:
         disk.setattr(Qwen2, "save_pretrained", full)
         with pytest.raises(
-            UserError, match="cannot write .*final: No space .*; the state of step 2 is saved, the same"
+            UserError, match=f"cannot write .*{name}: No space .*; the state of step 2 is saved, the same"
         ):
             train(config, one_rank)
-    assert not (tmp_path / "run" / "final").exists()
-    monkeypatch.setattr("nanoredi.trainer.loop.train_step", lambda *_: pytest.fail("trained again"))
+    assert not (tmp_path / "run" / name).exists()
+    steps = iter(range(max_steps - 2))  # the first two are not trained again
+    monkeypatch.setattr("nanoredi.trainer.loop.train_step", lambda *args: (next(steps), train_step(*args))[1])
     train(config, one_rank)
-    monkeypatch.undo()
     again = replace(config, out=str(tmp_path / "again"))
     (tmp_path / "again").mkdir()
+    monkeypatch.undo()
     train(again, one_rank)
     assert_same_weights(tmp_path / "run", tmp_path / "again")
+    assert (tmp_path / "run" / name / "model.safetensors").exists()
 
 
 def test_a_stop_during_the_last_save_comes_after_it(redi, one_rank, tmp_path, monkeypatch):
