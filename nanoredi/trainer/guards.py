@@ -60,7 +60,7 @@ class Guards:
         numbers = ", ".join(str(row + 1) for row in sorted(step.rows.tolist()))
         self.world.say(
             f"warning: step {step.number} was skipped, its loss or gradient is not finite (skipped so far: "
-            f"{self.skipped}); it had rows {numbers} of {self.config.data}"
+            f"{self.skipped}); it had rows {numbers} of those kept of {self.config.data}"
         )
         if self.in_a_row >= self.config.max_bad_steps:
             raise UserError(

@@ -162,8 +162,8 @@ def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World)
         return data
     weighted = data.row_weights != 1
     if config.objective in ("dpo", "simpo") and weighted.any():
-        name = data.row(int(weighted.argmax()) // 2)[0].name
-        raise UserError(f"{name}: {config.objective} has no chosen_weight; take it out, or use redi or sft")
+        row = int(weighted.argmax()) // 2 + 1
+        raise UserError(f"row {row} of those kept of {path}: {config.objective} has no chosen_weight; take it out, or use redi or sft")
     if not config.alpha and not data.row_weights[:: len(data.sides)].any():
         raise UserError(f"{path}: every row's weight is 0, so nothing would be learned")
     return data
