@@ -232,7 +232,7 @@ def test_objective_sft_goes_on_with_the_chosen(redi, one_rank):
     units = objectives.units(config, rows)
     total = sum(row[0].num_learned for row in rows)
     assert [(s.weight, s.share) for (s,) in units] == [(-1 / total, 1 / total)] * 2
-    assert [s.name for (s,) in units] == [row[0].name for row in rows]
+    assert [s.tokens.tolist() for (s,) in units] == [row[0].tokens.tolist() for row in rows]
 
 
 def test_the_mean_of_the_chosen_is_over_those_that_are_learned(sft, redi, one_rank):
