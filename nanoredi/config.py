@@ -96,6 +96,9 @@ class RediConfig(TrainConfig):
             raise UserError("alpha and chosen_weight are both 0, so nothing would be learned")
 
 
+StageConfig = SftConfig | RediConfig
+
+
 @dataclass
 class SamplingConfig:
     """How completions are sampled. The defaults are those of the paper's evaluation."""

@@ -12,7 +12,7 @@ from typing import Any
 from nanoredi.common.errors import Stopped, UserError
 from nanoredi.common.files import check
 from nanoredi.common.runs import saved_steps
-from nanoredi.config import RediConfig, SftConfig
+from nanoredi.config import StageConfig
 from nanoredi.trainer.distributed import World
 from nanoredi.trainer.log import Step
 
@@ -25,7 +25,7 @@ _COLLAPSE |= {"falls": [float], "last_good": _COUNT, "tripped": (_COUNT, None)}
 class Guards:
     """Watches the run's steps. Every rank has one and is shown the same steps."""
 
-    def __init__(self, config: SftConfig | RediConfig, world: World):
+    def __init__(self, config: StageConfig, world: World):
         self.config, self.world = config, world
         self.skipped = self.in_a_row = 0
         self.collapse = CollapseWatch(getattr(config, "collapse_nats", math.inf))
@@ -163,9 +163,8 @@ def signals(status: Callable[[], str], world: World) -> Iterator[Callable[[], bo
                 signal.signal(signal.SIGTERM, then)
                 time.sleep(seconds)
 
-    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), stop)
-    heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
-    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
+    heard = [n for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
     signal.signal(signal.SIGUSR1, lambda *_: say(status()))  # it stays, since otherwise it would end an evaluation
     try:
         yield lambda: world.any(bool(asked))

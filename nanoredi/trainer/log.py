@@ -18,7 +18,7 @@ from torch import Tensor
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import write_row, write_text
 from nanoredi.common.runs import metrics_row
-from nanoredi.config import RediConfig, SftConfig
+from nanoredi.config import StageConfig
 from nanoredi.trainer.distributed import World
 
 _HEADER_EVERY = 20  # lines on the screen
@@ -44,9 +44,7 @@ class Step:
 class Log:
     """Every rank has one and adds the same steps; rank 0's writes them."""
 
-    def __init__(
-        self, config: SftConfig | RediConfig, first: int, total: int, matrix_rate: float, world: World, negatives: bool
-    ):
+    def __init__(self, config: StageConfig, first: int, total: int, matrix_rate: float, world: World, negatives: bool):
         """Begin after step number `first` of `total`: rows of later steps, which will be computed again, are dropped.
 
         Args:

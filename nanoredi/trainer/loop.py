@@ -15,7 +15,7 @@ import torch
 from nanoredi import objectives
 from nanoredi.common.errors import Stopped, UserError
 from nanoredi.common.runs import holds_model
-from nanoredi.config import RediConfig, SftConfig
+from nanoredi.config import RediConfig, SftConfig, StageConfig
 from nanoredi.data.batch import num_steps, step_rows
 from nanoredi.data.sequences import TokenData, load_pairs, load_sft
 from nanoredi.data.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ from nanoredi.trainer.state import States, resume, training_tensors
 from nanoredi.trainer.step import train_step
 
 
-def train(config: SftConfig | RediConfig, world: World) -> None:
+def train(config: StageConfig, world: World) -> None:
     """Run a stage, from its first step or from its newest state, to out/final.
 
     Args:
@@ -80,7 +80,7 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
 class _Run:
     """All that a stage's loop works with."""
 
-    def __init__(self, config: SftConfig | RediConfig, world: World):
+    def __init__(self, config: StageConfig, world: World):
         """Load the data and the model, shard it over the ranks, and load the run's newest state, if there is one."""
         self.config, self.world = config, world
         overrides = {name: x for name in ("rope_theta", "max_position_embeddings") if (x := getattr(config, name))}
@@ -135,7 +135,7 @@ class _Run:
             raise UserError(f"{failure}; the state of step {step} is saved, the same command resumes")
 
 
-def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World) -> TokenData:
+def _load(config: StageConfig, path: str, model: Qwen2, world: World) -> TokenData:
     """A file's rows for this stage, tokenised by rank 0 unless they are cached, and checked against the model."""
     if not path:
         raise UserError("training needs rows: give --data FILE.jsonl")
@@ -163,7 +163,9 @@ def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World)
     weighted = data.row_weights != 1
     if config.objective in ("dpo", "simpo") and weighted.any():
         row = int(weighted.argmax()) // 2 + 1
-        raise UserError(f"row {row} of those kept of {path}: {config.objective} has no chosen_weight; take it out, or use redi or sft")
+        raise UserError(
+            f"row {row} of those kept of {path}: {config.objective} has no chosen_weight; take it out, or use redi or sft"
+        )
     if not config.alpha and not data.row_weights[:: len(data.sides)].any():
         raise UserError(f"{path}: every row's weight is 0, so nothing would be learned")
     return data

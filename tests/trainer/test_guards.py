@@ -70,7 +70,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_said(bad_steps, factor, config
     order = np.random.default_rng((42, 0)).permutation(60)
     for count, step in enumerate(sorted(bad_steps), 1):
         numbers = ", ".join(str(i + 1) for i in sorted(order[6 * (step - 1) : 6 * step]))
-        assert f"step {step} was skipped" in said and f"(skipped so far: {count}); it had rows {numbers} of those kept" in said
+        assert (
+            f"step {step} was skipped" in said
+            and f"(skipped so far: {count}); it had rows {numbers} of those kept" in said
+        )
     assert all(p.isfinite().all() for p in Qwen2.from_pretrained(Path(config.out, "final")).parameters())
 
 

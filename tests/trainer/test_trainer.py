@@ -248,7 +248,9 @@ def test_the_mean_of_the_chosen_is_over_those_that_are_learned(sft, redi, one_ra
 
 def test_a_chosen_weight_that_the_objective_does_not_know_is_found_before_the_first_step(row_weights, simpo, one_rank):
     config = replace(simpo, data=row_weights.data)
-    with pytest.raises(UserError, match="row 2 of those kept of .*weights.jsonl: simpo has no chosen_weight; take it out"):
+    with pytest.raises(
+        UserError, match="row 2 of those kept of .*weights.jsonl: simpo has no chosen_weight; take it out"
+    ):
         loop._Run(config, one_rank)
     loop._Run(replace(simpo, watch=config.data), one_rank)  # nothing is learned from what is watched
 
