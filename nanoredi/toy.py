@@ -208,8 +208,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def _unseen(seen: set[Problem], rng: random.Random) -> Problem:
-    problem = draw_problem(rng)
-    while problem in seen:
-        problem = draw_problem(rng)
+    while (problem := draw_problem(rng)) in seen:
+        pass
     seen.add(problem)
     return problem
