@@ -13,6 +13,7 @@ that number is all that a resume needs to know of the data's order.
 """
 
 import contextlib
+import copy
 import itertools
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,7 +72,7 @@ class States(contextlib.AbstractContextManager):
             self.pending.exception()  # without the other ranks, which may not come
 
     def save(self, step: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Begin to save the state of a step; tensors may change as soon as this returns.
+        """Begin to save the state of a step; tensors and notes may change as soon as this returns.
 
         Raises:
             UserError: when the state before this one could not be written.
@@ -88,7 +89,7 @@ class States(contextlib.AbstractContextManager):
         # on the first device, where every rank would then hold a context.
         storage.per_thread_copy_ahead = 0
         written = dcp.async_save(tensors, storage_writer=storage, process_group=self.group)
-        self.pending = self.writer.submit(self._finish, written, temporary, step, notes)
+        self.pending = self.writer.submit(self._finish, written, temporary, step, copy.deepcopy(notes))
 
     def wait(self) -> None:
         """Wait until the state that is being written is whole.

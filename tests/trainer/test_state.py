@@ -177,6 +177,15 @@ def test_two_states_are_kept_and_the_newest_is_loaded(states):
     assert not list(folder.rglob("*.pkl")) and not list(folder.rglob(".metadata"))
 
 
+def test_a_state_has_the_notes_of_its_step(states):
+    tensors, folder, world = states
+    later, notes = States(folder, world), {"falls": [0.1]}
+    later.save(20, tensors, notes)
+    notes["falls"].append(0.2)  # the guards go on, too
+    later.wait()
+    assert States(folder, world).load(tensors) == {"step": 20, "falls": [0.1]}
+
+
 def test_the_millionth_state_is_the_newest(states):
     tensors, folder, world = states
     (folder / "step-²").mkdir()  # not a number, though a digit
