@@ -45,7 +45,8 @@ class Guards:
 
     def state(self) -> dict[str, Any]:
         """What a resume needs."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "collapse": self.collapse.state()}
+        collapse = {name: getattr(self.collapse, name) for name in _COLLAPSE}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "collapse": collapse}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what state() returned, as it was read back from the disk; a UserError where its shape is wrong."""
@@ -53,7 +54,7 @@ class Guards:
         shape["skipped"] = range(state["step"] + 1)
         check(f"the training state of step {state['step']}", state, shape)
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-        self.collapse.restore(state["collapse"])
+        vars(self.collapse).update({name: state["collapse"][name] for name in _COLLAPSE})
 
     def _report_skip(self, step: Step) -> None:
         self.skipped += 1
@@ -129,13 +130,6 @@ class CollapseWatch:
         if trips:
             self.tripped = step
         return trips
-
-    def state(self) -> dict[str, Any]:
-        """What a resume needs."""
-        return {k: v for k, v in vars(self).items() if k != "nats"}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        vars(self).update({name: state[name] for name in _COLLAPSE})
 
 
 @contextlib.contextmanager

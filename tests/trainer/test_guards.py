@@ -20,7 +20,7 @@ from nanoredi.common.errors import Stopped, UserError
 from nanoredi.config import RediConfig
 from nanoredi.model import qwen2 as model_file
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.trainer.guards import CollapseWatch, signals
+from nanoredi.trainer.guards import CollapseWatch, Guards, signals
 from nanoredi.trainer.heartbeat import Heartbeat
 from nanoredi.trainer.loop import train
 
@@ -157,11 +157,12 @@ def test_collapse_s_statistics_go_on():
     series = [(float(c), float(u)) for c, u in zip(-np.cumsum(rng.random(60)) / 10, rng.random(60).cumsum())]
     _, whole = watch(*zip(*series))
     _, first = watch(*zip(*series[:25]))
-    second = CollapseWatch(1.0)
-    second.restore(json.loads(json.dumps(first.state())))
+    stopped, resumed = (Guards(RediConfig(collapse_nats=1.0), None) for _ in range(2))
+    stopped.collapse = first
+    resumed.restore({"step": 25, "began_with": {}, **json.loads(json.dumps(stopped.state()))})
     for step, pair in enumerate(series[25:], 26):
-        second.observe(step, *pair)
-    assert second.state() == whole.state()
+        resumed.collapse.observe(step, *pair)
+    assert vars(resumed.collapse) == vars(whole)
 
 
 def test_collapse_stops_the_run_where_it_is_told_to(config, one_rank):
