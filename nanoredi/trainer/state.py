@@ -184,7 +184,7 @@ def resume(
     notes = states.load(training_tensors(model, optimizer))
     if notes is None:
         if (states.folder.parent / "metrics.jsonl").exists():
-            states.world.say(f"there is no state in {states.folder}: beginning again at step 1")
+            states.world.say(f"no state in {states.folder}: beginning again at step 1; saved models stay as they are")
         return 0
     guards.restore(notes)
     before = notes["began_with"]
