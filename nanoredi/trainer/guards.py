@@ -70,8 +70,7 @@ class Guards:
             )
 
     def _report_collapse(self, number: int) -> None:
-        saved = saved_steps(Path(self.config.out))
-        good = [path for step, path in saved.items() if step <= self.collapse.last_good]
+        good = [path for step, path in saved_steps(Path(self.config.out)).items() if step <= self.collapse.last_good]
         text = (
             f"COLLAPSE at step {number}: the chosen log-prob has fallen by more than {self.config.collapse_nats:g} and "
             f"falls ever faster. Until step {self.collapse.last_good} all was well; the last model saved by then is "
