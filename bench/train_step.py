@@ -143,7 +143,7 @@ def nanoredi(kept: str, folder: str, size: Size, dtype: torch.dtype, num_steps: 
 
 
 def _sequence(prompt: np.ndarray, trace: np.ndarray, side: str) -> Sequence:
-    return Sequence(np.concatenate((prompt, trace)), np.arange(len(prompt) + len(trace)) >= len(prompt), "a pair", side)
+    return Sequence(np.concatenate((prompt, trace)), np.arange(len(prompt) + len(trace)) >= len(prompt), side)
 
 
 def original(folder: str, size: Size, dtype: torch.dtype, num_steps: int, profiled: bool) -> Seconds:

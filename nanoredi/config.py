@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from nanoredi.common.errors import UserError
-from nanoredi.common.flags import option, table
+from nanoredi.common.flags import TABLES, option
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -49,7 +49,6 @@ class TrainConfig:
     cache: str = option("runs/cache", "folder for tokenised data, keyed by data and tokenizer", free=True)
 
 
-@table("sft")
 @dataclass
 class SftConfig(TrainConfig):
     """Stage 1: supervised fine-tuning on correct traces."""
@@ -62,7 +61,6 @@ class SftConfig(TrainConfig):
     max_tokens: int = option(32_768, "longest conversation; a longer one is cut on the right", low=1)
 
 
-@table("redi")
 @dataclass
 class RediConfig(TrainConfig):
     """Stage 2: pairs of a correct and an incorrect trace."""
@@ -96,6 +94,9 @@ class RediConfig(TrainConfig):
             raise UserError("alpha and chosen_weight are both 0, so nothing would be learned")
 
 
+StageConfig = SftConfig | RediConfig
+
+
 @dataclass
 class SamplingConfig:
     """How completions are sampled. The defaults are those of the paper's evaluation."""
@@ -125,7 +126,6 @@ class SamplingConfig:
             )
 
 
-@table("evaluate")
 @dataclass
 class EvaluateConfig(SamplingConfig):
     """Models on benchmarks."""
@@ -139,7 +139,6 @@ class EvaluateConfig(SamplingConfig):
     think: str = option("forced", "forced: prompts open <think>; own: as the template does", choices=("forced", "own"))
 
 
-@table("toy")
 @dataclass
 class ToyConfig:
     """The embedded task (toy.py). The sizes of data and model were found by experiment."""
@@ -150,3 +149,6 @@ class ToyConfig:
     heldout: int = option(200, "unseen problems for evaluation", low=1, high=10**6)
     num_layers: int = option(3, "blocks of the model", low=1, high=1000)
     hidden_size: int = option(96, "the model's width; 4 heads share it, the MLP is 3 times as wide", low=8, high=2**14)
+
+
+TABLES.update(sft=SftConfig, redi=RediConfig, evaluate=EvaluateConfig, toy=ToyConfig)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoredi.config import RediConfig, SftConfig
+from nanoredi.config import RediConfig, StageConfig
 from nanoredi.data.sequences import SIDES, Sequence
 
 # Sequences that must share a micro-batch: a pair if the objective needs pairs, otherwise a single sequence.
@@ -101,12 +101,12 @@ def simpo(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
-def needs_pairs(config: SftConfig | RediConfig) -> bool:
+def needs_pairs(config: StageConfig) -> bool:
     """Whether the loss is not linear in the log-probabilities, so it needs both sequences of a pair at once."""
     return config.objective in ("dpo", "simpo") or bool(config.alpha and config.neg_weight_gamma)
 
 
-def units(config: SftConfig | RediConfig, rows: list[tuple[Sequence, ...]]) -> list[Unit]:
+def units(config: StageConfig, rows: list[tuple[Sequence, ...]]) -> list[Unit]:
     """The rows of an optimiser step as units, each sequence with its weight and its share.
 
     Args:

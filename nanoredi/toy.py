@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from nanoredi.common.disk import writing
 from nanoredi.common.errors import UserError
 from nanoredi.common.flags import Tables, read_recipe
-from nanoredi.config import EvaluateConfig, RediConfig, SftConfig, ToyConfig
+from nanoredi.config import EvaluateConfig, SftConfig, StageConfig, ToyConfig
 from nanoredi.model.config import Qwen2Config
 from nanoredi.model.qwen2 import Qwen2
 
@@ -69,9 +69,7 @@ def tables_for(recipe: str | None, flags: Tables, stage: str) -> Tables:
     return tables
 
 
-def with_files(
-    folder: Path, config: SftConfig | RediConfig, evaluation: EvaluateConfig
-) -> tuple[SftConfig | RediConfig, EvaluateConfig]:
+def with_files(folder: Path, config: StageConfig, evaluation: EvaluateConfig) -> tuple[StageConfig, EvaluateConfig]:
     """A stage's config and its evaluation's, with the files that make() writes into a folder."""
     files = {"data": "sft.jsonl"} if isinstance(config, SftConfig) else {"data": "pairs.jsonl", "watch": "watch.jsonl"}
     config = replace(config, **{name: str(folder / file) for name, file in files.items()})
@@ -210,8 +208,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def _unseen(seen: set[Problem], rng: random.Random) -> Problem:
-    problem = draw_problem(rng)
-    while problem in seen:
-        problem = draw_problem(rng)
+    while (problem := draw_problem(rng)) in seen:
+        pass
     seen.add(problem)
     return problem

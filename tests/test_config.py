@@ -28,6 +28,8 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
     evaluation = resolve(EvaluateConfig, "evaluate", read_recipe(name), given)
     assert (evaluation.n, evaluation.benchmarks) == (3, ["aime24", "my.jsonl"])
     assert flags("--evaluate", "--lr", "1")[1] == flags("--evaluate", "true", "--lr", "1")[1]
+    again = flags("--evaluate.benchmarks", "a", "b", "--evaluate.benchmarks=c", "--lr", "1", "--lr", "2")[1]
+    assert again == {"evaluate": {"benchmarks": ["a", "b", "c"]}, "redi": {"lr": 2.0}}
 
 
 @pytest.mark.parametrize("name", _builtin_recipes())
@@ -278,6 +280,10 @@ def test_which_runs_a_folder_may_hold(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     with pytest.raises(UserError, match="not an empty folder and holds no nanoredi run"):
         open_run(str(tmp_path / "mine"), {"redi": config})
+    (tmp_path / "mine" / "thesis.txt").rename(tmp_path / "mine" / "config.toml")  # or a recipe of the user's
+    with pytest.raises(UserError, match="not an empty folder and holds no nanoredi run"):
+        open_run(str(tmp_path / "mine"), {"redi": config})
+    assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["dear"]
     with pytest.raises(UserError, match="--out"):
         open_run("", {"redi": config})
 

@@ -143,7 +143,7 @@ def remove(path: Path) -> None:
 def remove_leftovers(folder: Path, locked: bool = False) -> None:
     """Remove what killed processes left half-written in a folder. If this process has locked it, that is everything
     with a temporary name; otherwise only what processes of this machine that have ended have left."""
-    for path in folder.glob("*.writing"):
+    for path in folder.glob("*.*.[0-9]*.writing"):  # as path_beside names them
         own = re.fullmatch(rf".*\.{re.escape(_HOST)}\.([0-9]+)\.writing", path.name)
         if locked or own and not _is_alive(int(own[1])):
             _take_back(path, folder)

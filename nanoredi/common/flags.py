@@ -18,7 +18,6 @@ import shutil
 import sys
 import textwrap
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -28,13 +27,8 @@ from nanoredi.common.files import KINDS, read_text, write_text
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ARMS = RECIPES / "arms" / "qwen2.5-math-1.5b.toml"  # recipes that differ from this one in stage 2, one per line
-TABLES: dict[str, type] = {}  # {table of a recipe: its dataclass}
+TABLES: dict[str, type] = {}  # {table of a recipe: its dataclass}; config.py fills it
 Tables = dict[str, dict[str, Any]]  # {table: {field: value}}: what a recipe or the flags set, without the defaults
-
-
-def table(name: str) -> Callable[[type], type]:
-    """A decorator that makes a dataclass one of a recipe's tables."""
-    return lambda kind: TABLES.setdefault(name, kind)
 
 
 def option(
@@ -159,7 +153,8 @@ def read_flags(
 def _for_argparse(f: dataclasses.Field) -> dict[str, Any]:
     """argparse's arguments for a field: how many words it takes, and its help with the default in brackets."""
     kind, m = kind_of(f), f.metadata
-    words: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, list: {"nargs": "+"}}.get(kind, {})
+    lists = {"nargs": "+", "action": "extend"}  # --model A --model B is --model A B
+    words: dict[str, Any] = {bool: {"nargs": "?", "const": "true"}, list: lists}.get(kind, {})
     default = " ".join(f.default_factory()) if kind is list else str(f.default)
     if m["of"]:
         default = ", ".join(f"{value:g} for {objective}" for objective, value in m["of"].items())

@@ -37,7 +37,9 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
         raise UserError("the run needs a folder: give --out DIR")
     folder = Path(out)
     path = folder / "config.toml"
-    if os.path.lexists(folder) and not path.exists() and (not folder.is_dir() or _contents(folder)):
+    # A run locks its folder before it writes config.toml: one without .lock and anything else is the user's own.
+    is_run = path.exists() and ((folder / ".lock").exists() or _contents(folder))
+    if os.path.lexists(folder) and not is_run and (not folder.is_dir() or path.exists() or _contents(folder)):
         raise UserError(f"{out} is not an empty folder and holds no nanoredi run: give another --out")
     lock(folder)
     # A run that ended at bad input has left only its config.toml, and may be followed by a different run.
@@ -129,12 +131,18 @@ def models_along(run: Path) -> dict[str, Path]:
         raise UserError(f"{run} is not a run's folder: it has no config.toml or no metrics.jsonl")
     stage = tables.get("redi") or tables.get("sft", {})
     start, final = ("SFT", final_name(stage.get("objective", "redi"))) if "redi" in tables else ("start", "final")
-    steps = {path.name: path for path in sorted(run.glob("step-*")) if path.name[5:].isdigit()}
+    steps = {path.name: path for path in saved_steps(run).values()}
     own = {name: path for name, path in {**steps, final: run / "final"}.items() if holds_model(path)}
     if not own:
         raise UserError(f"the run {run} has not saved a model yet")
     before = stage.get("model")
     return {**({start: Path(before)} if before and holds_model(Path(before)) else {}), **own}
+
+
+def saved_steps(folder: Path) -> dict[int, Path]:
+    """{step: folder} of what was saved along a run, its models or its states, from the first step to the last."""
+    found = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdecimal()}
+    return dict(sorted(found.items()))
 
 
 def final_name(objective: str) -> str:

@@ -33,7 +33,6 @@ class Sequence(NamedTuple):
 
     tokens: np.ndarray  # (n,) integers, at least 2
     learned: np.ndarray  # (n,) bool, the tokens that enter the loss
-    name: str = ""  # for messages to the user
     side: str = "chosen"  # or "rejected"; in stage 1 chosen, unless its weight is below 0
     row_weight: float = 1.0  # the weight that its row gives it; a trace of a negative weight is unlearned
     reference: float = 0.0  # the trace's log-probability under DPO's reference model
@@ -55,7 +54,6 @@ class Sequence(NamedTuple):
 class TokenData:
     """The rows of a file as token sequences. The arrays are memory-mapped."""
 
-    path: str
     sides: tuple[str, ...]  # of a row's sequences: only chosen, or chosen and rejected
     tokens: np.ndarray  # (total,) int32, all sequences concatenated
     learned: np.ndarray  # (total,) bool, the tokens that enter the loss
@@ -74,11 +72,10 @@ class TokenData:
         sequences = []
         for j, side in enumerate(self.sides, i * len(self.sides)):
             part = slice(*self.offsets[j : j + 2])
-            name = f"row {i + 1} of {self.path}" + (f", {side}" if len(self.sides) > 1 else "")
             reference = 0.0 if self.reference is None else float(self.reference.flat[j])
             weight = float(self.row_weights[j])
             side = "rejected" if weight < 0 else side
-            sequences.append(Sequence(self.tokens[part], self.learned[part], name, side, weight, reference))
+            sequences.append(Sequence(self.tokens[part], self.learned[part], side, weight, reference))
         return tuple(sequences)
 
 
@@ -117,7 +114,7 @@ def load_sft(path: str, tokenizer: Tokenizer, max_tokens: int, cache: str) -> To
             counts["rows dropped: the prompt alone fills max_tokens"] += 1
 
     loaded = cached(path, tokenizer, cache, (_RULES, "sft", max_tokens), texts, arrays)
-    return TokenData(path, ("chosen",), *loaded)
+    return TokenData(("chosen",), *loaded)
 
 
 def load_pairs(
@@ -139,7 +136,7 @@ def load_pairs(
             yield tokens, np.arange(len(tokens)) >= len(prompt), weight
 
     rules = (_RULES, "pairs", max_prompt_tokens, max_response_tokens)
-    return TokenData(path, SIDES, *cached(path, tokenizer, cache, rules, texts, arrays))
+    return TokenData(SIDES, *cached(path, tokenizer, cache, rules, texts, arrays))
 
 
 def _texts(

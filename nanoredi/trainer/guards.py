@@ -11,7 +11,8 @@ from typing import Any
 
 from nanoredi.common.errors import Stopped, UserError
 from nanoredi.common.files import check
-from nanoredi.config import RediConfig, SftConfig
+from nanoredi.common.runs import saved_steps
+from nanoredi.config import StageConfig
 from nanoredi.trainer.distributed import World
 from nanoredi.trainer.log import Step
 
@@ -24,7 +25,7 @@ _COLLAPSE |= {"falls": [float], "last_good": _COUNT, "tripped": (_COUNT, None)}
 class Guards:
     """Watches the run's steps. Every rank has one and is shown the same steps."""
 
-    def __init__(self, config: SftConfig | RediConfig, world: World):
+    def __init__(self, config: StageConfig, world: World):
         self.config, self.world = config, world
         self.skipped = self.in_a_row = 0
         self.collapse = CollapseWatch(getattr(config, "collapse_nats", math.inf))
@@ -44,7 +45,8 @@ class Guards:
 
     def state(self) -> dict[str, Any]:
         """What a resume needs."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "collapse": self.collapse.state()}
+        collapse = {name: getattr(self.collapse, name) for name in _COLLAPSE}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "collapse": collapse}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what state() returned, as it was read back from the disk; a UserError where its shape is wrong."""
@@ -52,14 +54,14 @@ class Guards:
         shape["skipped"] = range(state["step"] + 1)
         check(f"the training state of step {state['step']}", state, shape)
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-        self.collapse.restore(state["collapse"])
+        vars(self.collapse).update({name: state["collapse"][name] for name in _COLLAPSE})
 
     def _report_skip(self, step: Step) -> None:
         self.skipped += 1
         numbers = ", ".join(str(row + 1) for row in sorted(step.rows.tolist()))
         self.world.say(
             f"warning: step {step.number} was skipped, its loss or gradient is not finite (skipped so far: "
-            f"{self.skipped}); it had rows {numbers} of {self.config.data}"
+            f"{self.skipped}); it had rows {numbers} of those kept of {self.config.data}"
         )
         if self.in_a_row >= self.config.max_bad_steps:
             raise UserError(
@@ -68,8 +70,7 @@ class Guards:
             )
 
     def _report_collapse(self, number: int) -> None:
-        saved = sorted(path for path in Path(self.config.out).glob("step-*") if path.name[5:].isdigit())
-        good = [path for path in saved if int(path.name[5:]) <= self.collapse.last_good]
+        good = [path for step, path in saved_steps(Path(self.config.out)).items() if step <= self.collapse.last_good]
         text = (
             f"COLLAPSE at step {number}: the chosen log-prob has fallen by more than {self.config.collapse_nats:g} and "
             f"falls ever faster. Until step {self.collapse.last_good} all was well; the last model saved by then is "
@@ -129,13 +130,6 @@ class CollapseWatch:
             self.tripped = step
         return trips
 
-    def state(self) -> dict[str, Any]:
-        """What a resume needs."""
-        return {k: v for k, v in vars(self).items() if k != "nats"}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        vars(self).update({name: state[name] for name in _COLLAPSE})
-
 
 @contextlib.contextmanager
 def signals(status: Callable[[], str], world: World) -> Iterator[Callable[[], bool]]:
@@ -162,10 +156,9 @@ def signals(status: Callable[[], str], world: World) -> Iterator[Callable[[], bo
                 signal.signal(signal.SIGTERM, then)
                 time.sleep(seconds)
 
-    handlers = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), stop)
-    handlers[signal.SIGUSR1] = lambda *_: say(status())
-    heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
-    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
+    heard = [n for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
+    signal.signal(signal.SIGUSR1, lambda *_: say(status()))  # it stays, since otherwise it would end an evaluation
     try:
         yield lambda: world.any(bool(asked))
     except Stopped as stopped:

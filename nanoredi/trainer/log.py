@@ -18,7 +18,7 @@ from torch import Tensor
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import write_row, write_text
 from nanoredi.common.runs import metrics_row
-from nanoredi.config import RediConfig, SftConfig
+from nanoredi.config import StageConfig
 from nanoredi.trainer.distributed import World
 
 _HEADER_EVERY = 20  # lines on the screen
@@ -44,9 +44,7 @@ class Step:
 class Log:
     """Every rank has one and adds the same steps; rank 0's writes them."""
 
-    def __init__(
-        self, config: SftConfig | RediConfig, first: int, total: int, matrix_rate: float, world: World, negatives: bool
-    ):
+    def __init__(self, config: StageConfig, first: int, total: int, matrix_rate: float, world: World, negatives: bool):
         """Begin after step number `first` of `total`: rows of later steps, which will be computed again, are dropped.
 
         Args:
@@ -102,9 +100,10 @@ class Log:
         self.num_lines, self.line = self.num_lines + 1, f"{header}\n{line}"
         self.world.say(self.line if self.num_lines % _HEADER_EVERY == 1 else line)
         for row in rows:
-            if "watch_chosen_logp" in row:
-                chosen, rejected = (_show(row[f"watch_{side}_logp"], ".4f") for side in ("chosen", "rejected"))
-                self.world.say(f"watched pairs after step {row['step']}: chosen {chosen}  rejected {rejected}")
+            for when, words in (("start", "before"), ("watch", "after")):
+                if f"{when}_chosen_logp" in row:
+                    chosen, rejected = (_show(row[f"{when}_{side}_logp"], ".4f") for side in ("chosen", "rejected"))
+                    self.world.say(f"watched pairs {words} step {row['step']}: chosen {chosen}  rejected {rejected}")
             for key, value in row.items():
                 if self.board and value is not None and key != "step":
                     self.board.add_scalar(key, value, row["step"])

@@ -15,7 +15,7 @@ import torch
 from nanoredi import objectives
 from nanoredi.common.errors import Stopped, UserError
 from nanoredi.common.runs import holds_model
-from nanoredi.config import RediConfig, SftConfig
+from nanoredi.config import RediConfig, SftConfig, StageConfig
 from nanoredi.data.batch import num_steps, step_rows
 from nanoredi.data.sequences import TokenData, load_pairs, load_sft
 from nanoredi.data.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ from nanoredi.trainer.state import States, resume, training_tensors
 from nanoredi.trainer.step import train_step
 
 
-def train(config: SftConfig | RediConfig, world: World) -> None:
+def train(config: StageConfig, world: World) -> None:
     """Run a stage, from its first step or from its newest state, to out/final.
 
     Args:
@@ -42,9 +42,13 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
         UserError: for anything wrong with the model or the data, and when a guard ends the run.
         Stopped: when a signal asked the run to stop; its state is saved.
     """
-    run, out = _Run(config, world), Path(config.out)
+    run = _Run(config, world)
     steps_an_epoch = num_steps(len(run.data), config.batch_size, 1, 0)
+    saves = range(config.save_every, run.total, config.save_every) if config.save_every else ()
     with signals(run.log.status, world) as asked_to_stop, run.states:
+        world.say(f"kill -USR1 {os.getpid()} prints its status")
+        if run.first in saves:  # when its state was saved, there may have been no room for its model
+            run.save_model(run.first)
         for step in range(run.first, run.total):
             run.optimizer.lr = config.lr * schedule(step, run.total, config.warmup)
             rows = step_rows(step, len(run.data), config.batch_size, config.seed)
@@ -56,20 +60,19 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
                 watched["watch"] = run.score_watched()
             done = Step(number, number / steps_an_epoch, run.optimizer.lr, metrics, tokens, flops, rows, watched)
             run.guards.observe(run.log.add(done))
-            saves = bool(config.save_every) and number % config.save_every == 0
             stops = asked_to_stop()
-            if number == run.total or not (saves or stops):
+            if number == run.total or not (number in saves or stops):
                 continue
             run.guards.observe(run.log.flush())
-            if saves:
-                run.save_model(out / f"step-{number:06d}", number)
+            if number in saves:
+                run.save_model(number)
             run.save_state(number)
             if stops:
                 run.states.wait()
                 raise Stopped(f"{config.label} was asked to stop: step {number} is saved, the same command resumes")
-        run.save_model(out / "final", run.total)
+        run.save_model(run.total)
         run.states.drop()
-        world.say(f"{config.label}: saved {out / 'final'}")
+        world.say(f"{config.label}: saved {Path(config.out, 'final')}")
         if asked_to_stop():
             raise Stopped(f"{config.label} was asked to stop, and is finished")
 
@@ -77,9 +80,9 @@ def train(config: SftConfig | RediConfig, world: World) -> None:
 class _Run:
     """All that a stage's loop works with."""
 
-    def __init__(self, config: SftConfig | RediConfig, world: World):
+    def __init__(self, config: StageConfig, world: World):
         """Load the data and the model, shard it over the ranks, and load the run's newest state, if there is one."""
-        self.world = world
+        self.config, self.world = config, world
         overrides = {name: x for name in ("rope_theta", "max_position_embeddings") if (x := getattr(config, name))}
         self.model = model = Qwen2.from_pretrained(config.model, **overrides)
         self.data = data = _load(config, config.data, model, world)
@@ -103,7 +106,7 @@ class _Run:
         world.say(
             f"{config.label}: {config.model} ({parameters:,} parameters, {how})\n"
             f"  {len(data):,} rows of {config.data}, {self.total:,} steps of {config.batch_size}, "
-            f"{world.size} rank{'s' if world.size > 1 else ''}\n  kill -USR1 {os.getpid()} prints its status"
+            f"{world.size} rank{'s' if world.size > 1 else ''}"
         )
         self.states, self.guards = States(Path(config.out) / "state", world), Guards(config, world)
         self.first = resume(self.states, model, self.optimizer, self.guards, self.began_with, config.cache)
@@ -113,13 +116,13 @@ class _Run:
         notes = {**self.guards.state(), "began_with": self.began_with}
         self.states.save(step, training_tensors(self.model, self.optimizer), notes)
 
-    def save_model(self, folder: Path, step: int) -> None:
+    def save_model(self, step: int) -> None:
         """Save the model of a step, unless this run had saved it before it was interrupted.
 
         Raises:
             UserError: when it cannot be saved. The step's state is saved then, and the same command tries again.
         """
-        failure = None
+        folder, failure = Path(self.config.out, "final" if step == self.total else f"step-{step:06d}"), None
         try:
             if not self.world.first(lambda: holds_model(folder)):
                 self.model.save_pretrained(folder, self.dtype)
@@ -132,7 +135,7 @@ class _Run:
             raise UserError(f"{failure}; the state of step {step} is saved, the same command resumes")
 
 
-def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World) -> TokenData:
+def _load(config: StageConfig, path: str, model: Qwen2, world: World) -> TokenData:
     """A file's rows for this stage, tokenised by rank 0 unless they are cached, and checked against the model."""
     if not path:
         raise UserError("training needs rows: give --data FILE.jsonl")
@@ -159,8 +162,10 @@ def _load(config: SftConfig | RediConfig, path: str, model: Qwen2, world: World)
         return data
     weighted = data.row_weights != 1
     if config.objective in ("dpo", "simpo") and weighted.any():
-        name = data.row(int(weighted.argmax()) // 2)[0].name
-        raise UserError(f"{name}: {config.objective} has no chosen_weight; take it out, or use redi or sft")
+        row = int(weighted.argmax()) // 2 + 1
+        raise UserError(
+            f"row {row} of those kept of {path}: {config.objective} has no chosen_weight; take it out, or use redi or sft"
+        )
     if not config.alpha and not data.row_weights[:: len(data.sides)].any():
         raise UserError(f"{path}: every row's weight is 0, so nothing would be learned")
     return data

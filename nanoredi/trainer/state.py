@@ -13,6 +13,7 @@ that number is all that a resume needs to know of the data's order.
 """
 
 import contextlib
+import copy
 import itertools
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nanoredi.common.disk import digest, file_digest, move_into_place, path_beside, remove, remove_leftovers
 from nanoredi.common.errors import UserError
 from nanoredi.common.files import check, read_json
+from nanoredi.common.runs import saved_steps
 from nanoredi.data.cache import digest_in
 from nanoredi.trainer.distributed import PATIENCE, World
 from nanoredi.trainer.guards import Guards
@@ -70,7 +72,7 @@ class States(contextlib.AbstractContextManager):
             self.pending.exception()  # without the other ranks, which may not come
 
     def save(self, step: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
-        """Begin to save the state of a step; tensors may change as soon as this returns.
+        """Begin to save the state of a step; tensors and notes may change as soon as this returns.
 
         Raises:
             UserError: when the state before this one could not be written.
@@ -87,7 +89,7 @@ class States(contextlib.AbstractContextManager):
         # on the first device, where every rank would then hold a context.
         storage.per_thread_copy_ahead = 0
         written = dcp.async_save(tensors, storage_writer=storage, process_group=self.group)
-        self.pending = self.writer.submit(self._finish, written, temporary, step, notes)
+        self.pending = self.writer.submit(self._finish, written, temporary, step, copy.deepcopy(notes))
 
     def wait(self) -> None:
         """Wait until the state that is being written is whole.
@@ -141,7 +143,7 @@ class States(contextlib.AbstractContextManager):
                 (temporary / _NOTES).write_text(text, encoding="utf-8")
                 move_into_place(temporary, self.folder / f"step-{step:06d}")
                 with contextlib.suppress(OSError):  # NFS keeps a file that somebody reads
-                    for old in self._steps()[:-KEEP]:
+                    for old in [*saved_steps(self.folder).values()][:-KEEP]:
                         remove(old)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -150,15 +152,12 @@ class States(contextlib.AbstractContextManager):
             raise
         return step
 
-    def _steps(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if path.name[5:].isdigit())
-
     def _newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
         remove_leftovers(self.folder, locked=True)
         damaged: dict[Path, UserError] = {}
-        for path in reversed(self._steps()):
+        for step, path in reversed(saved_steps(self.folder).items()):
             try:
-                found = path, _notes_of(path)
+                found = path, _notes_of(path, step)
             except UserError as error:
                 damaged[path] = error
                 continue
@@ -185,7 +184,7 @@ def resume(
     notes = states.load(training_tensors(model, optimizer))
     if notes is None:
         if (states.folder.parent / "metrics.jsonl").exists():
-            states.world.say(f"there is no state in {states.folder}: beginning again at step 1")
+            states.world.say(f"no state in {states.folder}: beginning again at step 1; saved models stay as they are")
         return 0
     guards.restore(notes)
     before = notes["began_with"]
@@ -213,8 +212,8 @@ def _began_with_before(before: dict[str, str], now: dict[str, str], cache: str) 
     return {}
 
 
-def _notes_of(path: Path) -> dict[str, Any]:
-    """The notes of a state.
+def _notes_of(path: Path, step: int) -> dict[str, Any]:
+    """The notes of the state of a step.
 
     Raises:
         UserError: when the folder is not exactly what was written.
@@ -222,7 +221,7 @@ def _notes_of(path: Path) -> dict[str, Any]:
     kept = check(str(path / _NOTES), read_json(path / _NOTES), _SHAPE)
     if kept.get("digest") not in (None, _digest_of(kept)):  # the first versions' states have none
         raise UserError(f"the training state {path} is damaged ({_NOTES})")
-    if kept["step"] != int(path.name[5:]):
+    if kept["step"] != step:
         raise UserError(f"the training state {path} is that of step {kept['step']}")
     try:
         found = _digests([file for file in path.iterdir() if file.name != _NOTES])
@@ -231,7 +230,7 @@ def _notes_of(path: Path) -> dict[str, Any]:
     wrong = [name for name in sorted({*found, *kept["files"]}) if found.get(name) != kept["files"].get(name)]
     if wrong:
         raise UserError(f"the training state {path} is damaged ({', '.join(wrong)})")
-    return {**kept["notes"], "step": kept["step"]}
+    return {**kept["notes"], "step": step}
 
 
 def _digests(paths: list[Path]) -> dict[str, list]:

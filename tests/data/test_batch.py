@@ -11,10 +11,8 @@ from nanoredi.data.sequences import Sequence
 def test_pack():
     batch = pack(
         [
-            Sequence(
-                np.array([5, 6, 7, 8]), np.array([False, False, True, True]), "a", "chosen", weight=-0.5, share=0.5
-            ),
-            Sequence(np.array([1, 2]), np.array([False, True]), "b", "rejected", weight=0.25, share=0.125),
+            Sequence(np.array([5, 6, 7, 8]), np.array([False, False, True, True]), "chosen", weight=-0.5, share=0.5),
+            Sequence(np.array([1, 2]), np.array([False, True]), "rejected", weight=0.25, share=0.125),
         ]
     )
     assert batch.input_ids.tolist() == [5, 6, 7, 1]

@@ -33,7 +33,7 @@ def models(tmp_path, toy_data, monkeypatch):
 
 
 def start(capsys, *flags):
-    evaluate.main([*FLAGS, "--benchmarks", "toy.jsonl", *flags])
+    evaluate.main([*FLAGS, *([] if "--benchmarks" in flags else ["--benchmarks", "toy.jsonl"]), *flags])
     return capsys.readouterr().out
 
 

@@ -20,7 +20,7 @@ from nanoredi.common.errors import Stopped, UserError
 from nanoredi.config import RediConfig
 from nanoredi.model import qwen2 as model_file
 from nanoredi.model.qwen2 import Qwen2
-from nanoredi.trainer.guards import CollapseWatch, signals
+from nanoredi.trainer.guards import CollapseWatch, Guards, signals
 from nanoredi.trainer.heartbeat import Heartbeat
 from nanoredi.trainer.loop import train
 
@@ -70,7 +70,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_said(bad_steps, factor, config
     order = np.random.default_rng((42, 0)).permutation(60)
     for count, step in enumerate(sorted(bad_steps), 1):
         numbers = ", ".join(str(i + 1) for i in sorted(order[6 * (step - 1) : 6 * step]))
-        assert f"step {step} was skipped" in said and f"(skipped so far: {count}); it had rows {numbers} of" in said
+        assert (
+            f"step {step} was skipped" in said
+            and f"(skipped so far: {count}); it had rows {numbers} of those kept" in said
+        )
     assert all(p.isfinite().all() for p in Qwen2.from_pretrained(Path(config.out, "final")).parameters())
 
 
@@ -154,11 +157,12 @@ def test_collapse_s_statistics_go_on():
     series = [(float(c), float(u)) for c, u in zip(-np.cumsum(rng.random(60)) / 10, rng.random(60).cumsum())]
     _, whole = watch(*zip(*series))
     _, first = watch(*zip(*series[:25]))
-    second = CollapseWatch(1.0)
-    second.restore(json.loads(json.dumps(first.state())))
+    stopped, resumed = (Guards(RediConfig(collapse_nats=1.0), None) for _ in range(2))
+    stopped.collapse = first
+    resumed.restore({"step": 25, "began_with": {}, **json.loads(json.dumps(stopped.state()))})
     for step, pair in enumerate(series[25:], 26):
-        second.observe(step, *pair)
-    assert second.state() == whole.state()
+        resumed.collapse.observe(step, *pair)
+    assert vars(resumed.collapse) == vars(whole)
 
 
 def test_collapse_stops_the_run_where_it_is_told_to(config, one_rank):
@@ -197,6 +201,16 @@ def test_a_ctrl_c_that_a_shell_s_background_ignores_stays_ignored(one_rank):
             assert not asked_to_stop()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_stage_s_status_may_be_asked_for_after_it(one_rank):
+    child = os.fork()
+    if not child:
+        with signals(lambda: "status", one_rank):
+            pass
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_terminal_that_is_gone_does_not_end_a_run(one_rank):

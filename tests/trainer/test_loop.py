@@ -20,8 +20,10 @@ from nanoredi.data.sequences import load_pairs
 from nanoredi.data.tokenizer import Tokenizer
 from nanoredi.model.qwen2 import Qwen2
 from nanoredi.trainer import loop
+from nanoredi.trainer.distributed import World
 from nanoredi.trainer.log import Log
 from nanoredi.trainer.loop import train
+from nanoredi.trainer.step import train_step
 
 
 def test_pairs_are_watched_along_the_run(redi, one_rank, tmp_path, toy_data, capsys):
@@ -44,7 +46,8 @@ def test_pairs_are_watched_along_the_run(redi, one_rank, tmp_path, toy_data, cap
                 means.append((of_targets.mean().item(), torch.special.entr(lp.exp()).sum(1).mean().item()))
             got = row[f"{when}_{side}_logp"], row[f"{when}_{side}_entropy"]
             assert got == pytest.approx(np.mean(means, axis=0), rel=1e-4)
-    assert "watched pairs after step 2: chosen -" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "watched pairs before step 1: chosen -" in said and "watched pairs after step 2: chosen -" in said
 
 
 def test_a_run_s_files(redi, one_rank, tmp_path, capsys):
@@ -97,6 +100,20 @@ def test_a_step_fits_a_terminal_of_80_columns(one_rank, tmp_path):
         assert len(line) <= 80 and len(line.split()) == 9
 
 
+def test_how_to_ask_for_the_status_is_said_once_that_is_heard(redi, one_rank, monkeypatch):
+    Path(redi.out).mkdir()
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    heard = []
+
+    def say(self, text):
+        if "kill -USR1" in text:
+            heard.append(signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL)
+
+    monkeypatch.setattr(World, "say", say)
+    train(replace(redi, max_steps=1), one_rank)
+    assert heard == [True]
+
+
 def test_a_disk_that_fills_up_under_the_log_loses_no_state(redi, one_rank, monkeypatch):
     """The state that was being written when a row of metrics.jsonl found no room is finished."""
     Path(redi.out).mkdir()
@@ -116,9 +133,10 @@ def test_a_disk_that_fills_up_under_the_log_loses_no_state(redi, one_rank, monke
     assert [path.name for path in Path(redi.out, "state").iterdir()] == ["step-000001"]
 
 
-def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, max_steps", [("final", 2), ("step-000002", 3)])
+def test_a_save_that_fails_loses_nothing(name, max_steps, redi, one_rank, tmp_path, monkeypatch):
     """What was trained is in the state, from which the same command saves it."""
-    config = replace(redi, max_steps=2)
+    config = replace(redi, max_steps=max_steps, save_every=2)
     (tmp_path / "run").mkdir()
 
     def full(self, folder, dtype):
@@ -127,17 +145,19 @@ def test_a_last_save_that_fails_loses_nothing(redi, one_rank, tmp_path, monkeypa
     with monkeypatch.context() as disk:
         disk.setattr(Qwen2, "save_pretrained", full)
         with pytest.raises(
-            UserError, match="cannot write .*final: No space .*; the state of step 2 is saved, the same"
+            UserError, match=f"cannot write .*{name}: No space .*; the state of step 2 is saved, the same"
         ):
             train(config, one_rank)
-    assert not (tmp_path / "run" / "final").exists()
-    monkeypatch.setattr("nanoredi.trainer.loop.train_step", lambda *_: pytest.fail("trained again"))
+    assert not (tmp_path / "run" / name).exists()
+    steps = iter(range(max_steps - 2))  # the first two are not trained again
+    monkeypatch.setattr("nanoredi.trainer.loop.train_step", lambda *args: (next(steps), train_step(*args))[1])
     train(config, one_rank)
-    monkeypatch.undo()
     again = replace(config, out=str(tmp_path / "again"))
     (tmp_path / "again").mkdir()
+    monkeypatch.undo()
     train(again, one_rank)
     assert_same_weights(tmp_path / "run", tmp_path / "again")
+    assert (tmp_path / "run" / name / "model.safetensors").exists()
 
 
 def test_a_stop_during_the_last_save_comes_after_it(redi, one_rank, tmp_path, monkeypatch):

@@ -232,7 +232,7 @@ def test_objective_sft_goes_on_with_the_chosen(redi, one_rank):
     units = objectives.units(config, rows)
     total = sum(row[0].num_learned for row in rows)
     assert [(s.weight, s.share) for (s,) in units] == [(-1 / total, 1 / total)] * 2
-    assert [s.name for (s,) in units] == [row[0].name for row in rows]
+    assert [s.tokens.tolist() for (s,) in units] == [row[0].tokens.tolist() for row in rows]
 
 
 def test_the_mean_of_the_chosen_is_over_those_that_are_learned(sft, redi, one_rank):
@@ -248,7 +248,9 @@ def test_the_mean_of_the_chosen_is_over_those_that_are_learned(sft, redi, one_ra
 
 def test_a_chosen_weight_that_the_objective_does_not_know_is_found_before_the_first_step(row_weights, simpo, one_rank):
     config = replace(simpo, data=row_weights.data)
-    with pytest.raises(UserError, match="row 2 of .*weights.jsonl, chosen: simpo has no chosen_weight; take it out"):
+    with pytest.raises(
+        UserError, match="row 2 of those kept of .*weights.jsonl: simpo has no chosen_weight; take it out"
+    ):
         loop._Run(config, one_rank)
     loop._Run(replace(simpo, watch=config.data), one_rank)  # nothing is learned from what is watched
 
