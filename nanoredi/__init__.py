@@ -17,7 +17,3 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 # thread that they wait for. libgomp reads this when torch loads it, so nanoredi is imported before torch.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "4000"
-
-# Importing torch takes seconds, in which Ctrl-C would print a traceback.
-_print_error = sys.excepthook
-sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else _print_error(kind, *error)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -51,13 +50,6 @@ def test_a_job_may_be_started_without_streams(does, code):
     program = f"import os, sys; from nanoredi.common.errors import *\ndef main(_): {does}\nrun_script(main)"
     done = subprocess.run(["/bin/sh", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, program], check=False)
     assert done.returncode == code
-
-
-@pytest.mark.parametrize("error, last", [("KeyboardInterrupt", b""), ("ValueError", b"ValueError")])
-def test_ctrl_c_during_imports_prints_no_traceback(error, last):
-    done = subprocess.run([sys.executable, "-c", f"import nanoredi; raise {error}"], capture_output=True, check=False)
-    assert done.stderr.strip().rpartition(b"\n")[2] == last
-    assert done.returncode == (1 if last else -signal.SIGINT)
 
 
 def test_the_pager_gets_them_escaped_too(tmp_path, monkeypatch):
