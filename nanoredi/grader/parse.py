@@ -99,7 +99,7 @@ class _Reader:
         # x ≠ 1, 2 says x ≠ 1 and x ≠ 2, and n ≡ 1, 3 (mod 4) says the same as n ≡ 1 (mod 4), n ≡ 3 (mod 4).
         before = re.findall("^.*≠", pieces[0])
         after = re.findall(r"\(?mod[^()]+\)?$" if "≡" in pieces[0] else r"^[^≡]*(\(mod[^()]+\))$", pieces[-1])
-        pieces = [piece if re.search("[=<>≤≥≠]|mod", piece) else "".join([*before, piece, *after]) for piece in pieces]
+        pieces = [one if re.search("^$|[=<>≤≥≠]|mod", one) else "".join([*before, one, *after]) for one in pieces]
         parts = [one for piece in pieces for one in each_sign(piece) if one]
         if not 0 < len(parts) <= MAX_PARTS:
             raise Unreadable
