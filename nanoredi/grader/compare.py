@@ -53,8 +53,7 @@ def same(a: Reading, b: Reading) -> bool:
     if a.kind == b.kind in ("=", "<", "≤") and (a.kind == "=" and match(a.parts, b.parts) or proportional(a, b)):
         return True
     # x and y, f(2) and f(3), am and pm are different, but y may be f(x), and x may be t.
-    other = re.fullmatch(r"(?s)[x-z] [x-z]|[ap]m [ap]m|(.[^(_]*)[(_].* \1[(_].*", f"{a.name} {b.name}")
-    if other and a.name != b.name:
+    if a.name != b.name and re.fullmatch(r"(?s)[x-z] [x-z]|[ap]m .m|(.[^(_]*)[(_].* \1[(_].*", f"{a.name} {b.name}"):
         return False
     if a.kind == b.kind == "=":  # y = x and f(x) = x give names a value; p = q and r = q are equations between names
         named = a.name and b.name and a.bare and b.bare

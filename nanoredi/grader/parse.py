@@ -84,7 +84,8 @@ class _Reader:
             nodes = distinct(nodes)  # a repeated member counts once
         node, *others = nodes
         if others or node.kind == "list" and "⦃" in braces:
-            node = Reading("system" if system else "list", text, tuple(nodes))
+            ordered = all(re.fullmatch("[TF]|(?i:true|false|yes|no)", one.text) for one in nodes)  # one a question
+            node = Reading("system" if system else "()" if ordered else "list", text, tuple(nodes))
         node.braces |= bool(braces)
         return node
 

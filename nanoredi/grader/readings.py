@@ -40,7 +40,8 @@ _FUNCTION_OF = re.compile(
     r"(?!.*\\zeta)\\?[A-Za-z]+(?:\(|_\{)([a-z])[)}]="
     r"(?=(?:\\[A-Za-z]+(?![A-Za-z])|[^\\])*?\1|(?:\\[a-z]+|[^A-Za-z])*$)"
 )
-_BARE_UNITS = regex(r"(?<=[0-9}π°])(?: <BAREUNIT>| ?\{<BAREUNIT>\}<POWER>|<GLUEDUNIT>)\.? ?(?=$|,)")
+_IN_BRACKETS = r" ?\{<BAREUNIT>\}<POWER>| ?\( ?[cdkm]m\^\{?[23]\}? ?\)"
+_BARE_UNITS = regex(rf"(?<=[0-9}}π°])(?: <BAREUNIT>|{_IN_BRACKETS}|<GLUEDUNIT>)\.? ?(?=$|,)")
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 
 Details = frozenset[tuple[str, str]]  # each with its sort: a choice's letter, a condition, or one of the following
