@@ -111,19 +111,20 @@ def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
 
 
 def same_system(a: Reading, b: Reading) -> bool:
-    """x = 1, y = 2 against the same names, other names or (1, 2), each in the order of its names, or against a list;
-    (r, t, f) = (1, 2, 3) also in the order in which it is written."""
+    """x = 1, y = 2 against the same names, other names, (1, 2) or 1, 2, each in the order of its names;
+    against a list, and if it is (r, t, f) = (1, 2, 3), also in the order in which it is written."""
     if a.kind != b.kind and (a.bare or b.bare) and same(a.bare or a, b.bare or b):
         return True
-    if {a.kind, b.kind} == {"system", "list"}:  # x_1 = 1, x_2 = 2 are values of x, but x = 1, y = 2 are not
-        names = [{part.name.partition("_")[0] for part in one.parts if part.name} for one in (a, b)]
-        return (not all(names) or len(names[0]) == len(names[1])) and match(a.parts, b.parts)
-    if not {a.kind, b.kind} <= {"system", "()"} or len(a.parts) != len(b.parts):
+    lists = [one for one in (a, b) if one.kind == "list"]
+    names = [{part.name for part in one.parts} - {""} for one in (a, b)]
+    bases = [{name.partition("_")[0] for name in some} for some in names]
+    if lists and (all(names) or max(map(len, bases)) == 1):  # x_1 = 1, x_2 = 2 are values of x
+        return (not all(names) or len(bases[0]) == len(bases[1])) and match(a.parts, b.parts)
+    clash = all(names) and names[0] != names[1] and names[0] & names[1] or any(one.braces for one in lists)
+    if clash or not {a.kind, b.kind} <= {"system", "()", "list"} or len(a.parts) != len(b.parts):
         return False
-    names = [{part.name for part in one.parts} for one in (a, b) if one.kind == "system"]
-    if len(names) == 2 and names[0] != names[1] and names[0] & names[1]:
-        return False
-    return all(map(same, *(sorted(one.parts, key=order) if one.kind == "system" else one.parts for one in (a, b))))
+    in_order = [sorted(one.parts, key=order) if one.kind == "system" else one.parts for one in (a, b)]
+    return bool(lists) and all(map(same, a.parts, b.parts)) or all(map(same, *in_order))
 
 
 def order(part: Reading) -> list[tuple[int, str]]:

@@ -88,6 +88,7 @@ _PIECES = {
         | (?:the\ )?(?:point|line|vertex)s?(?=\ *[(\[]|\ +[xy]\b) | (?:option|choice)\ +(?=\W*[A-J]\b)
         | (?:usd?|rs\.?)(?=[\ 0-9]) | (?:the\ )?(?:final\ |correct\ )?answer\ *(?:is\b\ *:?|:)
         | (?!yes|true|false|(?:all\ )?real|.*[,;].*:)[a-z]{3,}(?:\ +[a-z][\w+()]*){0,7}?\ *(?:\b(?:is|are)\b|:)\ *<VALUE>)""",
+    "TO": r"(?<![0-9.])([0-9]+) ?(?:<FONT>\{to\}|\bto\b) ?(?=([0-9]+)(?:[ 0-9{}:]|<FONT>|to\b|odds)*$)",
     "REALSEXCEPT": r"(?:all\ )?real(?:s|\ numbers?)(?:\ x)?,?\ (?:except|other\ than)(?:\ for)?",
     "VALUE": r"(?=[0-9.\\([⦃-]|[a-z]\ *[=<>≤≥])",  # how an answer begins
 }
@@ -135,12 +136,9 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"\\operatorname\*?\{(\w+)\}", r"\\\1 "),
     # And, or; units after numbers; fonts.
     *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
-    # 2 × 3 cm is no product, and 3 to 1 a ratio
+    # 2 × 3 cm is no product, and 3 to 1 a ratio, but 5 to 10 a range
     (r"^(?=[^=]*\*[^=]*$)([0-9.]+ ?)(?:<UNITS> ?)?\*(?= ?[0-9.]+ ?(?:<UNITS>| (?:[a-z]{4,}|cm|in|ft)\b))", r"\1×"),
-    (
-        r"(?<![0-9.])([0-9]+) ?(?:<FONT>\{to\}|\bto\b) ?(?=([0-9]+)(?:[ 0-9{}:]|<FONT>|to\b|odds)*$)",
-        lambda found: f"{found[1]}:" if math.gcd(int(found[1]), int(found[2])) == 1 else found[0],  # 5 to 10 is a range
-    ),
+    ("<TO>", lambda found: f"{found[1]}:" if math.gcd(int(found[1]), int(found[2])) == 1 else found[0]),
     (r"(?<=[0-9)}π°'!])(?<!\}_\{[0-9]\})[ /]*(?:<UNITS>[ /*]*)+(?! *(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
     *[(r"<FONT>(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(?=[A-Za-z0-9\\]))", r" \1 ")] * 2,  # twice for a font in a font
     (r"(?<=\S) *(?:\\forall|\bfor (?:all|any|every|each)( real)?) *[a-z]( *∈ *ℝ)?(?! *[^ ,]| *, ?[a-z](?![\w(=]))", ""),
