@@ -134,6 +134,7 @@ class _Reader:
         for sign in signs if len(names[0]) == 1 and all(one == names[0] for one in names) else "":
             with contextlib.suppress(Unreadable):
                 node = self.union(sign.join(parts), [piece for part in parts for piece in (part, sign)][:-1])
+                node.name = names[0][0]
                 if (node.text != EMPTY.text or "∧" in words) and not any(part.kind == "≠" for part in node.parts):
                     return node
         return Reading("∨", ",".join(parts), tuple(map(self.read, parts))) if "∨" in words else None
