@@ -16,8 +16,8 @@ _INDEX = r"(?:_\{(?![^{}]*\w[+-])[^{}]*\})?"  # a_{n+1} is no single name
 LETTER = rf"(?:\\(?:{'|'.join(LETTERS)}) ?|[A-Za-z]){_INDEX}"
 _ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{3,}}(?: \w+)*)"
 NAME = (
-    rf"(?:(?:m ?)?\\(?:angle|triangle|odot|max|min|deg|dim) ?)?"
-    rf"(?:\\?(?:max|min)|{LETTER}|[A-Z]{{2,}}{_INDEX}|(?!arc|sqrt|sinh|cosh|tanh)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
+    rf"(?:(?:m ?)?\\(?:angle|triangle|odot|max|min|deg|dim) ?)?(?:\\?(?:max|min)|{LETTER}|[A-Z]{{2,}}{_INDEX}"
+    rf"|(?!arc|sqrt|sinh|cosh|tanh|even|prime)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
     rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\bar\{{[A-Z]{{2,}}\}}"
 )
 
@@ -50,17 +50,19 @@ class Reading:
 
 def same(a: Reading, b: Reading) -> bool:
     """Do two trees mean the same?"""
-    if a.kind == b.kind == "time":
-        return a.text == b.text and (a.name == b.name or not a.name or not b.name)
-    if a.text == b.text and a.kind == b.kind:
+    if a.kind == b.kind in ("=", "<", "≤") and (a.kind == "=" and match(a.parts, b.parts) or proportional(a, b)):
         return True
-    if a.kind == b.kind == "=":
-        return match(a.parts, b.parts) or proportional(a, b) or same_definition(a, b)
-    if a.kind == b.kind in ("<", "≤") and proportional(a, b):
+    # x and y, f(2) and f(3), am and pm are different, but y may be f(x), and x may be t.
+    if a.name != b.name and re.fullmatch(r"(?s)[x-z] [x-z]|[ap]m .m|(.[^(_]*)[(_].* \1[(_].*", f"{a.name} {b.name}"):
+        return False
+    if a.kind == b.kind == "=":  # y = x and f(x) = x give names a value; p = q and r = q are equations between names
+        named = a.name and b.name and a.bare and b.bare
+        return bool(named) and ("(" in a.name + b.name or not re.fullmatch(NAME, a.bare.text)) and same(a.bare, b.bare)
+    if a.text == b.text and a.kind == b.kind:
         return True
     if "system" in (a.kind, b.kind):
         return same_system(a, b)
-    if (a.bare or b.bare) and (a.kind != b.kind or a.bare and b.bare):
+    if (a.bare or b.bare) and not a.kind == b.kind == "time":
         return same(a.bare or a, b.bare or b)
     if a.kind != b.kind:
         return False
@@ -77,34 +79,24 @@ def same(a: Reading, b: Reading) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def word(text: str) -> str:
-    """A text without spaces, a word's case and plural, a sum's letter and braces around one letter or macro."""
+    """A text without spaces, a word's case and plural, a sum's or residue's letter, braces around a letter or macro."""
     if re.fullmatch(r"[A-Za-z ,.'-]+", text) and re.search("[A-Za-z]{4}", text):  # a phrase; "team B wins" too
         text = re.sub(r"^(?:an?|the|all) |(?<=[a-z]{3}[^s])s\b", "", text.lower())
     any_case = r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|N[Oo])(?![A-Za-z])"
     text = re.sub(any_case, lambda found: found[0].lower(), text)
     for run in re.finditer(r"\\(?:sum|prod)_\{([a-z])=", text):
         text = re.sub(rf"(?<![A-Za-z\\]){run[1]}(?![A-Za-z])", "ζ", text)
-    text = re.sub(r"\(mod(\w+)\)", r"mod\1", re.sub(r"[ °]", "", text))
+    text = re.sub(r"[ °]", "", text)
+    if residue := re.fullmatch(rf"(?:{LETTER}≡)?([^()]+?)\(?mod([^()]+)\)?", text):  # n ≡ 5 (mod 4) is 1 mod 4
+        value, modulus = residue.groups()
+        whole = re.fullmatch("[+-]?[0-9]+/[1-9][0-9]*", f"{value}/{modulus}")
+        text = f"{int(value) % int(modulus) if whole else value}mod{modulus}"
     return re.sub(r"\{(\w|∞|\\[A-Za-z]+)\}", r"\1", text)
 
 
 def distinct(nodes: list[Reading]) -> list[Reading]:
     """The nodes without those that are the same as an earlier one."""
-    kept: list[Reading] = []
-    for node in nodes:
-        if not any(same(node, other) for other in kept):
-            kept.append(node)
-    return kept
-
-
-def same_definition(a: Reading, b: Reading) -> bool:
-    """y = 2x and f(x) = 2x, whose left sides are names; but not f(2) = 5 and f(3) = 5, nor the lines x = 1 and y = 1.
-    p = q and r = q are equations between names."""
-    if not (a.name and b.name and a.bare and b.bare):
-        return False
-    if a.name != b.name and re.fullmatch(r"(?s)[x-z] [x-z]|(.[^(_]*)[(_].* \1[(_].*", f"{a.name} {b.name}"):
-        return False
-    return ("(" in a.name + b.name or not re.fullmatch(NAME, a.bare.text)) and same(a.bare, b.bare)
+    return [node for i, node in enumerate(nodes) if not any(same(node, other) for other in nodes[:i])]
 
 
 def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
@@ -119,19 +111,20 @@ def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
 
 
 def same_system(a: Reading, b: Reading) -> bool:
-    """x = 1, y = 2 against the same names, other names or (1, 2), each in the order of its names, or against a list;
-    (r, t, f) = (1, 2, 3) also in the order in which it is written."""
+    """x = 1, y = 2 against the same names, other names, (1, 2) or 1, 2, each in the order of its names;
+    against a list, and if it is (r, t, f) = (1, 2, 3), also in the order in which it is written."""
     if a.kind != b.kind and (a.bare or b.bare) and same(a.bare or a, b.bare or b):
         return True
-    if {a.kind, b.kind} == {"system", "list"}:  # x_1 = 1, x_2 = 2 are values of x, but x = 1, y = 2 are not
-        names = [{part.name.partition("_")[0] for part in one.parts if part.name} for one in (a, b)]
-        return (not all(names) or len(names[0]) == len(names[1])) and match(a.parts, b.parts)
-    if not {a.kind, b.kind} <= {"system", "()"} or len(a.parts) != len(b.parts):
+    lists = [one for one in (a, b) if one.kind == "list"]
+    names = [{part.name for part in one.parts} - {""} for one in (a, b)]
+    bases = [{name.partition("_")[0] for name in some} for some in names]
+    if lists and (all(names) or max(map(len, bases)) == 1):  # x_1 = 1, x_2 = 2 are values of x
+        return (not all(names) or len(bases[0]) == len(bases[1])) and match(a.parts, b.parts)
+    clash = all(names) and names[0] != names[1] and names[0] & names[1] or any(one.braces for one in lists)
+    if clash or not {a.kind, b.kind} <= {"system", "()", "list"} or len(a.parts) != len(b.parts):
         return False
-    names = [{part.name for part in one.parts} for one in (a, b) if one.kind == "system"]
-    if len(names) == 2 and names[0] != names[1] and names[0] & names[1]:
-        return False
-    return all(map(same, *(sorted(one.parts, key=order) if one.kind == "system" else one.parts for one in (a, b))))
+    in_order = [sorted(one.parts, key=order) if one.kind == "system" else one.parts for one in (a, b)]
+    return bool(lists) and all(map(same, a.parts, b.parts)) or all(map(same, *in_order))
 
 
 def order(part: Reading) -> list[tuple[int, str]]:
@@ -143,7 +136,7 @@ def order(part: Reading) -> list[tuple[int, str]]:
 def proportional(a: Reading, b: Reading) -> bool:
     """Are two relations multiples of each other, 2x + y = 5 and y = 5 - 2x? An inequality's factor is positive."""
     sides = [part.expression for part in (*a.parts, *b.parts)]
-    if len(sides) != 4 or None in sides or not any(side.letters for side in sides):
+    if len(sides) != 4 or None in sides:
         return False
     table = [[side.at(point) for side in sides] for point in points_for(*sides)]
     if any(None in values for values in table):

@@ -5,6 +5,7 @@ Every rule is one regular expression on a bounded string; where a rule may be wr
 """
 
 import itertools
+import math
 import re
 import unicodedata
 from collections.abc import Callable
@@ -19,12 +20,12 @@ _SPELLINGS = r"""
     ' prime ′ ’; | lvert rvert vert mid | lVert rVert Vert ∣; ( langle lgroup 〈 ⟨; ) rangle rgroup 〉 ⟩; [ lbrack;
     ] rbrack; ⦃ { lbrace; ⦄ } rbrace; ⌊ lfloor llcorner; ⌋ rfloor lrcorner; ⌈ lceil ulcorner; ⌉ rceil urcorner;
     ≤ leq le leqslant leqq ≦ ⩽; ≥ geq ge geqslant geqq ≧ ⩾; ≠ neq ne; ≈ approx simeq; ,∨ lor vee; , 、; . 。;
-    … ldots dots cdots; → to rightarrow longrightarrow; ⇒ implies Rightarrow; ⇔ iff Leftrightarrow; ∂ partial; Å AA;
+    … ldots dots cdots; → to rightarrow longrightarrow; ⇒ implies Rightarrow Longrightarrow; ⇔ iff Leftrightarrow;
     \frac dfrac tfrac cfrac nicefrac sfrac; \binom dbinom tbinom; \bar overline; \vec overrightarrow; \wedge land;
-    \neg lnot; \sqrt √; \cbrt ∛; \sqrt[4] ∜; \sum ∑; \prod ∏; \int ∫; \forall ∀; \equiv ≡; \angle measuredangle ∠;
-    i imath; j jmath; \Delta ∆; \epsilon varepsilon; \phi varphi; \theta vartheta; \rho varrho; \ell ℓ; \hbar ℏ;
-    \text textbf textit textrm textsf texttt textnormal mbox hbox mathrm mathsf mathtt;
-    \mathbf mathit mathcal mathfrak bm; \mathbb Bbb"""
+    \neg lnot; \sqrt √; \cbrt ∛; \sqrt[4] ∜; \sum ∑; \prod ∏; \int ∫; \forall ∀; ≡ equiv; ∂ partial; Å AA;
+    \angle measuredangle ∠; \triangle △; i imath; j jmath; \Delta ∆; \epsilon varepsilon; \phi varphi; \theta vartheta;
+    \rho varrho; \ell ℓ; \hbar ℏ; \mathbf mathit mathcal mathfrak bm; \mathbb Bbb;
+    \text textbf textit textrm textsf texttt textup textnormal emph mbox hbox mathrm mathsf mathtt"""
 _LAYOUT = r"""
     ! , ; : > $ % ( ) [ ] space enspace thinspace left right mleft mright middle big Big bigg Bigg bigl bigr Bigl Bigr
     biggl biggr Biggl Biggr displaystyle textstyle limits bf rm it cal mathopen mathclose ensuremath boxed fbox framebox
@@ -66,8 +67,8 @@ _PIECES = {
     "UNIT": r"\\text\{(?!<NOUNIT>)(?![0-9‰])(?:[^{}]|\{[^{}]*\})+\}(?!_)<POWER>",
     "NOUNIT": r"""(?x:
         \(?\ ?[,;:)] | (?:[a-fi-kn-rt-z]|[AaPp]\.?\ ?[Mm]\.?)\} | \([^{}()]*\} | [^{}]*(?:\bnot?\b|[∧∨]\ *[0-9])
-        | (?:\(\ ?|is\ )(?:mod|base|extr|rej|disc) | <CHANGE>\W*\}
-        | (?:to|at|if|for|when|where|since|because|mod|(?:in\ )?base|choose|(?:more|less)\ than)\b)""",
+        | (?:\(\ ?|is\ )(?:mod|base|extr|rej|disc|rem) | <CHANGE>\W*\}
+        | (?:to|at|if|for|when|where|since|because|mod|(?:in\ )?base|choose|(?:more|less)\ than|and|or|remainder)\b)""",
     "CHANGE": r"(?:hal(?:f|ves)|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial"
     r"|odd|even|prime|integer|negative|positive|more|less|fewer|short|under|(?:degrees\ )?(?:below|under)\ zero)\b",
     "POWER": r"(?:\ ?\^\ ?(?:\{-?[0-9]\}|-?[0-9]))?",
@@ -82,11 +83,12 @@ _PIECES = {
     "GAP": r"(?:\\[a-z]+\s*\{|[\s~{},.]|\\[ ,;:]|and\b)*",  # between 3 hours and 20 minutes
     # Therefore; either; all x > 0; the point (1,2); option A; US 5; the answer is; the area of the square is 5
     "INTRODUCTION": r"""(?x:
-        (?:\\sim|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it\ is|there\ (?:is|are))\b)[ ,:]*(?=\S) | either\b
-        | all(?:\ integers|\ values\ of)?(?=\ *[a-z]\ *[<>≤≥]) | (?:the\ )?(?:point|line|vertex)s?(?=\ *[(\[]|\ +[xy]\b)
-        | (?:option|choice)\ +(?=\W*[A-J]\b) | (?:usd?|rs\.?)(?=[\ 0-9])
-        | 答案?[是为:]* | (?:the\ )?(?:final\ |correct\ )?answer\ *(?:is\b\ *:?|:)
+        (?:\\sim(?=\ *[0-9])|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it\ is|there\ (?:is|are))\b)[ ,:]*(?=\S)
+        | either\b | all(?:\ integers|\ values\ of)?(?=\ *[a-z]\ *[<>≤≥≠≡]) | 答案?[是为:]*
+        | (?:the\ )?(?:point|line|vertex)s?(?=\ *[(\[]|\ +[xy]\b) | (?:option|choice)\ +(?=\W*[A-J]\b)
+        | (?:usd?|rs\.?)(?=[\ 0-9]) | (?:the\ )?(?:final\ |correct\ )?answer\ *(?:is\b\ *:?|:)
         | (?!yes|true|false|(?:all\ )?real|.*[,;].*:)[a-z]{3,}(?:\ +[a-z][\w+()]*){0,7}?\ *(?:\b(?:is|are)\b|:)\ *<VALUE>)""",
+    "TO": r"(?<![0-9.])([0-9]+) ?(?:<FONT>\{to\}|\bto\b) ?(?=([0-9]+)(?:[ 0-9{}:]|<FONT>|to\b|odds)*$)",
     "REALSEXCEPT": r"(?:all\ )?real(?:s|\ numbers?)(?:\ x)?,?\ (?:except|other\ than)(?:\ for)?",
     "VALUE": r"(?=[0-9.\\([⦃-]|[a-z]\ *[=<>≤≥])",  # how an answer begins
 }
@@ -123,9 +125,8 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"\^(?:('+)|\{((?:' ?)+)\})", r"\1\2"),
     (r"(?<=[A-Za-z)}']) ?°\s?(?=[A-Za-z(\\])(?![CFK]\b)", "∘"),  # composition
     (r"\^?(?:°|\{°\})(?: ?[CFK]\b| ?<FONT>\{[CFK]\})?", "°"),
-    (r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
     (r" ?(?:\( ?\\[bp]?mod ?(\w+) ?\)|\\pmod ?(?:\{([^{}]*)\}|(\w+)))", r" (mod \1\2\3)"),
-    (r"\\b?mod(?![a-z])", " mod "),
+    (r"\\b?mod(?![a-z]) ?(?:\{(\w+)\})?", r" mod \1"),
     (r"\\mathbb(?:\{R\}| ?R)|(?<=∈) ?R\b", "ℝ"),
     (r"_<FONT>(\{[^{}]*\})", r"_\1"),
     (r"_([0-9]+|[\w∞*+-]|\\[A-Za-z]+)", r"_{\1}"),
@@ -135,17 +136,16 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"\\operatorname\*?\{(\w+)\}", r"\\\1 "),
     # And, or; units after numbers; fonts.
     *[(_JOINING.replace("WORD", word), f" ,{sign} ") for word, sign in (("or", "∨"), ("and", "∧"))],
-    # 2 × 3 cm is no product, and 3 to 1 a ratio
+    # 2 × 3 cm is no product, and 3 to 1 a ratio, but 5 to 10 a range
     (r"^(?=[^=]*\*[^=]*$)([0-9.]+ ?)(?:<UNITS> ?)?\*(?= ?[0-9.]+ ?(?:<UNITS>| (?:[a-z]{4,}|cm|in|ft)\b))", r"\1×"),
-    (r"(?<=[0-9]) ?(?:<FONT>\{to\}|\bto\b) ?(?=[0-9](?:[ 0-9.{}:]|<FONT>|to\b|odds)*$)", ":"),
-    (r"(?<=[0-9)}π°'!])[ /]*(?:<UNITS>[ /*]*)+(?! *(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
-    *[(r"<FONT>(?:\{([^{}]*)\}|(?=[A-Za-z0-9\\]))", r" \1 ")] * 2,  # twice for a font in a font
+    ("<TO>", lambda found: f"{found[1]}:" if math.gcd(int(found[1]), int(found[2])) == 1 else found[0]),
+    (r"(?<=[0-9)}π°'!])(?<!\}_\{[0-9]\})[ /]*(?:<UNITS>[ /*]*)+(?! *(?:[A-Za-z0-9π]|\\[A-Za-z]))", " "),
+    *[(r"<FONT>(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(?=[A-Za-z0-9\\]))", r" \1 ")] * 2,  # twice for a font in a font
     (r"(?<=\S) *(?:\\forall|\bfor (?:all|any|every|each)( real)?) *[a-z]( *∈ *ℝ)?(?! *[^ ,]| *, ?[a-z](?![\w(=]))", ""),
     ("<LOOSE>", r"\1\2\3\4"),
     # Without fonts: introductions and remarks in words.
-    (r"^(?:[a-zA-Z]|\\[a-z]+) ?\\equiv(?=[^,=]*\( ?mod [^()]*\)$)", ""),  # n ≡ 1 (mod 4)
     ("(?i)^(?:<INTRODUCTION>\\ *)+", ""),
-    (r"^([f-hP-R](?:\([a-z]\))?) ?\\equiv(?!.*mod)", r"\1="),
+    (r"^([f-hP-R](?:\([a-z]\))?) ?≡(?!.*mod)", r"\1="),
     (r"(?i)^<REALSEXCEPT>\ (.*)", lambda found: "x≠" + re.sub("[a-z] *=", "", found[1])),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly) (?=[0-9.\\-])", "≈"),
     (r"(?i)^(?:negative|minus) (?=\S+$)|^(?=.*\b(?:below|under) zero[ .]*$)", "-"),
@@ -155,6 +155,7 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     # The notation that parse.py and expression.py read: of binomials, derivatives, environments, mixed numbers.
     *[(r"(\\(?:frac|binom)(?:\{[^{}]*\})?) ?([0-9])", r"\1{\2}")] * 2,
     (rf"(?<=_\{{)(?:{'|'.join(_ONES)})(?=\}})", lambda found: str(_ONES.index(found[0]))),  # 101_{two}
+    (r"(?<![\w}.])([0-9]+)_\{(?:10|ten)\}", r"\1"),
     *[(rf"(?:\\|\b){name} ?\(([^()]*)\)", new) for name, new in (("ceil", r"⌈\1⌉"), ("floor", r"⌊\1⌋"))],
     (r"(?<=[0-9])' ?'?(?!['\w])", ""),  # minutes and seconds of arc
     (r"\\vec\{([A-Z]{2})\}", r"v_{\1}"),  # AB and BA are different vectors

@@ -84,7 +84,8 @@ class _Reader:
             nodes = distinct(nodes)  # a repeated member counts once
         node, *others = nodes
         if others or node.kind == "list" and "⦃" in braces:
-            node = Reading("system" if system else "list", text, tuple(nodes))
+            ordered = all(re.fullmatch("[TF]|(?i:true|false|yes|no)", one.text) for one in nodes)  # one a question
+            node = Reading("system" if system else "()" if ordered else "list", text, tuple(nodes))
         node.braces |= bool(braces)
         return node
 
@@ -96,9 +97,10 @@ class _Reader:
         """The members of a list. Conditions on one name are one member, like "a=0 or b=0"; x=1,y=2,x=3,y=4 are two."""
         words = {piece.strip()[:1] for piece in pieces} & {"∨", "∧"}
         pieces = [piece.strip(" ∨∧") for piece in pieces]
-        if "≠" in pieces[0] and "∨" not in words:  # x ≠ 1, 2 says x ≠ 1 and x ≠ 2
-            name = pieces[0].partition("≠")[0]
-            pieces = [piece if re.search("[=<>≤≥≠]", piece) else f"{name}≠{piece}" for piece in pieces]
+        # x ≠ 1, 2 says x ≠ 1 and x ≠ 2, and n ≡ 1, 3 (mod 4) says the same as n ≡ 1 (mod 4), n ≡ 3 (mod 4).
+        before = re.findall("^.*≠", pieces[0])
+        after = re.findall(r"\(?mod[^()]+\)?$" if "≡" in pieces[0] else r"^[^≡]*(\(mod[^()]+\))$", pieces[-1])
+        pieces = [one if re.search("^$|[=<>≤≥≠]|mod", one) else "".join([*before, one, *after]) for one in pieces]
         parts = [one for piece in pieces for one in each_sign(piece) if one]
         if not 0 < len(parts) <= MAX_PARTS:
             raise Unreadable
@@ -132,6 +134,7 @@ class _Reader:
         for sign in signs if len(names[0]) == 1 and all(one == names[0] for one in names) else "":
             with contextlib.suppress(Unreadable):
                 node = self.union(sign.join(parts), [piece for part in parts for piece in (part, sign)][:-1])
+                node.name = names[0][0]
                 if (node.text != EMPTY.text or "∧" in words) and not any(part.kind == "≠" for part in node.parts):
                     return node
         return Reading("∨", ",".join(parts), tuple(map(self.read, parts))) if "∨" in words else None
@@ -230,12 +233,11 @@ class _Reader:
         """x = 5, 5 = x and x = 10/2 = 5 give the name x the bare value 5; m + n = 5, a:b = 5 and a limit that equals 5
         have a bare value and no name; 0.5 = 1/2 is a value; 2x + y = 5 is only itself."""
         parts = tuple(map(self.read, sides))
-        if _NAMES_TUPLE.fullmatch(sides[0]) and len(sides) == 2 and parts[1].kind == "()":
-            pairs = list(zip(sides[0][1:-1].split(","), parts[1].parts))
-            if len(pairs) == len(parts[0].parts) == len(parts[1].parts):
-                system = self.group([f"{name}={value.text}" for name, value in pairs])
-                system.bare = parts[1]
-                return system
+        names = sides[0][1:-1].split(",") if _NAMES_TUPLE.fullmatch(sides[0]) else []
+        if len(sides) == 2 and parts[1].kind == "()" and len(parts[1].parts) == len(names):
+            system = self.group([f"{name}={value.text}" for name, value in zip(names, parts[1].parts)])
+            system.bare = parts[1]
+            return system
         chained = _NAMES_TUPLE.fullmatch(f"({','.join(sides[:-1])})")  # x = y = 1
         if chained and not is_name(sides[-1]):
             return self.group([f"{name}={sides[-1]}" for name in sides[:-1]])
@@ -295,8 +297,6 @@ def inside(text: str) -> str | None:
 
 def split(text: str, separators: str) -> list[str]:
     """Pieces alternating with the separators between them, which count only outside brackets."""
-    if set(separators).isdisjoint(text):
-        return [text]
     pieces, start, depth = [], 0, 0
     for found in re.finditer(f"[{separators}()\\[\\]{{}}⦃⦄⌊⌋⌈⌉⟦⟧]", text):
         depth += (found[0] in OPEN) - (found[0] in CLOSE)

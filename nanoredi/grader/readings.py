@@ -16,7 +16,7 @@ _COMPOUND = regex(  # 3 hours and 20 minutes, 20 min 5 s, 6 feet 2 inches
     r"(?<![0-9./])([0-9]+)<GAP>(?:(h(?:ou)?r?s?)|(min(?:ute)?s?)|f(?:ee)?t)\b<GAP>([0-9]+)"
     r"(?=<GAP>(?(2)min(?:ute)?s?|(?(3)s(?:ec(?:ond)?s?)?|in(?:ch(?:es)?)?))\b)"
 )
-_CHOICE = re.compile(r"\(? ?([A-J]) ?[):.] ([^ ,∧∨].*)")
+_CHOICE = re.compile(r"\(? ?([A-J]) ?[):.](?: ([^ ,∧∨].*))?")
 # A remark after an answer: in brackets, or from a word to the end.
 _BRACKETED = re.compile(
     r"(.*?[^ ,;(])(?: |(?<=[0-9)}\]]))"
@@ -31,8 +31,8 @@ _CONDITION = re.compile(
 )
 # A remark with one of these changes the answer, or begins another one.
 _NO_REMARK = re.compile(
-    r"⟦|\b(?:exclu|except|extraneous|reject|discard|squared|cubed|negative|"
-    rf"(?:for|if|when|mod|base|not|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
+    r"⟦|.\bwhere\b|\b(?:exclu|except|extraneous|reject|discard|squared|cubed|negative|"
+    rf"(?:for|if|when|mod|base|not|remainder|unless|without|other|otherwise|else|{'|'.join(FUNCTIONS)})\b)"
 )
 _RATE = re.compile(r"ð_\{([a-z])([2-9d]?)\}((?:\\[a-z]+|[A-Za-z])(?:_\{\w+\})?)")  # dy/dt or \dot y
 # f(x)=2x is f(n)=2n, and f(x)=5 is f(n)=5, but X_{d}=P is not X_{u}=P
@@ -40,7 +40,8 @@ _FUNCTION_OF = re.compile(
     r"(?!.*\\zeta)\\?[A-Za-z]+(?:\(|_\{)([a-z])[)}]="
     r"(?=(?:\\[A-Za-z]+(?![A-Za-z])|[^\\])*?\1|(?:\\[a-z]+|[^A-Za-z])*$)"
 )
-_BARE_UNITS = regex(r"(?<=[0-9}π°])(?: <BAREUNIT>|<GLUEDUNIT>)\.? ?(?=$|,)")
+_IN_BRACKETS = r" ?\{<BAREUNIT>\}<POWER>| ?\( ?[cdkm]m\^\{?[23]\}? ?\)"
+_BARE_UNITS = regex(rf"(?<=[0-9}}π°])(?: <BAREUNIT>|{_IN_BRACKETS}|<GLUEDUNIT>)\.? ?(?=$|,)")
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 
 Details = frozenset[tuple[str, str]]  # each with its sort: a choice's letter, a condition, or one of the following
@@ -48,24 +49,25 @@ Details = frozenset[tuple[str, str]]  # each with its sort: a choice's letter, a
 # 5 cm^2. Spellings joined by commas mean the same.
 _DETAILS = r"""
     increase decrease profit loss gain north south east west above below left right up down late early before after ago
-    now faster slower higher lower clockwise counterclockwise,anticlockwise noon midnight bc ad hundred thousand million
-    billion trillion dozen cent dollar,\$,usd euro,€ pound,lb,£ week month day,d year,yr,y hour,hr,h min,minute
-    in,inch,inche ft,foot,feet yard,yd mile,mi km mile/hour,mph km/hour,kph oz,ounce gallon,gal %,\%,percent,pct
-    °,º,\circ,\degree,degree,deg rad,radian atm ton AU ly erg""".split()
+    now faster slower higher lower clockwise counterclockwise,anticlockwise noon midnight bc ad cent,¢ yen,yuan,¥
+    rupee,₹ dollar,\$,usd euro,€ pound,lb,£ week month day,d year,yr,y hour,hr,h min,minute in,inch,inche
+    ft,foot,feet yard,yd mile,mi km mile/hour,mph km/hour,kph oz,ounce gallon,gal %,\%,percent,pct
+    °,º,\circ,\degree,degree,deg rad,radian \AA,Å,angstrom atm ton AU ly erg""".split()
 _METRIC = r"""m,meter,metre g,gram l,L,liter,litre J,joule,Nm J/s,W,watt N,newton V,volt A,amp,ampere Pa,pascal Hz,hertz
     mol,mole K,kelvin s,sec,second T,tesla eV,electronvolt cal,calorie Wh pc,parsec C,celsius,coulomb F,fahrenheit,farad
     \Omega,ohm""".split()
 for _sign, _long in zip(["", *"kcmnMG", "micro"], ["", "kilo", "centi", "milli", "nano", "mega", "giga", "micro"]):
     _DETAILS += [re.sub("[^,]+", rf"{_sign}\g<0>,{_long}\g<0>", unit) for unit in _METRIC]
-_DETAIL_OF = {word: words.split(",")[0] for words in _DETAILS for word in words.split(",")} | {"unit": ""}
+_DETAIL_OF = {word: words.split(",")[0] for words in [*_DETAILS, *_COUNTS] for word in words.split(",")} | {"unit": ""}
 _OF_ANYTHING = re.compile(r"(?:way|method|case|choice|number|value|ement|tion|itie|ing)s$")  # 5 ways, 5 arrangements
 _TOKEN = re.compile(  # "in" before something else is no inch
-    r"((?!in\b[\s~}]*[A-Za-z0-9\\$])\\?[A-Za-z]+|\\?[%$]|[°º€£])(?:\W{0,4}\^\W{0,3}([1-9])|\s*([²³]|squared|cubed))?"
+    r"((?!in\b[\s~}]*[\w\\$])\\?[A-Za-z]+|\\?[%$]|[°º€£¢¥₹Å])(?:\W{0,4}\^\W{0,3}([1-9])|\s*([²³]|squared|cubed))?"
 )
 _PER = re.compile(r"(?:/|\bper\b(?: sq\w*| cu\w*)?|\}\s*\{)[\s~{\\]*(?:(?:text|mathrm|rm)\b)?[\s~{]*$")  # before a unit
 # Where a single letter is a unit: 5\text{ s} and 5 m/s, but not x/(m+s) or \text{(C) }5.
 _IN_TEXT = r"(?<=.)\\(?:text|mathrm|rm|textrm|mbox)(?![a-z]|[\s{(]*[A-J](?:[):]|\.(?!\W*$)))[\s{]*[^{}]*"
-_OF_UNITS = re.compile(rf"{_IN_TEXT}|[0-9}}]\W{{0,3}}[A-Za-z]+\s*/\s*[A-Za-z]+|°\s*[CFK]\b")
+_OF_UNITS = re.compile(rf"{_IN_TEXT}|[0-9}}]\W{{0,3}}[A-Za-z]+\s*/\s*[A-Za-z]+|(?:°|\\circ\}}?)\s*[CFK]\b")
+_ARC = re.compile(r"[0-9][\s^{]*(?:('+)|[°º]|\\circ|\\?deg)")  # 30' is not 30°
 _POWERS = {"sq": "2", "cu": "3", "²": "2", "³": "3"}
 
 
@@ -88,14 +90,14 @@ def readings(text: str) -> Iterator[tuple[str, Details]]:
         one = re.sub(r" (?=[\W_])|(?<=\W) ", "", " ".join(one.split()))
         yield one, details
         if bound := _FUNCTION_OF.match(one):
-            yield _with_zeta(one, bound), details
+            yield _renamed(one, bound[1]), details
 
 
 def _others(text: str) -> Iterator[tuple[str, Iterable[tuple[str, str]]]]:
     """What else a plain string may mean, each with the details that it leaves out."""
-    if choice := _CHOICE.fullmatch(text):  # (C) 12
-        yield choice[1], [("choice", choice[2])]
-        yield choice[2], [("choice", choice[1])]
+    if choice := _CHOICE.fullmatch(text):  # (C) 12 or C)
+        yield choice[1], [("choice", choice[2])] * bool(choice[2])
+        yield choice[2] or "", [("choice", choice[1])]
     if remark := _BRACKETED.fullmatch(text) or _TAIL.fullmatch(text) or _CONDITION.fullmatch(text):
         head, word, tail = remark.groups()  # but not 2 for n=1, 3 for n=2
         several = (word == "for" or "=" in tail) and re.search(r",(?! ?[a-z] ?(?:$|[,∈]))", tail)
@@ -103,34 +105,35 @@ def _others(text: str) -> Iterator[tuple[str, Iterable[tuple[str, str]]]]:
             harmless = re.match("≈|approx|about|since|because|(?!.*(?:[0-9=<>≤≥≠∈]|odd|even|[A-Z][a-z]))", word + tail)
             yield head, [] if harmless else [("condition", tail.replace(" ", ""))]
             if bound := re.match(" ?([a-z]) ?∈ ?[ZN]", tail):  # its name does not matter
-                yield _with_zeta(head, bound), [("condition", re.sub(r" |\\zeta ", "", _with_zeta(tail, bound)))]
+                yield _renamed(head, bound[1]), [("condition", _renamed(tail, bound[1]).replace(" ", ""))]
     variables = {("variable", rate[0]) for rate in _RATE.findall(text)}
     if ("ð" in text or "'" in text) and len(variables) < 2:  # dy/dt is also y', and so is y'(t)
         primed = _RATE.sub(lambda rate: rate[3] + "'" * (int(rate[2] or 1) if rate[2] != "d" else 2), text)
         yield re.sub(r"(?<=[\w'}])\(t\)", "", primed), variables
     yield re.sub(r"\\log(?![ A-Za-z]*_)", r"\\lg", text), []  # the natural logarithm or that of base 10
-    yield re.sub(r"^((?=.*[tuxyz])(?!.*(?<![A-Za-z\\])[abc](?!rc|os|$)).*\+ ?)c$", r"\1C", text), []  # of integration
+    if re.search("[tuxyz]", text) and not re.search(r"C|_\{c|(?<![A-Za-z\\])[ab](?!rc)", text):
+        yield _renamed(text, "c", "C"), []  # constants of integration
     yield _BARE_UNITS.sub("", text), []  # 5 km is a number or a product
     if not re.search(r"[(\[⦃]", text):  # 12,345 is one number or two
         yield _GROUPED.sub(lambda number: re.sub("[ ,]", "", number[0]), text), []
 
 
-def _with_zeta(text: str, bound: re.Match) -> str:
-    """The text with ζ for a letter that may have any name."""
-    return re.sub(r"\\[A-Za-z]+|[A-Za-z]{4,}|[a-z]", lambda one: "\\zeta " if one[0] == bound[1] else one[0], text)
+def _renamed(text: str, letter: str, new: str = "\\zeta ") -> str:
+    """The text with another name, such as ζ, for a letter that may have any; the c of cos is none."""
+    return re.sub(r"\\[A-Za-z]+|[A-Za-z]{4,}|c[os][cst]|[a-z]", lambda one: new if one[0] == letter else one[0], text)
 
 
 def _details(text: str) -> Details:
     """Units (of cm^2 also the power alone; km and km/h differ, $5 and $5/h do not), directions and so on, and
     plurals after numbers: the only one, as in 5 apples, or all with their numbers, as in 5 boys and 4 girls."""
     found, lower = set(), ""
-    text = re.sub(r"(?:\\mu|[μµ])[\s}]*(\\(?:text|mathrm)\W*)?", r"\1micro", text)
+    text = re.sub(r"(?:\\mu|[μµ])[\s}]*(\\(?:text|mathrm)\W*)?", r"\1micro", re.sub(r"\\prime\s*|[′’]", "'", text))
     places = {place for one in _OF_UNITS.finditer(text) for place in range(*one.span())}
     for match in _TOKEN.finditer(text):
         token, power, word = match.groups(default="")
         before, lower = lower, token.lower() if len(token) > 1 else token
         known = [_DETAIL_OF[one] for one in (token, lower, re.sub("(?:wards?|s)$", "", lower)) if one in _DETAIL_OF]
-        if known and (len(token) > 1 or not token.isalpha() or match.start() in places):
+        if known and (not re.fullmatch("[A-Za-z]", token) or match.start() in places):
             power = power.strip("1") or _POWERS.get(word[:2] or before[:2], "")
             per = "/" in known[0] or "-" in match[0] or _PER.search(text, match.start() - 20, match.start())
             found |= {*(one + power for one in known[0].split("/")), power, "per" if per else ""}
@@ -139,5 +142,7 @@ def _details(text: str) -> Details:
     counted = re.findall(r"([0-9]+)(?:\\[a-z]+\b|\\\W|[^\w\\])*([a-z]{3,}s)\b(?!\W*\^)", text.lower())
     if len(counted) == 1 and counted[0][1][:-1] not in _DETAIL_OF and not _OF_ANYTHING.search(counted[0][1]):
         found.add(counted[0][1])
-    kinds = {("rate", str("per" in found))} if found - {""} and not found & {"dollar", "euro", "cent", "%"} else set()
-    return frozenset({("detail", one) for one in found - {""}} | kinds | {*(counted if len(counted) > 1 else ())})
+    details = {("detail", one) for one in found - {""}} | {("arc", mark) for mark in _ARC.findall(text)}
+    if found - {""} and not found & {"dollar", "euro", "cent", "%"}:
+        details.add(("rate", str("per" in found)))
+    return frozenset([*details, *(counted if len(counted) > 1 else ())])
