@@ -251,5 +251,6 @@ def test_completions_beside_the_model_resume(said, toy_data, tmp_path):
     shutil.copytree(toy_data / "model", tmp_path / "m")
     for name in ("a.jsonl", "b.json"):
         assert said("a=1", "--model", "m", "--out", f"m/{name}") == f"m/{name}: 1 completions\n"
-    for name in ("a.jsonl", "b.json"):
-        assert "1 completions are there, 0 are missing" in said("a=1", "--model", "./m/", "--out", f"m/{name}")
+    for model in ("./m/", str(tmp_path / "m")):
+        for name in ("a.jsonl", "b.json"):
+            assert "1 completions are there, 0 are missing" in said("a=1", "--model", model, "--out", f"m/{name}")
