@@ -228,6 +228,10 @@ def test_the_same_command_resumes(said, tmp_path):
     with pytest.raises(UserError, match="mine lacks the mine.settings.json that describes it"):
         said("a=1", "--out", "mine")
     assert (tmp_path / "mine").read_text() == "my own\n"
+    (tmp_path / "new.settings.json").write_text('{"dark": true}')  # another program's
+    with pytest.raises(UserError, match="new.settings.json: the object has no field 'setting'"):
+        said("a=1", "--out", "new")
+    assert (tmp_path / "new.settings.json").read_text() == '{"dark": true}'
 
 
 @pytest.mark.parametrize("name", ["o.csv", "o.Parquet", "o.jsonl.gz"])
