@@ -26,7 +26,8 @@ LAYOUTS = {
     "candidates": "Gemini's generateContent",
     "outputs": "vLLM's RequestOutput",
     "model_response": "lighteval's details",
-    "model_output": "evalscope, Bedrock's batch output",
+    "model_output": "evalscope, Bedrock's batch output, evalchemy's examples",
+    "model_outputs": "evalchemy's of several samples",
     "predictions": "lighteval's older details",
     "resps": "lm-eval's samples",
     "responses": "rllm's and verl's",
@@ -276,11 +277,11 @@ def _of_each(value: dict[str, Any], names: Iterable[str], num: int, count: bool 
 
 
 def _whole_number(value: Any) -> Any:
-    """A whole number that a table has as text or as a float, or None for its empty cell; else the value itself."""
+    """A whole number that a table has as text or as a float (pandas: 12.0), or None for its empty cell; else the value."""
     if value == "":
         return None
-    is_text = isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value)
-    return int(value) if is_text or isinstance(value, float) and value.is_integer() else value
+    number = re.fullmatch(r"([0-9]{1,9})(\.0)?", str(value)) if isinstance(value, (str, float)) else None
+    return int(number[1]) if number else value
 
 
 def _error(row: dict[str, Any], found: list[Completion]) -> str | None:
