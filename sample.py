@@ -227,7 +227,7 @@ def _claim(path: Path, folder: str, config: SampleFlags) -> str:
     """Claim --out for completions with these settings, new or resumed. Returns their dtype."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(SamplingConfig) if not f.metadata["free"]}
     beside, files = Path(f"{path}.settings.json"), digest_of_files(Path(folder))
-    if path.stat().st_size and beside.exists():  # the same files are the same model, however the path to them was written
+    if path.stat().st_size and beside.exists():  # the same files are the same model, however their path was written
         known = check(str(beside), read_json(beside), {"model": {str: str}})["model"]
         folder = next((other for other in known if known[other] == files), folder)
     return claim(path, beside, {"setting": {**settings, "stop": config.stop}, "model": {folder: files}})

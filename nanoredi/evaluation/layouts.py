@@ -98,8 +98,7 @@ class EngineRow:
     others: list[str] = field(default_factory=list)  # other fields that may hold completions, with other values
     texts: str = ""  # all text of the row except its completions
     sample: int | None = None  # the sample's number, if nanoredi wrote the row
-    benchmark: str | None = None  # only in rows of samples.jsonl, like the next one
-    problem: int | None = None
+    own: tuple[str, int] | None = None  # the benchmark's name and the problem's number, if it is a row of samples.jsonl
 
 
 def read(where: str, row: Any) -> EngineRow:
@@ -175,9 +174,9 @@ def _read_own_numbers(found: EngineRow, row: dict[str, Any]) -> None:
     """The numbers in rows of nanoredi's own: of samples.jsonl, or of sample.py, which numbers only the sample."""
     problem, sample = row.get("problem"), row.get("sample")
     if type(problem) is int and isinstance(row.get("benchmark"), str):
-        found.benchmark, found.problem, found.model = row["benchmark"], problem, str(row.get("model"))
+        found.own, found.model = (row["benchmark"], problem), str(row.get("model"))
         check(found.where, sample, int, "its 'sample'")
-    if found.problem is not None or type(sample) is int and {"completion", "finish_reason", "tokens"} <= row.keys():
+    if found.own or type(sample) is int and {"completion", "finish_reason", "tokens"} <= row.keys():
         found.sample = sample
 
 
@@ -231,9 +230,8 @@ def _completions(value: Any) -> list[Completion]:
 def _text_of_parts(content: list[Any], is_sure: bool = False) -> str | None:
     """The text of a content in parts, [{"type": "text", "text": TEXT}, ...], after its thinking; None if the list is
     something else, such as messages or samples."""
-    if not all(isinstance(part, dict) and (is_sure or "type" in part) for part in content):
-        return None
-    if not is_sure and all("role" in part for part in content):
+    are_parts = all(isinstance(part, dict) and (is_sure or "type" in part) for part in content)
+    if not are_parts or not is_sure and all("role" in part for part in content):
         return None
     thinks = [part.get("thought") is True or part.get("type") in _THOUGHTS for part in content]
     thinking, text = ("".join(_text_in(p) for p, own in zip(content, thinks) if own is kind) for kind in (True, False))
@@ -263,10 +261,8 @@ def _of_each(value: dict[str, Any], names: Iterable[str], num: int, count: bool 
     completions it must be a list: a single value is about all together. With `count` a list may also be counted."""
     for path in (about + name for about in _DETAILS for name in names):
         said = _get(value, path)
-        if count and isinstance(said, dict):
-            continue
         if not isinstance(said, list):
-            said = [said] * num if num == 1 else []
+            said = [said] if num == 1 and not (count and isinstance(said, dict)) else []
         elif count and num == 1:  # the completion's tokens, or a list of one such list or of one count
             is_of_one = len(said) == 1 and isinstance(said[0], list if path.endswith("ids") else (list, int))
             said = said if is_of_one else [len(said) or None]

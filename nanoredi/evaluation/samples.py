@@ -166,8 +166,7 @@ def read_results(folder: str | Path) -> list[Row]:
 
 def kept_results(folder: Path, num_samples: int = 0) -> list[Row]:
     """The rows of results.json for models with at least this many samples; none if the file is missing or broken."""
-    keys = {tuple(row.get(key) for key in _KEY) for row in Samples(folder).rows()} if num_samples else ()
-    counts = Counter(model for model, *_ in keys)
+    counts = Counter(row["model"] for row in Samples(folder).rows()) if num_samples else Counter()
     try:
         return [row for row in read_results(folder) if counts[row["model"]] >= num_samples]
     except UserError:  # missing, or cut short by a full disk

@@ -116,7 +116,6 @@ def draw(runs: list[Run], path: str, entropy: bool = False) -> None:
     Raises:
         UserError: if there is nothing to draw, or matplotlib is missing.
     """
-    check_figure(path)
     runs = [run for run in runs if run.rows]
     if not runs:
         raise UserError("there is nothing to draw: no run has a line in metrics.jsonl yet")

@@ -268,7 +268,8 @@ def test_text_cells_of_a_csv_file(tmp_path, capsys):
     """In CSV numbers are text, and empty cells are empty text."""
     path = tmp_path / "c.csv"
     for tokens in ("12", "12.0"):  # pandas makes a column with empty cells one of floats
-        path.write_text(f"prompt,completion,tokens,finish_reason,gold\nq,</think>\\boxed{{2}},{tokens},stop,2\nr,,,,3\n")
+        rows = f"q,</think>\\boxed{{2}},{tokens},stop,2\nr,,,,3\n"
+        path.write_text("prompt,completion,tokens,finish_reason,gold\n" + rows)
         (samples,) = grade_file(str(path), "m", [], thinking=True)
         found = [(s["correct"], s["tokens"], s["finish_reason"]) for s in samples]
         assert found == [(True, 12, "stop"), (False, None, "")]

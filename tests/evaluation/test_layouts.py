@@ -352,11 +352,10 @@ def test_a_gold_answer_that_indexes_choices(tmp_path, box, right):
     assert graded(tmp_path, rows)[0] == [(0, 0, right)]
 
 
-def test_a_number_among_a_completion_s_choices_stays_a_number(tmp_path):
-    rows = [
-        {"question": "q", "answer": 0, "choices": [{"message": {"role": "assistant", "content": r"</think>\boxed{0}"}}]}
-    ]
-    assert graded(tmp_path, rows)[0] == [(0, 0, True)]
+@pytest.mark.parametrize("box", [0, 7])
+def test_a_number_among_a_completion_s_choices_stays_a_number(tmp_path, box):
+    choices = [{"message": {"role": "assistant", "content": rf"</think>\boxed{{{box}}}"}}]
+    assert graded(tmp_path, [{"question": "q", "answer": 0, "choices": choices}])[0] == [(0, 0, box == 0)]
 
 
 def test_bare_answers(tmp_path, benchmark):
