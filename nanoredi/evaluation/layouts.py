@@ -189,7 +189,7 @@ def _completion_fields(value: dict[str, Any], names: Any) -> list[str]:
 def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
     """Whether a field holds completions, rather than something else with the same name. top: of the row, not within."""
     value = _from_text(row[name]) if top else row[name]
-    is_other = top and (row.get("error") or {"response", "text"} & row.keys())  # then a message or content is none
+    has_failed = top and row.get("error")  # then a message or content is the server's
     match name:
         case "messages" | "conversations" | "all_messages":  # may be the prompt
             return _is_answer(value)
@@ -198,11 +198,11 @@ def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
         case "text" if top:
             return "meta_info" in row
         case "content" if top:
-            return not is_other and (last_role([row]) == "assistant" or bool({"stop_type", "stop"} & row.keys()))
+            return not has_failed and (last_role([row]) == "assistant" or bool({"stop_type", "stop"} & row.keys()))
         case "message":
-            return isinstance(value, dict) and not is_other and (not top or last_role([value]) == "assistant")
+            return isinstance(value, dict) and not has_failed and (not top or last_role([value]) == "assistant")
         case "code" | "parts":
-            return isinstance(value, list) and not is_other
+            return isinstance(value, list) and not has_failed
         case "response" | "result" | "body" | "model_response" | "model_output" if isinstance(value, dict):
             return bool(_completion_fields(value, _INNER_FIELDS))
     return name != "result"

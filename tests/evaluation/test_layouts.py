@@ -151,6 +151,8 @@ def test_text_beside_an_error_is_no_completion(tmp_path, row, capsys):
         {"messages": [{"role": "assistant", "content": r"\boxed{2}", "reasoning_content": "one and one"}]},
         {"question": "What is 1+1?", "content": "a passage", "code": [r"\boxed{2}"]},
         {"choices": ["1", "2"], "code": [r"\boxed{2}"]},
+        {"text": "What is 1+1?", "content": r"\boxed{2}", "stop_type": "eos"},
+        {"text": "What is 1+1?", "message": {"role": "assistant", "content": r"\boxed{2}"}},
     ],
 )
 def test_fields_that_are_no_completion(tmp_path, row):
