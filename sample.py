@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi.chat import chat, ending
-from nanoredi.common.disk import regular, try_lock
+from nanoredi.common.disk import digest, regular, try_lock
 from nanoredi.common.errors import UserError, naming, run_script
 from nanoredi.common.files import check, parse_json, read_json, read_rows, write_row
 from nanoredi.common.flags import Tables, option, read_flags, read_recipe, resolve
@@ -234,10 +234,10 @@ def _claim(path: Path, folder: str, config: SampleFlags) -> str:
 
 
 def _key(row: Any) -> str:
-    """What identifies a sample's row: the prompt's own fields and the sample's number."""
+    """What identifies a sample's row: the prompt's own fields and its number, as a digest, since a row may be long."""
     given = {name: value for name, value in row.items() if name not in _ADDED} if isinstance(row, dict) else {}
     text = json.dumps([given, row["sample"] if "sample" in row else None], sort_keys=True, ensure_ascii=False)
-    return text.encode(errors="replace").decode()  # like write_row
+    return digest(text.encode(errors="replace"))  # like write_row
 
 
 def _complete(missing: dict[str, _Sample], sampler: Sampler, tokenizer: Tokenizer, file: FileIO) -> None:

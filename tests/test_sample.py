@@ -234,6 +234,12 @@ def test_the_same_command_resumes(said, tmp_path):
     assert (tmp_path / "new.settings.json").read_text() == '{"dark": true}'
 
 
+def test_what_identifies_a_sample_is_short_and_depends_on_the_prompt_and_the_number_alone():
+    row = {"prompt": "a=1", "solution": "x" * 10_000, "sample": 0}
+    assert len(sample._key(row)) < 100 and sample._key(row) == sample._key({**row, "completion": "2", "tokens": 1})
+    assert len({sample._key({**row, **change}) for change in ({}, {"sample": 1}, {"prompt": "a=2"})}) == 3
+
+
 @pytest.mark.parametrize("name", ["o.csv", "o.Parquet", "o.jsonl.gz"])
 def test_completions_are_not_written_under_another_format_s_name(said, tmp_path, name):
     with pytest.raises(UserError, match="give --out a name that ends in .jsonl, not "):
