@@ -111,7 +111,7 @@ def check_figure(path: str) -> None:
 
 
 def draw(runs: list[Run], path: str, entropy: bool = False) -> None:
-    """Draw the four panels, or with `entropy` all eight, into a PNG. Runs without steps are left out.
+    """Draw the four panels, or with `entropy` all eight, of the runs with steps, into a PNG that check_figure allows.
 
     Raises:
         UserError: if there is nothing to draw, or matplotlib is missing.
