@@ -260,9 +260,9 @@ def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:
     places = _places(benchmarks).values()
     n = max((len(found[one]) for one, *more in places if not more and one in found), default=0)
     unshared = [copies[0] for copies in places if len({which for which, _ in copies}) == 1]
-    absent = {which for which, _ in unshared} - {which for which, i in unshared if (which, i) in found}
+    absent = {which for which, _ in unshared} - {which for which, _ in found.keys() & unshared}
     for one, *more in places:
-        if one in found and not any(other in found for other in more):
+        if one in found and found.keys().isdisjoint(more):
             own = found.pop(one)
             copies = [copy for copy in (one, *more) if copy[0] not in absent] or [one]
             share = len(own) // len(copies) if len(own) != n and len(own) % len(copies) == 0 else 0
