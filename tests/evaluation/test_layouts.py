@@ -114,6 +114,8 @@ def test_gold_answers_in_the_examples(tmp_path, example):
         ({"generations": [{"role": "assistant", "content": text} for text in (r"\boxed{2}", "2")]}, [None, None]),
         ({"message": {"role": "assistant", "content": r"\boxed{2}"}, "done_reason": "length"}, ["length"]),
         ({"content": r"\boxed{2}", "stop_type": "limit", "tokens": []}, ["length"]),
+        ({"role": "assistant", "content": r"\boxed{2}", "stop_reason": "max_tokens"}, ["length"]),
+        ({"output": r"\boxed{2}", "incomplete_details": {"reason": "max_output_tokens"}}, ["length"]),
         (
             {"inputs": "What is 1+1?", "generated_text": r"\boxed{2}", "details": {"finish_reason": "length"}},
             ["length"],
