@@ -120,7 +120,7 @@ def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: 
         about: {kind: {name: value}}: what the samples depend on, kept in about_path. Its setting dtype, if "auto", is
             replaced by the existing samples' dtype, or else by the best one for this device.
         adds: a kind that may gain new names; about and about_path then have the former ones, too.
-        others: files that depend on the same.
+        others: further files that depend on the same.
 
     Returns:
         The dtype.
@@ -129,13 +129,13 @@ def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: 
         UserError: if existing samples depend on anything else, or about_path is another program's.
     """
     setting, before = about["setting"], None
-    has_samples, *more = (file.exists() and file.stat().st_size > 0 for file in (path, *others))
+    has_samples, *has_others = (file.exists() and file.stat().st_size > 0 for file in (path, *others))
     # A full disk, or a kill before the first sample, leaves both empty.
     if about_path.exists() and (has_samples or about_path.stat().st_size):
         before = check(str(about_path), read_json(about_path), dict.fromkeys(about, dict))
     elif has_samples:
         raise UserError(f"{path} lacks the {about_path.name} that describes it: move it away, or give another --out")
-    if before is None or not (has_samples or any(more)):  # those that were never made may be followed by any others
+    if before is None or not (has_samples or any(has_others)):  # nothing is there that could depend on something else
         setting["dtype"] = settled_dtype(setting["dtype"])
         write_json(about_path, about)
         return setting["dtype"]
