@@ -62,6 +62,8 @@ def test_a_few_shot_prompt_asks_its_last_problem(tmp_path, benchmark):
         {"prompt": f"Q: {short} A: 2. Q: {long} Put it in \\boxed{{}}.", "output": r"</think>\boxed{4}"},
     ]
     assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, True), (1, 0, True)]
+    rows[0]["similar"], rows[1]["similar"] = long, short  # the prompt counts before all other text
+    assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, True), (1, 0, True)]
 
 
 def test_a_duplicate_problem(tmp_path):
