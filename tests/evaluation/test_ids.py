@@ -67,7 +67,7 @@ def test_other_ids_and_a_prompt_in_parts(tmp_path, many):
         assert graded(tmp_path, rows[::-1], many) == (ALL_RIGHT, [])
 
 
-def test_rows_are_matched_by_order_only_without_prompts_and_ids(tmp_path, many):
+def test_rows_are_matched_by_order_only_without_prompts_and_ids(tmp_path, many, benchmark):
     rows = [answer(rf"</think>\boxed{{{i}}}", id=f"chatcmpl-{i * 7919:x}", prompt=None) for i in range(12)]
     done, (said,) = graded(tmp_path, rows, many)
     assert done == ALL_RIGHT and "are taken in the order of many" in said
@@ -77,3 +77,5 @@ def test_rows_are_matched_by_order_only_without_prompts_and_ids(tmp_path, many):
         graded(tmp_path, [{**row, "sample_idx": k} for row in rows for k in range(12)], many)
     with pytest.raises(UserError, match="line 1 has no prompt, and no id that names its problem"):
         graded(tmp_path, rows[1:], many)
+    with pytest.raises(UserError, match="line 1 has no prompt, and no id that names its problem"):
+        graded(tmp_path, rows, many, benchmark)
