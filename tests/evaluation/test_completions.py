@@ -43,6 +43,8 @@ def test_no_gold_answer_anywhere(tmp_path):
         rows = [{"prompt": "What is 1+1?", "answer": gold, "completion": "2"} for gold in "23"]
         grade_file(written(tmp_path, rows), "m", [], thinking=True)
 
+    rows = [{"prompt": "What is 1+1?", "output": r"</think>\boxed{2}"}] * 2
+    assert graded(tmp_path, [{**rows[0], "gold": "2"}, *rows])[0] == [(0, k, True) for k in range(3)]
     with pytest.raises(UserError, match="line 1 has neither a prompt nor an id"):
         graded(tmp_path, [{"gold": "2", "completion": "2"}])
 
@@ -64,6 +66,9 @@ def test_a_few_shot_prompt_asks_its_last_problem(tmp_path, benchmark):
     assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, True), (1, 0, True)]
     rows[0]["similar"], rows[1]["similar"] = long, short  # the prompt counts before all other text
     assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, True), (1, 0, True)]
+    within = replace(benchmark, problems=["And 2+2?", long])  # of two that end at the same place the longer one
+    rows[0]["prompt"] = "And 2+2? Put it in \\boxed{}."
+    assert graded(tmp_path, rows, within)[0] == [(0, 0, True), (1, 0, True)]
 
 
 def test_a_duplicate_problem(tmp_path):

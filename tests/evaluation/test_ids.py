@@ -30,6 +30,11 @@ def test_a_custom_id_that_names_no_problem_is_refused(tmp_path, many, name):
         graded(tmp_path, rows, many)
 
 
+def test_any_id_names_the_only_problem(tmp_path, benchmark):
+    one = replace(benchmark, problems=benchmark.problems[:1], golds=benchmark.golds[:1])
+    assert graded(tmp_path, [batch("x"), batch("request-7", r"So</think>\boxed{2}")], one) == ([(0, 0, True), (0, 1, True)], [])
+
+
 def test_ids_of_two_benchmarks(tmp_path, many, benchmark):
     longer = replace(benchmark, name="many-b")  # its name begins with the other's
     rows = [batch(f"many-{i}", rf"</think>\boxed{{{i}}}") for i in range(12)]
