@@ -32,7 +32,8 @@ def test_a_custom_id_that_names_no_problem_is_refused(tmp_path, many, name):
 
 def test_any_id_names_the_only_problem(tmp_path, benchmark):
     one = replace(benchmark, problems=benchmark.problems[:1], golds=benchmark.golds[:1])
-    assert graded(tmp_path, [batch("x"), batch("request-7", r"So</think>\boxed{2}")], one) == ([(0, 0, True), (0, 1, True)], [])
+    rows = [batch("x"), batch("request-7", r"So</think>\boxed{2}")]
+    assert graded(tmp_path, rows, one) == ([(0, 0, True), (0, 1, True)], [])
 
 
 def test_ids_of_two_benchmarks(tmp_path, many, benchmark):

@@ -350,6 +350,14 @@ def test_a_gold_answer_and_a_response_named_answer(tmp_path, name):
     assert graded(tmp_path, rows) == ([(0, 0, False)], [])
 
 
+@pytest.mark.parametrize("name", ["answer", "label"])
+def test_a_field_that_may_be_the_model_s_answer_is_named(tmp_path, name):
+    rows = [{"prompt": prompt, "output": rf"</think>\boxed{{{gold}}}", name: gold} for prompt, gold in ("b2", "a3")]
+    done, (said,) = graded(tmp_path, [*rows, {**rows[0], "output": WRONG}, rows[1]])
+    assert done == [(0, 0, True), (0, 1, False), (1, 0, True), (1, 1, True)]  # in the order of the file
+    assert f"its own '{name}' is taken for the gold answer" in said
+
+
 @pytest.mark.parametrize("box, right", [("B", True), ("5", True), ("1", False), ("A", False)])
 def test_a_gold_answer_that_indexes_choices(tmp_path, box, right):
     rows = [{"question": "q", "choices": ["4", "5"], "answer": 1, "response": rf"</think>\boxed{{{box}}}"}]
