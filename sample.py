@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from nanoredi.chat import chat, ending
-from nanoredi.common.disk import regular, try_lock
+from nanoredi.common.disk import digest, regular, try_lock
 from nanoredi.common.errors import UserError, naming, run_script
-from nanoredi.common.files import parse_json, read_rows, write_row
+from nanoredi.common.files import check, parse_json, read_json, read_rows, write_row
 from nanoredi.common.flags import Tables, option, read_flags, read_recipe, resolve
 from nanoredi.common.formats import SUFFIXES
 from nanoredi.common.progress import progress
@@ -226,18 +226,18 @@ def _write(samples: list[_Sample], folder: str, tokenizer: Tokenizer, config: Sa
 def _claim(path: Path, folder: str, config: SampleFlags) -> str:
     """Claim --out for completions with these settings, new or resumed. Returns their dtype."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(SamplingConfig) if not f.metadata["free"]}
-    about = {"setting": {**settings, "stop": config.stop}, "model": {folder: digest_of_files(Path(folder))}}
-    beside = Path(f"{path}.settings.json")
-    if not path.stat().st_size:
-        beside.unlink(missing_ok=True)
-    return claim(path, beside, about)
+    beside, files = Path(f"{path}.settings.json"), digest_of_files(Path(folder))
+    if path.stat().st_size and beside.exists():  # the same files are the same model, however their path was written
+        known = check(str(beside), read_json(beside), {"model": {str: str}})["model"]
+        folder = next((other for other in known if known[other] == files), folder)
+    return claim(path, beside, {"setting": {**settings, "stop": config.stop}, "model": {folder: files}})
 
 
 def _key(row: Any) -> str:
-    """What identifies a sample's row: the prompt's own fields and the sample's number."""
+    """What identifies a sample's row: the prompt's own fields and its number, as a digest, since a row may be long."""
     given = {name: value for name, value in row.items() if name not in _ADDED} if isinstance(row, dict) else {}
     text = json.dumps([given, row["sample"] if "sample" in row else None], sort_keys=True, ensure_ascii=False)
-    return text.encode(errors="replace").decode()  # like write_row
+    return digest(text.encode(errors="replace"))  # like write_row
 
 
 def _complete(missing: dict[str, _Sample], sampler: Sampler, tokenizer: Tokenizer, file: FileIO) -> None:

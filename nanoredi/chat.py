@@ -70,8 +70,8 @@ def _answer(sampler: Sampler, request: Request, thinking: bool) -> None:
             for mark, styled in _MARKS.items() if dims else ():
                 piece = piece.replace(mark, styled)
             print(piece, end="", flush=True)
-    speed = len(request.tokens) / (time.perf_counter() - start)
-    print("\033[0m" * dims + f"\n{ending(request, bool(asked), f', {speed:,.1f} tokens/s')}", flush=True)
+        speed = len(request.tokens) / (time.perf_counter() - start)
+        print("\033[0m" * dims + f"\n{ending(request, bool(asked), f', {speed:,.1f} tokens/s')}", flush=True)
 
 
 def ending(request: Request, interrupted: bool = False, more: str = "") -> str:

@@ -95,6 +95,13 @@ def test_ctrl_c_ends_only_the_answer(monkeypatch, tokenizer, capsys):
     assert sampler.prompts[1] == "<user>a=1<assistant>123<user>b=2<assistant>"
 
 
+def test_ctrl_c_while_the_last_line_of_an_answer_is_printed_ends_nothing(monkeypatch, tokenizer):
+    monkeypatch.setattr("nanoredi.chat.ending", lambda *_: str(os.kill(os.getpid(), signal.SIGINT)))
+    sampler = Scripted(tokenizer, ["7", "8"])
+    talk(monkeypatch, ["a=1", "b=2"], sampler, tokenizer, [], "", "")
+    assert sampler.prompts[1] == "<user>a=1<assistant>7<user>b=2<assistant>"
+
+
 @pytest.mark.parametrize(
     "answer, opened, environment, shown",
     [

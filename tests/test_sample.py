@@ -228,6 +228,16 @@ def test_the_same_command_resumes(said, tmp_path):
     with pytest.raises(UserError, match="mine lacks the mine.settings.json that describes it"):
         said("a=1", "--out", "mine")
     assert (tmp_path / "mine").read_text() == "my own\n"
+    (tmp_path / "new.settings.json").write_text('{"dark": true}')  # another program's
+    with pytest.raises(UserError, match="new.settings.json: the object has no field 'setting'"):
+        said("a=1", "--out", "new")
+    assert (tmp_path / "new.settings.json").read_text() == '{"dark": true}'
+
+
+def test_what_identifies_a_sample_is_short_and_depends_on_the_prompt_and_the_number_alone():
+    row = {"prompt": "a=1", "solution": "x" * 10_000, "sample": 0}
+    assert len(sample._key(row)) < 100 and sample._key(row) == sample._key({**row, "completion": "2", "tokens": 1})
+    assert len({sample._key({**row, **change}) for change in ({}, {"sample": 1}, {"prompt": "a=2"})}) == 3
 
 
 @pytest.mark.parametrize("name", ["o.csv", "o.Parquet", "o.jsonl.gz"])
@@ -251,5 +261,6 @@ def test_completions_beside_the_model_resume(said, toy_data, tmp_path):
     shutil.copytree(toy_data / "model", tmp_path / "m")
     for name in ("a.jsonl", "b.json"):
         assert said("a=1", "--model", "m", "--out", f"m/{name}") == f"m/{name}: 1 completions\n"
-    for name in ("a.jsonl", "b.json"):
-        assert "1 completions are there, 0 are missing" in said("a=1", "--model", "./m/", "--out", f"m/{name}")
+    for model in ("./m/", str(tmp_path / "m")):
+        for name in ("a.jsonl", "b.json"):
+            assert "1 completions are there, 0 are missing" in said("a=1", "--model", model, "--out", f"m/{name}")

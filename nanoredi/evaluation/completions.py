@@ -71,7 +71,7 @@ def _read(path: str) -> list[EngineRow]:
         rows.append(read(where, row))
     if not rows:
         raise UserError(f"{path} holds no rows")
-    if len({row.model for row in rows} - {None}) < 2 and rows[0].problem is None:
+    if len({row.model for row in rows} - {None}) < 2 and not rows[0].own:
         for row in rows:
             row.model = None
     _check_texts(path, rows)
@@ -113,10 +113,9 @@ def _problems_of(path: str, rows: list[EngineRow], benchmarks: list[Benchmark], 
     numbered = {(b.name, i): (which, i) for which, b in enumerate(benchmarks) for i in range(len(b.problems))}
     found: list[Problem | None] = []
     for row in rows:
-        own = numbered.get((row.benchmark, row.problem))
-        found.append(asked(row.prompt) or asked(row.texts) if row.problem is None else own)
-        if found[-1] is None and (row.prompt or row.problem is not None):
-            given = "its prompt holds" if row.problem is None else f"'problem' {row.problem} of {row.benchmark!r} is"
+        found.append(numbered.get(row.own) if row.own else asked(row.prompt) or asked(row.texts))
+        if found[-1] is None and (row.prompt or row.own):
+            given = f"'problem' {row.own[1]} of {row.own[0]!r} is" if row.own else "its prompt holds"
             raise UserError(f"{row.where}: {given} no problem of {', '.join(b.name for b in benchmarks)}")
     if None not in found:
         return found
@@ -203,8 +202,7 @@ def _own_benchmarks(path: str, rows: list[EngineRow]) -> tuple[list[Benchmark], 
     golds: dict[str, dict[str | int, list[str]]] = {}  # {benchmark: {problem: its gold answers}}
     keys = []
     for row in rows:
-        name = row.benchmark or Path(path).stem
-        key = row.problem if row.problem is not None else row.prompt or next(iter(row.ids.values()), None)
+        name, key = row.own or (Path(path).stem, row.prompt or next(iter(row.ids.values()), None))
         own = golds.setdefault(name, {})
         if key is None:
             raise UserError(f"{row.where} has neither a prompt nor an id, which would say what problem it answers")
@@ -244,12 +242,12 @@ def _by_problem(rows: Iterable[tuple[EngineRow, Problem]], thinking: bool) -> Fo
     for row, problem in rows:
         own = found.setdefault(problem, {})
         for one in row.completions:
-            if row.problem is None and (thinking or row.opens) and "<think>" not in one.text:
+            if not row.own and (thinking or row.opens) and "<think>" not in one.text:
                 one.text = f"<think>\n{one.text}"
             if row.sample is not None and (problem, row.sample, one.text) in seen:
                 continue
             seen.add((problem, row.sample, one.text))
-            number = len(own) if row.problem is None else row.sample
+            number = row.sample if row.own else len(own)
             if number in own:
                 raise UserError(f"{row.where} is sample {number} of its problem, as is an earlier row with other text")
             own[number] = one
@@ -262,9 +260,9 @@ def _with_repeated_problems(benchmarks: list[Benchmark], found: Found) -> Found:
     places = _places(benchmarks).values()
     n = max((len(found[one]) for one, *more in places if not more and one in found), default=0)
     unshared = [copies[0] for copies in places if len({which for which, _ in copies}) == 1]
-    absent = {which for which, _ in unshared} - {which for which, i in unshared if (which, i) in found}
+    absent = {which for which, _ in unshared} - {which for which, _ in found.keys() & unshared}
     for one, *more in places:
-        if one in found and not any(other in found for other in more):
+        if one in found and found.keys().isdisjoint(more):
             own = found.pop(one)
             copies = [copy for copy in (one, *more) if copy[0] not in absent] or [one]
             share = len(own) // len(copies) if len(own) != n and len(own) % len(copies) == 0 else 0

@@ -26,7 +26,8 @@ LAYOUTS = {
     "candidates": "Gemini's generateContent",
     "outputs": "vLLM's RequestOutput",
     "model_response": "lighteval's details",
-    "model_output": "evalscope, Bedrock's batch output",
+    "model_output": "evalscope, Bedrock's batch output, evalchemy's examples",
+    "model_outputs": "evalchemy's of several samples",
     "predictions": "lighteval's older details",
     "resps": "lm-eval's samples",
     "responses": "rllm's and verl's",
@@ -97,8 +98,7 @@ class EngineRow:
     others: list[str] = field(default_factory=list)  # other fields that may hold completions, with other values
     texts: str = ""  # all text of the row except its completions
     sample: int | None = None  # the sample's number, if nanoredi wrote the row
-    benchmark: str | None = None  # only in rows of samples.jsonl, like the next one
-    problem: int | None = None
+    own: tuple[str, int] | None = None  # the benchmark's name and the problem's number, if it is a row of samples.jsonl
 
 
 def read(where: str, row: Any) -> EngineRow:
@@ -174,9 +174,9 @@ def _read_own_numbers(found: EngineRow, row: dict[str, Any]) -> None:
     """The numbers in rows of nanoredi's own: of samples.jsonl, or of sample.py, which numbers only the sample."""
     problem, sample = row.get("problem"), row.get("sample")
     if type(problem) is int and isinstance(row.get("benchmark"), str):
-        found.benchmark, found.problem, found.model = row["benchmark"], problem, str(row.get("model"))
+        found.own, found.model = (row["benchmark"], problem), str(row.get("model"))
         check(found.where, sample, int, "its 'sample'")
-    if found.problem is not None or type(sample) is int and {"completion", "finish_reason", "tokens"} <= row.keys():
+    if found.own or type(sample) is int and {"completion", "finish_reason", "tokens"} <= row.keys():
         found.sample = sample
 
 
@@ -189,7 +189,7 @@ def _completion_fields(value: dict[str, Any], names: Any) -> list[str]:
 def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
     """Whether a field holds completions, rather than something else with the same name. top: of the row, not within."""
     value = _from_text(row[name]) if top else row[name]
-    is_other = top and (row.get("error") or {"response", "text"} & row.keys())  # then a message or content is none
+    has_failed = top and row.get("error")  # then a message or content is the server's
     match name:
         case "messages" | "conversations" | "all_messages":  # may be the prompt
             return _is_answer(value)
@@ -198,11 +198,11 @@ def _may_hold_completions(row: dict[str, Any], name: str, top: bool) -> bool:
         case "text" if top:
             return "meta_info" in row
         case "content" if top:
-            return not is_other and (last_role([row]) == "assistant" or bool({"stop_type", "stop"} & row.keys()))
+            return not has_failed and (last_role([row]) == "assistant" or bool({"stop_type", "stop"} & row.keys()))
         case "message":
-            return isinstance(value, dict) and not is_other and (not top or last_role([value]) == "assistant")
+            return isinstance(value, dict) and not has_failed and (not top or last_role([value]) == "assistant")
         case "code" | "parts":
-            return isinstance(value, list) and not is_other
+            return isinstance(value, list) and not has_failed
         case "response" | "result" | "body" | "model_response" | "model_output" if isinstance(value, dict):
             return bool(_completion_fields(value, _INNER_FIELDS))
     return name != "result"
@@ -230,9 +230,8 @@ def _completions(value: Any) -> list[Completion]:
 def _text_of_parts(content: list[Any], is_sure: bool = False) -> str | None:
     """The text of a content in parts, [{"type": "text", "text": TEXT}, ...], after its thinking; None if the list is
     something else, such as messages or samples."""
-    if not all(isinstance(part, dict) and (is_sure or "type" in part) for part in content):
-        return None
-    if not is_sure and all("role" in part for part in content):
+    are_parts = all(isinstance(part, dict) and (is_sure or "type" in part) for part in content)
+    if not are_parts or not is_sure and all("role" in part for part in content):
         return None
     thinks = [part.get("thought") is True or part.get("type") in _THOUGHTS for part in content]
     thinking, text = ("".join(_text_in(p) for p, own in zip(content, thinks) if own is kind) for kind in (True, False))
@@ -262,10 +261,8 @@ def _of_each(value: dict[str, Any], names: Iterable[str], num: int, count: bool 
     completions it must be a list: a single value is about all together. With `count` a list may also be counted."""
     for path in (about + name for about in _DETAILS for name in names):
         said = _get(value, path)
-        if count and isinstance(said, dict):
-            continue
         if not isinstance(said, list):
-            said = [said] * num if num == 1 else []
+            said = [said] if num == 1 and not (count and isinstance(said, dict)) else []
         elif count and num == 1:  # the completion's tokens, or a list of one such list or of one count
             is_of_one = len(said) == 1 and isinstance(said[0], list if path.endswith("ids") else (list, int))
             said = said if is_of_one else [len(said) or None]
@@ -276,11 +273,11 @@ def _of_each(value: dict[str, Any], names: Iterable[str], num: int, count: bool 
 
 
 def _whole_number(value: Any) -> Any:
-    """A whole number that a table has as text or as a float, or None for its empty cell; else the value itself."""
+    """A whole number that a table has as text or as a float (pandas: 12.0), or None for its empty cell; else the value."""
     if value == "":
         return None
-    is_text = isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value)
-    return int(value) if is_text or isinstance(value, float) and value.is_integer() else value
+    number = re.fullmatch(r"([0-9]{1,9})(\.0)?", str(value)) if isinstance(value, (str, float)) else None
+    return int(number[1]) if number else value
 
 
 def _error(row: dict[str, Any], found: list[Completion]) -> str | None:

@@ -67,12 +67,8 @@ class Samples:
             "benchmark": {b.name: digest(json.dumps([b.questions, b.golds]).encode()) for b in benchmarks},
         }
         lock(self.path.parent)
-        has_begun = any(f.exists() and f.stat().st_size for f in (self.path, self.path.with_name("results.json")))
-        if not has_begun and self.about.exists() and self.about.stat().st_size:
-            # An evaluation that ended before its first sample may be followed by another; a foreign file is not touched.
-            check(str(self.about), read_json(self.about), dict.fromkeys(about, dict))
-            self.about.unlink()
-        dtype = claim(self.path, self.about, about, "model" if adds else "")
+        results = self.path.with_name("results.json")  # of samples that may have been deleted to save space
+        dtype = claim(self.path, self.about, about, "model" if adds else "", results)
         if self.path.exists():
             problems = {b.name: range(len(b.questions)) for b in benchmarks}
             self._drop_damaged_rows(about["model"], problems, range(config.n))
@@ -117,42 +113,43 @@ class Samples:
                 file.writelines(compress(lines, kept))
 
 
-def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: str = "") -> str:
+def claim(path: Path, about_path: Path, about: dict[str, dict[str, Any]], adds: str = "", *others: Path) -> str:
     """Claim a file for samples, new or resumed.
 
     Args:
         about: {kind: {name: value}}: what the samples depend on, kept in about_path. Its setting dtype, if "auto", is
             replaced by the existing samples' dtype, or else by the best one for this device.
         adds: a kind that may gain new names; about and about_path then have the former ones, too.
+        others: further files that depend on the same.
 
     Returns:
         The dtype.
 
     Raises:
-        UserError: if the existing samples depend on anything else.
+        UserError: if existing samples depend on anything else, or about_path is another program's.
     """
-    setting = about["setting"]
-    has_samples = path.exists() and path.stat().st_size > 0
+    setting, before = about["setting"], None
+    has_samples, *has_others = (file.exists() and file.stat().st_size > 0 for file in (path, *others))
     # A full disk, or a kill before the first sample, leaves both empty.
     if about_path.exists() and (has_samples or about_path.stat().st_size):
-        before = check(str(about_path), read_json(about_path), {f"{kind}?": dict for kind in about})
-        # A setting that did not exist yet has its default.
-        defaults = {name: _DEFAULTS[name] for name in setting if name in _DEFAULTS}
-        before["setting"] = {**defaults, **before.get("setting", {})}
-        setting["dtype"] = settled_dtype(setting["dtype"], before["setting"]["dtype"])
-        if before["setting"]["dtype"] == "auto":
-            before["setting"]["dtype"] = setting["dtype"]
-        for kind, values in about.items():
-            then = before.get(kind, {})
-            if kind == adds:
-                then, about[kind] = {**values, **then}, {**then, **values}
-            _refuse_others(path, kind, then, about[kind])
-        if adds and about != before:
-            write_json(about_path, about)
+        before = check(str(about_path), read_json(about_path), dict.fromkeys(about, dict))
     elif has_samples:
         raise UserError(f"{path} lacks the {about_path.name} that describes it: move it away, or give another --out")
-    else:
+    if before is None or not (has_samples or any(has_others)):  # nothing is there that could depend on something else
         setting["dtype"] = settled_dtype(setting["dtype"])
+        write_json(about_path, about)
+        return setting["dtype"]
+    # A setting that did not exist yet has its default.
+    before["setting"] = {name: _DEFAULTS[name] for name in setting if name in _DEFAULTS} | before["setting"]
+    setting["dtype"] = settled_dtype(setting["dtype"], before["setting"]["dtype"])
+    if before["setting"]["dtype"] == "auto":
+        before["setting"]["dtype"] = setting["dtype"]
+    for kind, values in about.items():
+        then = before[kind]
+        if kind == adds:
+            then, about[kind] = {**values, **then}, {**then, **values}
+        _refuse_others(path, kind, then, about[kind])
+    if adds and about != before:
         write_json(about_path, about)
     return setting["dtype"]
 
@@ -169,8 +166,7 @@ def read_results(folder: str | Path) -> list[Row]:
 
 def kept_results(folder: Path, num_samples: int = 0) -> list[Row]:
     """The rows of results.json for models with at least this many samples; none if the file is missing or broken."""
-    keys = {tuple(row.get(key) for key in _KEY) for row in Samples(folder).rows()} if num_samples else ()
-    counts = Counter(model for model, *_ in keys)
+    counts = Counter(row["model"] for row in Samples(folder).rows()) if num_samples else Counter()
     try:
         return [row for row in read_results(folder) if counts[row["model"]] >= num_samples]
     except UserError:  # missing, or cut short by a full disk

@@ -118,14 +118,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def average(rows: list[Row]) -> Row:
     """One model's rows for several benchmarks as one row: plain means; `sem` is the standard error of that mean."""
-    means: Row = {"model": rows[0]["model"], "benchmark": "average"}
-    for key in rows[0]:
-        values = [row.get(key) for row in rows]
-        if key not in means and key not in ("problems", "n"):
-            means[key] = None if None in values else float(np.mean(values))
+    keys = [key for key in rows[0] if key not in ("model", "benchmark", "problems", "n")]
+    values = {key: [row.get(key) for row in rows] for key in keys}
+    means = {key: None if None in own else float(np.mean(own)) for key, own in values.items()}
     if means["sem"] is not None:
-        means["sem"] = math.sqrt(sum(row["sem"] ** 2 for row in rows)) / len(rows)
-    return means
+        means["sem"] = math.sqrt(sum(sem**2 for sem in values["sem"])) / len(rows)
+    return {"model": rows[0]["model"], "benchmark": "average", **means}
 
 
 def compare(samples: Iterable[Row], first: str, second: str) -> list[Row]:

@@ -73,8 +73,8 @@ def _show_runs(flags: ReportFlags) -> None:
         check_figure(flags.out)
     elif flags.entropy:
         raise UserError("--entropy says what is drawn: give --out FIGURE.png, too")
-    trained = [folder for folder in flags.runs if (Path(folder) / "metrics.jsonl").exists()]
-    evaluated = [folder for folder in flags.runs if (Path(folder) / "results.json").exists()]
+    files = "metrics.jsonl", "results.json"
+    trained, evaluated = ([folder for folder in flags.runs if Path(folder, file).exists()] for file in files)
     paths = [Path(folder).resolve() for folder in flags.runs]
     for folder, path in zip(flags.runs, paths):
         if paths.count(path) > 1:

@@ -111,12 +111,11 @@ def check_figure(path: str) -> None:
 
 
 def draw(runs: list[Run], path: str, entropy: bool = False) -> None:
-    """Draw the four panels, or with `entropy` all eight, into a PNG. Runs without steps are left out.
+    """Draw the four panels, or with `entropy` all eight, of the runs with steps, into a PNG that check_figure allows.
 
     Raises:
         UserError: if there is nothing to draw, or matplotlib is missing.
     """
-    check_figure(path)
     runs = [run for run in runs if run.rows]
     if not runs:
         raise UserError("there is nothing to draw: no run has a line in metrics.jsonl yet")
@@ -136,9 +135,9 @@ def draw(runs: list[Run], path: str, entropy: bool = False) -> None:
     handles = []
     for run, colour, style in zip(runs, itertools.cycle(COLOURS), itertools.cycle(STYLES)):
         look = {"color": colour, "linestyle": style, "linewidth": 1.1}
-        handles.append(Line2D([], [], label=run.name, **look))
+        handles.append(Line2D([], [], label=_literal(run.name), **look))
         _draw_run(run, panels, markers, look)
-    _label(panels, f" on {benchmarks[0]}" if len(benchmarks) == 1 else "")
+    _label(panels, f" on {_literal(benchmarks[0])}" if len(benchmarks) == 1 else "")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     # Legends are outside the panels, where they cover no line.
     width = max(len(run.name) for run in runs) + 8
@@ -146,10 +145,15 @@ def draw(runs: list[Run], path: str, entropy: bool = False) -> None:
         handles.append(Line2D([], [], color="0.3", linestyle="", marker="x", label="watched pairs"))
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, min(4, 110 // width)))
     if len(benchmarks) > 1:
-        shapes = [Line2D([], [], color="0.3", marker=markers[b], linestyle="", label=b) for b in benchmarks]
+        shapes = [Line2D([], [], color="0.3", marker=markers[b], linestyle="", label=_literal(b)) for b in benchmarks]
         figure.legend(handles=shapes, loc="outside upper center", ncols=5)
     with writing(Path(path)) as beside:
         figure.savefig(beside, format="png", dpi=150, metadata={"Software": DRAWN_BY})
+
+
+def _literal(name: str) -> str:
+    """A name for matplotlib, which would read what is between two dollars as a formula."""
+    return name.replace("$", r"\$")
 
 
 def _draw_run(run: Run, panels: Any, markers: dict[str, str], look: dict[str, Any]) -> None:

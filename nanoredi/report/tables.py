@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanoredi.common.errors import visible
 from nanoredi.common.files import write_json, write_text
 from nanoredi.data.benchmarks import PAPER
 from nanoredi.evaluation.scores import Row, average
@@ -76,6 +77,10 @@ class Table:
     lines: Lines
     left: int = 1  # how many columns are left-aligned
     least: int = 0  # columns shown at least, 0 for all: the first column moves above its lines before there are fewer
+
+    def __post_init__(self):
+        """Make each cell one visible line: a name from a file may hold line breaks and control characters."""
+        self.lines = [[visible(" ".join(cell.split())) for cell in line] for line in self.lines]
 
 
 def details(rows: list[Row]) -> Table:

@@ -43,6 +43,8 @@ def test_no_gold_answer_anywhere(tmp_path):
         rows = [{"prompt": "What is 1+1?", "answer": gold, "completion": "2"} for gold in "23"]
         grade_file(written(tmp_path, rows), "m", [], thinking=True)
 
+    rows = [{"prompt": "What is 1+1?", "output": r"</think>\boxed{2}"}] * 2
+    assert graded(tmp_path, [{**rows[0], "gold": "2"}, *rows])[0] == [(0, k, True) for k in range(3)]
     with pytest.raises(UserError, match="line 1 has neither a prompt nor an id"):
         graded(tmp_path, [{"gold": "2", "completion": "2"}])
 
@@ -62,6 +64,11 @@ def test_a_few_shot_prompt_asks_its_last_problem(tmp_path, benchmark):
         {"prompt": f"Q: {short} A: 2. Q: {long} Put it in \\boxed{{}}.", "output": r"</think>\boxed{4}"},
     ]
     assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, True), (1, 0, True)]
+    rows[0]["similar"], rows[1]["similar"] = long, short  # the prompt counts before all other text
+    assert graded(tmp_path, rows, benchmark)[0] == [(0, 0, True), (1, 0, True)]
+    within = replace(benchmark, problems=["And 2+2?", long])  # of two that end at the same place the longer one
+    rows[0]["prompt"] = "And 2+2? Put it in \\boxed{}."
+    assert graded(tmp_path, rows, within)[0] == [(0, 0, True), (1, 0, True)]
 
 
 def test_a_duplicate_problem(tmp_path):
@@ -267,10 +274,13 @@ def test_a_problem_may_stand_behind_a_box_that_is_no_answer(tmp_path, benchmark,
 def test_text_cells_of_a_csv_file(tmp_path, capsys):
     """In CSV numbers are text, and empty cells are empty text."""
     path = tmp_path / "c.csv"
-    path.write_text("prompt,completion,tokens,finish_reason,gold\nq,</think>\\boxed{2},12,stop,2\nr,,,,3\n")
-    (samples,) = grade_file(str(path), "m", [], thinking=True)
-    assert [(s["correct"], s["tokens"], s["finish_reason"]) for s in samples] == [(True, 12, "stop"), (False, None, "")]
-    assert capsys.readouterr().out == f"{path}: 1 of 2 completions are empty and count as wrong\n"
+    for tokens in ("12", "12.0"):  # pandas makes a column with empty cells one of floats
+        rows = f"q,</think>\\boxed{{2}},{tokens},stop,2\nr,,,,3\n"
+        path.write_text("prompt,completion,tokens,finish_reason,gold\n" + rows)
+        (samples,) = grade_file(str(path), "m", [], thinking=True)
+        found = [(s["correct"], s["tokens"], s["finish_reason"]) for s in samples]
+        assert found == [(True, 12, "stop"), (False, None, "")]
+        assert capsys.readouterr().out == f"{path}: 1 of 2 completions are empty and count as wrong\n"
     path.write_text(
         "model,benchmark,problem,sample,gold,response\na,b,1,0,['4'],\\boxed{4}\na,b,0,0,['2'],\\boxed{2}\n"
     )

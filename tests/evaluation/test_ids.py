@@ -30,6 +30,12 @@ def test_a_custom_id_that_names_no_problem_is_refused(tmp_path, many, name):
         graded(tmp_path, rows, many)
 
 
+def test_any_id_names_the_only_problem(tmp_path, benchmark):
+    one = replace(benchmark, problems=benchmark.problems[:1], golds=benchmark.golds[:1])
+    rows = [batch("x"), batch("request-7", r"So</think>\boxed{2}")]
+    assert graded(tmp_path, rows, one) == ([(0, 0, True), (0, 1, True)], [])
+
+
 def test_ids_of_two_benchmarks(tmp_path, many, benchmark):
     longer = replace(benchmark, name="many-b")  # its name begins with the other's
     rows = [batch(f"many-{i}", rf"</think>\boxed{{{i}}}") for i in range(12)]
@@ -67,7 +73,7 @@ def test_other_ids_and_a_prompt_in_parts(tmp_path, many):
         assert graded(tmp_path, rows[::-1], many) == (ALL_RIGHT, [])
 
 
-def test_rows_are_matched_by_order_only_without_prompts_and_ids(tmp_path, many):
+def test_rows_are_matched_by_order_only_without_prompts_and_ids(tmp_path, many, benchmark):
     rows = [answer(rf"</think>\boxed{{{i}}}", id=f"chatcmpl-{i * 7919:x}", prompt=None) for i in range(12)]
     done, (said,) = graded(tmp_path, rows, many)
     assert done == ALL_RIGHT and "are taken in the order of many" in said
@@ -77,3 +83,5 @@ def test_rows_are_matched_by_order_only_without_prompts_and_ids(tmp_path, many):
         graded(tmp_path, [{**row, "sample_idx": k} for row in rows for k in range(12)], many)
     with pytest.raises(UserError, match="line 1 has no prompt, and no id that names its problem"):
         graded(tmp_path, rows[1:], many)
+    with pytest.raises(UserError, match="line 1 has no prompt, and no id that names its problem"):
+        graded(tmp_path, rows, many, benchmark)

@@ -114,6 +114,8 @@ def test_gold_answers_in_the_examples(tmp_path, example):
         ({"generations": [{"role": "assistant", "content": text} for text in (r"\boxed{2}", "2")]}, [None, None]),
         ({"message": {"role": "assistant", "content": r"\boxed{2}"}, "done_reason": "length"}, ["length"]),
         ({"content": r"\boxed{2}", "stop_type": "limit", "tokens": []}, ["length"]),
+        ({"role": "assistant", "content": r"\boxed{2}", "stop_reason": "max_tokens"}, ["length"]),
+        ({"output": r"\boxed{2}", "incomplete_details": {"reason": "max_output_tokens"}}, ["length"]),
         (
             {"inputs": "What is 1+1?", "generated_text": r"\boxed{2}", "details": {"finish_reason": "length"}},
             ["length"],
@@ -151,6 +153,8 @@ def test_text_beside_an_error_is_no_completion(tmp_path, row, capsys):
         {"messages": [{"role": "assistant", "content": r"\boxed{2}", "reasoning_content": "one and one"}]},
         {"question": "What is 1+1?", "content": "a passage", "code": [r"\boxed{2}"]},
         {"choices": ["1", "2"], "code": [r"\boxed{2}"]},
+        {"text": "What is 1+1?", "content": r"\boxed{2}", "stop_type": "eos"},
+        {"text": "What is 1+1?", "message": {"role": "assistant", "content": r"\boxed{2}"}},
     ],
 )
 def test_fields_that_are_no_completion(tmp_path, row):
@@ -346,17 +350,24 @@ def test_a_gold_answer_and_a_response_named_answer(tmp_path, name):
     assert graded(tmp_path, rows) == ([(0, 0, False)], [])
 
 
+@pytest.mark.parametrize("name", ["answer", "label"])
+def test_a_field_that_may_be_the_model_s_answer_is_named(tmp_path, name):
+    rows = [{"prompt": prompt, "output": rf"</think>\boxed{{{gold}}}", name: gold} for prompt, gold in ("b2", "a3")]
+    done, (said,) = graded(tmp_path, [*rows, {**rows[0], "output": WRONG}, rows[1]])
+    assert done == [(0, 0, True), (0, 1, False), (1, 0, True), (1, 1, True)]  # in the order of the file
+    assert f"its own '{name}' is taken for the gold answer" in said
+
+
 @pytest.mark.parametrize("box, right", [("B", True), ("5", True), ("1", False), ("A", False)])
 def test_a_gold_answer_that_indexes_choices(tmp_path, box, right):
     rows = [{"question": "q", "choices": ["4", "5"], "answer": 1, "response": rf"</think>\boxed{{{box}}}"}]
     assert graded(tmp_path, rows)[0] == [(0, 0, right)]
 
 
-def test_a_number_among_a_completion_s_choices_stays_a_number(tmp_path):
-    rows = [
-        {"question": "q", "answer": 0, "choices": [{"message": {"role": "assistant", "content": r"</think>\boxed{0}"}}]}
-    ]
-    assert graded(tmp_path, rows)[0] == [(0, 0, True)]
+@pytest.mark.parametrize("box", [0, 7])
+def test_a_number_among_a_completion_s_choices_stays_a_number(tmp_path, box):
+    choices = [{"message": {"role": "assistant", "content": rf"</think>\boxed{{{box}}}"}}]
+    assert graded(tmp_path, [{"question": "q", "answer": 0, "choices": choices}])[0] == [(0, 0, box == 0)]
 
 
 def test_bare_answers(tmp_path, benchmark):

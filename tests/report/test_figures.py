@@ -178,6 +178,13 @@ def test_the_command(make, capsys, tmp_path):
     assert len((tmp_path / "figure.png").read_bytes()) > len(second)
 
 
+def test_dollars_in_names_begin_no_formula(make, lines):
+    for name, benchmarks in ((r"$\a$", [r"$\b$"]), (r"$\c$", [r"$\d$", r"$\e$"])):
+        make(name, [metrics(1)], results=[result("SFT", benchmark, 0.5) for benchmark in benchmarks])
+        figures.draw(figures.read_runs([name]), "out.png")
+    assert r"Accuracy on \$\b\$" in lines
+
+
 def test_a_results_folder_needs_no_run(make, capsys, tmp_path):
     """evaluate.py's folders have results but no metrics."""
     for name in ("one", "two"):

@@ -83,6 +83,9 @@ def test_columns_are_aligned():
     assert as_text(shown) == "model      %\n------------\na      100.0\nthrough both\nbcd        5"
     shown = Table([["a|b", "%"], ["x", "5"], ["y"]])
     assert as_markdown(shown) == "| a\\|b | % |\n| --- | ---: |\n| x | 5 |\n| y |  |"
+    shown = Table([["model", "%"], ["a\r\nb\tc\x1b", "5"]])
+    assert as_text(shown).splitlines()[2:] == [r"a b c\x1b  5"]
+    assert as_markdown(shown).splitlines()[2:] == [r"| a b c\x1b | 5 |"]
 
 
 def test_a_narrow_terminal():
