@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 from nanoredi.kernels.dispatch import tl, triton
 from nanoredi.kernels.layers import mlp, qkv, rms_norm, swiglu
 
-# Programs that divide the rows among them where they sum over rows; tokens, elements, and parts by as many columns, that
-# a program loads at once.
+# Programs that divide the rows among them where they sum over rows; tokens, elements, and parts with as many columns
+# that a program loads at once.
 _PARTS, _TOKENS, _ELEMENTS, _TILE = 512, 32, 2048, 32
 
 

@@ -40,7 +40,7 @@ class Chat:
             if that is nothing but white space.
 
     Raises:
-        UserError: from the constructor, for a template that is broken or does not show a question and then its answer, once.
+        UserError: from the constructor, for a broken template, or one that does not show question and answer once.
     """
 
     def __init__(self, source: str, name: str, special: dict[str, str], marks: list[str]):
