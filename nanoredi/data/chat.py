@@ -191,9 +191,9 @@ class Chat:
         for i, message in enumerate(messages):
             role, content = message["role"], message["content"]
             known = role in ("user", "assistant") or role in source + text.replace(content, "").lower()
-            # A template may trim or change what it shows; if it shows nothing, another content makes no difference.
+            # A template may drop thinking, trim, or change what it shows; if it shows nothing, nothing changes with it.
             other = [*messages[:i], {**message, "content": _ANSWER}, *messages[i + 1 :]]
-            if known and (content.strip() in text or self._tried(other, True) != text):
+            if known and (content.rpartition(_THOUGHT)[2].strip() in text or self._tried(other, True) != text):
                 continue
             roles = [one for one in ("system", "user", "assistant", "tool") if one in source and one != role]
             hint = f"; it handles the roles {', '.join(roles)}" if roles else ""
