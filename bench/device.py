@@ -6,8 +6,9 @@
 First the device's tests, whose output goes to tests.txt, then nanoredi's loss, optimiser steps and sampling, then the
 peers that are installed, each in a fresh process; with --dry and no GPU, all but the tests in this process. Every row
 is written as soon as it is measured, so that nothing is lost when the device is taken away; a part that fails, times
-out or needs a missing package gets a row that says so, and what it said goes to errors.txt. A floor is the time at the rate that the device reaches in one
-large matrix product, or in reading memory; a share is the floor divided by the measured time.
+out or needs a missing package gets a row that says so, and what it printed goes to errors.txt. A floor is the time at
+the rate that the device reaches in one large matrix product, or in reading memory; a share is the floor divided by the
+measured time.
 """
 
 import argparse

@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 from nanoredi.kernels.dispatch import tl, triton
 from nanoredi.kernels.layers import mlp, qkv, rms_norm, swiglu
 
-# Programs that divide the rows among them where they sum over rows; tokens, elements, and parts by as many columns, that
-# a program loads at once.
+# Programs that divide the rows among them where they sum over rows; tokens, elements, and parts with as many columns
+# that a program loads at once.
 _PARTS, _TOKENS, _ELEMENTS, _TILE = 512, 32, 2048, 32
 
 
@@ -143,9 +143,9 @@ def _rotate(
     out, blocks = q.new_empty(num_rows, num_heads, size), triton.cdiv(num_rows, _TOKENS)
     num_parts = blocks if v is None else min(blocks, _PARTS // 4)
     parts = None if v is None else out.new_empty(num_parts, num_heads * size, dtype=torch.float32)
-    sizes = {"HALF": size // 2, "HALF_BLOCK": triton.next_power_of_2(size // 2), "TOKENS": _TOKENS}
     given = *tensors, cos.contiguous(), sin.contiguous(), out, parts
-    _rotate_kernel[(num_parts, num_heads)](*given, num_rows, q.shape[1], k.shape[1], sign, **sizes)
+    sizes = num_rows, q.shape[1], k.shape[1], sign, size // 2
+    _rotate_kernel[(num_parts, num_heads)](*given, *sizes, TOKENS=_TOKENS)
     return out, parts
 
 
@@ -238,9 +238,7 @@ def _swiglu_backward_kernel(gate, up, grad, out, grad_gate, grad_up, number, BLO
 
 
 @triton.jit
-def _rotate_kernel(
-    q, k, v, cos, sin, out, parts, N, H, K, sign, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr, TOKENS: tl.constexpr
-):
+def _rotate_kernel(q, k, v, cos, sin, out, parts, N, H, K, sign, HALF: tl.constexpr, TOKENS: tl.constexpr):
     """A program takes a part of the tokens, TOKENS at a time, for one head of q, k or v."""
     part, head = tl.program_id(0), tl.program_id(1)
     x, num_heads, own = q, H, head  # the tensor, its number of heads, and the head in it
@@ -249,9 +247,10 @@ def _rotate_kernel(
     if v is not None:
         if head >= H + K:
             x, num_heads, own = v, K, head - H - K
-    e = tl.arange(0, HALF_BLOCK)[None, :]
-    firsts = tl.zeros((TOKENS, HALF_BLOCK), tl.float32)
-    seconds = tl.zeros((TOKENS, HALF_BLOCK), tl.float32)
+    BLOCK: tl.constexpr = triton.next_power_of_2(HALF)
+    e = tl.arange(0, BLOCK)[None, :]
+    firsts = tl.zeros((TOKENS, BLOCK), tl.float32)
+    seconds = tl.zeros((TOKENS, BLOCK), tl.float32)
     for start in range(part * TOKENS, N, tl.num_programs(0) * TOKENS):
         n = (start + tl.arange(0, TOKENS))[:, None].to(tl.int64)
         inside = (n < N) & (e < HALF)
@@ -269,7 +268,7 @@ def _rotate_kernel(
         firsts += a
         seconds += b
     if parts is not None:
-        e = tl.arange(0, HALF_BLOCK)
+        e = tl.arange(0, BLOCK)
         pair = parts + (part * tl.num_programs(1) + head) * 2 * HALF + e
         tl.store(pair, tl.sum(firsts, 0), mask=e < HALF)
         tl.store(pair + HALF, tl.sum(seconds, 0), mask=e < HALF)

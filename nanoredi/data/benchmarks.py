@@ -18,7 +18,7 @@ from typing import Any
 from nanoredi.common.errors import UserError, nearest
 from nanoredi.common.files import read_rows
 from nanoredi.common.formats import SUFFIXES
-from nanoredi.data.messages import PARTS, user_message, with_system
+from nanoredi.data.messages import PARTS, is_empty, user_message, with_system
 from nanoredi.grader import extract_answers
 
 # {name: number of problems}
@@ -130,7 +130,7 @@ def load(name: str, folder: str, limit: int = 0, template: str = "") -> Benchmar
     for where, row in read_problems(path):
         letter = str(row["answer"]).lower()  # in some files each choice is a field: A, B, ... or option_a, ...
         names = ("choices", "options", f"option_{letter}", letter if {"a", "b"} <= row.keys() else "")
-        if field := next((name for name in names if row.get(name)), None):
+        if field := next((name for name in names if not is_empty(row.get(name))), None):
             raise UserError(f"{where} is multiple choice ({field!r}); write the choices into the problem instead")
         rows.append((golds_of(where, row["answer"]), row))
     if not rows:

@@ -39,10 +39,10 @@ def cached(
         folder = Path(cache) / digest(repr(rules).encode(), Path(path), *tokenizer.files)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
-    damaged = folder.exists() and not _is_whole(folder)
-    if damaged or not folder.exists():
+    if damaged := folder.exists() and not _is_whole(folder):
+        remove(folder)
+    if not folder.exists():
         remove_leftovers(Path(cache))
-        remove(folder)  # if it is damaged
         try:
             with writing(folder) as made:
                 made.mkdir()

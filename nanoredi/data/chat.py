@@ -40,7 +40,7 @@ class Chat:
             if that is nothing but white space.
 
     Raises:
-        UserError: from the constructor, for a template that is broken or does not show a question and then its answer, once.
+        UserError: from the constructor, for a broken template, or one that does not show question and answer once.
     """
 
     def __init__(self, source: str, name: str, special: dict[str, str], marks: list[str]):
@@ -191,9 +191,9 @@ class Chat:
         for i, message in enumerate(messages):
             role, content = message["role"], message["content"]
             known = role in ("user", "assistant") or role in source + text.replace(content, "").lower()
-            # A template may trim or change what it shows; a placeholder tells whether it shows anything.
-            marked = [*messages[:i], {**message, "content": _ANSWER}, *messages[i + 1 :]]
-            if known and (content.strip() in text or _ANSWER in self._tried(marked)):
+            # A template may drop thinking, trim, or change what it shows; if it shows nothing, nothing changes with it.
+            other = [*messages[:i], {**message, "content": _ANSWER}, *messages[i + 1 :]]
+            if known and (content.rpartition(_THOUGHT)[2].strip() in text or self._tried(other, True) != text):
                 continue
             roles = [one for one in ("system", "user", "assistant", "tool") if one in source and one != role]
             hint = f"; it handles the roles {', '.join(roles)}" if roles else ""

@@ -42,10 +42,17 @@ def with_system(messages: Messages, system: str | None) -> Messages:
 
 def behind_system(where: str, row: dict[str, Any], messages: Messages) -> Messages:
     """A row's messages with the row's `system` in front, if any. Raises a UserError for what no prompt shows: tools."""
-    if unshown := next((n for n in UNSHOWN if str(row.get(n) or "[]") not in ("[]", "{}", "null")), None):
+    if unshown := next((name for name in UNSHOWN if not is_empty(row.get(name))), None):
         raise UserError(f"{where} has {unshown!r}, which prompts do not show: drop it, or the row if it needs them")
     name = "system" if row.get("system") is not None else "system_prompt"
     return with_system(messages, check(where, row.get(name), (str, None), name))
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field holds nothing, as tables write one that a row does not have: "[]", {"text": [], "label": null}."""
+    if isinstance(value, dict | list):
+        return all(map(is_empty, value.values() if isinstance(value, dict) else value))
+    return not value or value in ("[]", "{}", "null")
 
 
 def check_messages(where: str, value: Any) -> Messages:
@@ -66,7 +73,7 @@ def _message(problem: str, given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{problem} has no role")
     message["role"] = _ROLES.get(message["role"], message["role"])
     # Templates may ask whether there is such a field, though it is empty, as tables write it.
-    if message.pop("tool_calls", None) or message.pop("function_call", None):
+    if message.pop("tool_calls", None) or not is_empty(message.pop("function_call", None)):
         raise UserError(f"{problem} ({message['role']}) has tool_calls, which are not learned")
     content = message.get("content")
     if isinstance(content, list) and all(map(_is_text, content)):

@@ -41,9 +41,8 @@ def labelled(where: str, row: Row, tokenizer: Tokenizer, grading: bool) -> Row:
         raise UserError(f"{where} has a 'completion', unlike the rows before it, which have 'generations'")
     # As in the raw set, a row whose problem is null or empty is stopped by a gate.
     prompt = [] if "prompt" not in row and row.get("problem", "?") in (None, "") else prompt_of(where, row)
-    if prompt:
-        with naming(where):
-            generations = tokenizer.opened(prompt, generations)
+    with naming(where):
+        generations = tokenizer.opened(prompt, generations) if prompt and any(generations) else generations
     correct = row.get("correct")
     if grading:
         golds = _golds(where, row)

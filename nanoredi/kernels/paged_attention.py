@@ -127,12 +127,8 @@ if triton is not None:
         partial = memory_for(q, num_spans) if num_spans > 1 else (out, out, out)
         tensors = q.contiguous(), keys, values, page_table.contiguous(), lengths, *partial
         sizes = {"SIZE": size, "SPAN": SPAN}
-        # tl.dot takes no block smaller than 16.
-        group_block, size_block = (max(16, triton.next_power_of_2(n)) for n in (group, size))
-        blocks = {"GROUP_BLOCK": group_block, "SIZE_BLOCK": size_block, "BLOCK": _BLOCK}
-        constants = {"GROUP": group, "PAGE": page_size, **blocks, "ALONE": num_spans == 1, **sizes}
-        programs = num_rows, num_kv_heads, num_spans
-        _decode_kernel[programs](*tensors, size**-0.5, num_columns, **constants, num_warps=4)
+        constants = {"GROUP": group, "PAGE": page_size, "BLOCK": _BLOCK, "ALONE": num_spans == 1, **sizes}
+        _decode_kernel[(num_rows, num_kv_heads, num_spans)](*tensors, size**-0.5, num_columns, **constants, num_warps=4)
         if num_spans > 1:
             _combine_kernel[(num_rows, num_heads)](out, lengths, *partial, num_spans, num_warps=1, **sizes)
         return out
@@ -151,11 +147,9 @@ if triton is not None:
         num_columns,
         GROUP: tl.constexpr,
         PAGE: tl.constexpr,
-        GROUP_BLOCK: tl.constexpr,
         BLOCK: tl.constexpr,
         ALONE: tl.constexpr,
         SIZE: tl.constexpr,
-        SIZE_BLOCK: tl.constexpr,
         SPAN: tl.constexpr,
     ):
         b, k, span = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -165,6 +159,9 @@ if triton is not None:
         if start >= end:
             return
 
+        # tl.dot takes no block smaller than 16.
+        GROUP_BLOCK: tl.constexpr = triton.next_power_of_2(GROUP) if GROUP > 16 else 16
+        SIZE_BLOCK: tl.constexpr = triton.next_power_of_2(SIZE) if SIZE > 16 else 16
         g, e = tl.arange(0, GROUP_BLOCK), tl.arange(0, SIZE_BLOCK)
         head = b * num_kv_heads * GROUP + k * GROUP + g  # index into (B * H)
         is_head = (g[:, None] < GROUP) & (e[None, :] < SIZE)

@@ -18,10 +18,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         has_units = torch.cuda.get_device_capability(device) >= (8, 0)
         if lacking := _lacking_for_triton():
-            raise UserError(
-                f"a GPU's kernels are written in Triton, which {lacking}, or leave the GPU alone with "
-                "CUDA_VISIBLE_DEVICES="
-            )
+            raise UserError(f"a GPU needs Triton, which {lacking}, or hide the GPU with CUDA_VISIBLE_DEVICES=")
         if name == "bfloat16" and not has_units:
             raise UserError(
                 f"{torch.cuda.get_device_name(device)} does not multiply in bfloat16 (compute capability 8.0 and later "

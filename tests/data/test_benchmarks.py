@@ -68,6 +68,7 @@ def test_malformed_rows_are_named(tmp_path, text, words):
         ({"problem": "p", "solution": "\\boxed{4}, \\boxed{5}"}, "p", ["4, 5"]),
         ({"Problem": "p", "problem": "p", "answer": 4}, "p", ["4"]),
         ({"problem": "Solve 2x = n for x.", "answer": "n", "n": 5}, "Solve 2x = n for x.", ["n"]),
+        ({"problem": "p", "answer": "7", "options": {"A": None, "B": ""}}, "p", ["7"]),
     ],
 )
 def test_a_row_s_problem_and_answer(tmp_path, row, problem, golds):

@@ -222,6 +222,10 @@ def test_an_earlier_answer_that_the_template_skips_is_refused(tmp_path):
         tokenizer.prompt([*earlier, *user_message("R")])
     del earlier[1]["name"]
     assert "assistant\nB<|im_end|>" in tokenizer.prompt([*earlier, *user_message("R")])
+    # A template may change an answer, and show nothing of one without thinking.
+    cut = "{{ m.content.split('</think>')[1] | lower if m.role == 'assistant' and not loop.last else m.content }}"
+    tokenizer = Tokenizer(small_folder(tmp_path, CHATML.replace("{{ m.content }}", cut)))
+    assert "b<|im_end|>" in tokenizer.prompt([*earlier, *user_message("R")])
 
 
 def test_a_role_that_the_template_shows_as_another_is_refused(tmp_path):

@@ -21,7 +21,7 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"messages": SHAREGPT},
         {"messages": PARTS},
         {"messages": [{**turn, "tool_calls": None, "name": None} for turn in TURNS]},
-        {"messages": [{**turn, "tool_calls": [], "function_call": ""} for turn in TURNS]},
+        {"messages": [{**turn, "tool_calls": [], "function_call": {"name": None}} for turn in TURNS]},
         {"prompt": "Q", "completion": "B"},
         {"prompt": TURNS[:1], "completion": TURNS[1:]},
         {"question": "Q", "completion": "B", "label": True},
@@ -50,6 +50,7 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, TURNS[1]]
         {"messages": TURNS, "prompt": "R", "generation": "C"},
         {"problem": "Q", "messages": [*TURNS[:1], {**TURNS[1], "content": "C"}], "completion": "B"},  # sampled anew
         {"messages": TURNS, "images": [], "kto_tag": True, "functions": None},
+        {"messages": TURNS, "choices": {"text": [], "label": []}, "options": {"A": None, "B": ""}, "image": "null"},
     ],
 )
 def test_stage_1_rows(row):

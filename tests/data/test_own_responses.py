@@ -218,6 +218,11 @@ def test_bad_problems_are_named(prepared, row, grading, words):
         prepared(row, grading=grading)
 
 
+def test_a_prompt_without_a_response_is_dropped_though_the_template_refuses_it(prepared):
+    sft, _ = prepared(response(RIGHT), response("", prompt="a=2", system="S"))
+    assert sft == {"a=1b+2": RIGHT}
+
+
 def test_rows_of_the_other_layout_are_named(prepared):
     with pytest.raises(UserError, match="line 2 has a 'completion', unlike the rows before it"):
         prepared({"problem": "a=1", "generations": ["1"], "answer": "1"}, response(RIGHT))

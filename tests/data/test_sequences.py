@@ -10,6 +10,7 @@ import pytest
 from templates import ANSWER_IDS, SYSTEM_IDS, real_folder
 
 from nanoredi.common.errors import UserError
+from nanoredi.data import cache as data_cache
 from nanoredi.data.messages import user_message
 from nanoredi.data.sequences import load_pairs, load_sft
 from nanoredi.data.tokenizer import Tokenizer
@@ -256,6 +257,20 @@ def test_two_runs_fill_one_cache(tokenizer, write, cache, monkeypatch):
         m.setattr(Tokenizer, "encode_rows", slow)
         assert len(load_pairs(path, tokenizer, 50, 50, cache)) == 1
     assert len(list(Path(cache).iterdir())) == 1
+
+
+def test_what_another_run_has_just_filled_is_kept(tokenizer, write, cache, monkeypatch):
+    path, remove_leftovers = write(PAIR), data_cache.remove_leftovers
+
+    def late(folder):
+        with monkeypatch.context() as m:
+            m.setattr(data_cache, "remove_leftovers", remove_leftovers)
+            load_pairs(path, tokenizer, 50, 50, cache)
+        next(Path(cache).iterdir()).joinpath("theirs").touch()
+
+    monkeypatch.setattr(data_cache, "remove_leftovers", late)
+    load_pairs(path, tokenizer, 50, 50, cache)
+    assert len(list(Path(cache).glob("*/theirs"))) == 1
 
 
 def test_a_failed_cache_leaves_nothing_behind(tokenizer, write, cache):

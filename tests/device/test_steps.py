@@ -43,19 +43,13 @@ KERNELS = {
     "sum_kernel float32 TILE=32": (32, 512),
     "swiglu_kernel bfloat16 BLOCK=2048": (32, 0),
     "swiglu_backward_kernel bfloat16 BLOCK=2048": (56, 0),
-    "rotate_kernel bfloat16 HALF=64 HALF_BLOCK=64 TOKENS=32": (96, 1024),
+    "rotate_kernel bfloat16 TOKENS=32": (96, 1024),
     # Three programs of 256 threads share a multiprocessor's 65,536 registers.
     "logprobs_kernel bfloat16 WRITE_GRADIENT=True BLOCK=4096": (80, 32),
     "logprobs_kernel bfloat16 WRITE_GRADIENT=False BLOCK=4096": (80, 32),
     "write_kernel bfloat16": (24, 0),
-    "decode_kernel bfloat16 GROUP=6 PAGE=256 GROUP_BLOCK=16 SIZE_BLOCK=128 BLOCK=64 ALONE=False SIZE=128 SPAN=1024": (
-        117,
-        39_424,
-    ),
-    "decode_kernel bfloat16 GROUP=6 PAGE=256 GROUP_BLOCK=16 SIZE_BLOCK=128 BLOCK=64 ALONE=True SIZE=128 SPAN=1024": (
-        117,
-        39_424,
-    ),
+    "decode_kernel bfloat16 GROUP=6 PAGE=256 BLOCK=64 ALONE=False SIZE=128 SPAN=1024": (117, 39_424),
+    "decode_kernel bfloat16 GROUP=6 PAGE=256 BLOCK=64 ALONE=True SIZE=128 SPAN=1024": (117, 39_424),
     "combine_kernel bfloat16 SIZE=128 SPAN=1024": (50, 0),
     "keep_kernel float32 BY_MASS=True BLOCK=2048": (92, 128),
     "keep_kernel float32 BY_MASS=False BLOCK=2048": (94, 128),
