@@ -284,6 +284,11 @@ def test_which_runs_a_folder_may_hold(tmp_path):
     with pytest.raises(UserError, match="not an empty folder and holds no nanoredi run"):
         open_run(str(tmp_path / "mine"), {"redi": config})
     assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["dear"]
+    (tmp_path / "mine" / "config.toml").write_text("[redi]\nalpha = 0.5\n")  # which asks for this very run
+    (tmp_path / "mine" / "pairs.jsonl").touch()
+    with pytest.raises(UserError, match="not an empty folder and holds no nanoredi run"):
+        open_run(str(tmp_path / "mine"), {"redi": config})
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["config.toml", "pairs.jsonl"]
     with pytest.raises(UserError, match="--out"):
         open_run("", {"redi": config})
 
