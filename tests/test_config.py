@@ -127,6 +127,7 @@ def test_a_tilde_is_the_home_folder_but_not_in_prose(tmp_path, monkeypatch):
         ),
         ("[evaluate]\nbenchmarks = 'math500'\n", "evaluate.benchmarks takes a list of one or more texts"),
         ("[evaluate]\nbenchmarks = [1]\n", "evaluate.benchmarks takes a list of one or more texts"),
+        ("[evaluate]\nbenchmarks = ['a', './a']\n", "evaluate.benchmarks names a twice"),
         ("[evaluate]\nbenchmarks = []\n", r"evaluate.benchmarks takes a list of one or more texts, not \[\]"),
         ("[REDI]\nalpha = 1\n", r"there is no table \[REDI\] \(did you mean 'redi'\?\)"),
         ("[redi\n", "is not TOML"),
