@@ -133,8 +133,8 @@ class CollapseWatch:
 
 @contextlib.contextmanager
 def signals(status: Callable[[], str], world: World) -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM, SIGHUP (a closed ssh) and Ctrl-C ask the run to stop, and SIGUSR1 prints its status. After a
-    Ctrl-C the next one, or SIGTERM, ends the process at once. A signal that is ignored, as under nohup, stays so.
+    """Inside, SIGTERM, SIGHUP (a closed ssh) and Ctrl-C ask the run to stop, unless they are ignored, as under nohup.
+    After a Ctrl-C the next one, or SIGTERM, ends the process at once. SIGUSR1 prints the status, also afterwards.
 
     Yields:
         A function that says, alike on every rank, whether any rank was asked to stop.
