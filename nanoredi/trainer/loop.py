@@ -128,8 +128,7 @@ class _Run:
                 self.model.save_pretrained(folder, self.dtype)
         except UserError as error:
             failure = str(error)
-        failure = self.world.first(lambda: failure)  # only rank 0 writes
-        if failure:
+        if failure := self.world.first(lambda: failure):  # only rank 0 writes
             self.save_state(step)
             self.states.wait()
             raise UserError(f"{failure}; the state of step {step} is saved, the same command resumes")

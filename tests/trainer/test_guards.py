@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,6 +202,19 @@ def test_a_ctrl_c_that_a_shell_s_background_ignores_stays_ignored(one_rank):
             assert not asked_to_stop()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_nothing_of_a_stage_is_kept_for_its_status(one_rank):
+    """The log holds the ranks' process group, which may wait forever if it is freed only in a fork or at the exit."""
+
+    def status():
+        return ""
+
+    kept = weakref.ref(status)
+    with signals(status, one_rank):
+        pass
+    del status
+    assert kept() is None
 
 
 def test_a_stage_s_status_may_be_asked_for_after_it(one_rank):
