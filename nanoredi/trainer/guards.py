@@ -55,6 +55,7 @@ class Guards:
         check(f"the training state of step {state['step']}", state, shape)
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         vars(self.collapse).update({name: state["collapse"][name] for name in _COLLAPSE})
+        del self.collapse.falls[state["step"] - self.skipped :]  # earlier versions saved later steps' falls, too
 
     def _report_skip(self, step: Step) -> None:
         self.skipped += 1

@@ -160,6 +160,7 @@ def test_collapse_s_statistics_go_on():
     _, first = watch(*zip(*series[:25]))
     stopped, resumed = (Guards(RediConfig(collapse_nats=1.0), None) for _ in range(2))
     stopped.collapse = first
+    first.falls += [9.0, 9.0]  # of later steps, as earlier versions saved them
     resumed.restore({"step": 25, "began_with": {}, **json.loads(json.dumps(stopped.state()))})
     for step, pair in enumerate(series[25:], 26):
         resumed.collapse.observe(step, *pair)
