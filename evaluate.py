@@ -71,7 +71,6 @@ def main(argv: list[str]) -> None:
         models: Mapping[str, str | Path] = models_along(run)
     else:
         models = {folder: folder for folder in map(check_model, given.get("model") or [newest_model()])}
-        _refuse_twice("--model", [*given.get("model", [])])
     tables = read_recipe(recipe) if recipe else recipe_of(run / "final" if run else next(iter(models)))
     config = resolve(EvaluateFlags, "evaluate", tables, flags)
     tests = benchmarks.load_all(config.benchmarks, config.data, config.limit, config.template)
@@ -97,12 +96,6 @@ def _run(given: dict[str, Any]) -> Path:
     return Path(given["model"][0]) if given.get("model") else Path(newest_model()).parent
 
 
-def _refuse_twice(flag: str, paths: list[str]) -> None:
-    for path in paths:
-        if [Path(other).resolve() for other in paths].count(Path(path).resolve()) > 1:
-            raise UserError(f"{flag} names {path} twice")
-
-
 def _frames(config: EvaluateFlags) -> list[str]:
     """A note on problems that are asked without the paper's frame."""
     paths = [name for name in config.benchmarks if name not in benchmarks.NAMED]
@@ -112,7 +105,6 @@ def _frames(config: EvaluateFlags) -> list[str]:
 
 def _grade(config: EvaluateFlags, named: bool) -> None:
     """Grade completions; without named benchmarks, by the gold answers in the files themselves."""
-    _refuse_twice("--completions", config.completions)
     tests = benchmarks.load_all(config.benchmarks, config.data) if named else []
     rows: list[Row] = []
     samples: list[Row] = []

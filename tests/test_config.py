@@ -127,6 +127,7 @@ def test_a_tilde_is_the_home_folder_but_not_in_prose(tmp_path, monkeypatch):
         ),
         ("[evaluate]\nbenchmarks = 'math500'\n", "evaluate.benchmarks takes a list of one or more texts"),
         ("[evaluate]\nbenchmarks = [1]\n", "evaluate.benchmarks takes a list of one or more texts"),
+        ("[evaluate]\nbenchmarks = ['a', './a']\n", "evaluate.benchmarks names a twice"),
         ("[evaluate]\nbenchmarks = []\n", r"evaluate.benchmarks takes a list of one or more texts, not \[\]"),
         ("[REDI]\nalpha = 1\n", r"there is no table \[REDI\] \(did you mean 'redi'\?\)"),
         ("[redi\n", "is not TOML"),
@@ -284,6 +285,11 @@ def test_which_runs_a_folder_may_hold(tmp_path):
     with pytest.raises(UserError, match="not an empty folder and holds no nanoredi run"):
         open_run(str(tmp_path / "mine"), {"redi": config})
     assert [path.read_text() for path in (tmp_path / "mine").iterdir()] == ["dear"]
+    (tmp_path / "mine" / "config.toml").write_text("[redi]\nalpha = 0.5\n")  # which asks for this very run
+    (tmp_path / "mine" / "pairs.jsonl").touch()
+    with pytest.raises(UserError, match="not an empty folder and holds no nanoredi run"):
+        open_run(str(tmp_path / "mine"), {"redi": config})
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["config.toml", "pairs.jsonl"]
     with pytest.raises(UserError, match="--out"):
         open_run("", {"redi": config})
 

@@ -85,6 +85,9 @@ def checked(where: str, f: dataclasses.Field, value: Any) -> Any:
             raise UserError(f"{where} is {shown}; it must be {words} {bound}")
     if texts and f.name not in _PROSE:  # no shell has replaced the ~ of --out=~/run, nor that of a recipe
         texts = [os.path.expanduser(text) for text in texts]
+        places = [os.path.realpath(text) for text in texts]
+        if twice := [text for text, place in zip(texts, places) if places.count(place) > 1]:
+            raise UserError(f"{where} names {twice[0]} twice")
         value = texts if kind is list else texts[0]
     return value
 

@@ -37,8 +37,8 @@ def open_run(out: str, configs: dict[str, Any]) -> bool:
         raise UserError("the run needs a folder: give --out DIR")
     folder = Path(out)
     path = folder / "config.toml"
-    # A run locks its folder before it writes config.toml: one without .lock and anything else is the user's own.
-    is_run = path.exists() and ((folder / ".lock").exists() or _contents(folder))
+    # A run locks its folder before it writes config.toml, and a copy without hidden files has metrics.jsonl.
+    is_run = path.exists() and any((folder / name).exists() for name in (".lock", "metrics.jsonl"))
     if os.path.lexists(folder) and not is_run and (not folder.is_dir() or path.exists() or _contents(folder)):
         raise UserError(f"{out} is not an empty folder and holds no nanoredi run: give another --out")
     lock(folder)

@@ -55,6 +55,7 @@ class Guards:
         check(f"the training state of step {state['step']}", state, shape)
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         vars(self.collapse).update({name: state["collapse"][name] for name in _COLLAPSE})
+        del self.collapse.falls[state["step"] - self.skipped :]  # earlier versions saved later steps' falls, too
 
     def _report_skip(self, step: Step) -> None:
         self.skipped += 1
@@ -133,8 +134,8 @@ class CollapseWatch:
 
 @contextlib.contextmanager
 def signals(status: Callable[[], str], world: World) -> Iterator[Callable[[], bool]]:
-    """Inside, SIGTERM, SIGHUP (a closed ssh) and Ctrl-C ask the run to stop, and SIGUSR1 prints its status. After a
-    Ctrl-C the next one, or SIGTERM, ends the process at once. A signal that is ignored, as under nohup, stays so.
+    """Inside, SIGTERM, SIGHUP (a closed ssh) and Ctrl-C ask the run to stop, unless they are ignored, as under nohup.
+    After a Ctrl-C the next one, or SIGTERM, ends the process at once. SIGUSR1 prints the status.
 
     Yields:
         A function that says, alike on every rank, whether any rank was asked to stop.
@@ -158,12 +159,13 @@ def signals(status: Callable[[], str], world: World) -> Iterator[Callable[[], bo
 
     heard = [n for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in heard}
-    signal.signal(signal.SIGUSR1, lambda *_: say(status()))  # it stays, since otherwise it would end an evaluation
+    signal.signal(signal.SIGUSR1, lambda *_: say(status()))
     try:
         yield lambda: world.any(bool(asked))
     except Stopped as stopped:
         stopped.code = 130 if signal.SIGINT in asked else 0
         raise
     finally:
-        for number, handler in before.items():
+        # A later SIGUSR1 must not end an evaluation; with its handler the log, and its process group, would stay alive.
+        for number, handler in (*before.items(), (signal.SIGUSR1, signal.SIG_IGN)):
             signal.signal(number, handler)

@@ -58,8 +58,7 @@ class Log:
         self.start = self.last = time.perf_counter()
         self.first, self.line, self.num_lines = first, "no step yet", 0
         world.first(lambda: drop_steps_after(self.path, first))
-        board = config.tensorboard and world.rank == 0
-        self.board = _tensorboard(Path(config.out) / "tensorboard", first) if board else None
+        self.board = _tensorboard(Path(config.out), first) if config.tensorboard and world.rank == 0 else None
 
     def add(self, step: Step) -> list[tuple[Step, dict[str, Any]]]:
         """Keep a step, and flush when a line is due."""
@@ -176,12 +175,12 @@ def drop_steps_after(path: Path, step: int) -> None:
     write_text(path, "".join(kept[step] for step in sorted(kept)))
 
 
-def _tensorboard(folder: Path, first: int) -> Any:
+def _tensorboard(out: Path, first: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
-    return SummaryWriter(str(folder), purge_step=first + 1)
+    return SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
 
 
 def peak_memory_gb(device: torch.device) -> float:

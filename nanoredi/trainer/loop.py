@@ -128,8 +128,7 @@ class _Run:
                 self.model.save_pretrained(folder, self.dtype)
         except UserError as error:
             failure = str(error)
-        failure = self.world.first(lambda: failure)  # only rank 0 writes
-        if failure:
+        if failure := self.world.first(lambda: failure):  # only rank 0 writes
             self.save_state(step)
             self.states.wait()
             raise UserError(f"{failure}; the state of step {step} is saved, the same command resumes")
@@ -162,10 +161,8 @@ def _load(config: StageConfig, path: str, model: Qwen2, world: World) -> TokenDa
         return data
     weighted = data.row_weights != 1
     if config.objective in ("dpo", "simpo") and weighted.any():
-        row = int(weighted.argmax()) // 2 + 1
-        raise UserError(
-            f"row {row} of those kept of {path}: {config.objective} has no chosen_weight; take it out, or use redi or sft"
-        )
+        where = f"row {int(weighted.argmax()) // 2 + 1} of those kept of {path}"
+        raise UserError(f"{where}: {config.objective} has no chosen_weight; take it out, or use redi or sft")
     if not config.alpha and not data.row_weights[:: len(data.sides)].any():
         raise UserError(f"{path}: every row's weight is 0, so nothing would be learned")
     return data

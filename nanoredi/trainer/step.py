@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from nanoredi.config import RediConfig, SftConfig
+from nanoredi.config import StageConfig
 from nanoredi.data.batch import divide, pack
 from nanoredi.kernels.dispatch import after_step
 from nanoredi.model.qwen2 import Qwen2
@@ -19,7 +19,7 @@ from nanoredi.trainer.optimizer import AdamW, gradient_square
 
 
 def train_step(
-    model: Qwen2, optimizer: AdamW, units: list[Unit], config: SftConfig | RediConfig, world: World
+    model: Qwen2, optimizer: AdamW, units: list[Unit], config: StageConfig, world: World
 ) -> tuple[Tensor, int, float]:
     """One optimiser step over the units (objectives.units) of all ranks; skipped if its loss or gradient is not finite.
 
@@ -53,7 +53,7 @@ def train_step(
 
 
 def forward_backward(
-    model: Qwen2, units: list[Unit], num_units: int, config: SftConfig | RediConfig, device: torch.device
+    model: Qwen2, units: list[Unit], num_units: int, config: StageConfig, device: torch.device
 ) -> Tensor:
     """Forward and backward of a micro-batch; its gradients are added to the parameters'. The losses of pairs are
     averaged over the num_units of the whole step.

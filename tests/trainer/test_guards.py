@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -159,6 +160,7 @@ def test_collapse_s_statistics_go_on():
     _, first = watch(*zip(*series[:25]))
     stopped, resumed = (Guards(RediConfig(collapse_nats=1.0), None) for _ in range(2))
     stopped.collapse = first
+    first.falls += [9.0, 9.0]  # of later steps, as earlier versions saved them
     resumed.restore({"step": 25, "began_with": {}, **json.loads(json.dumps(stopped.state()))})
     for step, pair in enumerate(series[25:], 26):
         resumed.collapse.observe(step, *pair)
@@ -201,6 +203,19 @@ def test_a_ctrl_c_that_a_shell_s_background_ignores_stays_ignored(one_rank):
             assert not asked_to_stop()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_nothing_of_a_stage_is_kept_for_its_status(one_rank):
+    """The log holds the ranks' process group, which may wait forever if it is freed only in a fork or at the exit."""
+
+    def status():
+        return ""
+
+    kept = weakref.ref(status)
+    with signals(status, one_rank):
+        pass
+    del status
+    assert kept() is None
 
 
 def test_a_stage_s_status_may_be_asked_for_after_it(one_rank):

@@ -104,7 +104,7 @@ def spoil_a_byte(file, other_file):
         lambda file, other_file: shutil.copyfile(other_file, file),
         lambda file, other_file: file.write_bytes(file.read_bytes()[:100]),
         lambda file, other_file: file.write_bytes(b""),
-        lambda file, other_file: save_file({"logps": np.full((60, 2), np.nan, np.float32)}, file),
+        lambda file, other_file: reference._write(file, np.full((60, 2), np.nan, np.float32), file.stem[10:]),
         lambda file, other_file: save_file(
             {"logps": np.zeros((60, 2), np.float32)}, file, {"belongs_to": file.stem[10:]}
         ),
