@@ -46,7 +46,7 @@ def train(config: StageConfig, world: World) -> None:
     steps_an_epoch = num_steps(len(run.data), config.batch_size, 1, 0)
     saves = range(config.save_every, run.total, config.save_every) if config.save_every else ()
     with signals(run.log.status, world) as asked_to_stop, run.states:
-        world.say(f"kill -USR1 {os.getpid()} prints its status")
+        world.say(f"  kill -USR1 {os.getpid()} prints its status")
         if run.first in saves:  # when its state was saved, there may have been no room for its model
             run.save_model(run.first)
         for step in range(run.first, run.total):
