@@ -71,11 +71,13 @@ def _read(path: str) -> list[EngineRow]:
         rows.append(read(where, row))
     if not rows:
         raise UserError(f"{path} holds no rows")
+    failed = [row for row in rows if row.error is not None]
     if len({row.model for row in rows} - {None}) < 2 and not rows[0].own:
         for row in rows:
             row.model = None
+    elif nameless := [row.where for row in failed if row.model is None]:
+        raise UserError(f"{nameless[0]} failed, and does not say with which model: give each model a file of its own")
     _check_texts(path, rows)
-    failed = [row for row in rows if row.error is not None]
     width = max(1, *(len(row.completions) for row in rows))
     for row in failed:
         row.completions = [Completion("", reason="error")] * width
