@@ -235,8 +235,9 @@ def _claim(path: Path, folder: str, config: SampleFlags) -> str:
 
 def _key(row: Any) -> str:
     """What identifies a sample's row: the prompt's own fields and its number, as a digest, since a row may be long."""
-    given = {name: value for name, value in row.items() if name not in _ADDED} if isinstance(row, dict) else {}
-    text = json.dumps([given, row["sample"] if "sample" in row else None], sort_keys=True, ensure_ascii=False)
+    fields = row if isinstance(row, dict) else {}
+    given = {name: value for name, value in fields.items() if name not in _ADDED}
+    text = json.dumps([given, fields.get("sample")], sort_keys=True, ensure_ascii=False)
     return digest(text.encode(errors="replace"))  # like write_row
 
 

@@ -220,6 +220,10 @@ def test_the_same_command_resumes(said, tmp_path):
     with open(path, "ab") as file, pytest.raises(UserError, match="another process writes to made/o"):
         fcntl.flock(file, fcntl.LOCK_EX)
         said(*words)
+    path.write_text(before + "5\n")
+    with pytest.raises(UserError, match="made/o, line 10 is no completion of these prompts"):
+        said(*words)
+    path.write_text(before)
     write(tmp_path / "p.jsonl", {"prompt": "a=1", "id": 0}, {"prompt": "a=2"})
     with pytest.raises(UserError, match="made/o, line .* is no completion of these prompts"):
         said(*words)

@@ -61,7 +61,7 @@ def grade_file(path: str, name: str, benchmarks: list[Benchmark], thinking: bool
 
 def _read(path: str) -> list[EngineRow]:
     """The rows of the file, with their models' names if there are several. A failed request gets as many empty
-    completions as other requests have completions."""
+    completions as the model's other requests have completions."""
     rows, filters = [], {}
     for where, row in read_rows(path):
         if isinstance(row, dict) and "resps" in row:  # lm-eval repeats every row for each of its task's filters
@@ -71,14 +71,16 @@ def _read(path: str) -> list[EngineRow]:
         rows.append(read(where, row))
     if not rows:
         raise UserError(f"{path} holds no rows")
+    failed = [row for row in rows if row.error is not None]
     if len({row.model for row in rows} - {None}) < 2 and not rows[0].own:
         for row in rows:
             row.model = None
+    elif nameless := [row.where for row in failed if row.model is None]:
+        raise UserError(f"{nameless[0]} failed, and does not say with which model: give each model a file of its own")
     _check_texts(path, rows)
-    failed = [row for row in rows if row.error is not None]
-    width = max(1, *(len(row.completions) for row in rows))
+    widths = {row.model: len(row.completions) for row in sorted(rows, key=lambda row: len(row.completions))}
     for row in failed:
-        row.completions = [Completion("", reason="error")] * width
+        row.completions = [Completion("", reason="error")] * max(1, widths[row.model])
     if failed:
         errors = Counter(row.error for row in failed).most_common(3)
         words = "; ".join(f"{count} x {error[:200]!r}" for error, count in errors)

@@ -129,8 +129,7 @@ def _sample(run: _Evaluation) -> None:
             for request in sampler.step():
                 problem = whose.pop(id(request))
                 text = request.stream.text if request.stream else run.tokenizer.decode(request.tokens)
-                response = problem.opened + text
-                figures = request.sample, response, len(request.tokens), request.finish_reason
+                figures = request.sample, problem.opened + text, len(request.tokens), request.finish_reason
                 run.samples.append(graded(run.name, problem.benchmark, problem.number, *figures))
                 finished.update()
     queue.wait()

@@ -1,11 +1,10 @@
 """A work queue shared by all ranks: each takes the next item when it is free."""
 
-import datetime
 import os
 
 import torch.distributed as dist
 
-from nanoredi.trainer.distributed import World
+from nanoredi.trainer.distributed import PATIENCE, World
 
 
 class Queue:
@@ -27,7 +26,8 @@ class Queue:
         return number if number < self.length else None
 
     def wait(self) -> None:
-        """Wait for all ranks, however long the slowest one's last item takes; a collective would time out."""
+        """Wait for all ranks, however long the slowest one's last item takes. If another rank fails, a collective would
+        add a traceback to that rank's own message."""
         self._store.set(f"done {self.world.rank}", "")
-        self._store.wait([f"done {rank}" for rank in range(self.world.size)], datetime.timedelta(days=30))
+        self._store.wait([f"done {rank}" for rank in range(self.world.size)], PATIENCE)
         dist.barrier()  # no rank uses the store any more, so rank 0 may close it

@@ -52,10 +52,9 @@ def read_lengths(file: Path, tokenizer: Tokenizer | None = None) -> Lengths:
         found = [_known(where, row) for path in files for where, row in read_rows(str(path))]
     if not found:
         raise UserError(f"{file} holds no rows")
-    names = found[0][0]
-    if any(others != names for others, _ in found):
+    if len({names for names, _ in found}) > 1:
         raise UserError(f"{file} holds both pairs and rows with messages; it must hold one kind")
-    return dict(zip(names, np.array([lengths for _, lengths in found]).T))
+    return dict(zip(found[0][0], np.array([lengths for _, lengths in found]).T))
 
 
 def _known(where: str, row: Any) -> tuple[tuple[str, ...], list[int]]:

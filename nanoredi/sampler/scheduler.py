@@ -163,11 +163,9 @@ class Scheduler:
         full = [row for row in self.decoding() if row.num_cached == len(row.pages) * self.page_size]
         if len(full) > self.pages.num_free:
             return None
-        new = []
         for row in full:
-            new.append((row.slot, len(row.pages), self.pages.allocate()))
-            row.pages.append(new[-1][2])
-        return new
+            row.pages.append(self.pages.allocate())
+        return [(row.slot, len(row.pages) - 1, row.pages[-1]) for row in full]
 
     def decoding(self) -> list[Row]:
         """The rows of the next decode step: their prompts are cached, and they may have more tokens."""

@@ -224,6 +224,14 @@ def test_rows_of_several_models_are_kept_apart(tmp_path, many):
     ]
     found = grade_file(written(tmp_path, rows), "f", [many], thinking=True)
     assert [samples[0]["model"] for samples in found] == ["f: m0", "f: m1"]
+    rows[3] = {**rows[3], "response": None, "error": "down"}
+    with pytest.raises(UserError, match="line 4 failed, and does not say with which model"):
+        grade_file(written(tmp_path, rows), "f", [many], thinking=True)
+    rows[3]["model"] = "m1"
+    for row in rows[::2]:
+        row["response"]["choices"] *= 3  # m0 has three completions of each problem, m1 one
+    found = grade_file(written(tmp_path, rows), "f", [many], thinking=True)
+    assert [sum(s["correct"] for s in samples) for samples in found] == [3, 11]
 
 
 def test_solutions_are_no_gold_answers(tmp_path):
