@@ -17,7 +17,7 @@ LETTER = rf"(?:\\(?:{'|'.join(LETTERS)}) ?|[A-Za-z]){_INDEX}"
 _ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{3,}}(?: \w+)*)"
 NAME = (
     rf"(?:(?:m ?)?\\(?:angle|triangle|odot|max|min|deg|dim) ?)?(?:\\?(?:max|min)|{LETTER}|[A-Z]{{2,}}{_INDEX}"
-    rf"|(?!arc|sqrt|sinh|cosh|tanh|even|prime)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
+    rf"|(?!arc|sqrt|sinh|cosh|tanh|(?:[Ee]ven|[Cc]omposite|[Pp]rimes?)\b)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
     rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\bar\{{[A-Z]{{2,}}\}}"
 )
 
@@ -81,13 +81,13 @@ def same(a: Reading, b: Reading) -> bool:
 def word(text: str) -> str:
     """A text without spaces, a word's case and plural, a sum's or residue's letter, braces around a letter or macro."""
     if re.fullmatch(r"[A-Za-z ,.'-]+", text) and re.search("[A-Za-z]{4}", text):  # a phrase; "team B wins" too
-        text = re.sub(r"^(?:an?|the|all) |(?<=[a-z]{3}[^s])s\b", "", text.lower())
+        text = re.sub(r"^(?:(?:an?|the|all|its) )+|(?<=[a-z]{3}[^s])s\b", "", text.lower())
     any_case = r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|N[Oo])(?![A-Za-z])"
     text = re.sub(any_case, lambda found: found[0].lower(), text)
     for run in re.finditer(r"\\(?:sum|prod)_\{([a-z])=", text):
         text = re.sub(rf"(?<![A-Za-z\\]){run[1]}(?![A-Za-z])", "ζ", text)
     text = re.sub(r"[ °]", "", text)
-    if residue := re.fullmatch(rf"(?:{LETTER}≡)?([^()]+?)\(?mod([^()]+)\)?", text):  # n ≡ 5 (mod 4) is 1 mod 4
+    if residue := re.fullmatch(r"([^()]+?)\(?mod([^()]+)\)?", text):  # 5 (mod 4) is 1 mod 4
         value, modulus = residue.groups()
         whole = re.fullmatch("[+-]?[0-9]+/[1-9][0-9]*", f"{value}/{modulus}")
         text = f"{int(value) % int(modulus) if whole else value}mod{modulus}"
@@ -111,20 +111,21 @@ def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
 
 
 def same_system(a: Reading, b: Reading) -> bool:
-    """x = 1, y = 2 against the same names, other names, (1, 2) or 1, 2, each in the order of its names;
-    against a list, and if it is (r, t, f) = (1, 2, 3), also in the order in which it is written."""
-    if a.kind != b.kind and (a.bare or b.bare) and same(a.bare or a, b.bare or b):
+    """x = 1, y = 2 against the same names, other names, (1, 2) or 1, 2, each in the order of its names; against 1, 2
+    also in the order in which it is written. Values of one name, x_1 = 1, x_2 = 2, and a set have no order."""
+    if a.kind != b.kind and (a.bare or b.bare) and same(a.bare or a, b.bare or b):  # also (r, t) = (1, 2) as written
         return True
-    lists = [one for one in (a, b) if one.kind == "list"]
-    names = [{part.name for part in one.parts} - {""} for one in (a, b)]
-    bases = [{name.partition("_")[0] for name in some} for some in names]
-    if lists and (all(names) or max(map(len, bases)) == 1):  # x_1 = 1, x_2 = 2 are values of x
-        return (not all(names) or len(bases[0]) == len(bases[1])) and match(a.parts, b.parts)
-    clash = all(names) and names[0] != names[1] and names[0] & names[1] or any(one.braces for one in lists)
-    if clash or not {a.kind, b.kind} <= {"system", "()", "list"} or len(a.parts) != len(b.parts):
+    system, other = (a, b) if a.kind == "system" else (b, a)
+    names, others = ({part.name for part in one.parts} - {""} for one in (system, other))
+    bases = [{name.partition("_")[0] for name in some} for some in (names, others)]
+    if other.kind == "list" and (others or other.braces or len(bases[0]) == 1):
+        alike = len(bases[0]) == len(bases[1]) if others else not other.braces or names.isdisjoint("xyz")  # no point
+        return alike and match(a.parts, b.parts)
+    clash = names != others and not names.isdisjoint(others)
+    if clash or other.kind not in ("system", "()", "list") or len(a.parts) != len(b.parts):
         return False
     in_order = [sorted(one.parts, key=order) if one.kind == "system" else one.parts for one in (a, b)]
-    return bool(lists) and all(map(same, a.parts, b.parts)) or all(map(same, *in_order))
+    return other.kind == "list" and all(map(same, a.parts, b.parts)) or all(map(same, *in_order))
 
 
 def order(part: Reading) -> list[tuple[int, str]]:

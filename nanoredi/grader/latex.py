@@ -68,7 +68,7 @@ _PIECES = {
     "NOUNIT": r"""(?x:
         \(?\ ?[,;:)] | (?:[a-fi-kn-rt-z]|[AaPp]\.?\ ?[Mm]\.?)\} | \([^{}()]*\} | [^{}]*(?:\bnot?\b|[∧∨]\ *[0-9])
         | (?:\(\ ?|is\ )(?:mod|base|extr|rej|disc|rem) | <CHANGE>\W*\}
-        | (?:to|at|if|for|when|where|since|because|mod|(?:in\ )?base|choose|(?:more|less)\ than|and|or|remainder)\b)""",
+        | (?:to|at|if|for|when|where|since|because|mod|(?:in\ )?base|choose|(?:more|less)\ than|remainder)\b)""",
     "CHANGE": r"(?:hal(?:f|ves)|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial"
     r"|odd|even|prime|integer|negative|positive|more|less|fewer|short|under|(?:degrees\ )?(?:below|under)\ zero)\b",
     "POWER": r"(?:\ ?\^\ ?(?:\{-?[0-9]\}|-?[0-9]))?",
@@ -83,7 +83,7 @@ _PIECES = {
     "GAP": r"(?:\\[a-z]+\s*\{|[\s~{},.]|\\[ ,;:]|and\b)*",  # between 3 hours and 20 minutes
     # Therefore; either; all x > 0; the point (1,2); option A; US 5; the answer is; the area of the square is 5
     "INTRODUCTION": r"""(?x:
-        (?:\\sim(?=\ *[0-9])|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it\ is|there\ (?:is|are))\b)[ ,:]*(?=\S)
+        (?:\\sim(?=\ *(?:[0-9.-]|\\(?:frac|sqrt)))|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it\ is|there\ (?:is|are))\b)[ ,:]*(?=\S)
         | either\b | all(?:\ integers|\ values\ of)?(?=\ *[a-z]\ *[<>≤≥≠≡]) | 答案?[是为:]*
         | (?:the\ )?(?:point|line|vertex)s?(?=\ *[(\[]|\ +[xy]\b) | (?:option|choice)\ +(?=\W*[A-J]\b)
         | (?:usd?|rs\.?)(?=[\ 0-9]) | (?:the\ )?(?:final\ |correct\ )?answer\ *(?:is\b\ *:?|:)
@@ -92,7 +92,7 @@ _PIECES = {
     "REALSEXCEPT": r"(?:all\ )?real(?:s|\ numbers?)(?:\ x)?,?\ (?:except|other\ than)(?:\ for)?",
     "VALUE": r"(?=[0-9.\\([⦃-]|[a-z]\ *[=<>≤≥])",  # how an answer begins
 }
-_JOINING = r"(?<![\\A-Za-z{])WORD(?![A-Za-z])|(?<=[0-9)\]}⦄])WORD(?=[A-Za-z]\b)|<FONT>\{,? ?WORD\}"
+_JOINING = r"(?<![\\A-Za-z])WORD(?![A-Za-z])|(?<=[0-9)\]}⦄])WORD(?=[A-Za-z]\b)"
 _BOUNDS = {"at least": "≥", "at most": "≤", "(?:less|fewer) than": "<", "(?:more|greater) than": ">"}
 
 _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
@@ -146,7 +146,7 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     # Without fonts: introductions and remarks in words.
     ("(?i)^(?:<INTRODUCTION>\\ *)+", ""),
     (r"^([f-hP-R](?:\([a-z]\))?) ?≡(?!.*mod)", r"\1="),
-    (r"(?i)^<REALSEXCEPT>\ (.*)", lambda found: "x≠" + re.sub("[a-z] *=", "", found[1])),
+    (r"(?i)^<REALSEXCEPT>\ (.*)", lambda found: "\\zeta ≠" + re.sub("[a-z] *=", "", found[1])),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly) (?=[0-9.\\-])", "≈"),
     (r"(?i)^(?:negative|minus) (?=\S+$)|^(?=.*\b(?:below|under) zero[ .]*$)", "-"),
     (r"(?i)\b(?:(?:below|under) zero|only)[ .]*$", ""),

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from nanoredi.grader import matrices, sets
 from nanoredi.grader.compare import LETTER, NAME, Reading, distinct, same
@@ -34,7 +35,7 @@ _BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{\(?(?:base)?|\(?(?:in
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _REALS = {"": "(-∞,∞)", "positive ": "(0,∞)", "negative ": "(-∞,0)", "nonnegative ": "[0,∞)"}
 _ALL_REALS = re.compile(rf"(?:the )?(?:set of )?(?:all |any )?({'|'.join(_REALS)})real(?: numbers?|s| [a-z])|ℝ", re.I)
-_SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
+_SUCH_THAT = re.compile(rf"({NAME})(?:∈ℝ)?[|:](.+)")
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
 
@@ -59,6 +60,9 @@ class _Reader:
 
     def as_text(self, text: str) -> Reading:
         text = (text[:1] == "{" and inside(text)) or text
+        name, _, residue = text.partition("≡")
+        if is_name(name) and "mod" in residue:  # n ≡ 5 (mod 4) is 5 mod 4
+            return Reading("text", residue, name=name)
         return Reading("text", text.strip(" .,;").removeprefix("+"))
 
     def several(self, text: str) -> Reading:
@@ -72,9 +76,12 @@ class _Reader:
                 return Reading("list", f"⦃{text}⦄", (self.read_set(text),), braces=True)
             if not inner.strip():
                 return self.as_text("∅")
-            such_that = text[0] == "⦃" and _SUCH_THAT.fullmatch(inner)
-            braces += "" if such_that else text[0].strip("([")
-            text = such_that[1] if such_that else inner
+            if text[0] == "⦃" and (such_that := _SUCH_THAT.fullmatch(inner)):
+                node = self.several(such_that[2])
+                bound = node.name == such_that[1]  # such a letter may have any name
+                return replace(node.bare or node, name="") if bound else node
+            braces += text[0].strip("([")
+            text = inner
         groups = [split(group, ",")[::2] for group in split(text, ";")[::2]]
         pieces = [piece for group in groups for piece in group]
         pairs = len(groups) > 1 and len(groups[0]) > 1 and len({*map(len, groups)}) == 1  # 1,2;3,4
@@ -209,7 +216,7 @@ class _Reader:
 
     def relation(self, text: str, sides: list[str], signs: list[str]) -> Reading:
         """An equation, or an inequality with its smallest side first and, if it bounds a name, its interval."""
-        sides[0] = sides[0] or "x"
+        sides[0] = sides[0] or "\\zeta"  # > 5 is x > 5 and y > 5
         if set(signs) == {"="}:
             return self.equation(text, sides)
         if signs == ["≠"] and is_name(sides[0]):
