@@ -63,7 +63,8 @@ _PIECES = {
     "ORDER": r"(?:\^\{?([0-9])\}?)",
     # A \text after a number is its unit, unless it begins with one of these, as in 2\text{i}, 3\text{ p.m.} and
     # 2\text{ if }x>0, or is a word that changes the number, as in n>2\text{ even}.
-    "UNITS": r"(?:\\mu\ ?)?(?:<UNIT>(?:\\Omega)?|\\frac\{<UNIT>\}\{<UNIT>\})",
+    "UNITS": r"(?:\\mu\ ?)?(?:<UNIT>(?:\\Omega)?|\\frac\{<UNIT>\}\{<UNIT>\}|<INBRACKETS>)",
+    "INBRACKETS": r"\( ?\\text\{[cdkm]?[mg](?:/[sh])?<POWER>\}<POWER> ?\)",  # 24(\mathrm{cm}^2)
     "UNIT": r"\\text\{(?!<NOUNIT>)(?![0-9‰])(?:[^{}]|\{[^{}]*\})+\}(?!_)<POWER>",
     "NOUNIT": r"""(?x:
         \(?\ ?[,;:)] | (?:[a-fi-kn-rt-z]|[AaPp]\.?\ ?[Mm]\.?)\} | \([^{}()]*\} | [^{}]*(?:\bnot?\b|[∧∨]\ *[0-9])

@@ -59,11 +59,10 @@ class _Reader:
         return self.as_text(text)
 
     def as_text(self, text: str) -> Reading:
-        text = (text[:1] == "{" and inside(text)) or text
+        text = ((text[:1] == "{" and inside(text)) or text).strip(" .,;").removeprefix("+")
         name, _, residue = text.partition("≡")
-        if is_name(name) and "mod" in residue:  # n ≡ 5 (mod 4) is 5 mod 4
-            return Reading("text", residue, name=name)
-        return Reading("text", text.strip(" .,;").removeprefix("+"))
+        named = is_name(name) and "mod" in residue  # n ≡ 5 (mod 4) is 5 mod 4
+        return Reading("text", residue, name=name) if named else Reading("text", text)
 
     def several(self, text: str) -> Reading:
         text, braces = text.strip(" ,;").removesuffix(".").removeprefix("="), ""
@@ -106,6 +105,8 @@ class _Reader:
         pieces = [piece.strip(" ∨∧") for piece in pieces]
         # x ≠ 1, 2 says x ≠ 1 and x ≠ 2, and n ≡ 1, 3 (mod 4) says the same as n ≡ 1 (mod 4), n ≡ 3 (mod 4).
         before = re.findall("^.*≠", pieces[0])
+        if before and not re.search("[=<>≤≥≠]", pieces[-1]):  # x ≠ 1 or 2 says neither
+            words = set()
         after = re.findall(r"\(?mod[^()]+\)?$" if "≡" in pieces[0] else r"^[^≡]*(\(mod[^()]+\))$", pieces[-1])
         pieces = [one if re.search("^$|[=<>≤≥≠]|mod", one) else "".join([*before, one, *after]) for one in pieces]
         parts = [one for piece in pieces for one in each_sign(piece) if one]

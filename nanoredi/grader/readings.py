@@ -41,8 +41,7 @@ _FUNCTION_OF = re.compile(
     r"(?=(?:\\[A-Za-z]+(?![A-Za-z])|[^\\])*?\1|(?:\\[a-z]+|[^A-Za-z])*$)"
 )
 _NO_CONSTANT = re.compile(r"C|_\{c|c ?\^|(?<![A-Za-z\\])[ab](?!rc)")  # c^2 is the speed of light or a radius
-_IN_BRACKETS = r" ?\{<BAREUNIT>\}<POWER>| ?\( ?[cdkm]m\^\{?[23]\}? ?\)"
-_BARE_UNITS = regex(rf"(?<=[0-9}}π°])(?: <BAREUNIT>|{_IN_BRACKETS}|<GLUEDUNIT>)\.? ?(?=$|,)")
+_BARE_UNITS = regex(r"(?<=[0-9}π°])(?: <BAREUNIT>| ?\{<BAREUNIT>\}<POWER>|<GLUEDUNIT>)\.? ?(?=$|,)")
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 
 Details = frozenset[tuple[str, str]]  # each with its sort: a choice's letter, a condition, or one of the following
