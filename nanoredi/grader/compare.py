@@ -21,6 +21,9 @@ NAME = (
     rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\bar\{{[A-Z]{{2,}}\}}"
 )
 
+# These are no products: ACB (not ABC), the number IV and the phrase "is it".
+_WORDS = re.compile("[A-Z]{3,}/[A-Z]{3,}|[IVX]{2}/[IVX]{2}|[A-Za-z ]*[a-z]{2} [A-Za-z /]*")
+
 
 def points_for(*expressions: Expression) -> list[int]:
     """The points at which expressions must agree."""
@@ -66,9 +69,7 @@ def same(a: Reading, b: Reading) -> bool:
         return same(a.bare or a, b.bare or b)
     if a.kind != b.kind:
         return False
-    # These are no products: ACB (not ABC), the number IV and the phrase "is it".
-    words = re.fullmatch("[A-Z]{3,}/[A-Z]{3,}|[IVX]{2}/[IVX]{2}|[A-Za-z ]*[a-z]{2} [A-Za-z /]*", f"{a.text}/{b.text}")
-    if a.kind == "value" and not words and agree(a.expression, b.expression):
+    if a.kind == "value" and agree(a.expression, b.expression) and not _WORDS.fullmatch(f"{a.text}/{b.text}"):
         return True
     if a.kind == "text" or re.fullmatch("[A-Za-z ]{2,}", a.text):
         return word(a.text) == word(b.text)  # a short word was read as a product

@@ -314,6 +314,11 @@ def mutated(rng: random.Random, answers: list[str]) -> str:
     return one[:1_200]
 
 
+def test_many_equations_are_compared_fast() -> None:
+    one, other = (rf"\{{{','.join(f'a+bbbbb+x_{{{i}}}={i + more}' for i in range(50))}\}}" for more in (0, 1))
+    assert took(equal, one, other) < LIMIT_S
+
+
 @pytest.mark.parametrize("count", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_mutated_answers(count: int) -> None:
     """Grading raises nothing, is quick, symmetric and reflexive."""
