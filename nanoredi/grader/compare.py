@@ -21,9 +21,6 @@ NAME = (
     rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\bar\{{[A-Z]{{2,}}\}}"
 )
 
-# These are no products: ACB (not ABC), the number IV and the phrase "is it".
-_WORDS = re.compile("[A-Z]{3,}/[A-Z]{3,}|[IVX]{2}/[IVX]{2}|[A-Za-z ]*[a-z]{2} [A-Za-z /]*")
-
 
 def points_for(*expressions: Expression) -> list[int]:
     """The points at which expressions must agree."""
@@ -47,7 +44,7 @@ class Reading:
     parts: tuple["Reading", ...] = ()  # the nodes below
     expression: Expression | None = None  # only of a value
     bare: "Reading | None" = None  # a relation's value, 5 or an interval; (1,2) for (x,y)=(1,2); a time's ratio
-    name: str = ""  # x for the equation x = 5; for a time am, pm or nothing
+    name: str = ""  # x for x = 5, x < 5, x ≡ 5 (mod 7); for a time am, pm or nothing
     braces: bool = False  # whether it was in braces, as a set is
 
 
@@ -69,7 +66,9 @@ def same(a: Reading, b: Reading) -> bool:
         return same(a.bare or a, b.bare or b)
     if a.kind != b.kind:
         return False
-    if a.kind == "value" and agree(a.expression, b.expression) and not _WORDS.fullmatch(f"{a.text}/{b.text}"):
+    # These are no products: ACB (not ABC), the number IV and the phrase "is it".
+    words = "[A-Z]{3,}/[A-Z]{3,}|[IVX]{2}/[IVX]{2}|[A-Za-z ]*[a-z]{2} [A-Za-z /]*"
+    if a.kind == "value" and agree(a.expression, b.expression) and not re.fullmatch(words, f"{a.text}/{b.text}"):
         return True
     if a.kind == "text" or re.fullmatch("[A-Za-z ]{2,}", a.text):
         return word(a.text) == word(b.text)  # a short word was read as a product
@@ -80,18 +79,15 @@ def same(a: Reading, b: Reading) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def word(text: str) -> str:
-    """A text without spaces, a word's case and plural, a sum's or residue's letter, braces around a letter or macro."""
+    """A text without spaces, a word's case and plural, a sum's letter, braces around one thing; 5 mod 4 is 1 mod 4."""
     if re.fullmatch(r"[A-Za-z ,.'-]+", text) and re.search("[A-Za-z]{4}", text):  # a phrase; "team B wins" too
         text = re.sub(r"^(?:(?:an?|the|all|its) )+|(?<=[a-z]{3}[^s])s\b", "", text.lower())
     any_case = r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|N[Oo])(?![A-Za-z])"
     text = re.sub(any_case, lambda found: found[0].lower(), text)
     for run in re.finditer(r"\\(?:sum|prod)_\{([a-z])=", text):
         text = re.sub(rf"(?<![A-Za-z\\]){run[1]}(?![A-Za-z])", "ζ", text)
-    text = re.sub(r"[ °]", "", text)
-    if residue := re.fullmatch(r"([^()]+?)\(?mod([^()]+)\)?", text):  # 5 (mod 4) is 1 mod 4
-        value, modulus = residue.groups()
-        whole = re.fullmatch("[+-]?[0-9]+/[1-9][0-9]*", f"{value}/{modulus}")
-        text = f"{int(value) % int(modulus) if whole else value}mod{modulus}"
+    text = re.sub(r"\(mod([^()]+)\)", r"mod\1", re.sub(r"[ °]", "", text))
+    text = re.sub("^([+-]?[0-9]+)mod([1-9][0-9]*)$", lambda one: f"{int(one[1]) % int(one[2])}mod{one[2]}", text)
     return re.sub(r"\{(\w|∞|\\[A-Za-z]+)\}", r"\1", text)
 
 
@@ -147,7 +143,6 @@ def proportional(a: Reading, b: Reading) -> bool:
         ratios = [divide(add(p, -q), add(r, -s)) for p, q, r, s in table]
     except ArithmeticError:
         return False
-    if not ratios[0] or a.kind != "=" and not (is_real(ratios[0]) and ratios[0] > 0):
-        return False
+    allowed = bool(ratios[0]) if a.kind == "=" else is_real(ratios[0]) and ratios[0] > 0
     varies = any(not close(x, y) for values in table[1:3] for x, y in zip(table[0], values))
-    return varies and all(close(ratio, ratios[0]) for ratio in ratios)
+    return allowed and varies and all(close(ratio, ratios[0]) for ratio in ratios)

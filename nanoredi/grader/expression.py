@@ -304,8 +304,7 @@ class _Evaluator:
     def binomial(self, n: Number, k: Number) -> Number:
         if _is_whole(n) and _is_whole(k) and min(k, n - k) * _bits_of(n) <= MAX_BITS:
             return self.bounded(Fraction(math.comb(int(n), int(k))))
-        rest = self.factorial(add(n, -k))
-        return self.bounded(divide(self.factorial(n), multiply(self.factorial(k), rest)))
+        return self.bounded(divide(self.factorial(n), multiply(self.factorial(k), self.factorial(add(n, -k)))))
 
 
 def _is_whole(x: Number) -> TypeGuard[Fraction]:

@@ -84,9 +84,9 @@ _PIECES = {
     "GAP": r"(?:\\[a-z]+\s*\{|[\s~{},.]|\\[ ,;:]|and\b)*",  # between 3 hours and 20 minutes
     # Therefore; either; all x > 0; the point (1,2); option A; US 5; the answer is; the area of the square is 5
     "INTRODUCTION": r"""(?x:
-        (?:\\sim(?=\ *(?:[0-9.-]|\\(?:frac|sqrt)))|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it\ is|there\ (?:is|are))\b)[ ,:]*(?=\S)
-        | either\b | all(?:\ integers|\ values\ of)?(?=\ *[a-z]\ *[<>≤≥≠≡]) | 答案?[是为:]*
-        | (?:the\ )?(?:point|line|vertex)s?(?=\ *[(\[]|\ +[xy]\b) | (?:option|choice)\ +(?=\W*[A-J]\b)
+        (?:\\sim(?=\ *(?:[0-9.-]|\\(?:frac|sqrt))) | [→⇒] | (?:\\?therefore|both|exactly|thus|hence|so|it\ is
+        |there\ (?:is|are))\b)[ ,:]*(?=\S) | either\b | all(?:\ integers|\ values\ of)?(?=\ *[a-z]\ *[<>≤≥≠≡])
+        | 答案?[是为:]* | (?:the\ )?(?:point|line|vertex)s?(?=\ *[(\[]|\ +[xy]\b) | (?:option|choice)\ +(?=\W*[A-J]\b)
         | (?:usd?|rs\.?)(?=[\ 0-9]) | (?:the\ )?(?:final\ |correct\ )?answer\ *(?:is\b\ *:?|:)
         | (?!yes|true|false|(?:all\ )?real|.*[,;].*:)[a-z]{3,}(?:\ +[a-z][\w+()]*){0,7}?\ *(?:\b(?:is|are)\b|:)\ *<VALUE>)""",
     "TO": r"(?<![0-9.])([0-9]+) ?(?:<FONT>\{to\}|\bto\b) ?(?=([0-9]+)(?:[ 0-9{}:]|<FONT>|to\b|odds)*$)",

@@ -60,9 +60,8 @@ class _Reader:
 
     def as_text(self, text: str) -> Reading:
         text = ((text[:1] == "{" and inside(text)) or text).strip(" .,;").removeprefix("+")
-        name, _, residue = text.partition("≡")
-        named = is_name(name) and "mod" in residue  # n ≡ 5 (mod 4) is 5 mod 4
-        return Reading("text", residue, name=name) if named else Reading("text", text)
+        name, _, residue = text.partition("≡")  # n ≡ 5 (mod 4) is 5 mod 4
+        return Reading("text", residue, name=name) if is_name(name) and "mod" in residue else Reading("text", text)
 
     def several(self, text: str) -> Reading:
         text, braces = text.strip(" ,;").removesuffix(".").removeprefix("="), ""
@@ -77,8 +76,7 @@ class _Reader:
                 return self.as_text("∅")
             if text[0] == "⦃" and (such_that := _SUCH_THAT.fullmatch(inner)):
                 node = self.several(such_that[2])
-                bound = node.name == such_that[1]  # such a letter may have any name
-                return replace(node.bare or node, name="") if bound else node
+                return replace(node.bare or node, name="") if node.name == such_that[1] else node  # a bound letter
             braces += text[0].strip("([")
             text = inner
         groups = [split(group, ",")[::2] for group in split(text, ";")[::2]]
@@ -105,8 +103,7 @@ class _Reader:
         pieces = [piece.strip(" ∨∧") for piece in pieces]
         # x ≠ 1, 2 says x ≠ 1 and x ≠ 2, and n ≡ 1, 3 (mod 4) says the same as n ≡ 1 (mod 4), n ≡ 3 (mod 4).
         before = re.findall("^.*≠", pieces[0])
-        if before and not re.search("[=<>≤≥≠]", pieces[-1]):  # x ≠ 1 or 2 says neither
-            words = set()
+        words -= {"∨"} if before and not re.search("[=<>≤≥≠]", pieces[-1]) else set()  # x ≠ 1 or 2 says neither
         after = re.findall(r"\(?mod[^()]+\)?$" if "≡" in pieces[0] else r"^[^≡]*(\(mod[^()]+\))$", pieces[-1])
         pieces = [one if re.search("^$|[=<>≤≥≠]|mod", one) else "".join([*before, one, *after]) for one in pieces]
         parts = [one for piece in pieces for one in each_sign(piece) if one]
