@@ -118,8 +118,7 @@ def same_system(a: Reading, b: Reading) -> bool:
     if other.kind == "list" and (others or other.braces or len(bases[0]) == 1):
         alike = len(bases[0]) == len(bases[1]) if others else not other.braces or names.isdisjoint("xyz")  # no point
         return alike and match(a.parts, b.parts)
-    clash = names != others and not names.isdisjoint(others)
-    if clash or other.kind not in ("system", "()", "list") or len(a.parts) != len(b.parts):
+    if other.kind not in ("system", "()", "list") or len(a.parts) != len(b.parts) or names != others and names & others:
         return False
     in_order = [sorted(one.parts, key=order) if one.kind == "system" else one.parts for one in (a, b)]
     return other.kind == "list" and all(map(same, a.parts, b.parts)) or all(map(same, *in_order))

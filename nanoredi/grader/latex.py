@@ -146,6 +146,7 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     ("<LOOSE>", r"\1\2\3\4"),
     # Without fonts: introductions and remarks in words.
     ("(?i)^(?:<INTRODUCTION>\\ *)+", ""),
+    (r"(?i)\b(even|odd|prime)s?(?: integers?| numbers?)?(?= [a-z]\b)", r"\1"),
     (r"^([f-hP-R](?:\([a-z]\))?) ?≡(?!.*mod)", r"\1="),
     (r"(?i)^<REALSEXCEPT>\ (.*)", lambda found: "\\zeta ≠" + re.sub("[a-z] *=", "", found[1])),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly) (?=[0-9.\\-])", "≈"),

@@ -66,17 +66,17 @@ class _Reader:
     def several(self, text: str) -> Reading:
         text, braces = text.strip(" ,;").removesuffix(".").removeprefix("="), ""
         while (inner := inside(text)) is not None and (
-            text[0] in "{⦃" or text[0] in "([" and len(split(inner, ",;")) == 1
+            text[0] in "{⦃" or text[0] + text[-1] in ("()", "[]") and len(split(inner, ",;")) == 1
         ):  # brackets that only group
-            if text[0] + text[-1] in ("(]", "[)"):
-                raise Unreadable
             if text[0] == "⦃" in braces:  # a set of sets
                 return Reading("list", f"⦃{text}⦄", (self.read_set(text),), braces=True)
             if not inner.strip():
                 return self.as_text("∅")
             if text[0] == "⦃" and (such_that := _SUCH_THAT.fullmatch(inner)):
-                node = self.several(such_that[2])
-                return replace(node.bare or node, name="") if node.name == such_that[1] else node  # a bound letter
+                node = self.read(such_that[2])
+                if node.name == such_that[1]:  # {x | x = 5} is {5}
+                    node = replace(node.bare or node, name="", braces=node.kind == "=")
+                return node
             braces += text[0].strip("([")
             text = inner
         groups = [split(group, ",")[::2] for group in split(text, ";")[::2]]
@@ -90,8 +90,7 @@ class _Reader:
         if others or node.kind == "list" and "⦃" in braces:
             ordered = all(re.fullmatch("[TF]|(?i:true|false|yes|no)", one.text) for one in nodes)  # one a question
             node = Reading("system" if system else "()" if ordered else "list", text, tuple(nodes))
-        node.braces |= bool(braces)
-        return node
+        return replace(node, braces=node.braces or bool(braces))
 
     def group(self, pieces: list[str]) -> Reading:
         nodes = tuple(map(self.read, pieces))
@@ -139,9 +138,8 @@ class _Reader:
         for sign in signs if len(names[0]) == 1 and all(one == names[0] for one in names) else "":
             with contextlib.suppress(Unreadable):
                 node = self.union(sign.join(parts), [piece for part in parts for piece in (part, sign)][:-1])
-                node.name = names[0][0]
                 if (node.text != EMPTY.text or "∧" in words) and not any(part.kind == "≠" for part in node.parts):
-                    return node
+                    return replace(node, name=names[0][0])
         return Reading("∨", ",".join(parts), tuple(map(self.read, parts))) if "∨" in words else None
 
     def one(self, text: str) -> Reading:
@@ -221,8 +219,7 @@ class _Reader:
             node = Reading("≠", text, (self.read(sides[1]),))
             with contextlib.suppress(Unreadable):
                 node = self.union(text, ["ℝ", "∖", sides[1]])
-            node.name = sides[0]
-            return node
+            return replace(node, name=sides[0])
         if set(signs) <= {">", "≥", "="}:
             sides, signs = sides[::-1], ["<≤="[">≥=".index(sign)] for sign in signs[::-1]]
         node = Reading("".join(signs), text, tuple(map(self.read, sides)))
@@ -240,9 +237,8 @@ class _Reader:
         parts = tuple(map(self.read, sides))
         names = sides[0][1:-1].split(",") if _NAMES_TUPLE.fullmatch(sides[0]) else []
         if len(sides) == 2 and parts[1].kind == "()" and len(parts[1].parts) == len(names):
-            system = self.group([f"{name}={value.text}" for name, value in zip(names, parts[1].parts)])
-            system.bare = parts[1]
-            return system
+            named = [f"{name}={value.text}" for name, value in zip(names, parts[1].parts)]
+            return replace(self.group(named), bare=parts[1])
         chained = _NAMES_TUPLE.fullmatch(f"({','.join(sides[:-1])})")  # x = y = 1
         if chained and not is_name(sides[-1]):
             return self.group([f"{name}={sides[-1]}" for name in sides[:-1]])
