@@ -17,7 +17,7 @@ LETTER = rf"(?:\\(?:{'|'.join(LETTERS)}) ?|[A-Za-z]){_INDEX}"
 _ARGUMENT = rf"(?:{LETTER}|-?[0-9]+|[A-Z]+|[A-Za-z]{{3,}}(?: \w+)*)"
 NAME = (
     rf"(?:(?:m ?)?\\(?:angle|triangle|odot|max|min|deg|dim) ?)?(?:\\?(?:max|min)|{LETTER}|[A-Z]{{2,}}{_INDEX}"
-    rf"|(?!arc|sqrt|sinh|cosh|tanh|even|prime)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
+    rf"|(?!arc|sqrt|sinh|cosh|tanh|(?:[Ee]ven|[Cc]omposite|[Pp]rimes?)\b)[A-Za-z]{{4,}}(?: [A-Za-z]+){{0,4}})"
     rf"(?:\({_ARGUMENT}(?:[,|]{_ARGUMENT})*\))?|\[[A-Z]+\]|\\bar\{{[A-Z]{{2,}}\}}"
 )
 
@@ -44,7 +44,7 @@ class Reading:
     parts: tuple["Reading", ...] = ()  # the nodes below
     expression: Expression | None = None  # only of a value
     bare: "Reading | None" = None  # a relation's value, 5 or an interval; (1,2) for (x,y)=(1,2); a time's ratio
-    name: str = ""  # x for the equation x = 5; for a time am, pm or nothing
+    name: str = ""  # x for x = 5, x < 5, x ≡ 5 (mod 7); for a time am, pm or nothing
     braces: bool = False  # whether it was in braces, as a set is
 
 
@@ -67,8 +67,8 @@ def same(a: Reading, b: Reading) -> bool:
     if a.kind != b.kind:
         return False
     # These are no products: ACB (not ABC), the number IV and the phrase "is it".
-    words = re.fullmatch("[A-Z]{3,}/[A-Z]{3,}|[IVX]{2}/[IVX]{2}|[A-Za-z ]*[a-z]{2} [A-Za-z /]*", f"{a.text}/{b.text}")
-    if a.kind == "value" and not words and agree(a.expression, b.expression):
+    words = "[A-Z]{3,}/[A-Z]{3,}|[IVX]{2}/[IVX]{2}|[A-Za-z ]*[a-z]{2} [A-Za-z /]*"
+    if a.kind == "value" and agree(a.expression, b.expression) and not re.fullmatch(words, f"{a.text}/{b.text}"):
         return True
     if a.kind == "text" or re.fullmatch("[A-Za-z ]{2,}", a.text):
         return word(a.text) == word(b.text)  # a short word was read as a product
@@ -79,18 +79,15 @@ def same(a: Reading, b: Reading) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def word(text: str) -> str:
-    """A text without spaces, a word's case and plural, a sum's or residue's letter, braces around a letter or macro."""
+    """A text without spaces, a word's case and plural, a sum's letter, braces around one thing; 5 mod 4 is 1 mod 4."""
     if re.fullmatch(r"[A-Za-z ,.'-]+", text) and re.search("[A-Za-z]{4}", text):  # a phrase; "team B wins" too
-        text = re.sub(r"^(?:an?|the|all) |(?<=[a-z]{3}[^s])s\b", "", text.lower())
+        text = re.sub(r"^(?:(?:an?|the|all|its) )+|(?<=[a-z]{3}[^s])s\b", "", text.lower())
     any_case = r"(?<![\\A-Za-z])(?:[A-Z]?[a-z]{2,}|[A-Z]{3,}|N[Oo])(?![A-Za-z])"
     text = re.sub(any_case, lambda found: found[0].lower(), text)
     for run in re.finditer(r"\\(?:sum|prod)_\{([a-z])=", text):
         text = re.sub(rf"(?<![A-Za-z\\]){run[1]}(?![A-Za-z])", "ζ", text)
-    text = re.sub(r"[ °]", "", text)
-    if residue := re.fullmatch(rf"(?:{LETTER}≡)?([^()]+?)\(?mod([^()]+)\)?", text):  # n ≡ 5 (mod 4) is 1 mod 4
-        value, modulus = residue.groups()
-        whole = re.fullmatch("[+-]?[0-9]+/[1-9][0-9]*", f"{value}/{modulus}")
-        text = f"{int(value) % int(modulus) if whole else value}mod{modulus}"
+    text = re.sub(r"\(mod([^()]+)\)", r"mod\1", re.sub(r"[ °]", "", text))
+    text = re.sub("^([+-]?[0-9]+)mod([1-9][0-9]*)$", lambda one: f"{int(one[1]) % int(one[2])}mod{one[2]}", text)
     return re.sub(r"\{(\w|∞|\\[A-Za-z]+)\}", r"\1", text)
 
 
@@ -111,20 +108,20 @@ def match(left: tuple[Reading, ...], right: tuple[Reading, ...]) -> bool:
 
 
 def same_system(a: Reading, b: Reading) -> bool:
-    """x = 1, y = 2 against the same names, other names, (1, 2) or 1, 2, each in the order of its names;
-    against a list, and if it is (r, t, f) = (1, 2, 3), also in the order in which it is written."""
-    if a.kind != b.kind and (a.bare or b.bare) and same(a.bare or a, b.bare or b):
+    """x = 1, y = 2 against the same names, other names, (1, 2) or 1, 2, each in the order of its names; against 1, 2
+    also in the order in which it is written. Values of one name, x_1 = 1, x_2 = 2, and a set have no order."""
+    if a.kind != b.kind and (a.bare or b.bare) and same(a.bare or a, b.bare or b):  # also (r, t) = (1, 2) as written
         return True
-    lists = [one for one in (a, b) if one.kind == "list"]
-    names = [{part.name for part in one.parts} - {""} for one in (a, b)]
-    bases = [{name.partition("_")[0] for name in some} for some in names]
-    if lists and (all(names) or max(map(len, bases)) == 1):  # x_1 = 1, x_2 = 2 are values of x
-        return (not all(names) or len(bases[0]) == len(bases[1])) and match(a.parts, b.parts)
-    clash = all(names) and names[0] != names[1] and names[0] & names[1] or any(one.braces for one in lists)
-    if clash or not {a.kind, b.kind} <= {"system", "()", "list"} or len(a.parts) != len(b.parts):
+    system, other = (a, b) if a.kind == "system" else (b, a)
+    names, others = ({part.name for part in one.parts} - {""} for one in (system, other))
+    bases = [{name.partition("_")[0] for name in some} for some in (names, others)]
+    if other.kind == "list" and (others or other.braces or len(bases[0]) == 1):
+        alike = len(bases[0]) == len(bases[1]) if others else not other.braces or names.isdisjoint("xyz")  # no point
+        return alike and match(a.parts, b.parts)
+    if other.kind not in ("system", "()", "list") or len(a.parts) != len(b.parts) or names != others and names & others:
         return False
     in_order = [sorted(one.parts, key=order) if one.kind == "system" else one.parts for one in (a, b)]
-    return bool(lists) and all(map(same, a.parts, b.parts)) or all(map(same, *in_order))
+    return other.kind == "list" and all(map(same, a.parts, b.parts)) or all(map(same, *in_order))
 
 
 def order(part: Reading) -> list[tuple[int, str]]:
@@ -145,7 +142,6 @@ def proportional(a: Reading, b: Reading) -> bool:
         ratios = [divide(add(p, -q), add(r, -s)) for p, q, r, s in table]
     except ArithmeticError:
         return False
-    if not ratios[0] or a.kind != "=" and not (is_real(ratios[0]) and ratios[0] > 0):
-        return False
+    allowed = bool(ratios[0]) if a.kind == "=" else is_real(ratios[0]) and ratios[0] > 0
     varies = any(not close(x, y) for values in table[1:3] for x, y in zip(table[0], values))
-    return varies and all(close(ratio, ratios[0]) for ratio in ratios)
+    return allowed and varies and all(close(ratio, ratios[0]) for ratio in ratios)

@@ -46,16 +46,17 @@ class Expression:
     def __init__(self, text: str, budget: Budget):
         self.tokens, self.budget = tokens_of(text), budget
         evaluator = _Evaluator(self.tokens, 0, budget)
-        self._values: dict[int, Number] = {0: evaluator.value}
+        self._values: dict[int, Number | None] = {0: evaluator.value}
         self.letters = evaluator.letters
 
     def at(self, point: int) -> Number | None:
         """The value at a point; None if it has none."""
         point = point if self.letters else 0
         if point not in self._values:
+            self._values[point] = None  # tried once, since it takes time even if the budget is spent
             with contextlib.suppress(*NO_VALUE):
                 self._values[point] = _Evaluator(self.tokens, point, self.budget).value
-        return self._values.get(point)
+        return self._values[point]
 
 
 _CONSTANTS = {"pi": numbers.PI, "π": numbers.PI, "e": numbers.E, "i": numbers.IMAGINARY}
@@ -303,8 +304,7 @@ class _Evaluator:
     def binomial(self, n: Number, k: Number) -> Number:
         if _is_whole(n) and _is_whole(k) and min(k, n - k) * _bits_of(n) <= MAX_BITS:
             return self.bounded(Fraction(math.comb(int(n), int(k))))
-        rest = self.factorial(add(n, -k))
-        return self.bounded(divide(self.factorial(n), multiply(self.factorial(k), rest)))
+        return self.bounded(divide(self.factorial(n), multiply(self.factorial(k), self.factorial(add(n, -k)))))
 
 
 def _is_whole(x: Number) -> TypeGuard[Fraction]:

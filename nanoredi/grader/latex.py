@@ -63,12 +63,13 @@ _PIECES = {
     "ORDER": r"(?:\^\{?([0-9])\}?)",
     # A \text after a number is its unit, unless it begins with one of these, as in 2\text{i}, 3\text{ p.m.} and
     # 2\text{ if }x>0, or is a word that changes the number, as in n>2\text{ even}.
-    "UNITS": r"(?:\\mu\ ?)?(?:<UNIT>(?:\\Omega)?|\\frac\{<UNIT>\}\{<UNIT>\})",
+    "UNITS": r"(?:\\mu\ ?)?(?:<UNIT>(?:\\Omega)?|\\frac\{<UNIT>\}\{<UNIT>\}|<INBRACKETS>)",
+    "INBRACKETS": r"\( ?\\text\{[cdkm]?[mg](?:/[sh])?<POWER>\}<POWER> ?\)",  # 24(\mathrm{cm}^2)
     "UNIT": r"\\text\{(?!<NOUNIT>)(?![0-9‰])(?:[^{}]|\{[^{}]*\})+\}(?!_)<POWER>",
     "NOUNIT": r"""(?x:
         \(?\ ?[,;:)] | (?:[a-fi-kn-rt-z]|[AaPp]\.?\ ?[Mm]\.?)\} | \([^{}()]*\} | [^{}]*(?:\bnot?\b|[∧∨]\ *[0-9])
         | (?:\(\ ?|is\ )(?:mod|base|extr|rej|disc|rem) | <CHANGE>\W*\}
-        | (?:to|at|if|for|when|where|since|because|mod|(?:in\ )?base|choose|(?:more|less)\ than|and|or|remainder)\b)""",
+        | (?:to|at|if|for|when|where|since|because|mod|(?:in\ )?base|choose|(?:more|less)\ than|remainder)\b)""",
     "CHANGE": r"(?:hal(?:f|ves)|thirds|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths|squared|cubed|factorial"
     r"|odd|even|prime|integer|negative|positive|more|less|fewer|short|under|(?:degrees\ )?(?:below|under)\ zero)\b",
     "POWER": r"(?:\ ?\^\ ?(?:\{-?[0-9]\}|-?[0-9]))?",
@@ -83,16 +84,16 @@ _PIECES = {
     "GAP": r"(?:\\[a-z]+\s*\{|[\s~{},.]|\\[ ,;:]|and\b)*",  # between 3 hours and 20 minutes
     # Therefore; either; all x > 0; the point (1,2); option A; US 5; the answer is; the area of the square is 5
     "INTRODUCTION": r"""(?x:
-        (?:\\sim(?=\ *[0-9])|[→⇒]|(?:\\?therefore|both|exactly|thus|hence|so|it\ is|there\ (?:is|are))\b)[ ,:]*(?=\S)
-        | either\b | all(?:\ integers|\ values\ of)?(?=\ *[a-z]\ *[<>≤≥≠≡]) | 答案?[是为:]*
-        | (?:the\ )?(?:point|line|vertex)s?(?=\ *[(\[]|\ +[xy]\b) | (?:option|choice)\ +(?=\W*[A-J]\b)
+        (?:\\sim(?=\ *(?:[0-9.-]|\\(?:frac|sqrt))) | [→⇒] | (?:\\?therefore|both|exactly|thus|hence|so|it\ is
+        |there\ (?:is|are))\b)[ ,:]*(?=\S) | either\b | all(?:\ integers|\ values\ of)?(?=\ *[a-z]\ *[<>≤≥≠≡])
+        | 答案?[是为:]* | (?:the\ )?(?:point|line|vertex)s?(?=\ *[(\[]|\ +[xy]\b) | (?:option|choice)\ +(?=\W*[A-J]\b)
         | (?:usd?|rs\.?)(?=[\ 0-9]) | (?:the\ )?(?:final\ |correct\ )?answer\ *(?:is\b\ *:?|:)
         | (?!yes|true|false|(?:all\ )?real|.*[,;].*:)[a-z]{3,}(?:\ +[a-z][\w+()]*){0,7}?\ *(?:\b(?:is|are)\b|:)\ *<VALUE>)""",
     "TO": r"(?<![0-9.])([0-9]+) ?(?:<FONT>\{to\}|\bto\b) ?(?=([0-9]+)(?:[ 0-9{}:]|<FONT>|to\b|odds)*$)",
     "REALSEXCEPT": r"(?:all\ )?real(?:s|\ numbers?)(?:\ x)?,?\ (?:except|other\ than)(?:\ for)?",
     "VALUE": r"(?=[0-9.\\([⦃-]|[a-z]\ *[=<>≤≥])",  # how an answer begins
 }
-_JOINING = r"(?<![\\A-Za-z{])WORD(?![A-Za-z])|(?<=[0-9)\]}⦄])WORD(?=[A-Za-z]\b)|<FONT>\{,? ?WORD\}"
+_JOINING = r"(?<![\\A-Za-z])WORD(?![A-Za-z])|(?<=[0-9)\]}⦄])WORD(?=[A-Za-z]\b)"
 _BOUNDS = {"at least": "≥", "at most": "≤", "(?:less|fewer) than": "<", "(?:more|greater) than": ">"}
 
 _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
@@ -145,8 +146,9 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     ("<LOOSE>", r"\1\2\3\4"),
     # Without fonts: introductions and remarks in words.
     ("(?i)^(?:<INTRODUCTION>\\ *)+", ""),
+    (r"(?i)\b(even|odd|prime)s?(?: integers?| numbers?)?(?= [a-z]\b)", r"\1"),
     (r"^([f-hP-R](?:\([a-z]\))?) ?≡(?!.*mod)", r"\1="),
-    (r"(?i)^<REALSEXCEPT>\ (.*)", lambda found: "x≠" + re.sub("[a-z] *=", "", found[1])),
+    (r"(?i)^<REALSEXCEPT>\ (.*)", lambda found: "\\zeta ≠" + re.sub("[a-z] *=", "", found[1])),
     (r"(?i)\b(?:approximately|approx\.?|about|roughly) (?=[0-9.\\-])", "≈"),
     (r"(?i)^(?:negative|minus) (?=\S+$)|^(?=.*\b(?:below|under) zero[ .]*$)", "-"),
     (r"(?i)\b(?:(?:below|under) zero|only)[ .]*$", ""),

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from nanoredi.grader import matrices, sets
 from nanoredi.grader.compare import LETTER, NAME, Reading, distinct, same
@@ -34,7 +35,7 @@ _BASE = re.compile(r"\(?([0-9A-Z]+|[0-9][0-9a-f]+)\)?(?:_\{\(?(?:base)?|\(?(?:in
 _TIME = re.compile(r"([0-9]{1,2})(?:(?=[AaPp]\.?[Mm])|:([0-5][0-9]))(?::([0-5][0-9]))?(?:([AaPp])\.?[Mm]\.?)?")
 _REALS = {"": "(-∞,∞)", "positive ": "(0,∞)", "negative ": "(-∞,0)", "nonnegative ": "[0,∞)"}
 _ALL_REALS = re.compile(rf"(?:the )?(?:set of )?(?:all |any )?({'|'.join(_REALS)})real(?: numbers?|s| [a-z])|ℝ", re.I)
-_SUCH_THAT = re.compile(rf"(?:{NAME})(?:∈ℝ)?[|:](.+)")
+_SUCH_THAT = re.compile(rf"({NAME})(?:∈ℝ)?[|:](.+)")
 OPEN, CLOSE = "([{⦃⌊⌈⟦", ")]}⦄⌋⌉⟧"
 
 
@@ -58,23 +59,26 @@ class _Reader:
         return self.as_text(text)
 
     def as_text(self, text: str) -> Reading:
-        text = (text[:1] == "{" and inside(text)) or text
-        return Reading("text", text.strip(" .,;").removeprefix("+"))
+        text = ((text[:1] == "{" and inside(text)) or text).strip(" .,;").removeprefix("+")
+        name, _, residue = text.partition("≡")  # n ≡ 5 (mod 4) is 5 mod 4
+        return Reading("text", residue, name=name) if is_name(name) and "mod" in residue else Reading("text", text)
 
     def several(self, text: str) -> Reading:
         text, braces = text.strip(" ,;").removesuffix(".").removeprefix("="), ""
         while (inner := inside(text)) is not None and (
-            text[0] in "{⦃" or text[0] in "([" and len(split(inner, ",;")) == 1
+            text[0] in "{⦃" or text[0] + text[-1] in ("()", "[]") and len(split(inner, ",;")) == 1
         ):  # brackets that only group
-            if text[0] + text[-1] in ("(]", "[)"):
-                raise Unreadable
             if text[0] == "⦃" in braces:  # a set of sets
                 return Reading("list", f"⦃{text}⦄", (self.read_set(text),), braces=True)
             if not inner.strip():
                 return self.as_text("∅")
-            such_that = text[0] == "⦃" and _SUCH_THAT.fullmatch(inner)
-            braces += "" if such_that else text[0].strip("([")
-            text = such_that[1] if such_that else inner
+            if text[0] == "⦃" and (such_that := _SUCH_THAT.fullmatch(inner)):
+                node = self.read(such_that[2])
+                if node.name == such_that[1]:  # {x | x = 5} is {5}
+                    node = replace(node.bare or node, name="", braces=node.kind == "=")
+                return node
+            braces += text[0].strip("([")
+            text = inner
         groups = [split(group, ",")[::2] for group in split(text, ";")[::2]]
         pieces = [piece for group in groups for piece in group]
         pairs = len(groups) > 1 and len(groups[0]) > 1 and len({*map(len, groups)}) == 1  # 1,2;3,4
@@ -86,8 +90,7 @@ class _Reader:
         if others or node.kind == "list" and "⦃" in braces:
             ordered = all(re.fullmatch("[TF]|(?i:true|false|yes|no)", one.text) for one in nodes)  # one a question
             node = Reading("system" if system else "()" if ordered else "list", text, tuple(nodes))
-        node.braces |= bool(braces)
-        return node
+        return replace(node, braces=node.braces or bool(braces))
 
     def group(self, pieces: list[str]) -> Reading:
         nodes = tuple(map(self.read, pieces))
@@ -99,6 +102,7 @@ class _Reader:
         pieces = [piece.strip(" ∨∧") for piece in pieces]
         # x ≠ 1, 2 says x ≠ 1 and x ≠ 2, and n ≡ 1, 3 (mod 4) says the same as n ≡ 1 (mod 4), n ≡ 3 (mod 4).
         before = re.findall("^.*≠", pieces[0])
+        words -= {"∨"} if before and not re.search("[=<>≤≥≠]", pieces[-1]) else set()  # x ≠ 1 or 2 says neither
         after = re.findall(r"\(?mod[^()]+\)?$" if "≡" in pieces[0] else r"^[^≡]*(\(mod[^()]+\))$", pieces[-1])
         pieces = [one if re.search("^$|[=<>≤≥≠]|mod", one) else "".join([*before, one, *after]) for one in pieces]
         parts = [one for piece in pieces for one in each_sign(piece) if one]
@@ -134,9 +138,8 @@ class _Reader:
         for sign in signs if len(names[0]) == 1 and all(one == names[0] for one in names) else "":
             with contextlib.suppress(Unreadable):
                 node = self.union(sign.join(parts), [piece for part in parts for piece in (part, sign)][:-1])
-                node.name = names[0][0]
                 if (node.text != EMPTY.text or "∧" in words) and not any(part.kind == "≠" for part in node.parts):
-                    return node
+                    return replace(node, name=names[0][0])
         return Reading("∨", ",".join(parts), tuple(map(self.read, parts))) if "∨" in words else None
 
     def one(self, text: str) -> Reading:
@@ -209,15 +212,14 @@ class _Reader:
 
     def relation(self, text: str, sides: list[str], signs: list[str]) -> Reading:
         """An equation, or an inequality with its smallest side first and, if it bounds a name, its interval."""
-        sides[0] = sides[0] or "x"
+        sides[0] = sides[0] or "\\zeta"  # > 5 is x > 5 and y > 5
         if set(signs) == {"="}:
             return self.equation(text, sides)
         if signs == ["≠"] and is_name(sides[0]):
             node = Reading("≠", text, (self.read(sides[1]),))
             with contextlib.suppress(Unreadable):
                 node = self.union(text, ["ℝ", "∖", sides[1]])
-            node.name = sides[0]
-            return node
+            return replace(node, name=sides[0])
         if set(signs) <= {">", "≥", "="}:
             sides, signs = sides[::-1], ["<≤="[">≥=".index(sign)] for sign in signs[::-1]]
         node = Reading("".join(signs), text, tuple(map(self.read, sides)))
@@ -235,9 +237,8 @@ class _Reader:
         parts = tuple(map(self.read, sides))
         names = sides[0][1:-1].split(",") if _NAMES_TUPLE.fullmatch(sides[0]) else []
         if len(sides) == 2 and parts[1].kind == "()" and len(parts[1].parts) == len(names):
-            system = self.group([f"{name}={value.text}" for name, value in zip(names, parts[1].parts)])
-            system.bare = parts[1]
-            return system
+            named = [f"{name}={value.text}" for name, value in zip(names, parts[1].parts)]
+            return replace(self.group(named), bare=parts[1])
         chained = _NAMES_TUPLE.fullmatch(f"({','.join(sides[:-1])})")  # x = y = 1
         if chained and not is_name(sides[-1]):
             return self.group([f"{name}={sides[-1]}" for name in sides[:-1]])

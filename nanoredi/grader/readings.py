@@ -37,11 +37,11 @@ _NO_REMARK = re.compile(
 _RATE = re.compile(r"ð_\{([a-z])([2-9d]?)\}((?:\\[a-z]+|[A-Za-z])(?:_\{\w+\})?)")  # dy/dt or \dot y
 # f(x)=2x is f(n)=2n, and f(x)=5 is f(n)=5, but X_{d}=P is not X_{u}=P
 _FUNCTION_OF = re.compile(
-    r"(?!.*\\zeta)\\?[A-Za-z]+(?:\(|_\{)([a-z])[)}]="
+    r"(?!.*\\zeta)\\?[A-Za-z]+(?:\(|_\{)([a-z])[)}][=<>≤≥]"
     r"(?=(?:\\[A-Za-z]+(?![A-Za-z])|[^\\])*?\1|(?:\\[a-z]+|[^A-Za-z])*$)"
 )
-_IN_BRACKETS = r" ?\{<BAREUNIT>\}<POWER>| ?\( ?[cdkm]m\^\{?[23]\}? ?\)"
-_BARE_UNITS = regex(rf"(?<=[0-9}}π°])(?: <BAREUNIT>|{_IN_BRACKETS}|<GLUEDUNIT>)\.? ?(?=$|,)")
+_NO_CONSTANT = re.compile(r"C|_\{c|c ?\^|(?<![A-Za-z\\])[ab](?!rc)")  # c^2 is the speed of light or a radius
+_BARE_UNITS = regex(r"(?<=[0-9}π°])(?: <BAREUNIT>| ?\{<BAREUNIT>\}<POWER>|<GLUEDUNIT>)\.? ?(?=$|,)")
 _GROUPED = re.compile(r"(?<![0-9.])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])")
 
 Details = frozenset[tuple[str, str]]  # each with its sort: a choice's letter, a condition, or one of the following
@@ -111,7 +111,7 @@ def _others(text: str) -> Iterator[tuple[str, Iterable[tuple[str, str]]]]:
         primed = _RATE.sub(lambda rate: rate[3] + "'" * (int(rate[2] or 1) if rate[2] != "d" else 2), text)
         yield re.sub(r"(?<=[\w'}])\(t\)", "", primed), variables
     yield re.sub(r"\\log(?![ A-Za-z]*_)", r"\\lg", text), []  # the natural logarithm or that of base 10
-    if re.search("[tuxyz]", text) and not re.search(r"C|_\{c|(?<![A-Za-z\\])[ab](?!rc)", text):
+    if re.match(r"(?:\\[A-Za-z]+(?![A-Za-z])|[^\\tuxyz])*[tuxyz]", text) and not _NO_CONSTANT.search(text):
         yield _renamed(text, "c", "C"), []  # constants of integration
     yield _BARE_UNITS.sub("", text), []  # 5 km is a number or a product
     if not re.search(r"[(\[⦃]", text):  # 12,345 is one number or two
