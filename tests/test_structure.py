@@ -113,12 +113,12 @@ def test_the_method_stays_short():
     ]
     files += [f"trainer/{name}.py" for name in ("loop", "step", "optimizer", "distributed", "reference")]
     number = lines(*files, but=("hf_folder.py", "top_p.py", "paged_attention.py"))
-    says_by_how_much("the method's path", number, planned=3000, at_most=2947)
+    says_by_how_much("the method's path", number, planned=3000, at_most=2948)
 
 
 def test_nanoredi_without_cpu_stays_short():
     number = lines("**/*") - (lines("cpu/**/*") if (ROOT / "nanoredi" / "cpu").exists() else 0)
-    says_by_how_much("nanoredi/ without cpu/", number, planned=7900, at_most=11654)
+    says_by_how_much("nanoredi/ without cpu/", number, planned=7900, at_most=11655)
 
 
 @pytest.mark.parametrize("script", ["train_sft.py", "train_redi.py", "sample.py", "evaluate.py"])

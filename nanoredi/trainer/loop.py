@@ -14,7 +14,7 @@ import torch
 
 from nanoredi import objectives
 from nanoredi.common.errors import Stopped, UserError
-from nanoredi.common.runs import holds_model
+from nanoredi.common.runs import holds_model, saved_steps
 from nanoredi.config import RediConfig, SftConfig, StageConfig
 from nanoredi.data.batch import num_steps, step_rows
 from nanoredi.data.sequences import TokenData, load_pairs, load_sft
@@ -47,7 +47,8 @@ def train(config: StageConfig, world: World) -> None:
     saves = range(config.save_every, run.total, config.save_every) if config.save_every else ()
     with signals(run.log.status, world) as asked_to_stop, run.states:
         world.say(f"  kill -USR1 {os.getpid()} prints its status")
-        if run.first in saves:  # when its state was saved, there may have been no room for its model
+        # There may have been no room for the model beside the state. A folder without weights is as the user wants it.
+        if run.first in saves and not world.first(lambda: run.first in saved_steps(Path(config.out))):
             run.save_model(run.first)
         for step in range(run.first, run.total):
             run.optimizer.lr = config.lr * schedule(step, run.total, config.warmup)

@@ -160,6 +160,19 @@ def test_a_save_that_fails_loses_nothing(name, max_steps, redi, one_rank, tmp_pa
     assert (tmp_path / "run" / name / "model.safetensors").exists()
 
 
+def test_weights_that_were_removed_to_save_space_are_not_missed(redi, one_rank, tmp_path, monkeypatch):
+    config = replace(redi, max_steps=3, save_every=2)
+    (tmp_path / "run").mkdir()
+    steps = iter((train_step, train_step))
+    with monkeypatch.context() as killed:
+        killed.setattr(loop, "train_step", lambda *args: next(steps)(*args))
+        with pytest.raises(StopIteration):
+            train(config, one_rank)
+    (tmp_path / "run" / "step-000002" / "model.safetensors").unlink()
+    train(config, one_rank)
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
 def test_a_stop_during_the_last_save_comes_after_it(redi, one_rank, tmp_path, monkeypatch):
     save = Qwen2.save_pretrained
     monkeypatch.setattr(Qwen2, "save_pretrained", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), save(*args))[1])
