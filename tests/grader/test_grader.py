@@ -271,11 +271,12 @@ def test_hostile_answers_are_rejected_fast(text: str) -> None:
         assert took(grade, response, gold) < LIMIT_S
 
 
-@pytest.mark.parametrize("line", [line for line in ANSWERS if line])
-def test_pairs(line: str) -> None:
-    sign = "==" if " == " in line else "!="
-    one, other = line.split(f" {sign} ")
-    assert equal(one, other) == equal(other, one) == (sign == "==")
+@pytest.mark.parametrize("sign", ["==", "!="])
+def test_pairs(sign: str) -> None:
+    """All in one test, since pytest takes longer for a test than the grader for a pair."""
+    pairs = [line.split(f" {sign} ") for line in ANSWERS if f" {sign} " in line]
+    assert len(pairs) > 1_000
+    assert [pair for pair in pairs if {equal(*pair), equal(*pair[::-1])} != {sign == "=="}] == []
 
 
 def test_a_gold_answer_is_not_compared_by_chance() -> None:
