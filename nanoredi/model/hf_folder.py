@@ -23,7 +23,7 @@ from nanoredi.data.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
-_PLAIN_ROPE = {"rope_type?": "default", "type?": "default"}
+_PLAIN_ROPE = {"rope_type?": "default", "type?": "default", "factor?": 1.0, "partial_rotary_factor?": 1.0}
 _CONFIG_SHAPE = {  # of config.json, beside Qwen2Config's fields
     "model_type": "qwen2",
     "hidden_act?": "silu",

@@ -237,6 +237,8 @@ def test_nothing_is_overwritten(folder):
         ({"use_sliding_window": True}, "plain Qwen2: use_sliding_window is True; it must be False"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn'; it must"),
         ({"rope_parameters": {"type": "linear", "factor": 4.0}}, "rope_parameters.type is 'linear'; it must"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor is 4.0; it must"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor is 0.5; it must"),
         ({"model_type": None}, "plain Qwen2: the object has no field 'model_type'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; it must be 'silu'"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1; it must be 0.0"),
